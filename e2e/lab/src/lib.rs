@@ -1,0 +1,1 @@
+//! The lab: real Kubernetes clusters on one machine, with faults to order.

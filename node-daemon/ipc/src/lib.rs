@@ -1,0 +1,1 @@
+//! The local, versioned unix-socket protocols between a node's processes.

@@ -1,0 +1,1 @@
+//! Live migration: wire format and the state machines of both sides. Pure.

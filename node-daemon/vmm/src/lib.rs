@@ -1,0 +1,1 @@
+//! bascule-vm: one process per virtual machine: the KVM guest, its devices, its disk I/O, its migration streams.

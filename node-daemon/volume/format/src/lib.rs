@@ -1,0 +1,1 @@
+//! The on-disk format of a SharedVolume, version 1.

@@ -1,0 +1,3 @@
+//! One process per node that owns /dev/watchdog.
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! The operator's decisions: plan(intent, observed, now) -> Plan, without I/O.

@@ -1,0 +1,3 @@
+//! The operator: observes the cluster, plans with bascule-operator-core, executes.
+
+fn main() {}

@@ -1,1 +1,3 @@
 //! The on-disk format of a SharedVolume, version 1.
+
+pub mod change;

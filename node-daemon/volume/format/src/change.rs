@@ -324,7 +324,9 @@ impl RowName {
     /// What stands before the first `/`, or nothing.
     #[must_use]
     pub fn namespace(&self) -> &str {
-        self.0.split_once('/').map_or("", |(namespace, _)| namespace)
+        self.0
+            .split_once('/')
+            .map_or("", |(namespace, _)| namespace)
     }
 }
 

@@ -1,1 +1,55 @@
 //! The gRPC API between operator and nodes.
+//!
+//! [`proto`] is the envelope (services, versions); [`command`] and [`report`] are what is said.
+//! The node executes commands; it decides nothing. Whether a command is safe is decided by the
+//! volume (ownership rows, leases), never by the order in which commands arrive.
+#![forbid(unsafe_code)]
+
+pub mod command;
+pub mod report;
+
+/// The generated gRPC types and services.
+#[expect(
+    missing_docs,
+    unused_qualifications,
+    clippy::too_many_lines,
+    reason = "generated code"
+)]
+pub mod proto {
+    tonic::include_proto!("bascule.node.v1");
+}
+
+/// The highest version of this API that this release speaks.
+pub const VERSION: u32 = 1;
+/// The lowest version of this API that this release still speaks.
+pub const VERSION_MIN: u32 = 1;
+/// The TCP port of `bascule-node`'s gRPC API.
+pub const NODE_PORT: u16 = 7410;
+/// The TCP port of the operator's Join service.
+pub const JOIN_PORT: u16 = 7409;
+/// The first TCP port of the `bascule-volume` processes, one for each attached volume.
+pub const VOLUME_PORT_FIRST: u16 = 7420;
+/// The DNS name in every node's certificate; peers check it and the certificate authority.
+pub const NODE_TLS_NAME: &str = "node.bascule.dev";
+/// The DNS name in the operator's certificates, as server (Join) and as client (Node).
+pub const OPERATOR_TLS_NAME: &str = "operator.bascule.dev";
+/// The audience of the projected token.
+pub const TOKEN_AUDIENCE: &str = "bascule.dev";
+
+/// The version that both sides speak: the lower of the two highest, or none.
+#[must_use]
+pub fn agree(version: u32, version_min: u32) -> Option<u32> {
+    let agreed = version.min(VERSION);
+    (agreed >= version_min && agreed >= VERSION_MIN).then_some(agreed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_newer_peer_that_still_speaks_ours_is_answered_in_ours() {
+        assert_eq!(agree(VERSION + 2, VERSION), Some(VERSION));
+        assert_eq!(agree(VERSION + 2, VERSION + 1), None);
+    }
+}

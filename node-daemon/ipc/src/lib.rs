@@ -1,1 +1,66 @@
-//! The local, versioned unix-socket protocols between a node's processes.
+//! The local protocols between the processes of one node, over unix stream sockets.
+//!
+//! # Constraints
+//! - A running `bascule-vm` lives for months: every release talks to the previous two. Messages are
+//!   JSON, so that a field may be added (with a serde default) without breaking an older reader; a
+//!   message is never given another meaning. [`Hello`] comes first in each direction.
+//! - The peer is on the same host and has the same or fewer rights; lengths are bounded all the same
+//!   (I7).
+//! - A client sends one request and awaits its answer; nothing else is ever in flight.
+//!
+//! | socket | server | clients | messages |
+//! |---|---|---|---|
+//! | `vms/<uid>/vm.sock` | `bascule-vm` | `bascule-node` | [`vm`] |
+//! | `volumes/<name>/volume.sock` | `bascule-volume` | `bascule-node`, `bascule-vm` | [`volume`] |
+//! | `watchdog.sock` | `bascule-watchdog` | `bascule-volume` | [`watchdog`] |
+//!
+//! # Frame
+//! | bytes | meaning |
+//! |---|---|
+//! | 4 | length of the JSON that follows, little-endian, at most [`FRAME_BYTES_MAX`] |
+//! | n | one JSON document |
+//!
+//! File descriptors travel as `SCM_RIGHTS` with the length word, at most [`FRAME_FDS_MAX`] of them.
+#![forbid(unsafe_code)]
+
+mod frame;
+pub mod vm;
+pub mod volume;
+pub mod watchdog;
+
+pub use frame::{Connection, FRAME_BYTES_MAX, FRAME_FDS_MAX, IpcError, Kind};
+
+use serde::{Deserialize, Serialize};
+
+/// The first message of either side: which protocol version it speaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    /// The highest version that the sender speaks.
+    pub version: u32,
+    /// The lowest version that the sender still speaks.
+    pub version_min: u32,
+}
+
+impl Hello {
+    /// What this release says.
+    pub const THIS: Self = Self {
+        version: 1,
+        version_min: 1,
+    };
+
+    /// The version that both sides speak: the lower of the two highest.
+    ///
+    /// # Errors
+    /// [`IpcError::Version`] when there is none.
+    pub fn agree(self, peer: Self) -> Result<u32, IpcError> {
+        let version = self.version.min(peer.version);
+        if version >= self.version_min && version >= peer.version_min {
+            Ok(version)
+        } else {
+            Err(IpcError::Version {
+                ours: self,
+                theirs: peer,
+            })
+        }
+    }
+}

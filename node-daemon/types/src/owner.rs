@@ -20,7 +20,6 @@ macro_rules! counter {
             /// When the counter would wrap: it then no longer orders anything, and going on would
             /// be unsafe.
             #[must_use]
-            #[expect(clippy::panic, reason = "a wrapped counter would order old before new")]
             pub const fn next(self) -> Self {
                 match self.0.checked_add(1) {
                     Some(value) => Self(value),

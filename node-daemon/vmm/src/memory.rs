@@ -1,0 +1,134 @@
+//! Guest RAM: one anonymous memory file, mapped in one or two regions around the hole below 4 GiB.
+//!
+//! Writes that go through [`GuestMemory`] set a bit per page in its bitmap. Writes by vCPUs do not:
+//! KVM keeps its own log. [`crate::dirty`] joins the two. Devices that let the kernel write (a read
+//! by io_uring) mark the pages themselves.
+
+use std::fs::File;
+use std::sync::Arc;
+
+use bascule_types::Bytes;
+use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+
+use crate::layout;
+
+/// The guest's RAM.
+pub type GuestMemory = GuestMemoryMmap<AtomicBitmap>;
+
+/// Smallest unit of RAM that is sent, tracked and saved.
+pub const PAGE_SIZE: u64 = 4096;
+/// Least RAM of a guest: the boot structures and a small kernel.
+pub const RAM_MIN: Bytes = Bytes::mib(8);
+/// Most RAM of a guest: what 46 address bits hold with room to spare.
+pub const RAM_MAX: Bytes = Bytes::gib(16 * 1024);
+
+/// Why there is no guest RAM.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// The size is not possible.
+    #[error("memory: {size} is not between {RAM_MIN} and {RAM_MAX} in whole MiB")]
+    Size {
+        /// The size as asked.
+        size: Bytes,
+    },
+    /// The kernel has no memory file for it.
+    #[error("cannot create a memory file of {size}")]
+    Create {
+        /// The size as asked.
+        size: Bytes,
+        /// The kernel's answer.
+        #[source]
+        source: rustix::io::Errno,
+    },
+    /// The memory file cannot be mapped.
+    #[error("cannot map guest memory")]
+    Map(#[source] vm_memory::mmap::FromRangesError),
+}
+
+/// The regions of a guest with `size` of RAM: start and length of each.
+///
+/// # Errors
+/// [`MemoryError::Size`].
+pub fn ram_ranges(size: Bytes) -> Result<Vec<(GuestAddress, u64)>, MemoryError> {
+    if size < RAM_MIN || size > RAM_MAX || !size.0.is_multiple_of(1 << 20) {
+        return Err(MemoryError::Size { size });
+    }
+    let low = size.0.min(layout::RAM_LOW_END);
+    let mut ranges = vec![(GuestAddress(0), low)];
+    if size.0 > low {
+        ranges.push((GuestAddress(layout::RAM_HIGH_START), size.0 - low));
+    }
+    Ok(ranges)
+}
+
+/// Fresh guest RAM, all zeroes, nothing of it resident yet.
+///
+/// # Errors
+/// When the size is not possible or the kernel refuses.
+pub fn create(size: Bytes) -> Result<Arc<GuestMemory>, MemoryError> {
+    let ranges = ram_ranges(size)?;
+    let failed = |source| MemoryError::Create { size, source };
+    let fd =
+        rustix::fs::memfd_create("guest-ram", rustix::fs::MemfdFlags::CLOEXEC).map_err(failed)?;
+    rustix::fs::ftruncate(&fd, size.0).map_err(failed)?;
+    let file = Arc::new(File::from(fd));
+    let mut offset = 0;
+    let mut mapped = Vec::with_capacity(ranges.len());
+    for (start, length) in ranges {
+        let backing = FileOffset::from_arc(Arc::clone(&file), offset);
+        let length_bytes = usize::try_from(length).map_err(|_| MemoryError::Size { size })?;
+        mapped.push((start, length_bytes, Some(backing)));
+        offset += length;
+    }
+    let memory = GuestMemory::from_ranges_with_files(mapped).map_err(MemoryError::Map)?;
+    Ok(Arc::new(memory))
+}
+
+/// How much RAM there is.
+#[must_use]
+pub fn size_of(memory: &GuestMemory) -> Bytes {
+    Bytes(memory.iter().map(GuestMemoryRegion::len).sum())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_memory::Bytes as _;
+
+    #[test]
+    fn ram_beyond_the_hole_goes_on_at_4_gib() {
+        let ranges = ram_ranges(Bytes::gib(4)).unwrap();
+        assert_eq!(
+            ranges,
+            [
+                (GuestAddress(0), 0xB000_0000),
+                (GuestAddress(0x1_0000_0000), 0x5000_0000)
+            ]
+        );
+        assert_eq!(ram_ranges(Bytes::mib(64)).unwrap().len(), 1);
+    }
+
+    #[test]
+    fn an_absurd_size_is_refused_with_the_field_named() {
+        for size in [
+            Bytes(0),
+            Bytes::mib(1),
+            Bytes(u64::MAX),
+            Bytes((64 << 20) + 1),
+        ] {
+            let error = create(size).unwrap_err();
+            assert!(error.to_string().starts_with("memory: "), "{error}");
+        }
+    }
+
+    #[test]
+    fn ram_reads_back_across_its_whole_length_and_is_lazily_backed() {
+        let memory = create(Bytes::gib(3)).unwrap();
+        assert_eq!(size_of(&memory), Bytes::gib(3));
+        let last = GuestAddress(0x1_0000_0000 + (3 << 30) - 0xB000_0000 - 8);
+        memory.write_obj(0x1122_3344_5566_7788_u64, last).unwrap();
+        assert_eq!(memory.read_obj::<u64>(last).unwrap(), 0x1122_3344_5566_7788);
+        assert!(memory.write_obj(0_u8, GuestAddress(0xB000_0000)).is_err());
+    }
+}

@@ -1,0 +1,132 @@
+//! Saved device state: a kind, a version and a JSON body.
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+/// The state of one device.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DeviceState {
+    /// What the body describes, such as `virtio-blk`.
+    pub kind: String,
+    /// The version of the body's layout. Each kind counts its own from 1.
+    pub version: u32,
+    /// The body.
+    pub body: serde_json::Value,
+}
+
+/// A state that a device cannot take over.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreError {
+    /// The state belongs to another kind of device.
+    #[error("{device}: state of kind {found:?} where {expected:?} is needed")]
+    Kind {
+        /// The device.
+        device: String,
+        /// Its kind.
+        expected: String,
+        /// The state's kind.
+        found: String,
+    },
+    /// The state's version is not known here.
+    #[error("{device}: state version {found} is not known, the newest known is {newest}")]
+    Version {
+        /// The device.
+        device: String,
+        /// The newest version that this release reads.
+        newest: u32,
+        /// The state's version.
+        found: u32,
+    },
+    /// The body cannot be read.
+    #[error("{device}: malformed state")]
+    Malformed {
+        /// The device.
+        device: String,
+        /// What the parser says.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// The state contradicts the device's configuration or itself.
+    #[error("{device}: state does not fit: {reason}")]
+    DoesNotFit {
+        /// The device.
+        device: String,
+        /// What does not fit.
+        reason: String,
+    },
+    /// The hypervisor refused what the state asks for.
+    #[error("{device}: cannot set up interrupts or doorbells")]
+    Hypervisor {
+        /// The device.
+        device: String,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+impl DeviceState {
+    /// A state of `kind` in layout `version` with this body.
+    ///
+    /// # Panics
+    /// When the body cannot be expressed in JSON, which for our plain structs cannot happen.
+    #[must_use]
+    pub fn new<T: Serialize>(kind: &str, version: u32, body: &T) -> Self {
+        let body = serde_json::to_value(body).expect("device state is plain data");
+        Self {
+            kind: kind.to_owned(),
+            version,
+            body,
+        }
+    }
+
+    /// The body, if this is a state of `kind` in layout `version`.
+    ///
+    /// # Errors
+    /// [`RestoreError`] otherwise, naming `device`.
+    pub fn parse<T: DeserializeOwned>(
+        &self,
+        device: &str,
+        kind: &str,
+        version: u32,
+    ) -> Result<T, RestoreError> {
+        if self.kind != kind {
+            return Err(RestoreError::Kind {
+                device: device.to_owned(),
+                expected: kind.to_owned(),
+                found: self.kind.clone(),
+            });
+        }
+        if self.version != version {
+            return Err(RestoreError::Version {
+                device: device.to_owned(),
+                newest: version,
+                found: self.version,
+            });
+        }
+        T::deserialize(&self.body).map_err(|source| RestoreError::Malformed {
+            device: device.to_owned(),
+            source,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_state_of_another_kind_or_version_is_refused_by_name() {
+        let state = DeviceState::new("virtio-rng", 1, &7_u32);
+        assert_eq!(state.parse::<u32>("rng0", "virtio-rng", 1).unwrap(), 7);
+        let kind = state.parse::<u32>("blk0", "virtio-blk", 1).unwrap_err();
+        assert!(
+            kind.to_string().starts_with("blk0: state of kind"),
+            "{kind}"
+        );
+        let version = state.parse::<u32>("rng0", "virtio-rng", 2).unwrap_err();
+        assert!(version.to_string().contains("version 1"), "{version}");
+        let body = state.parse::<String>("rng0", "virtio-rng", 1).unwrap_err();
+        assert!(matches!(body, RestoreError::Malformed { .. }));
+    }
+}

@@ -1,1 +1,35 @@
-//! The I/O gate: the shared page in which a node's lease expiry is published, and the check each write passes.
+//! The I/O gate: the shared page in which a node's lease expiry is published, and the check that
+//! each write passes right before submission.
+//!
+//! One page exists per attached volume, a file in the host's run directory (a tmpfs).
+//! `bascule-volume` is its only writer and holds an exclusive lock on it for as long as it lives.
+//! Every process that writes to the volume maps the page read-only, and so does
+//! `bascule-watchdog`. The page outlives `bascule-volume`: a restart takes it over and closes no
+//! gate.
+//!
+//! This crate must not know volumes, records or rules about when a lease may be extended: see
+//! `bascule-volume-protocol` for those. Read next: [`layout`] (the bytes), [`GateWriter`],
+//! [`GateReader`].
+//!
+//! ```no_run
+//! # use bascule_types::{Owner, SlotId, Generation};
+//! # use bascule_volume_gate::{GateReader, boot_time_now};
+//! # let mine = Owner { slot: SlotId(3), generation: Generation(7) };
+//! let gate = GateReader::open("/run/bascule/volumes/gold/gate")?;
+//! if gate.check(boot_time_now(), mine).is_ok() {
+//!     // Submit the write now.
+//! }
+//! # Ok::<(), bascule_volume_gate::GateError>(())
+//! ```
+
+mod clock;
+mod error;
+pub mod layout;
+mod page;
+mod reader;
+mod writer;
+
+pub use clock::boot_time_now;
+pub use error::GateError;
+pub use reader::{GateClosed, GateClosedReason, GateReader, GateView};
+pub use writer::{GateTakenOver, GateWriter};

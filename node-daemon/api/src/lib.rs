@@ -12,6 +12,7 @@ pub mod report;
 #[expect(
     missing_docs,
     unused_qualifications,
+    clippy::allow_attributes,
     clippy::too_many_lines,
     reason = "generated code"
 )]

@@ -1,1 +1,39 @@
-//! The bascule.dev/v1alpha1 API: its kinds as Rust types, and their CustomResourceDefinitions.
+//! The `bascule.dev/v1alpha1` API: its four kinds as Rust types, and their
+//! CustomResourceDefinitions.
+//!
+//! The doc comments of the types are what `kubectl explain` prints, so they speak to the people
+//! who write these documents. The validation rules are CEL in the schema where the API server can
+//! run them; [`VirtualMachineSpec::check`] says the same to those who read a document without an
+//! API server (the embedded mode of `bascule-node`).
+//!
+//! This crate must not know how anything is carried out. Read next: [`VirtualMachineSpec`].
+
+mod common;
+mod crd;
+mod duration;
+mod failover;
+mod migration;
+pub mod names;
+mod quantity;
+mod shared_volume;
+mod virtual_machine;
+
+pub use common::{Fingerprint, ProofKind, condition_is, set_condition};
+pub use crd::{crds, to_yaml};
+pub use duration::{Duration, DurationError};
+pub use failover::{Failover, FailoverPhase, FailoverSpec, FailoverStatus, FencingProof};
+pub use migration::{
+    MigrationMode, MigrationPhase, MigrationProgress, VirtualMachineMigration,
+    VirtualMachineMigrationSpec, VirtualMachineMigrationStatus,
+};
+pub use quantity::{Quantity, QuantityError};
+pub use shared_volume::{
+    Backing, BackingDevice, BackingFile, Fencing, FencingMode, Initialize, KeptDisk, NodeAccess,
+    NodeAccessState, SharedVolume, SharedVolumeSpec, SharedVolumeStatus, Timing, UnclaimedRow,
+};
+pub use virtual_machine::{
+    Availability, Boot, Cpu, DeletionPolicy, Disk, DiskState, DiskStatus, DrainPolicy,
+    ExistingDisk, FailurePolicy, FieldError, HostFileSource, HttpSource, Interface,
+    InterfaceStatus, MigrationLimits, Ownership, Phase, Placement, RestartLimits, RunPolicy,
+    Source, SourceKind, VirtualMachine, VirtualMachineSpec, VirtualMachineStatus, mac_address,
+};

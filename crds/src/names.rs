@@ -1,0 +1,174 @@
+//! Every string that users, scripts and alerts see and may rely on: condition types and reasons,
+//! event reasons, labels, annotations, finalizers, the field manager. Each exists once, here.
+
+/// The API group of all kinds.
+pub const GROUP: &str = "bascule.dev";
+/// The API version of all kinds.
+pub const VERSION: &str = "v1alpha1";
+/// The name under which the operator owns fields in server-side apply.
+pub const FIELD_MANAGER: &str = "bascule-operator";
+/// Kept on a VirtualMachine until its guest has ended and its row is off the volume.
+pub const VM_FINALIZER: &str = "bascule.dev/virtual-machine";
+/// Kept on a SharedVolume until no VirtualMachine lives on it.
+pub const VOLUME_FINALIZER: &str = "bascule.dev/shared-volume";
+/// The audience of the token with which a node joins.
+pub const JOIN_AUDIENCE: &str = "bascule.dev";
+
+/// Label: the name of the VirtualMachine that a pod, migration or failover belongs to.
+pub const LABEL_VM: &str = "bascule.dev/virtual-machine";
+/// Label on pods: what it is there for. Value [`ROLE_RESERVATION`].
+pub const LABEL_ROLE: &str = "bascule.dev/role";
+/// A pod that holds a VM's CPU and memory in the scheduler's books.
+pub const ROLE_RESERVATION: &str = "reservation";
+/// Label on a reservation pod: `current` where the VM runs, `migration` where it is going to.
+pub const LABEL_PURPOSE: &str = "bascule.dev/purpose";
+/// Label on a migration: what asked for it, `drain` or nothing.
+pub const LABEL_TRIGGER: &str = "bascule.dev/trigger";
+/// A migration that an evicted reservation asked for.
+pub const TRIGGER_DRAIN: &str = "drain";
+/// Annotation on a reservation pod: the digest of the spec that it was made for.
+pub const ANNOTATION_SPEC_DIGEST: &str = "bascule.dev/spec-digest";
+/// Annotation on a SharedVolume: an administrator's word that a node is dead, written as
+/// `<node>/<slot>/<generation>`, as the Failover that waits for it names them.
+pub const ANNOTATION_CONFIRM_FENCED: &str = "bascule.dev/confirm-fenced";
+
+/// Condition types.
+pub mod condition {
+    /// The summary: the object is in the state that its spec asks for.
+    pub const READY: &str = "Ready";
+    /// The VM would survive the loss of its node.
+    pub const PROTECTED: &str = "Protected";
+    /// Disks, kernel and initrd are on the volume, complete and verified.
+    pub const IMPORTED: &str = "Imported";
+    /// The spec has changed since the guest was started; the change waits for the next start.
+    pub const RESTART_REQUIRED: &str = "RestartRequired";
+    /// A migration or failover has come to an end.
+    pub const COMPLETE: &str = "Complete";
+    /// The fencing that was asked for is in force.
+    pub const FENCING_AVAILABLE: &str = "FencingAvailable";
+}
+
+/// Reasons of conditions and events. Stable: scripts and alerts may rely on them.
+pub mod reason {
+    /// The guest runs.
+    pub const RUNNING: &str = "Running";
+    /// The guest is stopped, as asked.
+    pub const STOPPED: &str = "Stopped";
+    /// The guest is about to start.
+    pub const STARTING: &str = "Starting";
+    /// The guest was asked to shut down.
+    pub const STOPPING: &str = "Stopping";
+    /// Disks, kernel or initrd are being copied to the volume.
+    pub const IMPORTING: &str = "Importing";
+    /// Everything is on the volume.
+    pub const IMPORTED: &str = "Imported";
+    /// A source could not be fetched or failed its check.
+    pub const IMPORT_FAILED: &str = "ImportFailed";
+    /// No node has room for the VM, or none fits its placement.
+    pub const UNSCHEDULABLE: &str = "Unschedulable";
+    /// The reservation pod waits for the scheduler.
+    pub const SCHEDULING: &str = "Scheduling";
+    /// The SharedVolume does not exist.
+    pub const VOLUME_MISSING: &str = "VolumeMissing";
+    /// The SharedVolume is not usable on the node.
+    pub const VOLUME_UNAVAILABLE: &str = "VolumeUnavailable";
+    /// The volume has no room.
+    pub const VOLUME_FULL: &str = "VolumeFull";
+    /// A disk is claimed by another VM.
+    pub const DISK_CLAIMED: &str = "DiskClaimed";
+    /// The volume refused what was asked, for the reason in the message.
+    pub const VOLUME_REFUSED: &str = "VolumeRefused";
+    /// The guest could not be started, for the reason in the message.
+    pub const START_FAILED: &str = "StartFailed";
+    /// The guest ended without being asked to.
+    pub const GUEST_FAILED: &str = "GuestFailed";
+    /// The guest shut itself down.
+    pub const GUEST_SHUT_DOWN: &str = "GuestShutDown";
+    /// Restarted too often; waiting before the next attempt.
+    pub const BACKING_OFF: &str = "BackingOff";
+    /// The restart budget is used up.
+    pub const RESTARTS_EXHAUSTED: &str = "RestartsExhausted";
+    /// The guest is moving to another node.
+    pub const MIGRATING: &str = "Migrating";
+    /// The node that owns the VM is not heard of; the guest may well be running.
+    pub const NODE_UNREACHABLE: &str = "NodeUnreachable";
+    /// The node is suspected dead; the volume waits for a proof.
+    pub const NODE_SUSPECT: &str = "NodeSuspect";
+    /// The volume waits for an administrator's word that the node is dead.
+    pub const WAITING_FOR_CONFIRMATION: &str = "WaitingForConfirmation";
+    /// The node's guests lost their storage path and wait.
+    pub const STORAGE_LOST: &str = "StorageLost";
+    /// The VM is being deleted.
+    pub const DELETING: &str = "Deleting";
+    /// The spec cannot be carried out, for the reason in the message.
+    pub const INVALID_SPEC: &str = "InvalidSpec";
+    /// Nothing is known yet.
+    pub const UNKNOWN: &str = "Unknown";
+
+    /// Protected: its node's loss leads to a restart elsewhere.
+    pub const PROTECTED: &str = "Protected";
+    /// Not protected: the VM does not run.
+    pub const NOT_RUNNING: &str = "NotRunning";
+    /// Not protected: `availability.onNodeFailure` is Leave.
+    pub const POLICY_LEAVE: &str = "PolicyLeave";
+    /// Not protected: the volume's fencing needs a human.
+    pub const FENCING_MANUAL: &str = "FencingManual";
+    /// Not protected: the node has no hardware watchdog.
+    pub const NO_WATCHDOG: &str = "NoWatchdog";
+    /// Not protected: the volume is a file.
+    pub const FILE_BACKING: &str = "FileBacking";
+    /// Not protected: no other node has a direct path to the volume.
+    pub const NO_OTHER_NODE: &str = "NoOtherNode";
+
+    /// The fencing mode is declared in the API and does not exist yet.
+    pub const FENCING_NOT_IMPLEMENTED: &str = "FencingNotImplemented";
+    /// The fencing that was asked for is in force.
+    pub const FENCING_IN_FORCE: &str = "FencingInForce";
+    /// At least one node has the volume attached.
+    pub const ATTACHED: &str = "Attached";
+    /// No node has the volume attached.
+    pub const NOT_ATTACHED: &str = "NotAttached";
+    /// The volume is not formatted, and `initialize` is Never.
+    pub const NOT_FORMATTED: &str = "NotFormatted";
+    /// The volume is being formatted.
+    pub const FORMATTING: &str = "Formatting";
+    /// VirtualMachines still live on the volume.
+    pub const IN_USE: &str = "InUse";
+
+    /// A migration waits for the scheduler to find a target.
+    pub const PLACING: &str = "Placing";
+    /// A migration or failover is under way.
+    pub const IN_PROGRESS: &str = "InProgress";
+    /// A migration or failover reached its goal.
+    pub const SUCCEEDED: &str = "Succeeded";
+    /// A migration failed; the guest runs where it was.
+    pub const FAILED: &str = "Failed";
+    /// A migration was cancelled; the guest runs where it was.
+    pub const CANCELLED: &str = "Cancelled";
+    /// A migration was refused: the VM is not running.
+    pub const VM_NOT_RUNNING: &str = "VirtualMachineNotRunning";
+    /// A migration was refused: there is no such VM.
+    pub const VM_NOT_FOUND: &str = "VirtualMachineNotFound";
+    /// A migration was refused: the VM is on the target already.
+    pub const TARGET_IS_SOURCE: &str = "TargetIsSource";
+    /// A migration was refused: there is no such node, or it runs no bascule-node.
+    pub const TARGET_UNKNOWN: &str = "TargetUnknown";
+    /// A migration was refused: the target is cordoned.
+    pub const TARGET_CORDONED: &str = "TargetCordoned";
+    /// A migration was refused: another one of the same VM is under way.
+    pub const ANOTHER_MIGRATION_RUNS: &str = "AnotherMigrationRuns";
+    /// A migration found no node within its time limit.
+    pub const NO_TARGET: &str = "NoTarget";
+    /// A migration did not end within its time limit.
+    pub const TIMED_OUT: &str = "TimedOut";
+    /// The VM was deleted or stopped in the meantime.
+    pub const SUPERSEDED: &str = "Superseded";
+    /// The suspected node came back before it was proved dead.
+    pub const NODE_RETURNED: &str = "NodeReturned";
+    /// A takeover was granted.
+    pub const TAKEN_OVER: &str = "TakenOver";
+    /// A reservation pod was lost and made again.
+    pub const RESERVATION_LOST: &str = "ReservationLost";
+    /// A row on the volume has no VirtualMachine.
+    pub const UNCLAIMED_ROW: &str = "UnclaimedRow";
+}

@@ -1,0 +1,419 @@
+//! The rules of the schema, for those who read a document without an API server.
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use sha2::{Digest, Sha256};
+
+use super::spec::{Disk, Interface, Source, VirtualMachineSpec};
+use crate::{Duration, Quantity};
+
+/// A field with a value that cannot be carried out.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{field}: {message}")]
+pub struct FieldError {
+    /// The field's path, for example `spec.disks[1].size`.
+    pub field: String,
+    /// What is wrong, and what to write instead.
+    pub message: String,
+}
+
+impl VirtualMachineSpec {
+    /// Checks what the schema's rules check, plus what follows from several fields together.
+    ///
+    /// # Errors
+    /// Every field that is wrong, in document order.
+    pub fn check(&self, metadata: &ObjectMeta) -> Result<(), Vec<FieldError>> {
+        let mut errors = Errors(vec![]);
+        let name = metadata.name.as_deref().unwrap_or_default();
+        errors.require(is_label(name), "metadata.name", DNS_LABEL);
+        errors.require(
+            (1..=64).contains(&self.cpu.cores),
+            "spec.cpu.cores",
+            "a guest has 1 to 64 processors",
+        );
+        if let Some(bytes) = errors.quantity(&self.memory, "spec.memory") {
+            let sane = (16 * MIB..=4 * TIB).contains(&bytes);
+            errors.require(
+                sane,
+                "spec.memory",
+                "a guest has at least 16Mi and at most 4Ti of memory",
+            );
+            errors.require(
+                bytes % (2 * MIB) == 0,
+                "spec.memory",
+                "memory must be a multiple of 2Mi",
+            );
+        }
+        errors.source(&self.boot.kernel, "spec.boot.kernel");
+        if let Some(initrd) = &self.boot.initrd {
+            errors.source(initrd, "spec.boot.initrd");
+        }
+        errors.require(
+            self.boot.cmdline.len() <= 2047,
+            "spec.boot.cmdline",
+            "the kernel takes at most 2047 bytes",
+        );
+        errors.require(
+            !self.volume.is_empty(),
+            "spec.volume",
+            "name the SharedVolume",
+        );
+        errors.require(self.disks.len() <= 16, "spec.disks", "at most 16 disks");
+        errors.require(
+            self.interfaces.len() <= 8,
+            "spec.interfaces",
+            "at most 8 interfaces",
+        );
+        for (index, disk) in self.disks.iter().enumerate() {
+            errors.disk(disk, &format!("spec.disks[{index}]"));
+            let twice = self.disks[..index]
+                .iter()
+                .any(|other| other.name == disk.name);
+            errors.require(
+                !twice,
+                &format!("spec.disks[{index}].name"),
+                "the name is used twice",
+            );
+        }
+        for (index, interface) in self.interfaces.iter().enumerate() {
+            let path = format!("spec.interfaces[{index}]");
+            errors.interface(interface, &path);
+            let twice = self.interfaces[..index]
+                .iter()
+                .any(|other| other.name == interface.name);
+            errors.require(!twice, &format!("{path}.name"), "the name is used twice");
+        }
+        self.check_availability(&mut errors);
+        if errors.0.is_empty() {
+            Ok(())
+        } else {
+            Err(errors.0)
+        }
+    }
+
+    fn check_availability(&self, errors: &mut Errors) {
+        let limits = &self.availability.migration;
+        let restart = &self.availability.restart;
+        let day = 24 * 3600 * 1000;
+        errors.duration(
+            &limits.downtime,
+            1,
+            day,
+            "spec.availability.migration.downtime",
+        );
+        for (duration, field) in [
+            (
+                &limits.live_timeout,
+                "spec.availability.migration.liveTimeout",
+            ),
+            (
+                &limits.quick_timeout,
+                "spec.availability.migration.quickTimeout",
+            ),
+            (
+                &limits.shutdown_timeout,
+                "spec.availability.migration.shutdownTimeout",
+            ),
+        ] {
+            errors.duration(duration, 1000, day, field);
+        }
+        if let Some(bandwidth) = &limits.bandwidth {
+            let field = "spec.availability.migration.bandwidth";
+            let bytes = errors.quantity(bandwidth, field);
+            let enough = bytes.is_none_or(|bytes| bytes >= MIB);
+            errors.require(
+                enough,
+                field,
+                "bandwidth must be at least 1Mi (bytes per second)",
+            );
+        }
+        errors.require(
+            (0..=100).contains(&restart.attempts_max),
+            "spec.availability.restart.attemptsMax",
+            "0 to 100 restarts",
+        );
+        errors.duration(
+            &restart.window,
+            1000,
+            u64::MAX,
+            "spec.availability.restart.window",
+        );
+        errors.duration(
+            &restart.backoff,
+            0,
+            u64::MAX,
+            "spec.availability.restart.backoff",
+        );
+    }
+}
+
+/// The MAC address of a virtual machine's interface that asks for none: locally administered,
+/// unicast, and the same wherever and whenever it is derived.
+#[must_use]
+pub fn mac_address(vm_uid: &str, interface: &str) -> [u8; 6] {
+    let digest = Sha256::digest(format!("{vm_uid}/{interface}"));
+    [0x02, digest[0], digest[1], digest[2], digest[3], digest[4]]
+}
+
+/// The errors so far.
+struct Errors(Vec<FieldError>);
+
+impl Errors {
+    fn require(&mut self, holds: bool, field: &str, message: &str) {
+        if !holds {
+            self.0.push(FieldError {
+                field: field.to_owned(),
+                message: message.to_owned(),
+            });
+        }
+    }
+
+    fn quantity(&mut self, quantity: &Quantity, field: &str) -> Option<u64> {
+        let parsed = quantity.to_bytes();
+        if let Err(error) = &parsed {
+            self.require(false, field, &error.to_string());
+        }
+        parsed.ok()
+    }
+
+    fn duration(&mut self, duration: &Duration, min_ms: u64, max_ms: u64, field: &str) {
+        match duration.to_std() {
+            Ok(std) => {
+                let ms = u64::try_from(std.as_millis()).unwrap_or(u64::MAX);
+                let sane = (min_ms..=max_ms).contains(&ms);
+                let least = std::time::Duration::from_millis(min_ms);
+                self.require(
+                    sane,
+                    field,
+                    &format!("too short or too long; at least {least:?}"),
+                );
+            }
+            Err(error) => self.require(false, field, &error.to_string()),
+        }
+    }
+
+    fn source(&mut self, source: &Source, field: &str) {
+        self.require(
+            source.kind().is_some(),
+            field,
+            "set exactly one of http and hostFile",
+        );
+        if let Some(http) = &source.http {
+            let path = format!("{field}.http");
+            let rest = http
+                .url
+                .strip_prefix("http://")
+                .or(http.url.strip_prefix("https://"));
+            let host_and_path = rest.and_then(|rest| rest.split_once('/'));
+            let good = host_and_path.is_some_and(|(host, _)| !host.is_empty())
+                && !http.url.contains(char::is_whitespace);
+            let message = "url must begin with http:// or https://, name a host and have a path";
+            self.require(good, &format!("{path}.url"), message);
+            self.require(is_sha256(&http.sha256), &format!("{path}.sha256"), SHA256);
+        }
+        if let Some(file) = &source.host_file {
+            let path = format!("{field}.hostFile");
+            let message = "a name from the administrator's allow-list, not a path";
+            self.require(is_label(&file.name), &format!("{path}.name"), message);
+            let good = file.sha256.as_deref().is_none_or(is_sha256);
+            self.require(good, &format!("{path}.sha256"), SHA256);
+        }
+    }
+
+    fn disk(&mut self, disk: &Disk, field: &str) {
+        let named = is_label(&disk.name) && !disk.name.starts_with("boot-");
+        let message = "a disk's name is a DNS label and does not begin with boot-";
+        self.require(named, &format!("{field}.name"), message);
+        self.require(
+            disk.source.is_none() || disk.existing.is_none(),
+            field,
+            "set source for a new disk or existing for a kept one, not both",
+        );
+        self.require(
+            disk.existing.is_some() != disk.size.is_some(),
+            &format!("{field}.size"),
+            "a new disk needs a size; a kept disk (existing) brings its own",
+        );
+        if let Some(size) = &disk.size {
+            let bytes = self.quantity(size, &format!("{field}.size"));
+            let sane = bytes.is_none_or(|bytes| (MIB..=64 * TIB).contains(&bytes));
+            self.require(
+                sane,
+                &format!("{field}.size"),
+                "a disk has at least 1Mi and at most 64Ti",
+            );
+        }
+        if let Some(source) = &disk.source {
+            self.source(source, &format!("{field}.source"));
+        }
+        if let Some(existing) = &disk.existing {
+            let good = existing
+                .name
+                .split_once('.')
+                .is_some_and(|(a, b)| is_label(a) && is_label(b));
+            let message = "write it as <virtual machine>.<disk>, as the volume lists it";
+            self.require(good, &format!("{field}.existing.name"), message);
+        }
+    }
+
+    fn interface(&mut self, interface: &Interface, field: &str) {
+        self.require(
+            is_label(&interface.name),
+            &format!("{field}.name"),
+            DNS_LABEL,
+        );
+        let message = "a name from the administrator's allow-list";
+        self.require(
+            is_label(&interface.bridge),
+            &format!("{field}.bridge"),
+            message,
+        );
+        let good = interface.mac.as_deref().is_none_or(is_unicast_mac);
+        let message = "a unicast address of six lower-case bytes, such as 02:00:00:12:34:56";
+        self.require(good, &format!("{field}.mac"), message);
+    }
+}
+
+/// RFC 1123 label.
+fn is_label(text: &str) -> bool {
+    let bytes = text.as_bytes();
+    let inner = |b: &u8| b.is_ascii_lowercase() || b.is_ascii_digit() || *b == b'-';
+    (1..=63).contains(&bytes.len())
+        && bytes.iter().all(inner)
+        && !text.starts_with('-')
+        && !text.ends_with('-')
+}
+
+fn is_sha256(text: &str) -> bool {
+    text.len() == 64
+        && text
+            .bytes()
+            .all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
+}
+
+fn is_unicast_mac(text: &str) -> bool {
+    let parts: Vec<&str> = text.split(':').collect();
+    let byte = |part: &&str| {
+        part.len() == 2
+            && part
+                .bytes()
+                .all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
+    };
+    let first = parts
+        .first()
+        .and_then(|part| u8::from_str_radix(part, 16).ok());
+    parts.len() == 6
+        && parts.iter().all(byte)
+        && first.is_some_and(|byte| byte & 1 == 0)
+        && text != "00:00:00:00:00:00"
+}
+
+const MIB: u64 = 1 << 20;
+const TIB: u64 = 1 << 40;
+const DNS_LABEL: &str = "must be a DNS label: at most 63 lower-case letters, digits and hyphens";
+const SHA256: &str = "sha256 must be 64 hexadecimal digits in lower case, as sha256sum prints them";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::VirtualMachine;
+
+    const GOOD: &str = r"
+apiVersion: bascule.dev/v1alpha1
+kind: VirtualMachine
+metadata: {name: web, namespace: default}
+spec:
+  memory: 512Mi
+  volume: san
+  boot:
+    kernel: {hostFile: {name: debian-kernel}}
+    cmdline: console=ttyS0
+  disks:
+  - {name: root, size: 1Gi, source: {hostFile: {name: debian-root}}}
+  - {name: data, existing: {name: old.data}}
+  interfaces:
+  - {name: lan, bridge: lan}
+";
+
+    fn errors_of(document: &str) -> Vec<String> {
+        let vm: VirtualMachine = serde_saphyr::from_str(document).unwrap();
+        match vm.spec.check(&vm.metadata) {
+            Ok(()) => vec![],
+            Err(errors) => errors.iter().map(ToString::to_string).collect(),
+        }
+    }
+
+    #[test]
+    fn a_sound_document_passes() {
+        assert_eq!(errors_of(GOOD), Vec::<String>::new());
+    }
+
+    #[test]
+    fn every_bad_value_is_reported_with_its_field() {
+        for (from, to, field) in [
+            ("name: web", "name: Web", "metadata.name"),
+            ("512Mi", "-1", "spec.memory"),
+            ("512Mi", "1Mi", "spec.memory"),
+            ("512Mi", "17Mi", "spec.memory"),
+            ("512Mi", "5Ti", "spec.memory"),
+            (
+                "{hostFile: {name: debian-kernel}}",
+                "{}",
+                "spec.boot.kernel",
+            ),
+            (
+                "debian-kernel",
+                "/boot/vmlinuz",
+                "spec.boot.kernel.hostFile.name",
+            ),
+            (
+                "{hostFile: {name: debian-kernel}}",
+                "{http: {url: 'ftp://x/y', sha256: ''}}",
+                "spec.boot.kernel.http.url",
+            ),
+            ("volume: san", "volume: ''", "spec.volume"),
+            ("name: root", "name: boot-kernel", "spec.disks[0].name"),
+            ("size: 1Gi, ", "", "spec.disks[0].size"),
+            ("name: data,", "name: root,", "spec.disks[1].name"),
+            ("old.data", "data", "spec.disks[1].existing.name"),
+            ("bridge: lan", "bridge: ../lan", "spec.interfaces[0].bridge"),
+            (
+                "bridge: lan",
+                "bridge: lan, mac: '01:00:00:00:00:01'",
+                "spec.interfaces[0].mac",
+            ),
+            (
+                "memory: 512Mi",
+                "memory: 512Mi\n  cpu: {cores: 0}",
+                "spec.cpu.cores",
+            ),
+            (
+                "memory: 512Mi",
+                "memory: 512Mi\n  availability: {migration: {liveTimeout: 0s}}",
+                "spec.availability.migration.liveTimeout",
+            ),
+        ] {
+            assert!(GOOD.contains(from), "{from}");
+            let errors = errors_of(&GOOD.replacen(from, to, 1));
+            assert!(
+                errors
+                    .iter()
+                    .any(|error| error.starts_with(&format!("{field}:"))),
+                "{to}: {errors:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_derived_mac_is_local_unicast_and_stable() {
+        let mac = mac_address("6fa459ea-ee8a-4ca4-894e-db77e160355e", "lan");
+        assert_eq!(mac[0], 0x02);
+        assert_eq!(
+            mac,
+            mac_address("6fa459ea-ee8a-4ca4-894e-db77e160355e", "lan")
+        );
+        assert_ne!(
+            mac,
+            mac_address("6fa459ea-ee8a-4ca4-894e-db77e160355e", "wan")
+        );
+    }
+}

@@ -1,0 +1,452 @@
+//! What is asked of a virtual machine.
+#![expect(
+    unreachable_pub,
+    clippy::duplicated_attributes,
+    reason = "the KubeSchema derive repeats each struct, with its attributes, inside a function"
+)]
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::api::core::v1::{Affinity, Toleration, TopologySpreadConstraint};
+use kube::{CustomResource, KubeSchema};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::status::VirtualMachineStatus;
+use crate::{Duration, Quantity};
+
+/// What is asked of the virtual machine.
+#[derive(CustomResource, KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+#[kube(
+    group = "bascule.dev",
+    version = "v1alpha1",
+    kind = "VirtualMachine",
+    plural = "virtualmachines",
+    shortname = "vm",
+    category = "bascule",
+    namespaced,
+    status = "VirtualMachineStatus",
+    derive = "PartialEq",
+    doc = "A virtual machine that Bascule keeps available: it runs on some node, moves while it runs when that node is drained, and is started elsewhere when that node is lost. Never do two copies of it write to its disks.",
+    printcolumn(name = "Status", type_ = "string", json_path = ".status.phase", description = "What the virtual machine is doing."),
+    printcolumn(name = "Node", type_ = "string", json_path = ".status.node", description = "The node that it runs on."),
+    printcolumn(name = "Ready", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].status", description = "Whether it is in the state that its spec asks for."),
+    printcolumn(name = "Protected", type_ = "string", json_path = ".status.conditions[?(@.type==\"Protected\")].status", description = "Whether it would survive the loss of its node."),
+    printcolumn(name = "Reason", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].reason", priority = 1, description = "Why it is or is not ready."),
+    printcolumn(name = "Unprotected", type_ = "string", json_path = ".status.conditions[?(@.type==\"Protected\")].reason", priority = 1, description = "Why it is or is not protected."),
+    printcolumn(name = "Volume", type_ = "string", json_path = ".spec.volume", priority = 1, description = "The SharedVolume that it lives on."),
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
+    validation = Rule::new("self.metadata.name.matches('^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$')").message("metadata.name must be a DNS label: at most 63 lower-case letters, digits and hyphens, because the names of its disks on the volume are made of it"),
+)]
+pub struct VirtualMachineSpec {
+    /// Whether the guest should run. Always: start it, and start it again whenever it ends.
+    /// OnFailure: start it, and start it again unless the guest shut itself down. Stopped: shut it
+    /// down with its power button, and force it off after availability.migration.shutdownTimeout.
+    #[serde(default)]
+    pub run_policy: RunPolicy,
+    /// The virtual processors.
+    #[serde(default)]
+    pub cpu: Cpu,
+    /// The guest's memory, for example 512Mi or 8Gi. At least 16Mi, at most 4Ti, a multiple of 2Mi.
+    /// A change takes effect at the guest's next start.
+    #[x_kube(
+        validation = Rule::new("!self.matches('^[0-9]{1,16}(Ki|Mi|Gi|Ti|k|M|G|T)?$') || (quantity(self).compareTo(quantity('16Mi')) >= 0 && quantity(self).compareTo(quantity('4Ti')) <= 0)").message("a guest has at least 16Mi and at most 4Ti of memory"),
+        validation = Rule::new("!self.matches('^[0-9]{1,13}(Ki|Mi|Gi|Ti|k|M|G|T)?$') || !quantity(self).isInteger() || quantity(self).asInteger() % 2097152 == 0").message("memory must be a multiple of 2Mi, for example 512Mi or 2Gi"),
+    )]
+    pub memory: Quantity,
+    /// What the guest boots. Copied to the volume when the virtual machine is created, so that a
+    /// restart on another node needs nothing but the volume.
+    pub boot: Boot,
+    /// The SharedVolume that the virtual machine lives on, by name. Cannot be changed.
+    #[x_kube(validation = Rule::new("self == oldSelf").message("volume cannot be changed: create another VirtualMachine on the other volume and attach the kept disks there"))]
+    #[schemars(length(min = 1, max = 253))]
+    pub volume: String,
+    /// The guest's disks, in the order in which the guest finds them. The set of disks cannot be
+    /// changed after creation.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 16), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
+    #[x_kube(validation = Rule::new("self.size() == oldSelf.size() && self.all(d, oldSelf.exists(o, o.name == d.name))").message("disks cannot be added, removed or renamed after creation: create another VirtualMachine and attach the kept disks there"))]
+    pub disks: Vec<Disk>,
+    /// The guest's network interfaces, in the order in which the guest finds them. A change takes
+    /// effect at the guest's next start.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 8), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
+    pub interfaces: Vec<Interface>,
+    /// What happens on a drain and on the loss of a node.
+    #[serde(default)]
+    pub availability: Availability,
+    /// Where the virtual machine may run. Copied to the reservation pod that the scheduler places
+    /// for it. A change takes effect with the next reservation.
+    #[serde(default)]
+    pub placement: Placement,
+}
+
+/// Whether the guest should run.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum RunPolicy {
+    /// It should run, always.
+    #[default]
+    Always,
+    /// It should run until it shuts itself down.
+    OnFailure,
+    /// It should be stopped.
+    Stopped,
+}
+
+/// Virtual processors.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Cpu {
+    /// How many processors the guest sees, 1 to 64. The scheduler reserves this number divided by
+    /// the chart's allocationRatio. A change takes effect at the guest's next start.
+    #[serde(default = "one")]
+    #[schemars(range(min = 1, max = 64))]
+    pub cores: i32,
+}
+
+/// What the guest boots.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(validation = Rule::new("has(self.initrd) == has(oldSelf.initrd)").message("boot.initrd cannot be added or removed: it was copied to the volume when the VirtualMachine was created"))]
+pub struct Boot {
+    /// The kernel: an x86-64 Linux bzImage, or an ELF image with a PVH entry note. Cannot be
+    /// changed.
+    #[x_kube(validation = Rule::new("self == oldSelf").message("boot.kernel cannot be changed: it was copied to the volume when the VirtualMachine was created"))]
+    pub kernel: Source,
+    /// The initial RAM disk, if the kernel wants one. Cannot be changed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[x_kube(validation = Rule::new("self == oldSelf").message("boot.initrd cannot be changed: it was copied to the volume when the VirtualMachine was created"))]
+    pub initrd: Option<Source>,
+    /// The kernel's command line, for example "console=ttyS0 root=/dev/vda". A change takes effect
+    /// at the guest's next start.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    #[schemars(length(max = 2047))]
+    pub cmdline: String,
+}
+
+/// Where an image comes from: exactly one of http and hostFile.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(validation = Rule::new("has(self.http) != has(self.hostFile)").message("set exactly one of http and hostFile"))]
+pub struct Source {
+    /// An image that is fetched by HTTP and checked against its hash.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub http: Option<HttpSource>,
+    /// A file on the nodes that an administrator has given a name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host_file: Option<HostFileSource>,
+}
+
+/// An image that is fetched by HTTP.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct HttpSource {
+    /// Where it is, http:// or https://. The importer follows no redirect out of the addresses that
+    /// the administrator allows.
+    #[schemars(length(max = 2048))]
+    #[x_kube(validation = Rule::new("self.matches('^https?://[^/ ]+/[^ ]*$')").message("url must begin with http:// or https://, name a host and have a path"))]
+    pub url: String,
+    /// The SHA-256 of the image, 64 hexadecimal digits in lower case, as sha256sum prints it.
+    #[schemars(length(max = 64))]
+    #[x_kube(validation = Rule::new("self.matches('^[0-9a-f]{64}$')").message("sha256 must be 64 hexadecimal digits in lower case, as sha256sum prints them"))]
+    pub sha256: String,
+}
+
+/// A file on the nodes, by the name that an administrator gave it.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct HostFileSource {
+    /// Its name in the administrator's allow-list: the chart's value node.hostFiles, or
+    /// --host-file NAME=PATH without Kubernetes. Never a path.
+    #[schemars(length(min = 1, max = 63))]
+    #[x_kube(validation = Rule::new("self.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?$')").message("hostFile.name is a name from the administrator's allow-list, not a path: lower-case letters, digits and hyphens"))]
+    pub name: String,
+    /// If given, the file must have this SHA-256.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 64))]
+    #[x_kube(validation = Rule::new("self.matches('^[0-9a-f]{64}$')").message("sha256 must be 64 hexadecimal digits in lower case, as sha256sum prints them"))]
+    pub sha256: Option<String>,
+}
+
+/// One disk of the guest: new and empty, new from an image, or a kept one.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(
+    validation = Rule::new("!(has(self.source) && has(self.existing))").message("set source for a new disk or existing for a kept one, not both"),
+    validation = Rule::new("has(self.existing) != has(self.size)").message("a new disk needs a size; a kept disk (existing) brings its own"),
+    validation = Rule::new("has(self.size) == has(oldSelf.size) && (!has(self.size) || self.size == oldSelf.size) && has(self.source) == has(oldSelf.source) && (!has(self.source) || self.source == oldSelf.source) && has(self.existing) == has(oldSelf.existing) && (!has(self.existing) || self.existing == oldSelf.existing)").message("size, source and existing of a disk cannot be changed after creation; only deletionPolicy can"),
+)]
+pub struct Disk {
+    /// The disk's name among this virtual machine's. On the volume it is called
+    /// <namespace>/<virtual machine>.<name>. Names that begin with boot- are taken by kernel and
+    /// initrd. Cannot be changed.
+    #[schemars(length(min = 1, max = 63))]
+    #[x_kube(validation = Rule::new("self.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?$') && !self.startsWith('boot-')").message("a disk's name is a DNS label (lower-case letters, digits, hyphens) and does not begin with boot-"))]
+    pub name: String,
+    /// The size that the guest sees, for example 20Gi. At least 1Mi, at most 64Ti. Rounded up to
+    /// whole extents of the volume (1Mi by default).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[x_kube(validation = Rule::new("!self.matches('^[0-9]{1,16}(Ki|Mi|Gi|Ti|k|M|G|T)?$') || (quantity(self).compareTo(quantity('1Mi')) >= 0 && quantity(self).compareTo(quantity('64Ti')) <= 0)").message("a disk has at least 1Mi and at most 64Ti"))]
+    pub size: Option<Quantity>,
+    /// The raw image that a new disk begins with. Without it the disk is empty and reads as
+    /// zeroes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<Source>,
+    /// A disk that an earlier virtual machine of this namespace left on the volume.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub existing: Option<ExistingDisk>,
+    /// What becomes of the disk when the VirtualMachine is deleted. Keep: it stays on the volume,
+    /// is listed in the SharedVolume's status, and can be attached again with existing. Delete: its
+    /// contents are gone for good.
+    #[serde(default)]
+    pub deletion_policy: DeletionPolicy,
+}
+
+/// A kept disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ExistingDisk {
+    /// Its name on the volume without the namespace, <virtual machine>.<disk>, as the
+    /// SharedVolume's status.keptDisks lists it.
+    #[schemars(length(min = 3, max = 127))]
+    pub name: String,
+}
+
+/// What becomes of a disk when its VirtualMachine is deleted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum DeletionPolicy {
+    /// It stays on the volume.
+    #[default]
+    Keep,
+    /// It is deleted.
+    Delete,
+}
+
+/// One network interface of the guest.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Interface {
+    /// The interface's name in this document; the guest chooses its own.
+    #[schemars(length(min = 1, max = 63))]
+    #[x_kube(validation = Rule::new("self.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?$')").message("an interface's name is a DNS label: lower-case letters, digits, hyphens"))]
+    pub name: String,
+    /// The network that it is attached to: a bridge of the node, by the name that an administrator
+    /// gave it in the chart's value node.bridges, or with --bridge NAME=DEVICE without Kubernetes.
+    #[schemars(length(min = 1, max = 63))]
+    #[x_kube(validation = Rule::new("self.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?$')").message("bridge is a name from the administrator's allow-list: lower-case letters, digits and hyphens"))]
+    pub bridge: String,
+    /// The interface's unicast MAC address, for example 02:00:00:12:34:56. By default one is
+    /// derived from the VirtualMachine's UID, and stays the same for its life.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 17))]
+    #[x_kube(validation = Rule::new("self.matches('^[0-9a-f][02468ace](:[0-9a-f]{2}){5}$') && self != '00:00:00:00:00:00'").message("mac must be a unicast address of six lower-case hexadecimal bytes, such as 02:00:00:12:34:56"))]
+    pub mac: Option<String>,
+}
+
+/// What happens on a drain and on the loss of a node.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Availability {
+    /// What happens when the node is drained, or the virtual machine evicted or preempted.
+    /// LiveMigrate: move it while it runs, and fall back to QuickMigrate, then to Shutdown.
+    /// QuickMigrate: pause it, save it to the volume, go on elsewhere; fall back to Shutdown.
+    /// Shutdown: shut it down and start it elsewhere.
+    #[serde(default)]
+    pub on_drain: DrainPolicy,
+    /// What happens when the node is lost. Restart: start it elsewhere as soon as the volume grants
+    /// it. Leave: wait for the node.
+    #[serde(default)]
+    pub on_node_failure: FailurePolicy,
+    /// Limits of the moves that a drain makes.
+    #[serde(default)]
+    pub migration: MigrationLimits,
+    /// How often a guest that ends by itself is started again.
+    #[serde(default)]
+    pub restart: RestartLimits,
+}
+
+/// What happens on a drain.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum DrainPolicy {
+    /// Move it while it runs.
+    #[default]
+    LiveMigrate,
+    /// Pause, save, go on elsewhere.
+    QuickMigrate,
+    /// Shut down, start elsewhere.
+    Shutdown,
+}
+
+/// What happens when the node is lost.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum FailurePolicy {
+    /// Start it elsewhere.
+    #[default]
+    Restart,
+    /// Wait for the node.
+    Leave,
+}
+
+/// Limits of a move. The reservation pod's termination grace period is the sum of the three
+/// timeouts and a margin, so that a drain waits for all of them.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct MigrationLimits {
+    /// How long the guest may stand still at the end of a live migration, at least 1ms. The move
+    /// waits until it predicts less.
+    #[serde(default = "default_downtime")]
+    #[x_kube(validation = Rule::new("!self.matches('^[0-9hms]+$') || duration(self) >= duration('1ms')").message("downtime must be at least 1ms"))]
+    pub downtime: Duration,
+    /// How long a live migration may take before the fallback is tried, finding a node included.
+    #[serde(default = "default_live_timeout")]
+    #[x_kube(validation = Rule::new("!self.matches('^[0-9hms]+$') || (duration(self) >= duration('1s') && duration(self) <= duration('24h'))").message("liveTimeout must be between 1s and 24h"))]
+    pub live_timeout: Duration,
+    /// How long a quick migration may take before the fallback is tried.
+    #[serde(default = "default_quick_timeout")]
+    #[x_kube(validation = Rule::new("!self.matches('^[0-9hms]+$') || (duration(self) >= duration('1s') && duration(self) <= duration('24h'))").message("quickTimeout must be between 1s and 24h"))]
+    pub quick_timeout: Duration,
+    /// How long the guest has to shut down after its power button was pressed before it is forced
+    /// off.
+    #[serde(default = "default_shutdown_timeout")]
+    #[x_kube(validation = Rule::new("!self.matches('^[0-9hms]+$') || (duration(self) >= duration('1s') && duration(self) <= duration('24h'))").message("shutdownTimeout must be between 1s and 24h"))]
+    pub shutdown_timeout: Duration,
+    /// The bandwidth that a live migration may use, in bytes per second, for example 100M. No limit
+    /// by default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[x_kube(validation = Rule::new("!self.matches('^[0-9]{1,16}(Ki|Mi|Gi|Ti|k|M|G|T)?$') || quantity(self).compareTo(quantity('1Mi')) >= 0").message("bandwidth must be at least 1Mi (bytes per second)"))]
+    pub bandwidth: Option<Quantity>,
+}
+
+/// How often a guest that ends by itself is started again.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct RestartLimits {
+    /// How many restarts there may be within the window. After that the virtual machine stays
+    /// down, with reason RestartsExhausted, until the window has passed. A restart after the loss
+    /// of a node does not count.
+    #[serde(default = "default_attempts_max")]
+    #[schemars(range(min = 0, max = 100))]
+    pub attempts_max: i32,
+    /// The window in which restarts are counted.
+    #[serde(default = "default_window")]
+    #[x_kube(validation = Rule::new("!self.matches('^[0-9hms]+$') || duration(self) >= duration('1s')").message("window must be at least 1s"))]
+    pub window: Duration,
+    /// The wait before the second restart in a window; it doubles with each further one.
+    #[serde(default = "default_backoff")]
+    pub backoff: Duration,
+}
+
+/// Where the virtual machine may run: as in a pod's spec.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Placement {
+    /// Labels that the node must have.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub node_selector: BTreeMap<String, String>,
+    /// Affinity and anti-affinity to nodes and pods.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub affinity: Option<Affinity>,
+    /// Taints that the virtual machine tolerates. It always tolerates not-ready and unreachable
+    /// nodes: an isolated node is not a reason to leave it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 64))]
+    pub tolerations: Vec<Toleration>,
+    /// How virtual machines that match each other spread over nodes.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 16))]
+    pub topology_spread_constraints: Vec<TopologySpreadConstraint>,
+    /// The PriorityClass of the reservation pod. A preempted virtual machine moves as in a drain.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    #[schemars(length(max = 253))]
+    pub priority_class_name: String,
+}
+
+/// A source with exactly one kind set, as the schema promises.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SourceKind<'a> {
+    /// By HTTP.
+    Http(&'a HttpSource),
+    /// From the allow-list.
+    HostFile(&'a HostFileSource),
+}
+
+impl Source {
+    /// Which kind this is; none when the document sets both or neither.
+    #[must_use]
+    pub const fn kind(&self) -> Option<SourceKind<'_>> {
+        match (&self.http, &self.host_file) {
+            (Some(http), None) => Some(SourceKind::Http(http)),
+            (None, Some(file)) => Some(SourceKind::HostFile(file)),
+            _ => None,
+        }
+    }
+}
+
+impl Default for Cpu {
+    fn default() -> Self {
+        Self { cores: one() }
+    }
+}
+
+impl Default for MigrationLimits {
+    fn default() -> Self {
+        Self {
+            downtime: default_downtime(),
+            live_timeout: default_live_timeout(),
+            quick_timeout: default_quick_timeout(),
+            shutdown_timeout: default_shutdown_timeout(),
+            bandwidth: None,
+        }
+    }
+}
+
+impl Default for RestartLimits {
+    fn default() -> Self {
+        Self {
+            attempts_max: default_attempts_max(),
+            window: default_window(),
+            backoff: default_backoff(),
+        }
+    }
+}
+
+const fn one() -> i32 {
+    1
+}
+
+fn seconds(seconds: u64) -> Duration {
+    Duration::from_std(std::time::Duration::from_secs(seconds))
+}
+
+/// What people call "no interruption": TCP does not even retransmit twice.
+fn default_downtime() -> Duration {
+    Duration::from_std(std::time::Duration::from_millis(300))
+}
+
+/// A guess: room for tens of GiB over a 10 Gbit/s network.
+fn default_live_timeout() -> Duration {
+    seconds(300)
+}
+
+/// A guess: tens of GiB written to and read from a SAN.
+fn default_quick_timeout() -> Duration {
+    seconds(180)
+}
+
+/// What systemd gives a unit to stop, 90 s, and a little for the rest of the way down.
+fn default_shutdown_timeout() -> Duration {
+    seconds(120)
+}
+
+const fn default_attempts_max() -> i32 {
+    5
+}
+
+fn default_window() -> Duration {
+    seconds(600)
+}
+
+fn default_backoff() -> Duration {
+    seconds(10)
+}

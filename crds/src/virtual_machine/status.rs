@@ -1,0 +1,168 @@
+//! What is known of a virtual machine.
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::{Fingerprint, Quantity};
+
+/// What is known of the virtual machine. The volume's own records are right about who may run it;
+/// this is a report of them.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct VirtualMachineStatus {
+    /// The generation of the spec that this status answers to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub observed_generation: Option<i64>,
+    /// What it is doing, in one word, for people. Programs read the conditions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub phase: Option<Phase>,
+    /// The node that it runs on, as last heard of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node: Option<String>,
+    /// Who owns it on the volume.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ownership: Option<Ownership>,
+    /// The VirtualMachineMigration that is under way.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub migration: Option<String>,
+    /// When the guest was last started.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub started_at: Option<Time>,
+    /// When the guest was last restarted because it had ended by itself: the restart budget counts
+    /// these. Those outside the window are forgotten.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 100))]
+    pub recent_restarts: Vec<Time>,
+    /// Why the guest last ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stop_reason: Option<String>,
+    /// Its disks, kernel and initrd on the volume.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 18), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
+    pub disks: Vec<DiskStatus>,
+    /// Its network interfaces.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 18), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
+    pub interfaces: Vec<InterfaceStatus>,
+    /// Ready, Protected, Imported, RestartRequired.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
+    pub conditions: Vec<Condition>,
+}
+
+/// What a virtual machine is doing, for people.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+pub enum Phase {
+    /// It waits for something that the Ready condition names.
+    Pending,
+    /// Images are being copied to the volume.
+    Importing,
+    /// It is about to start.
+    Starting,
+    /// It runs.
+    Running,
+    /// It runs, and is on its way to another node.
+    Migrating,
+    /// Its node is silent; it is about to be started elsewhere.
+    FailingOver,
+    /// It was asked to shut down.
+    Stopping,
+    /// It is stopped.
+    Stopped,
+    /// It ended or could not be started, and waits or has given up.
+    Failed,
+    /// It is being deleted.
+    Deleting,
+    /// Nobody can say at present. The guest may well be running.
+    Unknown,
+}
+
+impl Phase {
+    /// All phases, for metrics that report every one of them.
+    pub const ALL: [Self; 11] = [
+        Self::Pending,
+        Self::Importing,
+        Self::Starting,
+        Self::Running,
+        Self::Migrating,
+        Self::FailingOver,
+        Self::Stopping,
+        Self::Stopped,
+        Self::Failed,
+        Self::Deleting,
+        Self::Unknown,
+    ];
+
+    /// The word.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Pending => "Pending",
+            Self::Importing => "Importing",
+            Self::Starting => "Starting",
+            Self::Running => "Running",
+            Self::Migrating => "Migrating",
+            Self::FailingOver => "FailingOver",
+            Self::Stopping => "Stopping",
+            Self::Stopped => "Stopped",
+            Self::Failed => "Failed",
+            Self::Deleting => "Deleting",
+            Self::Unknown => "Unknown",
+        }
+    }
+}
+
+/// Who owns a virtual machine on its volume.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Ownership {
+    /// The owner; none when the virtual machine is stopped.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub owner: Option<Fingerprint>,
+    /// How often the ownership has changed hands, as text because it may exceed what JSON numbers
+    /// hold exactly.
+    pub epoch: String,
+}
+
+/// A disk, kernel or initrd on the volume.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct DiskStatus {
+    /// Its name in the spec; boot-kernel and boot-initrd for kernel and initrd.
+    pub name: String,
+    /// Whether it is there.
+    pub state: DiskState,
+    /// Its size on the volume.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub size: Option<Quantity>,
+    /// How much of its image is there, while it is being imported.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub imported: Option<Quantity>,
+    /// What went wrong.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub message: String,
+}
+
+/// Whether a disk is there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum DiskState {
+    /// Not yet created.
+    Pending,
+    /// Its image is being copied.
+    Importing,
+    /// It is complete and verified.
+    Ready,
+    /// It could not be made, for the reason in the message.
+    Failed,
+}
+
+/// A network interface.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct InterfaceStatus {
+    /// Its name in the spec.
+    pub name: String,
+    /// Its MAC address.
+    pub mac: String,
+}

@@ -1,0 +1,234 @@
+//! What the guest serves: ARP and ping (by smoltcp itself), the UDP echo, the counting TCP session.
+//!
+//! TCP: each line is answered with `n <lines of this connection> <line>`, so a session that a
+//! migration rolled back or repeated shows a wrong number. Lines that are commands are in
+//! [`Command`]. UDP: each packet comes back with 16 bytes added: the guest's clock in microseconds
+//! and the number of the packet, little-endian.
+
+use core::fmt::Write;
+
+use bascule_probe_wire::{TCP_PORT, UDP_PORT};
+use smoltcp::iface::{Config, Interface, SocketHandle, SocketSet, SocketStorage};
+use smoltcp::socket::{tcp, udp};
+use smoltcp::time::Instant;
+use smoltcp::wire::{EthernetAddress, IpAddress, IpCidr, Ipv4Address};
+
+use crate::arena;
+use crate::nic::Nic;
+use crate::serial::Text;
+use bascule_probe_wire::options::Options;
+use bascule_probe_wire::report::Report;
+
+/// What a line over TCP may ask for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Command {
+    PowerOff,
+    Reset,
+    /// A fault that no handler takes: the machine's triple fault.
+    Fault,
+    /// An option changed: the memory worker must look at them again.
+    Changed,
+}
+
+/// The network of the guest.
+pub(crate) struct Network {
+    nic: Nic,
+    interface: Interface,
+    sockets: SocketSet<'static>,
+    udp: SocketHandle,
+    sessions: [Session; SESSIONS],
+}
+
+struct Session {
+    handle: SocketHandle,
+    line: [u8; LINE_BYTES_MAX],
+    length: usize,
+    lines: u64,
+}
+
+impl Network {
+    /// Brings the interface up.
+    pub(crate) fn new(mut nic: Nic, options: &Options, seed: u64) -> Option<Self> {
+        let (address, prefix) = options.ip?;
+        let mut config = Config::new(EthernetAddress(nic.mac()).into());
+        config.random_seed = seed;
+        let mut interface = Interface::new(config, &mut nic, Instant::from_micros(0));
+        let own = IpCidr::new(IpAddress::Ipv4(Ipv4Address::from(address)), prefix);
+        let mut added = true;
+        interface.update_ip_addrs(|addresses| added = addresses.push(own).is_ok());
+        if let Some(gateway) = options.gateway {
+            let route = interface
+                .routes_mut()
+                .add_default_ipv4_route(Ipv4Address::from(gateway));
+            added &= route.is_ok();
+        }
+        let mut sockets = SocketSet::new(socket_storage());
+        let udp = sockets.add(udp_socket()?);
+        let sessions = core::array::from_fn(|_| Session::new(&mut sockets));
+        added.then_some(Self {
+            nic,
+            interface,
+            sockets,
+            udp,
+            sessions,
+        })
+    }
+
+    /// Does what there is to do and returns what a client asked for.
+    pub(crate) fn poll(
+        &mut self,
+        now_us: u64,
+        report: &mut Report,
+        options: &mut Options,
+    ) -> Option<Command> {
+        let now = Instant::from_micros(now_us.cast_signed());
+        self.interface.poll(now, &mut self.nic, &mut self.sockets);
+        echo(
+            self.sockets.get_mut::<udp::Socket<'_>>(self.udp),
+            now_us,
+            report,
+        );
+        let mut command = None;
+        for session in &mut self.sessions {
+            let asked = session.serve(&mut self.sockets, report, options);
+            command = command.or(asked);
+        }
+        // What the sessions wrote goes out now, and not with the next packet that comes in.
+        self.interface.poll(now, &mut self.nic, &mut self.sockets);
+        command
+    }
+}
+
+impl Session {
+    fn new(sockets: &mut SocketSet<'static>) -> Self {
+        let receive = tcp::SocketBuffer::new(arena::bytes(TCP_BUFFER_BYTES));
+        let send = tcp::SocketBuffer::new(arena::bytes(TCP_BUFFER_BYTES));
+        let mut socket = tcp::Socket::new(receive, send);
+        socket.set_nagle_enabled(false);
+        socket.set_ack_delay(None);
+        let handle = sockets.add(socket);
+        Self {
+            handle,
+            line: [0; LINE_BYTES_MAX],
+            length: 0,
+            lines: 0,
+        }
+    }
+
+    fn serve(
+        &mut self,
+        sockets: &mut SocketSet<'static>,
+        report: &mut Report,
+        options: &mut Options,
+    ) -> Option<Command> {
+        let socket = sockets.get_mut::<tcp::Socket<'_>>(self.handle);
+        if !socket.is_open() {
+            self.length = 0;
+            self.lines = 0;
+            assert!(
+                socket.listen(TCP_PORT).is_ok(),
+                "a closed socket may listen"
+            );
+            return None;
+        }
+        if !socket.may_recv() && socket.may_send() && socket.recv_queue() == 0 {
+            socket.close();
+        }
+        let mut command = None;
+        // A whole answer must fit, so that a slow reader stops the reading and loses nothing.
+        while socket.can_recv() && socket.send_capacity() - socket.send_queue() >= ANSWER_BYTES_MAX
+        {
+            let mut byte = [0];
+            if socket.recv_slice(&mut byte) != Ok(1) {
+                break;
+            }
+            if byte[0] != b'\n' {
+                let fits = self.length < LINE_BYTES_MAX;
+                if fits {
+                    self.line[self.length] = byte[0];
+                    self.length += 1;
+                }
+                continue;
+            }
+            self.lines += 1;
+            report.tcp += 1;
+            let line = core::str::from_utf8(&self.line[..self.length]).unwrap_or("?");
+            let mut answer = Text::<ANSWER_BYTES_MAX>::new();
+            command = command.or(self.answer(line, &mut answer, report, options));
+            self.length = 0;
+            assert!(
+                socket.send_slice(answer.as_bytes()).is_ok(),
+                "there was room for the answer"
+            );
+        }
+        command
+    }
+
+    fn answer(
+        &self,
+        line: &str,
+        answer: &mut Text<ANSWER_BYTES_MAX>,
+        report: &Report,
+        options: &mut Options,
+    ) -> Option<Command> {
+        let count = self.lines;
+        let (written, command) = match line {
+            "stat" => (writeln!(answer, "{report}"), None),
+            "poweroff" => (writeln!(answer, "ok"), Some(Command::PowerOff)),
+            "reset" => (writeln!(answer, "ok"), Some(Command::Reset)),
+            "fault" => (writeln!(answer, "ok"), Some(Command::Fault)),
+            _ => match line
+                .strip_prefix("set ")
+                .and_then(|rest| rest.split_once('='))
+            {
+                Some((key, value)) if options.set(key, value).is_some() => {
+                    (writeln!(answer, "ok"), Some(Command::Changed))
+                }
+                Some(_) => (writeln!(answer, "error not understood"), None),
+                None => (writeln!(answer, "n {count} {line}"), None),
+            },
+        };
+        assert!(written.is_ok(), "a line and its number fit into an answer");
+        command
+    }
+}
+
+fn echo(socket: &mut udp::Socket<'_>, now_us: u64, report: &mut Report) {
+    while socket.can_recv() && socket.can_send() {
+        let mut packet = [0; UDP_BYTES_MAX + 16];
+        let Ok((length, from)) = socket.recv_slice(&mut packet[..UDP_BYTES_MAX]) else {
+            continue;
+        };
+        report.udp += 1;
+        packet[length..length + 8].copy_from_slice(&now_us.to_le_bytes());
+        packet[length + 8..length + 16].copy_from_slice(&report.udp.to_le_bytes());
+        if socket.send_slice(&packet[..length + 16], from).is_err() {
+            break;
+        }
+    }
+}
+
+fn udp_socket() -> Option<udp::Socket<'static>> {
+    static METADATA: crate::once::Once<[[udp::PacketMetadata; UDP_PACKETS]; 2]> =
+        crate::once::Once::new([[udp::PacketMetadata::EMPTY; UDP_PACKETS]; 2]);
+    let [receive, send] = METADATA.take()?;
+    let receive = udp::PacketBuffer::new(&mut receive[..], arena::bytes(UDP_BUFFER_BYTES));
+    let send = udp::PacketBuffer::new(&mut send[..], arena::bytes(UDP_BUFFER_BYTES));
+    let mut socket = udp::Socket::new(receive, send);
+    socket.bind(UDP_PORT).ok()?;
+    Some(socket)
+}
+
+fn socket_storage() -> &'static mut [SocketStorage<'static>] {
+    static STORAGE: crate::once::Once<[SocketStorage<'static>; SESSIONS + 1]> =
+        crate::once::Once::new([const { SocketStorage::EMPTY }; SESSIONS + 1]);
+    STORAGE.take().map_or(&mut [], |storage| &mut storage[..])
+}
+
+const SESSIONS: usize = 8;
+const LINE_BYTES_MAX: usize = 256;
+const ANSWER_BYTES_MAX: usize = 512;
+const TCP_BUFFER_BYTES: usize = 16384;
+const UDP_BUFFER_BYTES: usize = 65536;
+const UDP_PACKETS: usize = 64;
+const UDP_BYTES_MAX: usize = 1456;

@@ -1,0 +1,459 @@
+//! The destination, as one type per awaited thing.
+//!
+//! ```text
+//!  ExpectHello ─Hello─► ExpectConfig ─Config─► ExpectMemory ─State─► ExpectState ─StateEnd─►
+//!     Restoring ─restored─► ExpectCommit ─Committed, or the volume says so─► run the guest
+//! ```
+//!
+//! Before [`ExpectCommit`] every failure ends in giving up: the guest runs on the source. In
+//! [`ExpectCommit`] the source may already have asked the volume, so a lost stream proves nothing
+//! and the destination asks its own volume who owns the row.
+//!
+//! The peer is another node, known by its certificate, whose bytes may still be anything: every
+//! method takes a frame by value, refuses what the phase does not allow, and gives back a phase
+//! only when the frame was good.
+
+use std::time::Duration;
+
+use bascule_types::{AttemptId, Bytes, Epoch, Owner, VmUid, VolumeId};
+
+use crate::commit::{RowSeen, Terms};
+use crate::pages::{MemoryLayout, Pages};
+use crate::wire::{
+    Abort, AbortReason, Batch, Committed, Config, Features, Frame, Hello, RoundEnd,
+    STATE_BYTES_MAX, StateEnd, StreamMark, VERSION_MAX, VERSION_MIN, Welcome,
+};
+
+#[cfg(test)]
+mod tests;
+
+/// What the destination was told to wait for, and by whom it will be owned.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Expected {
+    /// The VM.
+    pub vm: VmUid,
+    /// The attempt that its node was told about.
+    pub attempt: AttemptId,
+    /// The VM's home volume.
+    pub volume: VolumeId,
+    /// The destination.
+    pub destination: Owner,
+    /// How long a dry run of the restore took.
+    pub restore_estimate: Duration,
+}
+
+/// The machine that was built here.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Machine {
+    /// Virtual CPUs.
+    pub vcpus: u16,
+    /// The versions of the device state that it can restore, lowest and highest.
+    pub state_versions: (u32, u32),
+    /// The memory.
+    pub layout: MemoryLayout,
+    /// What else must be equal, byte for byte.
+    pub description: Vec<u8>,
+}
+
+/// Waits for `Hello`.
+#[derive(Debug)]
+pub struct ExpectHello {
+    expected: Expected,
+}
+
+/// Waits for `Config`.
+#[derive(Debug)]
+pub struct ExpectConfig {
+    terms: Terms,
+}
+
+/// Takes memory, round after round.
+#[derive(Debug)]
+pub struct ExpectMemory {
+    terms: Terms,
+    layout: MemoryLayout,
+    rounds: u32,
+    in_round: bool,
+    received: Pages,
+}
+
+/// Takes the device state.
+#[derive(Debug)]
+pub struct ExpectState {
+    terms: Terms,
+    state: Vec<u8>,
+}
+
+/// Has everything; the adapter restores the machine now.
+#[derive(Debug)]
+pub struct Restoring {
+    terms: Terms,
+}
+
+/// Has said `Ready`: the commit point may be passed at any moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ExpectCommit {
+    terms: Terms,
+    link: Link,
+}
+
+/// Whether the source can still be heard.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Link {
+    Up,
+    Down,
+}
+
+/// What a frame in [`ExpectMemory`] means.
+#[derive(Debug)]
+pub enum MemoryStep<'a> {
+    /// Write these runs, all of which are memory of this machine.
+    Apply(ExpectMemory, Batch<'a>),
+    /// Answer `RoundAck` with this round.
+    RoundEnded(ExpectMemory, u32),
+    /// The source is stopped and the first piece of its state has been taken.
+    State(ExpectState),
+    /// Answer `Pong`.
+    Ping(ExpectMemory, u64),
+    /// Tell whoever asks.
+    Progress(ExpectMemory, crate::wire::Progress),
+}
+
+/// What a frame in [`ExpectState`] means.
+#[derive(Debug)]
+pub enum StateStep {
+    /// More is to come.
+    More(ExpectState),
+    /// The state is complete and its checksum is right.
+    Complete(Restoring, Vec<u8>),
+}
+
+/// What happens while waiting for the commit.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum CommitEvent {
+    /// The source says that the row was transferred.
+    Committed(Committed),
+    /// The source gives up: it has not asked, or has taken the row back.
+    Aborted,
+    /// The stream ended or brought what it may not.
+    StreamLost,
+    /// The own volume says what the row is, by the coordinator's word.
+    Row(RowSeen),
+    /// The own volume has no such row.
+    NoRow,
+    /// The own volume has no answer now.
+    NoAnswer,
+    /// Asked for long enough, as the node's policy has it.
+    PatienceOver,
+}
+
+/// What to do then.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum CommitStep {
+    /// Wait for the source's word.
+    Wait(ExpectCommit),
+    /// Ask the own volume for the row, again after a pause.
+    AskVolume(ExpectCommit),
+    /// The row is ours: announce and run.
+    Run {
+        /// The tenure.
+        epoch: Epoch,
+    },
+    /// The row will not become ours through this attempt: give up.
+    Discard,
+}
+
+impl ExpectHello {
+    /// Waits for the attempt that was agreed on.
+    #[must_use]
+    pub const fn new(expected: Expected) -> Self {
+        Self { expected }
+    }
+
+    /// Takes the first frame; the `Welcome` is to be sent.
+    ///
+    /// # Errors
+    /// The `Abort` to send before giving up.
+    pub fn hello(self, frame: Frame<'_>) -> Result<(ExpectConfig, Welcome), Abort> {
+        let Frame::Hello(hello) = frame else {
+            return Err(unexpected(&frame, "Hello"));
+        };
+        let expected = self.expected;
+        let version = common_version(&hello)?;
+        let wrong = |what: &str| Err(Abort::new(AbortReason::WrongAttempt, what));
+        if hello.vm != expected.vm {
+            return wrong(&format!(
+                "waiting for {:?}, not {:?}",
+                expected.vm, hello.vm
+            ));
+        }
+        if hello.attempt != expected.attempt {
+            return wrong("waiting for another attempt");
+        }
+        if hello.volume != expected.volume {
+            return wrong("the VM's home is another volume here");
+        }
+        if hello.source == expected.destination {
+            return wrong("source and destination are one node");
+        }
+        let terms = Terms {
+            source: hello.source,
+            epoch: hello.epoch,
+            destination: expected.destination,
+            attempt: hello.attempt,
+        };
+        let welcome = Welcome {
+            version,
+            streams: hello.streams.clamp(1, STREAMS),
+            features: hello.offered.and(Features::KNOWN),
+            destination: expected.destination,
+            restore_estimate: expected.restore_estimate,
+        };
+        Ok((ExpectConfig { terms }, welcome))
+    }
+}
+
+impl ExpectConfig {
+    /// Takes the description of the source's machine and compares it with the one built here.
+    /// `RoundAck` with round 0 is to be sent.
+    ///
+    /// # Errors
+    /// The `Abort` to send before giving up.
+    pub fn config(self, frame: Frame<'_>, machine: &Machine) -> Result<ExpectMemory, Abort> {
+        let Frame::Config(config) = frame else {
+            return Err(unexpected(&frame, "Config"));
+        };
+        machine.compare(&config)?;
+        Ok(ExpectMemory {
+            terms: self.terms,
+            layout: config.layout,
+            rounds: 0,
+            in_round: false,
+            received: Pages(0),
+        })
+    }
+}
+
+impl ExpectMemory {
+    /// Takes one frame. `mark` is what the stream had brought before this frame.
+    ///
+    /// # Errors
+    /// The `Abort` to send before giving up.
+    pub fn frame<'a>(
+        mut self,
+        frame: Frame<'a>,
+        mark: StreamMark,
+    ) -> Result<MemoryStep<'a>, Abort> {
+        match frame {
+            Frame::Memory(batch) => {
+                for (run, _) in batch.runs() {
+                    if !self.layout.contains(run) {
+                        return Err(protocol(format!(
+                            "{} pages at {:#x} are not this machine's memory",
+                            run.pages().0,
+                            run.address()
+                        )));
+                    }
+                    self.received.0 += run.pages().0;
+                }
+                self.in_round = true;
+                Ok(MemoryStep::Apply(self, batch))
+            }
+            Frame::RoundEnd(end) => self.round_end(&end, mark),
+            Frame::State(piece) if self.rounds > 0 && !self.in_round => {
+                let mut state = ExpectState {
+                    terms: self.terms,
+                    state: Vec::new(),
+                };
+                state.take(piece)?;
+                Ok(MemoryStep::State(state))
+            }
+            Frame::State(_) => Err(protocol("the state came within a round".to_owned())),
+            Frame::Ping { token } => Ok(MemoryStep::Ping(self, token)),
+            Frame::Progress(progress) => Ok(MemoryStep::Progress(self, progress)),
+            other => Err(unexpected(&other, "Memory, RoundEnd or State")),
+        }
+    }
+
+    fn round_end<'a>(mut self, end: &RoundEnd, mark: StreamMark) -> Result<MemoryStep<'a>, Abort> {
+        if Some(end.round) != self.rounds.checked_add(1) {
+            return Err(protocol(format!(
+                "round {} ended after round {}",
+                end.round, self.rounds
+            )));
+        }
+        if end.marks != [mark] {
+            return Err(protocol("a stream's frames are missing".to_owned()));
+        }
+        self.rounds = end.round;
+        self.in_round = false;
+        Ok(MemoryStep::RoundEnded(self, end.round))
+    }
+
+    /// Pages taken so far, each as often as it came.
+    #[must_use]
+    pub const fn received(&self) -> Pages {
+        self.received
+    }
+}
+
+impl ExpectState {
+    /// Takes one frame.
+    ///
+    /// # Errors
+    /// The `Abort` to send before giving up.
+    pub fn frame(mut self, frame: &Frame<'_>) -> Result<StateStep, Abort> {
+        match frame {
+            Frame::State(piece) => {
+                self.take(piece)?;
+                Ok(StateStep::More(self))
+            }
+            Frame::StateEnd(end) => {
+                let found = StateEnd {
+                    length: Bytes(self.state.len() as u64),
+                    crc32c: crc32c::crc32c(&self.state),
+                };
+                if found != *end {
+                    return Err(protocol(
+                        "the state's length or checksum differs".to_owned(),
+                    ));
+                }
+                let restoring = Restoring { terms: self.terms };
+                Ok(StateStep::Complete(restoring, self.state))
+            }
+            other => Err(unexpected(other, "State or StateEnd")),
+        }
+    }
+
+    fn take(&mut self, piece: &[u8]) -> Result<(), Abort> {
+        if (self.state.len() + piece.len()) as u64 > STATE_BYTES_MAX {
+            return Err(protocol("the state is longer than 16 MiB".to_owned()));
+        }
+        self.state.extend_from_slice(piece);
+        Ok(())
+    }
+}
+
+impl Restoring {
+    /// The machine is restored: `Ready` is about to be sent. From here on the row decides.
+    #[must_use]
+    pub const fn ready(self) -> ExpectCommit {
+        ExpectCommit {
+            terms: self.terms,
+            link: Link::Up,
+        }
+    }
+}
+
+impl ExpectCommit {
+    /// What this attempt is about.
+    #[must_use]
+    pub const fn terms(&self) -> &Terms {
+        &self.terms
+    }
+
+    /// Takes one event.
+    ///
+    /// # Guarantees
+    /// [`CommitStep::Run`] only on the volume's word, or on the source's that it has it.
+    /// [`CommitStep::Discard`] only when this attempt can no longer commit, except on
+    /// [`CommitEvent::PatienceOver`]: a transfer that is granted after that leaves the VM owned
+    /// by this node without a process, and its node restarts it from its disks.
+    #[must_use]
+    pub fn next(self, event: &CommitEvent) -> CommitStep {
+        let orphan = Self {
+            link: Link::Down,
+            ..self
+        };
+        match event {
+            CommitEvent::Committed(word)
+                if self.link == Link::Up
+                    && word.owner == self.terms.destination
+                    && word.epoch == self.terms.epoch.next() =>
+            {
+                CommitStep::Run { epoch: word.epoch }
+            }
+            // A word that cannot be true: whoever said it is not to be listened to any more.
+            CommitEvent::Committed(_) | CommitEvent::StreamLost => CommitStep::AskVolume(orphan),
+            CommitEvent::Aborted if self.link == Link::Up => CommitStep::Discard,
+            CommitEvent::Row(row) if self.terms.transferred(row) => {
+                CommitStep::Run { epoch: row.epoch }
+            }
+            CommitEvent::Row(row) if self.terms.still_source(row).is_some() => self.again(),
+            CommitEvent::Row(_) | CommitEvent::NoRow | CommitEvent::PatienceOver => {
+                CommitStep::Discard
+            }
+            CommitEvent::NoAnswer | CommitEvent::Aborted => self.again(),
+        }
+    }
+
+    const fn again(self) -> CommitStep {
+        match self.link {
+            Link::Up => CommitStep::Wait(self),
+            Link::Down => CommitStep::AskVolume(self),
+        }
+    }
+}
+
+impl Machine {
+    fn compare(&self, config: &Config) -> Result<(), Abort> {
+        let differs = |what: String| Err(Abort::new(AbortReason::MachineDiffers, what));
+        if config.vcpus != self.vcpus {
+            return differs(format!("{} vCPUs here, {} there", self.vcpus, config.vcpus));
+        }
+        let (lowest, highest) = self.state_versions;
+        if !(lowest..=highest).contains(&config.state_version) {
+            return differs(format!(
+                "state versions {lowest} to {highest} here, {} there",
+                config.state_version
+            ));
+        }
+        if config.layout != self.layout {
+            return differs(format!(
+                "{} of memory here, {} there, or laid out differently",
+                self.layout.total().pages_to_bytes(),
+                config.layout.total().pages_to_bytes()
+            ));
+        }
+        if config.description != self.description {
+            return differs("devices or CPU features differ".to_owned());
+        }
+        Ok(())
+    }
+}
+
+/// Streams that this release uses.
+const STREAMS: u16 = 1;
+
+fn common_version(hello: &Hello) -> Result<u16, Abort> {
+    let highest = hello.version_max.min(VERSION_MAX);
+    if highest < hello.version_min.max(VERSION_MIN) {
+        return Err(Abort::new(
+            AbortReason::Version,
+            format!(
+                "protocol versions {VERSION_MIN} to {VERSION_MAX} here, {} to {} there",
+                hello.version_min, hello.version_max
+            ),
+        ));
+    }
+    if !Features::KNOWN.contains(hello.required) {
+        return Err(Abort::new(
+            AbortReason::Version,
+            format!("required features {:#x} are not known", hello.required.0),
+        ));
+    }
+    Ok(highest)
+}
+
+/// The answer to a frame that the phase does not allow. To the peer's own `Abort` nobody answers:
+/// it is handed through.
+fn unexpected(frame: &Frame<'_>, wanted: &str) -> Abort {
+    match frame {
+        Frame::Abort(abort) => abort.clone(),
+        other => protocol(format!("{:?} came where {wanted} was due", other.kind())),
+    }
+}
+
+fn protocol(text: String) -> Abort {
+    Abort::new(AbortReason::Protocol, text)
+}

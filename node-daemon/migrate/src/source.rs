@@ -1,0 +1,374 @@
+//! The source, as one machine. It decides the order of things and on which side the guest may run;
+//! how much is copied, and when to stop, is for [`crate::precopy`].
+//!
+//! ```text
+//!  Greeting ─Welcome─► Describing ─RoundAck 0─► Copying ─stop─► Stopping ─stopped─► Sending
+//!     │                    │                      │ ▲next round    │                  │ all sent
+//!     │                    │                      └─┘              │                  ▼
+//!     └────────────────────┴─── any failure ──────┴────────────────┴──────────── AwaitingReady
+//!                                   ▼                                                 │ Ready
+//!                               Returned ◄──────────── Resumed ──────────────── Committing
+//!                                                                     Committed │     │ Lost
+//!                                                                               ▼     ▼
+//!                                                                           Departed  Lost
+//! ```
+//!
+//! | state | side | the guest here |
+//! |---|---|---|
+//! | Greeting, Describing, Copying | source | runs |
+//! | Stopping, Sending, AwaitingReady | source | is stopped, and resumed at once on any failure |
+//! | Committing | unknown | stays stopped until the volume has answered |
+//! | Returned | source | runs |
+//! | Departed, Lost | destination, or whoever the row names | never runs again |
+
+use std::time::Duration;
+
+use bascule_types::{AttemptId, Epoch, Owner, VmUid, VolumeId};
+
+use crate::commit::{Commit, Question, Reply, Terms};
+use crate::wire::{
+    Abort, AbortReason, Committed, Features, Frame, Hello, VERSION_MAX, VERSION_MIN, Welcome,
+};
+
+#[cfg(test)]
+mod tests;
+
+/// One attempt, as the source was told to make it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Attempt {
+    /// The VM.
+    pub vm: VmUid,
+    /// The attempt.
+    pub attempt: AttemptId,
+    /// A fresh id under which the source takes the row back if it must.
+    pub retraction: AttemptId,
+    /// The source.
+    pub source: Owner,
+    /// The tenure that it holds.
+    pub epoch: Epoch,
+    /// The VM's home.
+    pub volume: VolumeId,
+}
+
+/// The source's machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Source {
+    attempt: Attempt,
+    state: State,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum State {
+    Greeting,
+    Describing(Terms),
+    Copying(Terms, u32),
+    Stopping(Terms, u32),
+    Sending(Terms, u32),
+    AwaitingReady(Terms, u32),
+    Committing(Terms, Commit),
+    Departed(Committed),
+    Returned,
+    Lost,
+}
+
+/// The state without its data, for logs and the API.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[expect(missing_docs, reason = "the module's table describes them")]
+pub enum Phase {
+    Greeting,
+    Describing,
+    Copying,
+    Stopping,
+    Sending,
+    AwaitingReady,
+    Committing,
+    Departed,
+    Returned,
+    Lost,
+}
+
+/// On which side the guest may run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Side {
+    /// Here and nowhere else.
+    Source,
+    /// The volume's row says it; this side stays stopped until it has been read.
+    Unknown,
+    /// Not here, never again.
+    Elsewhere,
+}
+
+/// What happened.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// The destination answered `Hello`.
+    Welcomed(Welcome),
+    /// The destination has applied a round; 0 means that it accepted `Config`.
+    RoundAcked(u32),
+    /// The controller wants another round.
+    NextRound,
+    /// The controller wants the guest stopped.
+    Stop,
+    /// The vCPUs are stopped and the devices drained.
+    Stopped,
+    /// The last dirty pages and the state are on their way.
+    AllSent,
+    /// The destination has restored everything.
+    Ready,
+    /// The volume replied to the question.
+    Replied(Reply),
+    /// Anything went wrong, on either side or between; or somebody cancelled.
+    Failed(Abort),
+}
+
+/// What to do about it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Send `Config`.
+    Describe,
+    /// Copy what is dirty, then send `RoundEnd` with this round.
+    CopyRound(u32),
+    /// Ask the controller: another round or stop.
+    Decide(u32),
+    /// Stop the vCPUs and drain the devices.
+    StopGuest,
+    /// Send the last round (with this number) and the device state.
+    SendRemainder(u32),
+    /// Wait for `Ready`.
+    AwaitReady,
+    /// Ask the volume, as often as it takes.
+    Ask(Question),
+    /// Tell the destination that it may run, then end this process's guest for good.
+    Depart(Committed),
+    /// Put the dirty bits back and let the guest run, before anything else is tidied up; then
+    /// tell the destination why, if it can be told.
+    KeepRunning(Abort),
+    /// Let the stopped guest run, as this owner in this epoch.
+    Resume {
+        /// The reason for the destination.
+        because: Abort,
+        /// The owner as the row names it now.
+        owner: Owner,
+        /// The tenure, which may be a new one.
+        epoch: Epoch,
+    },
+    /// End this process's guest for good: the row is somebody else's.
+    Die,
+    /// Nothing: the event came too late or too early to matter.
+    Nothing,
+}
+
+impl Source {
+    /// A new attempt, and the `Hello` to send.
+    #[must_use]
+    pub const fn begin(attempt: Attempt) -> (Self, Hello) {
+        let hello = Hello {
+            version_min: VERSION_MIN,
+            version_max: VERSION_MAX,
+            streams: 1,
+            offered: Features::KNOWN,
+            required: Features(0),
+            vm: attempt.vm,
+            attempt: attempt.attempt,
+            epoch: attempt.epoch,
+            source: attempt.source,
+            volume: attempt.volume,
+        };
+        let source = Self {
+            attempt,
+            state: State::Greeting,
+        };
+        (source, hello)
+    }
+
+    /// The state, for logs and the API.
+    #[must_use]
+    pub const fn phase(&self) -> Phase {
+        match self.state {
+            State::Greeting => Phase::Greeting,
+            State::Describing(_) => Phase::Describing,
+            State::Copying(..) => Phase::Copying,
+            State::Stopping(..) => Phase::Stopping,
+            State::Sending(..) => Phase::Sending,
+            State::AwaitingReady(..) => Phase::AwaitingReady,
+            State::Committing(..) => Phase::Committing,
+            State::Departed(_) => Phase::Departed,
+            State::Returned => Phase::Returned,
+            State::Lost => Phase::Lost,
+        }
+    }
+
+    /// On which side the guest may run.
+    #[must_use]
+    pub const fn side(&self) -> Side {
+        self.phase().side()
+    }
+
+    /// Takes one event.
+    #[must_use]
+    pub fn next(self, event: Event) -> (Self, Action) {
+        let attempt = self.attempt;
+        let (state, action) = self.state.next(&attempt, event);
+        (Self { attempt, state }, action)
+    }
+}
+
+impl Phase {
+    /// On which side the guest may run.
+    #[must_use]
+    pub const fn side(self) -> Side {
+        match self {
+            Self::Greeting
+            | Self::Describing
+            | Self::Copying
+            | Self::Stopping
+            | Self::Sending
+            | Self::AwaitingReady
+            | Self::Returned => Side::Source,
+            Self::Committing => Side::Unknown,
+            Self::Departed | Self::Lost => Side::Elsewhere,
+        }
+    }
+
+    /// Whether the attempt can still be called off.
+    #[must_use]
+    pub const fn cancellable(self) -> bool {
+        matches!(
+            self,
+            Self::Greeting
+                | Self::Describing
+                | Self::Copying
+                | Self::Stopping
+                | Self::Sending
+                | Self::AwaitingReady
+        )
+    }
+}
+
+impl State {
+    fn next(self, attempt: &Attempt, event: Event) -> (Self, Action) {
+        match (self, event) {
+            (Self::Committing(terms, commit), event) => Self::committing(terms, commit, event),
+            (done @ (Self::Departed(_) | Self::Returned | Self::Lost), _) => {
+                (done, Action::Nothing)
+            }
+            (_, Event::Failed(abort)) => (Self::Returned, Action::KeepRunning(abort)),
+            (Self::Greeting, Event::Welcomed(welcome)) => Self::greeted(attempt, &welcome),
+            (Self::Describing(terms), Event::RoundAcked(0)) => {
+                (Self::Copying(terms, 1), Action::CopyRound(1))
+            }
+            (Self::Copying(terms, round), Event::RoundAcked(acked)) if acked == round => {
+                (Self::Copying(terms, round), Action::Decide(round))
+            }
+            (Self::Copying(terms, round), Event::NextRound) => {
+                let round = round.saturating_add(1);
+                (Self::Copying(terms, round), Action::CopyRound(round))
+            }
+            (Self::Copying(terms, round), Event::Stop) => {
+                (Self::Stopping(terms, round), Action::StopGuest)
+            }
+            (Self::Stopping(terms, round), Event::Stopped) => {
+                let round = round.saturating_add(1);
+                (Self::Sending(terms, round), Action::SendRemainder(round))
+            }
+            (Self::Sending(terms, round), Event::AllSent) => {
+                (Self::AwaitingReady(terms, round), Action::AwaitReady)
+            }
+            (Self::AwaitingReady(terms, round), Event::RoundAcked(acked)) if acked == round => {
+                (Self::AwaitingReady(terms, round), Action::AwaitReady)
+            }
+            (Self::AwaitingReady(terms, _), Event::Ready) => {
+                // The commit point: from here on only the volume knows.
+                Self::ask(terms, Commit::begin(terms, attempt.retraction))
+            }
+            (state, event) => {
+                let text = format!("{event:?} in {state:?}");
+                let abort = Abort::new(AbortReason::Protocol, text);
+                (Self::Returned, Action::KeepRunning(abort))
+            }
+        }
+    }
+
+    fn greeted(attempt: &Attempt, welcome: &Welcome) -> (Self, Action) {
+        let known = (VERSION_MIN..=VERSION_MAX).contains(&welcome.version)
+            && Features::KNOWN.contains(welcome.features)
+            && welcome.streams == 1;
+        if !known || welcome.destination == attempt.source {
+            let abort = Abort::new(
+                AbortReason::Version,
+                "the destination chose what was not offered, or is the source",
+            );
+            return (Self::Returned, Action::KeepRunning(abort));
+        }
+        let terms = Terms {
+            source: attempt.source,
+            epoch: attempt.epoch,
+            destination: welcome.destination,
+            attempt: attempt.attempt,
+        };
+        (Self::Describing(terms), Action::Describe)
+    }
+
+    fn committing(terms: Terms, commit: Commit, event: Event) -> (Self, Action) {
+        match event {
+            Event::Replied(reply) => Self::ask(terms, commit.next(reply)),
+            // The link, the peer and whoever would cancel have no say any more.
+            _ => (Self::Committing(terms, commit), Action::Nothing),
+        }
+    }
+
+    fn ask(terms: Terms, commit: Commit) -> (Self, Action) {
+        match commit {
+            Commit::Committed { epoch } => {
+                let word = Committed {
+                    epoch,
+                    owner: terms.destination,
+                };
+                (Self::Departed(word), Action::Depart(word))
+            }
+            Commit::Resumed { owner, epoch } => {
+                let because = Abort::new(AbortReason::CommitRefused, "the volume refused");
+                (
+                    Self::Returned,
+                    Action::Resume {
+                        because,
+                        owner,
+                        epoch,
+                    },
+                )
+            }
+            Commit::Lost => (Self::Lost, Action::Die),
+            Commit::Asking(_) | Commit::Retracting(_) => {
+                let question = commit.question();
+                let action = question.map_or(Action::Nothing, Action::Ask);
+                (Self::Committing(terms, commit), action)
+            }
+        }
+    }
+}
+
+/// What a frame from the destination means to the source; none for one that needs no decision.
+///
+/// # Errors
+/// The failure to hand to [`Source::next`]: the peer's own abort, or one for a frame that a
+/// destination never sends.
+pub fn event_of(frame: &Frame<'_>) -> Result<Option<Event>, Abort> {
+    match frame {
+        Frame::Welcome(welcome) => Ok(Some(Event::Welcomed(welcome.clone()))),
+        Frame::RoundAck { round } => Ok(Some(Event::RoundAcked(*round))),
+        Frame::Ready { .. } => Ok(Some(Event::Ready)),
+        Frame::Pong { .. } | Frame::Running { .. } => Ok(None),
+        Frame::Abort(abort) => Err(abort.clone()),
+        other => Err(Abort::new(
+            AbortReason::Protocol,
+            format!("a destination does not send {:?}", other.kind()),
+        )),
+    }
+}
+
+/// How long the source waits between two questions to a volume that does not answer: short at
+/// first, because the guest is stopped, then bounded.
+#[must_use]
+pub fn ask_again_after(asked: u32) -> Duration {
+    Duration::from_millis(1 << asked.min(9))
+}

@@ -1,8 +1,7 @@
 //! The `SharedVolume` kind.
 #![expect(
     unreachable_pub,
-    clippy::duplicated_attributes,
-    reason = "the KubeSchema derive repeats each struct, with its attributes, inside a function"
+    reason = "the KubeSchema derive repeats each struct inside a function"
 )]
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};

@@ -1,8 +1,7 @@
 //! What is asked of a virtual machine.
 #![expect(
     unreachable_pub,
-    clippy::duplicated_attributes,
-    reason = "the KubeSchema derive repeats each struct, with its attributes, inside a function"
+    reason = "the KubeSchema derive repeats each struct inside a function"
 )]
 
 use std::collections::BTreeMap;

@@ -202,7 +202,7 @@ impl Errors {
             let rest = http
                 .url
                 .strip_prefix("http://")
-                .or_else(|| http.url.strip_prefix("https://")));
+                .or_else(|| http.url.strip_prefix("https://"));
             let host_and_path = rest.and_then(|rest| rest.split_once('/'));
             let good = host_and_path.is_some_and(|(host, _)| !host.is_empty())
                 && !http.url.contains(char::is_whitespace);

@@ -3,7 +3,9 @@
 use std::net::SocketAddr;
 
 use bascule_types::{Bytes, ClusterId, Epoch, NodeUid, Owner, SlotId, VmUid, VolumeId};
-use bascule_volume_format::change::{Answer, Change, DiskRow, Refusal, SavedStateRow, VmRow};
+use bascule_volume_format::change::{
+    Answer, Change, DiskRow, FenceRow, Refusal, SavedStateRow, VmRow,
+};
 use serde::{Deserialize, Serialize};
 
 /// A request to `bascule-volume`.
@@ -163,6 +165,9 @@ pub struct Rows {
     pub disks: Vec<DiskRow>,
     /// Saved states.
     pub saved: Vec<SavedStateRow>,
+    /// Who is fenced, and why that is certain.
+    #[serde(default)]
+    pub fences: Vec<FenceRow>,
 }
 
 /// What a VM process needs to reach its disks.

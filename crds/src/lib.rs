@@ -8,29 +8,45 @@
 //!
 //! This crate must not know how anything is carried out. Read next: [`VirtualMachineSpec`].
 
+#[cfg(feature = "kinds")]
 mod common;
+#[cfg(feature = "kinds")]
 mod crd;
+#[cfg(feature = "kinds")]
 mod duration;
+#[cfg(feature = "kinds")]
 mod failover;
+#[cfg(feature = "kinds")]
 mod migration;
 pub mod names;
+#[cfg(feature = "kinds")]
 mod quantity;
+#[cfg(feature = "kinds")]
 mod shared_volume;
+#[cfg(feature = "kinds")]
 mod virtual_machine;
 
+#[cfg(feature = "kinds")]
 pub use common::{Fingerprint, ProofKind, condition_is, set_condition};
+#[cfg(feature = "kinds")]
 pub use crd::{crds, to_yaml};
+#[cfg(feature = "kinds")]
 pub use duration::{Duration, DurationError};
+#[cfg(feature = "kinds")]
 pub use failover::{Failover, FailoverPhase, FailoverSpec, FailoverStatus, FencingProof};
+#[cfg(feature = "kinds")]
 pub use migration::{
     MigrationMode, MigrationPhase, MigrationProgress, VirtualMachineMigration,
     VirtualMachineMigrationSpec, VirtualMachineMigrationStatus,
 };
+#[cfg(feature = "kinds")]
 pub use quantity::{Quantity, QuantityError};
+#[cfg(feature = "kinds")]
 pub use shared_volume::{
     Backing, BackingDevice, BackingFile, Fencing, FencingMode, Initialize, KeptDisk, NodeAccess,
     NodeAccessState, SharedVolume, SharedVolumeSpec, SharedVolumeStatus, Timing, UnclaimedRow,
 };
+#[cfg(feature = "kinds")]
 pub use virtual_machine::{
     Availability, Boot, Cpu, DeletionPolicy, Disk, DiskState, DiskStatus, DrainPolicy,
     ExistingDisk, FailurePolicy, FieldError, HostFileSource, HttpSource, Interface,

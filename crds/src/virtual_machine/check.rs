@@ -214,8 +214,6 @@ impl Errors {
             let path = format!("{field}.hostFile");
             let message = "a name from the administrator's allow-list, not a path";
             self.require(is_label(&file.name), &format!("{path}.name"), message);
-            let good = file.sha256.as_deref().is_none_or(is_sha256);
-            self.require(good, &format!("{path}.sha256"), SHA256);
         }
     }
 

@@ -161,11 +161,6 @@ pub struct HostFileSource {
     #[schemars(length(min = 1, max = 63))]
     #[x_kube(validation = Rule::new("self.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?$')").message("hostFile.name is a name from the administrator's allow-list, not a path: lower-case letters, digits and hyphens"))]
     pub name: String,
-    /// If given, the file must have this SHA-256.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(max = 64))]
-    #[x_kube(validation = Rule::new("self.matches('^[0-9a-f]{64}$')").message("sha256 must be 64 hexadecimal digits in lower case, as sha256sum prints them"))]
-    pub sha256: Option<String>,
 }
 
 /// One disk of the guest: new and empty, new from an image, or a kept one.

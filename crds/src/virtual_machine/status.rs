@@ -34,6 +34,14 @@ pub struct VirtualMachineStatus {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 100))]
     pub recent_restarts: Vec<Time>,
+    /// Since when the guest has been asked to shut down: after
+    /// availability.migration.shutdownTimeout it is forced off.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stopping_since: Option<Time>,
+    /// The guest shut itself down and runPolicy is OnFailure: it stays down until runPolicy has
+    /// been Stopped or Always for a moment.
+    #[serde(default)]
+    pub completed: bool,
     /// Why the guest last ended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stop_reason: Option<String>,

@@ -23,6 +23,9 @@ pub mod failure;
 pub mod interrupt;
 pub mod pci;
 pub mod state;
+#[cfg(test)]
+mod testing;
+pub mod virtio;
 
 use vm_memory::bitmap::AtomicBitmap;
 

@@ -12,9 +12,11 @@ mod address;
 mod config;
 mod function;
 mod host_bridge;
+mod msix;
 mod root;
 
 pub use address::{DeviceNumber, PciAddress};
 pub use config::{BAR_COUNT, ConfigSpace, ConfigState, Identity};
 pub use function::{BarRegion, PciFunction};
+pub use msix::{Msix, MsixState};
 pub use root::{AddError, PciRoot};

@@ -54,15 +54,6 @@ pub enum RestoreError {
         /// What does not fit.
         reason: String,
     },
-    /// The hypervisor refused what the state asks for.
-    #[error("{device}: cannot set up interrupts or doorbells")]
-    Hypervisor {
-        /// The device.
-        device: String,
-        /// Why.
-        #[source]
-        source: std::io::Error,
-    },
 }
 
 impl DeviceState {

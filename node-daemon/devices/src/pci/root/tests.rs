@@ -37,8 +37,11 @@ impl Device for Scratch {
     }
     fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
         let state: ConfigState = state.parse("scratch", "scratch", 1)?;
-        self.config.restore(&state).unwrap();
-        Ok(())
+        let restored = self.config.restore(&state);
+        restored.map_err(|reason| RestoreError::DoesNotFit {
+            device: "scratch".to_owned(),
+            reason,
+        })
     }
     fn reset(&mut self) {
         self.register = [0; 8];

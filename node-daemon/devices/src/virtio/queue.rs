@@ -1,0 +1,211 @@
+//! A virtqueue as a device's thread sees it: chains out, used buffers in, and whether to interrupt.
+//! The rings themselves are `virtio-queue`'s.
+
+use std::sync::atomic::Ordering;
+
+use serde::{Deserialize, Serialize};
+use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT};
+use vm_memory::{Bytes, GuestAddress};
+
+use super::chain::{Chain, ChainError};
+use crate::GuestRam;
+
+/// A virtqueue in use.
+#[derive(Debug)]
+pub struct Virtqueue {
+    queue: Queue,
+    /// Chains taken and not yet given back.
+    outstanding: u16,
+}
+
+/// What the guest configured, and how far the queue has come: all that is saved of it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QueueSetup {
+    /// The number of descriptors.
+    pub size: u16,
+    /// Whether the driver enabled it.
+    pub enabled: bool,
+    /// The MSI-X vector, or [`super::NO_VECTOR`].
+    pub vector: u16,
+    /// The descriptor table.
+    pub descriptors: u64,
+    /// The available ring ("driver area").
+    pub available: u64,
+    /// The used ring ("device area").
+    pub used: u64,
+    /// The next entry of the available ring to take.
+    pub next_available: u16,
+    /// The next entry of the used ring to fill.
+    pub next_used: u16,
+}
+
+/// A rule of the queue that the guest broke. The device stops.
+#[derive(Debug, thiserror::Error)]
+pub enum QueueError {
+    /// In a chain.
+    #[error(transparent)]
+    Chain(#[from] ChainError),
+    /// In the rings.
+    #[error("{0}")]
+    Rings(virtio_queue::Error),
+    /// The rings are not in guest RAM.
+    #[error(
+        "rings of {size} entries at {descriptors:#x}, {available:#x}, {used:#x} are not guest memory"
+    )]
+    RingsNotRam {
+        /// Entries.
+        size: u16,
+        /// Descriptor table.
+        descriptors: u64,
+        /// Available ring.
+        available: u64,
+        /// Used ring.
+        used: u64,
+    },
+    /// More chains are out than the queue has descriptors: one was offered twice.
+    #[error("a chain was made available again before it was used")]
+    OfferedTwice,
+    /// A request that is malformed for this kind of device.
+    #[error("malformed request: {0}")]
+    Request(&'static str),
+}
+
+impl Virtqueue {
+    /// The queue that the guest set up, or `None` if it did not enable it.
+    ///
+    /// # Errors
+    /// [`QueueError`] when the set-up is not usable.
+    pub fn new(
+        ram: &GuestRam,
+        setup: &QueueSetup,
+        size_max: u16,
+        event_idx: bool,
+    ) -> Result<Option<Self>, QueueError> {
+        if !setup.enabled {
+            return Ok(None);
+        }
+        let state = QueueState {
+            max_size: size_max,
+            next_avail: setup.next_available,
+            next_used: setup.next_used,
+            event_idx_enabled: event_idx,
+            size: setup.size,
+            ready: true,
+            desc_table: setup.descriptors,
+            avail_ring: setup.available,
+            used_ring: setup.used,
+        };
+        let queue = Queue::try_from(state).map_err(QueueError::Rings)?;
+        if !queue.is_valid(ram) {
+            return Err(QueueError::RingsNotRam {
+                size: setup.size,
+                descriptors: setup.descriptors,
+                available: setup.available,
+                used: setup.used,
+            });
+        }
+        Ok(Some(Self {
+            queue,
+            outstanding: 0,
+        }))
+    }
+
+    /// Takes the next chain, if there is one.
+    ///
+    /// # Errors
+    /// [`QueueError`]: the queue is broken for good.
+    pub fn pop(&mut self, ram: &GuestRam) -> Result<Option<Chain>, QueueError> {
+        let mut available = self.queue.iter(ram).map_err(QueueError::Rings)?;
+        let Some(head) = available.next().map(|chain| chain.head_index()) else {
+            return Ok(None);
+        };
+        self.take(ram, head).map(Some)
+    }
+
+    /// Takes the chain at `head` again, which was outstanding when the queue was saved.
+    ///
+    /// # Errors
+    /// [`QueueError`].
+    pub fn take(&mut self, ram: &GuestRam, head: u16) -> Result<Chain, QueueError> {
+        if self.outstanding >= self.queue.size() {
+            return Err(QueueError::OfferedTwice);
+        }
+        let table = GuestAddress(self.queue.desc_table());
+        let chain = Chain::read(ram, table, self.queue.size(), head)?;
+        self.outstanding += 1;
+        Ok(chain)
+    }
+
+    /// Puts the chain that [`Virtqueue::pop`] returned last back, so that it comes out again.
+    pub fn undo_pop(&mut self) {
+        self.queue.go_to_previous_position();
+        self.outstanding -= 1;
+    }
+
+    /// Gives a chain back, with the number of bytes that were written to it.
+    ///
+    /// # Errors
+    /// [`QueueError`] when the used ring cannot be written.
+    pub fn push_used(
+        &mut self,
+        ram: &GuestRam,
+        head: u16,
+        length_bytes: usize,
+    ) -> Result<(), QueueError> {
+        let length = u32::try_from(length_bytes).unwrap_or(u32::MAX);
+        self.queue
+            .add_used(ram, head, length)
+            .map_err(QueueError::Rings)?;
+        self.outstanding -= 1;
+        Ok(())
+    }
+
+    /// Whether the driver wants an interrupt for what was given back since the last call.
+    ///
+    /// # Errors
+    /// [`QueueError`] when the rings cannot be read.
+    pub fn wants_interrupt(&mut self, ram: &GuestRam) -> Result<bool, QueueError> {
+        if self.queue.event_idx_enabled() {
+            return self
+                .queue
+                .needs_notification(ram)
+                .map_err(QueueError::Rings);
+        }
+        // Everything given back must be visible before the flags are read.
+        std::sync::atomic::fence(Ordering::SeqCst);
+        let flags = ram.load::<u16>(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed);
+        let flags =
+            flags.map_err(|error| QueueError::Rings(virtio_queue::Error::GuestMemory(error)))?;
+        Ok(u16::from_le(flags) & AVAILABLE_NO_INTERRUPT == 0)
+    }
+
+    /// Asks the driver to notify again. `true` when chains came in meanwhile: they may not be
+    /// notified and must be taken now.
+    ///
+    /// # Errors
+    /// [`QueueError`] when the rings cannot be accessed.
+    pub fn enable_notification(&mut self, ram: &GuestRam) -> Result<bool, QueueError> {
+        self.queue
+            .enable_notification(ram)
+            .map_err(QueueError::Rings)
+    }
+
+    /// Asks the driver not to notify while the queue is being worked on.
+    ///
+    /// # Errors
+    /// [`QueueError`] when the rings cannot be written.
+    pub fn disable_notification(&mut self, ram: &GuestRam) -> Result<(), QueueError> {
+        self.queue
+            .disable_notification(ram)
+            .map_err(QueueError::Rings)
+    }
+
+    /// How far it has come: next available, next used.
+    #[must_use]
+    pub fn position(&self) -> (u16, u16) {
+        (self.queue.next_avail(), self.queue.next_used())
+    }
+}
+
+/// `VIRTQ_AVAIL_F_NO_INTERRUPT` (2.7.7).
+const AVAILABLE_NO_INTERRUPT: u16 = 1;

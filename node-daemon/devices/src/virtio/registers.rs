@@ -1,0 +1,84 @@
+//! The common configuration structure (virtio 1.2, 4.1.4.3): plain registers, no side effects
+//! beyond themselves.
+
+use serde::{Deserialize, Serialize};
+
+use super::NO_VECTOR;
+use super::queue::QueueSetup;
+
+/// Registers that the driver writes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Registers {
+    pub(crate) device_feature_select: u32,
+    pub(crate) driver_feature_select: u32,
+    pub(crate) driver_features: u64,
+    pub(crate) status: u8,
+    pub(crate) queue_select: u16,
+    pub(crate) queues: Vec<QueueSetup>,
+}
+
+impl Registers {
+    pub(crate) fn new(queue_sizes: &[u16]) -> Self {
+        let queue = |&size| QueueSetup {
+            size,
+            vector: NO_VECTOR,
+            ..QueueSetup::default()
+        };
+        Self {
+            device_feature_select: 0,
+            driver_feature_select: 0,
+            driver_features: 0,
+            status: 0,
+            queue_select: 0,
+            queues: queue_sizes.iter().map(queue).collect(),
+        }
+    }
+
+    /// The queue that `queue_select` names, if it exists.
+    pub(crate) fn selected(&self) -> Option<&QueueSetup> {
+        self.queues.get(usize::from(self.queue_select))
+    }
+
+    /// The selected queue, if the driver may still change it: it exists and is not enabled.
+    pub(crate) fn changeable(&mut self) -> Option<&mut QueueSetup> {
+        let queue = self.queues.get_mut(usize::from(self.queue_select))?;
+        (!queue.enabled).then_some(queue)
+    }
+
+    /// Sets 32 of the driver's feature bits, until it said that it has chosen.
+    pub(crate) fn set_driver_features(&mut self, value: u32) {
+        if self.status & STATUS_FEATURES_OK != 0 {
+            return;
+        }
+        let shift = match self.driver_feature_select {
+            0 => 0,
+            1 => 32,
+            _ => return,
+        };
+        let mask = u64::from(u32::MAX) << shift;
+        self.driver_features = (self.driver_features & !mask) | (u64::from(value) << shift);
+    }
+}
+
+/// Half of a 64-bit feature word; beyond it there are none.
+pub(crate) fn feature_word(features: u64, select: u32) -> u32 {
+    let half = match select {
+        0 => features & u64::from(u32::MAX),
+        1 => features >> 32,
+        _ => 0,
+    };
+    u32::try_from(half).unwrap_or(0)
+}
+
+/// Replaces half of an address.
+pub(crate) fn set_half(address: &mut u64, high: bool, value: u32) {
+    let shift = if high { 32 } else { 0 };
+    *address = (*address & !(u64::from(u32::MAX) << shift)) | (u64::from(value) << shift);
+}
+
+/// `FEATURES_OK` (2.1).
+pub(crate) const STATUS_FEATURES_OK: u8 = 8;
+/// `DRIVER_OK`.
+pub(crate) const STATUS_DRIVER_OK: u8 = 4;
+/// `DEVICE_NEEDS_RESET`.
+pub(crate) const STATUS_NEEDS_RESET: u8 = 0x40;

@@ -1,0 +1,96 @@
+//! What proves that a silent owner will not write again.
+//!
+//! ```text
+//!                        ┌─ fencing Watchdog, hardware watchdog (or a software one, allowed),
+//!   victim, evidence ────┤  silent for T_safe of its own record ────────────────► SafeTimeElapsed
+//!                        └─ anything else ──────────────────────────────────────► MissingProof
+//! ```
+//!
+//! The coordinator verifies this proof from its own reads; what the operator says about a node's
+//! death is not evidence. The other proofs need no reads: a clean release leaves a row without
+//! owner, and an administrator's word is a journaled change, bound to one (slot, generation). Every
+//! proof is journaled before a row moves.
+
+use std::time::Duration;
+
+use bascule_volume_format::change::{FenceProof, MissingProof};
+use bascule_volume_format::{Fencing, FencingPolicy, Timings, WatchdogKind};
+
+use crate::rules::{Rules, broken};
+use crate::watcher::{Evidence, HeartbeatSeen, Standing};
+
+/// How a volume fences, from its superblock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct FencePolicy {
+    /// The mode. [`Fencing::PersistentReservation`] proves nothing until it exists.
+    pub mode: Fencing,
+    /// What the administrator allowed beyond it.
+    pub allowed: FencingPolicy,
+    /// The rules in force.
+    pub rules: Rules,
+}
+
+/// The proof that `evidence.victim` will not write again, to be journaled before a row moves.
+///
+/// # Errors
+/// What is missing.
+pub fn verify(policy: FencePolicy, evidence: &Evidence) -> Result<FenceProof, MissingProof> {
+    let watchdog_mode =
+        policy.mode == Fencing::Watchdog || broken!(policy.rules, LeaseOnlyWithoutWord);
+    if !watchdog_mode {
+        return Err(MissingProof::AdministratorsWord);
+    }
+    let Some(record) = evidence.record else {
+        // A generation that never wrote a record: nothing says how it would be reset.
+        return Err(MissingProof::AdministratorsWord);
+    };
+    if evidence.standing == Standing::Unknown {
+        return Err(MissingProof::Alive);
+    }
+    if !watchdog_counts(policy, record) {
+        return Err(MissingProof::NoWatchdog);
+    }
+    let required = safe_time(policy.rules, &record.timings);
+    let watched = evidence.silent_for;
+    if watched >= required {
+        Ok(FenceProof::SafeTimeElapsed {
+            watched_ms: whole_ms(watched),
+            required_ms: whole_ms(required),
+        })
+    } else if watched < record.timings.lease {
+        Err(MissingProof::Alive)
+    } else {
+        Err(MissingProof::SafeTime {
+            watched_ms: whole_ms(watched),
+            required_ms: whole_ms(required),
+        })
+    }
+}
+
+fn watchdog_counts(policy: FencePolicy, record: HeartbeatSeen) -> bool {
+    match record.watchdog {
+        WatchdogKind::Hardware => true,
+        WatchdogKind::Software => {
+            policy.allowed.software_watchdog || broken!(policy.rules, SoftwareWatchdogCounts)
+        }
+        WatchdogKind::None => broken!(policy.rules, LeaseOnlyWithoutWord),
+    }
+}
+
+/// T_safe, by the victim's own record.
+fn safe_time(rules: Rules, timings: &Timings) -> Duration {
+    if broken!(rules, TakeOverWithoutFence) {
+        timings.watch
+    } else if broken!(rules, SafeTimeWithoutSettle) {
+        timings.watch + timings.watchdog
+    } else {
+        timings.t_safe()
+    }
+}
+
+fn whole_ms(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,114 @@
+//! Which rules are in force: all of them, except in a test that shows that one is needed.
+
+/// The rules of this crate. A release enforces all; with the feature `fault-injection` a test may
+/// break one and expect a counterexample.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Rules {
+    #[cfg(feature = "fault-injection")]
+    broken: Option<Mutation>,
+}
+
+impl Rules {
+    /// Every rule in force.
+    pub const ENFORCED: Self = Self {
+        #[cfg(feature = "fault-injection")]
+        broken: None,
+    };
+
+    /// Every rule in force but one.
+    #[cfg(feature = "fault-injection")]
+    #[must_use]
+    pub const fn without(broken: Mutation) -> Self {
+        Self {
+            broken: Some(broken),
+        }
+    }
+
+    /// The rule that is broken, for a model whose own environment breaks it.
+    #[cfg(feature = "fault-injection")]
+    #[must_use]
+    pub fn breaks(self, mutation: Mutation) -> bool {
+        self.broken == Some(mutation)
+    }
+}
+
+/// Whether the named mutation is switched on. Constant `false` in a release.
+macro_rules! broken {
+    ($rules:expr, $mutation:ident) => {{
+        #[cfg(feature = "fault-injection")]
+        {
+            $rules.breaks($crate::rules::Mutation::$mutation)
+        }
+        #[cfg(not(feature = "fault-injection"))]
+        {
+            #[expect(clippy::no_effect, reason = "names the rules where they are asked for")]
+            $rules;
+            false
+        }
+    }};
+}
+pub(crate) use broken;
+
+/// One way to break a rule.
+#[cfg(feature = "fault-injection")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Mutation {
+    /// R1: the lease counts from the acknowledgement, not from before the submission.
+    LeaseCountsFromAcknowledgement,
+    /// R2: an acknowledgement that arrives after the expiry extends the lease.
+    LateAcknowledgementExtends,
+    /// R3: a slow renewal is sent again under the same sequence number.
+    SequenceSentTwice,
+    /// R3 across a restart: the successor goes on from the disk, not from the gate page.
+    SequenceFromDisk,
+    /// R4: a watcher's interval starts when the read is issued.
+    IntervalFromIssue,
+    /// R5: the completion of the confirming read counts, not its issue.
+    ConfirmedAtCompletion,
+    /// W: one lease, without allowance for clock drift.
+    WatchWithoutDrift,
+    /// A lease is renewed without re-reading the own records.
+    RenewWithoutReread,
+    /// A ballot is decided without the last read.
+    DecideWithoutReread,
+    /// A higher ballot does not end a lower one.
+    IgnoreHigherBallot,
+    /// A value that was accepted earlier is forgotten.
+    ForgetAccepted,
+    /// A Paxos block is written before the writes of an earlier life have settled.
+    ReuseBeforeSettle,
+    /// The old journal is read while the leader block is still being written.
+    ReadJournalBeforeLeaderDurable,
+    /// An answer follows the durable record at once.
+    AnswerWithoutReread,
+    /// A re-read counts that was issued before the record was durable.
+    RereadIssuedEarly,
+    /// A row moves when the lease is over, without the watchdog's time.
+    TakeOverWithoutFence,
+    /// T_safe lacks the settle time.
+    SafeTimeWithoutSettle,
+    /// The software watchdog counts as a hardware one.
+    SoftwareWatchdogCounts,
+    /// LeaseOnly takes over without an administrator's word.
+    LeaseOnlyWithoutWord,
+    /// An administrator's word for one generation is taken for a later one.
+    WordForAnyGeneration,
+    /// A fenced node's rows go over to its next generation.
+    RejoinKeepsFencedRows,
+    /// A taken row keeps its epoch.
+    TakeOverKeepsEpoch,
+    /// A reboot releases the rows before the old boot's writes have settled.
+    RebootClaimedBeforeSettle,
+    /// The watchdog is petted although a lease has lapsed.
+    PetWithoutLease,
+    /// A volume is withdrawn from the watchdog while writes are in flight.
+    WithdrawBeforeDrain,
+    /// A transfer is not conditional on the epoch that the source owned.
+    TransferIgnoresEpoch,
+    /// A repeated attempt is decided anew.
+    AttemptNotIdempotent,
+    /// The source resumes when a commit request gets no answer.
+    ResumeOnNoAnswer,
+    /// The source resumes on a refusal, though a copy of its request may still be under way.
+    ResumeOnRefusal,
+}

@@ -1,0 +1,271 @@
+//! The watcher's side of all leases: what this node's own reads of the heartbeat slots prove
+//! about the others.
+//!
+//! ```text
+//!   per slot:            value differs (any field, also a step back)
+//!              ┌───────────────────────────────────────────────┐
+//!              ▼                                               │
+//!   read ──► Shown{since = completion of the read} ──read issued at i, same value──► silent for
+//!                                                                                    i − since
+//! ```
+//!
+//! # Rules
+//! - **R4** The interval starts at the *completion* of the read that first showed the value: the
+//!   value may have been written at any moment before.
+//! - **R5** It ends at the *issue* of the last read that still showed it: whatever was written
+//!   after that was not seen.
+//! - A generation that the journal names counts as a value of its own from the moment when this
+//!   node learned of it, until a record of it is seen.
+//! - The victim's own record says how long W, the watchdog's timeout and `settle` are. When its
+//!   slot is in a newer generation already, that one's record does: both are the same node, and
+//!   its reset ends both.
+//!
+//! Only this node's clock is used. What follows from the evidence is decided in [`crate::fence`].
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use bascule_types::{BootTime, Generation, NodeUid, Owner, SlotId};
+use bascule_volume_format::{HeartbeatRecord, Timings, WatchdogKind};
+
+use crate::rules::{Rules, broken};
+
+/// What this node has seen of every slot.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Watcher {
+    rules: Rules,
+    slots: BTreeMap<SlotId, Watch>,
+}
+
+/// The part of a heartbeat record that a watcher compares and uses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct HeartbeatSeen {
+    /// The node.
+    pub node: NodeUid,
+    /// Slot and generation.
+    pub owner: Owner,
+    /// Rises with each renewal.
+    pub sequence: u64,
+    /// What resets the node if it cannot renew.
+    pub watchdog: WatchdogKind,
+    /// Whether it left in order.
+    pub detached: bool,
+    /// The times that it obeys.
+    pub timings: Timings,
+}
+
+/// What happened.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum WatchEvent {
+    /// All slots were read: for each, the newest record by (generation, sequence), if any can be
+    /// read.
+    Read {
+        /// The moment before the first block was asked for.
+        issued_at: BootTime,
+        /// The moment after the last one arrived.
+        completed_at: BootTime,
+        /// One entry per slot that has an owner.
+        slots: Vec<(SlotId, Option<HeartbeatSeen>)>,
+    },
+    /// This node learned (by granting it, or from the journal) that a slot is in this generation.
+    Granted {
+        /// The moment.
+        now: BootTime,
+        /// Slot and generation.
+        owner: Owner,
+    },
+}
+
+/// How a victim's generation stands to what its slot shows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Standing {
+    /// The slot shows a record of this generation.
+    Shown,
+    /// The generation was granted and no record of it was ever seen.
+    GrantedOnly,
+    /// The slot is in a newer generation.
+    Superseded,
+    /// Nothing is known about it.
+    Unknown,
+}
+
+/// What this node's own reads prove about one (slot, generation).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Evidence {
+    /// About whom.
+    pub victim: Owner,
+    /// Whether it is the slot's present generation.
+    pub standing: Standing,
+    /// The slot's newest record: of the generation before when `standing` is
+    /// [`Standing::GrantedOnly`], of a later one when it is [`Standing::Superseded`].
+    pub record: Option<HeartbeatSeen>,
+    /// For how long, by R4 and R5, no sign of life was seen.
+    pub silent_for: Duration,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Watch {
+    shown: Option<HeartbeatSeen>,
+    granted: Option<Generation>,
+    since: BootTime,
+    /// The issue of the last read that showed the same.
+    confirmed: Option<BootTime>,
+}
+
+impl Watcher {
+    /// A watcher that has seen nothing.
+    #[must_use]
+    pub fn new(rules: Rules) -> Self {
+        Self {
+            rules,
+            slots: BTreeMap::new(),
+        }
+    }
+
+    /// The next state.
+    #[must_use]
+    pub fn next(mut self, event: WatchEvent) -> Self {
+        match event {
+            WatchEvent::Read {
+                issued_at,
+                completed_at,
+                slots,
+            } => {
+                for (slot, record) in slots {
+                    self.saw(slot, record, issued_at, completed_at);
+                }
+            }
+            WatchEvent::Granted { now, owner } => self.learned(owner, now),
+        }
+        self
+    }
+
+    fn saw(
+        &mut self,
+        slot: SlotId,
+        record: Option<HeartbeatSeen>,
+        issued_at: BootTime,
+        completed_at: BootTime,
+    ) {
+        let since = if broken!(self.rules, IntervalFromIssue) {
+            issued_at
+        } else {
+            completed_at
+        };
+        let seen_until = if broken!(self.rules, ConfirmedAtCompletion) {
+            completed_at
+        } else {
+            issued_at
+        };
+        let fresh = Watch {
+            shown: record,
+            granted: None,
+            since,
+            confirmed: None,
+        };
+        let watch = self.slots.entry(slot).or_insert(fresh);
+        if watch.shown == record {
+            watch.confirmed = watch.confirmed.max(Some(seen_until));
+        } else {
+            let granted = watch.granted;
+            *watch = Watch { granted, ..fresh };
+        }
+    }
+
+    fn learned(&mut self, owner: Owner, now: BootTime) {
+        let watch = self.slots.entry(owner.slot).or_insert(Watch {
+            shown: None,
+            granted: None,
+            since: now,
+            confirmed: None,
+        });
+        let shown = watch.shown.map(|record| record.owner.generation);
+        let known = shown.max(watch.granted);
+        if Some(owner.generation) > known {
+            watch.granted = Some(owner.generation);
+            watch.since = watch.since.max(now);
+            watch.confirmed = None;
+        }
+    }
+
+    /// What is proved about `victim`.
+    #[must_use]
+    pub fn evidence(&self, victim: Owner) -> Evidence {
+        let unknown = Evidence {
+            victim,
+            standing: Standing::Unknown,
+            record: None,
+            silent_for: Duration::ZERO,
+        };
+        let Some(watch) = self.slots.get(&victim.slot) else {
+            return unknown;
+        };
+        let shown = watch.shown.map(|record| record.owner.generation);
+        let standing = match shown.max(watch.granted) {
+            Some(present) if present > victim.generation => Standing::Superseded,
+            Some(present) if present < victim.generation => Standing::Unknown,
+            Some(_) if shown == Some(victim.generation) => Standing::Shown,
+            Some(_) => Standing::GrantedOnly,
+            None => Standing::Unknown,
+        };
+        let silent_for = match standing {
+            Standing::Unknown => Duration::ZERO,
+            Standing::Shown | Standing::GrantedOnly | Standing::Superseded => watch
+                .confirmed
+                .map_or(Duration::ZERO, |confirmed| confirmed.since(watch.since)),
+        };
+        Evidence {
+            standing,
+            record: watch.shown,
+            silent_for,
+            ..unknown
+        }
+    }
+
+    /// Whether `owner` showed a sign of life within its W: good enough to give it a row. If its
+    /// lease has lapsed all the same, its own gate stays closed.
+    #[must_use]
+    pub fn is_alive(&self, owner: Owner, now: BootTime) -> bool {
+        self.slots.get(&owner.slot).is_some_and(|watch| {
+            watch.shown.is_some_and(|record| {
+                record.owner == owner
+                    && !record.detached
+                    && watch.granted.is_none_or(|g| g <= owner.generation)
+                    && now.since(watch.since) < record.timings.watch
+            })
+        })
+    }
+
+    /// The newest record of every slot that shows one.
+    pub fn records(&self) -> impl Iterator<Item = &HeartbeatSeen> {
+        self.slots.values().filter_map(|watch| watch.shown.as_ref())
+    }
+}
+
+impl Evidence {
+    /// Whether the victim's lease is over for certain: no write passes its gate any more, if its
+    /// gate is checked at all (a frozen process checks nothing).
+    #[must_use]
+    pub fn lease_is_over(&self) -> bool {
+        self.standing != Standing::Unknown
+            && self
+                .record
+                .is_some_and(|record| self.silent_for >= record.timings.watch)
+    }
+}
+
+impl From<&HeartbeatRecord> for HeartbeatSeen {
+    fn from(record: &HeartbeatRecord) -> Self {
+        Self {
+            node: record.node,
+            owner: record.owner,
+            sequence: record.sequence,
+            watchdog: record.watchdog,
+            detached: record.detached,
+            timings: record.timings,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

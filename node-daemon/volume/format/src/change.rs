@@ -57,7 +57,8 @@ pub enum Change {
         size: Bytes,
         /// What lies on it.
         role: DiskRole,
-        /// The owner that fills it, if it starts from an image.
+        /// Whether the asker fills it from an image. If not, the asker's `bascule-volume` zeroes
+        /// it before it answers: to the coordinator every new disk is `importing`.
         importing: bool,
     },
     /// The import is complete, flushed and its hash checked: from now on the disk can be opened.
@@ -212,6 +213,10 @@ pub struct DiskRow {
     pub role: DiskRole,
     /// Half-imported: not attachable.
     pub importing: bool,
+    /// Who fills it while it is being imported. Nobody else may, until that one is fenced, has
+    /// booted again or has given it up.
+    #[serde(default)]
+    pub importer: Option<Owner>,
     /// Where its blocks are, in the order of its contents.
     pub extents: Vec<ExtentRun>,
 }
@@ -419,6 +424,12 @@ pub enum Refusal {
     /// The disk's import has not finished.
     #[error("the disk's import has not finished")]
     Importing,
+    /// Another node is filling the disk.
+    #[error("the disk is being imported by {owner}")]
+    ImportedElsewhere {
+        /// The importer.
+        owner: Owner,
+    },
     /// A disk of another namespace.
     #[error("the disk belongs to another namespace")]
     OtherNamespace,
@@ -450,6 +461,8 @@ pub enum Refusal {
 /// Which table of the metadata is full.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Table {
+    /// All rows together: what a checkpoint has room for.
+    Rows,
     /// Heartbeat slots.
     Slots,
     /// VM rows.

@@ -1,0 +1,404 @@
+//! The metadata on the volume: recovery, checkpoints, and the journal of one coordinator epoch.
+//!
+//! ```text
+//!            ┌──────── recover ────────┐          start            commit ⟲ (journal full:
+//!  any state │ newest checkpoint,      │ Recovered ─────► Log ◄────────────  checkpoint first)
+//!            │ then its journal        │      checkpoint in the own        failed write or flush:
+//!            └─────────────────────────┘      area that is not its base    the Log is of no use
+//! ```
+//!
+//! # Ordering
+//! - A coordinator makes its leader block durable, then recovers, then starts its own log with a
+//!   checkpoint, then answers. So records that a deposed coordinator still appends to its own
+//!   journal are never read by anyone once its successor has answered anything.
+//! - Rows are flushed before the head that makes them count. A group of records is flushed before
+//!   it is answered, and the next group is written after that: a hole in the journal with a later
+//!   group behind it is damage, not a crash.
+//! - A checkpoint goes to the area of this slot that is not the base. Nothing that may be needed is
+//!   ever overwritten.
+
+use std::io;
+
+use bascule_types::{Lba, SlotId};
+
+use crate::block::{BLOCK_BYTES, FormatError, RECORD_BYTES, open, seal, seal_block};
+use crate::election::CoordinatorEpoch;
+use crate::journal::{CheckpointHead, CheckpointId, CheckpointRow, JournalBlock};
+use crate::layout::AreaId;
+use crate::metadata::{Contradiction, Metadata};
+use crate::record::MetaRecord;
+use crate::store::BlockStore;
+use crate::superblock::Superblock;
+
+/// The most records that one change takes.
+pub const GROUP_MAX: usize = 8;
+
+/// The metadata as the volume has it.
+#[derive(Clone, Debug)]
+pub struct Recovered {
+    /// The rows.
+    pub metadata: Metadata,
+    /// The checkpoint that they come from.
+    pub base: CheckpointId,
+    /// Where it lies.
+    pub area: AreaId,
+    /// How many journal records follow it.
+    pub journaled: u64,
+}
+
+/// The journal of one coordinator.
+#[derive(Debug)]
+pub struct Log {
+    superblock: Superblock,
+    area: AreaId,
+    id: CheckpointId,
+    next: u64,
+    failed: bool,
+}
+
+/// Why the metadata cannot be read or written.
+#[derive(Debug, thiserror::Error)]
+pub enum LogError {
+    /// The device failed. After a write or flush the log is of no more use.
+    #[error("cannot {what}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+    /// A block that must be whole is damaged.
+    #[error("the {what} at block {} is damaged", lba.0)]
+    Damaged {
+        /// What should be there.
+        what: &'static str,
+        /// Where.
+        lba: Lba,
+        /// How it is damaged.
+        #[source]
+        source: FormatError,
+    },
+    /// The journal has a hole.
+    #[error("journal record {sequence} at block {} is damaged and later ones follow", lba.0)]
+    Hole {
+        /// Which record.
+        sequence: u64,
+        /// Where.
+        lba: Lba,
+    },
+    /// No checkpoint anywhere.
+    #[error("the volume has no metadata checkpoint")]
+    NoCheckpoint,
+    /// The rows contradict each other.
+    #[error("the metadata contradicts itself")]
+    Contradiction(#[from] Contradiction),
+    /// More rows than a checkpoint has room for, or more records than a group may have.
+    #[error("the metadata has outgrown its area")]
+    TooLarge,
+    /// An earlier write or flush failed.
+    #[error("an earlier metadata write failed")]
+    Failed,
+}
+
+/// Reads the newest checkpoint and its journal. Alters nothing.
+///
+/// # Errors
+/// [`LogError`]; a damaged head is one even if an older checkpoint is whole, because going back to
+/// that could undo what was acknowledged.
+pub fn recover<S: BlockStore>(
+    store: &mut S,
+    superblock: &Superblock,
+) -> Result<Recovered, LogError> {
+    let (area, head) = newest_checkpoint(store, superblock)?;
+    let mut metadata = Metadata::new(superblock);
+    load_rows(store, superblock, area, &head, &mut metadata)?;
+    let journaled = replay(store, superblock, area, head.id, &mut metadata)?;
+    Ok(Recovered {
+        metadata,
+        base: head.id,
+        area,
+        journaled,
+    })
+}
+
+fn newest_checkpoint<S: BlockStore>(
+    store: &mut S,
+    superblock: &Superblock,
+) -> Result<(AreaId, CheckpointHead), LogError> {
+    let mut newest: Option<(AreaId, CheckpointHead)> = None;
+    for id in superblock.areas() {
+        let lba = superblock.area(id).head;
+        let mut block = [0; BLOCK_BYTES];
+        read(store, lba, &mut block)?;
+        match open::<CheckpointHead>(&block, superblock.place(lba)) {
+            Ok(head) if newest.is_none_or(|(_, best)| head.id > best.id) => {
+                newest = Some((id, head));
+            }
+            Ok(_) | Err(FormatError::Blank) => {}
+            Err(source) => {
+                let what = "checkpoint head";
+                return Err(LogError::Damaged { what, lba, source });
+            }
+        }
+    }
+    newest.ok_or(LogError::NoCheckpoint)
+}
+
+fn load_rows<S: BlockStore>(
+    store: &mut S,
+    superblock: &Superblock,
+    id: AreaId,
+    head: &CheckpointHead,
+    metadata: &mut Metadata,
+) -> Result<(), LogError> {
+    let area = superblock.area(id);
+    if head.rows > area.rows_max() {
+        return Err(LogError::TooLarge);
+    }
+    let (mut index, mut crc, mut lba) = (0, 0, area.rows);
+    while index < head.rows {
+        let mut block = [0; BLOCK_BYTES];
+        read(store, lba, &mut block)?;
+        for record in block.chunks_exact(RECORD_BYTES) {
+            if index == head.rows {
+                break;
+            }
+            let damaged = |source| LogError::Damaged {
+                what: "checkpoint row",
+                lba,
+                source,
+            };
+            let row: CheckpointRow = open(record, superblock.place(lba)).map_err(damaged)?;
+            if row.id != head.id || row.index != index {
+                return Err(damaged(FormatError::Field("checkpoint")));
+            }
+            metadata.apply(&row.record)?;
+            crc = crc32c::crc32c_append(crc, record);
+            index += 1;
+        }
+        lba = Lba(lba.0 + 1);
+    }
+    if crc == head.crc32c {
+        Ok(())
+    } else {
+        Err(LogError::Damaged {
+            what: "checkpoint",
+            lba: area.head,
+            source: FormatError::Checksum,
+        })
+    }
+}
+
+/// Applies every whole group that follows the checkpoint; returns how many records that were.
+fn replay<S: BlockStore>(
+    store: &mut S,
+    superblock: &Superblock,
+    id: AreaId,
+    base: CheckpointId,
+    metadata: &mut Metadata,
+) -> Result<u64, LogError> {
+    let area = superblock.area(id);
+    let mut group = Vec::new();
+    let mut applied = 0;
+    let mut hole = None;
+    for sequence in 0..area.journal_blocks {
+        let lba = Lba(area.journal.0 + sequence);
+        let mut bytes = [0; BLOCK_BYTES];
+        read(store, lba, &mut bytes)?;
+        let block = open::<JournalBlock>(&bytes, superblock.place(lba)).ok();
+        let block = block.filter(|block| block.id == base && block.sequence == sequence);
+        match (block, hole) {
+            (Some(block), None) => {
+                let more = block.more;
+                group.push(block.record);
+                if !more {
+                    applied = sequence + 1;
+                    for record in group.drain(..) {
+                        metadata.apply(&record)?;
+                    }
+                }
+            }
+            (None, None) => hole = Some(sequence),
+            // Every group is flushed before the next is written: one that starts after the hole
+            // proves that the hole was whole once.
+            (Some(block), Some(sequence)) if block.group() > sequence => {
+                let lba = Lba(area.journal.0 + sequence);
+                return Err(LogError::Hole { sequence, lba });
+            }
+            (_, Some(hole)) if sequence >= hole + GROUP_MAX as u64 => break,
+            _ => {}
+        }
+    }
+    Ok(applied)
+}
+
+impl Log {
+    /// Starts the journal of a new coordinator with a checkpoint of what it recovered. Its leader
+    /// block must have been durable before `recovered` was read.
+    ///
+    /// # Errors
+    /// [`LogError`].
+    pub fn start<S: BlockStore>(
+        store: &mut S,
+        superblock: &Superblock,
+        recovered: &Recovered,
+        slot: SlotId,
+        epoch: CoordinatorEpoch,
+    ) -> Result<Self, LogError> {
+        let half = u8::from(recovered.area == AreaId { slot, half: 0 });
+        let mut log = Self {
+            superblock: superblock.clone(),
+            area: AreaId { slot, half },
+            id: CheckpointId { epoch, number: 1 },
+            next: 0,
+            failed: false,
+        };
+        log.write_checkpoint(store, &recovered.metadata)?;
+        Ok(log)
+    }
+
+    /// The epoch that this journal belongs to.
+    #[must_use]
+    pub const fn epoch(&self) -> CoordinatorEpoch {
+        self.id.epoch
+    }
+
+    /// Makes a group of records durable and applies it to `metadata`.
+    ///
+    /// # Errors
+    /// [`LogError`]. Whether the records count is then unknown, and the log refuses further ones.
+    pub fn commit<S: BlockStore>(
+        &mut self,
+        store: &mut S,
+        metadata: &mut Metadata,
+        records: &[MetaRecord],
+    ) -> Result<(), LogError> {
+        if self.failed {
+            return Err(LogError::Failed);
+        }
+        // Cleared only when everything went well.
+        self.failed = true;
+        if records.len() > GROUP_MAX {
+            return Err(LogError::TooLarge);
+        }
+        let journal = self.superblock.area(self.area);
+        if self.next + records.len() as u64 > journal.journal_blocks {
+            let half = 1 - self.area.half;
+            self.area = AreaId { half, ..self.area };
+            self.id.number += 1;
+            self.next = 0;
+            self.write_checkpoint(store, metadata)?;
+        }
+        self.append(store, records)?;
+        for record in records {
+            metadata.apply(record)?;
+        }
+        self.failed = false;
+        Ok(())
+    }
+
+    fn append<S: BlockStore>(
+        &mut self,
+        store: &mut S,
+        records: &[MetaRecord],
+    ) -> Result<(), LogError> {
+        let area = self.superblock.area(self.area);
+        let first = Lba(area.journal.0 + self.next);
+        let mut bytes = Vec::with_capacity(records.len() * BLOCK_BYTES);
+        for (position, record) in (0_u8..).zip(records) {
+            let block = JournalBlock {
+                id: self.id,
+                sequence: self.next,
+                position,
+                more: usize::from(position) + 1 < records.len(),
+                record: record.clone(),
+            };
+            let lba = Lba(area.journal.0 + self.next);
+            bytes.extend_from_slice(&seal_block(&block, self.superblock.place(lba)));
+            self.next += 1;
+        }
+        write(store, first, &bytes, "write the journal")?;
+        flush(store, "flush the journal")
+    }
+
+    fn write_checkpoint<S: BlockStore>(
+        &mut self,
+        store: &mut S,
+        metadata: &Metadata,
+    ) -> Result<(), LogError> {
+        let area = self.superblock.area(self.area);
+        let rows = metadata.row_count();
+        if rows > area.rows_max() {
+            return Err(LogError::TooLarge);
+        }
+        let mut crc = 0;
+        let mut bytes = Vec::new();
+        for (index, record) in (0_u64..).zip(metadata.rows()) {
+            let lba = Lba(area.rows.0 + index * RECORD_BYTES as u64 / BLOCK_BYTES as u64);
+            let row = CheckpointRow {
+                id: self.id,
+                index,
+                record,
+            };
+            let record = seal(&row, self.superblock.place(lba));
+            crc = crc32c::crc32c_append(crc, &record);
+            bytes.extend_from_slice(&record);
+        }
+        bytes.resize(bytes.len().next_multiple_of(BLOCK_BYTES), 0);
+        write(store, area.rows, &bytes, "write checkpoint rows")?;
+        flush(store, "flush checkpoint rows")?;
+        let head = CheckpointHead {
+            id: self.id,
+            rows,
+            crc32c: crc,
+        };
+        let block = seal_block(&head, self.superblock.place(area.head));
+        write(store, area.head, &block, "write the checkpoint head")?;
+        flush(store, "flush the checkpoint head")
+    }
+
+    /// The first checkpoint of a volume that is being formatted.
+    pub(crate) fn format<S: BlockStore>(
+        store: &mut S,
+        superblock: &Superblock,
+        metadata: &Metadata,
+    ) -> Result<(), LogError> {
+        let slot = SlotId(0);
+        let mut log = Self {
+            superblock: superblock.clone(),
+            area: AreaId { slot, half: 0 },
+            id: CheckpointId {
+                epoch: CoordinatorEpoch(0),
+                number: 1,
+            },
+            next: 0,
+            failed: false,
+        };
+        log.write_checkpoint(store, metadata)
+    }
+}
+
+fn read<S: BlockStore>(store: &mut S, lba: Lba, bytes: &mut [u8]) -> Result<(), LogError> {
+    let what = "read metadata";
+    store
+        .read(lba, bytes)
+        .map_err(|source| LogError::Io { what, source })
+}
+
+fn write<S: BlockStore>(
+    store: &mut S,
+    lba: Lba,
+    bytes: &[u8],
+    what: &'static str,
+) -> Result<(), LogError> {
+    store
+        .write(lba, bytes)
+        .map_err(|source| LogError::Io { what, source })
+}
+
+fn flush<S: BlockStore>(store: &mut S, what: &'static str) -> Result<(), LogError> {
+    store
+        .flush()
+        .map_err(|source| LogError::Io { what, source })
+}

@@ -1,0 +1,292 @@
+//! The metadata in memory: every row, and what a record does to them.
+//!
+//! Only [`Metadata::apply`] alters it, and only by records that came from the journal, a
+//! checkpoint, or [`Metadata::decide`] after they were made durable.
+
+mod decide;
+mod disks;
+mod nodes;
+mod ownership;
+
+use std::collections::BTreeMap;
+
+use bascule_types::{Bytes, DiskId, NodeUid, Owner, SlotId, VmUid};
+
+use crate::change::{DiskRow, ExtentRun, FenceRow, Refusal, RowName, SavedStateRow, VmRow};
+use crate::record::{MetaRecord, SlotRow};
+use crate::space::Space;
+use crate::superblock::{Fencing, FencingPolicy, Superblock};
+
+pub use decide::{Asker, Context, Decision, Witness};
+
+/// Every row of a volume.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Metadata {
+    fencing: Fencing,
+    policy: FencingPolicy,
+    slot_count: u16,
+    rows_max: u64,
+    slots: BTreeMap<SlotId, SlotRow>,
+    vms: BTreeMap<VmUid, VmRow>,
+    disks: BTreeMap<DiskId, DiskRow>,
+    disks_by_name: BTreeMap<RowName, DiskId>,
+    saved: BTreeMap<VmUid, SavedStateRow>,
+    fences: BTreeMap<Owner, FenceRow>,
+    space: Space,
+}
+
+/// A record contradicts the rows that it should alter: the metadata is damaged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Contradiction {
+    /// Extents that somebody else has, or that lie outside the region.
+    #[error("two rows claim the same extents, or extents outside of the volume")]
+    Extents,
+    /// A row refers to a row that is not there.
+    #[error("a record alters a row that does not exist")]
+    Missing,
+    /// Two disks of one name.
+    #[error("two disks have the same name")]
+    Name,
+    /// A slot beyond the last.
+    #[error("a row names a slot that the volume does not have")]
+    Slot,
+}
+
+impl Metadata {
+    /// A volume without rows.
+    #[must_use]
+    pub fn new(superblock: &Superblock) -> Self {
+        let area = superblock.area(crate::AreaId {
+            slot: SlotId(0),
+            half: 0,
+        });
+        Self {
+            fencing: superblock.fencing,
+            policy: superblock.policy,
+            slot_count: superblock.slot_count,
+            rows_max: area.rows_max(),
+            slots: BTreeMap::new(),
+            vms: BTreeMap::new(),
+            disks: BTreeMap::new(),
+            disks_by_name: BTreeMap::new(),
+            saved: BTreeMap::new(),
+            fences: BTreeMap::new(),
+            space: Space::new(superblock),
+        }
+    }
+
+    /// Alters the rows as the record says.
+    ///
+    /// # Errors
+    /// [`Contradiction`]: the record cannot follow on these rows. They may be half altered and
+    /// must not be used any more.
+    pub fn apply(&mut self, record: &MetaRecord) -> Result<(), Contradiction> {
+        match record {
+            MetaRecord::Slot(row) => self.apply_slot(*row)?,
+            MetaRecord::Vm(row) => {
+                self.vms.insert(row.vm, row.clone());
+            }
+            MetaRecord::Disk(row) => self.apply_disk(row)?,
+            MetaRecord::Saved(row) => {
+                self.drop_saved(row.vm);
+                self.take(&row.extents)?;
+                self.saved.insert(row.vm, row.clone());
+            }
+            MetaRecord::Fence(row) => {
+                self.fences.insert(row.victim, *row);
+            }
+            MetaRecord::Rejoin {
+                from,
+                to,
+                boot,
+                keep,
+            } => self.apply_rejoin(*from, *to, *boot, *keep)?,
+            MetaRecord::DeleteVm(vm) => self.apply_delete_vm(*vm)?,
+            MetaRecord::DeleteDisk(disk) => self.drop_disk(*disk)?,
+            MetaRecord::DeleteSaved(vm) => self.drop_saved(*vm),
+            MetaRecord::DeleteFence(victim) => {
+                self.fences.remove(victim);
+            }
+        }
+        Ok(())
+    }
+
+    /// The records that rebuild these rows from nothing, in a fixed order.
+    pub fn rows(&self) -> impl Iterator<Item = MetaRecord> + '_ {
+        let slots = self.slots.values().copied().map(MetaRecord::Slot);
+        let vms = self.vms.values().cloned().map(MetaRecord::Vm);
+        let disks = self.disks.values().cloned().map(MetaRecord::Disk);
+        let saved = self.saved.values().cloned().map(MetaRecord::Saved);
+        let fences = self.fences.values().copied().map(MetaRecord::Fence);
+        slots.chain(vms).chain(disks).chain(saved).chain(fences)
+    }
+
+    /// How many rows there are.
+    #[must_use]
+    pub fn row_count(&self) -> u64 {
+        let rows = self.slots.len()
+            + self.vms.len()
+            + self.disks.len()
+            + self.saved.len()
+            + self.fences.len();
+        rows as u64
+    }
+
+    /// The registered slots.
+    pub fn slots(&self) -> impl Iterator<Item = &SlotRow> {
+        self.slots.values()
+    }
+
+    /// A node's slot.
+    #[must_use]
+    pub fn slot_of(&self, node: NodeUid) -> Option<&SlotRow> {
+        self.slots.values().find(|row| row.node == node)
+    }
+
+    /// A slot's holder.
+    #[must_use]
+    pub fn slot(&self, slot: SlotId) -> Option<&SlotRow> {
+        self.slots.get(&slot)
+    }
+
+    /// A VM's row.
+    #[must_use]
+    pub fn vm(&self, vm: VmUid) -> Option<&VmRow> {
+        self.vms.get(&vm)
+    }
+
+    /// Every VM.
+    pub fn vms(&self) -> impl Iterator<Item = &VmRow> {
+        self.vms.values()
+    }
+
+    /// A disk.
+    #[must_use]
+    pub fn disk(&self, disk: DiskId) -> Option<&DiskRow> {
+        self.disks.get(&disk)
+    }
+
+    /// Every disk.
+    pub fn disks(&self) -> impl Iterator<Item = &DiskRow> {
+        self.disks.values()
+    }
+
+    /// Every saved state.
+    pub fn saved_states(&self) -> impl Iterator<Item = &SavedStateRow> {
+        self.saved.values()
+    }
+
+    /// A VM's saved state.
+    #[must_use]
+    pub fn saved(&self, vm: VmUid) -> Option<&SavedStateRow> {
+        self.saved.get(&vm)
+    }
+
+    /// Every fence record.
+    pub fn fences(&self) -> impl Iterator<Item = &FenceRow> {
+        self.fences.values()
+    }
+
+    /// The fence record of an owner.
+    #[must_use]
+    pub fn fence(&self, victim: Owner) -> Option<&FenceRow> {
+        self.fences.get(&victim)
+    }
+
+    /// The size of the extent region.
+    #[must_use]
+    pub fn capacity(&self) -> Bytes {
+        self.space.capacity()
+    }
+
+    /// Of it, free.
+    #[must_use]
+    pub fn free(&self) -> Bytes {
+        self.space.free_bytes()
+    }
+
+    fn apply_slot(&mut self, row: SlotRow) -> Result<(), Contradiction> {
+        if row.slot.0 >= self.slot_count {
+            return Err(Contradiction::Slot);
+        }
+        self.slots.insert(row.slot, row);
+        Ok(())
+    }
+
+    fn apply_disk(&mut self, row: &DiskRow) -> Result<(), Contradiction> {
+        if self.disks.contains_key(&row.disk) {
+            self.drop_disk(row.disk)?;
+        }
+        if self.disks_by_name.contains_key(&row.name) {
+            return Err(Contradiction::Name);
+        }
+        self.take(&row.extents)?;
+        self.disks_by_name.insert(row.name.clone(), row.disk);
+        self.disks.insert(row.disk, row.clone());
+        Ok(())
+    }
+
+    fn apply_rejoin(
+        &mut self,
+        from: Owner,
+        to: Owner,
+        boot: [u8; 16],
+        keep: bool,
+    ) -> Result<(), Contradiction> {
+        let slot = self.slots.get_mut(&to.slot).ok_or(Contradiction::Missing)?;
+        slot.generation = to.generation;
+        slot.boot = boot;
+        let heir = keep.then_some(to);
+        for vm in self.vms.values_mut() {
+            if vm.owner == Some(from) {
+                vm.owner = heir;
+            }
+        }
+        for disk in self.disks.values_mut() {
+            if disk.importer == Some(from) {
+                disk.importer = heir;
+            }
+        }
+        Ok(())
+    }
+
+    fn apply_delete_vm(&mut self, vm: VmUid) -> Result<(), Contradiction> {
+        self.vms.remove(&vm).ok_or(Contradiction::Missing)?;
+        self.drop_saved(vm);
+        for disk in self.disks.values_mut() {
+            if disk.vm == Some(vm) {
+                disk.vm = None;
+            }
+        }
+        Ok(())
+    }
+
+    fn drop_disk(&mut self, disk: DiskId) -> Result<(), Contradiction> {
+        let row = self.disks.remove(&disk).ok_or(Contradiction::Missing)?;
+        self.disks_by_name.remove(&row.name);
+        self.space.give(&row.extents);
+        Ok(())
+    }
+
+    fn drop_saved(&mut self, vm: VmUid) {
+        if let Some(row) = self.saved.remove(&vm) {
+            self.space.give(&row.extents);
+        }
+    }
+
+    fn take(&mut self, extents: &[ExtentRun]) -> Result<(), Contradiction> {
+        if self.space.take(extents) {
+            Ok(())
+        } else {
+            Err(Contradiction::Extents)
+        }
+    }
+
+    fn room_for(&self, rows: u64) -> Result<(), Refusal> {
+        if self.row_count() + rows > self.rows_max {
+            let what = crate::change::Table::Rows;
+            return Err(Refusal::TableFull { what });
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,227 @@
+//! Decisions about space: disks and saved state.
+//!
+//! A new disk's extents hold whatever their last user left. Every disk therefore starts as
+//! `importing`, bound to the node that fills it; that node writes an image and zeroes the rest, or
+//! zeroes all of it, and only then finishes the import. Until then nobody can open it.
+
+use bascule_types::{Bytes, DiskId, Owner, VmUid};
+
+use super::Metadata;
+use super::decide::{Context, Decision};
+use super::ownership::not_owned;
+use crate::change::{
+    Answer, DiskRole, DiskRow, Refusal, RowName, SavedStateRow, SavedStateSum, VmRow,
+};
+use crate::record::MetaRecord;
+
+impl Metadata {
+    pub(super) fn create_disk(
+        &self,
+        vm: VmUid,
+        name: &RowName,
+        size: Bytes,
+        role: DiskRole,
+        context: &Context<'_>,
+    ) -> Result<Decision, Refusal> {
+        self.vm(vm).ok_or(Refusal::NoSuchVm)?;
+        let importer = context.asker.owner;
+        if let Some(row) = self.disk_named(name) {
+            if row.vm != Some(vm) {
+                return Err(Refusal::NameTaken);
+            }
+            if row.size != size || row.role != role {
+                return Err(Refusal::DiskDiffers);
+            }
+            return self.resume_import(row, importer, context);
+        }
+        let importer = self.check_importer(importer, context)?;
+        self.room_for(1)?;
+        let extents = self.space.plan(size)?;
+        Ok(put(DiskRow {
+            disk: context.fresh_disk,
+            name: name.clone(),
+            vm: Some(vm),
+            size,
+            role,
+            importing: true,
+            importer: Some(importer),
+            extents,
+        }))
+    }
+
+    /// Asked again for a disk that exists: the same importer goes on; another one only when the
+    /// first cannot write any more.
+    fn resume_import(
+        &self,
+        row: &DiskRow,
+        importer: Option<Owner>,
+        context: &Context<'_>,
+    ) -> Result<Decision, Refusal> {
+        if !row.importing || (row.importer.is_some() && row.importer == importer) {
+            return Ok(Decision::already(Answer::Disk(row.clone())));
+        }
+        self.check_abandoned(row)?;
+        let importer = self.check_importer(importer, context)?;
+        Ok(put(DiskRow {
+            importer: Some(importer),
+            ..row.clone()
+        }))
+    }
+
+    fn check_importer(
+        &self,
+        importer: Option<Owner>,
+        context: &Context<'_>,
+    ) -> Result<Owner, Refusal> {
+        let importer = importer.ok_or(Refusal::NotAllowed)?;
+        self.check_new_owner(importer, context)?;
+        Ok(importer)
+    }
+
+    /// Refuses while somebody else may still be writing the disk.
+    fn check_abandoned(&self, row: &DiskRow) -> Result<(), Refusal> {
+        match row.importer {
+            Some(owner) if self.fence(owner).is_none() => Err(Refusal::ImportedElsewhere { owner }),
+            _ => Ok(()),
+        }
+    }
+
+    pub(super) fn finish_import(
+        &self,
+        disk: DiskId,
+        context: &Context<'_>,
+    ) -> Result<Decision, Refusal> {
+        let row = self.disk(disk).ok_or(Refusal::NoSuchDisk)?;
+        if !row.importing {
+            return Ok(Decision::already(Answer::Disk(row.clone())));
+        }
+        match (row.importer, context.asker.owner) {
+            (Some(owner), Some(asker)) if owner == asker => self.check_new_owner(owner, context)?,
+            (Some(owner), _) => return Err(Refusal::ImportedElsewhere { owner }),
+            (None, _) => return Err(Refusal::Importing),
+        }
+        Ok(put(DiskRow {
+            importing: false,
+            importer: None,
+            ..row.clone()
+        }))
+    }
+
+    pub(super) fn attach_disk(&self, name: &RowName, vm: VmUid) -> Result<Decision, Refusal> {
+        let home = self.vm(vm).ok_or(Refusal::NoSuchVm)?;
+        let row = self.disk_named(name).ok_or(Refusal::NoSuchDisk)?;
+        if row.name.namespace() != home.name.namespace() {
+            return Err(Refusal::OtherNamespace);
+        }
+        match row.vm {
+            Some(holder) if holder == vm => Ok(Decision::already(Answer::Disk(row.clone()))),
+            Some(_) => Err(Refusal::NameTaken),
+            None if row.importing => Err(Refusal::Importing),
+            None => Ok(put(DiskRow {
+                vm: Some(vm),
+                ..row.clone()
+            })),
+        }
+    }
+
+    pub(super) fn delete_disk(
+        &self,
+        disk: DiskId,
+        context: &Context<'_>,
+    ) -> Result<Decision, Refusal> {
+        let Some(row) = self.disk(disk) else {
+            return Ok(Decision::already(Answer::Gone));
+        };
+        if let Some(home) = row.vm.and_then(|vm| self.vm(vm)) {
+            not_owned(home)?;
+        }
+        if row.importer != context.asker.owner {
+            self.check_abandoned(row)?;
+        }
+        let records = vec![MetaRecord::DeleteDisk(disk)];
+        Ok(Decision::new(records, Answer::Gone))
+    }
+
+    pub(super) fn reserve_saved(
+        &self,
+        vm: VmUid,
+        from: Owner,
+        size: Bytes,
+    ) -> Result<Decision, Refusal> {
+        let row = self.owned_vm(vm, from)?;
+        let epoch = row.epoch;
+        let mut records = Vec::new();
+        if let Some(saved) = self.saved(vm) {
+            let same = saved.epoch == epoch && saved.complete.is_none();
+            if same && room(saved) >= size.0 {
+                return Ok(Decision::already(Answer::SavedState(saved.clone())));
+            }
+            records.push(MetaRecord::DeleteSaved(vm));
+        }
+        self.room_for(1)?;
+        let saved = SavedStateRow {
+            vm,
+            epoch,
+            extents: self.space.plan(size)?,
+            complete: None,
+        };
+        records.push(MetaRecord::Saved(saved.clone()));
+        Ok(Decision::new(records, Answer::SavedState(saved)))
+    }
+
+    pub(super) fn finish_saved(
+        &self,
+        vm: VmUid,
+        from: Owner,
+        length: Bytes,
+        crc32c: u32,
+    ) -> Result<Decision, Refusal> {
+        let row = self.owned_vm(vm, from)?;
+        let saved = self.saved(vm).filter(|saved| saved.epoch == row.epoch);
+        let saved = saved.ok_or(Refusal::NoSavedState)?;
+        let sum = SavedStateSum { length, crc32c };
+        if saved.complete == Some(sum) {
+            return Ok(Decision::already(Answer::SavedState(saved.clone())));
+        }
+        if saved.complete.is_some() || length.0 > room(saved) {
+            return Err(Refusal::NotAllowed);
+        }
+        let saved = SavedStateRow {
+            complete: Some(sum),
+            ..saved.clone()
+        };
+        let records = vec![MetaRecord::Saved(saved.clone())];
+        Ok(Decision::new(records, Answer::SavedState(saved)))
+    }
+
+    pub(super) fn drop_saved_state(&self, vm: VmUid, from: Owner) -> Result<Decision, Refusal> {
+        self.owned_vm(vm, from)?;
+        if self.saved(vm).is_none() {
+            return Ok(Decision::already(Answer::Gone));
+        }
+        let records = vec![MetaRecord::DeleteSaved(vm)];
+        Ok(Decision::new(records, Answer::Gone))
+    }
+
+    fn owned_vm(&self, vm: VmUid, from: Owner) -> Result<&VmRow, Refusal> {
+        let row = self.vm(vm).ok_or(Refusal::NoSuchVm)?;
+        super::ownership::owned(row, from, row.epoch)?;
+        if self.fence(from).is_some() {
+            return Err(Refusal::Fenced { owner: from });
+        }
+        Ok(row)
+    }
+
+    fn disk_named(&self, name: &RowName) -> Option<&DiskRow> {
+        let disk = self.disks_by_name.get(name)?;
+        self.disks.get(disk)
+    }
+}
+
+fn put(row: DiskRow) -> Decision {
+    Decision::new(vec![MetaRecord::Disk(row.clone())], Answer::Disk(row))
+}
+
+fn room(saved: &SavedStateRow) -> u64 {
+    saved.extents.iter().map(|run| run.length.0).sum()
+}

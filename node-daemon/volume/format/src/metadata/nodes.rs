@@ -1,0 +1,158 @@
+//! Decisions about nodes: registration, generations, fences.
+
+use bascule_types::{Generation, NodeUid, Owner, SlotId};
+
+use super::decide::{Context, Decision};
+use super::{Metadata, SlotRow};
+use crate::change::{
+    AdministratorsWord, Answer, FenceProof, FenceRow, MissingProof, Refusal, Table, VmRow,
+};
+use crate::record::MetaRecord;
+
+impl Metadata {
+    pub(super) fn register_node(&self, node: NodeUid) -> Result<Decision, Refusal> {
+        if let Some(row) = self.slot_of(node) {
+            return Ok(Decision::already(slot_answer(row.owner(), Vec::new())));
+        }
+        self.room_for(1)?;
+        let free = (0..self.slot_count).map(SlotId);
+        let slot = free
+            .into_iter()
+            .find(|slot| !self.slots.contains_key(slot))
+            .ok_or(Refusal::TableFull { what: Table::Slots })?;
+        let row = SlotRow {
+            slot,
+            node,
+            generation: Generation(0),
+            boot: [0; 16],
+        };
+        let answer = slot_answer(row.owner(), Vec::new());
+        Ok(Decision::new(vec![MetaRecord::Slot(row)], answer))
+    }
+
+    /// The asker's heartbeat already shows the new generation; from the answer on it counts.
+    pub(super) fn rejoin(
+        &self,
+        node: NodeUid,
+        from: Owner,
+        rebooted: bool,
+        context: &Context<'_>,
+    ) -> Result<Decision, Refusal> {
+        let stale = Refusal::StaleOwner { owner: from };
+        let to = context.asker.owner.ok_or(stale)?;
+        let row = self.slot(from.slot).ok_or(stale)?;
+        if row.node != node || context.asker.node != node || to.slot != from.slot {
+            return Err(stale);
+        }
+        if row.generation == to.generation {
+            return Ok(Decision::already(slot_answer(to, self.owned_by(to))));
+        }
+        if row.generation != from.generation || to.generation < from.generation {
+            return Err(Refusal::StaleOwner { owner: to });
+        }
+        // The row's own boot id decides, not the asker's word: a generation of an earlier boot has
+        // no process left.
+        let rebooted = rebooted || row.boot != context.asker.boot;
+        let keep = !rebooted && self.fence(from).is_none();
+        let mut records = vec![MetaRecord::Rejoin {
+            from,
+            to,
+            boot: context.asker.boot,
+            keep,
+        }];
+        // A fence row stays for as long as some row could still name its victim.
+        let done = self.fences.keys().filter(|victim| {
+            victim.slot == to.slot && (keep || **victim != from) && !self.is_named(**victim)
+        });
+        records.extend(
+            done.take(FENCES_PRUNED)
+                .copied()
+                .map(MetaRecord::DeleteFence),
+        );
+        let kept = if keep {
+            self.owned_by(from)
+        } else {
+            Vec::new()
+        };
+        Ok(Decision::new(records, slot_answer(to, kept)))
+    }
+
+    pub(super) fn confirm_fenced(
+        &self,
+        victim: Owner,
+        word: AdministratorsWord,
+        context: &Context<'_>,
+    ) -> Result<Decision, Refusal> {
+        if let Some(fence) = self.fence(victim) {
+            return Ok(Decision::already(Answer::Fenced(*fence)));
+        }
+        let allowed = match word {
+            AdministratorsWord::Confirmed => true,
+            AdministratorsWord::OutOfServiceTaint => self.policy.out_of_service_taint,
+        };
+        if !allowed {
+            return Err(Refusal::NotAllowed);
+        }
+        let current = self.slot(victim.slot).map(|row| row.owner());
+        if current != Some(victim) {
+            return Err(Refusal::StaleOwner { owner: victim });
+        }
+        if context.witness.lease_valid(victim) {
+            let missing = MissingProof::Alive;
+            return Err(Refusal::NotFenced { victim, missing });
+        }
+        self.room_for(1)?;
+        let fence = FenceRow {
+            victim,
+            proof: FenceProof::Administrator(word),
+        };
+        let answer = Answer::Fenced(fence);
+        Ok(Decision::new(vec![MetaRecord::Fence(fence)], answer))
+    }
+
+    /// Why `owner` may not own anything now, if it may not.
+    pub(super) fn check_new_owner(
+        &self,
+        owner: Owner,
+        context: &Context<'_>,
+    ) -> Result<(), Refusal> {
+        if self.slot(owner.slot).map(SlotRow::owner) != Some(owner) {
+            return Err(Refusal::StaleOwner { owner });
+        }
+        if self.fence(owner).is_some() {
+            return Err(Refusal::Fenced { owner });
+        }
+        if !context.witness.lease_valid(owner) {
+            return Err(Refusal::LeaseInvalid { owner });
+        }
+        Ok(())
+    }
+
+    fn owned_by(&self, owner: Owner) -> Vec<bascule_types::VmUid> {
+        let rows = self.vms.values().filter(|row| row.owner == Some(owner));
+        rows.map(|row: &VmRow| row.vm).collect()
+    }
+
+    fn is_named(&self, owner: Owner) -> bool {
+        self.vms.values().any(|row| row.owner == Some(owner))
+            || self.disks.values().any(|row| row.importer == Some(owner))
+    }
+}
+
+impl SlotRow {
+    /// The slot in the generation that last joined.
+    #[must_use]
+    pub const fn owner(&self) -> Owner {
+        Owner {
+            slot: self.slot,
+            generation: self.generation,
+        }
+    }
+}
+
+fn slot_answer(owner: Owner, kept: Vec<bascule_types::VmUid>) -> Answer {
+    Answer::Slot { owner, kept }
+}
+
+/// Fence rows that one re-join clears away: a group must stay far below the smallest journal.
+const FENCES_PRUNED: usize = 4;

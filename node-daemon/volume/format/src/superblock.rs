@@ -1,0 +1,352 @@
+//! The superblock: what a volume is. Two copies, at LBA 0 and at LBA 255, written by `format`.
+//!
+//! ```text
+//! offset size  field                              (header epoch: rises with every rewrite, from 1)
+//!     48    4  format version, 1
+//!     52    4  compat flags: a reader that does not know one may ignore it
+//!     56    4  ro-compat flags: who does not know one may read, and must not write
+//!     60    4  incompat flags: who does not know one must not touch the volume
+//!     64   16  cluster id
+//!     80    1  fencing: 1 watchdog, 2 lease only, 3 persistent reservation (refused until it exists)
+//!     81    1  policy: 1 = a software watchdog counts, 2 = the out-of-service taint counts
+//!     82    2  slot count
+//!     84    4  extent size in MiB
+//!     88    8  size of the volume in blocks
+//!     96   24  timings
+//!    120    2  number of regions
+//!    122    6  zero
+//!    128  24n  regions: kind (2), zero (6), first LBA (8), blocks (8)
+//! ```
+
+use bascule_types::{Bytes, ClusterId, Lba};
+use serde::{Deserialize, Serialize};
+
+use crate::FormatError;
+use crate::block::{BLOCK_BYTES, BodyReader, BodyWriter, Kind, Record, open_envelope};
+use crate::timing::Timings;
+
+/// The format that this release writes.
+pub const FORMAT_VERSION: u32 = 1;
+/// Where the two copies lie.
+pub const SUPERBLOCK_LBAS: [Lba; 2] = [Lba(0), Lba(255)];
+/// The incompat flags that this release knows.
+pub const INCOMPAT_KNOWN: u32 = 0;
+/// The ro-compat flags that this release knows.
+pub const RO_COMPAT_KNOWN: u32 = 0;
+
+/// What a volume is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Superblock {
+    /// The volume; it lies in every block's envelope.
+    pub volume: bascule_types::VolumeId,
+    /// Which rewrite of the superblock this is.
+    pub revision: u64,
+    /// Feature flags.
+    pub flags: FeatureFlags,
+    /// The cluster that it is bound to.
+    pub cluster: ClusterId,
+    /// How a silent node's end is proved.
+    pub fencing: Fencing,
+    /// What the administrator allowed beyond the mode.
+    pub policy: FencingPolicy,
+    /// How many nodes can attach it.
+    pub slot_count: u16,
+    /// Extent size in MiB.
+    pub extent_mib: u32,
+    /// The size of the volume in blocks; a device that is smaller is not this one.
+    pub blocks: u64,
+    /// The times.
+    pub timings: Timings,
+    /// Where everything is.
+    pub regions: Vec<Region>,
+}
+
+/// Features that a reader may have to know.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FeatureFlags {
+    /// May be ignored.
+    pub compat: u32,
+    /// Unknown: read-only.
+    pub ro_compat: u32,
+    /// Unknown: hands off.
+    pub incompat: u32,
+}
+
+/// How a volume proves that a silent node will not write any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Fencing {
+    /// The safe time elapsed under a hardware watchdog.
+    Watchdog,
+    /// Only an administrator's word.
+    LeaseOnly,
+    /// A SCSI-3 reservation key was preempted. Declared; refused until it exists.
+    PersistentReservation,
+}
+
+/// What the administrator allowed beyond the fencing mode.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct FencingPolicy {
+    /// A software watchdog counts as one.
+    pub software_watchdog: bool,
+    /// The out-of-service taint counts as an administrator's word.
+    pub out_of_service_taint: bool,
+}
+
+/// What a region of the volume is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum RegionKind {
+    /// Heartbeat slots.
+    Heartbeats,
+    /// Disk Paxos blocks.
+    Paxos,
+    /// Leader blocks.
+    Leaders,
+    /// Two metadata areas per slot.
+    Areas,
+    /// Messages to a node that only the volume still connects: 16 blocks per slot. Reserved.
+    Mailbox,
+    /// Reference counts of shared extents: 8 bytes per extent. Reserved.
+    References,
+    /// Extents: of disks, and of saved VM state.
+    Extents,
+}
+
+/// A run of blocks with one purpose.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Region {
+    /// What for.
+    pub kind: RegionKind,
+    /// Its first block.
+    pub start: Lba,
+    /// Its length.
+    pub blocks: u64,
+}
+
+impl Superblock {
+    /// The region of this kind; an empty one if the volume has none, which
+    /// [`Superblock::parse_copy`] refuses for every kind that it knows.
+    #[must_use]
+    pub fn region(&self, kind: RegionKind) -> Region {
+        let empty = Region {
+            kind,
+            start: Lba(0),
+            blocks: 0,
+        };
+        let found = self.regions.iter().find(|region| region.kind == kind);
+        found.copied().unwrap_or(empty)
+    }
+
+    /// The size of an extent.
+    #[must_use]
+    pub const fn extent_bytes(&self) -> Bytes {
+        Bytes::mib(self.extent_mib)
+    }
+
+    /// Reads the copy that lies in `bytes`, read from `here`, of whichever volume it is.
+    ///
+    /// # Errors
+    /// [`FormatError`]; a newer format is told from a damaged one.
+    pub fn parse_copy(bytes: &[u8], here: Lba) -> Result<Self, FormatError> {
+        let (header, mut body) = open_envelope(bytes, Kind::Superblock)?;
+        if header.lba != here {
+            return Err(FormatError::Misplaced {
+                here,
+                found: header.lba,
+            });
+        }
+        let mut superblock = Self::parse(header.epoch, &mut body)?;
+        superblock.volume = header.volume;
+        Ok(superblock)
+    }
+
+    fn check_regions(&self) -> Result<(), FormatError> {
+        const WRONG: FormatError = FormatError::Field("regions");
+        let mut end = 0;
+        let mut sorted = self.regions.clone();
+        sorted.sort_by_key(|region| region.start);
+        for region in &sorted {
+            let next = region.start.0.checked_add(region.blocks).ok_or(WRONG)?;
+            if region.start.0 < end || next > self.blocks || region.blocks == 0 {
+                return Err(WRONG);
+            }
+            end = next;
+        }
+        let every = RegionKind::ALL.iter().all(|kind| {
+            let of_kind = self.regions.iter().filter(|region| region.kind == *kind);
+            of_kind.count() == 1
+        });
+        if every { Ok(()) } else { Err(WRONG) }
+    }
+}
+
+impl Record for Superblock {
+    const KIND: Kind = Kind::Superblock;
+
+    fn epoch(&self) -> u64 {
+        self.revision
+    }
+
+    fn encode(&self, body: &mut BodyWriter<'_>) {
+        body.u32(FORMAT_VERSION);
+        body.u32(self.flags.compat);
+        body.u32(self.flags.ro_compat);
+        body.u32(self.flags.incompat);
+        body.bytes(&self.cluster.to_bytes());
+        body.u8(self.fencing.code());
+        body.u8(self.policy.code());
+        body.u16(self.slot_count);
+        body.u32(self.extent_mib);
+        body.u64(self.blocks);
+        self.timings.encode(body);
+        body.u16(u16::try_from(self.regions.len()).unwrap_or(u16::MAX));
+        body.zeroes(6);
+        for region in &self.regions {
+            body.u16(region.kind.code());
+            body.zeroes(6);
+            body.u64(region.start.0);
+            body.u64(region.blocks);
+        }
+    }
+
+    fn parse(epoch: u64, body: &mut BodyReader<'_>) -> Result<Self, FormatError> {
+        let found = body.u32();
+        if found != FORMAT_VERSION {
+            let version = u16::try_from(found).unwrap_or(u16::MAX);
+            return Err(FormatError::Newer {
+                found: version,
+                known: 1,
+            });
+        }
+        let flags = FeatureFlags {
+            compat: body.u32(),
+            ro_compat: body.u32(),
+            incompat: body.u32(),
+        };
+        if flags.incompat & !INCOMPAT_KNOWN != 0 {
+            return Err(FormatError::Field("incompat flags"));
+        }
+        let cluster = ClusterId::from_bytes(body.array());
+        let fencing = Fencing::from_code(body.u8())?;
+        let policy = FencingPolicy::from_code(body.u8())?;
+        let slot_count = body.u16();
+        let extent_mib = body.u32();
+        let blocks = body.u64();
+        let timings = Timings::parse(body)?;
+        if slot_count == 0 || slot_count > SLOTS_MAX {
+            return Err(FormatError::Field("slot count"));
+        }
+        if extent_mib == 0 || extent_mib > EXTENT_MIB_MAX {
+            return Err(FormatError::Field("extent size"));
+        }
+        let superblock = Self {
+            volume: bascule_types::VolumeId::from_bytes([0; 16]),
+            revision: epoch,
+            flags,
+            cluster,
+            fencing,
+            policy,
+            slot_count,
+            extent_mib,
+            blocks,
+            timings,
+            regions: parse_regions(body)?,
+        };
+        superblock.check_regions()?;
+        Ok(superblock)
+    }
+}
+
+/// The most slots that a volume can have.
+pub const SLOTS_MAX: u16 = 64;
+const EXTENT_MIB_MAX: u32 = 1024;
+/// The body has room for more, but no release has used them.
+const REGIONS_MAX: u16 = 14;
+
+fn parse_regions(body: &mut BodyReader<'_>) -> Result<Vec<Region>, FormatError> {
+    let count = body.u16();
+    body.array::<6>();
+    if count > REGIONS_MAX {
+        return Err(FormatError::Field("number of regions"));
+    }
+    let mut regions = Vec::new();
+    for _ in 0..count {
+        let kind = body.u16();
+        body.array::<6>();
+        let (start, blocks) = (Lba(body.u64()), body.u64());
+        // A region that a later release added under a compat flag is left alone.
+        if let Some(kind) = RegionKind::from_code(kind) {
+            regions.push(Region {
+                kind,
+                start,
+                blocks,
+            });
+        }
+    }
+    Ok(regions)
+}
+
+impl RegionKind {
+    /// Every kind that this release knows.
+    pub const ALL: [Self; 7] = [
+        Self::Heartbeats,
+        Self::Paxos,
+        Self::Leaders,
+        Self::Areas,
+        Self::Mailbox,
+        Self::References,
+        Self::Extents,
+    ];
+
+    const fn code(self) -> u16 {
+        match self {
+            Self::Heartbeats => 1,
+            Self::Paxos => 2,
+            Self::Leaders => 3,
+            Self::Areas => 4,
+            Self::Mailbox => 5,
+            Self::References => 6,
+            Self::Extents => 7,
+        }
+    }
+
+    fn from_code(code: u16) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.code() == code)
+    }
+}
+
+impl Fencing {
+    const fn code(self) -> u8 {
+        match self {
+            Self::Watchdog => 1,
+            Self::LeaseOnly => 2,
+            Self::PersistentReservation => 3,
+        }
+    }
+
+    const fn from_code(code: u8) -> Result<Self, FormatError> {
+        match code {
+            1 => Ok(Self::Watchdog),
+            2 => Ok(Self::LeaseOnly),
+            3 => Ok(Self::PersistentReservation),
+            _ => Err(FormatError::Field("fencing")),
+        }
+    }
+}
+
+impl FencingPolicy {
+    fn code(self) -> u8 {
+        u8::from(self.software_watchdog) | (u8::from(self.out_of_service_taint) << 1)
+    }
+
+    const fn from_code(code: u8) -> Result<Self, FormatError> {
+        if code > 3 {
+            return Err(FormatError::Field("fencing policy"));
+        }
+        Ok(Self {
+            software_watchdog: code & 1 != 0,
+            out_of_service_taint: code & 2 != 0,
+        })
+    }
+}
+
+const _: () = assert!(BLOCK_BYTES == 4096, "addresses count 4096-byte blocks");

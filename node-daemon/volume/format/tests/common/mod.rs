@@ -1,0 +1,172 @@
+//! Fixtures: a volume in memory, and a coordinator's view that a test sets.
+#![expect(dead_code, reason = "each test file uses its own part")]
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use bascule_types::{
+    ClusterId, DiskId, Epoch, Generation, NodeUid, Owner, SlotId, VmUid, VolumeId,
+};
+use bascule_volume_format::change::{
+    Answer, Change, FenceProof, MissingProof, Refusal, RowName, VmRow,
+};
+use bascule_volume_format::{
+    Asker, Context, Fencing, FencingPolicy, FormatRequest, MemStore, Metadata, Superblock, Timings,
+    Witness, make_volume,
+};
+
+pub(crate) const DEVICE_BYTES: u64 = 64 << 20;
+
+pub(crate) fn request() -> FormatRequest {
+    FormatRequest {
+        volume: VolumeId::from_bytes([0x11; 16]),
+        cluster: ClusterId::from_bytes([0x22; 16]),
+        fencing: Fencing::Watchdog,
+        policy: FencingPolicy::default(),
+        timings: Timings::DEFAULT,
+        slot_count: 4,
+        extent_mib: 1,
+        device_bytes: DEVICE_BYTES,
+    }
+}
+
+pub(crate) fn node(n: u8) -> NodeUid {
+    NodeUid::from_bytes([n; 16])
+}
+
+pub(crate) fn vm(n: u8) -> VmUid {
+    VmUid::from_bytes([0xA0 + n; 16])
+}
+
+pub(crate) fn owner(slot: u16, generation: u64) -> Owner {
+    Owner {
+        slot: SlotId(slot),
+        generation: Generation(generation),
+    }
+}
+
+pub(crate) fn name(text: &str) -> RowName {
+    RowName::new(text).unwrap()
+}
+
+pub(crate) fn formatted() -> (MemStore, Superblock) {
+    let mut store = MemStore::new(usize::try_from(DEVICE_BYTES / 4096).unwrap());
+    let superblock = make_volume(&mut store, &request(), Some(node(1))).unwrap();
+    (store, superblock)
+}
+
+/// What the coordinator sees: set by the test.
+#[derive(Default)]
+pub(crate) struct Seen {
+    pub(crate) alive: BTreeSet<Owner>,
+    pub(crate) proofs: BTreeMap<Owner, FenceProof>,
+}
+
+impl Witness for Seen {
+    fn lease_valid(&self, owner: Owner) -> bool {
+        self.alive.contains(&owner)
+    }
+
+    fn proof(&self, victim: Owner) -> Result<FenceProof, MissingProof> {
+        self.proofs.get(&victim).copied().ok_or(MissingProof::Alive)
+    }
+}
+
+/// Metadata with a view of the nodes; every granted change is applied at once.
+pub(crate) struct Cluster {
+    pub(crate) metadata: Metadata,
+    pub(crate) seen: Seen,
+    disks: u8,
+}
+
+impl Cluster {
+    /// Nodes 1 and 2 in slots 0 and 1, both alive in generation 1.
+    pub(crate) fn with_two_nodes() -> Self {
+        Self::of(&request().lay_out().unwrap())
+    }
+
+    pub(crate) fn of(superblock: &Superblock) -> Self {
+        let mut cluster = Self {
+            metadata: Metadata::new(superblock),
+            seen: Seen::default(),
+            disks: 0,
+        };
+        for n in [1, 2] {
+            cluster.join(n);
+        }
+        cluster
+    }
+
+    pub(crate) fn join(&mut self, n: u8) {
+        let slot = u16::from(n - 1);
+        self.seen.alive.insert(owner(slot, 1));
+        self.ask(n, &Change::RegisterNode { node: node(n) })
+            .unwrap();
+        let rejoin = Change::Rejoin {
+            node: node(n),
+            from: owner(slot, 0),
+            rebooted: true,
+        };
+        self.ask(n, &rejoin).unwrap();
+    }
+
+    /// Asks as node `n` in the newest generation that is alive in its slot.
+    pub(crate) fn ask(&mut self, n: u8, change: &Change) -> Result<Answer, Refusal> {
+        self.disks += 1;
+        let slot = SlotId(u16::from(n - 1));
+        let mine = self.seen.alive.iter().filter(|owner| owner.slot == slot);
+        let context = Context {
+            asker: Asker {
+                node: node(n),
+                owner: mine.max().copied(),
+                boot: [n; 16],
+            },
+            witness: &self.seen,
+            fresh_disk: DiskId::from_bytes([self.disks; 16]),
+        };
+        let decision = self.metadata.decide(change, &context)?;
+        for record in &decision.records {
+            self.metadata.apply(record).unwrap();
+        }
+        // Idempotent: asked again, the same answer and no further record.
+        let again = self.metadata.decide(change, &context).unwrap();
+        assert_eq!(again.answer, decision.answer, "{change:?}");
+        assert!(again.records.is_empty(), "{change:?}: {:?}", again.records);
+        Ok(decision.answer)
+    }
+
+    pub(crate) fn create_vm(&mut self, n: u8) {
+        let change = Change::CreateVm {
+            vm: vm(n),
+            name: name(&format!("shop/web-{n}")),
+            spec_digest: [n; 32],
+        };
+        self.ask(1, &change).unwrap();
+    }
+
+    /// VM 1, owned by slot 0 generation 1 in epoch 1.
+    pub(crate) fn with_running_vm(mut self) -> Self {
+        self.create_vm(1);
+        self.acquire(1, 1, 0, owner(0, 1)).unwrap();
+        self
+    }
+
+    pub(crate) fn acquire(
+        &mut self,
+        n: u8,
+        v: u8,
+        expected: u64,
+        to: Owner,
+    ) -> Result<Answer, Refusal> {
+        let expected_epoch = Epoch(expected);
+        let change = Change::Acquire {
+            vm: vm(v),
+            expected_epoch,
+            to,
+        };
+        self.ask(n, &change)
+    }
+
+    pub(crate) fn row(&self, v: u8) -> &VmRow {
+        self.metadata.vm(vm(v)).unwrap()
+    }
+}

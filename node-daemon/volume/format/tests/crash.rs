@@ -1,0 +1,255 @@
+//! I6: after a crash at any write, with any subset of the unflushed writes lost, the volume holds
+//! exactly the acknowledged changes, plus at most the one in flight.
+
+mod common;
+
+use bascule_types::{Bytes, Epoch, SlotId};
+use bascule_volume_format::change::{Change, DiskRole};
+use bascule_volume_format::{
+    CoordinatorEpoch, Log, LogError, MemStore, MetaRecord, Metadata, Superblock, check_volume,
+    make_volume, read_superblock, recover,
+};
+use common::{Cluster, DEVICE_BYTES, formatted, name, node, owner, request, vm};
+
+/// The record groups of a small history: nodes join, VMs come, run, move and go.
+fn history(superblock: &Superblock) -> Vec<Vec<MetaRecord>> {
+    let mut cluster = Cluster::of(superblock);
+    let mut groups = vec![cluster.metadata.rows().collect::<Vec<_>>()];
+    let mut step = |cluster: &mut Cluster, change: &Change| {
+        let before = cluster.metadata.clone();
+        cluster.ask(1, change).unwrap();
+        groups.push(difference(&before, &cluster.metadata));
+    };
+    for n in 1..=6 {
+        let create = Change::CreateVm {
+            vm: vm(n),
+            name: name(&format!("shop/web-{n}")),
+            spec_digest: [n; 32],
+        };
+        step(&mut cluster, &create);
+        let disk = Change::CreateDisk {
+            vm: vm(n),
+            name: name(&format!("shop/disk-{n}")),
+            size: Bytes::mib(2),
+            role: DiskRole::Data,
+            importing: true,
+        };
+        step(&mut cluster, &disk);
+        let acquire = Change::Acquire {
+            vm: vm(n),
+            expected_epoch: Epoch(0),
+            to: owner(0, 1),
+        };
+        step(&mut cluster, &acquire);
+    }
+    groups
+}
+
+/// Row by row, what became of the metadata: the same as what was decided, in groups of two and
+/// more where several rows changed.
+fn difference(before: &Metadata, after: &Metadata) -> Vec<MetaRecord> {
+    let old: Vec<MetaRecord> = before.rows().collect();
+    after.rows().filter(|row| !old.contains(row)).collect()
+}
+
+/// Every state that the history passes through, the first being the freshly formatted one.
+fn states(superblock: &Superblock, groups: &[Vec<MetaRecord>]) -> Vec<Metadata> {
+    let (mut store, _) = formatted();
+    let mut metadata = recover(&mut store, superblock).unwrap().metadata;
+    let mut states = vec![metadata.clone()];
+    for group in groups {
+        for record in group {
+            metadata.apply(record).unwrap();
+        }
+        states.push(metadata.clone());
+    }
+    states
+}
+
+/// Runs the history until the device fails. Returns how many groups were acknowledged.
+fn run(store: &mut MemStore, superblock: &Superblock, groups: &[Vec<MetaRecord>]) -> usize {
+    let Ok(recovered) = recover(store, superblock) else {
+        return 0;
+    };
+    let epoch = CoordinatorEpoch(recovered.base.epoch.0 + 1);
+    let Ok(mut log) = Log::start(store, superblock, &recovered, SlotId(0), epoch) else {
+        return 0;
+    };
+    let mut metadata = recovered.metadata;
+    for (index, group) in groups.iter().enumerate() {
+        if log.commit(store, &mut metadata, group).is_err() {
+            let again = log.commit(store, &mut metadata, group);
+            assert!(matches!(again, Err(LogError::Failed)), "sticky: {again:?}");
+            return index;
+        }
+    }
+    groups.len()
+}
+
+fn assert_recovers(
+    mut store: MemStore,
+    superblock: &Superblock,
+    states: &[Metadata],
+    acknowledged: usize,
+    story: &str,
+) {
+    let found = recover(&mut store, superblock)
+        .unwrap_or_else(|error| panic!("{story}: {error}"))
+        .metadata;
+    let allowed = &states[acknowledged..states.len().min(acknowledged + 2)];
+    assert!(
+        allowed.contains(&found),
+        "{story}: neither the {acknowledged} acknowledged groups nor one more"
+    );
+    let report = check_volume(&mut store).unwrap();
+    let rotten = report
+        .findings
+        .iter()
+        .find(|f| !f.text.contains("coordinator epoch"));
+    assert_eq!(rotten, None, "{story}");
+}
+
+/// Which of `count` unflushed writes survive: all subsets of few, and for many the ones in which
+/// a prefix, a suffix, a single one or all but one survive.
+fn subsets(count: usize) -> Vec<Vec<bool>> {
+    if count <= 6 {
+        let all = 0..(1_usize << count);
+        return all
+            .map(|bits| (0..count).map(|i| bits >> i & 1 == 1).collect())
+            .collect();
+    }
+    let mut subsets = Vec::new();
+    for at in 0..=count {
+        subsets.push((0..count).map(|i| i < at).collect());
+        subsets.push((0..count).map(|i| i >= at).collect());
+        subsets.push((0..count).map(|i| i == at).collect());
+        subsets.push((0..count).map(|i| i != at).collect());
+    }
+    subsets
+}
+
+#[test]
+fn i6_a_volume_is_consistent_after_a_crash_at_any_write() {
+    let (pristine, superblock) = formatted();
+    let groups = history(&superblock);
+    assert!(groups.iter().any(|group| group.len() > 1), "groups of many");
+    let states = states(&superblock, &groups);
+    let mut crashes = 0;
+    for budget in 0.. {
+        let mut store = pristine.clone();
+        store.fail_after(budget);
+        let acknowledged = run(&mut store, &superblock, &groups);
+        for subset in subsets(store.unflushed().len()) {
+            let story = format!("failed after {budget} operations, kept {subset:?}");
+            let crashed = store.crashed(|index| subset[index]);
+            assert_recovers(crashed, &superblock, &states, acknowledged, &story);
+            crashes += 1;
+        }
+        if acknowledged == groups.len() {
+            break;
+        }
+    }
+    assert!(crashes > 60, "only {crashes} crashes tried");
+}
+
+#[test]
+fn i6_a_crash_of_the_next_coordinator_loses_nothing_either() {
+    let (mut store, superblock) = formatted();
+    let groups = history(&superblock);
+    let half = groups.len() / 2;
+    assert_eq!(run(&mut store, &superblock, &groups[..half]), half);
+    let states = states(&superblock, &groups)[half..].to_vec();
+    for budget in 0.. {
+        let mut store = store.clone();
+        store.fail_after(budget);
+        let acknowledged = run(&mut store, &superblock, &groups[half..]);
+        for subset in subsets(store.unflushed().len()) {
+            let story = format!("failed after {budget} operations, kept {subset:?}");
+            let crashed = store.crashed(|index| subset[index]);
+            assert_recovers(crashed, &superblock, &states, acknowledged, &story);
+        }
+        if acknowledged == groups.len() - half {
+            break;
+        }
+    }
+}
+
+#[test]
+fn what_a_deposed_coordinator_still_journals_is_not_read() {
+    let (mut store, superblock) = formatted();
+    let groups = history(&superblock);
+    let recovered = recover(&mut store, &superblock).unwrap();
+    let (slot_0, slot_1) = (SlotId(0), SlotId(1));
+    let epoch = CoordinatorEpoch;
+    let mut old = Log::start(&mut store, &superblock, &recovered, slot_0, epoch(1)).unwrap();
+    let mut old_rows = recovered.metadata;
+    old.commit(&mut store, &mut old_rows, &groups[0]).unwrap();
+    let recovered = recover(&mut store, &superblock).unwrap();
+    let mut new = Log::start(&mut store, &superblock, &recovered, slot_1, epoch(2)).unwrap();
+    let mut rows = recovered.metadata;
+    for _ in 0..40 {
+        // Through several of its checkpoints, too.
+        for group in &groups[1..] {
+            old.commit(&mut store, &mut old_rows, group).unwrap();
+        }
+    }
+    new.commit(&mut store, &mut rows, &groups[1]).unwrap();
+    assert_eq!(recover(&mut store, &superblock).unwrap().metadata, rows);
+}
+
+#[test]
+fn a_journal_longer_than_its_area_goes_on_behind_a_checkpoint() {
+    let (mut store, superblock) = formatted();
+    let groups = history(&superblock);
+    let recovered = recover(&mut store, &superblock).unwrap();
+    let epoch = CoordinatorEpoch(1);
+    let mut log = Log::start(&mut store, &superblock, &recovered, SlotId(0), epoch).unwrap();
+    let mut rows = recovered.metadata;
+    for _ in 0..5 {
+        for group in &groups {
+            log.commit(&mut store, &mut rows, group).unwrap();
+        }
+    }
+    let found = recover(&mut store, &superblock).unwrap();
+    assert!(found.base.number > 2, "{:?}", found.base);
+    assert_eq!(found.metadata, rows);
+}
+
+#[test]
+fn a_damaged_journal_record_with_later_ones_behind_it_is_not_a_crash() {
+    use bascule_volume_format::BlockStore;
+    let (mut store, superblock) = formatted();
+    let groups = history(&superblock);
+    run(&mut store, &superblock, &groups[..6]);
+    let found = recover(&mut store, &superblock).unwrap();
+    let journal = superblock.area(found.area).journal;
+    let mut block = [0; 4096];
+    store.read(journal, &mut block).unwrap();
+    block[100] ^= 1;
+    store.write(journal, &block).unwrap();
+    let error = recover(&mut store, &superblock).unwrap_err();
+    assert!(
+        matches!(error, LogError::Hole { sequence: 0, .. }),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_crash_while_formatting_leaves_no_volume_or_a_whole_one() {
+    for budget in 0.. {
+        let mut store = MemStore::new(usize::try_from(DEVICE_BYTES / 4096).unwrap());
+        store.fail_after(budget);
+        let made = make_volume(&mut store, &request(), Some(node(1)));
+        for keep in [true, false] {
+            let mut crashed = store.crashed(|_| keep);
+            if let Ok(superblock) = read_superblock(&mut crashed) {
+                recover(&mut crashed, &superblock).unwrap();
+            } else {
+                assert!(made.is_err(), "acknowledged and lost");
+            }
+        }
+        if made.is_ok() {
+            break;
+        }
+    }
+}

@@ -22,6 +22,7 @@ pub mod doorbell;
 pub mod failure;
 pub mod interrupt;
 pub mod pci;
+pub mod rng;
 pub mod state;
 #[cfg(test)]
 mod testing;

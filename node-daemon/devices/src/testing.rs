@@ -15,6 +15,7 @@ use crate::doorbell::DoorbellRegistry;
 use crate::failure::{DeviceFailure, FailureSink};
 use crate::interrupt::{Gsi, MsiMessage, MsiRouter};
 use crate::pci::PciFunction;
+use crate::state::DeviceState;
 use crate::virtio::{DeviceContext, VirtioFunction};
 
 #[derive(Debug, Default)]
@@ -399,6 +400,22 @@ pub(crate) fn migrate(driver: &mut TestDriver, mut fresh: VirtioFunction) {
     );
     driver.continue_on(fresh);
     driver.function.resume();
+}
+
+/// Checks that `function` reads and writes a state exactly like the golden one.
+///
+/// The golden file was made by an earlier release (or by the first one of its version) and is never
+/// edited: a new layout gets a new version and a new file.
+pub(crate) fn assert_golden(mut function: VirtioFunction, golden: &str) {
+    let state: DeviceState = serde_json::from_str(golden).unwrap();
+    function.place_bar(0, GuestAddress(BAR_AT));
+    function.pause();
+    let fresh = serde_json::to_string(&function.save()).unwrap();
+    if let Err(error) = function.restore(&state) {
+        panic!("{error}; a fresh device saves {fresh}");
+    }
+    let saved = serde_json::to_string(&function.save()).unwrap();
+    assert_eq!(saved, golden.trim_end());
 }
 
 /// Writes one descriptor: address, length, flags, next.

@@ -512,7 +512,10 @@ fn config_space(model: &Model, msix: &Msix) -> (ConfigSpace, u16, u16) {
     notify.extend(multiplier.to_le_bytes());
     space.add_capability(VENDOR_CAPABILITY, &notify);
     space.add_capability(VENDOR_CAPABILITY, &window(3, ISR_AT, 1));
-    space.add_capability(VENDOR_CAPABILITY, &window(4, CONFIG_AT, config_bytes));
+    // Drivers refuse an empty structure, and a device without configuration needs none.
+    if config_bytes > 0 {
+        space.add_capability(VENDOR_CAPABILITY, &window(4, CONFIG_AT, config_bytes));
+    }
     let mut access = window(5, 0, 0);
     access[0] += 4;
     access.extend([0; 4]);

@@ -1,0 +1,11 @@
+//! virtio-rng (virtio 1.2, 5.4): random bytes from the host's kernel.
+
+mod config;
+mod device;
+mod metrics;
+mod queue_handler;
+mod state;
+
+pub use config::RngConfig;
+pub use device::RngDevice;
+pub use metrics::{RngCounts, RngMetrics};

@@ -1,0 +1,123 @@
+//! The entropy device put together.
+
+use std::io;
+use std::sync::Arc;
+
+use super::config::{CLASS, DEVICE_TYPE, QUEUE_SIZE, RngConfig};
+use super::metrics::RngMetrics;
+use super::queue_handler::RngHandler;
+use super::state::{KIND, VERSION};
+use crate::virtio::function::Model;
+use crate::virtio::{DeviceContext, VirtioFunction};
+
+/// An entropy device, ready to be plugged in.
+#[derive(Debug)]
+pub struct RngDevice {
+    /// The function for the bus.
+    pub function: VirtioFunction,
+    /// What it has done so far.
+    pub metrics: Arc<RngMetrics>,
+}
+
+impl RngDevice {
+    /// Makes one and starts its thread.
+    ///
+    /// # Errors
+    /// When the hypervisor has no interrupts left, or the thread cannot be started.
+    pub fn new(config: &RngConfig, context: DeviceContext) -> io::Result<Self> {
+        let metrics = Arc::new(RngMetrics::default());
+        let model = Model {
+            name: config.name.clone(),
+            kind: KIND,
+            version: VERSION,
+            device_type: DEVICE_TYPE,
+            class: CLASS,
+            features: 0,
+            queue_sizes: vec![QUEUE_SIZE],
+            config: Vec::new(),
+        };
+        let handler = RngHandler::new(metrics.clone());
+        let function = VirtioFunction::new(model, context, |_| handler)?;
+        Ok(Self { function, metrics })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::*;
+    use crate::testing::{Part, TestDriver, TestMachine, assert_golden, migrate, wait_until};
+
+    fn make(machine: &TestMachine) -> RngDevice {
+        let config = RngConfig {
+            name: "rng0".into(),
+        };
+        RngDevice::new(&config, machine.context()).unwrap()
+    }
+
+    fn ask(driver: &mut TestDriver, length: usize) -> Vec<u8> {
+        let buffer = driver.buffer(length, 0);
+        let head = driver.offer(0, &[Part::writable(buffer, length)]);
+        driver.notify(0);
+        let (used, written) = driver.used(0);
+        assert_eq!(used, head);
+        let mut data = vec![0; usize::try_from(written).unwrap()];
+        driver
+            .ram
+            .read_slice(&mut data, GuestAddress(buffer))
+            .unwrap();
+        data
+    }
+
+    #[test]
+    fn a_guest_gets_bytes_that_differ() {
+        let machine = TestMachine::new();
+        let device = make(&machine);
+        let mut driver = TestDriver::new(&machine, device.function);
+        driver.start(0, 1);
+        let first = ask(&mut driver, 32);
+        assert_eq!(first.len(), 32);
+        assert_ne!(first, ask(&mut driver, 32));
+        assert_eq!(
+            ask(&mut driver, 1 << 20).len(),
+            64 << 10,
+            "a request is answered in part"
+        );
+        let counts = device.metrics.counts();
+        assert_eq!((counts.requests, counts.bytes), (3, 64 + (64 << 10)));
+    }
+
+    #[test]
+    fn it_goes_on_after_a_migration() {
+        let machine = TestMachine::new();
+        let mut driver = TestDriver::new(&machine, make(&machine).function);
+        driver.start(0, 1);
+        ask(&mut driver, 8);
+        let other = TestMachine::with_ram(machine.ram.clone());
+        migrate(&mut driver, make(&other).function);
+        assert_eq!(ask(&mut driver, 8).len(), 8);
+    }
+
+    #[test]
+    fn a_request_with_nothing_to_write_to_is_a_bad_virtqueue() {
+        let machine = TestMachine::new();
+        let mut driver = TestDriver::new(&machine, make(&machine).function);
+        driver.start(0, 1);
+        driver.offer(0, &[Part::readable(0x1000, 8)]);
+        driver.notify(0);
+        wait_until("the report", || !machine.failures.all().is_empty());
+        let text = machine.failures.all()[0].to_string();
+        assert_eq!(
+            text,
+            "rng0: bad virtqueue 0: malformed request: nothing to write to"
+        );
+    }
+
+    #[test]
+    fn golden_state_version_1_is_still_read_and_written() {
+        let machine = TestMachine::new();
+        let golden = include_str!("../../golden/virtio-rng-v1.json");
+        assert_golden(make(&machine).function, golden);
+    }
+}

@@ -1,0 +1,98 @@
+//! Answers requests for random bytes.
+
+use std::io;
+use std::os::fd::RawFd;
+use std::sync::Arc;
+
+use rustix::rand::{GetRandomFlags, getrandom};
+use serde_json::Value;
+
+use super::metrics::RngMetrics;
+use super::state::RngState;
+use crate::virtio::QueueError;
+use crate::virtio::worker::{Active, HandlerError, QueueHandler};
+
+#[derive(Debug)]
+pub(super) struct RngHandler {
+    metrics: Arc<RngMetrics>,
+}
+
+impl RngHandler {
+    pub(super) fn new(metrics: Arc<RngMetrics>) -> Self {
+        Self { metrics }
+    }
+}
+
+impl QueueHandler for RngHandler {
+    fn watched(&self) -> Vec<RawFd> {
+        Vec::new()
+    }
+
+    fn start(&mut self, active: &mut Active) -> Result<(), HandlerError> {
+        self.queue_notified(active, 0)
+    }
+
+    fn queue_notified(&mut self, active: &mut Active, queue: usize) -> Result<(), HandlerError> {
+        let failed = HandlerError::in_queue(queue);
+        let Some(Some(requests)) = active.queues.get_mut(queue) else {
+            return Ok(());
+        };
+        loop {
+            while let Some(chain) = requests.pop(&active.ram).map_err(&failed)? {
+                let length = chain.writable.length_bytes().min(REQUEST_BYTES_MAX);
+                if length == 0 {
+                    return Err(failed(QueueError::Request("nothing to write to")));
+                }
+                let bytes = random_bytes(length).map_err(|source| HandlerError::Host {
+                    what: "read random bytes",
+                    source,
+                })?;
+                let written = chain.writable.write(&active.ram, &bytes);
+                requests
+                    .push_used(&active.ram, chain.head, written)
+                    .map_err(&failed)?;
+                self.metrics.answered(written);
+            }
+            if requests.wants_interrupt(&active.ram).map_err(&failed)? {
+                active.shared.signal_queue(queue);
+            }
+            if !requests.enable_notification(&active.ram).map_err(&failed)? {
+                return Ok(());
+            }
+        }
+    }
+
+    fn fd_ready(&mut self, _active: &mut Active, _index: usize) -> Result<(), HandlerError> {
+        Ok(())
+    }
+
+    fn quiesce(&mut self, _active: &mut Active) -> Result<(), HandlerError> {
+        Ok(())
+    }
+
+    fn reset(&mut self) {}
+
+    fn save(&self) -> Value {
+        RngState {}.to_value()
+    }
+
+    fn restore(&mut self, _active: Option<&mut Active>, state: &Value) -> Result<(), String> {
+        RngState::from_value(state).map(drop)
+    }
+}
+
+fn random_bytes(length: usize) -> io::Result<Vec<u8>> {
+    let mut bytes = vec![0; length];
+    let mut done = 0;
+    while done < length {
+        match getrandom(&mut bytes[done..], GetRandomFlags::empty()) {
+            Ok(count) => done += count,
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(bytes)
+}
+
+/// A device may answer a request in part (5.4.6); this bounds the work for one.
+const REQUEST_BYTES_MAX: usize = 64 << 10;

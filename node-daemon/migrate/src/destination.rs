@@ -346,6 +346,11 @@ impl Restoring {
 }
 
 impl ExpectCommit {
+    #[cfg(test)]
+    pub(crate) const fn for_model(terms: Terms) -> Self {
+        Restoring { terms }.ready()
+    }
+
     /// What this attempt is about.
     #[must_use]
     pub const fn terms(&self) -> &Terms {

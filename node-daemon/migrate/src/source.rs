@@ -34,7 +34,7 @@ use crate::wire::{
 mod tests;
 
 /// One attempt, as the source was told to make it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Attempt {
     /// The VM.
     pub vm: VmUid,
@@ -48,16 +48,18 @@ pub struct Attempt {
     pub epoch: Epoch,
     /// The VM's home.
     pub volume: VolumeId,
+    /// Who is to own it, as the source was told.
+    pub destination: Owner,
 }
 
 /// The source's machine.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Source {
     attempt: Attempt,
     state: State,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 enum State {
     Greeting,
     Describing(Terms),
@@ -99,7 +101,7 @@ pub enum Side {
 }
 
 /// What happened.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Event {
     /// The destination answered `Hello`.
     Welcomed(Welcome),
@@ -122,7 +124,7 @@ pub enum Event {
 }
 
 /// What to do about it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Action {
     /// Send `Config`.
     Describe,
@@ -248,7 +250,7 @@ impl Phase {
 impl State {
     fn next(self, attempt: &Attempt, event: Event) -> (Self, Action) {
         match (self, event) {
-            (Self::Committing(terms, commit), event) => Self::committing(terms, commit, event),
+            (Self::Committing(terms, commit), event) => Self::committing(terms, commit, &event),
             (done @ (Self::Departed(_) | Self::Returned | Self::Lost), _) => {
                 (done, Action::Nothing)
             }
@@ -293,12 +295,21 @@ impl State {
         let known = (VERSION_MIN..=VERSION_MAX).contains(&welcome.version)
             && Features::KNOWN.contains(welcome.features)
             && welcome.streams == 1;
-        if !known || welcome.destination == attempt.source {
-            let abort = Abort::new(
+        let refuse = |reason, text: &str| {
+            let action = Action::KeepRunning(Abort::new(reason, text));
+            (Self::Returned, action)
+        };
+        if !known {
+            return refuse(
                 AbortReason::Version,
-                "the destination chose what was not offered, or is the source",
+                "the destination chose what was not offered",
             );
-            return (Self::Returned, Action::KeepRunning(abort));
+        }
+        if welcome.destination != attempt.destination || welcome.destination == attempt.source {
+            return refuse(
+                AbortReason::WrongAttempt,
+                "another node answered than was meant",
+            );
         }
         let terms = Terms {
             source: attempt.source,
@@ -309,9 +320,9 @@ impl State {
         (Self::Describing(terms), Action::Describe)
     }
 
-    fn committing(terms: Terms, commit: Commit, event: Event) -> (Self, Action) {
+    fn committing(terms: Terms, commit: Commit, event: &Event) -> (Self, Action) {
         match event {
-            Event::Replied(reply) => Self::ask(terms, commit.next(reply)),
+            Event::Replied(reply) => Self::ask(terms, commit.next(*reply)),
             // The link, the peer and whoever would cancel have no say any more.
             _ => (Self::Committing(terms, commit), Action::Nothing),
         }

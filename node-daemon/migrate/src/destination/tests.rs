@@ -1,1 +1,388 @@
+//! What each phase takes and refuses.
 
+use bascule_types::{Generation, SlotId};
+
+use super::*;
+use crate::pages::{PageIndex, PageRange};
+use crate::wire::{BatchBuilder, FrameBuffer, FrameWriter, StreamId};
+
+const SOURCE: Owner = owner(1);
+const DESTINATION: Owner = owner(2);
+
+const fn owner(slot: u16) -> Owner {
+    Owner {
+        slot: SlotId(slot),
+        generation: Generation(1),
+    }
+}
+
+fn expected() -> Expected {
+    Expected {
+        vm: VmUid::from_bytes([1; 16]),
+        attempt: AttemptId::from_bytes([2; 16]),
+        volume: VolumeId::from_bytes([3; 16]),
+        destination: DESTINATION,
+        restore_estimate: Duration::from_millis(1),
+    }
+}
+
+fn hello() -> Hello {
+    Hello {
+        version_min: 1,
+        version_max: 3,
+        streams: 8,
+        offered: Features(0b100),
+        required: Features(0),
+        vm: VmUid::from_bytes([1; 16]),
+        attempt: AttemptId::from_bytes([2; 16]),
+        epoch: Epoch(4),
+        source: SOURCE,
+        volume: VolumeId::from_bytes([3; 16]),
+    }
+}
+
+fn range(first: u64, pages: u64) -> PageRange {
+    PageRange::new(PageIndex(first), Pages(pages)).unwrap()
+}
+
+fn machine() -> Machine {
+    Machine {
+        vcpus: 2,
+        state_versions: (1, 2),
+        layout: MemoryLayout::new(vec![range(0, 256)]).unwrap(),
+        description: b"machine".to_vec(),
+    }
+}
+
+fn config() -> Config {
+    Config {
+        vcpus: 2,
+        state_version: 2,
+        layout: machine().layout,
+        description: b"machine".to_vec(),
+    }
+}
+
+fn mark(frames: u32) -> StreamMark {
+    StreamMark {
+        stream: StreamId::FIRST,
+        frames,
+    }
+}
+
+fn round_end(round: u32, frames: u32) -> Frame<'static> {
+    Frame::RoundEnd(RoundEnd {
+        round,
+        marks: vec![mark(frames)],
+    })
+}
+
+fn in_memory() -> ExpectMemory {
+    let (phase, _) = ExpectHello::new(expected())
+        .hello(Frame::Hello(hello()))
+        .unwrap();
+    phase.config(Frame::Config(config()), &machine()).unwrap()
+}
+
+fn in_state() -> ExpectState {
+    let Ok(MemoryStep::RoundEnded(phase, 1)) = in_memory().frame(round_end(1, 2), mark(2)) else {
+        panic!("the round did not end");
+    };
+    let Ok(MemoryStep::State(phase)) = phase.frame(Frame::State(b"dev"), mark(3)) else {
+        panic!("the state was not taken");
+    };
+    phase
+}
+
+fn in_commit() -> ExpectCommit {
+    let Ok(StateStep::More(phase)) = in_state().frame(&Frame::State(b"ices")) else {
+        panic!("the state was not taken");
+    };
+    let end = Frame::StateEnd(StateEnd {
+        length: Bytes(7),
+        crc32c: crc32c::crc32c(b"devices"),
+    });
+    let Ok(StateStep::Complete(phase, state)) = phase.frame(&end) else {
+        panic!("the state was not complete");
+    };
+    assert_eq!(state, b"devices");
+    phase.ready()
+}
+
+fn row(owner: Option<Owner>, epoch: u64, attempt: Option<AttemptId>) -> CommitEvent {
+    CommitEvent::Row(RowSeen {
+        owner,
+        epoch: Epoch(epoch),
+        attempt,
+    })
+}
+
+#[test]
+fn the_highest_common_version_and_only_known_features_are_chosen() {
+    let (_, welcome) = ExpectHello::new(expected())
+        .hello(Frame::Hello(hello()))
+        .unwrap();
+    assert_eq!(welcome.version, 1);
+    assert_eq!(welcome.streams, 1);
+    assert_eq!(welcome.features, Features(0));
+    assert_eq!(welcome.destination, DESTINATION);
+}
+
+#[test]
+fn a_caller_that_was_not_agreed_on_is_refused_with_the_reason() {
+    let cases = [
+        (
+            Hello {
+                version_min: 2,
+                ..hello()
+            },
+            AbortReason::Version,
+        ),
+        (
+            Hello {
+                required: Features(1),
+                ..hello()
+            },
+            AbortReason::Version,
+        ),
+        (
+            Hello {
+                vm: VmUid::from_bytes([9; 16]),
+                ..hello()
+            },
+            AbortReason::WrongAttempt,
+        ),
+        (
+            Hello {
+                attempt: AttemptId::from_bytes([9; 16]),
+                ..hello()
+            },
+            AbortReason::WrongAttempt,
+        ),
+        (
+            Hello {
+                volume: VolumeId::from_bytes([9; 16]),
+                ..hello()
+            },
+            AbortReason::WrongAttempt,
+        ),
+        (
+            Hello {
+                source: DESTINATION,
+                ..hello()
+            },
+            AbortReason::WrongAttempt,
+        ),
+    ];
+    for (hello, reason) in cases {
+        let abort = ExpectHello::new(expected())
+            .hello(Frame::Hello(hello))
+            .unwrap_err();
+        assert_eq!(abort.reason, reason, "{}", abort.text);
+    }
+}
+
+#[test]
+fn a_machine_that_differs_is_refused_with_what_differs() {
+    let cases = [
+        (
+            Config {
+                vcpus: 3,
+                ..config()
+            },
+            "2 vCPUs here, 3 there",
+        ),
+        (
+            Config {
+                state_version: 3,
+                ..config()
+            },
+            "state versions 1 to 2 here, 3 there",
+        ),
+        (
+            Config {
+                layout: MemoryLayout::new(vec![range(0, 512)]).unwrap(),
+                ..config()
+            },
+            "1048576 B of memory here, 2097152 B there, or laid out differently",
+        ),
+        (
+            Config {
+                description: vec![],
+                ..config()
+            },
+            "devices or CPU features differ",
+        ),
+    ];
+    for (config, text) in cases {
+        let (phase, _) = ExpectHello::new(expected())
+            .hello(Frame::Hello(hello()))
+            .unwrap();
+        let abort = phase.config(Frame::Config(config), &machine()).unwrap_err();
+        assert_eq!(abort.reason, AbortReason::MachineDiffers);
+        assert_eq!(abort.text, text);
+    }
+}
+
+#[test]
+fn memory_outside_of_the_machine_is_refused() {
+    for (first, fits) in [(255, true), (256, false), (1 << 40, false)] {
+        let mut batch = BatchBuilder::new();
+        assert!(batch.push_zero(range(first, 1)));
+        let mut bytes = Vec::new();
+        FrameWriter::new(StreamId::FIRST)
+            .send_batch(&mut bytes, &mut batch)
+            .unwrap();
+        let mut buffer = FrameBuffer::new(StreamId::FIRST);
+        let frame = buffer.receive(&mut bytes.as_slice()).unwrap();
+        assert_eq!(in_memory().frame(frame, mark(0)).is_ok(), fits, "{first}");
+    }
+}
+
+#[test]
+fn rounds_count_up_and_miss_no_frame() {
+    assert!(in_memory().frame(round_end(1, 2), mark(2)).is_ok());
+    assert!(in_memory().frame(round_end(2, 2), mark(2)).is_err());
+    assert!(in_memory().frame(round_end(0, 2), mark(2)).is_err());
+    assert!(in_memory().frame(round_end(1, 3), mark(2)).is_err());
+}
+
+#[test]
+fn no_phase_takes_another_phases_frame() {
+    let frames = || {
+        [
+            Frame::Hello(hello()),
+            Frame::Config(config()),
+            Frame::StateEnd(StateEnd {
+                length: Bytes(0),
+                crc32c: 0,
+            }),
+            Frame::Committed(Committed {
+                epoch: Epoch(5),
+                owner: DESTINATION,
+            }),
+            Frame::Ready {
+                restore: Duration::ZERO,
+            },
+        ]
+    };
+    for frame in frames().into_iter().skip(1) {
+        assert!(ExpectHello::new(expected()).hello(frame).is_err());
+    }
+    for frame in frames() {
+        assert!(in_memory().frame(frame, mark(0)).is_err());
+    }
+    for frame in frames() {
+        assert!(in_state().frame(&frame).is_err());
+    }
+    let state = Frame::State(b"x");
+    assert!(
+        in_memory().frame(state, mark(0)).is_err(),
+        "the state comes after a round"
+    );
+}
+
+#[test]
+fn a_state_with_a_wrong_length_or_checksum_is_refused() {
+    for end in [
+        StateEnd {
+            length: Bytes(2),
+            crc32c: crc32c::crc32c(b"dev"),
+        },
+        StateEnd {
+            length: Bytes(3),
+            crc32c: 0,
+        },
+    ] {
+        assert!(in_state().frame(&Frame::StateEnd(end)).is_err());
+    }
+}
+
+#[test]
+fn an_endless_state_is_refused() {
+    let piece = vec![0; 1 << 20];
+    let mut phase = in_state();
+    for _ in 0..20 {
+        match phase.frame(&Frame::State(&piece)) {
+            Ok(StateStep::More(next)) => phase = next,
+            Ok(StateStep::Complete(..)) => panic!("it did not end"),
+            Err(abort) => {
+                assert_eq!(abort.reason, AbortReason::Protocol);
+                return;
+            }
+        }
+    }
+    panic!("20 MiB of state were taken");
+}
+
+#[test]
+fn the_sources_own_abort_is_handed_through() {
+    let abort = Abort::new(AbortReason::Cancelled, "by the operator");
+    let handed = in_memory()
+        .frame(Frame::Abort(abort.clone()), mark(0))
+        .unwrap_err();
+    assert_eq!(handed, abort);
+}
+
+#[test]
+fn i2_the_destination_runs_only_on_the_sources_word_or_the_rows() {
+    let waiting = in_commit();
+    let word = Committed {
+        epoch: Epoch(5),
+        owner: DESTINATION,
+    };
+    assert_eq!(
+        waiting.next(&CommitEvent::Committed(word)),
+        CommitStep::Run { epoch: Epoch(5) }
+    );
+    for wrong in [
+        Committed {
+            epoch: Epoch(4),
+            ..word
+        },
+        Committed {
+            owner: SOURCE,
+            ..word
+        },
+    ] {
+        assert!(matches!(
+            waiting.next(&CommitEvent::Committed(wrong)),
+            CommitStep::AskVolume(_)
+        ));
+    }
+    assert_eq!(waiting.next(&CommitEvent::Aborted), CommitStep::Discard);
+}
+
+#[test]
+fn i5_a_destination_that_lost_the_source_asks_until_the_row_says_it() {
+    let CommitStep::AskVolume(orphan) = in_commit().next(&CommitEvent::StreamLost) else {
+        panic!("it does not ask");
+    };
+    let attempt = Some(orphan.terms().attempt);
+    let still = orphan.next(&row(Some(SOURCE), 4, None));
+    assert_eq!(still, CommitStep::AskVolume(orphan));
+    assert_eq!(orphan.next(&CommitEvent::NoAnswer), still);
+    assert_eq!(
+        orphan.next(&row(Some(DESTINATION), 5, attempt)),
+        CommitStep::Run { epoch: Epoch(5) }
+    );
+    for gone in [
+        row(Some(SOURCE), 5, Some(AttemptId::from_bytes([7; 16]))),
+        row(Some(DESTINATION), 5, None),
+        row(Some(DESTINATION), 6, attempt),
+        row(Some(owner(3)), 5, None),
+        row(None, 4, None),
+        CommitEvent::NoRow,
+        CommitEvent::PatienceOver,
+    ] {
+        assert_eq!(orphan.next(&gone), CommitStep::Discard, "{gone:?}");
+    }
+    assert_eq!(
+        orphan.next(&CommitEvent::Committed(Committed {
+            epoch: Epoch(5),
+            owner: DESTINATION
+        })),
+        CommitStep::AskVolume(orphan),
+        "nobody is listened to on a stream that broke its rules"
+    );
+}

@@ -24,7 +24,7 @@ impl Pacer {
     }
 
     /// Counts `sent` bytes at `now` and says how long to wait before sending more. Time in which
-    /// nothing was sent is not saved up beyond [`BURST`].
+    /// nothing was sent is not saved up beyond 20 ms.
     pub fn sent(&mut self, sent: Bytes, now: Duration) -> Duration {
         let Some(rate) = self.rate else {
             return Duration::ZERO;

@@ -160,8 +160,8 @@ fn version_1_memory_has_these_bytes() {
 #[test]
 fn adjoining_pages_become_one_run() {
     let mut batch = BatchBuilder::new();
-    for page in 0..256 {
-        assert!(batch.push_page(PageIndex(page), |place| place.fill(page as u8 | 1)));
+    for page in 0..=255u8 {
+        assert!(batch.push_page(PageIndex(page.into()), |place| place.fill(page)));
     }
     assert!(
         !batch.push_page(PageIndex(256), |_| unreachable!("it does not fit")),
@@ -403,7 +403,7 @@ proptest! {
             for index in 0..run.pages().0 {
                 let fill = match contents {
                     RunContents::Zero => None,
-                    RunContents::Data(data) => Some(data[index as usize * PAGE]),
+                    RunContents::Data(data) => Some(data[usize::try_from(index).unwrap() * PAGE]),
                 };
                 seen.insert(run.first().0 + index, fill);
             }

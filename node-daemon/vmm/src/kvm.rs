@@ -33,6 +33,9 @@ pub enum KvmError {
         /// The most that KVM and this machine's tables allow.
         max: u32,
     },
+    /// The thread of a vCPU is gone, which only its panic explains.
+    #[error("a vCPU's thread is gone")]
+    VcpuGone,
     /// An ioctl failed.
     #[error("cannot {action}")]
     Ioctl {

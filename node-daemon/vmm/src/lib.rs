@@ -1,13 +1,32 @@
 //! bascule-vm: one process per virtual machine: the KVM guest, its devices, its disk I/O, its
 //! migration streams.
+//!
+//! [`machine`] is the machine as a value: [`VmBuilder`] → [`PausedVm`] ⇄ [`RunningVm`]. [`dirty`] is
+//! which pages were written, [`state`] what is saved of it. Read [`layout`] for what the guest sees.
 
+mod acpi;
+mod blob;
+pub mod boot;
+mod bus;
+pub mod console;
+mod cpuid;
 pub mod dirty;
 mod ioctl;
+mod irq;
 pub mod kvm;
 pub mod layout;
+pub mod machine;
 pub mod memory;
+mod power;
+mod serial;
+pub mod state;
 #[cfg(test)]
 mod testing;
+mod vcpu;
 
+pub use boot::{BootError, BootSource, Initrd};
+pub use console::Console;
 pub use dirty::{DirtyBitmap, DirtyError, DirtyTracker, KvmDirtyTracker, PAGES_PER_WORD};
+pub use machine::{BuildError, MachineHandle, PausedVm, RestoreError, RunningVm, VmBuilder};
 pub use memory::{GuestMemory, MemoryError, PAGE_SIZE};
+pub use state::{MachineState, StateError};

@@ -1,0 +1,175 @@
+//! ACPI tables (ACPI 6.5): a hardware-reduced machine with a PCI host bridge, a serial port, and a
+//! power button behind a generic event device.
+
+mod dsdt;
+
+use acpi_tables::Aml;
+use acpi_tables::fadt::{FADTBuilder, Flags, PmProfile};
+use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
+use acpi_tables::madt::{
+    EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic,
+};
+use acpi_tables::mcfg::MCFG;
+use acpi_tables::rsdp::Rsdp;
+use acpi_tables::xsdt::XSDT;
+use vm_memory::{Bytes as _, GuestAddress, GuestMemoryError};
+
+use crate::layout;
+use crate::memory::GuestMemory;
+use crate::power;
+
+const OEM_ID: [u8; 6] = *b"BASCUL";
+const OEM_TABLE_ID: [u8; 8] = *b"BASCULE ";
+/// Rises with every change to the tables.
+const OEM_REVISION: u32 = 1;
+/// Tables begin at multiples of this.
+const ALIGNMENT: u64 = 16;
+/// `IAPC_BOOT_ARCH` (ACPI 6.5, table 5.10): no VGA, no PCIe ASPM, no CMOS clock.
+const BOOT_ARCH: u16 = (1 << 2) | (1 << 4) | (1 << 5);
+
+/// Writes all tables; the root pointer's address.
+pub(crate) fn write(memory: &GuestMemory, cpus: u32) -> Result<GuestAddress, GuestMemoryError> {
+    let mut writer = Writer {
+        memory,
+        next: layout::ACPI_START,
+    };
+    let rsdp = writer.reserve(Rsdp::len());
+    let dsdt = writer.write(dsdt::build().as_slice())?;
+    let tables = [
+        writer.write(&bytes(&fadt(dsdt)))?,
+        writer.write(&bytes(&madt(cpus)))?,
+        writer.write(&bytes(&mcfg()))?,
+    ];
+    let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+    for table in tables {
+        xsdt.add_entry(table);
+    }
+    let xsdt = writer.write(&bytes(&xsdt))?;
+    memory.write_slice(&bytes(&Rsdp::new(OEM_ID, xsdt)), GuestAddress(rsdp))?;
+    Ok(GuestAddress(rsdp))
+}
+
+/// Places tables one after another.
+struct Writer<'a> {
+    memory: &'a GuestMemory,
+    next: u64,
+}
+
+impl Writer<'_> {
+    fn reserve(&mut self, length: usize) -> u64 {
+        let at = self.next;
+        let length = u64::try_from(length).unwrap_or(layout::ACPI_SIZE);
+        self.next = (at + length).next_multiple_of(ALIGNMENT);
+        at
+    }
+
+    fn write(&mut self, table: &[u8]) -> Result<u64, GuestMemoryError> {
+        let at = self.reserve(table.len());
+        if self.next > layout::ACPI_START + layout::ACPI_SIZE {
+            return Err(GuestMemoryError::InvalidGuestAddress(GuestAddress(at)));
+        }
+        self.memory.write_slice(table, GuestAddress(at))?;
+        Ok(at)
+    }
+}
+
+fn bytes(table: &dyn Aml) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    table.to_aml_bytes(&mut bytes);
+    bytes
+}
+
+fn fadt(dsdt: u64) -> acpi_tables::fadt::FADT {
+    let mut fadt = FADTBuilder::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION)
+        .dsdt_64(dsdt)
+        .flag(Flags::HwReducedAcpi)
+        .flag(Flags::ResetRegSup)
+        .flag(Flags::PwrButton)
+        .flag(Flags::SlpButton)
+        .flag(Flags::FixRtc);
+    fadt.preferred_pm_profile = PmProfile::EnterpriseServer as u8;
+    fadt.iapc_boot_arch = BOOT_ARCH.into();
+    fadt.reset_reg = byte_port(layout::ACPI_RESET_PORT);
+    fadt.reset_value = power::RESET_VALUE;
+    fadt.sleep_control_reg = byte_port(layout::ACPI_SLEEP_CONTROL_PORT);
+    fadt.sleep_status_reg = byte_port(layout::ACPI_SLEEP_STATUS_PORT);
+    fadt.finalize()
+}
+
+fn byte_port(port: u16) -> GAS {
+    GAS::new(
+        AddressSpace::SystemIo,
+        8,
+        0,
+        AccessSize::ByteAccess,
+        port.into(),
+    )
+}
+
+fn madt(cpus: u32) -> MADT {
+    let lapic = u32::try_from(layout::LAPIC_START).unwrap_or(0);
+    let mut madt = MADT::new(
+        OEM_ID,
+        OEM_TABLE_ID,
+        OEM_REVISION,
+        LocalInterruptController::Address(lapic),
+    );
+    for cpu in (0..=u8::MAX).take(usize::try_from(cpus).unwrap_or(0)) {
+        madt.add_structure(ProcessorLocalApic::new(cpu, cpu, EnabledStatus::Enabled));
+    }
+    let ioapic = u32::try_from(layout::IOAPIC_START).unwrap_or(0);
+    madt.add_structure(IoApic::new(0, ioapic, 0));
+    madt
+}
+
+fn mcfg() -> MCFG {
+    let mut mcfg = MCFG::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+    mcfg.add_ecam(layout::ECAM_START, 0, 0, 0);
+    mcfg
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bascule_types::Bytes;
+
+    fn table(memory: &GuestMemory, at: u64) -> Vec<u8> {
+        let length: u32 = memory.read_obj(GuestAddress(at + 4)).unwrap();
+        let mut table = vec![0; length as usize];
+        memory.read_slice(&mut table, GuestAddress(at)).unwrap();
+        table
+    }
+
+    fn sum(table: &[u8]) -> u8 {
+        table
+            .iter()
+            .fold(0, |sum: u8, byte| sum.wrapping_add(*byte))
+    }
+
+    #[test]
+    fn every_table_is_found_from_the_root_and_sums_to_zero() {
+        let memory = crate::memory::create(Bytes::mib(64)).unwrap();
+        let rsdp = write(&memory, 254).unwrap();
+        let mut root = [0; 36];
+        memory.read_slice(&mut root, rsdp).unwrap();
+        assert_eq!(&root[..8], b"RSD PTR ");
+        assert_eq!(sum(&root), 0);
+        let xsdt = table(
+            &memory,
+            u64::from_le_bytes(root[24..32].try_into().unwrap()),
+        );
+        assert_eq!(sum(&xsdt), 0);
+        let mut found = Vec::new();
+        for entry in xsdt[36..].chunks_exact(8) {
+            let table = table(&memory, u64::from_le_bytes(entry.try_into().unwrap()));
+            assert_eq!(sum(&table), 0, "{:?}", std::str::from_utf8(&table[..4]));
+            if &table[..4] == b"FACP" {
+                let dsdt = u64::from_le_bytes(table[140..148].try_into().unwrap());
+                let dsdt = self::table(&memory, dsdt);
+                assert_eq!((&dsdt[..4], sum(&dsdt)), (b"DSDT".as_slice(), 0));
+            }
+            found.push(table[..4].to_vec());
+        }
+        assert_eq!(found, [b"FACP", b"APIC", b"MCFG"]);
+    }
+}

@@ -1,0 +1,91 @@
+//! Who answers when a vCPU reads or writes a port, or memory that is not RAM.
+
+use std::sync::Arc;
+
+use bascule_devices::pci::PciRoot;
+use vm_memory::GuestAddress;
+
+use crate::layout;
+use crate::power::{Power, PowerRequest};
+use crate::serial::SerialPort;
+
+/// Everything that answers guest accesses. Shared by all vCPU threads.
+#[derive(Debug)]
+pub(crate) struct Bus {
+    pub(crate) serial: SerialPort,
+    pub(crate) power: Power,
+    pub(crate) pci: Arc<PciRoot>,
+}
+
+const COM1_LAST: u16 = layout::COM1_PORT + layout::COM1_PORTS - 1;
+const PCI_CONFIG_LAST: u16 = layout::PCI_CONFIG_DATA_PORT + 3;
+/// Reset control register of many chipsets, byte-wide within the configuration address register.
+const RESET_CONTROL_PORT: u16 = 0xCF9;
+/// RST_CPU of that register.
+const RESET_CONTROL_RESET: u8 = 1 << 2;
+const ECAM_END: u64 = layout::ECAM_START + layout::ECAM_BUS_SIZE;
+
+impl Bus {
+    /// A guest read from `port`. Where nobody answers the data is all ones, as on a real bus.
+    pub(crate) fn port_read(&self, port: u16, data: &mut [u8]) {
+        data.fill(0xFF);
+        match port {
+            layout::COM1_PORT..=COM1_LAST => {
+                let offset = com1_offset(port);
+                data.iter_mut()
+                    .for_each(|byte| *byte = self.serial.read(offset));
+            }
+            layout::PCI_CONFIG_ADDRESS_PORT..=PCI_CONFIG_LAST => self.pci.io_read(port, data),
+            _ => {
+                if let (Some(value), Some(byte)) = (self.power.read(port), data.first_mut()) {
+                    *byte = value;
+                }
+            }
+        }
+    }
+
+    /// A guest write to `port`, and what it asks of the machine.
+    pub(crate) fn port_write(&self, port: u16, data: &[u8]) -> Option<PowerRequest> {
+        match (port, data) {
+            // The UART's registers are bytes: longer data is a string instruction's.
+            (layout::COM1_PORT..=COM1_LAST, _) => {
+                let offset = com1_offset(port);
+                data.iter()
+                    .for_each(|byte| self.serial.write(offset, *byte));
+                None
+            }
+            (RESET_CONTROL_PORT, [value]) if value & RESET_CONTROL_RESET != 0 => {
+                Some(PowerRequest::Reset)
+            }
+            (layout::PCI_CONFIG_ADDRESS_PORT..=PCI_CONFIG_LAST, _) => {
+                self.pci.io_write(port, data);
+                None
+            }
+            (_, [value, ..]) => self.power.write(port, *value),
+            _ => None,
+        }
+    }
+
+    /// A guest read from memory that is not RAM.
+    pub(crate) fn memory_read(&self, address: u64, data: &mut [u8]) {
+        data.fill(0xFF);
+        if (layout::ECAM_START..ECAM_END).contains(&address) {
+            self.pci.ecam_read(address - layout::ECAM_START, data);
+        } else if !self.pci.mmio_read(GuestAddress(address), data) {
+            tracing::trace!(address, "read from nowhere");
+        }
+    }
+
+    /// A guest write to memory that is not RAM.
+    pub(crate) fn memory_write(&self, address: u64, data: &[u8]) {
+        if (layout::ECAM_START..ECAM_END).contains(&address) {
+            self.pci.ecam_write(address - layout::ECAM_START, data);
+        } else if !self.pci.mmio_write(GuestAddress(address), data) {
+            tracing::trace!(address, "write to nowhere");
+        }
+    }
+}
+
+fn com1_offset(port: u16) -> u8 {
+    u8::try_from(port.wrapping_sub(layout::COM1_PORT)).unwrap_or(0)
+}

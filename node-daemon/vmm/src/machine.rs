@@ -1,0 +1,307 @@
+//! The machine and its life.
+//!
+//! ```text
+//!              boot, incoming            run
+//!  VmBuilder ─────────────────► PausedVm ────► RunningVm
+//!                                 │  ▲           │
+//!                  save, restore ─┘  └───────────┘ pause
+//!                                 │
+//!                                 └─ dropped: threads joined, devices drained, KVM's VM closed
+//! ```
+//! Types say what is possible when: only a [`PausedVm`] has a state to save, only it can be ended.
+//! A guest that ends by itself stays a [`RunningVm`] with parked vCPUs until its owner, told through
+//! [`VmBuilder`]'s `on_stop`, pauses it. All methods are called by one owner; what other threads may
+//! do at any time is in [`MachineHandle`].
+
+mod lifecycle;
+mod save;
+
+use std::sync::Arc;
+
+use bascule_devices::failure::{DeviceFailure, FailureSink};
+use bascule_devices::interrupt::MsiRouter;
+use bascule_devices::pci::{AddError, PciFunction, PciRoot};
+use bascule_devices::virtio::DeviceContext;
+use bascule_ipc::vm::StopReason;
+use bascule_types::Bytes;
+use vm_memory::GuestAddress;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::boot::{BootError, BootSource};
+use crate::bus::Bus;
+use crate::console::Console;
+use crate::cpuid::CpuModel;
+use crate::dirty::KvmDirtyTracker;
+use crate::irq::{Doorbells, InterruptRouter};
+use crate::kvm::{BareVm, KvmError};
+use crate::memory::{GuestMemory, MemoryError};
+use crate::power::Power;
+use crate::serial::SerialPort;
+use crate::vcpu::state::StateShape;
+use crate::vcpu::{OnStop, Vcpu, msr};
+use crate::{acpi, boot, layout, memory};
+
+pub use lifecycle::{PausedVm, RunningVm};
+pub use save::RestoreError;
+
+/// A machine being put together.
+pub struct VmBuilder {
+    bare: BareVm,
+    memory: Arc<GuestMemory>,
+    cpus: u32,
+    router: Arc<InterruptRouter>,
+    pci: PciRoot,
+    console: Console,
+    on_stop: OnStop,
+}
+
+/// The machine in whichever state.
+pub(crate) struct Machine {
+    /// First, so that the threads have ended before all else goes.
+    pub(crate) vcpus: Vec<Vcpu>,
+    pub(crate) bus: Arc<Bus>,
+    pub(crate) dirty: Arc<KvmDirtyTracker>,
+    pub(crate) bare: BareVm,
+    pub(crate) memory: Arc<GuestMemory>,
+}
+
+/// What any thread may do with a machine, running or not, for as long as it exists.
+#[derive(Clone, Debug)]
+pub struct MachineHandle {
+    bus: Arc<Bus>,
+    memory: Arc<GuestMemory>,
+    dirty: Arc<KvmDirtyTracker>,
+}
+
+/// Why a machine cannot be built.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// No guest memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// KVM.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// The kernel.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// A device does not fit.
+    #[error(transparent)]
+    Device(#[from] AddError),
+    /// An eventfd or an interrupt route is not to be had.
+    #[error("cannot {action}")]
+    Interrupt {
+        /// What was tried.
+        action: &'static str,
+        /// Why it failed.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The ACPI tables do not fit.
+    #[error("cannot write the ACPI tables")]
+    Acpi(#[source] vm_memory::GuestMemoryError),
+}
+
+impl VmBuilder {
+    /// A machine with `cpus` vCPUs and `memory` of RAM. `on_stop` is told, from a vCPU's or a
+    /// device's thread, when the guest ends by itself; it may be told more than once, the first
+    /// counts. It must not block.
+    ///
+    /// # Errors
+    /// When the numbers are not possible or KVM refuses; the text names the field.
+    pub fn new(
+        cpus: u32,
+        memory: Bytes,
+        console: Console,
+        on_stop: impl Fn(StopReason) + Send + Sync + 'static,
+    ) -> Result<Self, BuildError> {
+        let memory = memory::create(memory)?;
+        let bare = BareVm::create(&memory, cpus)?;
+        let router = InterruptRouter::new(Arc::clone(&bare.vm))
+            .map_err(interrupt_error("set up interrupt routes"))?;
+        let window = GuestAddress(layout::PCI_MMIO_START)..GuestAddress(layout::PCI_MMIO_END);
+        Ok(Self {
+            bare,
+            memory,
+            cpus,
+            router: Arc::new(router),
+            pci: PciRoot::new(window),
+            console,
+            on_stop: Arc::new(on_stop),
+        })
+    }
+
+    /// What the devices of this machine are made with.
+    #[must_use]
+    pub fn device_context(&self) -> DeviceContext {
+        DeviceContext {
+            ram: Arc::clone(&self.memory),
+            msi: Arc::clone(&self.router) as Arc<dyn MsiRouter>,
+            doorbells: Arc::new(Doorbells::new(Arc::clone(&self.bare.vm))),
+            failures: Arc::new(Failures(Arc::clone(&self.on_stop))),
+        }
+    }
+
+    /// Plugs a device in. Both sides of a migration add the same devices in the same order.
+    ///
+    /// # Errors
+    /// When the bus is full.
+    pub fn add_device(&mut self, function: Box<dyn PciFunction>) -> Result<(), BuildError> {
+        self.pci.add(function)?;
+        Ok(())
+    }
+
+    /// The machine with `source` loaded, about to execute its first instruction.
+    ///
+    /// # Errors
+    /// When the kernel is none or does not fit, or KVM refuses.
+    pub fn boot(self, source: BootSource) -> Result<PausedVm, BuildError> {
+        let rsdp = acpi::write(&self.memory, self.cpus).map_err(BuildError::Acpi)?;
+        let entry = boot::load(&self.memory, source, rsdp)?;
+        self.finish(Some(entry))
+    }
+
+    /// The machine with empty RAM, waiting for [`PausedVm::restore`].
+    ///
+    /// # Errors
+    /// When KVM refuses.
+    pub fn incoming(self) -> Result<PausedVm, BuildError> {
+        self.finish(None)
+    }
+
+    fn finish(self, entry: Option<boot::Entry>) -> Result<PausedVm, BuildError> {
+        let bus = Arc::new(Bus {
+            serial: SerialPort::new(self.line(layout::COM1_GSI)?, self.console.clone()),
+            power: Power::new(self.line(layout::GED_GSI)?),
+            pci: Arc::new(self.pci),
+        });
+        let model = CpuModel::host(&self.bare.kvm, self.cpus)?;
+        let mut vcpus = Vec::with_capacity(usize::try_from(self.cpus).unwrap_or(0));
+        let mut shape = None;
+        for index in 0..self.cpus {
+            let fd = self
+                .bare
+                .vm
+                .create_vcpu(index.into())
+                .map_err(KvmError::ioctl("create a vCPU"))?;
+            fd.set_cpuid2(&model.of_vcpu(index)?)
+                .map_err(KvmError::ioctl("set CPUID"))?;
+            msr::set_up(&fd)?;
+            let shape = match &shape {
+                Some(shape) => Arc::clone(shape),
+                None => Arc::clone(shape.insert(Arc::new(StateShape::of(
+                    &self.bare.kvm,
+                    &self.bare.vm,
+                    &fd,
+                )?))),
+            };
+            if let (0, Some(entry)) = (index, entry) {
+                boot::set_registers(&self.memory, &fd, entry)?;
+            }
+            let on_stop = Arc::clone(&self.on_stop);
+            vcpus.push(Vcpu::spawn(index, fd, Arc::clone(&bus), shape, on_stop)?);
+        }
+        let dirty = KvmDirtyTracker::new(Arc::clone(&self.bare.vm), Arc::clone(&self.memory));
+        let machine = Machine {
+            vcpus,
+            bus,
+            dirty: Arc::new(dirty),
+            bare: self.bare,
+            memory: self.memory,
+        };
+        Ok(PausedVm::new(machine))
+    }
+
+    /// An eventfd that pulses interrupt line `gsi`.
+    fn line(&self, gsi: u32) -> Result<EventFd, BuildError> {
+        let irq = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)
+            .map_err(interrupt_error("create an eventfd"))?;
+        self.router
+            .attach_line(gsi, &irq)
+            .map_err(interrupt_error("attach an interrupt line"))?;
+        Ok(irq)
+    }
+}
+
+impl std::fmt::Debug for VmBuilder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("VmBuilder")
+            .field("cpus", &self.cpus)
+            .finish_non_exhaustive()
+    }
+}
+
+impl std::fmt::Debug for Machine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Machine")
+            .field("vcpus", &self.vcpus.len())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Machine {
+    pub(crate) fn handle(&self) -> MachineHandle {
+        MachineHandle {
+            bus: Arc::clone(&self.bus),
+            memory: Arc::clone(&self.memory),
+            dirty: Arc::clone(&self.dirty),
+        }
+    }
+}
+
+impl MachineHandle {
+    /// The guest's RAM.
+    #[must_use]
+    pub const fn memory(&self) -> &Arc<GuestMemory> {
+        &self.memory
+    }
+
+    /// The log of written pages.
+    #[must_use]
+    pub const fn dirty(&self) -> &Arc<KvmDirtyTracker> {
+        &self.dirty
+    }
+
+    /// Presses the ACPI power button. What the guest does about it is its own affair.
+    ///
+    /// # Errors
+    /// When the interrupt cannot be raised.
+    pub fn press_power_button(&self) -> std::io::Result<()> {
+        self.bus.power.press_button()
+    }
+
+    /// Types into the serial console.
+    pub fn type_in(&self, input: &[u8]) {
+        self.bus.serial.type_in(input);
+    }
+}
+
+/// Device failures that leave the guest without a device end it.
+struct Failures(OnStop);
+
+impl std::fmt::Debug for Failures {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Failures")
+    }
+}
+
+impl FailureSink for Failures {
+    fn device_failed(&self, failure: DeviceFailure) {
+        tracing::error!(%failure, "device failed");
+        if !failure.ends_the_machine() {
+            return;
+        }
+        let what = failure.to_string();
+        (self.0)(match failure {
+            DeviceFailure::BadVirtqueue { .. } => StopReason::GuestFault { what },
+            _ => StopReason::Failed { what },
+        });
+    }
+}
+
+fn interrupt_error(action: &'static str) -> impl Fn(std::io::Error) -> BuildError {
+    move |source| BuildError::Interrupt { action, source }
+}
+
+#[cfg(test)]
+mod tests;

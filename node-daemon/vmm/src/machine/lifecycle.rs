@@ -1,0 +1,79 @@
+//! Running, pausing, ending.
+
+use super::{Machine, MachineHandle};
+use crate::kvm::KvmError;
+
+/// A machine whose vCPUs are parked and whose devices are drained.
+#[derive(Debug)]
+pub struct PausedVm {
+    pub(super) machine: Machine,
+}
+
+/// A machine whose guest runs, or has just ended by itself.
+#[derive(Debug)]
+pub struct RunningVm {
+    machine: Machine,
+}
+
+impl PausedVm {
+    /// A machine just built: its vCPUs never ran, its devices are still to be paused.
+    pub(super) fn new(machine: Machine) -> Self {
+        machine.bus.pci.pause();
+        Self { machine }
+    }
+
+    /// Lets the guest run: devices first, so that nothing that it asks for is lost.
+    ///
+    /// # Errors
+    /// When a vCPU's thread is gone; the machine is then of no more use.
+    pub fn run(self) -> Result<RunningVm, KvmError> {
+        self.machine.bus.pci.resume();
+        for vcpu in &self.machine.vcpus {
+            vcpu.run()?;
+        }
+        Ok(RunningVm {
+            machine: self.machine,
+        })
+    }
+
+    /// What any thread may do with it.
+    #[must_use]
+    pub fn handle(&self) -> MachineHandle {
+        self.machine.handle()
+    }
+
+    /// Ends the machine: joins all its threads and closes it. The guest's RAM lives on for as long
+    /// as someone holds it.
+    pub fn end(self) {
+        drop(self);
+    }
+}
+
+impl RunningVm {
+    /// Parks all vCPUs, then drains all devices.
+    ///
+    /// # Guarantees
+    /// When it returns, nobody writes guest memory any more, and every page that was written is in
+    /// the dirty log.
+    ///
+    /// # Errors
+    /// When a vCPU's thread is gone; the machine is then of no more use.
+    pub fn pause(self) -> Result<PausedVm, KvmError> {
+        for vcpu in &self.machine.vcpus {
+            vcpu.kick();
+        }
+        for vcpu in &self.machine.vcpus {
+            vcpu.await_parked()?;
+        }
+        self.machine.bus.pci.pause();
+        Ok(PausedVm {
+            machine: self.machine,
+        })
+    }
+
+    /// What any thread may do with it.
+    #[must_use]
+    pub fn handle(&self) -> MachineHandle {
+        self.machine.handle()
+    }
+}

@@ -1,0 +1,278 @@
+use std::sync::Arc;
+
+use bascule_ipc::vm::StopReason;
+use vm_memory::{Bytes as _, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+
+use crate::testing::{
+    AWAIT_BUTTON, COUNTER, ECHO, POWER_OFF, RESET, TRIPLE_FAULT, TestVm, kvm_or_skip,
+};
+use crate::{DirtyTracker, GuestMemory, MachineState, PausedVm};
+
+/// Where [`COUNTER`] counts.
+const COUNT_AT: GuestAddress = GuestAddress(0x20_0000);
+
+fn copy_ram(from: &GuestMemory, to: &GuestMemory) {
+    for region in from.iter() {
+        let mut bytes = vec![0; region.len() as usize];
+        from.read_slice(&mut bytes, region.start_addr()).unwrap();
+        to.write_slice(&bytes, region.start_addr()).unwrap();
+    }
+}
+
+/// A second machine with the RAM and state of `old`.
+fn moved(old: &PausedVm, cpus: u32) -> (PausedVm, TestVm) {
+    let saved = old.save().unwrap().encode().unwrap();
+    let (builder, test) = TestVm::builder(cpus);
+    let mut new = builder.incoming().unwrap();
+    copy_ram(old.handle().memory(), new.handle().memory());
+    new.restore(MachineState::decode(&saved).unwrap()).unwrap();
+    (new, test)
+}
+
+fn is_alphabet(output: &[u8]) -> bool {
+    output.windows(2).all(|pair| match pair {
+        [b'p', next] => *next == b'a',
+        [this, next] => *next == this + 1,
+        _ => false,
+    })
+}
+
+#[test]
+fn a_guest_prints_on_its_serial_port_and_stands_still_while_paused() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let (vm, test) = TestVm::with(COUNTER);
+    let vm = vm.run().unwrap();
+    test.await_output(100);
+    let vm = vm.pause().unwrap();
+    let output = test.console.recent();
+    assert!(is_alphabet(&output), "{}", String::from_utf8_lossy(&output));
+    let counted: u32 = vm.handle().memory().read_obj(COUNT_AT).unwrap();
+    let vm = vm.run().unwrap();
+    test.await_output(output.len() + 100);
+    let vm = vm.pause().unwrap();
+    let output = test.console.recent();
+    assert!(
+        is_alphabet(&output),
+        "an access was lost or doubled by the pause"
+    );
+    assert!(vm.handle().memory().read_obj::<u32>(COUNT_AT).unwrap() >= counted + 100);
+}
+
+#[test]
+fn a_restored_guest_goes_on_where_the_saved_one_stopped() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let (vm, first) = TestVm::with(COUNTER);
+    let vm = vm.run().unwrap();
+    first.await_output(100);
+    let old = vm.pause().unwrap();
+    let (new, second) = moved(&old, 1);
+    old.end();
+    let new = new.run().unwrap();
+    second.await_output(100);
+    new.pause().unwrap().end();
+    let mut output = first.console.recent();
+    output.extend(second.console.recent());
+    assert!(is_alphabet(&output), "{}", String::from_utf8_lossy(&output));
+}
+
+#[test]
+fn a_machine_moves_back_and_forth_many_times() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let (mut vm, mut test) = TestVm::with(COUNTER);
+    let mut output = Vec::new();
+    for _ in 0..10 {
+        let running = vm.run().unwrap();
+        test.await_output(20);
+        let old = running.pause().unwrap();
+        let (new, next) = moved(&old, 1);
+        output.extend(test.console.recent());
+        (vm, test) = (new, next);
+    }
+    assert!(is_alphabet(&output), "{}", String::from_utf8_lossy(&output));
+    assert!(output.len() >= 200);
+}
+
+#[test]
+fn a_save_changes_nothing() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let (vm, test) = TestVm::with(COUNTER);
+    let running = vm.run().unwrap();
+    test.await_output(10);
+    let vm = running.pause().unwrap();
+    let (first, second) = (vm.save().unwrap(), vm.save().unwrap());
+    assert_eq!(first.vcpus[0].regs, second.vcpus[0].regs);
+    assert_eq!(first.vcpus[0].lapic, second.vcpus[0].lapic);
+    assert_eq!(first.irqchips, second.irqchips);
+    let running = vm.run().unwrap();
+    test.await_output(200);
+    drop(running.pause().unwrap());
+    assert!(is_alphabet(&test.console.recent()));
+}
+
+#[test]
+fn a_state_of_another_shape_or_release_is_refused() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let (vm, _test) = TestVm::with(COUNTER);
+    let state = vm.save().unwrap();
+    let (builder, _other) = TestVm::builder(2);
+    let error = builder
+        .incoming()
+        .unwrap()
+        .restore(state.clone())
+        .unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "the saved machine has 1 vCPUs, this one 2"
+    );
+    let newer = MachineState {
+        version: 2,
+        ..state
+    };
+    let error = MachineState::decode(&newer.encode().unwrap()).unwrap_err();
+    assert!(
+        error.to_string().contains("version 2 is not known"),
+        "{error}"
+    );
+    assert!(MachineState::decode(b"{}").is_err());
+}
+
+#[test]
+fn the_dirty_log_sees_what_the_guest_writes_and_nothing_else() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let (vm, test) = TestVm::with(COUNTER);
+    let dirty = Arc::clone(vm.handle().dirty());
+    dirty.start().unwrap();
+    let all = dirty.fetch().unwrap();
+    assert_eq!(all.count(), 16 * 256);
+    dirty.clear(0, 0, all.words(0)).unwrap();
+    let vm = vm.run().unwrap();
+    test.await_output(10);
+    let vm = vm.pause().unwrap();
+    let written = dirty.fetch().unwrap();
+    assert_eq!(written.count(), 1);
+    assert_eq!(written.words(0)[0x200 / 64], 1);
+    dirty.clear(0, 0, written.words(0)).unwrap();
+    assert_eq!(dirty.fetch().unwrap().count(), 0);
+    let vm = vm.run().unwrap();
+    test.await_output(test.console.recent().len() + 10);
+    let vm = vm.pause().unwrap();
+    assert_eq!(
+        dirty.fetch().unwrap().count(),
+        1,
+        "a cleared page is watched again"
+    );
+    dirty.stop().unwrap();
+    drop(vm);
+}
+
+#[test]
+fn every_way_to_end_is_reported_as_what_it_is() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let fault = StopReason::GuestFault {
+        what: "triple fault".into(),
+    };
+    let cases = [
+        (POWER_OFF, StopReason::GuestShutdown),
+        (RESET, StopReason::GuestReset),
+        (TRIPLE_FAULT, fault),
+    ];
+    for (code, expected) in cases {
+        let (vm, test) = TestVm::with(code);
+        let vm = vm.run().unwrap();
+        assert_eq!(test.await_stop(), expected);
+        vm.pause().unwrap().end();
+    }
+}
+
+#[test]
+fn a_triple_fault_ends_that_guest_alone() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let (neighbour, neighbour_test) = TestVm::with(COUNTER);
+    let neighbour = neighbour.run().unwrap();
+    let (faulty, faulty_test) = TestVm::with(TRIPLE_FAULT);
+    let faulty = faulty.run().unwrap();
+    faulty_test.await_stop();
+    drop(faulty);
+    let seen = neighbour_test.console.recent().len();
+    neighbour_test.await_output(seen + 100);
+    assert!(neighbour_test.stopped.try_recv().is_err());
+    drop(neighbour);
+}
+
+#[test]
+fn the_power_button_reaches_the_guest() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let (vm, test) = TestVm::with(AWAIT_BUTTON);
+    let vm = vm.run().unwrap();
+    vm.handle().press_power_button().unwrap();
+    assert_eq!(test.await_stop(), StopReason::GuestShutdown);
+}
+
+#[test]
+fn what_is_typed_reaches_the_guest_in_order() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let (vm, test) = TestVm::with(ECHO);
+    let vm = vm.run().unwrap();
+    let typed: Vec<u8> = (0..200).collect();
+    vm.handle().type_in(&typed);
+    test.await_output(200);
+    assert_eq!(test.console.recent(), typed);
+}
+
+#[test]
+fn a_machine_of_several_vcpus_is_saved_and_restored() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let (builder, first) = TestVm::builder(3);
+    let kernel = crate::testing::elf(COUNTER);
+    let source = crate::BootSource {
+        kernel,
+        initrd: None,
+        cmdline: String::new(),
+    };
+    let vm = builder.boot(source).unwrap().run().unwrap();
+    first.await_output(50);
+    let old = vm.pause().unwrap();
+    let (new, second) = moved(&old, 3);
+    drop(old);
+    let new = new.run().unwrap();
+    second.await_output(50);
+    let new = new.pause().unwrap();
+    let mut output = first.console.recent();
+    output.extend(second.console.recent());
+    assert!(is_alphabet(&output));
+    assert_eq!(new.save().unwrap().cpus(), 3);
+}
+
+#[test]
+fn impossible_numbers_of_cpus_are_refused_by_name() {
+    if !kvm_or_skip() {
+        return;
+    }
+    for cpus in [0, 255, u32::MAX] {
+        let memory = bascule_types::Bytes::mib(16);
+        let error = crate::VmBuilder::new(cpus, memory, crate::Console::new(), drop).unwrap_err();
+        assert!(error.to_string().starts_with("cpus: "), "{error}");
+    }
+}

@@ -1,0 +1,210 @@
+//! Reading and writing the whole state of one vCPU.
+#![expect(
+    unsafe_code,
+    reason = "KVM_GET_XSAVE2 writes a buffer whose length only KVM knows"
+)]
+
+use kvm_bindings::{
+    CpuId, Xsave, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_regs,
+    kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+};
+use kvm_ioctls::{Cap, VcpuFd, VmFd};
+use serde::{Deserialize, Serialize};
+use vmm_sys_util::fam::FamStruct;
+
+use super::msr;
+use crate::blob::Blob;
+use crate::ioctl;
+use crate::kvm::KvmError;
+
+/// Everything about one vCPU, first layout. KVM's structures are kept byte for byte.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct VcpuState {
+    pub(crate) cpuid: Vec<Blob<kvm_cpuid_entry2>>,
+    pub(crate) mp_state: Blob<kvm_mp_state>,
+    pub(crate) regs: Blob<kvm_regs>,
+    pub(crate) sregs: Blob<kvm_sregs>,
+    /// The XSAVE area, 4096 bytes or more.
+    pub(crate) xsave: Blob<[u8]>,
+    pub(crate) xcrs: Option<Blob<kvm_xcrs>>,
+    pub(crate) debugregs: Blob<kvm_debugregs>,
+    pub(crate) lapic: Blob<kvm_lapic_state>,
+    pub(crate) msrs: Vec<(u32, u64)>,
+    pub(crate) events: Blob<kvm_vcpu_events>,
+    /// Rate of the guest's time stamp counter in kHz, where KVM tells.
+    pub(crate) tsc_khz: Option<u32>,
+    /// Guest TSC minus host TSC, modulo 2^64, where KVM tells.
+    pub(crate) tsc_offset: Option<u64>,
+}
+
+/// What reading a vCPU needs to know of its machine, found out once.
+#[derive(Clone, Debug)]
+pub(crate) struct StateShape {
+    pub(crate) msrs: Vec<u32>,
+    /// Length of the XSAVE area in bytes.
+    pub(crate) xsave_bytes: usize,
+    pub(crate) has_xcrs: bool,
+}
+
+impl StateShape {
+    /// The shape of `vcpu`'s state under this kernel.
+    pub(crate) fn of(kvm: &kvm_ioctls::Kvm, vm: &VmFd, vcpu: &VcpuFd) -> Result<Self, KvmError> {
+        let offered = usize::try_from(vm.check_extension_int(Cap::Xsave2)).unwrap_or(0);
+        Ok(Self {
+            msrs: msr::readable(kvm, vcpu)?,
+            xsave_bytes: offered.max(size_of::<kvm_xsave>()),
+            has_xcrs: vm.check_extension(Cap::Xcrs),
+        })
+    }
+
+    fn xsave(&self) -> Result<Xsave, KvmError> {
+        let beyond = self.xsave_bytes - size_of::<kvm_xsave>();
+        Xsave::new(beyond.div_ceil(size_of::<<kvm_bindings::kvm_xsave2 as FamStruct>::Entry>()))
+            .map_err(|_| KvmError::Lacks {
+                what: "room for the XSAVE area",
+            })
+    }
+}
+
+/// Reads `vcpu`, which no thread runs.
+///
+/// # Ordering
+/// The run state comes first, because KVM accepts pending INIT and SIPI there, which changes all
+/// else; the events come last, because reading other state may raise some.
+pub(crate) fn save(vcpu: &VcpuFd, shape: &StateShape) -> Result<VcpuState, KvmError> {
+    let mp_state = vcpu
+        .get_mp_state()
+        .map_err(KvmError::ioctl("read the run state"))?;
+    let regs = vcpu.get_regs().map_err(KvmError::ioctl("read registers"))?;
+    let sregs = vcpu
+        .get_sregs()
+        .map_err(KvmError::ioctl("read special registers"))?;
+    let xsave = read_xsave(vcpu, shape)?;
+    let xcrs = if shape.has_xcrs {
+        let xcrs = vcpu
+            .get_xcrs()
+            .map_err(KvmError::ioctl("read extended control registers"))?;
+        Some(Blob::of(&xcrs))
+    } else {
+        None
+    };
+    let debugregs = vcpu
+        .get_debug_regs()
+        .map_err(KvmError::ioctl("read debug registers"))?;
+    let lapic = vcpu
+        .get_lapic()
+        .map_err(KvmError::ioctl("read the local APIC"))?;
+    let msrs = msr::read(vcpu, &shape.msrs)?;
+    let cpuid = vcpu
+        .get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
+        .map_err(KvmError::ioctl("read CPUID"))?;
+    let events = vcpu
+        .get_vcpu_events()
+        .map_err(KvmError::ioctl("read events"))?;
+    Ok(VcpuState {
+        cpuid: cpuid.as_slice().iter().map(Blob::of).collect(),
+        mp_state: Blob::of(&mp_state),
+        regs: Blob::of(&regs),
+        sregs: Blob::of(&sregs),
+        xsave,
+        xcrs,
+        debugregs: Blob::of(&debugregs),
+        lapic: Blob::of(&lapic),
+        msrs,
+        events: Blob::of(&events),
+        tsc_khz: vcpu.get_tsc_khz().ok(),
+        tsc_offset: ioctl::tsc_offset(vcpu).ok(),
+    })
+}
+
+/// Writes `state` to `vcpu`, which has never run.
+///
+/// # Ordering
+/// DESIGN §5. Registers before events, because setting registers drops pending exceptions; special
+/// registers before the local APIC, because they hold its base; the local APIC before the MSRs,
+/// because a deadline is only kept by a timer in deadline mode.
+pub(crate) fn restore(
+    vcpu: &VcpuFd,
+    shape: &StateShape,
+    state: &VcpuState,
+) -> Result<(), KvmError> {
+    let entries: Vec<_> = state.cpuid.iter().map(Blob::get).collect();
+    let cpuid = CpuId::from_entries(&entries).map_err(|_| KvmError::Lacks {
+        what: "room for the CPUID entries",
+    })?;
+    vcpu.set_cpuid2(&cpuid)
+        .map_err(KvmError::ioctl("set CPUID"))?;
+    scale_tsc(vcpu, state.tsc_khz);
+    vcpu.set_mp_state(state.mp_state.get())
+        .map_err(KvmError::ioctl("set the run state"))?;
+    vcpu.set_regs(&state.regs.get())
+        .map_err(KvmError::ioctl("set registers"))?;
+    vcpu.set_sregs(&state.sregs.get())
+        .map_err(KvmError::ioctl("set special registers"))?;
+    write_xsave(vcpu, shape, &state.xsave)?;
+    if let (Some(xcrs), true) = (&state.xcrs, shape.has_xcrs) {
+        vcpu.set_xcrs(&xcrs.get())
+            .map_err(KvmError::ioctl("set extended control registers"))?;
+    }
+    vcpu.set_debug_regs(&state.debugregs.get())
+        .map_err(KvmError::ioctl("set debug registers"))?;
+    vcpu.set_lapic(&state.lapic.get())
+        .map_err(KvmError::ioctl("set the local APIC"))?;
+    msr::write(vcpu, &state.msrs)?;
+    vcpu.set_vcpu_events(&state.events.get())
+        .map_err(KvmError::ioctl("set events"))
+}
+
+/// A guest keeps its TSC rate where the host can scale. Where it cannot, its clock source copes
+/// (kvm-clock carries the rate) and the log says so.
+fn scale_tsc(vcpu: &VcpuFd, khz: Option<u32>) {
+    let Some(khz) = khz else {
+        return;
+    };
+    let here = vcpu.get_tsc_khz().ok();
+    if here != Some(khz) && vcpu.set_tsc_khz(khz).is_err() {
+        tracing::warn!(
+            there = khz,
+            here,
+            "time stamp counter rates differ and cannot be scaled"
+        );
+    }
+}
+
+fn read_xsave(vcpu: &VcpuFd, shape: &StateShape) -> Result<Blob<[u8]>, KvmError> {
+    let mut xsave = shape.xsave()?;
+    // SAFETY: the buffer is at least as long as KVM_CHECK_EXTENSION(KVM_CAP_XSAVE2) said on this
+    // VM's descriptor (`StateShape::of`), and no dynamic feature was enabled since.
+    let result = unsafe { vcpu.get_xsave2(&mut xsave) };
+    result.map_err(KvmError::ioctl("read the XSAVE area"))?;
+    let fixed = xsave.as_fam_struct_ref().xsave.region;
+    let words = fixed.iter().chain(xsave.as_slice());
+    let bytes: Vec<u8> = words.flat_map(|word| word.to_le_bytes()).collect();
+    Ok(Blob::of_bytes(&bytes))
+}
+
+fn write_xsave(vcpu: &VcpuFd, shape: &StateShape, saved: &Blob<[u8]>) -> Result<(), KvmError> {
+    let mut xsave = shape.xsave()?;
+    let mut words = saved.bytes().chunks_exact(4).map(|four| {
+        four.iter()
+            .rev()
+            .fold(0_u32, |word, byte| (word << 8) | u32::from(*byte))
+    });
+    let room = xsave.as_fam_struct_ref().xsave.region.len() + xsave.as_slice().len();
+    if words.len() > room {
+        return Err(KvmError::Lacks {
+            what: "the processor features that the saved guest uses",
+        });
+    }
+    // SAFETY: only words of the fixed area are changed, not the length of what follows.
+    let fixed = unsafe { &mut xsave.as_mut_fam_struct().xsave.region };
+    for (to, from) in fixed.iter_mut().zip(words.by_ref()) {
+        *to = from;
+    }
+    for (to, from) in xsave.as_mut_slice().iter_mut().zip(words) {
+        *to = from;
+    }
+    // SAFETY: as in `read_xsave`: the buffer is as long as KVM says that it reads.
+    let result = unsafe { vcpu.set_xsave2(&xsave) };
+    result.map_err(KvmError::ioctl("set the XSAVE area"))
+}

@@ -1,3 +1,5 @@
-//! bascule-node: supervises a node's VM and volume processes; embedded mode without Kubernetes.
+//! `bascule-node`: see the library's page.
 
-fn main() {}
+fn main() -> std::process::ExitCode {
+    bascule_node::node_main()
+}

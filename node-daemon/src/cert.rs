@@ -1,0 +1,129 @@
+//! `bascule-node cert`: the certificate authority of nodes without Kubernetes.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use bascule_pki::Authority;
+use bascule_types::{ClusterId, NodeUid};
+
+use crate::files;
+use crate::paths::Paths;
+use crate::supervisor::Identity;
+
+/// `bascule-node cert`
+#[derive(Debug, clap::Subcommand)]
+pub(crate) enum CertCommand {
+    /// Make a certificate authority: a key that signs every node of one cluster. Keep it safe
+    Init {
+        /// The folder to make it in
+        #[arg(long, default_value = "/var/lib/bascule/ca")]
+        ca_dir: PathBuf,
+    },
+    /// Make a node's key, certificate and identity
+    Issue {
+        /// The certificate authority's folder
+        #[arg(long, default_value = "/var/lib/bascule/ca")]
+        ca_dir: PathBuf,
+        /// The node's state directory, to be copied to the node when it is another host
+        #[arg(long, default_value = "/var/lib/bascule")]
+        state_dir: PathBuf,
+        /// The node's name
+        name: String,
+    },
+}
+
+/// Runs `bascule-node cert`.
+pub(crate) fn run(command: &CertCommand) -> Result<()> {
+    match command {
+        CertCommand::Init { ca_dir } => init(ca_dir),
+        CertCommand::Issue {
+            ca_dir,
+            state_dir,
+            name,
+        } => issue(ca_dir, state_dir, name),
+    }
+}
+
+fn init(ca_dir: &Path) -> Result<()> {
+    if ca_dir.join("ca.key").exists() {
+        bail!("{} holds a certificate authority already", ca_dir.display());
+    }
+    let cluster = ClusterId::random();
+    let (_, identity) = Authority::create(&cluster.to_string())?;
+    files::replace(&ca_dir.join("ca.key"), identity.key_pem.as_bytes(), 0o600)?;
+    files::replace(
+        &ca_dir.join("ca.crt"),
+        identity.certificate_pem.as_bytes(),
+        0o644,
+    )?;
+    files::replace(
+        &ca_dir.join("cluster"),
+        cluster.to_string().as_bytes(),
+        0o644,
+    )?;
+    println!(
+        "Made the certificate authority of cluster {cluster} in {}.",
+        ca_dir.display()
+    );
+    println!(
+        "Next, for each node: bascule-node cert issue NAME --ca-dir {}",
+        ca_dir.display()
+    );
+    Ok(())
+}
+
+fn issue(ca_dir: &Path, state_dir: &Path, name: &str) -> Result<()> {
+    let read = |file: &str| {
+        let path = ca_dir.join(file);
+        fs::read_to_string(&path)
+            .with_context(|| format!("read {} (run `bascule-node cert init`?)", path.display()))
+    };
+    let (ca_pem, cluster) = (read("ca.crt")?, read("cluster")?);
+    let authority = Authority::from_pem(&ca_pem, &read("ca.key")?)?;
+    let paths = Paths::new(Path::new("/run/bascule"), state_dir);
+    // A node keeps its identity when its certificate is issued again.
+    let node = match Identity::load(&paths)? {
+        Some(identity) if identity.name == name => identity.node,
+        Some(identity) => bail!("{} belongs to node {}", state_dir.display(), identity.name),
+        None => NodeUid::random(),
+    };
+    let leaf = authority.issue_node(node)?;
+    let tls = paths.tls();
+    files::replace(&tls.join("node.key"), leaf.key_pem.as_bytes(), 0o600)?;
+    files::replace(
+        &tls.join("node.crt"),
+        leaf.certificate_pem.as_bytes(),
+        0o644,
+    )?;
+    files::replace(&tls.join("ca.crt"), ca_pem.as_bytes(), 0o644)?;
+    let cluster = cluster.trim().parse().context("read the cluster's id")?;
+    Identity {
+        node,
+        name: name.to_owned(),
+        cluster,
+    }
+    .save(&paths)?;
+    println!("Issued node {name} ({node}) into {}.", state_dir.display());
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_authority_is_not_overwritten_and_a_node_keeps_its_identity() {
+        let folder = tempfile::tempdir().unwrap();
+        let (ca, state) = (folder.path().join("ca"), folder.path().join("state"));
+        assert!(issue(&ca, &state, "n1").is_err());
+        init(&ca).unwrap();
+        assert!(init(&ca).is_err());
+        issue(&ca, &state, "n1").unwrap();
+        let paths = Paths::new(Path::new("/run/bascule"), &state);
+        let first = Identity::load(&paths).unwrap().unwrap();
+        issue(&ca, &state, "n1").unwrap();
+        assert_eq!(Identity::load(&paths).unwrap().unwrap(), first);
+        assert!(issue(&ca, &state, "n2").is_err());
+    }
+}

@@ -1,0 +1,132 @@
+//! The command lines.
+
+use std::io::IsTerminal;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand, ValueEnum};
+use tracing_subscriber::EnvFilter;
+
+use crate::cert::{self, CertCommand};
+use crate::daemon::{self, ServeArgs};
+use crate::import::{self, FetchArgs, RunArgs};
+use crate::launch::{self, LaunchArgs};
+
+/// Runs and supervises the virtual machines of one node.
+///
+/// On Kubernetes the chart starts `bascule-node serve` on every node. Without Kubernetes, make a
+/// certificate authority with `cert init`, an identity for each node with `cert issue`, and start
+/// `bascule-node serve --standalone` on each.
+#[derive(Debug, Parser)]
+#[command(name = "bascule-node", version)]
+struct NodeCli {
+    #[command(flatten)]
+    log: LogArgs,
+    #[command(subcommand)]
+    command: NodeCommand,
+}
+
+#[derive(Debug, clap::Args)]
+struct LogArgs {
+    /// How log lines look
+    #[arg(
+        long,
+        global = true,
+        value_enum,
+        default_value = "text",
+        env = "BASCULE_LOG_FORMAT"
+    )]
+    log_format: LogFormat,
+    /// What is logged: a level, or `target=level` pairs
+    #[arg(long, global = true, default_value = "info", env = "BASCULE_LOG")]
+    log: String,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum LogFormat {
+    Text,
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+enum NodeCommand {
+    /// Run the node's daemon
+    Serve(Box<ServeArgs>),
+    /// Make certificates for nodes without Kubernetes
+    #[command(subcommand)]
+    Cert(CertCommand),
+    /// Become another program outside this container (used by the daemon)
+    #[command(hide = true)]
+    Launch(LaunchArgs),
+}
+
+/// Fills one disk of a volume from an image. Started by bascule-node.
+#[derive(Debug, Parser)]
+#[command(name = "bascule-import", version)]
+struct ImportCli {
+    #[command(subcommand)]
+    command: ImportCommand,
+}
+
+#[derive(Debug, Subcommand)]
+enum ImportCommand {
+    /// Do one import
+    Run(RunArgs),
+    /// Fetch an image to standard output, without any rights
+    Fetch(FetchArgs),
+}
+
+/// The program `bascule-node`.
+#[must_use]
+pub fn node_main() -> ExitCode {
+    let cli = NodeCli::parse();
+    start_logging(&cli.log);
+    finish(match &cli.command {
+        NodeCommand::Serve(args) => daemon::run(args),
+        NodeCommand::Cert(command) => cert::run(command),
+        NodeCommand::Launch(args) => launch::launch(args),
+    })
+}
+
+/// The program `bascule-import`.
+#[must_use]
+pub fn import_main() -> ExitCode {
+    finish(match &ImportCli::parse().command {
+        ImportCommand::Run(args) => import::run(args),
+        ImportCommand::Fetch(args) => import::fetch(args),
+    })
+}
+
+fn finish(outcome: Result<()>) -> ExitCode {
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn start_logging(args: &LogArgs) {
+    let filter = EnvFilter::try_new(&args.log).unwrap_or_else(|_| EnvFilter::new("info"));
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal());
+    match args.log_format {
+        LogFormat::Text => builder.init(),
+        LogFormat::Json => builder.json().init(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_lines_are_consistent() {
+        NodeCli::command().debug_assert();
+        ImportCli::command().debug_assert();
+    }
+}

@@ -1,0 +1,145 @@
+//! `bascule-node serve`: the daemon of one node.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use bascule_node_api::NODE_PORT;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+
+use crate::config::NodeConfig;
+use crate::join::{self, JoinArgs};
+use crate::launch::{Launcher, install_programs};
+use crate::paths::Paths;
+use crate::server::{NodeService, publish_reports, serve};
+use crate::supervisor::{Identity, Parts, Supervisor};
+
+/// `bascule-node serve`
+#[derive(Debug, clap::Args)]
+pub(crate) struct ServeArgs {
+    #[command(flatten)]
+    pub(crate) config: NodeConfig,
+    #[command(flatten)]
+    pub(crate) join: JoinArgs,
+    /// The address that other nodes and the operator reach this node at
+    #[arg(long, env = "BASCULE_ADDRESS")]
+    pub(crate) address: IpAddr,
+    /// The port of this node's API
+    #[arg(long, default_value_t = NODE_PORT)]
+    pub(crate) port: u16,
+    /// Run without Kubernetes, with the certificates that `cert issue` put into the state
+    /// directory; other nodes of the same authority may then migrate VMs here
+    #[arg(long, conflicts_with = "operator")]
+    pub(crate) standalone: bool,
+    /// The daemon runs in a container: processes are started outside it, from the state directory
+    #[arg(long)]
+    pub(crate) in_container: bool,
+    /// Make no cgroups (without root)
+    #[arg(long, conflicts_with = "in_container")]
+    pub(crate) no_cgroups: bool,
+}
+
+/// Runs the daemon until it is told to end. The processes that it started live on.
+pub(crate) fn run(args: &ServeArgs) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("start the runtime")?;
+    runtime.block_on(serve_node(args))
+}
+
+/// The launcher for this daemon: from a container, programs are installed on the host first.
+pub(crate) fn launcher(config: &NodeConfig, in_container: bool, cgroups: bool) -> Result<Launcher> {
+    let programs = programs_folder(config)?;
+    let paths = Paths::new(&config.run_dir, &config.state_dir);
+    let programs = if in_container {
+        install_programs(&programs, &paths.binaries())?
+    } else {
+        programs
+    };
+    Ok(Launcher {
+        programs,
+        host_namespaces: in_container,
+        cgroups,
+    })
+}
+
+async fn serve_node(args: &ServeArgs) -> Result<()> {
+    let paths = Paths::new(&args.config.run_dir, &args.config.state_dir);
+    let launcher = launcher(&args.config, args.in_container, !args.no_cgroups)?;
+    let identity = if args.standalone {
+        Identity::load(&paths)?.with_context(|| {
+            format!(
+                "{} is missing: make it with `bascule-node cert issue`",
+                paths.identity().display()
+            )
+        })?
+    } else {
+        join::join_or_resume(&args.join, &paths, args.address).await?
+    };
+    let parts = Parts {
+        identity,
+        address: args.address,
+        launcher,
+    };
+    let supervisor = Arc::new(Supervisor::new(&args.config, parts)?);
+    let (report_tx, report_rx) = watch::channel(None);
+    let reports = tokio::spawn(publish_reports(Arc::clone(&supervisor), report_tx));
+    let upkeep = tokio::spawn(upkeep(Arc::clone(&supervisor)));
+    let mut terminate = signal(SignalKind::terminate()).context("handle SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("handle SIGINT")?;
+    let listen = SocketAddr::new(args.address, args.port);
+    let tls_dir = paths.tls();
+    loop {
+        let service = NodeService::new(Arc::clone(&supervisor), report_rx.clone(), args.standalone);
+        tracing::info!(%listen, node = %supervisor.identity.name, "serving");
+        tokio::select! {
+            ended = serve(service, listen, &tls_dir, std::future::pending()) => ended?,
+            () = join::renewed(&args.join, &paths, args.address), if !args.standalone => continue,
+            _ = terminate.recv() => break,
+            _ = interrupt.recv() => break,
+        }
+    }
+    reports.abort();
+    upkeep.abort();
+    tracing::info!("ending; virtual machines and volumes live on");
+    Ok(())
+}
+
+/// What needs doing now and then whoever asks: processes that ended are started again, finished
+/// imports forgotten.
+async fn upkeep(supervisor: Arc<Supervisor>) {
+    let mut ticks = tokio::time::interval(UPKEEP_INTERVAL);
+    loop {
+        ticks.tick().await;
+        let worker = Arc::clone(&supervisor);
+        let outcome = tokio::task::spawn_blocking(move || {
+            worker
+                .revive_volumes()
+                .and_then(|()| worker.forget_finished_imports())
+        });
+        match outcome.await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!(error = format!("{error:#}"), "upkeep"),
+            Err(error) => tracing::error!(%error, "upkeep"),
+        }
+    }
+}
+
+fn programs_folder(config: &NodeConfig) -> Result<PathBuf> {
+    match &config.programs {
+        Some(folder) => Ok(folder.clone()),
+        None => std::env::current_exe()
+            .context("find this program")?
+            .parent()
+            .map(Path::to_owned)
+            .context("find this program's folder"),
+    }
+}
+
+/// A volume's lease is 4 s by default: its process must be back well before it lapses.
+const UPKEEP_INTERVAL: Duration = Duration::from_millis(500);

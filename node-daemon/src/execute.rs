@@ -1,0 +1,150 @@
+//! One command in, one outcome out. Everything blocks: the server calls this on its blocking pool.
+
+use bascule_ipc::vm::Request as VmRequest;
+use bascule_ipc::volume::Request as VolumeRequest;
+use bascule_node_api::command::{Command, Outcome, RejectReason};
+use bascule_types::VmUid;
+
+use crate::imports::ImportOrder;
+use crate::reservation;
+use crate::supervisor::{Rejection, Supervisor};
+use crate::vms::Tenure;
+
+impl Supervisor {
+    /// Executes one command.
+    pub(crate) fn execute(&self, command: &Command) -> Outcome {
+        let outcome = match vm_of(command) {
+            Some(vm) => self.exclusively(vm, || self.dispatch(command)),
+            None => self.dispatch(command),
+        };
+        outcome.unwrap_or_else(|Rejection { reason, message }| {
+            tracing::info!(?reason, message, "command rejected");
+            Outcome::Rejected { reason, message }
+        })
+    }
+
+    fn dispatch(&self, command: &Command) -> Result<Outcome, Rejection> {
+        match command {
+            Command::FormatVolume {
+                backing,
+                cluster,
+                options,
+            } => self.format_volume(backing, *cluster, options),
+            Command::AttachVolume {
+                name,
+                backing,
+                volume,
+                cluster,
+            } => self.attach_volume(name, backing, *volume, *cluster),
+            Command::DetachVolume { name } => self.detach_volume(name),
+            Command::Change { volume, change } => self.change(volume, change.clone()),
+            Command::Rows { volume } => self.volume_request(volume, &VolumeRequest::Rows),
+            Command::Import {
+                volume,
+                vm,
+                owner,
+                epoch,
+                disk,
+                source,
+            } => self.import(&ImportOrder {
+                volume,
+                vm: *vm,
+                owner: *owner,
+                epoch: *epoch,
+                disk: *disk,
+                source,
+            }),
+            Command::StartVm {
+                spec,
+                owner,
+                epoch,
+                restore,
+            } => self.start_vm(
+                spec,
+                Tenure {
+                    owner: *owner,
+                    epoch: *epoch,
+                },
+                *restore,
+            ),
+            Command::PrepareIncoming {
+                spec,
+                attempt,
+                owner,
+                epoch,
+            } => self.prepare_incoming(
+                spec,
+                *attempt,
+                Tenure {
+                    owner: *owner,
+                    epoch: *epoch,
+                },
+            ),
+            Command::CollectVm { vm, pid } => self.collect_vm(*vm, *pid),
+            Command::EndReservation { pod_uid } => {
+                let ended = reservation::end(pod_uid)?;
+                tracing::info!(pod_uid, ended, "reservation ended");
+                Ok(Outcome::Done)
+            }
+            Command::MigrateLive { .. }
+            | Command::MigrateQuick { .. }
+            | Command::CancelMigration { .. }
+            | Command::PowerButton { .. }
+            | Command::StopVm { .. } => self.pass_on(command),
+        }
+    }
+
+    /// The commands that a VM's own process executes.
+    fn pass_on(&self, command: &Command) -> Result<Outcome, Rejection> {
+        let (vm, request) = match command {
+            Command::MigrateLive {
+                vm,
+                attempt,
+                peer,
+                to,
+                limits,
+            } => (
+                *vm,
+                VmRequest::MigrateLive {
+                    attempt: *attempt,
+                    peer: *peer,
+                    to: *to,
+                    limits: *limits,
+                },
+            ),
+            Command::MigrateQuick { vm, attempt, to } => (
+                *vm,
+                VmRequest::MigrateQuick {
+                    attempt: *attempt,
+                    to: *to,
+                },
+            ),
+            Command::CancelMigration { vm, attempt } => {
+                (*vm, VmRequest::CancelMigration { attempt: *attempt })
+            }
+            Command::PowerButton { vm } => (*vm, VmRequest::PowerButton),
+            Command::StopVm { vm } => (*vm, VmRequest::Stop),
+            other => {
+                return Err(Rejection::new(
+                    RejectReason::Failed,
+                    format!("{other:?} is not for a VM process"),
+                ));
+            }
+        };
+        self.vm_request(vm, &request)
+    }
+}
+
+/// The VM whose process a command starts, ends or talks to.
+const fn vm_of(command: &Command) -> Option<VmUid> {
+    match command {
+        Command::StartVm { spec, .. } | Command::PrepareIncoming { spec, .. } => Some(spec.uid),
+        Command::MigrateLive { vm, .. }
+        | Command::MigrateQuick { vm, .. }
+        | Command::CancelMigration { vm, .. }
+        | Command::PowerButton { vm }
+        | Command::StopVm { vm }
+        | Command::CollectVm { vm, .. } => Some(*vm),
+        _ => None,
+    }
+}

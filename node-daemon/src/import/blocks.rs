@@ -1,0 +1,132 @@
+//! Where the bytes of a disk are on its volume, and writing them there with direct I/O.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use bascule_types::Owner;
+use bascule_volume_format::change::ExtentRun;
+use bascule_volume_gate::{GateReader, boot_time_now};
+use rustix::fs::{FallocateFlags, fallocate};
+
+/// A buffer whose start is aligned for direct I/O.
+#[derive(Debug)]
+pub(crate) struct AlignedBuffer {
+    bytes: Vec<u8>,
+    start: usize,
+}
+
+/// The disk being filled.
+#[derive(Debug)]
+pub(crate) struct Target {
+    pub(crate) device: File,
+    pub(crate) gate: GateReader,
+    pub(crate) owner: Owner,
+    pub(crate) runs: Vec<ExtentRun>,
+}
+
+impl AlignedBuffer {
+    pub(crate) fn new() -> Self {
+        let bytes = vec![0; CHUNK_BYTES + ALIGNMENT];
+        let start = bytes.as_ptr().align_offset(ALIGNMENT);
+        Self { bytes, start }
+    }
+
+    pub(crate) fn chunk(&mut self) -> &mut [u8] {
+        let start = self.start;
+        self.bytes
+            .get_mut(start..start + CHUNK_BYTES)
+            .unwrap_or_default()
+    }
+}
+
+impl Target {
+    pub(crate) fn capacity(&self) -> u64 {
+        self.runs.iter().map(|run| run.length.0).sum()
+    }
+
+    /// Writes whole blocks at `offset` of the disk. The chunk lies within one run, because runs are
+    /// whole extents and chunks divide them.
+    pub(crate) fn write(&self, offset: u64, block: &[u8]) -> Result<()> {
+        let at = self.locate(offset)?;
+        self.await_gate()?;
+        self.device
+            .write_all_at(block, at)
+            .with_context(|| format!("write at byte {at}"))
+    }
+
+    /// Makes everything from `offset` to the disk's end read as zeroes.
+    pub(crate) fn zero_from(&self, offset: u64) -> Result<()> {
+        let mut begin = 0;
+        for run in &self.runs {
+            let end = begin + run.length.0;
+            if end > offset {
+                let skip = offset.saturating_sub(begin);
+                let at = run.start.lba_to_bytes().context("extent's position")?.0 + skip;
+                self.zero_range(at, run.length.0 - skip)?;
+            }
+            begin = end;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn flush(&self) -> Result<()> {
+        self.device.sync_data().context("flush the device")
+    }
+
+    fn zero_range(&self, at: u64, length: u64) -> Result<()> {
+        self.await_gate()?;
+        // Zeroes without sending them, where the device or the file system can.
+        if fallocate(&self.device, FallocateFlags::ZERO_RANGE, at, length).is_ok() {
+            return Ok(());
+        }
+        let mut zeroes = AlignedBuffer::new();
+        let chunk: &[u8] = zeroes.chunk();
+        let mut done = 0;
+        while done < length {
+            let step = usize::try_from(length - done)
+                .unwrap_or(usize::MAX)
+                .min(chunk.len());
+            self.await_gate()?;
+            let piece = chunk.get(..step).unwrap_or_default();
+            self.device
+                .write_all_at(piece, at + done)
+                .with_context(|| format!("zero at byte {}", at + done))?;
+            done += step as u64;
+        }
+        Ok(())
+    }
+
+    fn locate(&self, offset: u64) -> Result<u64> {
+        let mut begin = 0;
+        for run in &self.runs {
+            if offset < begin + run.length.0 {
+                let start = run.start.lba_to_bytes().context("extent's position")?;
+                return Ok(start.0 + (offset - begin));
+            }
+            begin += run.length.0;
+        }
+        bail!("the image is larger than the disk ({begin} bytes)")
+    }
+
+    /// The check right before a write: while the lease is not valid, wait; when somebody else owns
+    /// the disk, never write again.
+    fn await_gate(&self) -> Result<()> {
+        let closed = || self.gate.check(boot_time_now(), self.owner).err();
+        match crate::local::wait_for(GATE_LIMIT, || closed().is_none().then_some(())) {
+            Some(()) => Ok(()),
+            None => match closed() {
+                Some(reason) => bail!("the volume's gate stays closed: {reason:?}"),
+                None => Ok(()),
+            },
+        }
+    }
+}
+
+/// One write: divides every extent (1 MiB or more).
+pub(crate) const CHUNK_BYTES: usize = 1 << 20;
+/// The largest logical block of today's disks.
+const ALIGNMENT: usize = 4096;
+/// A lease comes back within seconds, or the node is being fenced.
+const GATE_LIMIT: Duration = Duration::from_secs(60);

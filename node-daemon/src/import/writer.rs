@@ -1,0 +1,280 @@
+//! The writer: from the fetcher's pipe (or a file) to the disk's extents.
+
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use bascule_ipc::Connection;
+use bascule_ipc::volume::{Request, Response};
+use bascule_node_api::report::{ImportReport, ImportState};
+use bascule_types::Bytes;
+use bascule_volume_format::change::{Change, DiskRow};
+use bascule_volume_gate::GateReader;
+use sha2::{Digest, Sha256};
+
+use super::blocks::{AlignedBuffer, Target};
+use super::{ImportJob, JobSource};
+use crate::imports::write_report;
+
+/// `bascule-import run`
+#[derive(Debug, clap::Args)]
+pub(crate) struct RunArgs {
+    /// The job, as bascule-node wrote it
+    #[arg(long)]
+    job: PathBuf,
+}
+
+/// Does one import. A failure is also in the report.
+pub(crate) fn run(args: &RunArgs) -> Result<()> {
+    let bytes = fs::read(&args.job).with_context(|| format!("read {}", args.job.display()))?;
+    let job: ImportJob = serde_json::from_slice(&bytes).context("read the job")?;
+    let outcome = import(&job);
+    if let Err(error) = &outcome {
+        let state = ImportState::Failed {
+            message: format!("{error:#}"),
+        };
+        report(&job, Bytes(0), None, state)?;
+    }
+    outcome
+}
+
+fn import(job: &ImportJob) -> Result<()> {
+    let mut volume = Connection::connect(&job.socket, HELLO_LIMIT).context("reach the volume")?;
+    volume
+        .set_timeout(Some(VOLUME_LIMIT))
+        .context("reach the volume")?;
+    let (target, row) = open(job, &mut volume)?;
+    let length = if row.importing {
+        fill(job, &target, &row)?
+    } else {
+        row.size
+    };
+    finish(job, &mut volume)?;
+    report(job, length, Some(length), ImportState::Complete { length })
+}
+
+fn open(job: &ImportJob, volume: &mut Connection) -> Result<(Target, DiskRow)> {
+    let request = Request::OpenVm {
+        vm: job.vm,
+        owner: job.owner,
+        epoch: job.epoch,
+        pid: std::process::id(),
+    };
+    let (response, fds) = volume
+        .call::<_, Response>(&request)
+        .context("open the VM's disks")?;
+    let opened = match response {
+        Response::Opened(opened) => opened,
+        Response::Refused(refusal) => bail!("the volume refused: {refusal}"),
+        other => bail!("the volume answered {other:?}"),
+    };
+    let Ok([device, gate]) = <[_; 2]>::try_from(fds) else {
+        bail!("the volume did not hand out its device and gate");
+    };
+    let row = opened
+        .disks
+        .into_iter()
+        .find(|row| row.disk == job.disk)
+        .context("the volume has no such disk")?;
+    let target = Target {
+        device: File::from(device),
+        gate: GateReader::from_fd(gate).context("map the gate page")?,
+        owner: job.owner,
+        runs: row.extents.clone(),
+    };
+    Ok((target, row))
+}
+
+/// Fills the disk; says how long the image was.
+fn fill(job: &ImportJob, target: &Target, row: &DiskRow) -> Result<Bytes> {
+    let (mut source, mut fetcher) = open_source(job)?;
+    let mut hash = Sha256::new();
+    let mut buffer = AlignedBuffer::new();
+    let mut written = 0u64;
+    loop {
+        let chunk = buffer.chunk();
+        let read = read_full(source.as_mut(), chunk).context("read the image")?;
+        if read == 0 {
+            break;
+        }
+        if written + read as u64 > row.size.0.max(target.capacity()) {
+            bail!("the image is larger than the disk of {}", row.size);
+        }
+        hash.update(chunk.get(..read).unwrap_or_default());
+        // The tail of the last block reads as zeroes.
+        chunk.get_mut(read..).unwrap_or_default().fill(0);
+        target.write(written, chunk)?;
+        written += read as u64;
+        report(job, Bytes(written), None, ImportState::Running)?;
+    }
+    if let Some(fetcher) = &mut fetcher {
+        await_fetcher(fetcher)?;
+    }
+    check_hash(&job.source, hash)?;
+    let covered = written.next_multiple_of(super::blocks::CHUNK_BYTES as u64);
+    target.zero_from(covered.min(target.capacity()))?;
+    target.flush()?;
+    Ok(Bytes(written))
+}
+
+fn finish(job: &ImportJob, volume: &mut Connection) -> Result<()> {
+    let request = Request::Change(Change::FinishImport { disk: job.disk });
+    match volume
+        .call::<_, Response>(&request)
+        .context("finish the import")?
+        .0
+    {
+        Response::Granted(_) => {}
+        Response::Refused(refusal) => bail!("the volume refused to finish the import: {refusal}"),
+        other => bail!("the volume answered {other:?}"),
+    }
+    let request = Request::CloseVm {
+        vm: job.vm,
+        owner: job.owner,
+        epoch: job.epoch,
+    };
+    match volume
+        .call::<_, Response>(&request)
+        .context("close the VM's disks")?
+        .0
+    {
+        Response::Closed => Ok(()),
+        other => bail!("the volume answered {other:?}"),
+    }
+}
+
+fn open_source(job: &ImportJob) -> Result<(Box<dyn Read>, Option<Child>)> {
+    match &job.source {
+        JobSource::Blank => Ok((Box::new(io::empty()), None)),
+        JobSource::File { path } => {
+            let file = File::open(path).with_context(|| format!("open {}", path.display()))?;
+            Ok((Box::new(file), None))
+        }
+        JobSource::Http { url, .. } => {
+            let mut fetcher = start_fetcher(url, &job.allow_sources)?;
+            let pipe = fetcher.stdout.take().context("the fetcher's pipe")?;
+            Ok((Box::new(pipe), Some(fetcher)))
+        }
+    }
+}
+
+/// The fetcher runs this same program, as nobody, with nothing but the pipe.
+fn start_fetcher(url: &str, allow: &[String]) -> Result<Child> {
+    let program = std::env::current_exe().context("find this program")?;
+    let mut command = Command::new(program);
+    command.args(["fetch", "--url", url]);
+    for range in allow {
+        command.args(["--allow", range]);
+    }
+    command
+        .env_clear()
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped());
+    if rustix::process::geteuid().is_root() {
+        command.uid(NOBODY).gid(NOBODY);
+    }
+    command.spawn().context("start the fetcher")
+}
+
+fn await_fetcher(fetcher: &mut Child) -> Result<()> {
+    let status = fetcher.wait().context("wait for the fetcher")?;
+    if status.success() {
+        Ok(())
+    } else {
+        bail!("the image could not be fetched; see the log")
+    }
+}
+
+fn check_hash(source: &JobSource, hash: Sha256) -> Result<()> {
+    let JobSource::Http { url, sha256 } = source else {
+        return Ok(());
+    };
+    let found: String = hash
+        .finalize()
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
+    if found.eq_ignore_ascii_case(sha256) {
+        Ok(())
+    } else {
+        bail!("{url}: its SHA-256 is {found}, and {sha256} is wanted")
+    }
+}
+
+/// Reads until the buffer is full or the source ends.
+fn read_full(source: &mut dyn Read, buffer: &mut [u8]) -> io::Result<usize> {
+    let mut filled = 0;
+    while let Some(room) = buffer.get_mut(filled..).filter(|room| !room.is_empty()) {
+        match source.read(room) {
+            Ok(0) => break,
+            Ok(count) => filled += count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(filled)
+}
+
+fn report(job: &ImportJob, written: Bytes, total: Option<Bytes>, state: ImportState) -> Result<()> {
+    let report = ImportReport {
+        volume: job.volume.clone(),
+        disk: job.disk,
+        written,
+        total,
+        state,
+    };
+    let path: &Path = &job.report;
+    write_report(path, &report)
+}
+
+/// The user and group `nobody` of every distribution's default.
+const NOBODY: u32 = 65534;
+const HELLO_LIMIT: Duration = Duration::from_secs(5);
+/// The volume may have to find a coordinator first.
+const VOLUME_LIMIT: Duration = Duration::from_secs(60);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_wrong_hash_is_named_with_the_right_one() {
+        let source = JobSource::Http {
+            url: "http://images/k".into(),
+            sha256: "00".repeat(32),
+        };
+        let error = check_hash(&source, Sha256::new()).unwrap_err().to_string();
+        assert!(
+            error.contains("http://images/k") && error.contains("e3b0c442"),
+            "{error}"
+        );
+        let right = "E3B0C44298FC1C149AFBF4C8996FB92427AE41E4649B934CA495991B7852B855";
+        let source = JobSource::Http {
+            url: "http://images/k".into(),
+            sha256: right.into(),
+        };
+        assert!(check_hash(&source, Sha256::new()).is_ok());
+    }
+
+    #[test]
+    fn a_source_that_comes_in_drops_fills_whole_chunks() {
+        struct Drops(u8);
+        impl Read for Drops {
+            fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
+                self.0 = self.0.saturating_sub(1);
+                let count = usize::from(self.0 > 0);
+                room[..count].fill(self.0);
+                Ok(count)
+            }
+        }
+        let mut buffer = [0; 3];
+        assert_eq!(read_full(&mut Drops(5), &mut buffer).unwrap(), 3);
+        assert_eq!(buffer, [4, 3, 2]);
+        assert_eq!(read_full(&mut Drops(2), &mut buffer).unwrap(), 1);
+    }
+}

@@ -1,0 +1,165 @@
+//! Joining a cluster: trades the pod's token for a node certificate, and renews it in time.
+
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use bascule_node_api::NODE_PORT;
+use bascule_node_api::proto::JoinRequest;
+use bascule_node_api::proto::join_client::JoinClient;
+use bascule_pki::{OPERATOR_NAME, validity};
+use time::OffsetDateTime;
+use tonic::transport::{Certificate, ClientTlsConfig, Endpoint};
+
+use crate::files;
+use crate::paths::Paths;
+use crate::supervisor::Identity;
+
+/// How a node finds its operator.
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct JoinArgs {
+    /// The operator's Join service, host:port
+    #[arg(long = "join", value_name = "HOST:PORT", env = "BASCULE_OPERATOR")]
+    pub(crate) operator: Option<String>,
+    /// The cluster's certificate authority, PEM, which the operator publishes
+    #[arg(long, value_name = "FILE", default_value = "/etc/bascule/ca/ca.crt")]
+    pub(crate) join_ca: PathBuf,
+    /// The projected service account token of audience bascule.dev
+    #[arg(
+        long,
+        value_name = "FILE",
+        default_value = "/var/run/secrets/bascule.dev/token"
+    )]
+    pub(crate) token: PathBuf,
+    /// This node's name
+    #[arg(long, env = "BASCULE_NODE_NAME")]
+    pub(crate) node_name: Option<String>,
+}
+
+/// Whether this node has an identity and a certificate that need no renewal yet.
+pub(crate) fn is_current(paths: &Paths) -> bool {
+    let certificate = std::fs::read_to_string(paths.tls().join("node.crt")).unwrap_or_default();
+    let due = validity(&certificate, OffsetDateTime::now_utc()).map_or(true, |(_, due)| due);
+    !due && matches!(Identity::load(paths), Ok(Some(_)))
+}
+
+/// Whether this node has an identity and a certificate that is still valid.
+pub(crate) fn is_usable(paths: &Paths) -> bool {
+    let certificate = std::fs::read_to_string(paths.tls().join("node.crt")).unwrap_or_default();
+    validity(&certificate, OffsetDateTime::now_utc()).is_ok_and(|(left, _)| !left.is_zero())
+        && matches!(Identity::load(paths), Ok(Some(_)))
+}
+
+/// Joins once. The key is made here and never leaves the node.
+pub(crate) async fn join(args: &JoinArgs, paths: &Paths, address: IpAddr) -> Result<Identity> {
+    let operator = args
+        .operator
+        .as_deref()
+        .context("--join HOST:PORT is missing")?;
+    let name = args.node_name.clone().context("--node-name is missing")?;
+    let token = read(&args.token)?;
+    let ca = read(&args.join_ca)?;
+    let tls = ClientTlsConfig::new()
+        .ca_certificate(Certificate::from_pem(&ca))
+        .domain_name(OPERATOR_NAME);
+    let channel = Endpoint::from_shared(format!("https://{operator}"))
+        .with_context(|| format!("--join {operator}"))?
+        .tls_config(tls)
+        .context("set up TLS")?
+        .connect_timeout(CALL_LIMIT)
+        .timeout(CALL_LIMIT)
+        .connect()
+        .await
+        .with_context(|| format!("reach the operator at {operator}"))?;
+    let request = bascule_pki::Request::generate().context("make a key")?;
+    let answer = JoinClient::new(channel)
+        .join(JoinRequest {
+            token: token.trim().to_owned(),
+            csr_pem: request.csr_pem,
+            node_name: name.clone(),
+            address: std::net::SocketAddr::new(address, NODE_PORT).to_string(),
+        })
+        .await
+        .map_err(|status| {
+            anyhow::anyhow!(
+                "the operator refused to let {name} join: {}",
+                status.message()
+            )
+        })?
+        .into_inner();
+    let identity = Identity {
+        node: answer.node_uid.parse().context("the node's UID")?,
+        name,
+        cluster: answer.cluster_id.parse().context("the cluster's id")?,
+    };
+    let tls_dir = paths.tls();
+    files::replace(&tls_dir.join("node.key"), request.key_pem.as_bytes(), 0o600)?;
+    files::replace(&tls_dir.join("ca.crt"), answer.ca_pem.as_bytes(), 0o644)?;
+    files::replace(
+        &tls_dir.join("node.crt"),
+        answer.certificate_pem.as_bytes(),
+        0o644,
+    )?;
+    identity.save(paths)?;
+    tracing::info!(node = %identity.node, name = %identity.name, "joined");
+    Ok(identity)
+}
+
+/// Joins, again and again until it succeeds; an identity that is still usable is taken when the
+/// operator is away, so that a node starts without the API server.
+pub(crate) async fn join_or_resume(
+    args: &JoinArgs,
+    paths: &Paths,
+    address: IpAddr,
+) -> Result<Identity> {
+    loop {
+        if is_current(paths)
+            && let Some(identity) = Identity::load(paths)?
+        {
+            return Ok(identity);
+        }
+        match join(args, paths, address).await {
+            Ok(identity) => return Ok(identity),
+            Err(error) if is_usable(paths) => {
+                tracing::warn!(
+                    error = format!("{error:#}"),
+                    "going on with the present certificate"
+                );
+                return Identity::load(paths)?.context("the node's identity vanished");
+            }
+            Err(error) => {
+                tracing::warn!(error = format!("{error:#}"), "cannot join yet");
+                tokio::time::sleep(RETRY_INTERVAL).await;
+            }
+        }
+    }
+}
+
+/// Resolves when the certificate was renewed: the server then starts again with it.
+pub(crate) async fn renewed(args: &JoinArgs, paths: &Paths, address: IpAddr) {
+    loop {
+        tokio::time::sleep(RENEWAL_CHECK).await;
+        if is_current(paths) {
+            continue;
+        }
+        match join(args, paths, address).await {
+            Ok(_) => return,
+            Err(error) => {
+                tracing::warn!(
+                    error = format!("{error:#}"),
+                    "cannot renew the certificate yet"
+                );
+            }
+        }
+    }
+}
+
+fn read(path: &Path) -> Result<String> {
+    std::fs::read_to_string(path).with_context(|| format!("read {}", path.display()))
+}
+
+const CALL_LIMIT: Duration = Duration::from_secs(10);
+const RETRY_INTERVAL: Duration = Duration::from_secs(2);
+/// A certificate has 30 days left when its renewal is due.
+const RENEWAL_CHECK: Duration = Duration::from_secs(600);

@@ -1,0 +1,321 @@
+//! Starting processes that outlive the daemon and its container.
+//!
+//! `bascule-node` starts itself as `bascule-node launch …`; that single-threaded process joins the
+//! host's namespaces, a cgroup of its own in every hierarchy and a session of its own, gives up the
+//! standard streams (a container whose streams are still open hangs in Terminating), and becomes
+//! the program. Nothing here decides anything; `supervisor` says what runs.
+
+use std::ffi::OsString;
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use anyhow::{Context, Result};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use sha2::{Digest, Sha256};
+
+/// `bascule-node launch`: become another program, outside this container.
+#[derive(Debug, clap::Args)]
+pub(crate) struct LaunchArgs {
+    /// Join the mount and cgroup namespaces of process 1 (set when the daemon runs in a container)
+    #[arg(long)]
+    host_namespaces: bool,
+    /// The cgroup to make and join, beneath Bascule's own, in every hierarchy
+    #[arg(long)]
+    cgroup: Option<String>,
+    /// Where the program's standard error goes
+    #[arg(long)]
+    log: PathBuf,
+    /// The program and its arguments
+    #[arg(trailing_var_arg = true, required = true)]
+    command: Vec<OsString>,
+}
+
+/// What the daemon needs to know to launch programs.
+#[derive(Clone, Debug)]
+pub(crate) struct Launcher {
+    /// The folder with the programs.
+    pub(crate) programs: PathBuf,
+    /// Whether the daemon runs in a container and must step out of it.
+    pub(crate) host_namespaces: bool,
+    /// Whether to make cgroups (embedded mode without root does not).
+    pub(crate) cgroups: bool,
+}
+
+impl Launcher {
+    /// Starts `program` so that it outlives this process.
+    pub(crate) fn spawn(
+        &self,
+        program: &str,
+        cgroup: &str,
+        log: &Path,
+        args: &[OsString],
+    ) -> Result<Child> {
+        let mut command = Command::new(self.programs.join("bascule-node"));
+        command.arg("launch").arg("--log").arg(log);
+        if self.host_namespaces {
+            command.arg("--host-namespaces");
+        }
+        if self.cgroups {
+            command.args(["--cgroup", cgroup]);
+        }
+        command
+            .arg("--")
+            .arg(self.programs.join(program))
+            .args(args);
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        command.spawn().with_context(|| format!("start {program}"))
+    }
+}
+
+/// Runs `bascule-node launch`. Returns only on failure.
+pub(crate) fn launch(args: &LaunchArgs) -> Result<()> {
+    let log = open_log(&args.log)?;
+    let outcome = become_program(args, &log);
+    if let Err(error) = &outcome {
+        use std::io::Write;
+        writeln!(&log, "bascule-node launch: {error:#}").context("write the log")?;
+    }
+    outcome
+}
+
+fn become_program(args: &LaunchArgs, log: &File) -> Result<()> {
+    let (program, rest) = args.command.split_first().context("no program to launch")?;
+    if args.host_namespaces {
+        join_host("cgroup", LinkNameSpaceType::ControlGroup)?;
+        join_host("mnt", LinkNameSpaceType::Mount)?;
+    }
+    if let Some(name) = &args.cgroup {
+        join_cgroups(name)?;
+    }
+    rustix::process::setsid().context("begin a session of its own")?;
+    let log = log.try_clone().context("duplicate the log")?;
+    let error = Command::new(program)
+        .args(rest)
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::from(log))
+        .exec();
+    Err(error).with_context(|| format!("execute {}", program.display()))
+}
+
+fn open_log(path: &Path) -> Result<File> {
+    if let Some(folder) = path.parent() {
+        fs::create_dir_all(folder).with_context(|| format!("create {}", folder.display()))?;
+    }
+    OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(path)
+        .with_context(|| format!("open {}", path.display()))
+}
+
+fn join_host(name: &str, kind: LinkNameSpaceType) -> Result<()> {
+    let theirs = format!("/proc/1/ns/{name}");
+    let mine = format!("/proc/self/ns/{name}");
+    let same = fs::read_link(&theirs)
+        .with_context(|| format!("read {theirs} (hostPID missing?)"))?
+        == fs::read_link(&mine).with_context(|| format!("read {mine}"))?;
+    if same {
+        return Ok(());
+    }
+    let link = File::open(&theirs).with_context(|| format!("open {theirs}"))?;
+    let fd: BorrowedFd<'_> = link.as_fd();
+    move_into_link_name_space(fd, Some(kind)).with_context(|| format!("join {theirs}"))
+}
+
+/// Makes and joins `<base>/bascule/<name>` in the v2 hierarchy, or in each mounted v1 hierarchy.
+/// The base is process 1's own cgroup where that is not systemd's: a node that is itself in a
+/// container keeps its VMs among its own.
+fn join_cgroups(name: &str) -> Result<()> {
+    let table = fs::read_to_string("/proc/1/cgroup").context("read /proc/1/cgroup")?;
+    for (controllers, base) in parse_cgroups(&table) {
+        let Some(root) = hierarchy_root(&controllers) else {
+            continue;
+        };
+        let folder = root
+            .join(cgroup_base(&base).trim_start_matches('/'))
+            .join("bascule")
+            .join(name);
+        fs::create_dir_all(&folder).with_context(|| format!("create {}", folder.display()))?;
+        fill_cpuset(&folder)?;
+        let procs = folder.join("cgroup.procs");
+        fs::write(&procs, std::process::id().to_string())
+            .with_context(|| format!("write {}", procs.display()))?;
+    }
+    Ok(())
+}
+
+/// The lines of `/proc/PID/cgroup` as (controllers, path); the v2 hierarchy has no controllers.
+fn parse_cgroups(table: &str) -> Vec<(String, String)> {
+    table
+        .lines()
+        .filter_map(|line| {
+            let mut fields = line.splitn(3, ':');
+            let _id = fields.next()?;
+            Some((fields.next()?.to_owned(), fields.next()?.to_owned()))
+        })
+        .collect()
+}
+
+fn cgroup_base(path: &str) -> &str {
+    match path {
+        "/init.scope" => "/",
+        other => other.strip_suffix("/init.scope").unwrap_or(other),
+    }
+}
+
+fn hierarchy_root(controllers: &str) -> Option<PathBuf> {
+    let root = Path::new("/sys/fs/cgroup");
+    let candidates = match controllers {
+        "" => vec![root.to_owned(), root.join("unified")],
+        named => vec![root.join(named.trim_start_matches("name="))],
+    };
+    candidates
+        .into_iter()
+        .find(|path| path.join("cgroup.procs").exists())
+}
+
+/// A new v1 cpuset group is empty and takes no process until it has CPUs and memory nodes.
+fn fill_cpuset(folder: &Path) -> Result<()> {
+    for file in ["cpuset.cpus", "cpuset.mems"] {
+        let path = folder.join(file);
+        let Ok(present) = fs::read_to_string(&path) else {
+            continue;
+        };
+        if !present.trim().is_empty() {
+            continue;
+        }
+        let mut parent = folder.parent();
+        while let Some(above) = parent {
+            match fs::read_to_string(above.join(file)) {
+                Ok(text) if !text.trim().is_empty() => {
+                    copy_down(above, folder, file, text.trim())?;
+                    break;
+                }
+                Ok(_) => parent = above.parent(),
+                Err(_) => break,
+            }
+        }
+    }
+    Ok(())
+}
+
+fn copy_down(above: &Path, folder: &Path, file: &str, value: &str) -> Result<()> {
+    let below = folder.strip_prefix(above).context("cpuset folder")?;
+    let mut at = above.to_owned();
+    for part in below {
+        at.push(part);
+        let path = at.join(file);
+        match fs::write(&path, value) {
+            Ok(()) => {}
+            // The v2 files are there only for readers when the controller is not delegated.
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {}
+            Err(error) => return Err(error).with_context(|| format!("write {}", path.display())),
+        }
+    }
+    Ok(())
+}
+
+/// Copies the programs of this release to a host path keyed by their digest, so that running
+/// processes keep theirs over an upgrade, and returns that folder.
+pub(crate) fn install_programs(from: &Path, into: &Path) -> Result<PathBuf> {
+    let mut digest = Sha256::new();
+    for program in PROGRAMS {
+        let path = from.join(program);
+        let mut file = File::open(&path).with_context(|| format!("open {}", path.display()))?;
+        io::copy(&mut file, &mut HashWriter(&mut digest))
+            .with_context(|| format!("read {}", path.display()))?;
+    }
+    let hash: String = digest
+        .finalize()
+        .iter()
+        .take(16)
+        .map(|b| format!("{b:02x}"))
+        .collect();
+    let target = into.join(&hash);
+    if target.join(COMPLETE).exists() {
+        return Ok(target);
+    }
+    fs::create_dir_all(&target).with_context(|| format!("create {}", target.display()))?;
+    for program in PROGRAMS {
+        let draft = target.join(format!(".{program}.new"));
+        fs::copy(from.join(program), &draft).with_context(|| format!("install {program}"))?;
+        fs::rename(&draft, target.join(program)).with_context(|| format!("install {program}"))?;
+    }
+    fs::write(target.join(COMPLETE), b"").context("mark the programs complete")?;
+    Ok(target)
+}
+
+struct HashWriter<'a>(&'a mut Sha256);
+
+impl io::Write for HashWriter<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.update(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Every program that `bascule-node` starts, and itself as the launcher.
+const PROGRAMS: [&str; 5] = [
+    "bascule-node",
+    "bascule-vm",
+    "bascule-volume",
+    "bascule-watchdog",
+    "bascule-import",
+];
+/// The mark of a folder into which all programs were copied.
+const COMPLETE: &str = ".complete";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_cgroup_versions_are_read_from_a_process_table() {
+        let table = "4:memory:/lab-a\n1:name=systemd:/lab-a\n0::/init.scope\n";
+        assert_eq!(
+            parse_cgroups(table),
+            [
+                ("memory".to_owned(), "/lab-a".to_owned()),
+                ("name=systemd".to_owned(), "/lab-a".to_owned()),
+                (String::new(), "/init.scope".to_owned()),
+            ]
+        );
+    }
+
+    #[test]
+    fn systemds_own_scope_is_no_parent_for_virtual_machines() {
+        assert_eq!(cgroup_base("/init.scope"), "/");
+        assert_eq!(cgroup_base("/kubelet/init.scope"), "/kubelet");
+        assert_eq!(cgroup_base("/bascule-lab-n1"), "/bascule-lab-n1");
+    }
+
+    #[test]
+    fn programs_are_installed_once_under_their_digest() {
+        let folder = tempfile::tempdir().unwrap();
+        let from = folder.path().join("image");
+        fs::create_dir(&from).unwrap();
+        for program in PROGRAMS {
+            fs::write(from.join(program), program).unwrap();
+        }
+        let into = folder.path().join("bin");
+        let first = install_programs(&from, &into).unwrap();
+        assert_eq!(install_programs(&from, &into).unwrap(), first);
+        fs::write(from.join("bascule-vm"), "a newer release").unwrap();
+        let second = install_programs(&from, &into).unwrap();
+        assert_ne!(first, second);
+        assert_eq!(fs::read(first.join("bascule-vm")).unwrap(), b"bascule-vm");
+    }
+}

@@ -1,0 +1,74 @@
+//! Where things are on a node. The layout is shared with `bascule-vm`, `bascule-volume` and
+//! `bascule-watchdog`, which get the paths as arguments.
+
+use std::path::{Path, PathBuf};
+
+use bascule_types::{DiskId, VmUid};
+
+/// The run directory (a tmpfs: gone with the boot, as the processes are) and the state directory.
+#[derive(Clone, Debug)]
+pub(crate) struct Paths {
+    run: PathBuf,
+    state: PathBuf,
+}
+
+impl Paths {
+    pub(crate) fn new(run: &Path, state: &Path) -> Self {
+        Self {
+            run: run.to_owned(),
+            state: state.to_owned(),
+        }
+    }
+
+    pub(crate) fn vms(&self) -> PathBuf {
+        self.run.join("vms")
+    }
+
+    pub(crate) fn vm(&self, vm: VmUid) -> PathBuf {
+        self.vms().join(vm.to_string())
+    }
+
+    pub(crate) fn vm_socket(&self, vm: VmUid) -> PathBuf {
+        self.vm(vm).join("vm.sock")
+    }
+
+    pub(crate) fn volumes(&self) -> PathBuf {
+        self.run.join("volumes")
+    }
+
+    pub(crate) fn volume(&self, name: &str) -> PathBuf {
+        self.volumes().join(name)
+    }
+
+    pub(crate) fn volume_socket(&self, name: &str) -> PathBuf {
+        self.volume(name).join("volume.sock")
+    }
+
+    pub(crate) fn imports(&self) -> PathBuf {
+        self.run.join("imports")
+    }
+
+    pub(crate) fn import(&self, disk: DiskId) -> PathBuf {
+        self.imports().join(format!("{disk}.json"))
+    }
+
+    pub(crate) fn watchdog_socket(&self) -> PathBuf {
+        self.run.join("watchdog.sock")
+    }
+
+    pub(crate) fn logs(&self) -> PathBuf {
+        self.run.join("logs")
+    }
+
+    pub(crate) fn tls(&self) -> PathBuf {
+        self.state.join("tls")
+    }
+
+    pub(crate) fn identity(&self) -> PathBuf {
+        self.state.join("identity.json")
+    }
+
+    pub(crate) fn binaries(&self) -> PathBuf {
+        self.state.join("bin")
+    }
+}

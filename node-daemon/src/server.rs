@@ -1,0 +1,169 @@
+//! The gRPC service: checks who asks and which version it speaks, and passes on.
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use bascule_node_api::proto::node_server::{Node, NodeServer};
+use bascule_node_api::proto::{Command, Outcome, Report, WatchRequest};
+use bascule_node_api::report::NodeReport;
+use bascule_node_api::{VERSION, VERSION_MIN, agree, command};
+use bascule_pki::{NODE_NAME, OPERATOR_NAME, has_role};
+use futures::Stream;
+use tokio::sync::watch;
+use tokio_stream::StreamExt;
+use tokio_stream::wrappers::WatchStream;
+use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
+use tonic::{Request, Response, Status};
+
+use crate::supervisor::Supervisor;
+
+/// The service of one node.
+#[derive(Debug)]
+pub(crate) struct NodeService {
+    supervisor: Arc<Supervisor>,
+    report_rx: watch::Receiver<Option<NodeReport>>,
+    /// Embedded mode: other nodes may prepare a migration here, for there is no operator.
+    trust_nodes: bool,
+}
+
+impl NodeService {
+    pub(crate) fn new(
+        supervisor: Arc<Supervisor>,
+        report_rx: watch::Receiver<Option<NodeReport>>,
+        trust_nodes: bool,
+    ) -> Self {
+        Self {
+            supervisor,
+            report_rx,
+            trust_nodes,
+        }
+    }
+
+    /// TLS has verified the certificate; this decides what its holder may do.
+    fn authorize<T>(&self, request: &Request<T>) -> Result<(), Status> {
+        let certificates = request.peer_certs().unwrap_or_default();
+        let holder = certificates.first().map(AsRef::as_ref).unwrap_or_default();
+        if has_role(holder, OPERATOR_NAME) || (self.trust_nodes && has_role(holder, NODE_NAME)) {
+            Ok(())
+        } else {
+            Err(Status::permission_denied(
+                "only the operator may ask this of a node",
+            ))
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl Node for NodeService {
+    async fn execute(&self, request: Request<Command>) -> Result<Response<Outcome>, Status> {
+        self.authorize(&request)?;
+        let envelope = request.into_inner();
+        agreed_version(envelope.version, envelope.version_min)?;
+        let command: command::Command = serde_json::from_str(&envelope.json)
+            .map_err(|error| Status::invalid_argument(format!("not a command: {error}")))?;
+        let supervisor = Arc::clone(&self.supervisor);
+        let outcome = tokio::task::spawn_blocking(move || supervisor.execute(&command))
+            .await
+            .map_err(|error| Status::internal(format!("the command failed: {error}")))?;
+        let json = serde_json::to_string(&outcome)
+            .map_err(|error| Status::internal(format!("write the outcome: {error}")))?;
+        Ok(Response::new(Outcome { json }))
+    }
+
+    type WatchStream = Pin<Box<dyn Stream<Item = Result<Report, Status>> + Send>>;
+
+    async fn watch(
+        &self,
+        request: Request<WatchRequest>,
+    ) -> Result<Response<Self::WatchStream>, Status> {
+        self.authorize(&request)?;
+        let asked = request.into_inner();
+        let version = agreed_version(asked.version, asked.version_min)?;
+        let reports = WatchStream::new(self.report_rx.clone()).filter_map(move |report| {
+            let report = report?;
+            Some(
+                serde_json::to_string(&report)
+                    .map(|json| Report { version, json })
+                    .map_err(|error| Status::internal(format!("write the report: {error}"))),
+            )
+        });
+        Ok(Response::new(Box::pin(reports)))
+    }
+}
+
+fn agreed_version(version: u32, version_min: u32) -> Result<u32, Status> {
+    agree(version, version_min).ok_or_else(|| {
+        Status::failed_precondition(format!(
+            "this node speaks API versions {VERSION_MIN} to {VERSION}, the operator {version_min} \
+             to {version}: upgrade the older of the two"
+        ))
+    })
+}
+
+/// Publishes a fresh report whenever it changed, and once a second anyway.
+pub(crate) async fn publish_reports(
+    supervisor: Arc<Supervisor>,
+    report_tx: watch::Sender<Option<NodeReport>>,
+) {
+    let mut ticks = tokio::time::interval(REPORT_INTERVAL);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut since_sent = 0;
+    loop {
+        ticks.tick().await;
+        let source = Arc::clone(&supervisor);
+        let observed = tokio::task::spawn_blocking(move || source.report()).await;
+        match observed {
+            Ok(Ok(report)) => {
+                since_sent += 1;
+                let repeat = since_sent >= REPORTS_PER_SECOND;
+                let sent = report_tx.send_if_modified(|present| {
+                    let changed = present.as_ref() != Some(&report);
+                    *present = Some(report);
+                    changed || repeat
+                });
+                if sent {
+                    since_sent = 0;
+                }
+            }
+            Ok(Err(error)) => tracing::warn!(error = format!("{error:#}"), "no report"),
+            Err(error) => tracing::error!(%error, "the report failed"),
+        }
+    }
+}
+
+/// Serves until `stop` resolves. The certificates are read again at every start.
+pub(crate) async fn serve(
+    service: NodeService,
+    listen: SocketAddr,
+    tls_dir: &Path,
+    stop: impl Future<Output = ()>,
+) -> Result<()> {
+    let read = |name: &str| {
+        let path = tls_dir.join(name);
+        std::fs::read(&path).with_context(|| format!("read {}", path.display()))
+    };
+    let tls = ServerTlsConfig::new()
+        .identity(Identity::from_pem(read("node.crt")?, read("node.key")?))
+        .client_ca_root(Certificate::from_pem(read("ca.crt")?));
+    Server::builder()
+        .tls_config(tls)
+        .context("set up TLS")?
+        .http2_keepalive_interval(Some(KEEPALIVE))
+        .http2_keepalive_timeout(Some(KEEPALIVE))
+        .add_service(NodeServer::new(service).max_decoding_message_size(MESSAGE_BYTES_MAX))
+        .serve_with_shutdown(listen, stop)
+        .await
+        .with_context(|| format!("serve on {listen}"))
+}
+
+/// How often the node looks at its processes.
+const REPORT_INTERVAL: Duration = Duration::from_millis(200);
+const REPORTS_PER_SECOND: u32 = 5;
+/// A dead operator's connection is closed after two of these.
+const KEEPALIVE: Duration = Duration::from_secs(5);
+/// A command is a spec and some identities: far smaller than this.
+const MESSAGE_BYTES_MAX: usize = 1 << 20;

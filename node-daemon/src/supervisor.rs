@@ -1,0 +1,183 @@
+//! What runs on this node: starts, finds again and reports processes. Holds no VM state of its own:
+//! everything is asked of the processes, or stands in their run directories, so that a daemon that
+//! was killed and started again knows as much as before.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::process::Child;
+use std::sync::{Mutex, PoisonError};
+
+use anyhow::{Context, Result};
+use bascule_node_api::command::RejectReason;
+use bascule_types::{ClusterId, NodeUid, VmUid};
+use serde::{Deserialize, Serialize};
+
+use crate::launch::Launcher;
+use crate::paths::Paths;
+
+/// Who this node is, as the operator or `cert issue` said. Kept in the state directory, so that the
+/// node starts without the API server.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Identity {
+    pub(crate) node: NodeUid,
+    pub(crate) name: String,
+    pub(crate) cluster: ClusterId,
+}
+
+/// The node's supervisor.
+#[derive(Debug)]
+pub(crate) struct Supervisor {
+    pub(crate) paths: Paths,
+    pub(crate) identity: Identity,
+    /// The address that other nodes reach this one at.
+    pub(crate) address: IpAddr,
+    pub(crate) launcher: Launcher,
+    pub(crate) bridges: BTreeMap<String, String>,
+    pub(crate) host_files: BTreeMap<String, PathBuf>,
+    pub(crate) allow_sources: Vec<String>,
+    pub(crate) watchdog: Option<PathBuf>,
+    pub(crate) allow_softdog: bool,
+    /// One command at a time for each VM; two for different VMs do not wait for each other.
+    locks: Mutex<BTreeMap<VmUid, std::sync::Arc<Mutex<()>>>>,
+    /// Processes that this daemon started, kept to be reaped.
+    children: Mutex<Vec<Child>>,
+}
+
+/// Why a command cannot be executed.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub(crate) struct Rejection {
+    pub(crate) reason: RejectReason,
+    pub(crate) message: String,
+}
+
+impl Rejection {
+    pub(crate) fn new(reason: RejectReason, message: impl Into<String>) -> Self {
+        Self {
+            reason,
+            message: message.into(),
+        }
+    }
+}
+
+impl From<anyhow::Error> for Rejection {
+    fn from(error: anyhow::Error) -> Self {
+        Self::new(RejectReason::Failed, format!("{error:#}"))
+    }
+}
+
+impl Identity {
+    pub(crate) fn load(paths: &Paths) -> Result<Option<Self>> {
+        let path = paths.identity();
+        match fs::read(&path) {
+            Ok(bytes) => serde_json::from_slice(&bytes)
+                .map(Some)
+                .with_context(|| format!("read {}", path.display())),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error).with_context(|| format!("read {}", path.display())),
+        }
+    }
+
+    pub(crate) fn save(&self, paths: &Paths) -> Result<()> {
+        let bytes = serde_json::to_vec_pretty(self).context("write the identity")?;
+        crate::files::replace(&paths.identity(), &bytes, 0o644)
+    }
+}
+
+/// What a supervisor is made of, beside the parts of [`crate::config::NodeConfig`].
+#[derive(Debug)]
+pub(crate) struct Parts {
+    pub(crate) identity: Identity,
+    pub(crate) address: IpAddr,
+    pub(crate) launcher: Launcher,
+}
+
+impl Supervisor {
+    pub(crate) fn new(config: &crate::config::NodeConfig, parts: Parts) -> Result<Self> {
+        let paths = Paths::new(&config.run_dir, &config.state_dir);
+        for folder in [paths.vms(), paths.volumes(), paths.imports(), paths.logs()] {
+            fs::create_dir_all(&folder).with_context(|| format!("create {}", folder.display()))?;
+        }
+        Ok(Self {
+            paths,
+            identity: parts.identity,
+            address: parts.address,
+            launcher: parts.launcher,
+            bridges: config.bridges(),
+            host_files: config.host_files(),
+            allow_sources: config.allow_sources.clone(),
+            watchdog: config.watchdog.clone(),
+            allow_softdog: config.allow_softdog,
+            locks: Mutex::default(),
+            children: Mutex::default(),
+        })
+    }
+
+    /// Runs `work` while no other command for this VM runs.
+    pub(crate) fn exclusively<T>(&self, vm: VmUid, work: impl FnOnce() -> T) -> T {
+        let lock = {
+            let mut locks = self.locks.lock().unwrap_or_else(PoisonError::into_inner);
+            locks.retain(|_, lock| std::sync::Arc::strong_count(lock) > 1);
+            std::sync::Arc::clone(locks.entry(vm).or_default())
+        };
+        let _guard = lock.lock().unwrap_or_else(PoisonError::into_inner);
+        work()
+    }
+
+    pub(crate) fn adopt_child(&self, child: Child) {
+        self.children
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(child);
+    }
+
+    /// Reaps the processes that have ended, so that no zombie keeps their place.
+    pub(crate) fn reap(&self) {
+        let mut children = self.children.lock().unwrap_or_else(PoisonError::into_inner);
+        children.retain_mut(|child| matches!(child.try_wait(), Ok(None)));
+    }
+}
+
+/// Whether a process exists and is no zombie.
+pub(crate) fn is_alive(pid: u32) -> bool {
+    fs::read_to_string(format!("/proc/{pid}/stat"))
+        .ok()
+        .and_then(|stat| {
+            stat.rsplit_once(')')
+                .map(|(_, rest)| !rest.starts_with(" Z"))
+        })
+        .unwrap_or(false)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_identity_outlives_the_daemon() {
+        let folder = tempfile::tempdir().unwrap();
+        let paths = Paths::new(&folder.path().join("run"), &folder.path().join("state"));
+        assert_eq!(Identity::load(&paths).unwrap(), None);
+        let identity = Identity {
+            node: NodeUid::random(),
+            name: "n1".into(),
+            cluster: ClusterId::random(),
+        };
+        identity.save(&paths).unwrap();
+        assert_eq!(Identity::load(&paths).unwrap(), Some(identity));
+    }
+
+    #[test]
+    fn a_zombie_is_not_alive() {
+        assert!(is_alive(std::process::id()));
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        let gone = crate::local::wait_for(std::time::Duration::from_secs(10), || {
+            (!is_alive(child.id())).then_some(())
+        });
+        assert!(gone.is_some());
+        child.wait().unwrap();
+        assert!(!is_alive(child.id()));
+    }
+}

@@ -1,0 +1,187 @@
+//! Tap devices: one for each interface of a VM, attached to a bridge of the node.
+//!
+//! A tap is made persistent, so that the VM process opens it by name without any rights on the
+//! network, and outlives the daemon. It is removed when the VM process is collected.
+
+use std::fs::OpenOptions;
+
+use anyhow::{Context, Result, bail};
+use bascule_types::VmUid;
+use futures::TryStreamExt;
+use rtnetlink::packet_route::link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage};
+use rtnetlink::{Handle, LinkUnspec};
+
+/// The name of a VM's tap: 15 bytes are allowed (IFNAMSIZ less the NUL), so it is `bs`, 8 hex digits
+/// of the UID's end and the interface's index.
+pub(crate) fn name(vm: VmUid, index: usize) -> String {
+    let uid = vm.to_bytes();
+    format!(
+        "bs{:02x}{:02x}{:02x}{:02x}-{index}",
+        uid[12], uid[13], uid[14], uid[15]
+    )
+}
+
+/// Makes the tap, attaches it to the bridge and sets it up. Idempotent.
+pub(crate) fn ensure(tap: &str, bridge: &str) -> Result<()> {
+    on_rtnetlink(async |handle| {
+        let Some(bridge_link) = find(handle, bridge).await? else {
+            bail!("no such interface")
+        };
+        if !is_bridge(&bridge_link) {
+            bail!("it is not a bridge");
+        }
+        create_persistent(tap).with_context(|| format!("create tap {tap}"))?;
+        let Some(link) = find(handle, tap).await? else {
+            bail!("tap {tap} vanished")
+        };
+        let change = LinkUnspec::new_with_index(link.header.index)
+            .controller(bridge_link.header.index)
+            .up()
+            .build();
+        handle
+            .link()
+            .set(change)
+            .execute()
+            .await
+            .with_context(|| format!("attach {tap}"))
+    })
+}
+
+/// Removes the tap, if it is there.
+pub(crate) fn remove(tap: &str) -> Result<()> {
+    on_rtnetlink(async |handle| match find(handle, tap).await? {
+        Some(link) => {
+            let index = link.header.index;
+            handle
+                .link()
+                .del(index)
+                .execute()
+                .await
+                .with_context(|| format!("remove {tap}"))
+        }
+        None => Ok(()),
+    })
+}
+
+fn on_rtnetlink<T>(work: impl AsyncFnOnce(&Handle) -> Result<T>) -> Result<T> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_io()
+        .build()
+        .context("start a runtime for rtnetlink")?;
+    runtime.block_on(async {
+        let (connection, handle, _) = rtnetlink::new_connection().context("open rtnetlink")?;
+        let task = tokio::spawn(connection);
+        let outcome = work(&handle).await;
+        task.abort();
+        outcome
+    })
+}
+
+async fn find(handle: &Handle, name: &str) -> Result<Option<LinkMessage>> {
+    match handle
+        .link()
+        .get()
+        .match_name(name.to_owned())
+        .execute()
+        .try_next()
+        .await
+    {
+        Ok(link) => Ok(link),
+        Err(rtnetlink::Error::NetlinkError(message))
+            if message.to_io().raw_os_error() == Some(rustix::io::Errno::NODEV.raw_os_error()) =>
+        {
+            Ok(None)
+        }
+        Err(error) => Err(error).with_context(|| format!("look up interface {name}")),
+    }
+}
+
+fn is_bridge(link: &LinkMessage) -> bool {
+    link.attributes.iter().any(|attribute| match attribute {
+        LinkAttribute::LinkInfo(infos) => infos
+            .iter()
+            .any(|info| matches!(info, LinkInfo::Kind(InfoKind::Bridge))),
+        _ => false,
+    })
+}
+
+/// TUNSETIFF and TUNSETPERSIST (Linux, Documentation/networking/tuntap.rst).
+fn create_persistent(tap: &str) -> Result<()> {
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/net/tun")
+        .context("open /dev/net/tun (is the tun module loaded?)")?;
+    ioctl::create(&file, tap)?;
+    Ok(())
+}
+
+mod ioctl {
+    //! The two ioctls that the kernel offers for making a tap.
+    #![expect(unsafe_code, reason = "tap devices can be made by ioctl only")]
+
+    use std::fs::File;
+    use std::io;
+
+    use rustix::ioctl::{IntegerSetter, Opcode, Setter, ioctl};
+
+    /// `struct ifreq` as TUNSETIFF reads it.
+    #[repr(C)]
+    struct InterfaceRequest {
+        name: [u8; 16],
+        flags: u16,
+        padding: [u8; 22],
+    }
+
+    pub(super) fn create(file: &File, tap: &str) -> io::Result<()> {
+        let mut name = [0; 16];
+        match name.get_mut(..tap.len()) {
+            Some(room) if tap.len() < 16 => room.copy_from_slice(tap.as_bytes()),
+            _ => return Err(io::Error::from(io::ErrorKind::InvalidFilename)),
+        }
+        let request = InterfaceRequest {
+            name,
+            flags: IFF_TAP | IFF_NO_PI | IFF_VNET_HDR,
+            padding: [0; 22],
+        };
+        // SAFETY: TUNSETIFF reads one `struct ifreq` of 40 bytes, which `InterfaceRequest` is by
+        // `repr(C)` (16 + 2 + 22).
+        let set = unsafe { Setter::<TUNSETIFF, InterfaceRequest>::new(request) };
+        // SAFETY: the opcode is TUNSETIFF on a file of /dev/net/tun; it keeps no pointer.
+        unsafe { ioctl(file, set) }?;
+        // SAFETY: TUNSETPERSIST takes its argument by value.
+        let persist = unsafe { IntegerSetter::<TUNSETPERSIST>::new_usize(1) };
+        // SAFETY: the opcode is TUNSETPERSIST on a tun file; it touches no memory of ours.
+        unsafe { ioctl(file, persist) }?;
+        Ok(())
+    }
+
+    /// From linux/if_tun.h: `_IOW('T', 202, int)`.
+    const TUNSETIFF: Opcode = 0x4004_54ca;
+    /// From linux/if_tun.h: `_IOW('T', 203, int)`.
+    const TUNSETPERSIST: Opcode = 0x4004_54cb;
+    const IFF_TAP: u16 = 0x0002;
+    const IFF_NO_PI: u16 = 0x1000;
+    const IFF_VNET_HDR: u16 = 0x4000;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_taps_name_fits_an_interface_name() {
+        let vm: VmUid = "6fa459ea-ee8a-4ca4-894e-db77e160355e".parse().unwrap();
+        assert_eq!(name(vm, 0), "bse160355e-0");
+        assert!(name(vm, 15).len() <= 15);
+    }
+
+    #[test]
+    fn a_bridge_that_does_not_exist_is_named_as_the_reason() {
+        let error = ensure("bs00000000-0", "bsc-no-such-br").unwrap_err();
+        assert!(
+            format!("{error:#}").contains("no such interface"),
+            "{error:#}"
+        );
+    }
+}

@@ -1,0 +1,353 @@
+//! Commands about VM processes.
+
+use std::ffi::OsString;
+use std::fs;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use bascule_ipc::vm::{
+    Boot, DiskConfig, DiskSource, Home, ImageSource, InterfaceConfig, Request, Response, StartMode,
+    VmConfig, VmState, VmStatus,
+};
+use bascule_ipc::{IpcError, Kind};
+use bascule_node_api::command::{ImageRow, Outcome, RejectReason, VmSpec};
+use bascule_types::{AttemptId, Epoch, Owner, VmUid};
+
+use crate::files;
+use crate::local::{vm_call, wait_for};
+use crate::supervisor::{Rejection, Supervisor, is_alive};
+use crate::tap;
+
+/// What is here of a VM.
+#[derive(Debug)]
+pub(crate) enum Presence {
+    /// Nothing.
+    Absent,
+    /// A process that answers.
+    Answering(Box<VmStatus>),
+    /// A process that exists but does not answer: frozen, or just starting.
+    Silent(u32),
+    /// The remains of a process that has ended, and what it last said of itself, if it could.
+    Ended(Option<Box<VmStatus>>),
+}
+
+/// How a VM process is to begin, and as whom.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Tenure {
+    pub(crate) owner: Owner,
+    pub(crate) epoch: Epoch,
+}
+
+impl Supervisor {
+    /// What is here of a VM.
+    pub(crate) fn presence(&self, vm: VmUid) -> Presence {
+        let folder = self.paths.vm(vm);
+        if !folder.exists() {
+            return Presence::Absent;
+        }
+        if let Ok(Response::Status(status)) = vm_call(&self.paths.vm_socket(vm), &Request::Status) {
+            return Presence::Answering(status);
+        }
+        let pid = fs::read_to_string(folder.join("pid"))
+            .ok()
+            .and_then(|text| text.trim().parse().ok());
+        match pid {
+            Some(pid) if is_alive(pid) => Presence::Silent(pid),
+            _ => Presence::Ended(
+                fs::read(folder.join("state.json"))
+                    .ok()
+                    .and_then(|bytes| serde_json::from_slice(&bytes).ok()),
+            ),
+        }
+    }
+
+    /// Starts a VM that this node owns, booting or restoring it.
+    pub(crate) fn start_vm(
+        &self,
+        spec: &VmSpec,
+        tenure: Tenure,
+        restore: bool,
+    ) -> Result<Outcome, Rejection> {
+        match self.presence(spec.uid) {
+            Presence::Answering(status) if !is_over(&status.state) => {
+                return if status.owner == Some(tenure.owner) && status.epoch == tenure.epoch {
+                    Ok(Outcome::Done)
+                } else {
+                    Err(wrong_state(&format!(
+                        "the VM runs here in epoch {} already",
+                        status.epoch
+                    )))
+                };
+            }
+            Presence::Silent(pid) => return Err(unresponsive(pid)),
+            Presence::Answering(_) | Presence::Ended(_) => self.collect(spec.uid)?,
+            Presence::Absent => {}
+        }
+        let start = if restore {
+            StartMode::Restore
+        } else {
+            StartMode::Boot
+        };
+        self.launch_vm(spec, tenure, start)?;
+        Ok(Outcome::Done)
+    }
+
+    /// Builds a VM that waits for its live migration.
+    pub(crate) fn prepare_incoming(
+        &self,
+        spec: &VmSpec,
+        attempt: AttemptId,
+        tenure: Tenure,
+    ) -> Result<Outcome, Rejection> {
+        match self.presence(spec.uid) {
+            Presence::Answering(status) if !is_over(&status.state) => {
+                let same = status.state == VmState::Incoming
+                    && status
+                        .migration
+                        .as_ref()
+                        .is_some_and(|m| m.attempt == attempt);
+                return match status.listening {
+                    Some(address) if same => Ok(Outcome::Listening { address }),
+                    _ => Err(wrong_state("the VM is here already")),
+                };
+            }
+            Presence::Silent(pid) => return Err(unresponsive(pid)),
+            Presence::Answering(_) | Presence::Ended(_) => self.collect(spec.uid)?,
+            Presence::Absent => {}
+        }
+        let listen = SocketAddr::new(self.address, 0);
+        let status = self.launch_vm(spec, tenure, StartMode::Incoming { listen, attempt })?;
+        match status.listening {
+            Some(address) => Ok(Outcome::Listening { address }),
+            None => Err(Rejection::new(
+                RejectReason::Failed,
+                format!("the VM process does not listen: {:?}", status.state),
+            )),
+        }
+    }
+
+    /// Passes a request to a running VM process.
+    pub(crate) fn vm_request(&self, vm: VmUid, request: &Request) -> Result<Outcome, Rejection> {
+        match vm_call(&self.paths.vm_socket(vm), request) {
+            Ok(Response::Accepted | Response::Status(_)) => Ok(Outcome::Done),
+            Ok(Response::Refused { reason }) => Err(wrong_state(&reason)),
+            Err(error) => Err(self.unreachable(vm, &error)),
+        }
+    }
+
+    /// Forgets a VM process whose run is over.
+    pub(crate) fn collect_vm(&self, vm: VmUid, pid: u32) -> Result<Outcome, Rejection> {
+        match self.presence(vm) {
+            Presence::Absent => Ok(Outcome::Done),
+            Presence::Answering(status) if status.pid != pid => Ok(Outcome::Done),
+            Presence::Answering(status)
+                if is_over(&status.state) || status.state == VmState::Incoming =>
+            {
+                self.collect(vm)?;
+                Ok(Outcome::Done)
+            }
+            Presence::Answering(status) => {
+                Err(wrong_state(&format!("the VM is {:?} here", status.state)))
+            }
+            Presence::Silent(pid) => Err(unresponsive(pid)),
+            Presence::Ended(_) => {
+                self.collect(vm)?;
+                Ok(Outcome::Done)
+            }
+        }
+    }
+
+    fn collect(&self, vm: VmUid) -> Result<(), Rejection> {
+        if let Presence::Answering(status) = self.presence(vm) {
+            self.vm_request(vm, &Request::Exit)?;
+            wait_for(EXIT_LIMIT, || (!is_alive(status.pid)).then_some(()))
+                .ok_or_else(|| unresponsive(status.pid))?;
+        }
+        let folder = self.paths.vm(vm);
+        if let Ok(bytes) = fs::read(folder.join("config.json")) {
+            let config: VmConfig = serde_json::from_slice(&bytes).context("read config.json")?;
+            for interface in &config.interfaces {
+                tap::remove(&interface.tap)?;
+            }
+        }
+        fs::remove_dir_all(&folder).with_context(|| format!("remove {}", folder.display()))?;
+        Ok(())
+    }
+
+    fn launch_vm(
+        &self,
+        spec: &VmSpec,
+        tenure: Tenure,
+        start: StartMode,
+    ) -> Result<VmStatus, Rejection> {
+        if let Some(message) = kvm_error() {
+            return Err(Rejection::new(RejectReason::KvmUnavailable, message));
+        }
+        let folder = self.paths.vm(spec.uid);
+        fs::create_dir_all(&folder).with_context(|| format!("create {}", folder.display()))?;
+        let config = self.resolve(spec, tenure, start)?;
+        let json = serde_json::to_vec_pretty(&config).context("write config.json")?;
+        files::replace(&folder.join("config.json"), &json, 0o600)?;
+        let json = serde_json::to_vec_pretty(spec).context("write spec.json")?;
+        files::replace(&folder.join("spec.json"), &json, 0o600)?;
+        let args: Vec<OsString> = vec![
+            "--config".into(),
+            folder.join("config.json").into(),
+            "--run-dir".into(),
+            folder.clone().into(),
+        ];
+        let child = self.launcher.spawn(
+            "bascule-vm",
+            &format!("vm-{}", spec.uid),
+            &folder.join("vm.log"),
+            &args,
+        )?;
+        let pid = child.id();
+        self.adopt_child(child);
+        files::replace(&folder.join("pid"), pid.to_string().as_bytes(), 0o644)?;
+        tracing::info!(vm = %spec.uid, name = %config.name, epoch = %tenure.epoch, pid, "VM process started");
+        self.await_start(spec.uid, pid)
+    }
+
+    /// A process that has come up answers, and an incoming one listens.
+    fn await_start(&self, vm: VmUid, pid: u32) -> Result<VmStatus, Rejection> {
+        let answer = wait_for(START_LIMIT, || match self.presence(vm) {
+            Presence::Answering(status) if status.state == VmState::Starting => None,
+            Presence::Answering(status) => Some(Ok(*status)),
+            Presence::Silent(_) => None,
+            Presence::Absent | Presence::Ended(_) => {
+                self.reap();
+                (!is_alive(pid)).then(|| Err(self.last_words(vm)))
+            }
+        });
+        answer.unwrap_or_else(|| Err(unresponsive(pid)))
+    }
+
+    /// Why a process that ended at once did so: the end of its log.
+    fn last_words(&self, vm: VmUid) -> Rejection {
+        let log = fs::read_to_string(self.paths.vm(vm).join("vm.log")).unwrap_or_default();
+        let lines: Vec<&str> = log.lines().rev().take(LAST_WORDS_LINES).collect();
+        let words: Vec<&str> = lines.into_iter().rev().collect();
+        Rejection::new(
+            RejectReason::Failed,
+            format!("the VM process ended at once: {}", words.join(" | ")),
+        )
+    }
+
+    fn resolve(
+        &self,
+        spec: &VmSpec,
+        tenure: Tenure,
+        start: StartMode,
+    ) -> Result<VmConfig, Rejection> {
+        let mut interfaces = Vec::new();
+        for (index, interface) in spec.interfaces.iter().enumerate() {
+            let bridge = self.bridges.get(&interface.network).ok_or_else(|| {
+                Rejection::new(
+                    RejectReason::BridgeUnavailable,
+                    format!(
+                        "interfaces[{index}].bridge: no bridge {:?} is allowed on this node",
+                        interface.network
+                    ),
+                )
+            })?;
+            let tap = tap::name(spec.uid, index);
+            tap::ensure(&tap, bridge).map_err(|error| {
+                Rejection::new(
+                    RejectReason::BridgeUnavailable,
+                    format!("interfaces[{index}].bridge: bridge {bridge}: {error:#}"),
+                )
+            })?;
+            interfaces.push(InterfaceConfig {
+                tap,
+                mac: interface.mac,
+            });
+        }
+        let disks = spec.disks.iter().map(|disk| DiskConfig {
+            name: disk.name.clone(),
+            source: DiskSource::Volume {
+                disk: disk.row.clone(),
+            },
+        });
+        Ok(VmConfig {
+            version: VmConfig::VERSION,
+            uid: spec.uid,
+            name: format!("{}/{}", spec.namespace, spec.name),
+            cpus: spec.cpus,
+            memory: spec.memory,
+            boot: Boot {
+                kernel: image(&spec.kernel),
+                initrd: spec.initrd.as_ref().map(image),
+                cmdline: spec.cmdline.clone(),
+            },
+            disks: disks.collect(),
+            interfaces,
+            home: Some(Home {
+                socket: self.paths.volume_socket(&spec.volume),
+                owner: tenure.owner,
+                epoch: tenure.epoch,
+            }),
+            start,
+            tls_dir: Some(self.paths.tls()),
+        })
+    }
+
+    fn unreachable(&self, vm: VmUid, error: &IpcError) -> Rejection {
+        match self.presence(vm) {
+            Presence::Absent | Presence::Ended(_) => {
+                Rejection::new(RejectReason::VmNotHere, "the VM does not run on this node")
+            }
+            Presence::Silent(pid) => unresponsive(pid),
+            Presence::Answering(status) if error.kind() == Kind::TimedOut => {
+                unresponsive(status.pid)
+            }
+            Presence::Answering(_) => Rejection::new(RejectReason::Failed, error.to_string()),
+        }
+    }
+}
+
+/// Why no VM can run here; none when `/dev/kvm` works.
+pub(crate) fn kvm_error() -> Option<String> {
+    match fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm")
+    {
+        Ok(_) => None,
+        Err(error) => Some(format!(
+            "/dev/kvm: {error}; enable virtualization on this node"
+        )),
+    }
+}
+
+/// Whether a VM's run in a process is over for good.
+pub(crate) fn is_over(state: &VmState) -> bool {
+    matches!(state, VmState::Stopped(_) | VmState::Departed)
+}
+
+fn image(row: &ImageRow) -> ImageSource {
+    ImageSource::Volume {
+        disk: row.row.clone(),
+        length: row.length,
+    }
+}
+
+fn wrong_state(message: &str) -> Rejection {
+    Rejection::new(RejectReason::WrongState, message)
+}
+
+fn unresponsive(pid: u32) -> Rejection {
+    Rejection::new(
+        RejectReason::ProcessUnresponsive,
+        format!("the VM process {pid} exists and does not answer"),
+    )
+}
+
+/// A VM process maps its memory and opens its disks in well under a second; an emulated node takes
+/// several.
+const START_LIMIT: Duration = Duration::from_secs(30);
+/// A process that has nothing left to do ends at once.
+const EXIT_LIMIT: Duration = Duration::from_secs(10);
+/// How much of a dead process' log is worth repeating.
+const LAST_WORDS_LINES: usize = 3;

@@ -1,0 +1,403 @@
+//! Commands about volume processes.
+
+use std::ffi::OsString;
+use std::fs;
+use std::net::{SocketAddr, TcpListener};
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use bascule_ipc::volume::{FencingMode, Request, Response, VolumeStatus};
+use bascule_ipc::{Kind, watchdog};
+use bascule_node_api::VOLUME_PORT_FIRST;
+use bascule_node_api::command::{Backing, FormatOptions, Outcome, RejectReason};
+use bascule_types::{ClusterId, VolumeId};
+use bascule_volume_format::change::Change;
+
+use crate::files;
+use crate::local::{volume_call, wait_for};
+use crate::supervisor::{Rejection, Supervisor, is_alive};
+
+impl Supervisor {
+    /// Formats a blank device, this node as the first.
+    pub(crate) fn format_volume(
+        &self,
+        backing: &Backing,
+        cluster: ClusterId,
+        options: &FormatOptions,
+    ) -> Result<Outcome, Rejection> {
+        let mut command = Command::new(self.launcher.programs.join("bascule-volume"));
+        command.arg("format").arg(backing_path(backing)).args([
+            "--cluster",
+            &cluster.to_string(),
+            "--node-uid",
+            &self.identity.node.to_string(),
+            "--json",
+        ]);
+        command.args(format_flags(options));
+        if let Backing::File {
+            size: Some(size), ..
+        } = backing
+        {
+            command.args(["--create-size", &size.0.to_string()]);
+        }
+        let output = command.output().context("run bascule-volume format")?;
+        if output.status.success() {
+            let made: Formatted =
+                serde_json::from_slice(&output.stdout).context("read what format answered")?;
+            tracing::info!(volume = %made.volume, path = %backing_path(backing).display(), "formatted");
+            return Ok(Outcome::Formatted {
+                volume: made.volume,
+            });
+        }
+        let message = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+        Err(Rejection::new(reject_reason(output.status.code()), message))
+    }
+
+    /// Starts a volume's process, if it does not run.
+    pub(crate) fn attach_volume(
+        &self,
+        name: &str,
+        backing: &Backing,
+        volume: Option<VolumeId>,
+        cluster: ClusterId,
+    ) -> Result<Outcome, Rejection> {
+        check_name(name)?;
+        let folder = self.paths.volume(name);
+        if self.volume_is_up(name) {
+            return Ok(Outcome::Done);
+        }
+        self.ensure_watchdog()?;
+        fs::create_dir_all(&folder).with_context(|| format!("create {}", folder.display()))?;
+        let attachment = Attachment {
+            backing: backing.clone(),
+            volume,
+            cluster,
+        };
+        let json = serde_json::to_vec_pretty(&attachment).context("write attachment.json")?;
+        files::replace(&folder.join("attachment.json"), &json, 0o600)?;
+        self.launch_volume(name, &attachment)?;
+        Ok(Outcome::Done)
+    }
+
+    /// Starts again every volume process that was attached and has ended, as a crash leaves it.
+    pub(crate) fn revive_volumes(&self) -> Result<()> {
+        for name in self.volume_names()? {
+            if self.volume_is_up(&name) {
+                continue;
+            }
+            let path = self.paths.volume(&name).join("attachment.json");
+            let Ok(bytes) = fs::read(&path) else { continue };
+            let attachment: Attachment = serde_json::from_slice(&bytes)
+                .with_context(|| format!("read {}", path.display()))?;
+            tracing::warn!(volume = %name, "the volume's process has ended; starting it again");
+            self.ensure_watchdog()?;
+            self.launch_volume(&name, &attachment)?;
+        }
+        Ok(())
+    }
+
+    /// Ends a volume's process. It refuses while a VM of this node has it open.
+    pub(crate) fn detach_volume(&self, name: &str) -> Result<Outcome, Rejection> {
+        check_name(name)?;
+        let folder = self.paths.volume(name);
+        if !folder.exists() {
+            return Ok(Outcome::Done);
+        }
+        if self.open_here(name)? {
+            return Err(Rejection::new(
+                RejectReason::WrongState,
+                format!("volume {name}: VMs of this node still have it open"),
+            ));
+        }
+        if let Some(pid) = self.volume_pid(name).filter(|pid| is_alive(*pid)) {
+            let raw = i32::try_from(pid).context("process id")?;
+            let target = rustix::process::Pid::from_raw(raw).context("process id")?;
+            rustix::process::kill_process(target, rustix::process::Signal::TERM)
+                .context("end the volume's process")?;
+            wait_for(DETACH_LIMIT, || (!is_alive(pid)).then_some(())).ok_or_else(|| {
+                Rejection::new(
+                    RejectReason::ProcessUnresponsive,
+                    format!("volume {name}: process {pid} does not end"),
+                )
+            })?;
+        }
+        fs::remove_dir_all(&folder).with_context(|| format!("remove {}", folder.display()))?;
+        Ok(Outcome::Done)
+    }
+
+    /// Asks for a metadata change, or the rows, through the volume's process.
+    pub(crate) fn volume_request(
+        &self,
+        name: &str,
+        request: &Request,
+    ) -> Result<Outcome, Rejection> {
+        check_name(name)?;
+        match volume_call(&self.paths.volume_socket(name), request) {
+            Ok(Response::Granted(answer)) => Ok(Outcome::Granted(answer)),
+            Ok(Response::Refused(refusal)) => Ok(Outcome::Refused(refusal)),
+            Ok(Response::Unknown) => Ok(Outcome::Unknown),
+            Ok(Response::Rows(rows)) => Ok(Outcome::Rows(rows)),
+            Ok(Response::Unavailable { reason }) => {
+                Err(Rejection::new(RejectReason::DeviceUnavailable, reason))
+            }
+            Ok(other) => Err(Rejection::new(
+                RejectReason::Failed,
+                format!("answered {other:?}"),
+            )),
+            // The request may have gone through before the connection went.
+            Err(error) if error.kind() == Kind::TimedOut => Ok(Outcome::Unknown),
+            Err(error) => Err(Rejection::new(
+                RejectReason::VolumeNotAttached,
+                format!("volume {name} is not attached on this node: {error}"),
+            )),
+        }
+    }
+
+    /// A volume's state, as its own process sees it.
+    pub(crate) fn volume_status(&self, name: &str) -> Result<VolumeStatus, String> {
+        match volume_call(&self.paths.volume_socket(name), &Request::Status) {
+            Ok(Response::Status(status)) => Ok(status),
+            Ok(Response::Unavailable { reason }) => Err(reason),
+            Ok(other) => Err(format!("answered {other:?}")),
+            Err(error) => Err(format!("{error}; {}", self.volume_last_words(name))),
+        }
+    }
+
+    pub(crate) fn change(&self, volume: &str, change: Change) -> Result<Outcome, Rejection> {
+        self.volume_request(volume, &Request::Change(change))
+    }
+
+    pub(crate) fn volume_names(&self) -> Result<Vec<String>> {
+        names_in(&self.paths.volumes())
+    }
+
+    fn launch_volume(&self, name: &str, attachment: &Attachment) -> Result<(), Rejection> {
+        let folder = self.paths.volume(name);
+        let listen = free_address(self.address.to_string().as_str())?;
+        let mut args: Vec<OsString> = vec!["serve".into()];
+        match &attachment.backing {
+            Backing::Device { path } => args.extend(["--device".into(), path.into()]),
+            Backing::File { path, .. } => args.extend(["--file".into(), path.into()]),
+        }
+        if let Some(volume) = attachment.volume {
+            args.extend(["--volume".into(), volume.to_string().into()]);
+        }
+        args.extend([
+            "--cluster".into(),
+            attachment.cluster.to_string().into(),
+            "--node-uid".into(),
+            self.identity.node.to_string().into(),
+            "--run-dir".into(),
+            folder.clone().into(),
+            "--tls-dir".into(),
+            self.paths.tls().into(),
+            "--listen".into(),
+            listen.to_string().into(),
+            "--watchdog-socket".into(),
+            self.paths.watchdog_socket().into(),
+        ]);
+        let log = folder.join("volume.log");
+        let child =
+            self.launcher
+                .spawn("bascule-volume", &format!("volume-{name}"), &log, &args)?;
+        let pid = child.id();
+        self.adopt_child(child);
+        files::replace(&folder.join("pid"), pid.to_string().as_bytes(), 0o644)?;
+        tracing::info!(volume = %name, pid, "volume process started");
+        Ok(())
+    }
+
+    /// Starts the watchdog's process, if it does not run.
+    fn ensure_watchdog(&self) -> Result<(), Rejection> {
+        let socket = self.paths.watchdog_socket();
+        if watchdog_answers(&socket) {
+            return Ok(());
+        }
+        let mut args: Vec<OsString> = vec!["--socket".into(), socket.clone().into()];
+        match &self.watchdog {
+            Some(device) => args.extend(["--device".into(), device.into()]),
+            None => args.push("--none".into()),
+        }
+        if self.allow_softdog {
+            args.push("--allow-softdog".into());
+        }
+        let log = self.paths.logs().join("watchdog.log");
+        let child = self
+            .launcher
+            .spawn("bascule-watchdog", "watchdog", &log, &args)?;
+        self.adopt_child(child);
+        wait_for(WATCHDOG_LIMIT, || watchdog_answers(&socket).then_some(())).ok_or_else(|| {
+            Rejection::new(
+                RejectReason::Failed,
+                format!("bascule-watchdog does not answer; see {}", log.display()),
+            )
+        })
+    }
+
+    fn volume_is_up(&self, name: &str) -> bool {
+        self.volume_pid(name).is_some_and(is_alive)
+    }
+
+    fn volume_pid(&self, name: &str) -> Option<u32> {
+        fs::read_to_string(self.paths.volume(name).join("pid"))
+            .ok()?
+            .trim()
+            .parse()
+            .ok()
+    }
+
+    fn volume_last_words(&self, name: &str) -> String {
+        let log =
+            fs::read_to_string(self.paths.volume(name).join("volume.log")).unwrap_or_default();
+        log.lines().last().unwrap_or("its log is empty").to_owned()
+    }
+
+    fn open_here(&self, name: &str) -> Result<bool> {
+        Ok(self
+            .vm_reports()?
+            .iter()
+            .any(|report| report.volume == name && report.alive))
+    }
+}
+
+/// What a volume was attached with, in its run directory.
+#[derive(Debug, serde::Serialize, serde::Deserialize)]
+struct Attachment {
+    backing: Backing,
+    volume: Option<VolumeId>,
+    cluster: ClusterId,
+}
+
+/// What `bascule-volume format --json` prints.
+#[derive(Debug, serde::Deserialize)]
+struct Formatted {
+    volume: VolumeId,
+}
+
+/// The names of the folders in `folder`.
+pub(crate) fn names_in(folder: &Path) -> Result<Vec<String>> {
+    let entries = fs::read_dir(folder).with_context(|| format!("read {}", folder.display()))?;
+    Ok(entries
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .collect())
+}
+
+/// The path of a backing.
+pub(crate) fn backing_path(backing: &Backing) -> &Path {
+    match backing {
+        Backing::Device { path } | Backing::File { path, .. } => path,
+    }
+}
+
+/// `bascule-volume format`'s flags for these options.
+pub(crate) fn format_flags(options: &FormatOptions) -> Vec<String> {
+    let fencing = match options.fencing {
+        FencingMode::Watchdog => "watchdog",
+        FencingMode::LeaseOnly => "lease-only",
+    };
+    let mut flags = vec!["--fencing".to_owned(), fencing.to_owned()];
+    let numbers = [
+        ("--lease-ms", options.lease_ms),
+        ("--watch-ms", options.watch_ms),
+        ("--watchdog-ms", options.watchdog_ms),
+        ("--settle-ms", options.settle_ms),
+        ("--extent-bytes", options.extent.map(|bytes| bytes.0)),
+    ];
+    for (flag, value) in numbers {
+        if let Some(value) = value {
+            flags.extend([flag.to_owned(), value.to_string()]);
+        }
+    }
+    flags
+}
+
+/// A volume's name becomes the name of a folder: it is a Kubernetes name (RFC 1123), nothing else.
+fn check_name(name: &str) -> Result<(), Rejection> {
+    let fits = !name.is_empty() && name.len() <= 253 && !name.starts_with(['.', '-']);
+    let spelled = name
+        .bytes()
+        .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-' || b == b'.');
+    if fits && spelled {
+        Ok(())
+    } else {
+        Err(Rejection::new(
+            RejectReason::Failed,
+            format!("{name:?} is not the name of a volume"),
+        ))
+    }
+}
+
+/// A free port for a volume's process on this node's address.
+fn free_address(address: &str) -> Result<SocketAddr, Rejection> {
+    let ip = address.parse().context("the node's address")?;
+    (VOLUME_PORT_FIRST..VOLUME_PORT_FIRST + VOLUMES_MAX)
+        .map(|port| SocketAddr::new(ip, port))
+        .find(|candidate| TcpListener::bind(candidate).is_ok())
+        .ok_or_else(|| {
+            Rejection::new(
+                RejectReason::Failed,
+                format!("no free TCP port for a volume from {VOLUME_PORT_FIRST} on"),
+            )
+        })
+}
+
+fn watchdog_answers(socket: &Path) -> bool {
+    let Ok(mut connection) = bascule_ipc::Connection::connect(socket, WATCHDOG_HELLO) else {
+        return false;
+    };
+    connection
+        .call::<_, watchdog::Response>(&watchdog::Request::Status)
+        .is_ok()
+}
+
+fn reject_reason(code: Option<i32>) -> RejectReason {
+    match code {
+        Some(EXIT_NOT_BLANK) => RejectReason::NotBlank,
+        Some(EXIT_TOO_SMALL) => RejectReason::TooSmall,
+        Some(EXIT_UNAVAILABLE) => RejectReason::DeviceUnavailable,
+        _ => RejectReason::Failed,
+    }
+}
+
+/// `bascule-volume`'s exit codes, as its `--help` says.
+const EXIT_UNAVAILABLE: i32 = 3;
+const EXIT_NOT_BLANK: i32 = 4;
+const EXIT_TOO_SMALL: i32 = 5;
+/// How many volumes a node attaches at most: the ports that are opened for them in a firewall.
+const VOLUMES_MAX: u16 = 16;
+/// A volume's process with nothing open ends after its last renewal.
+const DETACH_LIMIT: Duration = Duration::from_secs(20);
+/// The watchdog's process opens one device.
+const WATCHDOG_LIMIT: Duration = Duration::from_secs(10);
+const WATCHDOG_HELLO: Duration = Duration::from_secs(1);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_volumes_name_cannot_leave_its_folder() {
+        assert!(check_name("gold.fast-1").is_ok());
+        for bad in ["", "..", "a/b", "-x", "Gold"] {
+            assert!(check_name(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn only_given_times_are_passed_to_format() {
+        let options = FormatOptions {
+            fencing: FencingMode::LeaseOnly,
+            lease_ms: Some(4000),
+            watch_ms: None,
+            watchdog_ms: None,
+            settle_ms: None,
+            extent: None,
+        };
+        assert_eq!(
+            format_flags(&options),
+            ["--fencing", "lease-only", "--lease-ms", "4000"]
+        );
+    }
+}

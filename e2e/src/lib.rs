@@ -1,1 +1,25 @@
-//! End-to-end scenarios and benchmarks.
+//! What end-to-end tests and benchmarks are made of: the probe guest, a network of their own,
+//! virtual machines under our VMM and under QEMU, and watchers that see from outside what a guest's
+//! client would see.
+//!
+//! A test starts with a [`Network`], boots a guest on it, watches it with a [`Console`], a
+//! [`Session`] and a [`Flow`], does something to it, and asserts on what the watchers saw. Dropping
+//! the values removes every process, namespace and file that they made.
+//!
+//! Read next: `watch.rs` (what is seen), `vm.rs` (our VMM), `qemu.rs` (the one to compare with).
+#![forbid(unsafe_code)]
+
+mod kvm;
+mod network;
+pub mod probe;
+mod process;
+mod qemu;
+mod wait;
+mod watch;
+
+pub use kvm::kvm_or_skip;
+pub use network::{GATEWAY, GUEST, Network, Tap};
+pub use process::{Child, CpuTime};
+pub use qemu::{Qemu, QemuMigration, QemuSpec};
+pub use wait::wait_for;
+pub use watch::{Console, Flow, FlowSummary, Session, Tick};

@@ -7,8 +7,7 @@ use crate::port;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Power {
     off: Off,
-    /// The port of the PM1 event block, whose bit 8 is the power button.
-    button_port: Option<u16>,
+    button: Button,
     reset: (u16, u8),
 }
 
@@ -21,25 +20,38 @@ enum Off {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Button {
+    /// Bit 8 of the PM1 event block at this port; writing it clears it.
+    Pm1Event(u16),
+    /// Bit 0 of this port; reading it clears it.
+    EventRegister(u16),
+    /// There is none that a polling guest could see.
+    Nowhere,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Register {
     Port(u16),
     Memory(u64),
 }
 
 impl Power {
-    /// Reads the tables that start at `rsdp`.
+    /// Reads the tables that start at `rsdp`. `event_port` is where the command line says that the
+    /// power button shows.
     ///
     /// # Safety
     /// `rsdp` must be 0 or the address of the loader's ACPI tables, still in memory.
-    pub(crate) unsafe fn read(rsdp: u64) -> Self {
-        if rsdp == 0 {
-            return Self::DEFAULT;
-        }
+    pub(crate) unsafe fn read(rsdp: u64, event_port: Option<u16>) -> Self {
+        let mut power = Self::DEFAULT;
         // SAFETY: the caller vouches for the tables.
-        unsafe { fadt_of(rsdp) }.map_or(Self::DEFAULT, |fadt| {
+        if let Some(fadt) = (rsdp != 0).then(|| unsafe { fadt_of(rsdp) }).flatten() {
             // SAFETY: the address is that of a table of the loader's.
-            unsafe { Self::from_fadt(fadt) }
-        })
+            power = unsafe { Self::from_fadt(fadt) };
+        }
+        if let Some(port) = event_port {
+            power.button = Button::EventRegister(port);
+        }
+        power
     }
 
     /// # Safety
@@ -55,14 +67,18 @@ impl Power {
             if let Some(register) = unsafe { register_at(fadt + 244) } {
                 power.off = Off::SleepControl(register, (sleep_type << 2) | 0x20);
             }
-            power.button_port = None;
         } else {
             // SAFETY: as above.
             let event = unsafe { read_at::<u32>(fadt + 56) };
             // SAFETY: as above.
             let control = unsafe { read_at::<u32>(fadt + 64) };
             power.off = Off::Pm1Control(control as u16, (u16::from(sleep_type) << 10) | 0x2000);
-            power.button_port = Some(event as u16).filter(|&port| port != 0);
+            if event != 0 {
+                // Machines show a press only to a guest that enabled the event. The interrupt that
+                // comes with it is never taken.
+                port::write16(event as u16 + 2, BUTTON_STATUS);
+                power.button = Button::Pm1Event(event as u16);
+            }
         }
         if flags & RESET_REG_SUPPORTED != 0 {
             // SAFETY: as above.
@@ -76,14 +92,17 @@ impl Power {
 
     /// Whether the power button was pressed since the last call.
     pub(crate) fn button_pressed(&self) -> bool {
-        let Some(port) = self.button_port else {
-            return false;
-        };
-        let pressed = port::read16(port) & BUTTON_STATUS != 0;
-        if pressed {
-            port::write16(port, BUTTON_STATUS);
+        match self.button {
+            Button::Pm1Event(port) => {
+                let pressed = port::read16(port) & BUTTON_STATUS != 0;
+                if pressed {
+                    port::write16(port, BUTTON_STATUS);
+                }
+                pressed
+            }
+            Button::EventRegister(port) => port::read8(port) & 1 != 0,
+            Button::Nowhere => false,
         }
-        pressed
     }
 
     /// Switches the machine off.
@@ -108,7 +127,7 @@ impl Power {
     /// What PC machines without usable tables have: PM1a control at 0x604, the reset port 0xCF9.
     const DEFAULT: Self = Self {
         off: Off::Pm1Control(0x604, 0x2000),
-        button_port: None,
+        button: Button::Nowhere,
         reset: (0xcf9, 0x0e),
     };
 }

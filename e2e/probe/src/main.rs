@@ -75,7 +75,7 @@ impl Guest {
         let boot = mix(clock::counter());
         let clock = Clock::new(options.tsc_khz);
         // SAFETY: the tables are where the loader put them; the memory check has not started.
-        let power = unsafe { Power::read(machine.rsdp) };
+        let power = unsafe { Power::read(machine.rsdp, options.button) };
         let config = options.ecam.map_or(pci::Config::Ports, pci::Config::Memory);
         let found = pci::find(config);
         let network = found

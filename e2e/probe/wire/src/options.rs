@@ -26,6 +26,9 @@ pub struct Options {
     pub tsc_khz: Option<u64>,
     /// `ecam=0xe0000000`: PCI configuration space in memory; ports 0xCF8/0xCFC without it.
     pub ecam: Option<u64>,
+    /// `button=0x603`: the power button is bit 0 of this port, and reading it clears it. Without it
+    /// the guest looks at the PM1 event block, if the machine has one.
+    pub button: Option<u16>,
     /// `outs=0`: write the console byte by byte instead of by string I/O.
     pub string_io: bool,
 }
@@ -44,6 +47,7 @@ impl Default for Options {
             disk_slots: 1024,
             tsc_khz: None,
             ecam: None,
+            button: None,
             string_io: true,
         }
     }
@@ -86,6 +90,7 @@ impl Options {
             "disk_slots" => self.disk_slots = value.parse().ok().filter(|&slots| slots > 1)?,
             "tsc_khz" => self.tsc_khz = Some(value.parse().ok().filter(|&khz| khz > 0)?),
             "ecam" => self.ecam = Some(parse_hex(value)?),
+            "button" => self.button = Some(u16::try_from(parse_hex(value)?).ok()?),
             "outs" => self.string_io = parse_switch(value)?,
             _ => {}
         }
@@ -132,7 +137,7 @@ mod tests {
     #[test]
     fn a_full_line_is_understood_and_foreign_words_are_left_alone() {
         let line = "console=ttyS0 quiet ip=10.77.0.5/24 gw=10.77.0.1 dirty=256M rate=64M fill=1G \
-                    tick_ms=1 disk=0 tsc_khz=2800000 ecam=0xe0000000";
+                    tick_ms=1 disk=0 tsc_khz=2800000 ecam=0xe0000000 button=0x603";
         let options = Options::parse(line).unwrap();
         assert_eq!(options.ip, Some(([10, 77, 0, 5], 24)));
         assert_eq!(options.gateway, Some([10, 77, 0, 1]));

@@ -1,0 +1,61 @@
+//! `bascule-bench`: the figures of the native tier, ours beside QEMU's, in one run.
+//!
+//! Both move the same probe guest between two processes on this machine, over the loopback address,
+//! with the same limits. The blackout is what a client sees: the longest gap between two ticks on
+//! the guest's console and between two packets of a 1 kHz flow, both over the whole move.
+#![forbid(unsafe_code)]
+
+mod measure;
+mod qemu;
+mod table;
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use bascule_e2e::kvm_or_skip;
+use clap::Parser;
+
+use crate::measure::{Load, Outcome};
+
+/// Moves the probe guest live with Bascule and with QEMU and prints what each move cost.
+#[derive(Debug, Parser)]
+#[command(name = "bascule-bench", version)]
+struct Options {
+    /// How often each move is made; the median of each figure is printed.
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
+    runs: u32,
+    /// Guest RAM in MiB.
+    #[arg(long, default_value_t = 2048)]
+    memory_mib: u32,
+    /// The blackout that both sides aim at, in milliseconds.
+    #[arg(long, default_value_t = 300)]
+    downtime_ms: u64,
+}
+
+fn main() -> ExitCode {
+    match run(&Options::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bascule-bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(options: &Options) -> Result<()> {
+    if !kvm_or_skip("bascule-bench") {
+        return Ok(());
+    }
+    let downtime = Duration::from_millis(options.downtime_ms);
+    for load in [Load::Idle, Load::Rewriting] {
+        let mut theirs = Vec::new();
+        for run in 1..=options.runs {
+            eprintln!("{load}: QEMU, run {run} of {}", options.runs);
+            let outcome = qemu::migrate(load, options.memory_mib, downtime);
+            theirs.push(outcome.with_context(|| format!("QEMU, {load}"))?);
+        }
+        table::print(load, None, &Outcome::median(&theirs)?);
+    }
+    Ok(())
+}

@@ -1,0 +1,208 @@
+//! The guest's serial console: its ticks, its acknowledged blocks, its findings.
+
+use std::io::{BufRead, BufReader, Read};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::wait_for;
+
+/// One tick, as it arrived.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tick {
+    /// When it arrived.
+    pub at: Instant,
+    /// Its number, from 1 at boot.
+    pub number: u64,
+    /// The guest's own clock.
+    pub guest: Duration,
+}
+
+/// A follower of one guest's console, over as many streams as the guest has lives: after a
+/// migration the destination's stream is followed too.
+#[derive(Clone, Debug, Default)]
+pub struct Console {
+    seen: Arc<Mutex<Seen>>,
+}
+
+#[derive(Debug, Default)]
+struct Seen {
+    ticks: Vec<Tick>,
+    lines: Vec<String>,
+    findings: Vec<String>,
+    disk_ack: u64,
+}
+
+impl Console {
+    /// A follower that follows nothing yet.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Follows `stream` until it ends.
+    ///
+    /// # Errors
+    /// When no thread can be started.
+    pub fn follow(&self, stream: impl Read + Send + 'static) -> Result<()> {
+        let seen = Arc::clone(&self.seen);
+        let mut reader = BufReader::new(stream);
+        let follow = move || {
+            let mut line = Vec::new();
+            // A stream that fails has ended: its guest is gone.
+            while reader
+                .read_until(b'\n', &mut line)
+                .is_ok_and(|length| length > 0)
+            {
+                let at = Instant::now();
+                let text = String::from_utf8_lossy(&line);
+                seen.lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .take(at, text.trim_end());
+                line.clear();
+            }
+        };
+        let builder = std::thread::Builder::new().name("console".into());
+        builder.spawn(follow).context("start a thread")?;
+        Ok(())
+    }
+
+    /// The ticks that have arrived.
+    #[must_use]
+    pub fn ticks(&self) -> Vec<Tick> {
+        self.seen().ticks.clone()
+    }
+
+    /// The lines that have arrived, ticks left out.
+    #[must_use]
+    pub fn lines(&self) -> Vec<String> {
+        self.seen().lines.clone()
+    }
+
+    /// The highest block number that the guest said was acknowledged by its disk.
+    #[must_use]
+    pub fn disk_ack(&self) -> u64 {
+        self.seen().disk_ack
+    }
+
+    /// Waits for a line that starts with `start`.
+    ///
+    /// # Errors
+    /// When it does not come; the error shows what came.
+    pub fn wait_line(&self, start: &str, limit: Duration) -> Result<String> {
+        let what = format!("a console line that starts with {start:?}");
+        wait_for(&what, limit, || {
+            let seen = self.seen();
+            Ok(seen
+                .lines
+                .iter()
+                .find(|line| line.starts_with(start))
+                .cloned())
+        })
+        .with_context(|| format!("console so far: {:?}", self.lines()))
+    }
+
+    /// Waits for `count` ticks after now.
+    ///
+    /// # Errors
+    /// When they do not come.
+    pub fn wait_ticks(&self, count: usize, limit: Duration) -> Result<()> {
+        let wanted = self.seen().ticks.len() + count;
+        wait_for(&format!("{count} ticks"), limit, || {
+            Ok((self.seen().ticks.len() >= wanted).then_some(()))
+        })
+        .with_context(|| format!("console so far: {:?}", self.lines()))
+    }
+
+    /// The longest time between two ticks in a row of which the later arrived after `since`.
+    #[must_use]
+    pub fn gap_max(&self, since: Instant) -> Duration {
+        let seen = self.seen();
+        let gaps = seen.ticks.windows(2).filter(|pair| pair[1].at >= since);
+        gaps.map(|pair| pair[1].at.duration_since(pair[0].at))
+            .max()
+            .unwrap_or_default()
+    }
+
+    /// That the guest found nothing wrong, and that it lived one life: its ticks and its clock only
+    /// ever rose. A guest that ran in two places, or was rolled back, repeats a tick.
+    ///
+    /// # Errors
+    /// What is wrong.
+    pub fn check(&self) -> Result<()> {
+        let seen = self.seen();
+        ensure!(
+            seen.findings.is_empty(),
+            "the guest found: {:?}",
+            seen.findings
+        );
+        for pair in seen.ticks.windows(2) {
+            ensure!(
+                pair[1].number > pair[0].number && pair[1].guest > pair[0].guest,
+                "the guest went back in time: {:?} came after {:?}",
+                pair[1],
+                pair[0],
+            );
+        }
+        Ok(())
+    }
+
+    fn seen(&self) -> MutexGuard<'_, Seen> {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Seen {
+    fn take(&mut self, at: Instant, line: &str) {
+        let mut words = line.split_ascii_whitespace();
+        if words.next() == Some("t") {
+            let mut number = || words.next().and_then(|word| word.parse::<u64>().ok());
+            if let (Some(number), Some(guest_us)) = (number(), number()) {
+                self.ticks.push(Tick {
+                    at,
+                    number,
+                    guest: Duration::from_micros(guest_us),
+                });
+                if words.next() == Some("a") {
+                    let ack = words.next().and_then(|word| word.parse().ok());
+                    self.disk_ack = self.disk_ack.max(ack.unwrap_or(0));
+                }
+            }
+            return;
+        }
+        if line.starts_with("bad:") {
+            self.findings.push(line.to_owned());
+        }
+        self.lines.push(line.to_owned());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn seen_after(text: &'static str) -> Console {
+        let console = Console::new();
+        for line in text.lines() {
+            console.seen.lock().unwrap().take(Instant::now(), line);
+        }
+        console
+    }
+
+    #[test]
+    fn ticks_acknowledgements_and_findings_are_told_apart() {
+        let console = seen_after("probe boot=1\nt 1 1000\nt 2 2000 a 17\nt 3 3000");
+        assert_eq!(console.ticks().len(), 3);
+        assert_eq!((console.disk_ack(), console.lines().len()), (17, 1));
+        console.check().unwrap();
+        let console = seen_after("t 1 1000\nbad: page 7");
+        assert!(console.check().unwrap_err().to_string().contains("page 7"));
+    }
+
+    #[test]
+    fn a_repeated_tick_and_a_clock_that_steps_back_are_noticed() {
+        assert!(seen_after("t 1 1000\nt 2 2000\nt 2 2500").check().is_err());
+        assert!(seen_after("t 1 1000\nt 2 900").check().is_err());
+    }
+}

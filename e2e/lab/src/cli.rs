@@ -1,0 +1,367 @@
+//! The command line.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, Parser, Subcommand};
+
+use crate::control_plane::Component;
+use crate::faults::{self, Network, parse_side};
+use crate::image::Image;
+use crate::lab::{Lab, Options, down, down_all};
+use crate::names::{HUB_VM_ADDRESS, LabName};
+use crate::node::Service;
+use crate::progress::say;
+use crate::state::{LabPaths, State, Tier};
+use crate::tools::Tools;
+use crate::{guard, init, process};
+
+/// Real Kubernetes clusters on one machine, with faults to order.
+///
+/// A lab is an own small world: a control plane (etcd, API server, controller manager, scheduler, DNS), nodes with
+/// containerd, kubelet and kube-proxy, two networks (10.90.0.0/24 for the cluster, 10.91.0.0/24 for virtual machines,
+/// on the bridge vmbr0 of every node) and a disk that all nodes share (/dev/disk/by-id/virtio-shared0). It touches
+/// neither the host's network nor its disks, and `lab down` leaves nothing of it but its logs.
+#[derive(Debug, Parser)]
+#[command(name = "lab", version, max_term_width = 100)]
+struct Cli {
+    /// The lab's name: labs of different names do not touch each other.
+    #[arg(long, global = true, default_value = "lab", env = "BASCULE_LAB")]
+    lab: LabName,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Bring a lab up; missing tools are installed and built first, which takes a quarter of an hour once.
+    Up(Up),
+    /// Take the lab down with everything in it; works on the remains of killed runs, too.
+    Down {
+        /// All labs of this user.
+        #[arg(long)]
+        all: bool,
+    },
+    /// Show the lab: nodes, components, partitions, where the logs are.
+    Status,
+    /// Install and build everything that a lab needs, without starting one.
+    Prepare {
+        /// Also what the emulated tier needs.
+        #[arg(long)]
+        emulated: bool,
+    },
+    /// kubectl as cluster administrator.
+    Kubectl(Passthrough),
+    /// helm as cluster administrator.
+    Helm(Passthrough),
+    /// Run a program in the hub's network, which reaches the API, nodes, pods and virtual machines.
+    Run(Passthrough),
+    /// Run a program on a node; works while the node is cut off from the network.
+    Exec {
+        /// The node.
+        node: String,
+        #[command(flatten)]
+        command: Passthrough,
+    },
+    /// Pull a node's plug.
+    Cut {
+        /// The node.
+        node: String,
+    },
+    /// Turn a node on again.
+    Boot {
+        /// The node.
+        node: String,
+    },
+    /// Stop a node where it stands.
+    Freeze {
+        /// The node.
+        node: String,
+    },
+    /// Let a frozen node go on.
+    Thaw {
+        /// The node.
+        node: String,
+    },
+    /// Cut the network between two machines, in one direction.
+    Partition {
+        /// Sender: a node, or `hub` for the control plane.
+        from: String,
+        /// Receiver: a node, or `hub`.
+        to: String,
+        /// Which network.
+        #[arg(long, value_enum, default_value = "management")]
+        network: Network,
+        /// In the other direction as well.
+        #[arg(long)]
+        both: bool,
+    },
+    /// Cut a node off from all others on the management network; its virtual machines stay reachable.
+    Isolate {
+        /// The node.
+        node: String,
+    },
+    /// End all partitions.
+    Heal,
+    /// Kill, stop or start a service of a node.
+    Service {
+        /// The node.
+        node: String,
+        /// The service.
+        #[arg(value_enum)]
+        service: Service,
+        /// What to do: `kill` has it started again at once, `stop` leaves it down.
+        #[arg(value_enum)]
+        action: ServiceAction,
+    },
+    /// Kill or start a component of the control plane.
+    Component {
+        /// The component.
+        #[arg(value_enum)]
+        component: Component,
+        /// What to do.
+        #[arg(value_enum)]
+        action: ComponentAction,
+    },
+    /// Print the ends of all logs.
+    Logs,
+    /// Build a container image from a directory of static programs.
+    Image {
+        /// Directory of the programs.
+        #[arg(long)]
+        bin_dir: PathBuf,
+        /// Name and tag.
+        #[arg(long, default_value = crate::image::BASCULE_IMAGE)]
+        name: String,
+        /// The archive to write.
+        #[arg(long)]
+        out: PathBuf,
+    },
+    #[command(hide = true)]
+    Launch {
+        #[arg(long)]
+        cgroup: String,
+        #[arg(long)]
+        netns: Option<String>,
+        #[arg(last = true)]
+        argv: Vec<String>,
+    },
+    #[command(hide = true)]
+    NodeInit {
+        #[arg(long)]
+        spec: PathBuf,
+    },
+    #[command(hide = true)]
+    Guard {
+        #[arg(long)]
+        process: i32,
+    },
+}
+
+#[derive(Debug, Args)]
+struct Up {
+    /// What a node is.
+    #[arg(long, value_enum, default_value = "native")]
+    tier: Tier,
+    /// How many nodes.
+    #[arg(long, default_value_t = 2)]
+    nodes: u8,
+    /// Image archive (see `lab image`) to import on every node; may be repeated.
+    #[arg(long)]
+    image: Vec<PathBuf>,
+    /// Memory of an emulated node, MiB.
+    #[arg(long)]
+    node_memory: Option<u32>,
+}
+
+#[derive(Debug, Args)]
+struct Passthrough {
+    /// Program arguments.
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
+    args: Vec<String>,
+}
+
+impl Passthrough {
+    fn words(&self) -> Vec<&str> {
+        self.args.iter().map(String::as_str).collect()
+    }
+}
+
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum ServiceAction {
+    Kill,
+    Stop,
+    Start,
+}
+
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum ComponentAction {
+    Kill,
+    Start,
+    Freeze,
+    Thaw,
+}
+
+/// Runs the command line of this process.
+pub fn run() -> ExitCode {
+    let cli = Cli::parse();
+    match perform(&cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            say(&format!("{error:#}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn perform(cli: &Cli) -> Result<()> {
+    match &cli.command {
+        Command::Up(up) => bring_up(&cli.lab, up),
+        Command::Down { all: false } => down(&cli.lab),
+        Command::Down { all: true } => down_all().map(drop),
+        Command::Status => status(&cli.lab),
+        Command::Prepare { emulated } => prepare(*emulated),
+        Command::Image { bin_dir, name, out } => {
+            println!("{}", Image::of_programs(name, bin_dir)?.write(out)?);
+            Ok(())
+        }
+        Command::Launch {
+            cgroup,
+            netns,
+            argv,
+        } => process::launch(cgroup, netns.as_deref(), argv),
+        Command::NodeInit { spec } => init::run(spec),
+        Command::Guard { process } => guard::guard(&cli.lab, *process),
+        command => in_lab(&Lab::open(&cli.lab)?, command),
+    }
+}
+
+/// Commands that need a lab that is up.
+fn in_lab(lab: &Lab, command: &Command) -> Result<()> {
+    match command {
+        Command::Kubectl(args) => Err(lab.kubectl_run()?.args(&args.args).replace_self()),
+        Command::Helm(args) => Err(lab.helm_run()?.args(&args.args).replace_self()),
+        Command::Run(args) => {
+            let (program, args) = args.args.split_first().context("no program")?;
+            Err(lab.hub().run(program).args(args).replace_self())
+        }
+        Command::Exec { node, command } => {
+            print!("{}", lab.node(node)?.exec(&command.words())?);
+            Ok(())
+        }
+        Command::Cut { node } => lab.node(node)?.cut(),
+        Command::Boot { node } => lab.node(node)?.boot(),
+        Command::Freeze { node } => lab.node(node)?.freeze(),
+        Command::Thaw { node } => lab.node(node)?.thaw(),
+        Command::Partition {
+            from,
+            to,
+            network,
+            both,
+        } => {
+            let (from, to) = (parse_side(lab, from)?, parse_side(lab, to)?);
+            lab.partition(*network, from, to)?;
+            if *both {
+                lab.partition(*network, to, from)
+            } else {
+                Ok(())
+            }
+        }
+        Command::Isolate { node } => lab.isolate(lab.node(node)?.index()),
+        Command::Heal => lab.heal(),
+        Command::Service {
+            node,
+            service,
+            action,
+        } => {
+            let node = lab.node(node)?;
+            match action {
+                ServiceAction::Kill => node.kill_service(*service),
+                ServiceAction::Stop => node.stop_service(*service),
+                ServiceAction::Start => node.start_service(*service),
+            }
+        }
+        Command::Component { component, action } => match action {
+            ComponentAction::Kill => lab.kill(*component),
+            ComponentAction::Start => lab.restart(*component),
+            ComponentAction::Freeze => lab.freeze(*component, true),
+            ComponentAction::Thaw => lab.freeze(*component, false),
+        },
+        Command::Logs => {
+            lab.print_logs();
+            Ok(())
+        }
+        other => bail!("{other:?} needs no lab"),
+    }
+}
+
+fn bring_up(name: &LabName, up: &Up) -> Result<()> {
+    let mut options = Options::new(name.clone(), up.tier, up.nodes);
+    options.images.clone_from(&up.image);
+    if let Some(memory) = up.node_memory {
+        options.node_memory_mib = memory;
+    }
+    let lab = Lab::up(&options)?;
+    say(&format!("logs: {}", lab.logs().display()));
+    say("next: `lab kubectl get nodes -o wide`");
+    Ok(())
+}
+
+fn prepare(emulated: bool) -> Result<()> {
+    use crate::tools::{PACKAGES, PACKAGES_EMULATED, ensure_packages};
+
+    ensure_packages(PACKAGES)?;
+    let tools = Tools::ensure()?;
+    crate::lab::pause_archive()?;
+    if emulated {
+        ensure_packages(PACKAGES_EMULATED)?;
+        crate::emulated::Assets::ensure(&tools, &[])?;
+    }
+    Ok(())
+}
+
+fn status(name: &LabName) -> Result<()> {
+    let paths = LabPaths::new(name)?;
+    let Some(state) = State::load(&paths)? else {
+        println!("lab {name}: down");
+        return Ok(());
+    };
+    let how = if state.complete { "up" } else { "incomplete" };
+    println!(
+        "lab {name}: {how}, {:?} tier, logs in {}",
+        state.tier,
+        state.logs.display()
+    );
+    println!("network: virtual machines on 10.91.0.0/24, the hub is {HUB_VM_ADDRESS}");
+    if !state.complete {
+        return Ok(());
+    }
+    let lab = Lab::open(name)?;
+    for component in Component::ALL {
+        let running = if lab.running(component)? {
+            "running"
+        } else {
+            "down"
+        };
+        println!("{:<24} {running}", component.program());
+    }
+    for node in lab.nodes() {
+        let Some(machine) = node.machine()?.filter(|machine| machine.alive()) else {
+            println!("{:<24} off", node.name());
+            continue;
+        };
+        println!("{:<24} on, process {}", node.name(), machine.pid());
+        match node.services() {
+            Ok(services) => {
+                for (service, pid) in services {
+                    let pid = pid.map_or_else(|| "down".to_owned(), |pid| format!("pid {pid}"));
+                    println!("  {service:<22} {pid}");
+                }
+            }
+            Err(error) => println!("  does not answer: {error:#}"),
+        }
+    }
+    print!("{}", faults::describe(name));
+    Ok(())
+}

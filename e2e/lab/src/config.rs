@@ -1,0 +1,160 @@
+//! Configuration files of the cluster's components, rendered from the lab's addresses. Pure.
+
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use crate::image::PAUSE_IMAGE;
+use crate::names::{HUB_ADDRESS, NodeIndex, POD_CIDR};
+
+/// Where a node finds its own configuration, in both tiers.
+pub const NODE_CONF: &str = "/run/lab/conf";
+
+/// Kubelet configuration; JSON is YAML.
+pub fn kubelet() -> Value {
+    json!({
+        "apiVersion": "kubelet.config.k8s.io/v1beta1",
+        "kind": "KubeletConfiguration",
+        "authentication": {
+            "anonymous": {"enabled": false},
+            "webhook": {"enabled": true},
+            "x509": {"clientCAFile": format!("{NODE_CONF}/ca.crt")},
+        },
+        "authorization": {"mode": "Webhook"},
+        "tlsCertFile": format!("{NODE_CONF}/kubelet.crt"),
+        "tlsPrivateKeyFile": format!("{NODE_CONF}/kubelet.key"),
+        // The host may have v1 hierarchies only.
+        "failCgroupV1": false,
+        "cgroupDriver": "cgroupfs",
+        "enforceNodeAllocatable": [],
+        "failSwapOn": false,
+        // The host's disk is not the lab's to judge; memory pressure must be possible.
+        "evictionHard": {
+            "memory.available": "100Mi",
+            "nodefs.available": "1%",
+            "nodefs.inodesFree": "1%",
+            "imagefs.available": "1%",
+        },
+        "imageGCHighThresholdPercent": 100,
+        "imageGCLowThresholdPercent": 99,
+        "resolvConf": "",
+        "clusterDNS": [HUB_ADDRESS.to_string()],
+        "clusterDomain": "cluster.local",
+        "containerRuntimeEndpoint": "unix:///run/containerd/containerd.sock",
+        "nodeStatusUpdateFrequency": "4s",
+        // Emulated nodes are slow: a minute is not an error there.
+        "runtimeRequestTimeout": "4m",
+        "shutdownGracePeriod": "0s",
+        "maxPods": 60,
+    })
+}
+
+/// containerd configuration.
+pub fn containerd() -> String {
+    format!(
+        r#"version = 3
+root = "/var/lib/containerd"
+state = "/run/containerd"
+
+[plugins."io.containerd.cri.v1.images".pinned_images]
+sandbox = "{PAUSE_IMAGE}"
+
+[plugins."io.containerd.cri.v1.runtime"]
+# Nothing may lower an oom_score_adj without CAP_SYS_RESOURCE.
+restrict_oom_score_adj = true
+
+[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc]
+runtime_type = "io.containerd.runc.v2"
+[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc.options]
+BinaryName = "/usr/sbin/runc"
+SystemdCgroup = false
+
+[plugins."io.containerd.cri.v1.runtime".cni]
+bin_dirs = ["/usr/lib/cni"]
+conf_dir = "{NODE_CONF}/cni"
+
+[plugins."io.containerd.nri.v1.nri"]
+disable = true
+"#
+    )
+}
+
+/// CNI configuration: a bridge per node. Pods of other nodes are routed, nothing is masqueraded.
+pub fn cni(node: NodeIndex) -> Value {
+    json!({
+        "cniVersion": "1.0.0",
+        "name": "pods",
+        "plugins": [
+            {
+                "type": "bridge",
+                "bridge": "pods0",
+                "isGateway": true,
+                "ipMasq": false,
+                "hairpinMode": true,
+                "ipam": {
+                    "type": "host-local",
+                    "ranges": [[{"subnet": node.pod_cidr()}]],
+                    "routes": [{"dst": "0.0.0.0/0"}],
+                    "dataDir": "/run/cni/pods",
+                },
+            },
+            {"type": "portmap", "capabilities": {"portMappings": true}},
+        ],
+    })
+}
+
+/// kube-proxy configuration.
+pub fn kube_proxy() -> Value {
+    json!({
+        "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
+        "kind": "KubeProxyConfiguration",
+        "mode": "nftables",
+        "clusterCIDR": POD_CIDR,
+        "clientConnection": {"kubeconfig": format!("{NODE_CONF}/kube-proxy.kubeconfig")},
+        // Zero leaves the kernel's own limits alone, which are not ours to write in a namespace.
+        "conntrack": {
+            "maxPerCore": 0,
+            "min": 0,
+            "tcpEstablishedTimeout": "0s",
+            "tcpCloseWaitTimeout": "0s",
+        },
+    })
+}
+
+/// Corefile of the lab's DNS, which runs beside the control plane.
+pub fn corefile(kubeconfig: &Path) -> String {
+    format!(
+        ".:53 {{
+    bind {HUB_ADDRESS}
+    errors
+    ready 127.0.0.1:8181
+    kubernetes cluster.local in-addr.arpa {{
+        kubeconfig {}
+        pods insecure
+    }}
+}}
+",
+        kubeconfig.display()
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_node_gives_its_pods_addresses_of_its_own_subnet_and_the_labs_dns() {
+        let conf = cni(NodeIndex::new(3).unwrap());
+        assert_eq!(
+            conf["plugins"][0]["ipam"]["ranges"][0][0]["subnet"],
+            "10.92.3.0/24"
+        );
+        assert_eq!(kubelet()["clusterDNS"][0], "10.90.0.1");
+        assert!(corefile(Path::new("/k")).contains("bind 10.90.0.1"));
+    }
+
+    #[test]
+    fn containerd_knows_the_pause_image_that_the_lab_imports() {
+        assert!(containerd().contains(&format!("sandbox = {PAUSE_IMAGE:?}")));
+    }
+}

@@ -1,0 +1,241 @@
+//! etcd, API server, controller manager, scheduler and cluster DNS: processes in the hub.
+
+use std::fs;
+use std::net::IpAddr;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::cgroup::Cgroup;
+use crate::command::Run;
+use crate::config;
+use crate::names::{API_PORT, API_SERVICE_ADDRESS, HUB_ADDRESS, LabName, POD_CIDR, SERVICE_CIDR};
+use crate::pki::{Pki, Subject};
+use crate::process::{Daemon, ProcessId};
+use crate::state::LabPaths;
+use crate::tools::Tools;
+use crate::wait::{Hopeless, wait_for};
+
+/// A component of the control plane.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Component {
+    /// The store.
+    Etcd,
+    /// kube-apiserver.
+    Apiserver,
+    /// kube-controller-manager.
+    ControllerManager,
+    /// kube-scheduler.
+    Scheduler,
+    /// `CoreDNS`.
+    Dns,
+}
+
+impl Component {
+    /// All, in the order in which they start.
+    pub const ALL: [Self; 5] = [
+        Self::Etcd,
+        Self::Apiserver,
+        Self::ControllerManager,
+        Self::Scheduler,
+        Self::Dns,
+    ];
+
+    /// The program's name, which is also its log's and its cgroup's.
+    pub fn program(self) -> &'static str {
+        match self {
+            Self::Etcd => "etcd",
+            Self::Apiserver => "kube-apiserver",
+            Self::ControllerManager => "kube-controller-manager",
+            Self::Scheduler => "kube-scheduler",
+            Self::Dns => "coredns",
+        }
+    }
+}
+
+/// The control plane of one lab.
+#[derive(Debug)]
+pub struct ControlPlane<'a> {
+    /// The lab's name.
+    pub name: &'a LabName,
+    /// The lab's files.
+    pub paths: &'a LabPaths,
+    /// Where the logs go.
+    pub logs: &'a Path,
+    /// Kubernetes.
+    pub tools: &'a Tools,
+}
+
+impl ControlPlane<'_> {
+    /// Issues certificates and starts everything; the API server answers when this returns.
+    pub fn start_all(&self, pki: &Pki) -> Result<()> {
+        self.prepare(pki)?;
+        let etcd = self.start(Component::Etcd)?;
+        let apiserver = self.start(Component::Apiserver)?;
+        self.wait_ready(&[(Component::Etcd, etcd), (Component::Apiserver, apiserver)])?;
+        for component in [
+            Component::ControllerManager,
+            Component::Scheduler,
+            Component::Dns,
+        ] {
+            self.start(component)?;
+        }
+        Ok(())
+    }
+
+    /// Starts one component, again perhaps: everything that it needs is on disk.
+    pub fn start(&self, component: Component) -> Result<ProcessId> {
+        let cgroup = self.cgroup_path(component);
+        Cgroup::at(&cgroup)?.create()?;
+        let program = self
+            .tools
+            .path(component.program())?
+            .to_string_lossy()
+            .into_owned();
+        let argv = std::iter::once(program).chain(self.args(component));
+        let log = self.logs.join(format!("{}.log", component.program()));
+        Daemon::new(cgroup, &log, argv)
+            .in_netns(self.name.hub_netns())
+            .start()
+    }
+
+    /// Kills one component with everything it started.
+    pub fn kill(&self, component: Component) -> Result<()> {
+        Cgroup::at(self.cgroup_path(component))?.kill_all()
+    }
+
+    /// Stops one component where it stands, or lets it go on.
+    pub fn freeze(&self, component: Component, frozen: bool) -> Result<()> {
+        Cgroup::at(self.cgroup_path(component))?.freeze(frozen)
+    }
+
+    /// Whether one component runs.
+    pub fn running(&self, component: Component) -> Result<bool> {
+        Ok(!Cgroup::at(self.cgroup_path(component))?
+            .processes()?
+            .is_empty())
+    }
+
+    /// Waits for the API server to say that it is ready.
+    pub fn wait_ready(&self, must_live: &[(Component, ProcessId)]) -> Result<()> {
+        let kubeconfig = self.paths.pki().join("admin.kubeconfig");
+        let kubectl = self.tools.path("kubectl")?;
+        wait_for("the API server", API_DEADLINE, || {
+            for (component, process) in must_live {
+                if !process.alive() {
+                    return Err(Hopeless(format!("{} has ended", component.program())).into());
+                }
+            }
+            let answer = Run::in_netns(&self.name.hub_netns(), &kubectl)
+                .args(["--request-timeout=5s", "--kubeconfig"])
+                .arg(&kubeconfig)
+                .args(["get", "--raw", "/readyz"])
+                .text()?;
+            ensure!(answer.trim() == "ok", "it says {answer}");
+            Ok(())
+        })
+    }
+
+    fn cgroup_path(&self, component: Component) -> String {
+        format!("{}/hub/{}", self.name.cgroup(), component.program())
+    }
+
+    fn prepare(&self, pki: &Pki) -> Result<()> {
+        let server = Subject {
+            user: "kube-apiserver",
+            names: [
+                "kubernetes",
+                "kubernetes.default",
+                "kubernetes.default.svc",
+                "localhost",
+            ]
+            .map(str::to_owned)
+            .to_vec(),
+            addresses: vec![
+                IpAddr::V4(HUB_ADDRESS),
+                IpAddr::V4(API_SERVICE_ADDRESS),
+                IpAddr::from([127, 0, 0, 1]),
+            ],
+            ..Subject::default()
+        };
+        pki.issue_files("apiserver", &server)?;
+        let masters = Some("system:masters");
+        let client = Subject {
+            user: "kube-apiserver-kubelet",
+            group: masters,
+            ..Subject::default()
+        };
+        pki.issue_files("kubelet-client", &client)?;
+        pki.kubeconfig_file("admin", "lab-admin", masters)?;
+        pki.kubeconfig_file("controller-manager", "system:kube-controller-manager", None)?;
+        pki.kubeconfig_file("scheduler", "system:kube-scheduler", None)?;
+        // Cluster DNS reads Services and EndpointSlices of every namespace; in a lab it may read all.
+        let dns = pki.kubeconfig_file("dns", "lab-dns", masters)?;
+        fs::write(pki.dir().join("Corefile"), config::corefile(&dns))
+            .context("write the Corefile")?;
+        Ok(())
+    }
+
+    fn args(&self, component: Component) -> Vec<String> {
+        let pki = self.paths.pki();
+        let file = |flag: &str, name: &str| format!("--{flag}={}", pki.join(name).display());
+        match component {
+            Component::Etcd => vec![
+                format!("--data-dir={}", self.paths.dir().join("etcd").display()),
+                "--listen-client-urls=http://127.0.0.1:2379".into(),
+                "--advertise-client-urls=http://127.0.0.1:2379".into(),
+                "--listen-peer-urls=http://127.0.0.1:2380".into(),
+                "--unsafe-no-fsync".into(),
+                "--log-level=warn".into(),
+            ],
+            Component::Apiserver => vec![
+                "--etcd-servers=http://127.0.0.1:2379".into(),
+                format!("--advertise-address={HUB_ADDRESS}"),
+                format!("--secure-port={API_PORT}"),
+                format!("--service-cluster-ip-range={SERVICE_CIDR}"),
+                "--authorization-mode=Node,RBAC".into(),
+                "--enable-admission-plugins=NodeRestriction".into(),
+                "--allow-privileged=true".into(),
+                // The lab's node names are in nobody's DNS.
+                "--kubelet-preferred-address-types=InternalIP".into(),
+                "--service-account-issuer=https://kubernetes.default.svc".into(),
+                file("service-account-key-file", "sa.pub"),
+                file("service-account-signing-key-file", "sa.key"),
+                file("client-ca-file", "ca.crt"),
+                file("tls-cert-file", "apiserver.crt"),
+                file("tls-private-key-file", "apiserver.key"),
+                file("kubelet-client-certificate", "kubelet-client.crt"),
+                file("kubelet-client-key", "kubelet-client.key"),
+                file("kubelet-certificate-authority", "ca.crt"),
+            ],
+            Component::ControllerManager => vec![
+                file("kubeconfig", "controller-manager.kubeconfig"),
+                file("root-ca-file", "ca.crt"),
+                file("service-account-private-key-file", "sa.key"),
+                file("cluster-signing-cert-file", "ca.crt"),
+                file("cluster-signing-key-file", "ca.key"),
+                format!("--cluster-cidr={POD_CIDR}"),
+                "--use-service-account-credentials=true".into(),
+                "--authentication-skip-lookup=true".into(),
+                "--leader-elect=false".into(),
+                // 40 s by default: scenarios wait for it often, and nothing of ours may depend on it.
+                "--node-monitor-grace-period=16s".into(),
+            ],
+            Component::Scheduler => vec![
+                file("kubeconfig", "scheduler.kubeconfig"),
+                "--authentication-skip-lookup=true".into(),
+                "--leader-elect=false".into(),
+            ],
+            Component::Dns => {
+                vec![
+                    "-conf".into(),
+                    pki.join("Corefile").to_string_lossy().into_owned(),
+                ]
+            }
+        }
+    }
+}
+
+/// 3.4 s measured; a machine that builds beside it takes its time.
+const API_DEADLINE: Duration = Duration::from_secs(90);

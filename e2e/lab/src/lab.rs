@@ -1,0 +1,341 @@
+//! A lab: up, down, and a handle on one that is up.
+
+mod down;
+mod up;
+
+use std::fs::{self, File};
+use std::net::{SocketAddr, TcpStream};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+
+use crate::command::Run;
+use crate::control_plane::{Component, ControlPlane};
+use crate::hub::Hub;
+use crate::names::{LabName, NodeIndex};
+use crate::node::Node;
+use crate::state::{LabPaths, State, Tier};
+use crate::tools::Tools;
+use crate::wait::wait_for;
+
+pub use down::{down, down_all};
+pub(crate) use up::pause_archive;
+
+/// What a lab is to be.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Its name. Labs of different names do not touch each other.
+    pub name: LabName,
+    /// Kind of its nodes.
+    pub tier: Tier,
+    /// Number of its nodes.
+    pub nodes: u8,
+    /// Size of the disk that all nodes share (`/dev/disk/by-id/virtio-shared0`), bytes.
+    pub shared_disk_bytes: u64,
+    /// Image archives that every node imports.
+    pub images: Vec<PathBuf>,
+    /// Memory of an emulated node, MiB.
+    pub node_memory_mib: u32,
+    /// Whether the lab ends with the process that made it, however that ends.
+    pub ephemeral: bool,
+}
+
+impl Options {
+    /// A lab of `nodes` nodes under the name `name`.
+    pub fn new(name: LabName, tier: Tier, nodes: u8) -> Self {
+        Self {
+            name,
+            tier,
+            nodes,
+            shared_disk_bytes: SHARED_DISK_BYTES,
+            images: Vec::new(),
+            node_memory_mib: NODE_MEMORY_MIB,
+            ephemeral: false,
+        }
+    }
+}
+
+/// A lab that is up.
+#[derive(Debug)]
+pub struct Lab {
+    state: State,
+    paths: LabPaths,
+    tools: Tools,
+    hub: Hub,
+    /// Taken down when this is dropped, with the lock that it holds.
+    ephemeral: bool,
+}
+
+impl Lab {
+    /// A native lab of `nodes` nodes for one test: it is gone when this is dropped, and also when the test is killed.
+    ///
+    /// The image archives in `BASCULE_LAB_IMAGES` (separated by `:`) are imported.
+    pub fn native(nodes: u8) -> Result<Self> {
+        Self::for_test(Tier::Native, nodes)
+    }
+
+    /// An emulated lab of `nodes` nodes for one test, as [`Self::native`].
+    pub fn emulated(nodes: u8) -> Result<Self> {
+        Self::for_test(Tier::Emulated, nodes)
+    }
+
+    fn for_test(tier: Tier, nodes: u8) -> Result<Self> {
+        let mut options = Options::new("test".parse()?, tier, nodes);
+        options.images = images_from_env();
+        options.ephemeral = true;
+        Self::up(&options)
+    }
+
+    /// Brings a lab up; the remains of an earlier one of the same name are cleared away first.
+    ///
+    /// # Errors
+    /// When something does not come up in time: the ends of all logs are printed, and the lab is down again.
+    pub fn up(options: &Options) -> Result<Self> {
+        up::up(options)
+    }
+
+    /// A handle on a lab that another process brought up.
+    pub fn open(name: &LabName) -> Result<Self> {
+        let paths = LabPaths::new(name)?;
+        let state = State::load(&paths)?;
+        let state = state.with_context(|| format!("there is no lab {name}: `lab up` makes one"))?;
+        ensure!(
+            state.complete,
+            "the lab {name} did not come up: `lab up` again"
+        );
+        let hub = Hub::new(name);
+        Ok(Self {
+            state,
+            paths,
+            tools: Tools::ensure()?,
+            hub,
+            ephemeral: false,
+        })
+    }
+
+    /// Takes it down and leaves no trace but the logs.
+    pub fn down(mut self) -> Result<()> {
+        self.ephemeral = false;
+        down(&self.state.name)
+    }
+
+    /// Its state, as recorded.
+    pub fn state(&self) -> &State {
+        &self.state
+    }
+
+    /// Its hub: network access for tests.
+    pub fn hub(&self) -> &Hub {
+        &self.hub
+    }
+
+    /// The built programs.
+    pub fn tools(&self) -> &Tools {
+        &self.tools
+    }
+
+    /// Where its logs are.
+    pub fn logs(&self) -> &Path {
+        &self.state.logs
+    }
+
+    /// The shared disk's file on the host: an offline checker may read it.
+    pub fn shared_disk(&self) -> PathBuf {
+        shared_disk_path(&self.paths)
+    }
+
+    /// The node called `name`.
+    pub fn node(&self, name: &str) -> Result<Node<'_>> {
+        let known = self
+            .state
+            .nodes
+            .iter()
+            .find(|node| node.index.name() == name);
+        let record = known.with_context(|| format!("the lab has no node {name}"))?;
+        Ok(Node::new(self, record.index))
+    }
+
+    /// All nodes.
+    pub fn nodes(&self) -> impl Iterator<Item = Node<'_>> {
+        self.state
+            .nodes
+            .iter()
+            .map(|record| Node::new(self, record.index))
+    }
+
+    /// `kubectl` as cluster administrator; its standard output.
+    pub fn kubectl(&self, args: &[&str]) -> Result<String> {
+        self.kubectl_run()?.args(args).text()
+    }
+
+    /// A prepared `kubectl`, for what [`Self::kubectl`] does not do (standard input, longer deadlines, exit codes).
+    pub fn kubectl_run(&self) -> Result<Run> {
+        let kubectl = self.tools.path("kubectl")?;
+        Ok(Run::in_netns(&self.state.name.hub_netns(), kubectl)
+            .env("KUBECONFIG", self.kubeconfig()))
+    }
+
+    /// One object, or a list of objects, as JSON.
+    pub fn get(&self, args: &[&str]) -> Result<Value> {
+        let text = self.kubectl(&[&["get", "-o", "json"], args].concat())?;
+        serde_json::from_str(&text).context("parse what kubectl says")
+    }
+
+    /// `kubectl apply --server-side` of these documents.
+    pub fn apply(&self, yaml: &str) -> Result<()> {
+        let args = ["apply", "--server-side", "--force-conflicts", "-f", "-"];
+        self.kubectl_run()?.args(args).stdin(yaml).done()
+    }
+
+    /// `helm` as cluster administrator; its standard output.
+    pub fn helm(&self, args: &[&str]) -> Result<String> {
+        self.helm_run()?.args(args).text()
+    }
+
+    /// A prepared `helm`.
+    pub fn helm_run(&self) -> Result<Run> {
+        let run = Run::in_netns(&self.state.name.hub_netns(), self.tools.path("helm")?);
+        let run = run.env("KUBECONFIG", self.kubeconfig());
+        Ok(run
+            .env("HELM_CACHE_HOME", self.paths.dir().join("helm"))
+            .deadline(HELM_DEADLINE))
+    }
+
+    /// The administrator's kubeconfig. Its server is reachable from the hub only.
+    pub fn kubeconfig(&self) -> PathBuf {
+        self.paths.pki().join("admin.kubeconfig")
+    }
+
+    /// Waits as [`wait_for`]; a failure prints the ends of all logs.
+    pub fn wait_for<T>(
+        &self,
+        what: &str,
+        deadline: Duration,
+        probe: impl FnMut() -> Result<T>,
+    ) -> Result<T> {
+        wait_for(what, deadline, probe).inspect_err(|_| self.print_logs())
+    }
+
+    /// A TCP connection from the hub: to a guest (10.91.0.x), a node, a pod.
+    pub fn connect(&self, address: SocketAddr, timeout: Duration) -> Result<TcpStream> {
+        self.hub.connect(address, timeout)
+    }
+
+    /// Kills a component of the control plane; it stays down.
+    pub fn kill(&self, component: Component) -> Result<()> {
+        self.control_plane().kill(component)
+    }
+
+    /// Starts a component of the control plane that was killed; the API server is ready when this returns.
+    pub fn restart(&self, component: Component) -> Result<()> {
+        let process = self.control_plane().start(component)?;
+        match component {
+            Component::Apiserver => self.control_plane().wait_ready(&[(component, process)]),
+            _ => Ok(()),
+        }
+    }
+
+    /// Stops a component of the control plane where it stands, or lets it go on.
+    pub fn freeze(&self, component: Component, frozen: bool) -> Result<()> {
+        self.control_plane().freeze(component, frozen)
+    }
+
+    /// Whether a component of the control plane runs.
+    pub fn running(&self, component: Component) -> Result<bool> {
+        self.control_plane().running(component)
+    }
+
+    /// Prints the ends of all logs on standard error.
+    pub fn print_logs(&self) {
+        print_logs(&self.state.logs);
+    }
+
+    pub(crate) fn control_plane(&self) -> ControlPlane<'_> {
+        ControlPlane {
+            name: &self.state.name,
+            paths: &self.paths,
+            logs: &self.state.logs,
+            tools: &self.tools,
+        }
+    }
+
+    pub(crate) fn paths(&self) -> &LabPaths {
+        &self.paths
+    }
+
+    /// Changes the recorded state, whatever another process has recorded meanwhile.
+    pub(crate) fn record(&self, change: impl FnOnce(&mut State)) -> Result<()> {
+        let mut state = State::load(&self.paths)?.context("the lab is gone")?;
+        change(&mut state);
+        state.save(&self.paths)
+    }
+
+    /// What is recorded now.
+    pub(crate) fn recorded(&self) -> Result<State> {
+        State::load(&self.paths)?.context("the lab is gone")
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        if self.ephemeral
+            && let Err(error) = down(&self.state.name)
+        {
+            eprintln!("lab: take down {}: {error:#}", self.state.name);
+        }
+    }
+}
+
+/// Image archives that the environment asks for.
+pub fn images_from_env() -> Vec<PathBuf> {
+    let images = std::env::var_os("BASCULE_LAB_IMAGES").unwrap_or_default();
+    std::env::split_paths(&images)
+        .filter(|path| !path.as_os_str().is_empty())
+        .collect()
+}
+
+/// Prints the end of every log in `logs`.
+pub fn print_logs(logs: &Path) {
+    let Ok(entries) = fs::read_dir(logs) else {
+        return;
+    };
+    let mut files: Vec<PathBuf> = entries.filter_map(|e| Some(e.ok()?.path())).collect();
+    files.sort();
+    for file in files {
+        let Ok(text) = read_tail(&file) else { continue };
+        eprintln!("==> {} <==\n{text}", file.display());
+    }
+}
+
+fn read_tail(file: &Path) -> Result<String> {
+    use std::io::{Read, Seek, SeekFrom};
+
+    let mut file = File::open(file).context("open a log")?;
+    let size = file.metadata().context("stat a log")?.len();
+    file.seek(SeekFrom::Start(size.saturating_sub(TAIL_BYTES)))
+        .context("seek in a log")?;
+    let mut bytes = Vec::new();
+    file.read_to_end(&mut bytes).context("read a log")?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+pub(crate) fn shared_disk_path(paths: &LabPaths) -> PathBuf {
+    paths.disks().join(format!("{SHARED_DISK}.img"))
+}
+
+pub(crate) fn nodes_of(options: &Options) -> Result<Vec<NodeIndex>> {
+    (1..=options.nodes).map(NodeIndex::new).collect()
+}
+
+/// Serial number of the disk that all nodes share.
+pub const SHARED_DISK: &str = "shared0";
+/// Sparse; room for a few small guests.
+const SHARED_DISK_BYTES: u64 = 8 << 30;
+/// 1.0 GiB resident were measured with kubelet and containerd; the rest is for guests.
+const NODE_MEMORY_MIB: u32 = 2048;
+/// How much of each log is shown on failure.
+const TAIL_BYTES: u64 = 3000;
+/// `helm --wait` has a shorter one of its own (5 minutes).
+const HELM_DEADLINE: Duration = Duration::from_secs(600);

@@ -1,0 +1,226 @@
+//! Bringing a lab up.
+
+use std::fs::{self, File};
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, ensure};
+
+use super::{Lab, Options, SHARED_DISK, down, nodes_of, print_logs, shared_disk_path};
+use crate::cache::cached;
+use crate::cgroup::Cgroup;
+use crate::command::Run;
+use crate::emulated;
+use crate::hub::Hub;
+use crate::image::{Image, sha256_file};
+use crate::init::DiskSpec;
+use crate::machine::{NodeFiles, NodePlan, write_conf};
+use crate::names::NodeIndex;
+use crate::native;
+use crate::pki::Pki;
+use crate::progress::step;
+use crate::state::{LabPaths, NodeRecord, State, Tier, boot_id};
+use crate::tools::{PACKAGES, PACKAGES_EMULATED, Tools, ensure_packages, lab_binary};
+use crate::wait::wait_for;
+
+/// See [`Lab::up`].
+pub(super) fn up(options: &Options) -> Result<Lab> {
+    ensure!(rustix::process::geteuid().is_root(), "a lab needs root");
+    let nodes = nodes_of(options)?;
+    ensure_packages(PACKAGES)?;
+    if options.tier == Tier::Emulated {
+        ensure_packages(PACKAGES_EMULATED)?;
+    }
+    let tools = Tools::ensure()?;
+    let assets = match options.tier {
+        Tier::Native => None,
+        Tier::Emulated => Some(emulated::Assets::ensure(&tools, &options.images)?),
+    };
+
+    let paths = LabPaths::new(&options.name)?;
+    let lock = paths.lock()?;
+    down::clear(&options.name, &paths)?;
+    let state = new_state(options, &paths)?;
+    state.save(&paths)?;
+    start_guard(options)?;
+    let hub = Hub::new(&options.name);
+    let mut lab = Lab {
+        state,
+        paths,
+        tools,
+        hub,
+        ephemeral: options.ephemeral,
+    };
+    let outcome = build(&mut lab, options, &nodes, assets.as_ref());
+    drop(lock);
+    match outcome {
+        Ok(()) => Ok(lab),
+        Err(error) => {
+            print_logs(lab.logs());
+            lab.ephemeral = false;
+            down(&options.name).context("clean up after a failed start")?;
+            Err(error)
+        }
+    }
+}
+
+fn build(
+    lab: &mut Lab,
+    options: &Options,
+    nodes: &[NodeIndex],
+    assets: Option<&emulated::Assets>,
+) -> Result<()> {
+    Cgroup::at(options.name.cgroup())?.create()?;
+    lab.hub.create()?;
+    let device = make_shared_disk(lab, options)?;
+    let pki = Pki::create(&lab.paths.pki())?;
+    step("starting the control plane", || {
+        lab.control_plane().start_all(&pki)
+    })?;
+    let plan = plan(lab, options, nodes, device)?;
+    for &node in nodes {
+        let files = NodeFiles::at(lab.paths.node(&node.name()));
+        let native = match options.tier {
+            Tier::Native => Some(native::native_spec(&files)?),
+            Tier::Emulated => None,
+        };
+        write_conf(&files, node, &plan, native, &pki)?;
+        if let Some(assets) = assets {
+            emulated::prepare_node(lab, node, assets, options.node_memory_mib)?;
+        }
+        lab.state.nodes.push(NodeRecord {
+            index: node,
+            machine: None,
+        });
+    }
+    lab.state.save(&lab.paths)?;
+    step(&format!("starting {} nodes", nodes.len()), || {
+        for node in lab.nodes() {
+            node.boot()?;
+        }
+        lab.nodes()
+            .try_for_each(|node| node.wait_ready(ready_deadline(options.tier)))
+    })?;
+    // Without it no pod can be made.
+    wait_for(
+        "the default service account",
+        Duration::from_secs(60),
+        || lab.kubectl(&["-n", "default", "get", "serviceaccount", "default"]),
+    )?;
+    lab.record(|state| state.complete = true)?;
+    lab.state = lab.recorded()?;
+    Ok(())
+}
+
+fn new_state(options: &Options, paths: &LabPaths) -> Result<State> {
+    let since = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .context("the clock is before 1970")?;
+    let logs = paths.logs().join(since.as_millis().to_string());
+    for dir in [&paths.dir(), &paths.disks(), &paths.web(), &logs] {
+        fs::create_dir_all(dir).with_context(|| format!("make {}", dir.display()))?;
+    }
+    Ok(State {
+        version: crate::state::STATE_VERSION,
+        name: options.name.clone(),
+        tier: options.tier,
+        boot_id: boot_id()?,
+        logs,
+        nodes: Vec::new(),
+        complete: false,
+        ephemeral: options.ephemeral,
+    })
+}
+
+/// The disk that all nodes share, and natively its loop device.
+fn make_shared_disk(lab: &Lab, options: &Options) -> Result<Option<PathBuf>> {
+    let path = shared_disk_path(&lab.paths);
+    let file = File::create(&path).with_context(|| format!("create {}", path.display()))?;
+    file.set_len(options.shared_disk_bytes)
+        .context("size the shared disk")?;
+    if options.tier == Tier::Emulated {
+        return Ok(None);
+    }
+    // Direct, or the host's page cache would answer for the disk.
+    let device = Run::new("losetup")
+        .args(["--find", "--show", "--direct-io=on"])
+        .arg(&path)
+        .text()?;
+    Ok(Some(PathBuf::from(device.trim())))
+}
+
+fn plan(
+    lab: &Lab,
+    options: &Options,
+    nodes: &[NodeIndex],
+    device: Option<PathBuf>,
+) -> Result<NodePlan> {
+    let disks = vec![DiskSpec {
+        serial: SHARED_DISK.to_owned(),
+        device,
+    }];
+    if options.tier == Tier::Emulated {
+        return Ok(emulated::plan(nodes, disks, options.images.len()));
+    }
+    let program =
+        |name: &str| -> Result<String> { Ok(lab.tools.path(name)?.to_string_lossy().into_owned()) };
+    let mut images = vec![pause_archive()?];
+    images.extend(options.images.iter().cloned());
+    let dirs = lab
+        .tools
+        .dirs()
+        .iter()
+        .map(|dir| dir.to_string_lossy().into_owned());
+    let system = SYSTEM_PATH.split(':').map(str::to_owned);
+    Ok(NodePlan {
+        tier: options.tier,
+        nodes: nodes.to_vec(),
+        containerd: program("containerd")?,
+        kubelet: program("kubelet")?,
+        kube_proxy: program("kube-proxy")?,
+        path: dirs.chain(system).collect::<Vec<_>>().join(":"),
+        images,
+        disks,
+        logs: Some(lab.state.logs.clone()),
+    })
+}
+
+/// The pause image's archive, keyed by the busybox in it.
+pub(crate) fn pause_archive() -> Result<PathBuf> {
+    let (busybox, _) = sha256_file("/bin/busybox".as_ref())?;
+    let key = format!("pause-{}", &busybox[..16]);
+    let dir = cached(&key, "making the pause image", |dir| {
+        Image::pause().write(&dir.join("pause.tar")).map(drop)
+    })?;
+    Ok(dir.join("pause.tar"))
+}
+
+/// Starts the process that takes the lab down if this one ends early ([`crate::guard`]).
+fn start_guard(options: &Options) -> Result<()> {
+    let parent = std::process::id().to_string();
+    Command::new(lab_binary()?)
+        .args([
+            "guard",
+            "--lab",
+            options.name.as_str(),
+            "--process",
+            &parent,
+        ])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .spawn()
+        .context("start the lab's guard")
+        .map(drop)
+}
+
+/// Native: 3 s measured. Emulated: 66 s for three nodes alone on two cores; builds beside it make it several times that.
+fn ready_deadline(tier: Tier) -> Duration {
+    match tier {
+        Tier::Native => Duration::from_secs(120),
+        Tier::Emulated => Duration::from_secs(600),
+    }
+}
+
+/// Where Debian has its programs.
+const SYSTEM_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";

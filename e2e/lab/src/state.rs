@@ -1,0 +1,261 @@
+//! What a lab has made, on disk before it is made, so that the next run can undo it whatever happened to this one.
+
+use std::fs::{self, File};
+use std::io::{ErrorKind, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use rustix::fs::{FlockOperation, flock};
+use serde::{Deserialize, Serialize};
+
+use crate::names::{LabName, NodeIndex};
+use crate::process::ProcessId;
+
+/// What a node is made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Tier {
+    /// Namespaces of this machine, its own /dev/kvm.
+    Native,
+    /// QEMU machines with a kernel, a /dev/kvm, a watchdog and disks of their own.
+    Emulated,
+}
+
+/// A node as recorded.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeRecord {
+    /// Its index.
+    pub index: NodeIndex,
+    /// The process whose death is the node's power cut: its PID 1, or its QEMU. None while it is off.
+    pub machine: Option<ProcessId>,
+}
+
+/// State of a lab.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct State {
+    /// [`STATE_VERSION`] of the writer.
+    pub version: u32,
+    /// The lab's name.
+    pub name: LabName,
+    /// Kind of its nodes.
+    pub tier: Tier,
+    /// Boot of the host in which its processes ran; after another boot there is nothing left to kill.
+    pub boot_id: String,
+    /// Where the logs of this run are.
+    pub logs: PathBuf,
+    /// Its nodes.
+    pub nodes: Vec<NodeRecord>,
+    /// Whether `up` came to its end.
+    pub complete: bool,
+    /// Whether the lab ends with the process that made it.
+    pub ephemeral: bool,
+}
+
+impl State {
+    /// Reads a lab's state; none when there is no such lab.
+    pub fn load(paths: &LabPaths) -> Result<Option<Self>> {
+        let file = paths.state_file();
+        let text = match fs::read_to_string(&file) {
+            Ok(text) => text,
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error).with_context(|| format!("read {}", file.display())),
+        };
+        let state: Self =
+            serde_json::from_str(&text).with_context(|| format!("parse {}", file.display()))?;
+        ensure!(
+            state.version == STATE_VERSION,
+            "{}: version {}, this lab writes {STATE_VERSION}",
+            file.display(),
+            state.version
+        );
+        Ok(Some(state))
+    }
+
+    /// Replaces the state file in one step.
+    pub fn save(&self, paths: &LabPaths) -> Result<()> {
+        let (file, new) = (paths.state_file(), paths.dir().join("state.json.new"));
+        let text = serde_json::to_vec_pretty(self).context("serialize the state")?;
+        let mut out = File::create(&new).with_context(|| format!("create {}", new.display()))?;
+        out.write_all(&text)
+            .and_then(|()| out.sync_all())
+            .context("write the state")?;
+        fs::rename(&new, &file).with_context(|| format!("replace {}", file.display()))
+    }
+
+    /// The record of a node.
+    pub fn node(&self, index: NodeIndex) -> Option<&NodeRecord> {
+        self.nodes.iter().find(|node| node.index == index)
+    }
+}
+
+/// Identity of this boot of the host.
+pub fn boot_id() -> Result<String> {
+    let id = fs::read_to_string("/proc/sys/kernel/random/boot_id").context("read the boot id")?;
+    Ok(id.trim().to_owned())
+}
+
+/// Where a lab keeps its files.
+#[derive(Debug, Clone)]
+pub struct LabPaths {
+    root: PathBuf,
+    name: LabName,
+}
+
+impl LabPaths {
+    /// Below `$XDG_STATE_HOME/bascule`, or `~/.local/state/bascule`.
+    pub fn new(name: &LabName) -> Result<Self> {
+        Ok(Self {
+            root: xdg_dir("XDG_STATE_HOME", ".local/state")?,
+            name: name.clone(),
+        })
+    }
+
+    /// Everything of this lab but its logs and its lock.
+    pub fn dir(&self) -> PathBuf {
+        self.root.join("labs").join(self.name.as_str())
+    }
+
+    /// The state file.
+    pub fn state_file(&self) -> PathBuf {
+        self.dir().join("state.json")
+    }
+
+    /// Keys, certificates and kubeconfigs.
+    pub fn pki(&self) -> PathBuf {
+        self.dir().join("pki")
+    }
+
+    /// Files of one node.
+    pub fn node(&self, node: &str) -> PathBuf {
+        self.dir().join("nodes").join(node)
+    }
+
+    /// Shared disks and the overlays of the machines' own disks.
+    pub fn disks(&self) -> PathBuf {
+        self.dir().join("disks")
+    }
+
+    /// What the lab's web server shows.
+    pub fn web(&self) -> PathBuf {
+        self.dir().join("web")
+    }
+
+    /// Logs of all runs of this lab.
+    pub fn logs(&self) -> PathBuf {
+        self.root.join("logs").join(self.name.as_str())
+    }
+
+    /// Keeps other processes from bringing this lab up or down at the same time, until dropped.
+    pub fn lock(&self) -> Result<File> {
+        let dir = self.root.join("labs");
+        fs::create_dir_all(&dir).with_context(|| format!("make {}", dir.display()))?;
+        let path = dir.join(format!("{}.lock", self.name));
+        let file = File::create(&path).with_context(|| format!("create {}", path.display()))?;
+        flock(&file, FlockOperation::NonBlockingLockExclusive)
+            .with_context(|| format!("another process brings the lab {} up or down", self.name))?;
+        Ok(file)
+    }
+
+    /// Names of all labs that have left a directory.
+    pub fn all_labs() -> Result<Vec<LabName>> {
+        let dir = xdg_dir("XDG_STATE_HOME", ".local/state")?.join("labs");
+        let Ok(entries) = fs::read_dir(&dir) else {
+            return Ok(Vec::new());
+        };
+        let mut names: Vec<LabName> = entries
+            .filter_map(Result::ok)
+            .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+            .filter_map(|entry| entry.file_name().to_string_lossy().parse().ok())
+            .collect();
+        names.sort();
+        Ok(names)
+    }
+}
+
+/// A directory of the project below one of the XDG base directories.
+pub(crate) fn xdg_dir(variable: &str, default: &str) -> Result<PathBuf> {
+    let base = match std::env::var_os(variable).filter(|dir| Path::new(dir).is_absolute()) {
+        Some(dir) => PathBuf::from(dir),
+        None => {
+            let home = std::env::var_os("HOME").context("HOME is not set")?;
+            PathBuf::from(home).join(default)
+        }
+    };
+    Ok(base.join("bascule"))
+}
+
+/// Version of the state file: raised when its meaning changes.
+pub(crate) const STATE_VERSION: u32 = 1;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample(name: &LabName) -> State {
+        State {
+            version: STATE_VERSION,
+            name: name.clone(),
+            tier: Tier::Native,
+            boot_id: boot_id().unwrap(),
+            logs: "/logs".into(),
+            nodes: vec![NodeRecord {
+                index: NodeIndex::new(1).unwrap(),
+                machine: None,
+            }],
+            complete: false,
+            ephemeral: true,
+        }
+    }
+
+    #[test]
+    fn the_state_survives_a_round_trip_and_leaves_no_second_file() {
+        let root = tempfile::tempdir().unwrap();
+        let name: LabName = "unit".parse().unwrap();
+        let paths = LabPaths {
+            root: root.path().to_owned(),
+            name: name.clone(),
+        };
+        assert_eq!(State::load(&paths).unwrap(), None);
+        fs::create_dir_all(paths.dir()).unwrap();
+        let state = sample(&name);
+        state.save(&paths).unwrap();
+        assert_eq!(State::load(&paths).unwrap(), Some(state));
+        assert_eq!(fs::read_dir(paths.dir()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_state_of_another_version_is_refused() {
+        let root = tempfile::tempdir().unwrap();
+        let name: LabName = "unit".parse().unwrap();
+        let paths = LabPaths {
+            root: root.path().to_owned(),
+            name: name.clone(),
+        };
+        fs::create_dir_all(paths.dir()).unwrap();
+        State {
+            version: STATE_VERSION + 1,
+            ..sample(&name)
+        }
+        .save(&paths)
+        .unwrap();
+        assert!(
+            State::load(&paths)
+                .unwrap_err()
+                .to_string()
+                .contains("version")
+        );
+    }
+
+    #[test]
+    fn only_one_process_at_a_time_works_on_a_lab() {
+        let root = tempfile::tempdir().unwrap();
+        let paths = LabPaths {
+            root: root.path().to_owned(),
+            name: "unit".parse().unwrap(),
+        };
+        let held = paths.lock().unwrap();
+        assert!(paths.lock().is_err());
+        drop(held);
+        assert!(paths.lock().is_ok());
+    }
+}

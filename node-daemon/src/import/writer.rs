@@ -53,7 +53,7 @@ fn import(job: &ImportJob) -> Result<()> {
     } else {
         row.size
     };
-    finish(job, &mut volume)?;
+    finish(job, &mut volume, length)?;
     report(job, length, Some(length), ImportState::Complete { length })
 }
 
@@ -121,8 +121,11 @@ fn fill(job: &ImportJob, target: &Target, row: &DiskRow) -> Result<Bytes> {
     Ok(Bytes(written))
 }
 
-fn finish(job: &ImportJob, volume: &mut Connection) -> Result<()> {
-    let request = Request::Change(Change::FinishImport { disk: job.disk });
+fn finish(job: &ImportJob, volume: &mut Connection, length: Bytes) -> Result<()> {
+    let request = Request::Change(Change::FinishImport {
+        disk: job.disk,
+        length: Some(length),
+    });
     match volume
         .call::<_, Response>(&request)
         .context("finish the import")?

@@ -65,6 +65,10 @@ pub enum Change {
     FinishImport {
         /// The disk.
         disk: DiskId,
+        /// The image's length. A kernel's or initrd's row becomes that long, and gives the space
+        /// behind it back; another disk keeps its size.
+        #[serde(default)]
+        length: Option<Bytes>,
     },
     /// Give a kept disk of the same namespace to a VM.
     AttachDisk {

@@ -38,6 +38,10 @@ impl Space {
         self.extents_to_bytes(self.total)
     }
 
+    pub(crate) const fn extent_bytes(&self) -> u64 {
+        self.extent_blocks * BLOCK_BYTES_U64
+    }
+
     pub(crate) fn free_bytes(&self) -> Bytes {
         self.extents_to_bytes(self.free.values().sum())
     }

@@ -200,7 +200,10 @@ fn a_disk_is_filled_by_one_node_at_a_time() {
     assert!(disk.importing);
     let elsewhere = Refusal::ImportedElsewhere { owner: owner(0, 1) };
     assert_eq!(cluster.ask(2, &create), Err(elsewhere));
-    let finish = Change::FinishImport { disk: disk.disk };
+    let finish = Change::FinishImport {
+        disk: disk.disk,
+        length: None,
+    };
     assert_eq!(cluster.ask(2, &finish), Err(elsewhere));
     // The first importer dies: only its fence lets another one fill the disk.
     let victim = owner(0, 1);
@@ -216,11 +219,38 @@ fn a_disk_is_filled_by_one_node_at_a_time() {
 }
 
 #[test]
+fn a_boot_image_is_cut_to_its_length_and_its_disk_is_found_again() {
+    let mut cluster = Cluster::with_two_nodes();
+    cluster.create_vm(1);
+    let create = Change::CreateDisk {
+        vm: vm(1),
+        name: name("shop/web.boot-kernel"),
+        size: Bytes::mib(16),
+        role: DiskRole::Kernel,
+        importing: true,
+    };
+    let before = cluster.metadata.free();
+    let disk = disk_of(cluster.ask(1, &create).unwrap()).disk;
+    let length = Some(Bytes(3 * (1 << 20) + 17));
+    let done = disk_of(
+        cluster
+            .ask(1, &Change::FinishImport { disk, length })
+            .unwrap(),
+    );
+    assert_eq!(Some(done.size), length);
+    assert_eq!(before.0 - cluster.metadata.free().0, 4 << 20);
+    assert_eq!(disk_of(cluster.ask(1, &create).unwrap()), done);
+}
+
+#[test]
 fn a_kept_disk_goes_back_to_its_own_namespace_only() {
     let mut cluster = Cluster::with_two_nodes();
     cluster.create_vm(1);
     let disk = disk_of(cluster.ask(1, &create_disk(1, "shop/data", 4)).unwrap());
-    let finish = Change::FinishImport { disk: disk.disk };
+    let finish = Change::FinishImport {
+        disk: disk.disk,
+        length: None,
+    };
     cluster.ask(1, &finish).unwrap();
     cluster.ask(1, &Change::DeleteVm { vm: vm(1) }).unwrap();
     let kept = cluster.metadata.disk(disk.disk).unwrap();

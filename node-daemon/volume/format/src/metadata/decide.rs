@@ -120,7 +120,7 @@ impl Metadata {
                 role,
                 ..
             } => self.create_disk(*vm, name, *size, *role, context),
-            Change::FinishImport { disk } => self.finish_import(*disk, context),
+            Change::FinishImport { disk, length } => self.finish_import(*disk, *length, context),
             Change::AttachDisk { name, vm } => self.attach_disk(name, *vm),
             Change::DeleteDisk { disk } => self.delete_disk(*disk, context),
             Change::ReserveSavedState { vm, from, size } => self.reserve_saved(*vm, *from, *size),

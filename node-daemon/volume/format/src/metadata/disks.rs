@@ -29,7 +29,9 @@ impl Metadata {
             if row.vm != Some(vm) {
                 return Err(Refusal::NameTaken);
             }
-            if row.size != size || row.role != role {
+            // A boot image's row has been cut to the image's length.
+            let same_size = row.size == size || (!row.importing && role != DiskRole::Data);
+            if !same_size || row.role != role {
                 return Err(Refusal::DiskDiffers);
             }
             return self.resume_import(row, importer, context);
@@ -89,6 +91,7 @@ impl Metadata {
     pub(super) fn finish_import(
         &self,
         disk: DiskId,
+        length: Option<Bytes>,
         context: &Context<'_>,
     ) -> Result<Decision, Refusal> {
         let row = self.disk(disk).ok_or(Refusal::NoSuchDisk)?;
@@ -100,11 +103,34 @@ impl Metadata {
             (Some(owner), _) => return Err(Refusal::ImportedElsewhere { owner }),
             (None, _) => return Err(Refusal::Importing),
         }
-        Ok(put(DiskRow {
+        let whole = DiskRow {
             importing: false,
             importer: None,
             ..row.clone()
-        }))
+        };
+        match length {
+            Some(length) if row.role != DiskRole::Data && length <= row.size => {
+                Ok(put(self.cut(whole, length)))
+            }
+            _ => Ok(put(whole)),
+        }
+    }
+
+    /// The row with the size `length` and only the extents that it takes.
+    fn cut(&self, row: DiskRow, length: Bytes) -> DiskRow {
+        let extent = self.space.extent_bytes();
+        let mut wanted = length.0.next_multiple_of(extent).max(extent);
+        let mut extents = row.extents.clone();
+        extents.retain_mut(|run| {
+            run.length = Bytes(run.length.0.min(wanted));
+            wanted -= run.length.0;
+            run.length.0 > 0
+        });
+        DiskRow {
+            size: length,
+            extents,
+            ..row
+        }
     }
 
     pub(super) fn attach_disk(&self, name: &RowName, vm: VmUid) -> Result<Decision, Refusal> {

@@ -26,6 +26,9 @@ pub enum Request {
         /// The volume.
         volume: VolumeId,
     },
+    /// Disarm the device and end: no volume is enlisted, and Bascule leaves this node. Refused
+    /// while one is.
+    Disarm,
 }
 
 /// The answer to a [`Request`].
@@ -35,7 +38,8 @@ pub enum Response {
     Status {
         /// Its kind.
         kind: WatchdogKind,
-        /// After how long without a pet it resets the machine, in milliseconds.
+        /// After how long without a pet it resets the machine, in milliseconds. Whether that is
+        /// short enough for a volume: `bascule_volume_protocol::watchdog::timeout_fits`.
         timeout_ms: u64,
         /// The volumes that are enlisted.
         enlisted: Vec<VolumeId>,

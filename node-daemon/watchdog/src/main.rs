@@ -1,3 +1,95 @@
-//! One process per node that owns /dev/watchdog.
+//! `bascule-watchdog`: the one process of a node that owns its watchdog.
 
-fn main() {}
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use bascule_watchdog::petting::{self, Shared};
+use bascule_watchdog::{
+    LinuxDevice, NoDevice, PipeDevice, Registry, Store, WatchdogDevice, server,
+};
+use clap::Parser;
+use rustix::fs::{FlockOperation, flock};
+
+/// Pet the node's watchdog while every volume with open writers has a valid lease.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Arguments {
+    /// The watchdog device. Opening it arms it.
+    #[arg(long, default_value = "/dev/watchdog", conflicts_with = "none")]
+    device: PathBuf,
+    /// This node has no watchdog. Volumes with fencing Watchdog then take over this node's virtual
+    /// machines only on an administrator's word.
+    #[arg(long)]
+    none: bool,
+    /// Accept the kernel's softdog, which does not fire when its kernel hangs.
+    #[arg(long)]
+    allow_softdog: bool,
+    /// The timeout to set, in whole seconds. A volume takes this node's watchdog for one only if
+    /// lease + 2 × timeout is less than the volume's watch + watchdog times.
+    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    timeout_seconds: u64,
+    /// The device is a named pipe to a watchdog outside of this machine, which resets it when no
+    /// byte came for this many milliseconds.
+    #[arg(long, conflicts_with_all = ["none", "allow_softdog"],
+          value_parser = clap::value_parser!(u64).range(100..=3_600_000))]
+    pipe_timeout_ms: Option<u64>,
+    /// The directory for watchdog.sock and watchdog.json; a tmpfs.
+    #[arg(long, default_value = "/run/bascule")]
+    run_dir: PathBuf,
+}
+
+fn main() -> anyhow::Result<()> {
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .init();
+    let arguments = Arguments::parse();
+    let run_dir = &arguments.run_dir;
+    let lock = std::fs::File::create(run_dir.join("watchdog.lock"))
+        .with_context(|| format!("create watchdog.lock in {}", run_dir.display()))?;
+    if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
+        bail!(
+            "another bascule-watchdog is running in {}",
+            run_dir.display()
+        );
+    }
+    // The list first: a process that does not know whom it watches must not arm anything.
+    let store = Store::new(run_dir.join("watchdog.json"))?;
+    let registry = Registry::load(store).context("load the enlisted volumes")?;
+    let listener = server::listen(&run_dir.join("watchdog.sock")).context("listen")?;
+    let path = &arguments.device;
+    let opened = || format!("open the watchdog {}", path.display());
+    if arguments.none {
+        run(NoDevice, registry, listener)
+    } else if let Some(timeout_ms) = arguments.pipe_timeout_ms {
+        let timeout = Duration::from_millis(timeout_ms);
+        let device = PipeDevice::open(path, timeout).with_context(opened)?;
+        run(device, registry, listener)
+    } else {
+        let timeout = Duration::from_secs(arguments.timeout_seconds);
+        let device =
+            LinuxDevice::open(path, timeout, arguments.allow_softdog).with_context(opened)?;
+        run(device, registry, listener)
+    }
+}
+
+fn run(
+    device: impl WatchdogDevice,
+    registry: Registry,
+    listener: std::os::unix::net::UnixListener,
+) -> anyhow::Result<()> {
+    tracing::info!(
+        kind = ?device.kind(),
+        timeout = ?device.timeout(),
+        enlisted = registry.volumes().len(),
+        "the watchdog is armed"
+    );
+    let shared = Shared::new(&device, registry);
+    let served = std::sync::Arc::clone(&shared);
+    std::thread::Builder::new()
+        .name("server".to_owned())
+        .spawn(move || server::serve(&listener, &served))
+        .context("start the server")?;
+    petting::run(device, &shared);
+    Ok(())
+}

@@ -31,6 +31,7 @@
 //! it, or this process learned it. A slow process still in `e` then sees a later instance and
 //! gives up.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use bascule_types::{BootTime, Owner, SlotId};
@@ -47,8 +48,8 @@ pub struct Election {
     state: State,
     /// The highest counter that this process used.
     counter_used: u64,
-    /// Blocks with a write that did not end well.
-    poisoned: [bool; PAXOS_SUBSECTORS as usize],
+    /// Blocks of the slot with a write that did not end well.
+    poisoned: BTreeSet<u64>,
     /// A leader block's write did not end well: it may land late and hide a later one.
     leader_poisoned: bool,
     /// The last instance whose decision this process learned.
@@ -176,7 +177,7 @@ impl Election {
             config,
             state: State::Idle,
             counter_used: 0,
-            poisoned: [false; PAXOS_SUBSECTORS as usize],
+            poisoned: BTreeSet::new(),
             leader_poisoned: false,
             decided: CoordinatorEpoch(0),
         }
@@ -246,7 +247,7 @@ impl Election {
         if now < from && !broken!(self.config.rules, ReuseBeforeSettle) {
             return self.done(ElectionOutcome::NotBefore(from));
         }
-        if self.leader_poisoned || self.poisoned.iter().all(|poisoned| *poisoned) {
+        if self.leader_poisoned || self.poisoned.len() as u64 == PAXOS_SUBSECTORS {
             return self.done(ElectionOutcome::Unfit);
         }
         self.read_in(State::Looking)
@@ -260,7 +261,7 @@ impl Election {
         let slots = u64::from(self.config.slots.max(1));
         let counter_seen = paxos.iter().map(|block| block.mbal / slots).max();
         let mut counter = counter_seen.unwrap_or(0).max(self.counter_used) + 1;
-        while self.poisoned[subsector_index(counter)] {
+        while self.poisoned.contains(&(counter % PAXOS_SUBSECTORS)) {
             counter += 1;
         }
         self.counter_used = counter;
@@ -320,7 +321,7 @@ impl Election {
     fn failed(mut self) -> Next {
         match self.state {
             State::Preparing(ballot, Half::Write) | State::Accepting(ballot, _, Half::Write) => {
-                self.poisoned[subsector_index(ballot.counter)] = true;
+                self.poisoned.insert(ballot.counter % PAXOS_SUBSECTORS);
             }
             State::Leading(_) => self.leader_poisoned = true,
             _ => {}
@@ -366,15 +367,6 @@ fn accepted_in(
         .filter(|block| slot.is_none_or(|slot| block.writer.slot == slot))
         .filter_map(|block| block.accepted)
         .max_by_key(|accepted| accepted.bal)
-}
-
-/// The index of a counter's block within its slot.
-#[expect(
-    clippy::cast_possible_truncation,
-    reason = "the remainder is below PAXOS_SUBSECTORS, which is 8"
-)]
-fn subsector_index(counter: u64) -> usize {
-    (counter % PAXOS_SUBSECTORS) as usize
 }
 
 #[cfg(test)]

@@ -80,12 +80,12 @@ fn watchdog_counts(policy: FencePolicy, record: HeartbeatSeen) -> bool {
 /// T_safe, by the victim's own record.
 fn safe_time(rules: Rules, timings: &Timings) -> Duration {
     if broken!(rules, TakeOverWithoutFence) {
-        timings.watch
-    } else if broken!(rules, SafeTimeWithoutSettle) {
-        timings.watch + timings.watchdog
-    } else {
-        timings.t_safe()
+        return timings.watch;
     }
+    if broken!(rules, SafeTimeWithoutSettle) {
+        return timings.watch + timings.watchdog;
+    }
+    timings.t_safe()
 }
 
 fn whole_ms(time: Duration) -> u64 {

@@ -41,9 +41,7 @@ macro_rules! broken {
         }
         #[cfg(not(feature = "fault-injection"))]
         {
-            #[expect(clippy::no_effect, reason = "names the rules where they are asked for")]
-            $rules;
-            false
+            $rules != $crate::rules::Rules::ENFORCED
         }
     }};
 }
@@ -101,6 +99,8 @@ pub enum Mutation {
     RebootClaimedBeforeSettle,
     /// The watchdog is petted although a lease has lapsed.
     PetWithoutLease,
+    /// A watchdog counts though its timeout is too long for the volume's times.
+    LongWatchdogTimeout,
     /// A volume is withdrawn from the watchdog while writes are in flight.
     WithdrawBeforeDrain,
     /// A transfer is not conditional on the epoch that the source owned.

@@ -7,13 +7,19 @@
 //! ```
 //!
 //! # Guarantees
-//! The last pet happened while every enlisted lease was valid, so the reset comes at the latest one
-//! timeout after the earliest expiry: that is what T_safe counts on.
+//! The decision to pet was made while every enlisted lease was valid. The pet itself may come late,
+//! if the process is frozen in between, but not later than one timeout after that moment: the
+//! device has counted on since the pet before. So the reset comes at the latest two timeouts after
+//! the earliest expiry. [`timeout_fits`] says whether T_safe has room for that.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use bascule_types::{BootTime, VolumeId};
 
+use bascule_volume_format::Timings;
+
+use crate::drift::Drift;
 use crate::rules::{Rules, broken};
 
 /// The volumes whose lease the watchdog watches.
@@ -79,9 +85,33 @@ impl Enlisted {
     }
 }
 
+/// Whether a device with this timeout resets a node in the time that a volume's T_safe allows:
+/// the lease and two timeouts must fit W and the volume's watchdog time. Else the node has no
+/// watchdog as far as that volume is concerned, and its heartbeat must say so.
+#[must_use]
+pub fn timeout_fits(rules: Rules, timings: &Timings, device: Duration) -> bool {
+    let reset_after = Drift::ASSUMED.watch_min(timings.lease + device * 2);
+    let fits = reset_after <= timings.watch + timings.watchdog && device <= timings.watchdog;
+    fits || broken!(rules, LongWatchdogTimeout)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn i1_a_device_whose_late_pet_would_outlast_the_safe_time_does_not_count() {
+        let fits = |seconds| {
+            timeout_fits(
+                Rules::ENFORCED,
+                &Timings::DEFAULT,
+                Duration::from_secs(seconds),
+            )
+        };
+        assert!(fits(8));
+        // L + 2 · 9 s is W + 10 s exactly, which leaves nothing for clock drift.
+        assert!(!fits(9) && !fits(10) && !fits(11));
+    }
 
     const GOLD: VolumeId = VolumeId::from_bytes([1; 16]);
     const SILVER: VolumeId = VolumeId::from_bytes([2; 16]);

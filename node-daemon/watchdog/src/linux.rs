@@ -1,0 +1,158 @@
+//! `/dev/watchdog`, by the kernel's watchdog API (`Documentation/watchdog/watchdog-api.rst`).
+#![expect(unsafe_code, reason = "three ioctls of the kernel's watchdog API")]
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::path::Path;
+use std::time::Duration;
+
+use rustix::ioctl::{Getter, Opcode, Updater, ioctl, opcode};
+
+use crate::device::{Kind, MAGIC_CLOSE, PET, WatchdogDevice};
+
+/// The kernel's watchdog device. Opening it arms it.
+#[derive(Debug)]
+pub struct LinuxDevice {
+    device: File,
+    kind: Kind,
+    timeout: Duration,
+}
+
+impl LinuxDevice {
+    /// Open and arm the device at `path`, and set its timeout to `timeout`, in whole seconds. The
+    /// device may choose another: see [`WatchdogDevice::timeout`].
+    ///
+    /// # Errors
+    /// Those of the device; [`io::ErrorKind::Unsupported`] for a softdog unless `allow_softdog`
+    /// (it is disarmed again).
+    pub fn open(path: &Path, timeout: Duration, allow_softdog: bool) -> io::Result<Self> {
+        let device = OpenOptions::new().write(true).open(path)?;
+        let mut watchdog = Self {
+            kind: identify(&device)?,
+            timeout: Duration::ZERO,
+            device,
+        };
+        if watchdog.kind == Kind::Soft && !allow_softdog {
+            watchdog.disarm()?;
+            return Err(io::Error::new(
+                io::ErrorKind::Unsupported,
+                "this is the kernel's softdog, which hangs with its kernel: allow it explicitly, \
+                 or run without a watchdog",
+            ));
+        }
+        watchdog.timeout = set_timeout(&watchdog.device, timeout)?;
+        Ok(watchdog)
+    }
+}
+
+impl WatchdogDevice for LinuxDevice {
+    fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    fn timeout(&self) -> Duration {
+        self.timeout
+    }
+
+    fn pet(&mut self) -> io::Result<()> {
+        self.device.write_all(PET)
+    }
+
+    fn disarm(&mut self) -> io::Result<()> {
+        self.device.write_all(MAGIC_CLOSE)
+    }
+}
+
+/// `struct watchdog_info` of `linux/watchdog.h`.
+#[repr(C)]
+struct WatchdogInfo {
+    options: u32,
+    firmware_version: u32,
+    identity: [u8; 32],
+}
+
+fn identify(device: &File) -> io::Result<Kind> {
+    // SAFETY: WDIOC_GETSUPPORT fills a `struct watchdog_info`, which `WatchdogInfo` repeats field
+    // by field; every bit pattern is a valid value of it.
+    let request = unsafe { Getter::<GET_SUPPORT, WatchdogInfo>::new() };
+    // SAFETY: the descriptor is open for the call, and the request's pointer is to its own output.
+    let info = unsafe { ioctl(device, request) }?;
+    Ok(kind_of(&info.identity))
+}
+
+/// What an identity says. The softdog has had this name since Linux 2.6.
+fn kind_of(identity: &[u8; 32]) -> Kind {
+    let name = identity.split(|byte| *byte == 0).next().unwrap_or_default();
+    if name == b"Software Watchdog" {
+        Kind::Soft
+    } else {
+        Kind::Hardware
+    }
+}
+
+/// Set the timeout, and say which one the device chose. A device with a fixed timeout tells that.
+fn set_timeout(device: &File, wanted: Duration) -> io::Result<Duration> {
+    let mut seconds = i32::try_from(wanted.as_secs()).unwrap_or(i32::MAX).max(1);
+    // SAFETY: WDIOC_SETTIMEOUT reads and writes one `int`, which `seconds` is.
+    let request = unsafe { Updater::<SET_TIMEOUT, i32>::new(&mut seconds) };
+    // SAFETY: the descriptor is open for the call, and `seconds` outlives it.
+    let set = unsafe { ioctl(device, request) };
+    match set {
+        Ok(()) => {}
+        Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOTTY) => {
+            // SAFETY: WDIOC_GETTIMEOUT fills one `int`.
+            let request = unsafe { Getter::<GET_TIMEOUT, i32>::new() };
+            // SAFETY: the descriptor is open for the call, and the output is the request's own.
+            seconds = unsafe { ioctl(device, request) }?;
+        }
+        Err(error) => return Err(error.into()),
+    }
+    let seconds = u64::try_from(seconds).unwrap_or(0);
+    if seconds == 0 {
+        return Err(io::Error::other("the device reports no timeout"));
+    }
+    Ok(Duration::from_secs(seconds))
+}
+
+/// `WDIOC_GETSUPPORT`.
+const GET_SUPPORT: Opcode = opcode::read::<WatchdogInfo>(b'W', 0);
+/// `WDIOC_SETTIMEOUT`.
+const SET_TIMEOUT: Opcode = opcode::read_write::<i32>(b'W', 6);
+/// `WDIOC_GETTIMEOUT`.
+const GET_TIMEOUT: Opcode = opcode::read::<i32>(b'W', 7);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn identity(name: &str) -> [u8; 32] {
+        let mut identity = [0; 32];
+        identity[..name.len()].copy_from_slice(name.as_bytes());
+        identity
+    }
+
+    #[test]
+    fn the_softdog_is_known_by_its_identity() {
+        assert_eq!(kind_of(&identity("Software Watchdog")), Kind::Soft);
+        assert_eq!(kind_of(&identity("i6300ESB timer")), Kind::Hardware);
+        assert_eq!(kind_of(&identity("IPMI")), Kind::Hardware);
+    }
+
+    #[test]
+    fn the_request_numbers_are_those_of_linux_watchdog_h() {
+        assert_eq!(GET_SUPPORT, 0x8028_5700);
+        assert_eq!(SET_TIMEOUT, 0xC004_5706);
+        assert_eq!(GET_TIMEOUT, 0x8004_5707);
+    }
+
+    #[test]
+    fn a_file_that_is_no_watchdog_is_refused() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let refused = LinuxDevice::open(file.path(), Duration::from_secs(10), true);
+        assert_eq!(
+            refused.unwrap_err().raw_os_error(),
+            Some(rustix::io::Errno::NOTTY.raw_os_error())
+        );
+        assert_eq!(std::fs::read(file.path()).unwrap(), b"", "nothing written");
+    }
+}

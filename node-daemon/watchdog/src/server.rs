@@ -1,0 +1,139 @@
+//! The socket on which `bascule-volume` processes enlist their volumes.
+
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use bascule_ipc::volume::WatchdogKind;
+use bascule_ipc::watchdog::{Request, Response};
+use bascule_ipc::{Connection, IpcError};
+
+use crate::device::Kind;
+use crate::petting::{Shared, State};
+
+/// Listen at `path`, in place of whatever an earlier process left there.
+///
+/// # Errors
+/// Those of the socket.
+///
+/// # Assumes
+/// The caller holds the lock that makes this process the only one.
+pub fn listen(path: &Path) -> io::Result<UnixListener> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let listener = UnixListener::bind(path)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+    Ok(listener)
+}
+
+/// Serve clients, each on its own thread, for as long as the process lives.
+pub fn serve(listener: &UnixListener, shared: &Arc<Shared>) {
+    let open = Arc::new(AtomicUsize::new(0));
+    for stream in listener.incoming() {
+        let stream = match stream {
+            Ok(stream) => stream,
+            Err(error) => {
+                tracing::warn!(error = %error, "cannot accept a connection");
+                continue;
+            }
+        };
+        if open.fetch_add(1, Ordering::SeqCst) >= CONNECTIONS_MAX {
+            open.fetch_sub(1, Ordering::SeqCst);
+            tracing::warn!("too many connections: one was closed");
+            continue;
+        }
+        let (shared, counted) = (Arc::clone(shared), OpenGuard(Arc::clone(&open)));
+        let spawned = std::thread::Builder::new()
+            .name("client".to_owned())
+            .spawn(move || {
+                let _counted = counted;
+                converse(stream, &shared);
+            });
+        if let Err(error) = spawned {
+            tracing::warn!(error = %error, "cannot serve a connection");
+        }
+    }
+}
+
+/// One client, until it goes away. That it does changes nothing.
+fn converse(stream: UnixStream, shared: &Shared) {
+    let ended = Connection::open(stream, TIMEOUT).and_then(|mut connection| {
+        connection.set_timeout(None)?;
+        loop {
+            let (request, _) = connection.recv::<Request>()?;
+            let response = answer(request, &mut shared.lock());
+            connection.send(&response, &[])?;
+            shared.wake();
+        }
+    });
+    match ended {
+        Ok(()) | Err(IpcError::Closed) => {}
+        Err(error) => tracing::warn!(error = %error, "a client's connection broke"),
+    }
+}
+
+/// Grant or refuse one request.
+fn answer(request: Request, state: &mut State) -> Response {
+    let done = match request {
+        Request::Status => Ok(()),
+        Request::Enlist { volume, gate_page } => {
+            let enlisted = state.registry.enlist(volume, &gate_page);
+            enlisted.map_err(|error| describe(&error))
+        }
+        Request::Withdraw { volume } => {
+            let withdrawn = state.registry.withdraw(volume);
+            withdrawn.map_err(|error| describe(&error))
+        }
+        Request::Disarm if state.registry.volumes().is_empty() => {
+            state.ending = true;
+            Ok(())
+        }
+        Request::Disarm => Err("a volume with open writers is enlisted".to_owned()),
+    };
+    match done {
+        Ok(()) => Response::Status {
+            kind: match state.kind {
+                Kind::Hardware => WatchdogKind::Hardware,
+                Kind::Soft => WatchdogKind::Soft,
+                Kind::None => WatchdogKind::None,
+            },
+            timeout_ms: u64::try_from(state.timeout.as_millis()).unwrap_or(u64::MAX),
+            enlisted: state.registry.volumes(),
+        },
+        Err(reason) => {
+            tracing::warn!(reason, "refused a request");
+            Response::Refused { reason }
+        }
+    }
+}
+
+/// An error with its causes.
+fn describe(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
+}
+
+/// Counts a connection while it lives.
+struct OpenGuard(Arc<AtomicUsize>);
+
+impl Drop for OpenGuard {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// One per attached volume, and room for people.
+const CONNECTIONS_MAX: usize = 64;
+/// For the hellos: the peer is on this host.
+const TIMEOUT: Duration = Duration::from_secs(5);

@@ -1,0 +1,125 @@
+//! The program itself, with a named pipe in the place of a device.
+#![expect(clippy::unwrap_used, reason = "fixtures of tests")]
+
+use std::io::Read;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use bascule_ipc::Connection;
+use bascule_ipc::volume::WatchdogKind;
+use bascule_ipc::watchdog::{Request, Response};
+use bascule_volume_gate::boot_time_now;
+use rustix::fs::{CWD, FileType, Mode, OFlags, mknodat};
+
+const DEADLINE: Duration = Duration::from_secs(10);
+
+/// Killed by its id when the test ends, however it ends.
+struct Program(Child);
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        self.0.kill().unwrap();
+        self.0.wait().unwrap();
+    }
+}
+
+fn command(run_dir: &Path) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_bascule-watchdog"));
+    command.arg("--run-dir").arg(run_dir).stderr(Stdio::piped());
+    command
+}
+
+fn start(run_dir: &Path, arguments: &[&str]) -> Program {
+    Program(command(run_dir).args(arguments).spawn().unwrap())
+}
+
+/// The end of a program that must refuse to start.
+fn refusal(mut command: Command) -> String {
+    let output = command.output().unwrap();
+    assert!(!output.status.success());
+    String::from_utf8(output.stderr).unwrap()
+}
+
+fn connect(run_dir: &Path) -> Connection {
+    let until = boot_time_now().after(DEADLINE);
+    loop {
+        match Connection::connect(&run_dir.join("watchdog.sock"), DEADLINE) {
+            Ok(connection) => return connection,
+            Err(error) => assert!(boot_time_now() < until, "{error}"),
+        }
+        std::thread::yield_now();
+    }
+}
+
+fn kind(run_dir: &Path) -> WatchdogKind {
+    let (response, _) = connect(run_dir).call(&Request::Status).unwrap();
+    match response {
+        Response::Status { kind, .. } => kind,
+        other @ Response::Refused { .. } => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn without_a_device_it_says_that_there_is_none() {
+    let dir = tempfile::tempdir().unwrap();
+    let _program = start(dir.path(), &["--none"]);
+    assert_eq!(kind(dir.path()), WatchdogKind::None);
+}
+
+#[test]
+fn a_killed_owner_leaves_the_device_armed_and_a_disarm_request_writes_the_magic() {
+    let dir = tempfile::tempdir().unwrap();
+    let pipe = dir.path().join("pipe");
+    mknodat(CWD, &pipe, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+    // Both ends, so that the pipe outlives the programs and reads do not end.
+    let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let mut reader = std::fs::File::from(rustix::fs::open(&pipe, flags, Mode::empty()).unwrap());
+    let arguments = ["--pipe-timeout-ms", "400", "--device"].map(str::to_owned);
+    let arguments = [&arguments[..], &[pipe.to_str().unwrap().to_owned()]].concat();
+    let arguments = arguments.iter().map(String::as_str).collect::<Vec<_>>();
+
+    let program = start(dir.path(), &arguments);
+    assert_eq!(kind(dir.path()), WatchdogKind::Hardware);
+    drop(program);
+    let mut bytes = [0; 256];
+    let read = reader.read(&mut bytes).unwrap();
+    assert!(bytes[..read].iter().all(|byte| *byte == b'.'));
+
+    let mut again = start(dir.path(), &arguments);
+    connect(dir.path())
+        .call::<_, Response>(&Request::Disarm)
+        .unwrap();
+    assert!(again.0.wait().unwrap().success());
+    let read = reader.read(&mut bytes).unwrap();
+    assert_eq!(bytes[..read].last(), Some(&b'V'));
+}
+
+#[test]
+fn a_second_owner_and_a_missing_device_are_refused_by_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut missing = command(dir.path());
+    missing.args(["--device", "/nonexistent/watchdog"]);
+    let refused = refusal(missing);
+    assert!(
+        refused.contains("open the watchdog /nonexistent/watchdog"),
+        "{refused}"
+    );
+
+    let _program = start(dir.path(), &["--none"]);
+    assert_eq!(kind(dir.path()), WatchdogKind::None);
+    let mut second = command(dir.path());
+    second.arg("--none");
+    let refused = refusal(second);
+    assert!(refused.contains("another bascule-watchdog"), "{refused}");
+}
+
+#[test]
+fn a_damaged_list_of_enlisted_volumes_arms_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("watchdog.json"), b"{").unwrap();
+    let mut damaged = command(dir.path());
+    damaged.arg("--none");
+    let refused = refusal(damaged);
+    assert!(refused.contains("watchdog.json"), "{refused}");
+}

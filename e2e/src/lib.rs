@@ -9,17 +9,21 @@
 //! Read next: `watch.rs` (what is seen), `vm.rs` (our VMM), `qemu.rs` (the one to compare with).
 #![forbid(unsafe_code)]
 
+mod binaries;
 mod kvm;
 mod network;
 pub mod probe;
 mod process;
 mod qemu;
+mod vm;
 mod wait;
 mod watch;
 
+pub use binaries::binary;
 pub use kvm::kvm_or_skip;
 pub use network::{GATEWAY, GUEST, Network, Tap};
 pub use process::{Child, CpuTime};
 pub use qemu::{Qemu, QemuMigration, QemuSpec};
+pub use vm::{TestVm, TestVmSpec};
 pub use wait::wait_for;
 pub use watch::{Console, Flow, FlowSummary, Session, Tick};

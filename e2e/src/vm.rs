@@ -1,0 +1,302 @@
+//! The probe guest under our VMM: a `bascule-vm` process and its control socket.
+
+use std::fs;
+use std::net::SocketAddr;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use bascule_ipc::Connection;
+use bascule_ipc::vm::{
+    Boot, DiskConfig, DiskSource, Home, ImageSource, InterfaceConfig, MigrationPhase,
+    MigrationStatus, Request, Response, StartMode, StopReason, VmConfig, VmState, VmStatus,
+};
+use bascule_types::{Bytes, VmUid};
+
+use crate::{Child, Network, Tap, binary, probe, wait_for};
+
+/// A `bascule-vm` with the probe guest; killed when dropped.
+#[derive(Debug)]
+pub struct TestVm {
+    child: Child,
+    control: Connection,
+    directory: PathBuf,
+}
+
+/// What to run, in builder words: `TestVmSpec::probe().with_memory_mib(256).with_disk(path)`.
+#[derive(Clone, Debug)]
+pub struct TestVmSpec {
+    config: VmConfig,
+}
+
+impl TestVmSpec {
+    /// One vCPU, 128 MiB, the probe guest, no devices, no volume.
+    ///
+    /// # Errors
+    /// When the guest does not build.
+    pub fn probe() -> Result<Self> {
+        let kernel = ImageSource::File {
+            path: probe::build()?.to_owned(),
+        };
+        let cmdline = probe::POWER_BUTTON.to_owned();
+        Ok(Self {
+            config: VmConfig {
+                version: VmConfig::VERSION,
+                uid: VmUid::random(),
+                name: "e2e/probe".to_owned(),
+                cpus: 1,
+                memory: Bytes::mib(128),
+                boot: Boot {
+                    kernel,
+                    initrd: None,
+                    cmdline,
+                },
+                disks: Vec::new(),
+                interfaces: Vec::new(),
+                home: None,
+                start: StartMode::Boot,
+                tls_dir: None,
+            },
+        })
+    }
+
+    /// With so much RAM.
+    #[must_use]
+    pub fn with_memory_mib(mut self, mib: u32) -> Self {
+        self.config.memory = Bytes::mib(mib);
+        self
+    }
+
+    /// With these options for the guest (`bascule_probe_wire::options`), besides those it has.
+    #[must_use]
+    pub fn with_options(mut self, options: &str) -> Self {
+        self.config.boot.cmdline = format!("{} {options}", self.config.boot.cmdline);
+        self
+    }
+
+    /// With a disk in a file.
+    #[must_use]
+    pub fn with_disk(mut self, path: &Path) -> Self {
+        let source = DiskSource::File {
+            path: path.to_owned(),
+            read_only: false,
+        };
+        self.config.disks.push(DiskConfig {
+            name: "data".to_owned(),
+            source,
+        });
+        self
+    }
+
+    /// With an interface on a tap.
+    #[must_use]
+    pub fn with_interface(mut self, tap: &Tap) -> Self {
+        let index = u8::try_from(self.config.interfaces.len()).unwrap_or(u8::MAX);
+        let mac = [0x52, 0x54, 0, 0x77, index, 5];
+        self.config.interfaces.push(InterfaceConfig {
+            tap: tap.name.clone(),
+            mac,
+        });
+        self
+    }
+
+    /// The configuration, to alter what has no word of its own here.
+    pub fn config_mut(&mut self) -> &mut VmConfig {
+        &mut self.config
+    }
+
+    /// The same VM as it is started at a migration's destination.
+    #[must_use]
+    pub fn incoming(mut self, tap: &Tap, home: Option<Home>, start: StartMode) -> Self {
+        self.config
+            .interfaces
+            .iter_mut()
+            .for_each(|nic| nic.tap.clone_from(&tap.name));
+        self.config.home = home;
+        self.config.start = start;
+        self
+    }
+}
+
+impl TestVm {
+    /// Starts the process within `network`, on the node whose run directory is `run_dir`.
+    ///
+    /// # Errors
+    /// When it does not start; the error shows its log.
+    pub fn start(network: &Network, run_dir: &Path, spec: &TestVmSpec) -> Result<Self> {
+        let directory = run_dir.join("vms").join(spec.config.uid.to_string());
+        fs::create_dir_all(&directory).context("make the VM's run directory")?;
+        let config = directory.join("config.json");
+        let text = serde_json::to_vec_pretty(&spec.config).context("write the configuration")?;
+        fs::write(&config, text).context("write the configuration")?;
+        let mut command = network.command(binary("bascule-vmm", "bascule-vm")?);
+        command
+            .arg("--config")
+            .arg(&config)
+            .env("RUST_LOG", "debug");
+        let log = directory.join("test.log");
+        let mut child = Child::spawn("bascule-vm", &mut command, &log)?;
+        let control = connect(&directory, &mut child)
+            .with_context(|| format!("log: {}", fs::read_to_string(&log).unwrap_or_default()))?;
+        Ok(Self {
+            child,
+            control,
+            directory,
+        })
+    }
+
+    /// Asks for something, and says what was answered.
+    ///
+    /// # Errors
+    /// When there is no answer.
+    pub fn ask(&mut self, request: &Request) -> Result<Response> {
+        let (response, _) = self
+            .control
+            .call::<_, Response>(request)
+            .with_context(|| format!("ask for {request:?}; log: {}", self.log()))?;
+        Ok(response)
+    }
+
+    /// Asks for something that must be accepted.
+    ///
+    /// # Errors
+    /// When it is refused or there is no answer.
+    pub fn must(&mut self, request: &Request) -> Result<()> {
+        match self.ask(request)? {
+            Response::Accepted => Ok(()),
+            other => bail!("{request:?} was answered by {other:?}"),
+        }
+    }
+
+    /// How the VM does.
+    ///
+    /// # Errors
+    /// When it does not say.
+    pub fn status(&mut self) -> Result<VmStatus> {
+        match self.ask(&Request::Status)? {
+            Response::Status(status) => Ok(*status),
+            other => bail!("Status was answered by {other:?}"),
+        }
+    }
+
+    /// Waits for a state.
+    ///
+    /// # Errors
+    /// When it does not come; the error shows the one that is there.
+    pub fn wait_state(&mut self, wanted: &VmState, limit: Duration) -> Result<()> {
+        let mut last = None;
+        wait_for(&format!("state {wanted:?}"), limit, || {
+            last = Some(self.status()?.state);
+            Ok((last.as_ref() == Some(wanted)).then_some(()))
+        })
+        .with_context(|| format!("state {last:?}; log: {}", self.log()))
+    }
+
+    /// Waits until the guest is off and says why.
+    ///
+    /// # Errors
+    /// When it goes on.
+    pub fn wait_stopped(&mut self, limit: Duration) -> Result<StopReason> {
+        wait_for("the guest's end", limit, || match self.status()?.state {
+            VmState::Stopped(reason) => Ok(Some(reason)),
+            _ => Ok(None),
+        })
+        .with_context(|| format!("log: {}", self.log()))
+    }
+
+    /// Waits until an incoming VM says where it listens.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub fn wait_listening(&mut self, limit: Duration) -> Result<SocketAddr> {
+        wait_for("an address to migrate to", limit, || {
+            Ok(self.status()?.listening)
+        })
+        .with_context(|| format!("log: {}", self.log()))
+    }
+
+    /// Waits for the end of a migration, whichever it is.
+    ///
+    /// # Errors
+    /// When it does not end.
+    pub fn wait_migration(&mut self, limit: Duration) -> Result<MigrationStatus> {
+        wait_for("the end of the migration", limit, || {
+            let migration = self.status()?.migration;
+            Ok(migration.filter(|migration| has_ended(migration.phase)))
+        })
+        .with_context(|| format!("log: {}", self.log()))
+    }
+
+    /// The guest's console. Attach once per process: the past is shown again each time.
+    ///
+    /// # Errors
+    /// When it is not handed out.
+    pub fn console(&mut self) -> Result<UnixStream> {
+        let (response, fds) = self
+            .control
+            .call::<_, Response>(&Request::Console)
+            .context("ask for the console")?;
+        ensure!(
+            response == Response::Accepted,
+            "Console was answered by {response:?}"
+        );
+        let fd = fds
+            .into_iter()
+            .next()
+            .context("the answer has no file descriptor")?;
+        Ok(UnixStream::from(fd))
+    }
+
+    /// Drops the control connection, as a daemon that is killed does, and opens a new one.
+    ///
+    /// # Errors
+    /// When the process does not take another.
+    pub fn reconnect(&mut self) -> Result<()> {
+        self.control = connect(&self.directory, &mut self.child)?;
+        Ok(())
+    }
+
+    /// The process.
+    pub fn process(&mut self) -> &mut Child {
+        &mut self.child
+    }
+
+    /// The VM's run directory.
+    #[must_use]
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// What the process wrote to its standard streams.
+    #[must_use]
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.directory.join("test.log")).unwrap_or_default()
+    }
+}
+
+fn connect(directory: &Path, child: &mut Child) -> Result<Connection> {
+    let socket = directory.join("vm.sock");
+    wait_for("the VM's control socket", START_TIME, || {
+        match child.ended()? {
+            Some(status) => bail!("bascule-vm ended with {status}"),
+            None => Ok(Connection::connect(&socket, ANSWER_TIME).ok()),
+        }
+    })
+}
+
+const fn has_ended(phase: MigrationPhase) -> bool {
+    match phase {
+        MigrationPhase::Preparing
+        | MigrationPhase::PreCopy
+        | MigrationPhase::Stopping
+        | MigrationPhase::Committing => false,
+        MigrationPhase::Completed
+        | MigrationPhase::Cancelled
+        | MigrationPhase::Failed
+        | MigrationPhase::NotConverging => true,
+    }
+}
+
+const START_TIME: Duration = Duration::from_secs(10);
+const ANSWER_TIME: Duration = Duration::from_secs(10);

@@ -6,6 +6,9 @@ use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use rustix::io::Errno;
+use rustix::net::SendFlags;
+
 /// What a newly attached terminal is shown of the past.
 const RING_BYTES: usize = 64 << 10;
 /// The log is begun anew when it is this long: a guest must not fill the host's disk.
@@ -43,17 +46,12 @@ impl Console {
 
     /// Sends all further output to `stream` too, in place of an earlier one, after the last 64 KiB
     /// of the past. A terminal that does not keep up loses bytes: the guest never waits for it.
-    ///
-    /// # Errors
-    /// When the stream cannot be set to not block.
-    pub fn attach(&self, stream: UnixStream) -> io::Result<()> {
-        stream.set_nonblocking(true)?;
+    pub fn attach(&self, stream: UnixStream) {
         let mut sinks = self.lock();
         let past: Vec<u8> = sinks.ring.iter().copied().collect();
         sinks.attached = Some(stream);
         sinks.stalled = false;
         sinks.show(&past);
-        Ok(())
     }
 
     /// The last output, at most 64 KiB.
@@ -108,12 +106,14 @@ impl Sinks {
     }
 
     fn show(&mut self, bytes: &[u8]) {
-        let Some(stream) = self.attached.as_mut() else {
+        let Some(stream) = &self.attached else {
             return;
         };
-        match stream.write_all(bytes) {
-            Ok(()) => self.stalled = false,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+        // The socket itself stays blocking: its other clone is read from.
+        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+        match rustix::io::retry_on_intr(|| rustix::net::send(stream, bytes, flags)) {
+            Ok(sent) if sent == bytes.len() => self.stalled = false,
+            Ok(_) | Err(Errno::AGAIN) => {
                 if !self.stalled {
                     tracing::info!("the attached terminal does not keep up: output is dropped");
                 }
@@ -139,7 +139,7 @@ mod tests {
         let mut console = Console::new();
         console.write_all(b"early ").unwrap();
         let (ours, mut theirs) = UnixStream::pair().unwrap();
-        console.attach(ours).unwrap();
+        console.attach(ours);
         console.write_all(b"late").unwrap();
         drop(console);
         let mut seen = String::new();
@@ -151,7 +151,7 @@ mod tests {
     fn a_terminal_that_does_not_read_never_holds_the_guest_up() {
         let mut console = Console::new();
         let (ours, _theirs) = UnixStream::pair().unwrap();
-        console.attach(ours).unwrap();
+        console.attach(ours);
         for _ in 0..1024 {
             console.write_all(&[b'x'; 4096]).unwrap();
         }

@@ -2,7 +2,8 @@
 //! migration streams.
 //!
 //! [`machine`] is the machine as a value: [`VmBuilder`] → [`PausedVm`] ⇄ [`RunningVm`]. [`dirty`] is
-//! which pages were written, [`state`] what is saved of it. Read [`layout`] for what the guest sees.
+//! which pages were written, [`state`] what is saved of it. [`process`] is `bascule-vm` around it.
+//! Read [`layout`] for what the guest sees.
 
 mod acpi;
 mod blob;
@@ -18,6 +19,7 @@ pub mod layout;
 pub mod machine;
 pub mod memory;
 mod power;
+pub mod process;
 mod serial;
 pub mod state;
 #[cfg(test)]

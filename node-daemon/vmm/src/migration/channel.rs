@@ -1,0 +1,193 @@
+//! Frames over TLS over TCP, with a bound on every wait.
+
+use std::io::{self, BufReader, Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::path::Path;
+use std::time::Duration;
+
+use bascule_migrate::wire::{Abort, AbortReason, BatchBuilder, StreamId, StreamMark};
+use bascule_migrate::{Frame, FrameBuffer, FrameWriter, WireError};
+use rustls::{ClientConnection, ServerConnection, StreamOwned};
+
+use super::tls::{self, TlsError};
+
+/// One migration stream.
+pub(super) struct Channel {
+    tls: Box<dyn Duplex>,
+    tcp: TcpStream,
+    writer: FrameWriter,
+    buffer: FrameBuffer,
+}
+
+/// Why there is no stream.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum OpenError {
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    #[error("cannot {action} {peer}")]
+    Io {
+        action: &'static str,
+        peer: SocketAddr,
+        #[source]
+        source: io::Error,
+    },
+}
+
+trait Duplex: Read + Write + Send {}
+impl<T: Read + Write + Send> Duplex for T {}
+
+/// A socket that is read in large pieces: TLS asks for one record at a time.
+struct Socket(BufReader<TcpStream>);
+
+/// How much one read of the socket takes at most.
+const READ_BYTES: usize = 256 << 10;
+/// How much encrypted data waits for the socket: a full memory frame and more.
+const WRITE_BUFFER_BYTES: usize = 2 << 20;
+/// How long connecting and the handshake may take.
+const OPEN_TIMEOUT: Duration = Duration::from_secs(5);
+
+impl Channel {
+    /// Connects to a destination.
+    pub(super) fn connect(peer: SocketAddr, tls_dir: &Path) -> Result<Self, OpenError> {
+        let config = tls::client(tls_dir)?;
+        let failed = |action| move |source| OpenError::Io { action, peer, source };
+        let tcp = TcpStream::connect_timeout(&peer, OPEN_TIMEOUT).map_err(failed("connect to"))?;
+        let connection = ClientConnection::new(config, tls::node_name())
+            .map_err(|error| failed("begin TLS with")(io::Error::other(error)))?;
+        let socket = Socket::new(&tcp).map_err(failed("set up the connection to"))?;
+        let mut stream = StreamOwned::new(connection, socket);
+        stream.conn.set_buffer_limit(Some(WRITE_BUFFER_BYTES));
+        while stream.conn.is_handshaking() {
+            stream
+                .conn
+                .complete_io(&mut stream.sock)
+                .map_err(failed("agree on TLS with"))?;
+        }
+        Ok(Self::new(Box::new(stream), tcp))
+    }
+
+    /// Takes a source's connection.
+    pub(super) fn accept(tcp: TcpStream, tls_dir: &Path) -> Result<Self, OpenError> {
+        let config = tls::server(tls_dir)?;
+        let unknown = SocketAddr::from(([0, 0, 0, 0], 0));
+        let peer = tcp.peer_addr().unwrap_or(unknown);
+        let failed = |action| move |source| OpenError::Io { action, peer, source };
+        let connection = ServerConnection::new(config)
+            .map_err(|error| failed("begin TLS with")(io::Error::other(error)))?;
+        let socket = Socket::new(&tcp).map_err(failed("set up the connection to"))?;
+        let mut stream = StreamOwned::new(connection, socket);
+        stream.conn.set_buffer_limit(Some(WRITE_BUFFER_BYTES));
+        while stream.conn.is_handshaking() {
+            stream
+                .conn
+                .complete_io(&mut stream.sock)
+                .map_err(failed("agree on TLS with"))?;
+        }
+        Ok(Self::new(Box::new(stream), tcp))
+    }
+
+    fn new(tls: Box<dyn Duplex>, tcp: TcpStream) -> Self {
+        Self {
+            tls,
+            tcp,
+            writer: FrameWriter::new(StreamId::FIRST),
+            buffer: FrameBuffer::new(StreamId::FIRST),
+        }
+    }
+
+    /// The socket, to be shut down by someone who cancels.
+    pub(super) fn socket(&self) -> io::Result<TcpStream> {
+        self.tcp.try_clone()
+    }
+
+    /// Bounds each later read and write of the socket.
+    pub(super) fn set_timeout(&self, timeout: Duration) -> io::Result<()> {
+        // Zero would mean no bound.
+        let timeout = Some(timeout.max(Duration::from_millis(1)));
+        self.tcp.set_read_timeout(timeout)?;
+        self.tcp.set_write_timeout(timeout)
+    }
+
+    /// Sends one frame and sees it into the socket.
+    pub(super) fn send(&mut self, frame: &Frame<'_>) -> io::Result<u64> {
+        let sent = self.writer.send(&mut self.tls, frame)?;
+        self.tls.flush()?;
+        Ok(sent)
+    }
+
+    /// Sends collected memory; it may still be on its way into the socket.
+    pub(super) fn send_batch(&mut self, batch: &mut BatchBuilder) -> io::Result<u64> {
+        self.writer.send_batch(&mut self.tls, batch)
+    }
+
+    /// What was sent so far.
+    pub(super) const fn sent_mark(&self) -> StreamMark {
+        self.writer.mark()
+    }
+
+    /// What was received so far.
+    pub(super) const fn received_mark(&self) -> StreamMark {
+        self.buffer.mark()
+    }
+
+    /// The next frame.
+    pub(super) fn receive(&mut self) -> Result<Frame<'_>, WireError> {
+        self.buffer.receive(&mut self.tls)
+    }
+
+    /// Tells the peer that this is the end. It does not matter whether it arrives.
+    pub(super) fn abort(&mut self, abort: &Abort) {
+        let told = self
+            .set_timeout(Duration::from_millis(200))
+            .and_then(|()| self.send(&Frame::Abort(abort.clone())));
+        if let Err(error) = told {
+            tracing::debug!(%error, "the peer was not told that the attempt is over");
+        }
+    }
+}
+
+impl Socket {
+    fn new(tcp: &TcpStream) -> io::Result<Self> {
+        tcp.set_nodelay(true)?;
+        tcp.set_read_timeout(Some(OPEN_TIMEOUT))?;
+        tcp.set_write_timeout(Some(OPEN_TIMEOUT))?;
+        Ok(Self(BufReader::with_capacity(READ_BYTES, tcp.try_clone()?)))
+    }
+}
+
+impl Read for Socket {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        self.0.read(into)
+    }
+}
+
+impl Write for Socket {
+    fn write(&mut self, from: &[u8]) -> io::Result<usize> {
+        self.0.get_mut().write(from)
+    }
+
+    fn write_vectored(&mut self, from: &[io::IoSlice<'_>]) -> io::Result<usize> {
+        self.0.get_mut().write_vectored(from)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.get_mut().flush()
+    }
+}
+
+/// What a failed stream means to the attempt.
+pub(super) fn lost(error: &io::Error) -> Abort {
+    let reason = match error.kind() {
+        io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock => AbortReason::Timeout,
+        _ => AbortReason::Internal,
+    };
+    Abort::new(reason, format!("the migration stream failed: {error}"))
+}
+
+/// What a bad or missing frame means to the attempt.
+pub(super) fn lost_frame(error: &WireError) -> Abort {
+    match error {
+        WireError::Io(error) => lost(error),
+        other => Abort::new(AbortReason::Protocol, other.to_string()),
+    }
+}

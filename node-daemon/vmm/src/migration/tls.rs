@@ -1,0 +1,95 @@
+//! Mutual TLS under the cluster's certificate authority, with the node's own certificate.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use rustls::server::WebPkiClientVerifier;
+use rustls::{ClientConfig, RootCertStore, ServerConfig};
+
+/// The name in every node's certificate.
+const NODE_NAME: &str = "node.bascule.dev";
+
+/// Why there is no TLS identity.
+#[derive(Debug, thiserror::Error)]
+pub enum TlsError {
+    /// A file is missing or not what it should be.
+    #[error("cannot read {path}")]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        #[source]
+        source: rustls::pki_types::pem::Error,
+    },
+    /// Key and certificates do not fit together.
+    #[error("the node's certificate is not usable")]
+    Config(#[from] rustls::Error),
+    /// The authority's certificate is not usable.
+    #[error("the certificate authority is not usable")]
+    Authority(#[from] rustls::server::VerifierBuilderError),
+}
+
+/// What a node shows and what it demands: `node.crt`, `node.key`, `ca.crt` in PEM.
+struct Identity {
+    chain: Vec<CertificateDer<'static>>,
+    key: PrivateKeyDer<'static>,
+    roots: Arc<RootCertStore>,
+}
+
+/// The source's side.
+pub(super) fn client(directory: &Path) -> Result<Arc<ClientConfig>, TlsError> {
+    let identity = Identity::read(directory)?;
+    let mut config = ClientConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .with_root_certificates(identity.roots)
+        .with_client_auth_cert(identity.chain, identity.key)?;
+    config.resumption = rustls::client::Resumption::disabled();
+    Ok(Arc::new(config))
+}
+
+/// The destination's side: a peer without a certificate of the same authority is refused.
+pub(super) fn server(directory: &Path) -> Result<Arc<ServerConfig>, TlsError> {
+    let identity = Identity::read(directory)?;
+    let verifier =
+        WebPkiClientVerifier::builder_with_provider(identity.roots, provider()).build()?;
+    let config = ServerConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .with_client_cert_verifier(verifier)
+        .with_single_cert(identity.chain, identity.key)?;
+    Ok(Arc::new(config))
+}
+
+/// The name that the source demands of the destination.
+pub(super) fn node_name() -> ServerName<'static> {
+    ServerName::try_from(NODE_NAME).expect("a constant DNS name")
+}
+
+impl Identity {
+    fn read(directory: &Path) -> Result<Self, TlsError> {
+        let certificates = |name: &str| {
+            let path = directory.join(name);
+            CertificateDer::pem_file_iter(&path)
+                .and_then(Iterator::collect::<Result<Vec<_>, _>>)
+                .map_err(|source| TlsError::File { path, source })
+        };
+        let chain = certificates("node.crt")?;
+        let mut roots = RootCertStore::empty();
+        for authority in certificates("ca.crt")? {
+            roots.add(authority)?;
+        }
+        let path = directory.join("node.key");
+        let key = PrivateKeyDer::from_pem_file(&path)
+            .map_err(|source| TlsError::File { path, source })?;
+        Ok(Self {
+            chain,
+            key,
+            roots: Arc::new(roots),
+        })
+    }
+}
+
+fn provider() -> Arc<rustls::crypto::CryptoProvider> {
+    Arc::new(rustls::crypto::ring::default_provider())
+}

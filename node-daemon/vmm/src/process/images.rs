@@ -1,0 +1,199 @@
+//! Kernel and initrd: from files, or from the home volume's extents.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::sync::Arc;
+
+use anyhow::{Context as _, bail, ensure};
+use bascule_ipc::vm::{Boot, ImageSource};
+use bascule_types::Bytes;
+use bascule_volume_format::change::{DiskRow, ExtentRun};
+
+use super::volume::Opened;
+use crate::boot::{BootSource, Initrd};
+
+/// Longest kernel: ten times a distribution's.
+const KERNEL_BYTES_MAX: u64 = 256 << 20;
+/// How much is read from a volume at once.
+const READ_BYTES: usize = 1 << 20;
+/// Direct I/O wants memory, offset and length aligned to a volume block.
+const ALIGNMENT: usize = 4096;
+
+/// Opens what `boot` names; `opened` is the home volume's answer.
+pub(super) fn open(boot: &Boot, opened: Option<&Opened>) -> anyhow::Result<BootSource> {
+    let (length, mut content) = image(&boot.kernel, opened).context("boot.kernel")?;
+    ensure!(
+        length <= KERNEL_BYTES_MAX,
+        "boot.kernel: {length} bytes are no kernel"
+    );
+    let mut kernel = Vec::with_capacity(usize::try_from(length)?);
+    content
+        .read_to_end(&mut kernel)
+        .context("boot.kernel: cannot be read")?;
+    let initrd = match &boot.initrd {
+        Some(source) => {
+            let (length, content) = image(source, opened).context("boot.initrd")?;
+            Some(Initrd { length, content })
+        }
+        None => None,
+    };
+    Ok(BootSource {
+        kernel,
+        initrd,
+        cmdline: boot.cmdline.clone(),
+    })
+}
+
+type Image = (u64, Box<dyn Read + Send>);
+
+fn image(source: &ImageSource, opened: Option<&Opened>) -> anyhow::Result<Image> {
+    match source {
+        ImageSource::File { path } => {
+            let file = File::open(path).with_context(|| format!("open {}", path.display()))?;
+            let length = file.metadata()?.len();
+            Ok((length, Box::new(file)))
+        }
+        ImageSource::Volume { disk, length } => {
+            let Some(opened) = opened else {
+                bail!("{disk:?} is on a volume, but there is none");
+            };
+            let row = opened.disk(disk)?;
+            ensure!(
+                *length <= row.size,
+                "{disk:?} is {} and not {length}",
+                row.size
+            );
+            let reader = ExtentReader::new(Arc::clone(&opened.device), row, *length)?;
+            Ok((length.0, Box::new(reader)))
+        }
+    }
+}
+
+/// Reads a disk row's contents in order, with direct I/O.
+struct ExtentReader {
+    device: Arc<File>,
+    extents: std::vec::IntoIter<ExtentRun>,
+    /// What is left of the present run: offset on the device and length, in bytes.
+    run: (u64, u64),
+    /// Bytes of the image that were not yet handed out.
+    left: u64,
+    /// One allocation with room for an aligned [`READ_BYTES`]; the filled part of it.
+    buffer: Vec<u8>,
+    filled: std::ops::Range<usize>,
+}
+
+impl ExtentReader {
+    fn new(device: Arc<File>, row: &DiskRow, length: Bytes) -> anyhow::Result<Self> {
+        ensure!(!row.importing, "{} is still being imported", row.name);
+        Ok(Self {
+            device,
+            extents: row.extents.clone().into_iter(),
+            run: (0, 0),
+            left: length.0,
+            buffer: vec![0; READ_BYTES + ALIGNMENT],
+            filled: 0..0,
+        })
+    }
+
+    fn refill(&mut self) -> io::Result<()> {
+        if self.run.1 == 0 {
+            let next = self.extents.next().ok_or(io::ErrorKind::UnexpectedEof)?;
+            let offset = next.start.lba_to_bytes().map_err(io::Error::other)?;
+            self.run = (offset.0, next.length.0);
+        }
+        let start = self.buffer.as_ptr().align_offset(ALIGNMENT);
+        let length = usize::try_from(self.run.1)
+            .unwrap_or(usize::MAX)
+            .min(READ_BYTES);
+        let room = self
+            .buffer
+            .get_mut(start..start + length)
+            .unwrap_or_default();
+        let read =
+            rustix::io::retry_on_intr(|| rustix::io::pread(&self.device, &mut *room, self.run.0))?;
+        if read == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        let advanced = u64::try_from(read).map_err(io::Error::other)?;
+        self.run = (self.run.0 + advanced, self.run.1 - advanced);
+        self.filled = start..start + read;
+        Ok(())
+    }
+}
+
+impl Read for ExtentReader {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let wanted = usize::try_from(self.left)
+            .unwrap_or(usize::MAX)
+            .min(buffer.len());
+        if wanted == 0 {
+            return Ok(0);
+        }
+        if self.filled.is_empty() {
+            self.refill()?;
+        }
+        let ready = self.buffer.get(self.filled.clone()).unwrap_or_default();
+        let count = wanted.min(ready.len());
+        for (to, from) in buffer.iter_mut().zip(ready.iter().take(count)) {
+            *to = *from;
+        }
+        self.filled.start += count;
+        self.left -= u64::try_from(count).map_err(io::Error::other)?;
+        Ok(count)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bascule_types::{DiskId, Lba};
+    use bascule_volume_format::change::DiskRole;
+    use std::io::Write;
+
+    fn row(size: Bytes, extents: Vec<ExtentRun>) -> DiskRow {
+        DiskRow {
+            disk: DiskId::random(),
+            name: "default/kernel".to_owned().try_into().unwrap(),
+            vm: None,
+            size,
+            role: DiskRole::Kernel,
+            importing: false,
+            importer: None,
+            extents,
+        }
+    }
+
+    #[test]
+    fn an_image_is_read_across_scattered_extents_to_its_true_length() {
+        let mut file = tempfile::tempfile().unwrap();
+        for block in 0..1024_u32 {
+            file.write_all(&[(block >> 8) as u8 + 1; 4096]).unwrap();
+        }
+        let run = |start| ExtentRun {
+            start: Lba(start),
+            length: Bytes::mib(1),
+        };
+        let row = row(Bytes::mib(2), vec![run(768), run(0)]);
+        let length = Bytes((1 << 20) + 5);
+        let mut reader = ExtentReader::new(Arc::new(file), &row, length).unwrap();
+        let mut content = Vec::new();
+        reader.read_to_end(&mut content).unwrap();
+        assert_eq!(content.len(), (1 << 20) + 5);
+        assert!(content[..1 << 20].iter().all(|byte| *byte == 4));
+        assert_eq!(content[1 << 20..], [1; 5]);
+    }
+
+    #[test]
+    fn a_half_imported_image_is_refused() {
+        let file = Arc::new(tempfile::tempfile().unwrap());
+        let row = DiskRow {
+            importing: true,
+            ..row(Bytes::mib(1), vec![])
+        };
+        let refused = ExtentReader::new(file, &row, Bytes(10)).err().unwrap();
+        assert!(
+            refused.to_string().contains("still being imported"),
+            "{refused}"
+        );
+    }
+}

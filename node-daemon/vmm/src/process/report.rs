@@ -1,0 +1,89 @@
+//! The files of a VM's run directory: log, console log, and its last state.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use bascule_ipc::vm::{StopReason, VmState};
+use bascule_types::VmUid;
+use serde::{Deserialize, Serialize};
+
+/// The directory of the configuration file.
+#[derive(Clone, Debug)]
+pub(crate) struct RunDir(PathBuf);
+
+/// What `state.json` holds: why the process is or will soon be gone.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct LastState {
+    /// The VM.
+    pub uid: VmUid,
+    /// Where it stood.
+    pub state: VmState,
+}
+
+impl RunDir {
+    /// The directory that `config` is in.
+    pub(crate) fn of(config: &Path) -> Self {
+        Self(config.parent().unwrap_or(Path::new(".")).to_owned())
+    }
+
+    /// The control socket.
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.0.join("vm.sock")
+    }
+
+    /// The guest's serial output.
+    pub(crate) fn console_log(&self) -> io::Result<File> {
+        append_to(&self.0.join("console.log"))
+    }
+
+    /// Sends this process's log to `vm.log`, at `info` unless `BASCULE_LOG` says otherwise.
+    pub(crate) fn start_log(&self) -> io::Result<()> {
+        let file = append_to(&self.0.join("vm.log"))?;
+        let filter = tracing_subscriber::EnvFilter::try_from_env("BASCULE_LOG")
+            .unwrap_or_else(|_| "info".into());
+        let logger = tracing_subscriber::fmt()
+            .with_env_filter(filter)
+            .with_ansi(false)
+            .with_writer(Mutex::new(file))
+            .try_init();
+        logger.map_err(io::Error::other)
+    }
+
+    /// Replaces `state.json`. A failure is only logged: nobody's life hangs on it.
+    pub(crate) fn write_state(&self, last: &LastState) {
+        let (next, path) = (self.0.join("state.json.new"), self.0.join("state.json"));
+        let written = serde_json::to_vec(last)
+            .map_err(io::Error::from)
+            .and_then(|text| std::fs::write(&next, text))
+            .and_then(|()| std::fs::rename(&next, &path));
+        if let Err(error) = written {
+            tracing::warn!(%error, "cannot write state.json");
+        }
+    }
+
+    /// From now on a panic of any thread leaves its reason in `state.json` and ends the process:
+    /// a broken invariant must not go on running a guest.
+    pub(crate) fn report_panics(&self, uid: VmUid) {
+        let run_dir = self.clone();
+        std::panic::set_hook(Box::new(move |panic| {
+            let what = panic.to_string();
+            tracing::error!(what, "panic");
+            let state = VmState::Stopped(StopReason::Failed { what });
+            run_dir.write_state(&LastState { uid, state });
+            std::process::abort();
+        }));
+    }
+}
+
+/// The last resort for a message: standard error, if anyone holds it.
+pub(super) fn complain(message: &str) {
+    if let Err(error) = writeln!(io::stderr(), "{message}") {
+        tracing::debug!(%error, "standard error is closed");
+    }
+}
+
+fn append_to(path: &Path) -> io::Result<File> {
+    OpenOptions::new().create(true).append(true).open(path)
+}

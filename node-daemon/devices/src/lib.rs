@@ -18,6 +18,7 @@
 //! Read next: [`pci`] for the bus, then [`device`] for the life of a device.
 
 pub mod device;
+pub mod disk;
 pub mod doorbell;
 pub mod failure;
 pub mod interrupt;

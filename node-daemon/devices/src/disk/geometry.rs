@@ -1,0 +1,77 @@
+//! The unit of direct I/O on a file or device.
+
+use std::io;
+use std::os::fd::AsFd;
+
+use rustix::fs::{
+    AtFlags, FileType, OFlags, StatxFlags, fcntl_getfl, fstat, ioctl_blksszget, statx,
+};
+
+/// The unit in which `file` takes I/O, in bytes: a device's logical block; the alignment that a file
+/// system wants for direct I/O; 512 for buffered I/O, where any unit will do.
+///
+/// # Errors
+/// When the file cannot be examined, or its unit is not a power of two from 512 to 4096: extents
+/// are aligned to 4096 bytes.
+pub fn block_bytes_of(file: impl AsFd) -> io::Result<u32> {
+    let kind = FileType::from_raw_mode(fstat(&file)?.st_mode);
+    let unit = if kind == FileType::BlockDevice {
+        ioctl_blksszget(&file)?
+    } else if fcntl_getfl(&file)?.contains(OFlags::DIRECT) {
+        direct_unit(&file)?
+    } else {
+        UNIT_MIN
+    };
+    if unit.is_power_of_two() && (UNIT_MIN..=UNIT_MAX).contains(&unit) {
+        Ok(unit)
+    } else {
+        Err(io::Error::other(format!(
+            "unusable logical block size {unit}"
+        )))
+    }
+}
+
+fn direct_unit(file: impl AsFd) -> io::Result<u32> {
+    // `STATX_DIOALIGN`, for which there is no name in the wrapper yet.
+    let flag = StatxFlags::from_bits_retain(0x2000);
+    let found = statx(file, "", AtFlags::EMPTY_PATH, flag)?;
+    if found.stx_mask & flag.bits() == 0 || found.stx_dio_offset_align == 0 {
+        // An older kernel or file system does not tell; this suits them all.
+        return Ok(UNIT_MAX);
+    }
+    let unit = found.stx_dio_offset_align.max(found.stx_dio_mem_align);
+    Ok(unit.max(UNIT_MIN))
+}
+
+/// The smallest unit: a virtio-blk sector.
+const UNIT_MIN: u32 = 512;
+/// The largest unit: a volume block.
+const UNIT_MAX: u32 = 4096;
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::OpenOptionsExt;
+
+    use super::*;
+
+    #[test]
+    fn a_file_says_how_it_wants_to_be_read() {
+        let buffered = tempfile::tempfile().unwrap();
+        assert_eq!(block_bytes_of(&buffered).unwrap(), 512);
+        let dir = tempfile::tempdir().unwrap();
+        let mut options = std::fs::OpenOptions::new();
+        options
+            .read(true)
+            .write(true)
+            .create(true)
+            .custom_flags(libc::O_DIRECT);
+        // Not every file system has direct I/O; the alignment is only asked for where it has.
+        if let Ok(direct) = options.open(dir.path().join("disk")) {
+            let unit = block_bytes_of(&direct).unwrap();
+            assert!(
+                unit.is_power_of_two() && (512..=4096).contains(&unit),
+                "{unit}"
+            );
+        }
+    }
+}

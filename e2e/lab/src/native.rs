@@ -82,6 +82,20 @@ fn plug_in(context: &MachineContext<'_>, node: NodeIndex, netns: &str) -> Result
     let hub_netns = context.name.hub_netns();
     for (number, bridge, interface) in [(0, MGMT_BRIDGE, "eth0"), (1, VM_BRIDGE, "eth1")] {
         let (port, mac) = (Hub::port(bridge, node), node.mac(number));
+        // The kernel takes the last boot's cable away with its namespace, a moment later.
+        wait_for(
+            &format!("the old cable {port} to go"),
+            Duration::from_secs(10),
+            || {
+                let gone = hub.run("ip").args(["link", "delete", &port]).output()?;
+                ensure!(
+                    gone.stderr.contains("Cannot find"),
+                    "{}",
+                    gone.stderr.trim()
+                );
+                Ok(())
+            },
+        )?;
         Run::new("ip")
             .args([
                 "link", "add", &port, "netns", &hub_netns, "type", "veth", "peer",

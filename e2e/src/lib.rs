@@ -10,6 +10,7 @@
 #![forbid(unsafe_code)]
 
 mod binaries;
+mod cluster;
 mod kvm;
 mod network;
 pub mod probe;
@@ -20,6 +21,7 @@ mod wait;
 mod watch;
 
 pub use binaries::binary;
+pub use cluster::{TestCluster, TestNode, VmOnVolume};
 pub use kvm::kvm_or_skip;
 pub use network::{GATEWAY, GUEST, Network, Tap};
 pub use process::{Child, CpuTime};

@@ -1,0 +1,384 @@
+//! Nodes on one shared volume, without Kubernetes and without `bascule-node`: a certificate
+//! authority, a volume in a file, and one `bascule-volume` per node, all in one network.
+
+use std::fs::{self, File};
+use std::net::{Ipv4Addr, SocketAddr};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use bascule_ipc::Connection;
+use bascule_ipc::vm::{DiskConfig, DiskSource, Home, ImageSource, StartMode};
+use bascule_ipc::volume::{Request, Response, Rows, VolumeStatus};
+use bascule_pki::Authority;
+use bascule_types::{AttemptId, Bytes, ClusterId, Epoch, NodeUid, Owner, VmUid};
+use bascule_volume_format::change::{Answer, Change, DiskRole, DiskRow, RowName};
+
+use crate::{Child, Network, TestVm, TestVmSpec, binary, probe, wait_for};
+
+/// The network, the certificate authority and the volume that nodes share.
+#[derive(Debug)]
+pub struct TestCluster {
+    /// Where all of it runs.
+    pub network: Network,
+    directory: tempfile::TempDir,
+    authority: Authority,
+    cluster: ClusterId,
+}
+
+/// One node: its run directory and its `bascule-volume`.
+#[derive(Debug)]
+pub struct TestNode {
+    name: String,
+    run_dir: PathBuf,
+    tls_dir: PathBuf,
+    volume: Child,
+}
+
+/// A VM on the volume: its row, its disk and its kernel.
+#[derive(Clone, Debug)]
+pub struct VmOnVolume {
+    /// The VM.
+    pub uid: VmUid,
+    spec: TestVmSpec,
+}
+
+impl TestCluster {
+    /// A volume of `volume_mib`, formatted for a first node, and that node.
+    ///
+    /// # Errors
+    /// When anything of it fails.
+    pub fn new(volume_mib: u32) -> Result<(Self, TestNode)> {
+        let cluster = ClusterId::random();
+        let (authority, _) = Authority::create("e2e").context("make an authority")?;
+        let directory = tempfile::tempdir().context("make a directory")?;
+        let this = Self {
+            network: Network::new()?,
+            directory,
+            authority,
+            cluster,
+        };
+        let first = NodeUid::random();
+        let mut format = Command::new(binary("bascule-volume", "bascule-volume")?);
+        format.arg("format").arg(this.volume());
+        format.args([
+            "--cluster",
+            &cluster.to_string(),
+            "--node-uid",
+            &first.to_string(),
+        ]);
+        format.args(["--fencing", "lease-only", "--json"]);
+        format.args(["--create-size", &Bytes::mib(volume_mib).0.to_string()]);
+        let output = format.output().context("run bascule-volume format")?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(
+            output.status.success(),
+            "bascule-volume format fails: {said}"
+        );
+        let node = this.start_node("node0", first, 0)?;
+        Ok((this, node))
+    }
+
+    /// A further node, registered through `other`.
+    ///
+    /// # Errors
+    /// When it is not let in.
+    pub fn join(&self, index: u16, other: &TestNode) -> Result<TestNode> {
+        let node = NodeUid::random();
+        other.change(Change::RegisterNode { node })?;
+        self.start_node(&format!("node{index}"), node, index)
+    }
+
+    /// Puts the probe guest on the volume, with a disk of `disk_mib`, through `node`. `spec` says
+    /// the rest.
+    ///
+    /// # Errors
+    /// When the volume refuses.
+    pub fn install(&self, node: &TestNode, spec: TestVmSpec, disk_mib: u32) -> Result<VmOnVolume> {
+        let mut spec = spec;
+        let uid = spec.config_mut().uid;
+        let name = |what: &str| RowName::new(format!("e2e/{uid}-{what}")).context("name a row");
+        node.change(Change::CreateVm {
+            vm: uid,
+            name: name("vm")?,
+            spec_digest: [7; 32],
+        })?;
+        let data = name("data")?;
+        let size = Bytes::mib(disk_mib);
+        let (vm, role) = (uid, DiskRole::Data);
+        node.change(Change::CreateDisk {
+            vm,
+            name: data.clone(),
+            size,
+            role,
+            importing: false,
+        })?;
+        let length = self.import_kernel(node, uid, &name("kernel")?)?;
+        let config = spec.config_mut();
+        config.boot.kernel = ImageSource::Volume {
+            disk: name("kernel")?.as_str().to_owned(),
+            length,
+        };
+        let source = DiskSource::Volume {
+            disk: data.as_str().to_owned(),
+        };
+        config.disks = vec![DiskConfig {
+            name: "data".to_owned(),
+            source,
+        }];
+        Ok(VmOnVolume { uid, spec })
+    }
+
+    /// Acquires the row for `node` and boots the VM there.
+    ///
+    /// # Errors
+    /// When the volume or the VMM refuses.
+    pub fn boot(&self, node: &TestNode, vm: &VmOnVolume, expected_epoch: Epoch) -> Result<TestVm> {
+        let to = node.owner()?;
+        let acquired = node.change(Change::Acquire {
+            vm: vm.uid,
+            expected_epoch,
+            to,
+        })?;
+        let Answer::Row(row) = acquired else {
+            bail!("Acquire was answered by {acquired:?}")
+        };
+        self.start(node, vm, row.epoch, StartMode::Boot)
+    }
+
+    /// Starts a process at `node` that waits for the VM, which runs elsewhere in `epoch`.
+    ///
+    /// # Errors
+    /// When the VMM refuses.
+    pub fn expect(
+        &self,
+        node: &TestNode,
+        vm: &VmOnVolume,
+        epoch: Epoch,
+        attempt: AttemptId,
+    ) -> Result<TestVm> {
+        let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+        self.start(node, vm, epoch, StartMode::Incoming { listen, attempt })
+    }
+
+    /// Starts the VM's process at `node`.
+    ///
+    /// # Errors
+    /// When the VMM refuses.
+    pub fn start(
+        &self,
+        node: &TestNode,
+        vm: &VmOnVolume,
+        epoch: Epoch,
+        start: StartMode,
+    ) -> Result<TestVm> {
+        let home = Home {
+            socket: node.volume_socket(),
+            owner: node.owner()?,
+            epoch,
+        };
+        let mut spec = vm.spec.clone();
+        let tap = self.network.tap()?;
+        spec = spec.with_interface(&tap);
+        let config = spec.config_mut();
+        config.home = Some(home);
+        config.start = start;
+        config.tls_dir = Some(node.tls_dir.clone());
+        TestVm::start(&self.network, &node.run_dir, &spec)
+    }
+
+    /// The file that the volume is in.
+    #[must_use]
+    pub fn volume(&self) -> PathBuf {
+        self.directory.path().join("volume.img")
+    }
+
+    /// What was allocated for a disk of a VM, read straight from the volume's file.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub fn read_disk(&self, row: &DiskRow, offset: u64, bytes: &mut [u8]) -> Result<()> {
+        let file = File::open(self.volume()).context("open the volume")?;
+        let mut start = 0;
+        for run in &row.extents {
+            let within = offset
+                .checked_sub(start)
+                .filter(|&within| within < run.length.0);
+            if let Some(within) = within {
+                let base = run.start.lba_to_bytes().context("place an extent")?.0;
+                return file
+                    .read_exact_at(bytes, base + within)
+                    .context("read the volume");
+            }
+            start += run.length.0;
+        }
+        bail!("the disk ends before {offset}")
+    }
+
+    fn import_kernel(&self, node: &TestNode, vm: VmUid, name: &RowName) -> Result<Bytes> {
+        let image = fs::read(probe::build()?).context("read the probe guest")?;
+        let length = Bytes(u64::try_from(image.len()).context("measure the probe guest")?);
+        let created = node.change(Change::CreateDisk {
+            vm,
+            name: name.clone(),
+            size: length,
+            role: DiskRole::Kernel,
+            importing: true,
+        })?;
+        let Answer::Disk(row) = created else {
+            bail!("CreateDisk was answered by {created:?}")
+        };
+        let file = File::options()
+            .write(true)
+            .open(self.volume())
+            .context("open the volume")?;
+        let mut rest = image.as_slice();
+        for run in &row.extents {
+            let room = usize::try_from(run.length.0).context("measure an extent")?;
+            let (part, behind) = rest.split_at(rest.len().min(room));
+            let base = run.start.lba_to_bytes().context("place an extent")?.0;
+            file.write_all_at(part, base).context("write the kernel")?;
+            rest = behind;
+        }
+        ensure!(rest.is_empty(), "the kernel's row is too short");
+        file.sync_all().context("flush the kernel")?;
+        node.change(Change::FinishImport {
+            disk: row.disk,
+            length: Some(length),
+        })?;
+        Ok(length)
+    }
+
+    fn start_node(&self, name: &str, uid: NodeUid, index: u16) -> Result<TestNode> {
+        let root = self.directory.path().join(name);
+        let (run_dir, tls_dir) = (root.join("run"), root.join("tls"));
+        let folder = run_dir.join("volumes").join(VOLUME);
+        fs::create_dir_all(&folder).context("make a run directory")?;
+        fs::create_dir_all(&tls_dir).context("make a directory for certificates")?;
+        let identity = self
+            .authority
+            .issue_node(uid)
+            .context("issue a certificate")?;
+        fs::write(tls_dir.join("node.crt"), identity.certificate_pem).context("certificate")?;
+        fs::write(tls_dir.join("node.key"), identity.key_pem).context("key")?;
+        fs::write(tls_dir.join("ca.crt"), self.authority.certificate_pem()).context("CA")?;
+        let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, FIRST_PORT + index));
+        let mut serve = self
+            .network
+            .command(binary("bascule-volume", "bascule-volume")?);
+        serve.arg("serve").arg("--file").arg(self.volume());
+        serve.args([
+            "--cluster",
+            &self.cluster.to_string(),
+            "--node-uid",
+            &uid.to_string(),
+        ]);
+        serve
+            .arg("--run-dir")
+            .arg(&folder)
+            .arg("--tls-dir")
+            .arg(&tls_dir);
+        serve.args(["--listen", &listen.to_string()]);
+        serve
+            .arg("--watchdog-socket")
+            .arg(run_dir.join("watchdog.sock"));
+        let log = folder.join("test.log");
+        let volume = Child::spawn(&format!("bascule-volume of {name}"), &mut serve, &log)?;
+        let mut node = TestNode {
+            name: name.to_owned(),
+            run_dir,
+            tls_dir,
+            volume,
+        };
+        wait_for(&format!("{name} to join the volume"), JOIN_TIME, || {
+            if let Some(status) = node.volume.ended()? {
+                bail!("bascule-volume ended with {status}");
+            }
+            Ok(node.status().ok().filter(|status| status.lease_left_ms > 0))
+        })
+        .with_context(|| format!("log: {}", fs::read_to_string(&log).unwrap_or_default()))?;
+        Ok(node)
+    }
+}
+
+impl TestNode {
+    /// How the volume does here.
+    ///
+    /// # Errors
+    /// When the process does not say.
+    pub fn status(&self) -> Result<VolumeStatus> {
+        match self.ask(&Request::Status)? {
+            Response::Status(status) => Ok(status),
+            other => bail!("Status was answered by {other:?}"),
+        }
+    }
+
+    /// All rows, from the coordinator.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn rows(&self) -> Result<Rows> {
+        match self.ask(&Request::Rows)? {
+            Response::Rows(rows) => Ok(rows),
+            other => bail!("Rows was answered by {other:?}"),
+        }
+    }
+
+    /// This node's slot and generation.
+    ///
+    /// # Errors
+    /// When it has none.
+    pub fn owner(&self) -> Result<Owner> {
+        self.status()?
+            .owner
+            .with_context(|| format!("{} has not joined", self.name))
+    }
+
+    /// A metadata change, asked again while its outcome is unknown.
+    ///
+    /// # Errors
+    /// When it is refused.
+    pub fn change(&self, change: Change) -> Result<Answer> {
+        let request = Request::Change(change);
+        wait_for(&format!("{request:?}"), CHANGE_TIME, || {
+            match self.ask(&request)? {
+                Response::Granted(answer) => Ok(Some(answer)),
+                Response::Unknown => Ok(None),
+                other => bail!("{request:?} was answered by {other:?}"),
+            }
+        })
+    }
+
+    /// The node's `bascule-volume`.
+    pub fn volume_process(&mut self) -> &mut Child {
+        &mut self.volume
+    }
+
+    /// The node's run directory.
+    #[must_use]
+    pub fn run_dir(&self) -> &Path {
+        &self.run_dir
+    }
+
+    fn volume_socket(&self) -> PathBuf {
+        self.run_dir
+            .join("volumes")
+            .join(VOLUME)
+            .join("volume.sock")
+    }
+
+    fn ask(&self, request: &Request) -> Result<Response> {
+        let mut connection = Connection::connect(&self.volume_socket(), CHANGE_TIME)
+            .with_context(|| format!("connect to the volume of {}", self.name))?;
+        let (response, _) = connection.call(request).context("ask the volume")?;
+        Ok(response)
+    }
+}
+
+const VOLUME: &str = "shared";
+const FIRST_PORT: u16 = 17_000;
+/// A first lease takes the volume's watch time, so that a predecessor's has lapsed.
+const JOIN_TIME: Duration = Duration::from_secs(60);
+const CHANGE_TIME: Duration = Duration::from_secs(30);

@@ -1,1 +1,43 @@
-//! The operator's decisions: plan(intent, observed, now) -> Plan, without I/O.
+//! The operator's decisions, and nothing else: [`plan`] and [`plan_volume`] look at what is asked
+//! ([`VmIntent`], [`VolumeIntent`]) and at what is known ([`Observed`], [`VolumeObserved`]) and say
+//! what to do next ([`Plan`], [`VolumePlan`]).
+//!
+//! # Guarantees
+//! The functions are pure and total. The caller observes, plans, executes, and begins again; a plan
+//! may be carried out in part, twice, late, or by two operators at once. None of that can make two
+//! guests write to one disk, because the volume decides who owns a virtual machine; it can only
+//! make something late.
+//!
+//! # Assumes
+//! Facts may be stale. What is not known is [`Fact::Unknown`], and nothing is torn down on account
+//! of it.
+//!
+//! This crate must not know kube, gRPC, async or a clock. Read next: [`Observed`], then [`plan`].
+#![forbid(unsafe_code)]
+
+mod action;
+mod fact;
+mod intent;
+mod observed;
+mod plan;
+mod verdict;
+mod volume;
+
+pub use action::{
+    Action, Condition, FailoverUpdate, MigrationUpdate, Plan, Purpose, VmPhase, VmReport,
+};
+pub use fact::{Fact, Moment};
+pub use intent::{
+    Budgets, DiskIntent, DrainPolicy, FailurePolicy, ImageSource, MigrationMode, Origin,
+    RestartBudget, RunPolicy, SpecDigest, VmIntent,
+};
+pub use observed::{
+    Access, FailoverView, History, ImportPhase, ImportView, Migration, MigrationPhase, NodeView,
+    Observed, Peer, Pod, PodPhase, Process, RowView, Stream, VolumeView,
+};
+pub use plan::plan;
+pub use verdict::{Verdict, verdict};
+pub use volume::{
+    FormatState, NodeOnVolume, VolumeAction, VolumeIntent, VolumeObserved, VolumePlan,
+    VolumeReport, plan_volume,
+};

@@ -1,0 +1,332 @@
+//! Everything that the operator may ever do for a virtual machine, and what it says about one.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use bascule_ipc::vm::{MigrationLimits, MigrationStatus};
+use bascule_types::{AttemptId, DiskId, Epoch, Owner};
+use bascule_volume_format::change::{Change, FenceProof};
+
+use crate::observed::MigrationPhase;
+use crate::{ImageSource, MigrationMode, Moment};
+
+/// One thing to do. All are idempotent.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Put our finalizer on the VirtualMachine.
+    AddFinalizer,
+    /// Take it off.
+    RemoveFinalizer,
+    /// Create a reservation pod. One of that name that exists already is as good.
+    CreateReservation {
+        /// Its name.
+        name: String,
+        /// What it is there for.
+        purpose: Purpose,
+        /// The only node that it may land on, cordoned or not.
+        pin: Option<String>,
+        /// Nodes that it may not land on.
+        avoid: Vec<String>,
+    },
+    /// Delete a reservation pod.
+    DeleteReservation {
+        /// Its name.
+        name: String,
+        /// Its UID: a newer one of that name stays.
+        uid: String,
+        /// Whether not to wait for a kubelet that does not answer.
+        force: bool,
+    },
+    /// The virtual machine runs where this pod is: it is no longer a migration's.
+    PromoteReservation {
+        /// Its name.
+        name: String,
+        /// Its UID.
+        uid: String,
+    },
+    /// End a reservation pod's hold process.
+    EndReservation {
+        /// The node.
+        node: String,
+        /// The pod's UID.
+        pod_uid: String,
+    },
+    /// Create a migration on behalf of a drain.
+    CreateMigration {
+        /// Its name.
+        name: String,
+        /// How to move.
+        mode: MigrationMode,
+    },
+    /// Write a migration's status.
+    ReportMigration {
+        /// Its name.
+        name: String,
+        /// What to write.
+        update: MigrationUpdate,
+    },
+    /// Open a Failover record.
+    CreateFailover {
+        /// Its name.
+        name: String,
+        /// The node that fell silent.
+        node: String,
+        /// Its slot and generation.
+        owner: Owner,
+        /// The epoch.
+        epoch: Epoch,
+    },
+    /// Write a Failover's status.
+    ReportFailover {
+        /// Its name.
+        name: String,
+        /// What to write.
+        update: FailoverUpdate,
+    },
+    /// Ask for a metadata change through a node.
+    Change {
+        /// The node.
+        via: String,
+        /// The change.
+        change: Change,
+    },
+    /// Fill a disk.
+    Import {
+        /// The node.
+        node: String,
+        /// Its slot and generation, which own the row.
+        owner: Owner,
+        /// The row's epoch.
+        epoch: Epoch,
+        /// The disk.
+        disk: DiskId,
+        /// Where its contents come from.
+        source: ImageSource,
+    },
+    /// Start the guest.
+    StartVm {
+        /// The node.
+        node: String,
+        /// Its slot and generation, which own the row.
+        owner: Owner,
+        /// The row's epoch.
+        epoch: Epoch,
+        /// Restore it from its saved state.
+        restore: bool,
+    },
+    /// Build an incoming VM.
+    PrepareIncoming {
+        /// The node.
+        node: String,
+        /// The attempt.
+        attempt: AttemptId,
+        /// The node's slot and generation.
+        owner: Owner,
+        /// The epoch of the source.
+        epoch: Epoch,
+    },
+    /// Move the guest live.
+    MigrateLive {
+        /// The source.
+        node: String,
+        /// The attempt.
+        attempt: AttemptId,
+        /// Where the destination listens.
+        peer: SocketAddr,
+        /// Who will own the row.
+        to: Owner,
+        /// Limits.
+        limits: MigrationLimits,
+    },
+    /// Save the guest to the volume and hand its row over.
+    MigrateQuick {
+        /// The source.
+        node: String,
+        /// The attempt.
+        attempt: AttemptId,
+        /// Who will own the row.
+        to: Owner,
+    },
+    /// Give a migration up.
+    CancelMigration {
+        /// The source.
+        node: String,
+        /// The attempt.
+        attempt: AttemptId,
+    },
+    /// Press the power button.
+    PowerButton {
+        /// The node.
+        node: String,
+    },
+    /// Force the guest off.
+    StopVm {
+        /// The node.
+        node: String,
+    },
+    /// Forget a VM process that has ended or will not be needed.
+    CollectVm {
+        /// The node.
+        node: String,
+        /// The process.
+        pid: u32,
+    },
+    /// Tell the people who watch the VirtualMachine.
+    Event {
+        /// The reason, one of the names.
+        reason: &'static str,
+        /// What happened.
+        message: String,
+        /// Whether somebody should look.
+        warning: bool,
+    },
+}
+
+/// What a reservation pod is there for.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Purpose {
+    /// The guest runs there, or will.
+    Current,
+    /// The migration of this name goes there.
+    Migration(String),
+}
+
+/// What a migration's status should say. Timestamps follow from the phase.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MigrationUpdate {
+    /// Where it stands.
+    pub phase: MigrationPhase,
+    /// The node that it leaves.
+    pub source: Option<String>,
+    /// The node that it goes to.
+    pub target: Option<String>,
+    /// The epoch that it began in.
+    pub source_epoch: Option<Epoch>,
+    /// The reason, one of the names.
+    pub reason: &'static str,
+    /// What to tell people.
+    pub message: String,
+    /// How the copying goes.
+    pub progress: Option<MigrationStatus>,
+}
+
+/// What a Failover's status should say. Timestamps follow from the stage.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum FailoverUpdate {
+    /// Waiting for a proof.
+    Suspected {
+        /// What is missing.
+        message: String,
+    },
+    /// The row is with a new owner.
+    TakenOver {
+        /// Where the guest is being started.
+        target: String,
+        /// The epoch.
+        epoch: Epoch,
+        /// Why that was safe.
+        proof: Option<FenceProof>,
+    },
+    /// The guest runs again.
+    Succeeded {
+        /// Where.
+        target: String,
+        /// The epoch.
+        epoch: Epoch,
+        /// Why that was safe.
+        proof: Option<FenceProof>,
+    },
+    /// Nothing was taken.
+    Withdrawn {
+        /// Why.
+        message: String,
+    },
+}
+
+/// What to do next, and what to say.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Plan {
+    /// In this order; a failure ends the run, and the next plan takes it from there.
+    pub actions: Vec<Action>,
+    /// The status to write.
+    pub report: VmReport,
+    /// When to look again even if nothing changes.
+    pub requeue: Duration,
+}
+
+/// A VirtualMachine's status.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VmReport {
+    /// One word.
+    pub phase: VmPhase,
+    /// The node that it runs on.
+    pub node: Option<String>,
+    /// The summary.
+    pub ready: Condition,
+    /// Whether it would survive the loss of its node.
+    pub protected: Condition,
+    /// Whether its disks are there.
+    pub imported: Condition,
+    /// Whether the running guest differs from the spec.
+    pub restart_required: bool,
+    /// The migration that is under way.
+    pub migration: Option<String>,
+    /// Since when it has been asked to shut down.
+    pub stopping_since: Option<Moment>,
+    /// Whether it is to stay down because it shut itself down.
+    pub completed: bool,
+    /// The restarts that still count.
+    pub restarts: Vec<Moment>,
+    /// Why the guest last ended, if it was seen to end.
+    pub stop_reason: Option<String>,
+}
+
+/// A condition.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Condition {
+    /// True, false, or not known.
+    pub status: Option<bool>,
+    /// The reason, one of the names.
+    pub reason: &'static str,
+    /// What to tell people.
+    pub message: String,
+}
+
+impl Condition {
+    /// A condition.
+    #[must_use]
+    pub fn new(status: Option<bool>, reason: &'static str, message: impl Into<String>) -> Self {
+        Self {
+            status,
+            reason,
+            message: message.into(),
+        }
+    }
+}
+
+/// What a virtual machine is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum VmPhase {
+    /// It waits.
+    Pending,
+    /// Images are being copied.
+    Importing,
+    /// It is about to start.
+    Starting,
+    /// It runs.
+    Running,
+    /// It runs and is on its way.
+    Migrating,
+    /// Its node is silent.
+    FailingOver,
+    /// It was asked to shut down.
+    Stopping,
+    /// It is stopped.
+    Stopped,
+    /// It ended, and waits or has given up.
+    Failed,
+    /// It is being deleted.
+    Deleting,
+    /// Nobody can say.
+    Unknown,
+}

@@ -1,0 +1,301 @@
+//! What is known about one virtual machine and what surrounds it.
+//!
+//! Three sources, which may disagree and may be stale: the API (pods, migrations, nodes), the
+//! daemons' reports (processes, imports, paths), and the volume (the row, through whichever daemon
+//! answers; of two answers the one with the higher coordinator epoch counts).
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+
+use bascule_ipc::vm::VmStatus;
+use bascule_ipc::volume::{FencingMode, PathState, WatchdogKind};
+use bascule_types::{AttemptId, Bytes, DiskId, Epoch, NodeUid, Owner};
+use bascule_volume_format::change::{DiskRow, FenceRow, Refusal};
+
+use crate::action::Purpose;
+use crate::{Fact, MigrationMode, Moment, SpecDigest};
+
+/// Everything that a plan looks at.
+#[derive(Clone, Debug, Default)]
+pub struct Observed {
+    /// The SharedVolume.
+    pub volume: Fact<VolumeView>,
+    /// Every node that runs, or ran, our daemon, by name.
+    pub nodes: BTreeMap<String, NodeView>,
+    /// The virtual machine's row.
+    pub row: Fact<RowView>,
+    /// Its reservation pods.
+    pub pods: Fact<Vec<Pod>>,
+    /// Its migrations, finished ones too.
+    pub migrations: Fact<Vec<Migration>>,
+    /// Its open Failover record.
+    pub failover: Fact<FailoverView>,
+    /// Its processes, as last reported by each node.
+    pub processes: Vec<Process>,
+    /// The imports of its disks.
+    pub imports: Vec<ImportView>,
+    /// What was done before.
+    pub history: History,
+}
+
+/// The SharedVolume.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VolumeView {
+    /// How silent nodes are fenced.
+    pub fencing: FencingMode,
+    /// Whether it is a file.
+    pub file: bool,
+    /// The heartbeat of every slot, as seen by other nodes.
+    pub peers: Vec<Peer>,
+}
+
+/// A slot's heartbeat, as another node sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Peer {
+    /// The slot and its present generation.
+    pub owner: Owner,
+    /// The node that holds it.
+    pub node: NodeUid,
+    /// Whether the heartbeat moved within the lease time.
+    pub alive: bool,
+}
+
+/// A node.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NodeView {
+    /// Its UID.
+    pub uid: Option<NodeUid>,
+    /// Whether it is cordoned.
+    pub cordoned: bool,
+    /// What its kubelet says. Reported, never acted on: guests do not need a kubelet.
+    pub kubelet_ready: Fact<bool>,
+    /// The stream of reports from its daemon.
+    pub stream: Stream,
+    /// Why it cannot run guests.
+    pub kvm_error: Option<String>,
+    /// How it reaches this virtual machine's volume; none when that is not attached there.
+    pub access: Option<Access>,
+}
+
+/// The stream of reports from a daemon.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Stream {
+    /// Not tried yet.
+    #[default]
+    Unknown,
+    /// Reports come.
+    Up,
+    /// No reports come.
+    Down {
+        /// Since when.
+        since: Moment,
+    },
+}
+
+/// How a node reaches a volume, by its own account.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Access {
+    /// The path.
+    pub path: PathState,
+    /// Why the path is not direct.
+    pub reason: Option<String>,
+    /// Its slot and generation.
+    pub owner: Option<Owner>,
+    /// Its watchdog.
+    pub watchdog: WatchdogKind,
+    /// Whether it is the coordinator.
+    pub coordinator: bool,
+}
+
+/// The virtual machine's row, and what hangs on it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RowView {
+    /// Who owns it.
+    pub owner: Option<Owner>,
+    /// In which tenure.
+    pub epoch: Epoch,
+    /// Its disks, and the kept ones of the volume.
+    pub disks: Vec<DiskRow>,
+    /// Whether there is a complete saved state.
+    pub saved: bool,
+    /// Who is fenced on the volume.
+    pub fences: Vec<FenceRow>,
+}
+
+/// A reservation pod.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pod {
+    /// Its UID.
+    pub uid: String,
+    /// Its name.
+    pub name: String,
+    /// What it is there for.
+    pub purpose: Purpose,
+    /// Where it stands.
+    pub phase: PodPhase,
+    /// The node that it is bound to.
+    pub node: Option<String>,
+    /// Since when it is to leave: its deletion was asked for, or the kubelet evicted it.
+    pub leaving_since: Option<Moment>,
+    /// Whether it has a deletion timestamp.
+    pub deleting: bool,
+    /// Why the scheduler finds no node.
+    pub unschedulable: Option<String>,
+    /// The digest of the spec that it was made for.
+    pub digest: SpecDigest,
+}
+
+/// Where a pod stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PodPhase {
+    /// Not yet running.
+    Pending,
+    /// Running.
+    Running,
+    /// Ended by eviction: the kubelet wants the virtual machine off the node.
+    Evicted,
+    /// Ended otherwise.
+    Failed,
+}
+
+/// A VirtualMachineMigration.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Migration {
+    /// Its name.
+    pub name: String,
+    /// Its UID: the attempt.
+    pub attempt: AttemptId,
+    /// When it was created.
+    pub created: Moment,
+    /// How to move.
+    pub mode: MigrationMode,
+    /// Where to, if that was asked for.
+    pub target: Option<String>,
+    /// Limits that differ from the virtual machine's.
+    pub downtime: Option<std::time::Duration>,
+    /// The same for its time limit.
+    pub timeout: Option<std::time::Duration>,
+    /// The same for its bandwidth.
+    pub bandwidth: Option<u64>,
+    /// Whether it is to be given up.
+    pub cancel: bool,
+    /// Whether a drain made it.
+    pub drain: bool,
+    /// Where it stands.
+    pub phase: MigrationPhase,
+    /// When it began.
+    pub started: Option<Moment>,
+    /// The node that it leaves.
+    pub source: Option<String>,
+    /// The epoch that it began in.
+    pub source_epoch: Option<Epoch>,
+    /// The reason that it ended for.
+    pub reason: Option<String>,
+}
+
+/// Where a migration stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MigrationPhase {
+    /// It waits.
+    Pending,
+    /// It waits for the scheduler.
+    Placing,
+    /// Memory is being copied.
+    Copying,
+    /// Ownership is being handed over.
+    Committing,
+    /// Done.
+    Succeeded,
+    /// Failed; the guest is where it was.
+    Failed,
+    /// Cancelled; the guest is where it was.
+    Cancelled,
+}
+
+impl MigrationPhase {
+    /// Whether it has ended.
+    #[must_use]
+    pub const fn is_final(self) -> bool {
+        matches!(self, Self::Succeeded | Self::Failed | Self::Cancelled)
+    }
+}
+
+/// An open Failover record.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FailoverView {
+    /// Its name.
+    pub name: String,
+    /// The node that fell silent.
+    pub node: String,
+    /// Its slot and generation.
+    pub owner: Owner,
+    /// The epoch that it owned the row in.
+    pub epoch: Epoch,
+    /// Whether the takeover is on record.
+    pub taken_over: bool,
+}
+
+/// A VM process, as its node reported it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Process {
+    /// The node.
+    pub node: String,
+    /// Whether it exists.
+    pub alive: bool,
+    /// Its status; the last one known.
+    pub status: VmStatus,
+}
+
+/// An import.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ImportView {
+    /// The node that does it.
+    pub node: String,
+    /// The disk.
+    pub disk: DiskId,
+    /// Bytes written.
+    pub written: Bytes,
+    /// Where it stands.
+    pub phase: ImportPhase,
+}
+
+/// Where an import stands.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ImportPhase {
+    /// Going on.
+    Running,
+    /// Written, flushed, checked.
+    Complete {
+        /// The image's length.
+        length: Bytes,
+    },
+    /// Failed.
+    Failed {
+        /// Why.
+        message: String,
+    },
+}
+
+/// What was done before: from the status, or from the operator's memory. All of it may be lost; then
+/// something is done once more.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct History {
+    /// The restarts that may still count.
+    pub restarts: Vec<Moment>,
+    /// Since when the guest has been asked to shut down.
+    pub stopping_since: Option<Moment>,
+    /// Whether the guest shut itself down and is to stay down.
+    pub completed: bool,
+    /// Whether the guest was running when last seen.
+    pub was_running: bool,
+    /// When the power button was last pressed.
+    pub power_button: Option<Moment>,
+    /// When each disk's import was last begun.
+    pub imports_begun: BTreeMap<DiskId, Moment>,
+    /// Where an incoming VM process said it listens.
+    pub listening: Option<(AttemptId, SocketAddr)>,
+    /// Why the last takeover that was asked for was refused.
+    pub takeover_refusal: Option<Refusal>,
+    /// The last thing that went wrong, as a reason and a message.
+    pub error: Option<(&'static str, String)>,
+}

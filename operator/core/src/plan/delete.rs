@@ -1,0 +1,185 @@
+//! A virtual machine that is being deleted: guest down, disks away as asked, row away, pods away.
+
+use bascule_api::names::reason;
+use bascule_ipc::vm::VmState;
+use bascule_types::Owner;
+use bascule_volume_format::change::Change;
+
+use super::Planner;
+use super::place::Place;
+use crate::observed::RowView;
+use crate::{Action, Fact, Origin, Verdict, VmPhase};
+
+impl<'a> Planner<'a> {
+    pub(super) fn delete(&mut self) {
+        self.ready(VmPhase::Deleting, false, reason::DELETING, "being deleted");
+        if !self.intent.finalizer {
+            return;
+        }
+        self.soon();
+        match (&self.observed.volume, &self.observed.row) {
+            // Without its volume there is nothing to clean up, and nobody to ask.
+            (Fact::Absent, _) | (Fact::Known(_), Fact::Absent) => self.delete_pods_then_finish(),
+            (Fact::Unknown, _) | (Fact::Known(_), Fact::Unknown) => {
+                let message = format!("waiting for volume {}", self.intent.volume);
+                self.ready(
+                    VmPhase::Deleting,
+                    false,
+                    reason::VOLUME_UNAVAILABLE,
+                    message,
+                );
+            }
+            (Fact::Known(_), Fact::Known(row)) => self.delete_row(row),
+        }
+    }
+
+    fn delete_row(&mut self, row: &'a RowView) {
+        if let Fact::Known(pods) = &self.observed.pods {
+            self.end_left_reservations(row, pods);
+        }
+        match self.place(row) {
+            Place::Nowhere => self.delete_unowned(row),
+            Place::On {
+                node,
+                owner,
+                verdict: Verdict::Healthy,
+            } => {
+                self.delete_owned(row, &node, owner);
+            }
+            Place::On {
+                node,
+                owner,
+                verdict: Verdict::Suspect,
+            } => {
+                self.take_over_to_delete(row, &node, owner);
+            }
+            Place::On { node, .. } => {
+                let message = format!("waiting for node {node}, which owns it");
+                self.ready(VmPhase::Deleting, false, reason::NODE_UNREACHABLE, message);
+            }
+            Place::Stranger { owner } => {
+                let message = format!("owned by {owner}, which no known node holds");
+                self.ready(VmPhase::Deleting, false, reason::NODE_UNREACHABLE, message);
+            }
+        }
+    }
+
+    fn delete_owned(&mut self, row: &'a RowView, node: &str, owner: Owner) {
+        let Some(process) = self
+            .process_of(row, node)
+            .filter(|process| process.alive)
+            .cloned()
+        else {
+            self.collect_all();
+            return self.release(row, node, owner);
+        };
+        if let Some(migration) = self.arrange_migrations() {
+            self.give_up_migration(row, node, &process, migration, reason::SUPERSEDED);
+        }
+        match &process.status.state {
+            VmState::Running | VmState::Paused => {
+                self.stop(node);
+                self.ready(
+                    VmPhase::Deleting,
+                    false,
+                    reason::STOPPING,
+                    "asked to shut down",
+                );
+            }
+            VmState::Stopped(_) | VmState::Departed => {
+                self.collect_all();
+                self.release(row, node, owner);
+            }
+            VmState::Starting | VmState::Incoming | VmState::InDoubt => {}
+        }
+    }
+
+    /// A row cannot be deleted while it has an owner, and this one will never release it.
+    fn take_over_to_delete(&mut self, row: &RowView, node: &str, owner: Owner) {
+        let message = format!("{node} is silent; asking the volume for a proof");
+        self.ready(VmPhase::Deleting, false, reason::NODE_SUSPECT, message);
+        let Some(via) = self.via() else { return };
+        if let Ok(to) = self.usable(&via) {
+            let change = Change::TakeOver {
+                vm: self.intent.uid,
+                from: owner,
+                epoch: row.epoch,
+                to,
+            };
+            self.push(Action::Change { via, change });
+        }
+    }
+
+    fn delete_unowned(&mut self, row: &RowView) {
+        self.collect_all();
+        let Some(via) = self.via() else { return };
+        for disk in row
+            .disks
+            .iter()
+            .filter(|disk| disk.vm == Some(self.intent.uid))
+        {
+            let intent = self
+                .intent
+                .disks
+                .iter()
+                .find(|intent| intent.row == disk.name);
+            // A half-filled disk is of no use to anybody.
+            let goes = disk.importing
+                || intent.is_some_and(|i| i.delete_with_vm && i.origin != Origin::Existing)
+                || intent.is_some_and(|i| i.delete_with_vm);
+            if goes {
+                let change = Change::DeleteDisk { disk: disk.disk };
+                self.push(Action::Change {
+                    via: via.clone(),
+                    change,
+                });
+            }
+        }
+        let change = Change::DeleteVm {
+            vm: self.intent.uid,
+        };
+        self.push(Action::Change { via, change });
+    }
+
+    fn delete_pods_then_finish(&mut self) {
+        let Fact::Known(pods) = &self.observed.pods else {
+            return;
+        };
+        self.collect_all();
+        for pod in pods {
+            let answers = pod.node.as_ref().is_some_and(|node| {
+                self.observed
+                    .nodes
+                    .get(node)
+                    .is_some_and(|n| n.stream == crate::Stream::Up)
+            });
+            // No guest stands behind it any more, so nobody needs to wait for its kubelet.
+            self.delete_reservation(pod, pod.node.is_some() && !answers);
+            if let (Some(node), true) = (&pod.node, answers && pod.deleting) {
+                self.push(Action::EndReservation {
+                    node: node.clone(),
+                    pod_uid: pod.uid.clone(),
+                });
+            }
+        }
+        if pods.is_empty() {
+            self.push(Action::RemoveFinalizer);
+        }
+    }
+
+    fn collect_all(&mut self) {
+        for process in &self.observed.processes {
+            let over = !process.alive
+                || matches!(
+                    process.status.state,
+                    VmState::Stopped(_) | VmState::Departed | VmState::Incoming
+                );
+            if over {
+                self.push(Action::CollectVm {
+                    node: process.node.clone(),
+                    pid: process.status.pid,
+                });
+            }
+        }
+    }
+}

@@ -1,0 +1,75 @@
+//! A reservation that is to leave while its guest runs: drain, eviction, taint, preemption.
+//!
+//! The pod's grace period is the sum of the three budgets and a margin, so that each stage has its
+//! time: live migration (several tries, because a target may die), quick migration, shutdown.
+
+use bascule_api::names::reason;
+
+use super::Planner;
+use crate::observed::MigrationPhase;
+use crate::{Action, DrainPolicy, Migration, MigrationMode, Moment, Pod, VmPhase};
+
+impl Planner<'_> {
+    /// No migration is under way. Begins the next stage.
+    pub(super) fn evacuate(&mut self, node: &str, pod: &Pod, since: Moment) {
+        let elapsed = self.now.since(since);
+        let budgets = self.intent.budgets;
+        let tried: Vec<&Migration> = self
+            .observed
+            .migrations
+            .known()
+            .map_or(&[][..], Vec::as_slice)
+            .iter()
+            .filter(|m| m.drain && m.name.contains(&drain_prefix(&self.intent.name, pod)))
+            .collect();
+        let count = |mode| tried.iter().filter(|m| m.mode == mode).count();
+        let live_makes_no_sense = tried.iter().any(|m| {
+            m.mode == MigrationMode::Live
+                && m.phase == MigrationPhase::Failed
+                && m.reason.as_deref() == Some(reason::TIMED_OUT)
+        });
+        let live_tries = count(MigrationMode::Live);
+        let quick_tries = count(MigrationMode::Quick);
+        let live = self.intent.on_drain == DrainPolicy::LiveMigrate
+            && elapsed < budgets.live
+            && live_tries < LIVE_TRIES_MAX
+            && quick_tries == 0
+            && !live_makes_no_sense;
+        let quick = self.intent.on_drain != DrainPolicy::Shutdown
+            && elapsed < budgets.live + budgets.quick
+            && quick_tries < QUICK_TRIES_MAX;
+        let (mode, word, ordinal) = if live {
+            (MigrationMode::Live, "live", live_tries)
+        } else if quick {
+            (MigrationMode::Quick, "quick", quick_tries)
+        } else {
+            return self.stop(node);
+        };
+        self.ready(
+            VmPhase::Running,
+            true,
+            reason::MIGRATING,
+            format!("leaving {node}"),
+        );
+        let name = format!("{}{word}-{ordinal}", drain_prefix(&self.intent.name, pod));
+        self.push(Action::CreateMigration { name, mode });
+        self.soon();
+    }
+}
+
+/// The beginning of the names of the migrations that a pod's leaving asks for: whoever looks at the
+/// same pod chooses the same names, so that two operators make one migration.
+fn drain_prefix(vm: &str, pod: &Pod) -> String {
+    let short: String = pod
+        .uid
+        .chars()
+        .filter(char::is_ascii_hexdigit)
+        .take(8)
+        .collect();
+    format!("{vm}-drain-{short}-")
+}
+
+/// Targets die, but not many of them in a row.
+const LIVE_TRIES_MAX: usize = 3;
+/// A quick migration pauses the guest each time.
+const QUICK_TRIES_MAX: usize = 1;

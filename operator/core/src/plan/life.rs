@@ -1,0 +1,358 @@
+//! A virtual machine that does not run: start it, or leave it stopped.
+
+use bascule_api::names::reason;
+use bascule_ipc::vm::{StopReason, VmState};
+use bascule_types::Owner;
+use bascule_volume_format::change::Change;
+
+use super::Planner;
+use crate::observed::RowView;
+use crate::{Action, Process, Purpose, RunPolicy, Verdict, VmPhase};
+
+/// What the processes that have ended mean for the next start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ended {
+    /// Nothing stands in the way.
+    MayStart,
+    /// Not now; the report says why.
+    MayNot,
+}
+
+impl<'a> Planner<'a> {
+    /// Nobody owns the row.
+    pub(super) fn unowned(&mut self, row: &'a RowView) {
+        self.refuse_migrations(row);
+        let ended = self.ended_processes(row);
+        if !self.wanted() {
+            return self.stay_stopped(row);
+        }
+        if ended == Ended::MayNot {
+            return;
+        }
+        if let Some((node, owner)) = self.startable_place(row) {
+            self.ready(
+                VmPhase::Starting,
+                false,
+                reason::STARTING,
+                format!("starting on {node}"),
+            );
+            self.report.node = Some(node.clone());
+            self.acquire(row, node, owner);
+        }
+    }
+
+    /// A node owns the row.
+    pub(super) fn owned(&mut self, row: &'a RowView, node: &str, owner: Owner, verdict: Verdict) {
+        match verdict {
+            Verdict::Healthy => {}
+            Verdict::Suspect => return self.failover(row, node, owner),
+            Verdict::StorageLost => {
+                let message = format!("{node} has lost its path to the volume; the guest waits");
+                self.ready(VmPhase::Running, false, reason::STORAGE_LOST, message);
+                return self.soon();
+            }
+            Verdict::Isolated => {
+                let message =
+                    format!("bascule-node on {node} does not answer; the guest runs on there");
+                self.ready(VmPhase::Running, false, reason::NODE_UNREACHABLE, message);
+                return self.soon();
+            }
+            Verdict::Undetermined => {
+                let message = format!("nothing is heard of {node}");
+                self.ready(VmPhase::Unknown, false, reason::NODE_UNREACHABLE, message);
+                return self.soon();
+            }
+        }
+        match self.process_of(row, node) {
+            Some(process) if process.alive => match &process.status.state {
+                VmState::Running | VmState::Paused => self.running(row, node, process),
+                VmState::Starting | VmState::Incoming => {
+                    let message = format!("starting on {node}");
+                    self.ready(VmPhase::Starting, false, reason::STARTING, message);
+                    self.soon();
+                }
+                // A row that still names a node which the guest has left is a stale one.
+                VmState::InDoubt | VmState::Departed => {
+                    let message = "waiting for the volume to say which side the guest is on";
+                    self.ready(VmPhase::Migrating, false, reason::MIGRATING, message);
+                    self.soon();
+                }
+                VmState::Stopped(_) => self.idle(row, node, owner),
+            },
+            _ => self.idle(row, node, owner),
+        }
+    }
+
+    /// A healthy node owns the row, and no guest runs there.
+    fn idle(&mut self, row: &RowView, node: &str, owner: Owner) {
+        self.refuse_migrations(row);
+        let ended = self.ended_processes(row);
+        if !self.imported(row) {
+            return self.import(row, node, owner);
+        }
+        if !self.wanted() {
+            self.ready(VmPhase::Stopped, true, reason::STOPPED, "stopped, as asked");
+            return self.release(row, node, owner);
+        }
+        if ended == Ended::MayNot {
+            return;
+        }
+        let Some((place, _)) = self.startable_place(row) else {
+            return;
+        };
+        self.ready(
+            VmPhase::Starting,
+            false,
+            reason::STARTING,
+            format!("starting on {place}"),
+        );
+        if place != node {
+            return self.release(row, node, owner);
+        }
+        self.report_error();
+        self.report.stopping_since = None;
+        self.push(Action::StartVm {
+            node: place,
+            owner,
+            epoch: row.epoch,
+            restore: row.saved,
+        });
+        self.soon();
+    }
+
+    /// Whether the guest should run.
+    pub(super) fn wanted(&self) -> bool {
+        match self.intent.run {
+            RunPolicy::Always => true,
+            RunPolicy::OnFailure => !self.report.completed,
+            RunPolicy::Stopped => false,
+        }
+    }
+
+    fn stay_stopped(&mut self, row: &RowView) {
+        self.report.stopping_since = None;
+        self.report.node = None;
+        let (reason, message) = if self.report.completed {
+            (reason::GUEST_SHUT_DOWN, "the guest shut itself down")
+        } else {
+            (reason::STOPPED, "stopped, as asked")
+        };
+        self.ready(VmPhase::Stopped, true, reason, message);
+        self.delete_other_reservations(&[]);
+        if self.imported(row) {
+            return;
+        }
+        let importer = self
+            .via()
+            .and_then(|node| self.usable(&node).ok().map(|o| (node, o)));
+        self.ready(
+            VmPhase::Importing,
+            false,
+            reason::IMPORTING,
+            "images are being copied",
+        );
+        if let Some((node, owner)) = importer {
+            self.acquire(row, node, owner);
+        }
+    }
+
+    /// Collects what has ended, and accounts for restarts: a guest that ended by itself is only
+    /// forgotten when its budget allows another start.
+    fn ended_processes(&mut self, row: &RowView) -> Ended {
+        let mut verdict = Ended::MayStart;
+        for process in &self.observed.processes {
+            let answers = self.observed.nodes.get(&process.node);
+            if answers.is_none_or(|node| node.stream != crate::Stream::Up) {
+                continue;
+            }
+            let ended = match &process.status.state {
+                VmState::Departed => process.status.epoch < row.epoch || !process.alive,
+                // Whoever waits for a migration of an earlier tenure waits in vain.
+                VmState::Incoming => process.status.epoch < row.epoch,
+                VmState::Stopped(_) => true,
+                _ => !process.alive,
+            };
+            if !ended {
+                continue;
+            }
+            if process.status.epoch == row.epoch && self.may_restart(process) == Ended::MayNot {
+                verdict = Ended::MayNot;
+                continue;
+            }
+            self.push(Action::CollectVm {
+                node: process.node.clone(),
+                pid: process.status.pid,
+            });
+            self.soon();
+        }
+        verdict
+    }
+
+    /// Whether a guest that ended in the present tenure may be started again now.
+    fn may_restart(&mut self, process: &Process) -> Ended {
+        let asked = self.report.stopping_since.is_some();
+        let what = match &process.status.state {
+            VmState::Stopped(StopReason::GuestReset) => return Ended::MayStart,
+            VmState::Departed | VmState::Incoming => return Ended::MayStart,
+            VmState::Stopped(StopReason::Requested) => {
+                self.report.stop_reason = Some("it was asked to stop".to_owned());
+                return Ended::MayStart;
+            }
+            VmState::Stopped(StopReason::GuestShutdown) => {
+                self.report.stop_reason = Some("the guest shut itself down".to_owned());
+                if asked {
+                    return Ended::MayStart;
+                }
+                if self.intent.run == RunPolicy::OnFailure {
+                    self.report.completed = true;
+                    return Ended::MayStart;
+                }
+                "the guest shut itself down".to_owned()
+            }
+            VmState::Stopped(StopReason::GuestFault { what } | StopReason::Failed { what }) => {
+                what.clone()
+            }
+            _ => format!("its process on {} ended unexpectedly", process.node),
+        };
+        self.report.stop_reason = Some(what.clone());
+        if asked || !self.wanted() {
+            return Ended::MayStart;
+        }
+        let restarts = self
+            .intent
+            .restart
+            .recent(&self.observed.history.restarts, self.now);
+        match self.intent.restart.next(&restarts, self.now) {
+            Some(at) if at <= self.now => {
+                self.report.restarts.push(self.now);
+                self.event(reason::GUEST_FAILED, true, format!("restarting: {what}"));
+                Ended::MayStart
+            }
+            Some(at) => {
+                let wait = at.since(self.now);
+                let message = format!("{what}; restarting in {} s", wait.as_secs() + 1);
+                self.ready(VmPhase::Failed, false, reason::BACKING_OFF, message);
+                self.within(wait);
+                Ended::MayNot
+            }
+            None => {
+                let message = format!("{what}; restarted {} times already", restarts.len());
+                self.ready(VmPhase::Failed, false, reason::RESTARTS_EXHAUSTED, message);
+                Ended::MayNot
+            }
+        }
+    }
+
+    /// The node of a reservation on which the guest can be started now. Asks for a reservation when
+    /// there is none, and reports what is being waited for.
+    fn startable_place(&mut self, row: &RowView) -> Option<(String, Owner)> {
+        let pod = self.candidate(None);
+        let keep: Vec<_> = pod.into_iter().collect();
+        self.delete_other_reservations(&keep);
+        let Some(pod) = pod else {
+            self.report_unbound(None);
+            self.create_reservation(row, Purpose::Current, None, vec![]);
+            return None;
+        };
+        if pod.digest != self.intent.digest {
+            // The spec has changed since: the reservation is for another size or place.
+            self.report_unbound(None);
+            self.delete_reservation(pod, false);
+            return None;
+        }
+        let Some(node) = &pod.node else {
+            self.report_unbound(Some(pod));
+            return None;
+        };
+        match self.usable(node) {
+            Ok(owner) => {
+                if pod.purpose != Purpose::Current {
+                    self.push(Action::PromoteReservation {
+                        name: pod.name.clone(),
+                        uid: pod.uid.clone(),
+                    });
+                }
+                Some((node.clone(), owner))
+            }
+            Err(why) => {
+                self.ready(VmPhase::Pending, false, reason::VOLUME_UNAVAILABLE, why);
+                if self.others_are_usable(node) {
+                    self.delete_reservation(pod, false);
+                }
+                self.soon();
+                None
+            }
+        }
+    }
+
+    fn others_are_usable(&self, node: &str) -> bool {
+        self.observed
+            .nodes
+            .iter()
+            .any(|(name, view)| name != node && !view.cordoned && self.usable(name).is_ok())
+    }
+
+    fn acquire(&mut self, row: &RowView, node: String, owner: Owner) {
+        self.report_error();
+        let change = Change::Acquire {
+            vm: self.intent.uid,
+            expected_epoch: row.epoch,
+            to: owner,
+        };
+        self.push(Action::Change { via: node, change });
+        self.soon();
+    }
+
+    /// Gives the row up. Only while no process and no import of it lives on the node, which its own
+    /// volume process checks again.
+    pub(super) fn release(&mut self, row: &RowView, node: &str, owner: Owner) {
+        self.soon();
+        if self.process_lives_on(node) || self.import_runs_on(node, row) {
+            return;
+        }
+        let change = Change::Release {
+            vm: self.intent.uid,
+            from: owner,
+            epoch: row.epoch,
+        };
+        self.push(Action::Change {
+            via: node.to_owned(),
+            change,
+        });
+    }
+
+    /// Whether a process on `node` runs the guest, or may.
+    pub(super) fn process_lives_on(&self, node: &str) -> bool {
+        self.observed.processes.iter().any(|process| {
+            process.node == node
+                && process.alive
+                && !matches!(
+                    process.status.state,
+                    VmState::Departed | VmState::Stopped(_) | VmState::Incoming
+                )
+        })
+    }
+
+    /// The process of the present tenure on `node`.
+    pub(super) fn process_of(&self, row: &RowView, node: &str) -> Option<&'a Process> {
+        self.observed
+            .processes
+            .iter()
+            .filter(|process| process.node == node)
+            .filter(|process| {
+                // An incoming process learns its new epoch when it runs.
+                process.status.epoch == row.epoch
+                    || process.status.epoch.next() == row.epoch
+                        && process.status.state == VmState::Incoming
+            })
+            .max_by_key(|process| (process.alive, process.status.epoch))
+    }
+
+    /// If something went wrong lately, that is what people want to read.
+    pub(super) fn report_error(&mut self) {
+        if let Some((reason, message)) = &self.observed.history.error {
+            self.report.ready.reason = reason;
+            self.report.ready.message.clone_from(message);
+        }
+    }
+}

@@ -1,0 +1,543 @@
+//! One attempt to move a running guest.
+//!
+//! ```text
+//! Pending ─► Placing ─► Copying ─► Committing ─► Succeeded
+//!    │          │          │            │
+//!    └──────────┴──────────┴────────────┴──────► Failed, Cancelled
+//!                                (after Committing only when the volume says that it did not happen)
+//! ```
+//!
+//! The commit point is the transfer of the row, which the source asks the volume for. A row in a
+//! later epoch than the attempt began in tells that it was committed; until then the guest is the
+//! source's, and every failure leaves it running there (I5).
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use bascule_api::names::reason;
+use bascule_ipc::vm::{self, MigrationLimits, MigrationStatus, VmState};
+use bascule_types::Owner;
+
+use super::Planner;
+use super::reservation::leaving;
+use crate::action::MigrationUpdate;
+use crate::observed::{MigrationPhase, RowView};
+use crate::{Action, Migration, MigrationMode, Pod, Process, Purpose, VmPhase};
+
+impl<'a> Planner<'a> {
+    /// The migration that is under way, or whose turn it is. Those that come too early are refused.
+    pub(super) fn arrange_migrations(&mut self) -> Option<&'a Migration> {
+        let mut open: Vec<&'a Migration> = self
+            .observed
+            .migrations
+            .known()
+            .map_or(&[][..], Vec::as_slice)
+            .iter()
+            .filter(|migration| !migration.phase.is_final())
+            .collect();
+        open.sort_by_key(|m| (m.phase == MigrationPhase::Pending, m.created, &m.name));
+        let (active, others) = open.split_first()?;
+        for other in others {
+            let message = format!("migration {} of the same virtual machine runs", active.name);
+            self.end(
+                other,
+                MigrationPhase::Failed,
+                reason::ANOTHER_MIGRATION_RUNS,
+                message,
+            );
+        }
+        Some(active)
+    }
+
+    /// The guest does not run, so nothing can move.
+    pub(super) fn refuse_migrations(&mut self, row: &RowView) {
+        let Some(active) = self.arrange_migrations() else {
+            return;
+        };
+        match active.source_epoch {
+            None => {
+                let message = "the virtual machine is not running";
+                self.end(
+                    active,
+                    MigrationPhase::Failed,
+                    reason::VM_NOT_RUNNING,
+                    message,
+                );
+            }
+            Some(epoch) if epoch == row.epoch => {
+                let message = "the guest ended before it had moved";
+                self.end(active, MigrationPhase::Failed, reason::SUPERSEDED, message);
+            }
+            Some(_) => self.report.migration = Some(active.name.clone()),
+        }
+    }
+
+    /// The next step of `migration`, whose guest runs on `node`.
+    pub(super) fn drive_migration(
+        &mut self,
+        row: &'a RowView,
+        node: &str,
+        process: &Process,
+        migration: &'a Migration,
+    ) {
+        self.soon();
+        if migration
+            .source_epoch
+            .is_some_and(|epoch| epoch < row.epoch)
+        {
+            // It was committed: finish_committed_migration says the rest.
+            return;
+        }
+        if migration.phase == MigrationPhase::Pending {
+            return self.begin_migration(row, node, migration);
+        }
+        let progress = progress_of(migration, process);
+        if let Some(progress) = progress
+            && let Some((phase, reason, message)) = outcome(progress)
+        {
+            self.end_with(migration, phase, reason, message, Some(progress.clone()));
+            return;
+        }
+        if migration.cancel {
+            return self.give_up_migration(row, node, process, migration, reason::CANCELLED);
+        }
+        if self.out_of_time(migration) {
+            let reason = if progress.is_some() {
+                reason::TIMED_OUT
+            } else {
+                reason::NO_TARGET
+            };
+            return self.give_up_migration(row, node, process, migration, reason);
+        }
+        self.ready(
+            VmPhase::Migrating,
+            true,
+            reason::MIGRATING,
+            format!("leaving {node}"),
+        );
+        if let Some(progress) = progress {
+            return self.report_progress(row, node, migration, progress);
+        }
+        let Some((target, to)) = self.place_migration(row, node, migration) else {
+            return;
+        };
+        match migration.mode {
+            MigrationMode::Live => self.go_live(row, node, migration, &target, to),
+            MigrationMode::Quick => self.push(Action::MigrateQuick {
+                node: node.to_owned(),
+                attempt: migration.attempt,
+                to,
+            }),
+        }
+    }
+
+    /// Takes the attempt back, unless it has passed its commit request: then only the volume knows.
+    pub(super) fn give_up_migration(
+        &mut self,
+        row: &RowView,
+        node: &str,
+        process: &Process,
+        migration: &Migration,
+        why: &'static str,
+    ) {
+        self.soon();
+        if migration
+            .source_epoch
+            .is_some_and(|epoch| epoch < row.epoch)
+        {
+            return;
+        }
+        let in_flight = progress_of(migration, process).filter(|p| outcome(p).is_none());
+        if in_flight.is_some() {
+            return self.push(Action::CancelMigration {
+                node: node.to_owned(),
+                attempt: migration.attempt,
+            });
+        }
+        let phase = if why == reason::CANCELLED {
+            MigrationPhase::Cancelled
+        } else {
+            MigrationPhase::Failed
+        };
+        let message = match why {
+            reason::NO_TARGET => "no node could take the guest in time",
+            reason::TIMED_OUT => "it did not end in time",
+            reason::SUPERSEDED => "the virtual machine is being stopped",
+            _ => "given up, as asked",
+        };
+        self.end(migration, phase, why, message);
+    }
+
+    /// A migration in flight whose row has changed hands.
+    pub(super) fn finish_committed_migration(&mut self, row: &'a RowView) {
+        let Some(active) = self
+            .observed
+            .migrations
+            .known()
+            .map_or(&[][..], Vec::as_slice)
+            .iter()
+            .find(|m| !m.phase.is_final() && m.source_epoch.is_some_and(|e| e < row.epoch))
+        else {
+            return;
+        };
+        let super::place::Place::On { node, .. } = self.place(row) else {
+            let message = "the guest moved, and ended there";
+            return self.end(active, MigrationPhase::Failed, reason::SUPERSEDED, message);
+        };
+        if active.source.as_ref() == Some(&node) {
+            let message = "the guest was started on its old node again";
+            return self.end(active, MigrationPhase::Failed, reason::SUPERSEDED, message);
+        }
+        let there = self.process_of(row, &node).filter(|process| process.alive);
+        let runs = there.is_some_and(|process| process.status.state == VmState::Running);
+        // The source knows the figures; its process stays until it is collected.
+        let progress = self
+            .observed
+            .processes
+            .iter()
+            .filter(|process| Some(&process.node) == active.source.as_ref())
+            .find_map(|process| progress_of(active, process))
+            .or_else(|| there.and_then(|process| progress_of(active, process)))
+            .cloned();
+        let (phase, reason, message) = if runs {
+            (
+                MigrationPhase::Succeeded,
+                reason::SUCCEEDED,
+                format!("the guest runs on {node}"),
+            )
+        } else {
+            let message = format!("handed over to {node}");
+            (MigrationPhase::Committing, reason::IN_PROGRESS, message)
+        };
+        self.report.migration = (!runs).then(|| active.name.clone());
+        self.push(Action::ReportMigration {
+            name: active.name.clone(),
+            update: MigrationUpdate {
+                phase,
+                source: active.source.clone(),
+                target: Some(node),
+                source_epoch: active.source_epoch,
+                reason,
+                message,
+                progress,
+            },
+        });
+        self.soon();
+    }
+
+    fn begin_migration(&mut self, row: &RowView, node: &str, migration: &Migration) {
+        if let Some(target) = &migration.target {
+            let refusal = match self.observed.nodes.get(target) {
+                _ if target == node => Some((
+                    reason::TARGET_IS_SOURCE,
+                    format!("it runs on {node} already"),
+                )),
+                None => Some((
+                    reason::TARGET_UNKNOWN,
+                    format!("there is no node {target} that runs bascule-node"),
+                )),
+                Some(view) if view.cordoned => Some((
+                    reason::TARGET_CORDONED,
+                    format!("node {target} is cordoned"),
+                )),
+                Some(_) => self
+                    .usable(target)
+                    .err()
+                    .map(|why| (reason::NO_TARGET, why)),
+            };
+            if let Some((reason, message)) = refusal {
+                return self.end(migration, MigrationPhase::Failed, reason, message);
+            }
+        }
+        if migration.cancel {
+            let message = "given up before it began";
+            return self.end(
+                migration,
+                MigrationPhase::Cancelled,
+                reason::CANCELLED,
+                message,
+            );
+        }
+        self.push(Action::ReportMigration {
+            name: migration.name.clone(),
+            update: MigrationUpdate {
+                phase: MigrationPhase::Placing,
+                source: Some(node.to_owned()),
+                target: migration.target.clone(),
+                source_epoch: Some(row.epoch),
+                reason: reason::PLACING,
+                message: "waiting for the scheduler to choose a node".to_owned(),
+                progress: None,
+            },
+        });
+    }
+
+    /// The node that takes the guest, once its reservation is bound to one that can.
+    fn place_migration(
+        &mut self,
+        row: &RowView,
+        node: &str,
+        migration: &Migration,
+    ) -> Option<(String, Owner)> {
+        let purpose = Purpose::Migration(migration.name.clone());
+        let pod = self
+            .pods()
+            .iter()
+            .find(|pod| pod.purpose == purpose && !leaving(pod));
+        let Some(pod) = pod else {
+            let lost = self.pods().iter().any(|pod| pod.purpose == purpose);
+            if lost && migration.phase != MigrationPhase::Placing {
+                let message = "the target's reservation was taken away";
+                self.end(
+                    migration,
+                    MigrationPhase::Failed,
+                    reason::NO_TARGET,
+                    message,
+                );
+                return None;
+            }
+            let pin = migration.target.clone();
+            self.create_reservation(row, purpose, pin, vec![node.to_owned()]);
+            return None;
+        };
+        let target = self.bound_target(node, migration, pod)?;
+        match self.usable(&target) {
+            Ok(owner) => Some((target, owner)),
+            Err(why) => {
+                self.end(migration, MigrationPhase::Failed, reason::NO_TARGET, why);
+                None
+            }
+        }
+    }
+
+    fn bound_target(&mut self, node: &str, migration: &Migration, pod: &Pod) -> Option<String> {
+        if let Some(target) = &pod.node {
+            return Some(target.clone());
+        }
+        let message = match &pod.unschedulable {
+            Some(why) => format!("no node has room or fits the placement: {why}"),
+            None => "waiting for the scheduler to choose a node".to_owned(),
+        };
+        self.push(Action::ReportMigration {
+            name: migration.name.clone(),
+            update: MigrationUpdate {
+                phase: MigrationPhase::Placing,
+                source: Some(node.to_owned()),
+                target: migration.target.clone(),
+                source_epoch: migration.source_epoch,
+                reason: reason::PLACING,
+                message,
+                progress: None,
+            },
+        });
+        None
+    }
+
+    fn go_live(
+        &mut self,
+        row: &RowView,
+        node: &str,
+        migration: &Migration,
+        target: &str,
+        to: Owner,
+    ) {
+        let attempt = migration.attempt;
+        let incoming = self.observed.processes.iter().find(|process| {
+            process.node == target
+                && process.alive
+                && process.status.state == VmState::Incoming
+                && process.status.epoch == row.epoch
+        });
+        let told = self
+            .observed
+            .history
+            .listening
+            .filter(|(a, _)| *a == attempt)
+            .map(|(_, s)| s);
+        let peer = incoming.and_then(|process| told.or_else(|| routable(process)));
+        self.push(Action::ReportMigration {
+            name: migration.name.clone(),
+            update: MigrationUpdate {
+                phase: MigrationPhase::Copying,
+                source: Some(node.to_owned()),
+                target: Some(target.to_owned()),
+                source_epoch: migration.source_epoch,
+                reason: reason::IN_PROGRESS,
+                message: format!("{target} is getting ready"),
+                progress: None,
+            },
+        });
+        match peer {
+            None => self.push(Action::PrepareIncoming {
+                node: target.to_owned(),
+                attempt,
+                owner: to,
+                epoch: row.epoch,
+            }),
+            Some(peer) => {
+                let limits = self.limits(migration);
+                self.push(Action::MigrateLive {
+                    node: node.to_owned(),
+                    attempt,
+                    peer,
+                    to,
+                    limits,
+                });
+            }
+        }
+    }
+
+    fn report_progress(
+        &mut self,
+        row: &RowView,
+        node: &str,
+        migration: &Migration,
+        progress: &MigrationStatus,
+    ) {
+        let purpose = Purpose::Migration(migration.name.clone());
+        let target = self
+            .pods()
+            .iter()
+            .find(|pod| pod.purpose == purpose)
+            .and_then(|pod| pod.node.clone())
+            .or_else(|| migration.target.clone());
+        let (phase, message) = match progress.phase {
+            vm::MigrationPhase::Committing | vm::MigrationPhase::Completed => {
+                (MigrationPhase::Committing, "ownership is being handed over")
+            }
+            vm::MigrationPhase::Stopping => (MigrationPhase::Copying, "the last pages are sent"),
+            _ => (MigrationPhase::Copying, "memory is being copied"),
+        };
+        self.push(Action::ReportMigration {
+            name: migration.name.clone(),
+            update: MigrationUpdate {
+                phase,
+                source: Some(node.to_owned()),
+                target,
+                source_epoch: Some(row.epoch),
+                reason: reason::IN_PROGRESS,
+                message: message.to_owned(),
+                progress: Some(progress.clone()),
+            },
+        });
+    }
+
+    fn limits(&self, migration: &Migration) -> MigrationLimits {
+        let ms = |d: Duration| u64::try_from(d.as_millis()).unwrap_or(u64::MAX);
+        let spent = migration
+            .started
+            .map_or(Duration::ZERO, |at| self.now.since(at));
+        MigrationLimits {
+            downtime_ms_max: ms(migration.downtime.unwrap_or(self.intent.budgets.downtime)),
+            total_ms_max: ms(self.budget(migration).saturating_sub(spent)),
+            bytes_per_second_max: migration.bandwidth.or(self.intent.budgets.bandwidth),
+        }
+    }
+
+    fn budget(&self, migration: &Migration) -> Duration {
+        migration.timeout.unwrap_or(match migration.mode {
+            MigrationMode::Live => self.intent.budgets.live,
+            MigrationMode::Quick => self.intent.budgets.quick,
+        })
+    }
+
+    fn out_of_time(&self, migration: &Migration) -> bool {
+        migration
+            .started
+            .is_some_and(|at| self.now.since(at) >= self.budget(migration))
+    }
+
+    fn end(
+        &mut self,
+        migration: &Migration,
+        phase: MigrationPhase,
+        reason: &'static str,
+        message: impl Into<String>,
+    ) {
+        self.end_with(migration, phase, reason, message.into(), None);
+    }
+
+    fn end_with(
+        &mut self,
+        migration: &Migration,
+        phase: MigrationPhase,
+        reason: &'static str,
+        message: String,
+        progress: Option<MigrationStatus>,
+    ) {
+        if self.report.migration.as_ref() == Some(&migration.name) {
+            self.report.migration = None;
+        }
+        self.event(
+            reason,
+            phase == MigrationPhase::Failed,
+            format!("{}: {message}", migration.name),
+        );
+        self.push(Action::ReportMigration {
+            name: migration.name.clone(),
+            update: MigrationUpdate {
+                phase,
+                source: migration.source.clone(),
+                target: migration.target.clone(),
+                source_epoch: migration.source_epoch,
+                reason,
+                message,
+                progress,
+            },
+        });
+        // A destination that was built waits for nothing now.
+        for process in &self.observed.processes {
+            if process.alive && process.status.state == VmState::Incoming {
+                self.actions.push(Action::CollectVm {
+                    node: process.node.clone(),
+                    pid: process.status.pid,
+                });
+            }
+        }
+        self.soon();
+    }
+}
+
+/// What the process says of this attempt.
+fn progress_of<'p>(migration: &Migration, process: &'p Process) -> Option<&'p MigrationStatus> {
+    process
+        .status
+        .migration
+        .as_ref()
+        .filter(|status| status.attempt == migration.attempt)
+}
+
+/// How an attempt ended at its source, if it ended without a commit.
+fn outcome(progress: &MigrationStatus) -> Option<(MigrationPhase, &'static str, String)> {
+    let why = |default: &str| {
+        progress
+            .failure
+            .clone()
+            .unwrap_or_else(|| default.to_owned())
+    };
+    match progress.phase {
+        vm::MigrationPhase::Cancelled => Some((
+            MigrationPhase::Cancelled,
+            reason::CANCELLED,
+            why("cancelled"),
+        )),
+        vm::MigrationPhase::Failed => Some((
+            MigrationPhase::Failed,
+            reason::FAILED,
+            why("the stream broke"),
+        )),
+        vm::MigrationPhase::NotConverging => Some((
+            MigrationPhase::Failed,
+            reason::TIMED_OUT,
+            why("the guest changes its memory faster than it can be copied within the limits"),
+        )),
+        _ => None,
+    }
+}
+
+fn routable(process: &Process) -> Option<SocketAddr> {
+    process
+        .status
+        .listening
+        .filter(|address| !address.ip().is_unspecified())
+}

@@ -1,0 +1,150 @@
+//! Which node owns the virtual machine, and which nodes could.
+
+use bascule_ipc::volume::PathState;
+use bascule_types::Owner;
+
+use super::Planner;
+use crate::observed::{NodeView, RowView};
+use crate::{Fact, Stream, Verdict, verdict};
+
+/// Where a virtual machine is, as its row says.
+pub(super) enum Place {
+    /// Nobody owns it.
+    Nowhere,
+    /// A node owns it.
+    On {
+        /// The node's name.
+        node: String,
+        /// Its slot and generation.
+        owner: Owner,
+        /// What to make of it.
+        verdict: Verdict,
+    },
+    /// It is owned by a slot that no node is known to hold.
+    Stranger {
+        /// That slot and generation.
+        owner: Owner,
+    },
+}
+
+impl Planner<'_> {
+    pub(super) fn place(&self, row: &RowView) -> Place {
+        let Some(owner) = row.owner else {
+            return Place::Nowhere;
+        };
+        let by_own_word =
+            self.observed.nodes.iter().find(|(_, node)| {
+                node.access.as_ref().and_then(|access| access.owner) == Some(owner)
+            });
+        if let Some((name, node)) = by_own_word {
+            let verdict = self.verdict_on(node, owner);
+            return Place::On {
+                node: name.clone(),
+                owner,
+                verdict,
+            };
+        }
+        let peers = self
+            .observed
+            .volume
+            .known()
+            .map_or(&[][..], |volume| &volume.peers);
+        let Some(peer) = peers.iter().find(|peer| peer.owner.slot == owner.slot) else {
+            return Place::Stranger { owner };
+        };
+        let named = self
+            .observed
+            .nodes
+            .iter()
+            .find(|(_, node)| node.uid == Some(peer.node));
+        let (name, stream) = named.map_or_else(
+            // Its Node object is gone; the volume remembers it.
+            || (peer.node.to_string(), Stream::Down { since: self.now }),
+            |(name, node)| (name.clone(), node.stream),
+        );
+        // A slot that has moved on takes its rows along, unless it was fenced: then the row waits
+        // for a new owner.
+        let fenced = row.fences.iter().any(|fence| fence.victim == owner);
+        let verdict = if fenced {
+            Verdict::Suspect
+        } else if peer.owner.generation == owner.generation {
+            verdict(stream, &Fact::Known(peer.alive))
+        } else {
+            Verdict::Undetermined
+        };
+        Place::On {
+            node: name,
+            owner,
+            verdict,
+        }
+    }
+
+    fn verdict_on(&self, node: &NodeView, owner: Owner) -> Verdict {
+        let peers = self
+            .observed
+            .volume
+            .known()
+            .map_or(&[][..], |volume| &volume.peers);
+        let heartbeat = peers
+            .iter()
+            .find(|peer| peer.owner == owner)
+            .map_or(Fact::Unknown, |peer| Fact::Known(peer.alive));
+        verdict(node.stream, &heartbeat)
+    }
+
+    /// A node through which the volume can be asked for changes: the coordinator, if it answers.
+    pub(super) fn via(&self) -> Option<String> {
+        let reachable = |node: &NodeView| {
+            node.stream == Stream::Up
+                && node
+                    .access
+                    .as_ref()
+                    .is_some_and(|a| a.path == PathState::Direct)
+        };
+        let coordinator = |node: &NodeView| node.access.as_ref().is_some_and(|a| a.coordinator);
+        let mut nodes = self
+            .observed
+            .nodes
+            .iter()
+            .filter(|(_, node)| reachable(node));
+        nodes
+            .clone()
+            .find(|(_, node)| coordinator(node))
+            .or_else(|| nodes.next())
+            .map(|(name, _)| name.clone())
+    }
+
+    /// The node's slot and generation, if a guest could be started there now; else why not.
+    pub(super) fn usable(&self, name: &str) -> Result<Owner, String> {
+        let Some(node) = self.observed.nodes.get(name) else {
+            return Err(format!("node {name} runs no bascule-node"));
+        };
+        if node.stream != Stream::Up {
+            return Err(format!("bascule-node on {name} does not answer"));
+        }
+        if let Some(error) = &node.kvm_error {
+            return Err(format!("node {name} cannot run guests: {error}"));
+        }
+        let volume = &self.intent.volume;
+        match &node.access {
+            Some(access) if access.path == PathState::Direct => access
+                .owner
+                .ok_or_else(|| format!("node {name} is joining volume {volume}")),
+            Some(access) => {
+                let why = access.reason.as_deref().unwrap_or("no reason given");
+                Err(format!("node {name} does not reach volume {volume}: {why}"))
+            }
+            None => Err(format!("volume {volume} is not attached on node {name}")),
+        }
+    }
+
+    /// The known nodes on which a guest could not be started now.
+    pub(super) fn unusable_nodes(&self) -> Vec<String> {
+        self.observed
+            .nodes
+            .keys()
+            .filter(|name| self.usable(name).is_err())
+            .cloned()
+            .collect()
+    }
+}

@@ -1,0 +1,172 @@
+//! Reservation pods: where the scheduler lets the virtual machine be.
+
+use bascule_api::names::reason;
+
+use super::Planner;
+use crate::observed::RowView;
+use crate::{Action, Pod, PodPhase, Purpose, VmPhase};
+
+impl<'a> Planner<'a> {
+    /// Pods that are to leave and whose guest has left: their hold processes are ended, so that a
+    /// drain goes on. Pods on a node that does not answer are removed from the books once the row
+    /// has gone elsewhere.
+    pub(super) fn end_left_reservations(&mut self, row: &RowView, pods: &[Pod]) {
+        let home = match self.place(row) {
+            super::place::Place::On { node, .. } => Some(node),
+            super::place::Place::Nowhere => None,
+            super::place::Place::Stranger { .. } => return,
+        };
+        for pod in pods.iter().filter(|pod| pod.deleting) {
+            let Some(node) = &pod.node else { continue };
+            if home.as_ref() == Some(node) && self.guest_may_run_on(node, row) {
+                continue;
+            }
+            if self.process_lives_on(node) {
+                continue;
+            }
+            if self
+                .observed
+                .nodes
+                .get(node)
+                .is_some_and(|n| n.stream == crate::Stream::Up)
+            {
+                self.push(Action::EndReservation {
+                    node: node.clone(),
+                    pod_uid: pod.uid.clone(),
+                });
+                self.soon();
+            } else if home.is_some() && home.as_ref() != Some(node) {
+                self.delete_reservation(pod, true);
+            }
+        }
+    }
+
+    /// Whether a guest runs, or might be about to, on the node that owns the row.
+    fn guest_may_run_on(&self, node: &str, row: &RowView) -> bool {
+        let answers = self
+            .observed
+            .nodes
+            .get(node)
+            .is_some_and(|n| n.stream == crate::Stream::Up);
+        !answers || self.process_lives_on(node) || self.import_runs_on(node, row)
+    }
+
+    /// The pod that stands for the guest on `node`.
+    pub(super) fn pod_on(&self, node: &str) -> Option<&'a Pod> {
+        let mut here: Vec<&Pod> = self
+            .pods()
+            .iter()
+            .filter(|pod| pod.node.as_deref() == Some(node))
+            .collect();
+        here.sort_by_key(|pod| (leaving(pod), pod.purpose != Purpose::Current, &pod.name));
+        here.first().copied()
+    }
+
+    /// The pod that a guest which runs nowhere is going to be started by: bound to a node other than
+    /// `except` if possible. A migration's pod will do.
+    pub(super) fn candidate(&self, except: Option<&str>) -> Option<&'a Pod> {
+        let mut pods: Vec<&Pod> = self
+            .pods()
+            .iter()
+            .filter(|pod| !leaving(pod) && (except.is_none() || pod.node.as_deref() != except))
+            .collect();
+        pods.sort_by_key(|pod| {
+            (
+                pod.node.is_none(),
+                pod.purpose != Purpose::Current,
+                &pod.name,
+            )
+        });
+        pods.first().copied()
+    }
+
+    /// Creates a pod, by a name that everybody who sees the same pods would choose.
+    pub(super) fn create_reservation(
+        &mut self,
+        row: &RowView,
+        purpose: Purpose,
+        pin: Option<String>,
+        mut avoid: Vec<String>,
+    ) {
+        if pin.is_none() {
+            avoid.extend(self.unusable_nodes());
+            avoid.sort_unstable();
+            avoid.dedup();
+        }
+        let name = (0..)
+            .map(|n: u32| format!("{}-e{}-{n}", self.intent.name, row.epoch))
+            .find(|name| self.pods().iter().all(|pod| pod.name != *name))
+            .unwrap_or_default();
+        self.push(Action::CreateReservation {
+            name,
+            purpose,
+            pin,
+            avoid,
+        });
+        self.soon();
+    }
+
+    pub(super) fn delete_reservation(&mut self, pod: &Pod, force: bool) {
+        if !pod.deleting || force {
+            self.push(Action::DeleteReservation {
+                name: pod.name.clone(),
+                uid: pod.uid.clone(),
+                force,
+            });
+            self.soon();
+        }
+    }
+
+    /// Deletes every pod but those that `keep` names.
+    pub(super) fn delete_other_reservations(&mut self, keep: &[&Pod]) {
+        for pod in self.pods() {
+            if keep.iter().all(|kept| kept.uid != pod.uid) {
+                self.delete_reservation(pod, false);
+            }
+        }
+    }
+
+    /// Says why there is no node yet.
+    pub(super) fn report_unbound(&mut self, pod: Option<&Pod>) {
+        match pod.and_then(|pod| pod.unschedulable.as_ref()) {
+            Some(why) => {
+                let message = format!("no node has room or fits the placement: {why}");
+                self.ready(VmPhase::Pending, false, reason::UNSCHEDULABLE, message);
+            }
+            None => {
+                let message = "waiting for the scheduler to choose a node";
+                self.ready(VmPhase::Pending, false, reason::SCHEDULING, message);
+            }
+        }
+    }
+
+    /// A running guest's place in the scheduler's books: made again where the guest is when it was
+    /// lost.
+    pub(super) fn keep_books(&mut self, row: &RowView, node: &str) {
+        match self.pod_on(node) {
+            None => {
+                let lost = format!("the reservation on {node} is gone; making it again there");
+                self.event(reason::RESERVATION_LOST, true, lost);
+                self.create_reservation(row, Purpose::Current, Some(node.to_owned()), vec![]);
+            }
+            Some(pod) if pod.phase == PodPhase::Failed => {
+                // A failed pod keeps its name and holds nothing: a new one takes its place.
+                self.delete_reservation(pod, true);
+                let waiting = self.pods().iter().any(|p| p.node.is_none() && !leaving(p));
+                if !waiting {
+                    let failed = format!("the reservation on {node} failed; making it again there");
+                    self.event(reason::RESERVATION_LOST, true, failed);
+                    self.create_reservation(row, Purpose::Current, Some(node.to_owned()), vec![]);
+                }
+            }
+            Some(_) => {}
+        }
+    }
+}
+
+/// Whether a pod is on its way out, or was thrown out.
+pub(super) const fn leaving(pod: &Pod) -> bool {
+    pod.deleting
+        || pod.leaving_since.is_some()
+        || matches!(pod.phase, PodPhase::Failed | PodPhase::Evicted)
+}

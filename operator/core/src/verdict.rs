@@ -1,0 +1,59 @@
+//! Whether a node is healthy, per volume, from independent signals.
+
+use crate::{Fact, Stream};
+
+/// What to make of a node, as far as one volume is concerned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// Nothing is wrong.
+    Healthy,
+    /// The daemon answers, the heartbeat does not: its guests' disks wait.
+    StorageLost,
+    /// The heartbeat goes on, the daemon does not answer: its guests run.
+    Isolated,
+    /// Neither: a proof is to be obtained. Suspicion alone moves nothing.
+    Suspect,
+    /// Too little is known.
+    Undetermined,
+}
+
+/// The verdict. The kubelet's Node condition is the third signal; whatever it says, guests do not
+/// need a kubelet, so it is shown and changes no verdict.
+#[must_use]
+pub const fn verdict(stream: Stream, heartbeat: &Fact<bool>) -> Verdict {
+    match (stream, heartbeat) {
+        (Stream::Up, Fact::Known(false)) => Verdict::StorageLost,
+        (Stream::Up, _) => Verdict::Healthy,
+        (Stream::Down { .. }, Fact::Known(true)) => Verdict::Isolated,
+        (Stream::Down { .. }, Fact::Known(false)) => Verdict::Suspect,
+        (Stream::Down { .. } | Stream::Unknown, _) => Verdict::Undetermined,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Moment;
+
+    #[test]
+    fn only_a_node_that_is_silent_both_ways_is_suspect() {
+        let down = Stream::Down { since: Moment(0) };
+        for (stream, heartbeat, expected) in [
+            (Stream::Up, Fact::Known(true), Verdict::Healthy),
+            (Stream::Up, Fact::Known(false), Verdict::StorageLost),
+            (Stream::Up, Fact::Unknown, Verdict::Healthy),
+            (down, Fact::Known(true), Verdict::Isolated),
+            (down, Fact::Known(false), Verdict::Suspect),
+            (down, Fact::Unknown, Verdict::Undetermined),
+            (down, Fact::Absent, Verdict::Undetermined),
+            (Stream::Unknown, Fact::Known(false), Verdict::Undetermined),
+            (Stream::Unknown, Fact::Known(true), Verdict::Undetermined),
+        ] {
+            assert_eq!(
+                verdict(stream, &heartbeat),
+                expected,
+                "{stream:?} {heartbeat:?}"
+            );
+        }
+    }
+}

@@ -17,6 +17,7 @@
 //! This crate must not know KVM, Kubernetes, sockets between our processes or migration streams.
 //! Read next: [`pci`] for the bus, then [`device`] for the life of a device.
 
+pub mod blk;
 pub mod device;
 pub mod disk;
 pub mod doorbell;

@@ -402,20 +402,21 @@ pub(crate) fn migrate(driver: &mut TestDriver, mut fresh: VirtioFunction) {
     driver.function.resume();
 }
 
-/// Checks that `function` reads and writes a state exactly like the golden one.
+/// Checks that `driver`'s device saves exactly the golden state, and that `fresh` takes that and
+/// saves it again unchanged.
 ///
-/// The golden file was made by an earlier release (or by the first one of its version) and is never
-/// edited: a new layout gets a new version and a new file.
-pub(crate) fn assert_golden(mut function: VirtioFunction, golden: &str) {
+/// The golden file was made by the first release of its version and is never edited: a new layout
+/// gets a new version and a new file.
+pub(crate) fn assert_golden(driver: &mut TestDriver, mut fresh: VirtioFunction, golden: &str) {
+    let golden = golden.trim_end();
+    driver.function.pause();
+    let saved = serde_json::to_string(&driver.function.save()).unwrap();
+    assert_eq!(saved, golden, "\nthe device saves {saved}");
     let state: DeviceState = serde_json::from_str(golden).unwrap();
-    function.place_bar(0, GuestAddress(BAR_AT));
-    function.pause();
-    let fresh = serde_json::to_string(&function.save()).unwrap();
-    if let Err(error) = function.restore(&state) {
-        panic!("{error}; a fresh device saves {fresh}");
-    }
-    let saved = serde_json::to_string(&function.save()).unwrap();
-    assert_eq!(saved, golden.trim_end());
+    fresh.place_bar(0, GuestAddress(BAR_AT));
+    fresh.pause();
+    fresh.restore(&state).unwrap();
+    assert_eq!(serde_json::to_string(&fresh.save()).unwrap(), golden);
 }
 
 /// Writes one descriptor: address, length, flags, next.

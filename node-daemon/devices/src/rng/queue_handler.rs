@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::RawFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use rustix::rand::{GetRandomFlags, getrandom};
 use serde_json::Value;
@@ -15,11 +16,16 @@ use crate::virtio::worker::{Active, HandlerError, QueueHandler};
 #[derive(Debug)]
 pub(super) struct RngHandler {
     metrics: Arc<RngMetrics>,
+    /// The queue may hold more than was taken.
+    backlog: bool,
 }
 
 impl RngHandler {
     pub(super) fn new(metrics: Arc<RngMetrics>) -> Self {
-        Self { metrics }
+        Self {
+            metrics,
+            backlog: false,
+        }
     }
 }
 
@@ -37,8 +43,8 @@ impl QueueHandler for RngHandler {
         let Some(Some(requests)) = active.queues.get_mut(queue) else {
             return Ok(());
         };
-        loop {
-            while let Some(chain) = requests.pop(&active.ram).map_err(&failed)? {
+        for _ in 0..BATCH_MAX {
+            if let Some(chain) = requests.pop(&active.ram).map_err(&failed)? {
                 let length = chain.writable.length_bytes().min(REQUEST_BYTES_MAX);
                 if length == 0 {
                     return Err(failed(QueueError::Request("nothing to write to")));
@@ -52,6 +58,7 @@ impl QueueHandler for RngHandler {
                     .push_used(&active.ram, chain.head, written)
                     .map_err(&failed)?;
                 self.metrics.answered(written);
+                continue;
             }
             if requests.wants_interrupt(&active.ram).map_err(&failed)? {
                 active.shared.signal_queue(queue);
@@ -60,6 +67,17 @@ impl QueueHandler for RngHandler {
                 return Ok(());
             }
         }
+        self.backlog = true;
+        Ok(())
+    }
+
+    fn tick_after(&self) -> Option<Duration> {
+        self.backlog.then_some(Duration::ZERO)
+    }
+
+    fn tick(&mut self, active: &mut Active) -> Result<(), HandlerError> {
+        self.backlog = false;
+        self.queue_notified(active, 0)
     }
 
     fn fd_ready(&mut self, _active: &mut Active, _index: usize) -> Result<(), HandlerError> {
@@ -70,7 +88,9 @@ impl QueueHandler for RngHandler {
         Ok(())
     }
 
-    fn reset(&mut self) {}
+    fn reset(&mut self) {
+        self.backlog = false;
+    }
 
     fn save(&self) -> Value {
         RngState {}.to_value()
@@ -94,5 +114,7 @@ fn random_bytes(length: usize) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
+/// Requests answered before the thread listens to others again.
+const BATCH_MAX: usize = 256;
 /// A device may answer a request in part (5.4.6); this bounds the work for one.
 const REQUEST_BYTES_MAX: usize = 64 << 10;

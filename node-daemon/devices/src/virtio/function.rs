@@ -67,6 +67,7 @@ struct FunctionState {
     config_space: ConfigState,
     registers: Registers,
     config_vector: u16,
+    interrupt_status: u8,
     needs_reset: bool,
     msix: MsixState,
     device: Value,
@@ -320,6 +321,7 @@ impl VirtioFunction {
         self.registers = state.registers.clone();
         self.shared.msix().restore(&state.msix)?;
         self.shared.set_config_vector(state.config_vector);
+        self.shared.set_isr(state.interrupt_status);
         for (queue, setup) in state.registers.queues.iter().enumerate() {
             self.shared.set_queue_vector(queue, setup.vector);
         }
@@ -374,6 +376,7 @@ impl Device for VirtioFunction {
             config_space: self.space.save(),
             registers,
             config_vector: self.shared.config_vector(),
+            interrupt_status: self.shared.isr(),
             needs_reset: self.shared.needs_reset(),
             msix: self.shared.msix().save(),
             device,

@@ -83,6 +83,16 @@ impl Shared {
         self.isr.swap(0, Ordering::AcqRel)
     }
 
+    /// The interrupt status, left as it is.
+    pub(crate) fn isr(&self) -> u8 {
+        self.isr.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn set_isr(&self, isr: u8) {
+        self.isr
+            .store(isr & (ISR_QUEUE | ISR_CONFIG), Ordering::Release);
+    }
+
     pub(crate) fn config_vector(&self) -> u16 {
         self.config_vector.load(Ordering::Acquire)
     }

@@ -1,0 +1,87 @@
+//! What a block device counts.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use serde::Serialize;
+
+/// Counters, written by the device's thread.
+#[derive(Debug, Default)]
+pub struct BlkMetrics {
+    reads: AtomicU64,
+    read_bytes: AtomicU64,
+    writes: AtomicU64,
+    write_bytes: AtomicU64,
+    flushes: AtomicU64,
+    errors: AtomicU64,
+    merges: AtomicU64,
+    stalled: AtomicBool,
+}
+
+/// The counters at one moment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct BlkCounts {
+    /// Reads answered with success.
+    pub reads: u64,
+    /// Bytes of them.
+    pub read_bytes: u64,
+    /// Writes answered with success.
+    pub writes: u64,
+    /// Bytes of them.
+    pub write_bytes: u64,
+    /// Flushes answered with success.
+    pub flushes: u64,
+    /// Requests answered with an error, or not supported.
+    pub errors: u64,
+    /// Writes of parts of the device's blocks, which cost a read each.
+    pub merges: u64,
+    /// Whether writes wait for the gate now.
+    pub stalled: bool,
+}
+
+/// What kind of request was answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Answered {
+    Read,
+    Write,
+    Flush,
+}
+
+impl BlkMetrics {
+    /// The counters now.
+    #[must_use]
+    pub fn counts(&self) -> BlkCounts {
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        BlkCounts {
+            reads: get(&self.reads),
+            read_bytes: get(&self.read_bytes),
+            writes: get(&self.writes),
+            write_bytes: get(&self.write_bytes),
+            flushes: get(&self.flushes),
+            errors: get(&self.errors),
+            merges: get(&self.merges),
+            stalled: self.stalled.load(Ordering::Relaxed),
+        }
+    }
+
+    pub(super) fn answered(&self, kind: Answered, data_bytes: usize) {
+        let bytes = u64::try_from(data_bytes).unwrap_or(0);
+        let (count, total) = match kind {
+            Answered::Read => (&self.reads, Some(&self.read_bytes)),
+            Answered::Write => (&self.writes, Some(&self.write_bytes)),
+            Answered::Flush => (&self.flushes, None),
+        };
+        count.fetch_add(1, Ordering::Relaxed);
+        if let Some(total) = total {
+            total.fetch_add(bytes, Ordering::Relaxed);
+        }
+    }
+
+    pub(super) fn refused(&self) {
+        self.errors.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(super) fn show(&self, stalled: bool, merges: u64) {
+        self.stalled.store(stalled, Ordering::Relaxed);
+        self.merges.store(merges, Ordering::Relaxed);
+    }
+}

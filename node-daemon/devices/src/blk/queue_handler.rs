@@ -1,0 +1,361 @@
+//! Turns chains into requests on the disk, and their completions into used buffers.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::os::fd::RawFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::Value;
+
+use super::config::{
+    BlkConfig, F_FLUSH, SECTOR_BYTES, SERIAL_BYTES, serial_bytes, set_block_bytes,
+};
+use super::metrics::{Answered, BlkMetrics};
+use super::state::{BlkState, Unanswered};
+use crate::disk::{Completion, DiskEngine, DiskRequest, Operation};
+use crate::failure::DeviceFailure;
+use crate::virtio::shared::Shared;
+use crate::virtio::worker::{Active, HandlerError, QueueHandler};
+use crate::virtio::{Chain, QueueError, Segments};
+
+#[derive(Debug)]
+pub(super) struct BlkHandler {
+    engine: DiskEngine,
+    serial: [u8; SERIAL_BYTES],
+    read_only: bool,
+    block_bytes: u32,
+    shared: Arc<Shared>,
+    metrics: Arc<BlkMetrics>,
+    /// Requests on their way, by tag.
+    requests: Vec<Option<Request>>,
+    free_tags: Vec<usize>,
+    /// Queues with used buffers that the driver was not told about yet.
+    to_signal: BTreeSet<usize>,
+    /// A queue may hold more than was taken.
+    backlog: bool,
+}
+
+/// A chain that the disk works on.
+#[derive(Debug)]
+struct Request {
+    queue: usize,
+    head: u16,
+    status: Segments,
+    kind: Answered,
+    data_bytes: usize,
+}
+
+/// What a chain asks for.
+enum Asked {
+    /// Work for the disk.
+    Disk(Operation, Answered),
+    /// The answer is known: a status, and how many bytes of data were written.
+    Answer(u8, usize),
+}
+
+impl BlkHandler {
+    pub(super) fn new(
+        config: &BlkConfig,
+        engine: DiskEngine,
+        block_bytes: u32,
+        shared: Arc<Shared>,
+        metrics: Arc<BlkMetrics>,
+    ) -> Self {
+        Self {
+            engine,
+            serial: serial_bytes(&config.serial),
+            read_only: config.read_only,
+            block_bytes,
+            shared,
+            metrics,
+            requests: Vec::new(),
+            free_tags: Vec::new(),
+            to_signal: BTreeSet::new(),
+            backlog: false,
+        }
+    }
+
+    /// Takes the chains that the driver has made available, within bounds.
+    fn take_all(&mut self, active: &mut Active, queue: usize) -> Result<(), HandlerError> {
+        let failed = HandlerError::in_queue(queue);
+        for _ in 0..BATCH_MAX {
+            let Some(Some(own)) = active.queues.get_mut(queue) else {
+                return Ok(());
+            };
+            own.disable_notification(&active.ram).map_err(&failed)?;
+            let Some(chain) = own.pop(&active.ram).map_err(&failed)? else {
+                if own.enable_notification(&active.ram).map_err(&failed)? {
+                    continue;
+                }
+                return Ok(());
+            };
+            self.take(active, queue, chain)?;
+        }
+        self.backlog = true;
+        Ok(())
+    }
+
+    fn take(
+        &mut self,
+        active: &mut Active,
+        queue: usize,
+        mut chain: Chain,
+    ) -> Result<(), HandlerError> {
+        let malformed = |what| HandlerError::in_queue(queue)(QueueError::Request(what));
+        let status = chain
+            .writable
+            .take_back(1)
+            .ok_or_else(|| malformed("no room for a status"))?;
+        let header = chain.readable.take_front(HEADER_BYTES);
+        let header = header.ok_or_else(|| malformed("shorter than its header"))?;
+        let mut bytes = [0; HEADER_BYTES];
+        header.read(&active.ram, &mut bytes);
+        let head = chain.head;
+        match self.understand(active, &bytes, chain) {
+            Asked::Answer(answer, data_bytes) => {
+                if answer != STATUS_OK {
+                    self.metrics.refused();
+                }
+                self.answer(active, queue, head, &status, (answer, data_bytes))
+            }
+            Asked::Disk(operation, kind) => {
+                let data_bytes = match &operation {
+                    Operation::Read { data, .. } | Operation::Write { data, .. } => {
+                        data.length_bytes()
+                    }
+                    Operation::Flush => 0,
+                };
+                let tag = self.remember(Request {
+                    queue,
+                    head,
+                    status,
+                    kind,
+                    data_bytes,
+                });
+                self.engine.enqueue(DiskRequest { tag, operation });
+                Ok(())
+            }
+        }
+    }
+
+    /// Reads a request's header: type, reserved, sector (5.2.6).
+    fn understand(&self, active: &Active, header: &[u8; HEADER_BYTES], chain: Chain) -> Asked {
+        let [a, b, c, d, _, _, _, _, sector @ ..] = *header;
+        let offset = u64::from_le_bytes(sector).checked_mul(SECTOR_BYTES);
+        match (u32::from_le_bytes([a, b, c, d]), offset) {
+            (TYPE_IN, Some(offset)) => {
+                let data = chain.writable;
+                Asked::Disk(Operation::Read { offset, data }, Answered::Read)
+            }
+            (TYPE_OUT, Some(offset)) if !self.read_only => {
+                let operation = Operation::Write {
+                    offset,
+                    data: chain.readable,
+                    // Without flushes the driver takes the device for a write-through one (5.2.6.2).
+                    durable: active.features & F_FLUSH == 0,
+                };
+                Asked::Disk(operation, Answered::Write)
+            }
+            (TYPE_FLUSH, _) => Asked::Disk(Operation::Flush, Answered::Flush),
+            (TYPE_GET_ID, _) => {
+                let written = chain.writable.write(&active.ram, &self.serial);
+                Asked::Answer(STATUS_OK, written)
+            }
+            (TYPE_IN | TYPE_OUT, _) => Asked::Answer(STATUS_IO_ERROR, 0),
+            _ => Asked::Answer(STATUS_UNSUPPORTED, 0),
+        }
+    }
+
+    fn remember(&mut self, request: Request) -> u64 {
+        let place = self.free_tags.pop().unwrap_or_else(|| {
+            self.requests.push(None);
+            self.requests.len() - 1
+        });
+        self.requests[place] = Some(request);
+        u64::try_from(place).unwrap_or(u64::MAX)
+    }
+
+    /// Lets the disk go on, and answers what is done.
+    fn progress(&mut self, active: &mut Active) -> Result<(), HandlerError> {
+        let done = self.engine.progress().map_err(host)?;
+        self.complete(active, done)?;
+        let view = self.engine.view();
+        self.metrics.show(view.stalled, view.merges);
+        self.signal(active)
+    }
+
+    fn complete(&mut self, active: &mut Active, done: Vec<Completion>) -> Result<(), HandlerError> {
+        for Completion { tag, result } in done {
+            let place = usize::try_from(tag).unwrap_or(usize::MAX);
+            let Some(request) = self.requests.get_mut(place).and_then(Option::take) else {
+                continue;
+            };
+            self.free_tags.push(place);
+            let answer = match result {
+                Ok(()) => {
+                    self.metrics.answered(request.kind, request.data_bytes);
+                    let is_read = request.kind == Answered::Read;
+                    (STATUS_OK, if is_read { request.data_bytes } else { 0 })
+                }
+                Err(error) => {
+                    tracing::debug!(device = %self.shared, %error, "request failed");
+                    self.metrics.refused();
+                    (STATUS_IO_ERROR, 0)
+                }
+            };
+            self.answer(active, request.queue, request.head, &request.status, answer)?;
+        }
+        if let Some((operation, reason)) = self.engine.take_failure() {
+            self.shared.report(DeviceFailure::DiskFailed {
+                device: self.shared.name().to_owned(),
+                operation,
+                reason,
+            });
+        }
+        Ok(())
+    }
+
+    fn answer(
+        &mut self,
+        active: &mut Active,
+        queue: usize,
+        head: u16,
+        status: &Segments,
+        (answer, data_bytes): (u8, usize),
+    ) -> Result<(), HandlerError> {
+        status.write(&active.ram, &[answer]);
+        if let Some(Some(own)) = active.queues.get_mut(queue) {
+            let failed = HandlerError::in_queue(queue);
+            own.push_used(&active.ram, head, data_bytes + 1)
+                .map_err(failed)?;
+            self.to_signal.insert(queue);
+        }
+        Ok(())
+    }
+
+    fn signal(&mut self, active: &mut Active) -> Result<(), HandlerError> {
+        for queue in std::mem::take(&mut self.to_signal) {
+            if let Some(Some(own)) = active.queues.get_mut(queue) {
+                let failed = HandlerError::in_queue(queue);
+                if own.wants_interrupt(&active.ram).map_err(failed)? {
+                    self.shared.signal_queue(queue);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn forget(&mut self) {
+        self.engine.clear();
+        self.requests.clear();
+        self.free_tags.clear();
+        self.to_signal.clear();
+        self.backlog = false;
+    }
+}
+
+impl QueueHandler for BlkHandler {
+    fn watched(&self) -> Vec<RawFd> {
+        vec![self.engine.completion_fd()]
+    }
+
+    fn start(&mut self, active: &mut Active) -> Result<(), HandlerError> {
+        (0..active.queues.len()).try_for_each(|queue| self.take_all(active, queue))?;
+        self.progress(active)
+    }
+
+    fn queue_notified(&mut self, active: &mut Active, queue: usize) -> Result<(), HandlerError> {
+        self.take_all(active, queue)?;
+        self.progress(active)
+    }
+
+    fn fd_ready(&mut self, active: &mut Active, _index: usize) -> Result<(), HandlerError> {
+        self.progress(active)
+    }
+
+    fn tick_after(&self) -> Option<Duration> {
+        if self.backlog {
+            return Some(Duration::ZERO);
+        }
+        self.engine.retry_after()
+    }
+
+    fn tick(&mut self, active: &mut Active) -> Result<(), HandlerError> {
+        if std::mem::take(&mut self.backlog) {
+            return self.start(active);
+        }
+        self.progress(active)
+    }
+
+    fn quiesce(&mut self, active: &mut Active) -> Result<(), HandlerError> {
+        let done = self.engine.drain().map_err(host)?;
+        self.complete(active, done)?;
+        self.signal(active)
+    }
+
+    fn reset(&mut self) {
+        self.forget();
+    }
+
+    fn save(&self) -> Value {
+        let unanswered = self.requests.iter().flatten().map(|request| Unanswered {
+            queue: request.queue,
+            head: request.head,
+        });
+        BlkState {
+            size_bytes: self.engine.size_bytes(),
+            block_bytes: self.block_bytes,
+            unanswered: unanswered.collect(),
+        }
+        .to_value()
+    }
+
+    fn restore(&mut self, active: Option<&mut Active>, state: &Value) -> Result<(), String> {
+        let state = BlkState::from_value(state)?;
+        let size_bytes = self.engine.size_bytes();
+        if state.size_bytes != size_bytes {
+            return Err(format!(
+                "a disk of {} bytes saved, {size_bytes} here",
+                state.size_bytes
+            ));
+        }
+        self.forget();
+        self.block_bytes = state.block_bytes;
+        self.shared
+            .change_config(|space| set_block_bytes(space, state.block_bytes));
+        let Some(active) = active else {
+            return Ok(());
+        };
+        for Unanswered { queue, head } in state.unanswered {
+            let Some(Some(own)) = active.queues.get_mut(queue) else {
+                return Err(format!("request in queue {queue}, which is not in use"));
+            };
+            let chain = own
+                .take(&active.ram, head)
+                .map_err(|error| error.to_string())?;
+            self.take(active, queue, chain)
+                .map_err(|error| error.to_string())?;
+        }
+        Ok(())
+    }
+}
+
+fn host(source: io::Error) -> HandlerError {
+    HandlerError::Host {
+        what: "submit disk commands",
+        source,
+    }
+}
+
+/// Chains taken from a queue before the thread listens to others again: a driver that refills a
+/// queue as fast as it is emptied must not keep us from pausing.
+const BATCH_MAX: usize = 1024;
+const HEADER_BYTES: usize = 16;
+const TYPE_IN: u32 = 0;
+const TYPE_OUT: u32 = 1;
+const TYPE_FLUSH: u32 = 4;
+const TYPE_GET_ID: u32 = 8;
+const STATUS_OK: u8 = 0;
+const STATUS_IO_ERROR: u8 = 1;
+const STATUS_UNSUPPORTED: u8 = 2;

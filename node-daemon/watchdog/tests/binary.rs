@@ -1,5 +1,5 @@
 //! The program itself, with a named pipe in the place of a device.
-#![expect(clippy::unwrap_used, reason = "fixtures of tests")]
+#![expect(clippy::unwrap_used, clippy::panic, reason = "fixtures of tests")]
 
 use std::io::Read;
 use std::path::Path;

@@ -1,5 +1,5 @@
 //! The watchdog's owner with a device of the test's own.
-#![expect(clippy::unwrap_used, reason = "fixtures of tests")]
+#![expect(clippy::unwrap_used, clippy::panic, reason = "fixtures of tests")]
 
 use std::io;
 use std::path::PathBuf;

@@ -14,8 +14,9 @@
 //! ```
 //!
 //! # Rules
-//! - **R1** The expiry counts from `now` of the event that made the machine submit the record,
-//!   which the driver took before the submission.
+//! - **R1** The expiry counts from before the record was submitted: from the issue of the re-read
+//!   that preceded it. So two processes that hold the same slot by mistake do not outlast what a
+//!   watcher concludes from the newer one's records.
 //! - **R2** An acknowledgement extends the lease only if it arrives before the current expiry. A
 //!   generation without an acknowledged record has an expiry too: the moment of its beginning + L.
 //! - **R3** One renewal is outstanding at a time; a sequence number is sent once, over all lives of
@@ -210,11 +211,11 @@ enum Step {
     /// Nothing outstanding; the next renewal is due at this moment.
     Waiting { due: BootTime },
     /// The own records are being read.
-    Rereading,
-    /// A record was submitted.
+    Rereading { issued_at: BootTime },
+    /// A record was submitted. If it is acknowledged in time, the lease counts from `from` (R1).
     Renewing {
         sequence: u64,
-        submitted_at: BootTime,
+        from: BootTime,
         detached: bool,
     },
     /// A record of the generation before is still outstanding: R3 makes this one wait.
@@ -298,7 +299,7 @@ impl LeaseHolder {
             State::Lapsed {
                 outstanding: Some(_)
             } | State::Leased {
-                step: Step::Rereading | Step::Renewing { .. } | Step::WaitingForOld { .. },
+                step: Step::Rereading { .. } | Step::Renewing { .. } | Step::WaitingForOld { .. },
                 ..
             }
         )
@@ -348,7 +349,7 @@ impl LeaseHolder {
             (
                 Step::Renewing {
                     sequence,
-                    submitted_at,
+                    from,
                     detached,
                 },
                 LeaseEvent::Written {
@@ -356,7 +357,7 @@ impl LeaseHolder {
                     sequence: acknowledged,
                 },
             ) if sequence == acknowledged => {
-                self.acknowledged(term, sequence, (submitted_at, now), detached)
+                self.acknowledged(term, sequence, (from, now), detached)
             }
             (
                 Step::Renewing { sequence, .. } | Step::WaitingForOld { sequence },
@@ -372,10 +373,10 @@ impl LeaseHolder {
             (Step::Waiting { due }, LeaseEvent::Tick { now }) if now >= due => {
                 self.reread(term, now)
             }
-            (Step::Rereading, LeaseEvent::OwnRecords { now, records }) => {
-                self.reread_done(term, now, &records)
+            (Step::Rereading { issued_at }, LeaseEvent::OwnRecords { now, records }) => {
+                self.reread_done(term, (issued_at, now), &records)
             }
-            (Step::Rereading, LeaseEvent::ReadFailed { now }) => self.wait(term, now, now),
+            (Step::Rereading { .. }, LeaseEvent::ReadFailed { now }) => self.wait(term, now, now),
             (Step::Waiting { .. }, LeaseEvent::Leave { now }) if now < term.expiry => {
                 self.submit(term, now, true)
             }
@@ -391,21 +392,21 @@ impl LeaseHolder {
                 Step::Renewing { sequence, .. } | Step::WaitingForOld { sequence } => {
                     Some(sequence)
                 }
-                Step::Waiting { .. } | Step::Rereading => None,
+                Step::Waiting { .. } | Step::Rereading { .. } => None,
             };
             return self.to(State::Lapsed { outstanding });
         }
         if let Step::Renewing {
             sequence,
-            submitted_at,
+            from,
             detached,
         } = step
             && broken!(self.config.rules, SequenceSentTwice)
-            && now > submitted_at
+            && now > from
         {
             let step = Step::Renewing {
                 sequence,
-                submitted_at: now,
+                from: now,
                 detached,
             };
             let command = Self::record(term, sequence, detached);
@@ -421,12 +422,17 @@ impl LeaseHolder {
         if broken!(self.config.rules, RenewWithoutReread) {
             return self.submit(term, now, false);
         }
-        let step = Step::Rereading;
+        let step = Step::Rereading { issued_at: now };
         let (next, _) = self.to(State::Leased { term, step });
         (next, Some(LeaseCommand::ReadOwnRecords))
     }
 
-    fn reread_done(self, term: Term, now: BootTime, records: &[OwnRecord]) -> Next {
+    fn reread_done(
+        self,
+        term: Term,
+        (issued_at, now): (BootTime, BootTime),
+        records: &[OwnRecord],
+    ) -> Next {
         let found = |record: &OwnRecord| OwnRecordFound {
             node: record.node,
             owner: record.owner,
@@ -457,15 +463,15 @@ impl LeaseHolder {
         if self.has_lapsed(term, now) {
             return self.to(State::Lapsed { outstanding: None });
         }
-        self.submit(term, now, false)
+        self.submit(term, issued_at, false)
     }
 
-    fn submit(mut self, term: Term, now: BootTime, detached: bool) -> Next {
+    fn submit(mut self, term: Term, from: BootTime, detached: bool) -> Next {
         let sequence = self.sequence_sent + 1;
         self.sequence_sent = sequence;
         let step = Step::Renewing {
             sequence,
-            submitted_at: now,
+            from,
             detached,
         };
         let command = Self::record(term, sequence, detached);
@@ -476,7 +482,7 @@ impl LeaseHolder {
         mut self,
         mut term: Term,
         sequence: u64,
-        (submitted_at, now): (BootTime, BootTime),
+        (from, now): (BootTime, BootTime),
         detached: bool,
     ) -> Next {
         self.sequence_acked = Some(sequence);
@@ -489,14 +495,14 @@ impl LeaseHolder {
         let from = if broken!(self.config.rules, LeaseCountsFromAcknowledgement) {
             now
         } else {
-            submitted_at
+            from
         };
         term.expiry = term.expiry.max(from.after(self.config.timings.lease));
         term.open = true;
         if now >= term.expiry {
             return self.to(State::Lapsed { outstanding: None });
         }
-        let due = submitted_at.after(self.config.timings.renewal);
+        let due = from.after(self.config.timings.renewal);
         self.wait(term, now, due)
     }
 

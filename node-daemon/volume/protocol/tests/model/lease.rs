@@ -1,0 +1,409 @@
+//! One holder, one watcher, one slot, two drifting clocks.
+//!
+//! The holder's process crashes, restarts from the gate page, is frozen (no event reaches it while
+//! time passes), and its writes land and are acknowledged at any time. A record of a newer
+//! generation may appear in its slot, as a second process of the node would write it.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use bascule_types::{BootTime, Generation, NodeUid, Owner, SlotId};
+use bascule_volume_format::{HEARTBEAT_RECORDS, Timings, WatchdogKind};
+use bascule_volume_protocol::{
+    Drift, HeartbeatSeen, Held, LeaseCommand, LeaseConfig, LeaseEvent, LeaseHolder, LeasePhase,
+    Mutation, OwnRecord, Rules, WatchEvent, Watcher,
+};
+use stateright::{Model, Property};
+
+use crate::check::{Size, holds};
+
+const SLOT: SlotId = SlotId(0);
+const NODE: NodeUid = NodeUid::from_bytes([1; 16]);
+/// Clocks count 2 (slow) to 4 (fast) units per tick of true time: ρ = 1/3.
+const DRIFT: Drift = Drift { rho_inverse: 3 };
+const RATES: [u64; 2] = [2, 4];
+/// The generation of the record that the node's second process writes.
+const NEWER: u64 = 9;
+
+#[derive(Clone, Debug)]
+pub(crate) struct LeaseModel {
+    pub(crate) rules: Rules,
+    pub(crate) ticks: u64,
+    pub(crate) sequences: u64,
+    pub(crate) generations: u64,
+    pub(crate) crashes: u8,
+    pub(crate) newer_process: bool,
+}
+
+type Record = (u64, u64);
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct State {
+    real: u64,
+    rate_holder: u64,
+    rate_watcher: u64,
+    holder: Option<LeaseHolder>,
+    page: Option<Held>,
+    page_sequence: u64,
+    disk: [Option<Record>; HEARTBEAT_RECORDS as usize],
+    /// Submitted, not landed. A list: a broken rule may send one twice.
+    in_flight: Vec<Record>,
+    /// Landed, not acknowledged to the process that submitted it.
+    unacknowledged: Vec<Record>,
+    own_read: OwnRead,
+    watcher: Watcher,
+    watch_read: WatchRead,
+    concluded: BTreeSet<Generation>,
+    crashes_left: u8,
+    newer_left: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum OwnRead {
+    None,
+    Issued,
+    Sampled(Vec<Record>),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum WatchRead {
+    None,
+    Issued(BootTime),
+    Sampled(BootTime, Option<Record>),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Action {
+    TimePasses,
+    HolderTick,
+    HolderSample,
+    HolderReadDone,
+    Land(usize),
+    Acknowledge(usize),
+    NewGeneration,
+    Crash,
+    Restart,
+    NewerProcessWrites,
+    WatcherIssue,
+    WatcherSample,
+    WatcherReadDone,
+}
+
+impl LeaseModel {
+    pub(crate) fn new(rules: Rules, size: Size) -> Self {
+        Self {
+            rules,
+            ticks: size.pick(3, 4),
+            sequences: size.pick(2, 3),
+            generations: 2,
+            crashes: 1,
+            newer_process: false,
+        }
+    }
+
+    fn timings(&self) -> Timings {
+        let lease = Duration::from_nanos(4);
+        let watch = if self.rules.breaks(Mutation::WatchWithoutDrift) {
+            lease
+        } else {
+            DRIFT.watch_min(lease)
+        };
+        Timings {
+            lease,
+            watch,
+            poll: Duration::from_nanos(1),
+            renewal: Duration::from_nanos(1),
+            watchdog: Duration::from_nanos(1),
+            settle: Duration::from_nanos(1),
+        }
+    }
+
+    fn start(&self, state: &State) -> LeaseHolder {
+        let config = LeaseConfig {
+            node: NODE,
+            timings: self.timings(),
+            rules: self.rules,
+        };
+        let on_disk = state.disk.iter().flatten().map(|(_, sequence)| *sequence);
+        let on_disk = on_disk.max().unwrap_or(0);
+        let sequence = if self.rules.breaks(Mutation::SequenceFromDisk) {
+            on_disk
+        } else {
+            on_disk.max(state.page_sequence)
+        };
+        LeaseHolder::start(config, state.holder_now(), state.page, sequence)
+    }
+
+    fn deliver(&self, state: &mut State, event: LeaseEvent) {
+        let Some(holder) = state.holder.take() else {
+            return;
+        };
+        let (holder, command) = holder.next(event);
+        match command {
+            Some(LeaseCommand::ReadOwnRecords) => state.own_read = OwnRead::Issued,
+            Some(LeaseCommand::WriteRecord {
+                owner, sequence, ..
+            }) => {
+                state.page_sequence = state.page_sequence.max(sequence);
+                state.in_flight.push((owner.generation.0, sequence));
+                state.in_flight.sort_unstable();
+            }
+            None => {}
+        }
+        state.page = holder.lease();
+        state.holder = Some(holder);
+    }
+
+    fn seen(&self, (generation, sequence): Record) -> HeartbeatSeen {
+        HeartbeatSeen {
+            node: NODE,
+            owner: owner(generation),
+            sequence,
+            watchdog: WatchdogKind::Hardware,
+            detached: false,
+            timings: self.timings(),
+        }
+    }
+
+    fn watcher_read(&self, state: &mut State) {
+        let WatchRead::Sampled(issued_at, newest) = state.watch_read else {
+            return;
+        };
+        state.watch_read = WatchRead::None;
+        state.watcher = state.watcher.clone().next(WatchEvent::Read {
+            issued_at,
+            completed_at: state.watcher_now(),
+            slots: vec![(SLOT, newest.map(|record| self.seen(record)))],
+        });
+        for generation in (1..=self.generations).chain([NEWER]) {
+            if state.watcher.evidence(owner(generation)).lease_is_over() {
+                state.concluded.insert(Generation(generation));
+            }
+        }
+    }
+}
+
+impl State {
+    fn holder_now(&self) -> BootTime {
+        BootTime(self.real * self.rate_holder)
+    }
+
+    fn watcher_now(&self) -> BootTime {
+        BootTime(self.real * self.rate_watcher)
+    }
+
+    fn newest(&self) -> Option<Record> {
+        self.disk.iter().flatten().copied().max()
+    }
+
+    fn land(&mut self, record: Record) {
+        let block = usize::try_from(record.1 % HEARTBEAT_RECORDS).unwrap();
+        self.disk[block] = Some(record);
+    }
+
+    /// Whether a write would pass the gate now, and for whom.
+    fn open_gate(&self) -> Option<Generation> {
+        self.page
+            .filter(|held| self.holder_now() < held.expiry)
+            .map(|held| held.owner.generation)
+    }
+}
+
+fn owner(generation: u64) -> Owner {
+    Owner {
+        slot: SLOT,
+        generation: Generation(generation),
+    }
+}
+
+impl Model for LeaseModel {
+    type State = State;
+    type Action = Action;
+
+    fn init_states(&self) -> Vec<State> {
+        let mut states = Vec::new();
+        for rate_holder in RATES {
+            for rate_watcher in RATES {
+                let mut state = State {
+                    real: 0,
+                    rate_holder,
+                    rate_watcher,
+                    holder: None,
+                    page: None,
+                    page_sequence: 0,
+                    disk: [None; HEARTBEAT_RECORDS as usize],
+                    in_flight: Vec::new(),
+                    unacknowledged: Vec::new(),
+                    own_read: OwnRead::None,
+                    watcher: Watcher::new(self.rules),
+                    watch_read: WatchRead::None,
+                    concluded: BTreeSet::new(),
+                    crashes_left: self.crashes,
+                    newer_left: self.newer_process,
+                };
+                state.holder = Some(self.start(&state));
+                states.push(state);
+            }
+        }
+        states
+    }
+
+    fn actions(&self, state: &State, actions: &mut Vec<Action>) {
+        if state.real < self.ticks {
+            actions.push(Action::TimePasses);
+        }
+        actions.extend((0..state.in_flight.len()).map(Action::Land));
+        match &state.holder {
+            Some(holder) => {
+                if holder.sequence_sent() < self.sequences {
+                    actions.push(Action::HolderTick);
+                }
+                match state.own_read {
+                    OwnRead::None => {}
+                    OwnRead::Issued => actions.push(Action::HolderSample),
+                    OwnRead::Sampled(_) => actions.push(Action::HolderReadDone),
+                }
+                actions.extend((0..state.unacknowledged.len()).map(Action::Acknowledge));
+                if holder.phase() == LeasePhase::Lapsed {
+                    actions.push(Action::NewGeneration);
+                }
+                if state.crashes_left > 0 {
+                    actions.push(Action::Crash);
+                }
+            }
+            None => actions.push(Action::Restart),
+        }
+        if state.newer_left {
+            actions.push(Action::NewerProcessWrites);
+        }
+        actions.push(match state.watch_read {
+            WatchRead::None => Action::WatcherIssue,
+            WatchRead::Issued(_) => Action::WatcherSample,
+            WatchRead::Sampled(..) => Action::WatcherReadDone,
+        });
+    }
+
+    fn next_state(&self, last: &State, action: Action) -> Option<State> {
+        let mut state = last.clone();
+        let now = state.holder_now();
+        match action {
+            Action::TimePasses => state.real += 1,
+            Action::HolderTick => self.deliver(&mut state, LeaseEvent::Tick { now }),
+            Action::HolderSample => {
+                let records = state.disk.iter().flatten().copied().collect();
+                state.own_read = OwnRead::Sampled(records);
+            }
+            Action::HolderReadDone => {
+                let read = std::mem::replace(&mut state.own_read, OwnRead::None);
+                let OwnRead::Sampled(records) = read else {
+                    return None;
+                };
+                let own = |(generation, sequence): Record| OwnRecord {
+                    node: NODE,
+                    owner: owner(generation),
+                    sequence,
+                };
+                let records = records.into_iter().map(own).collect();
+                self.deliver(&mut state, LeaseEvent::OwnRecords { now, records });
+            }
+            Action::Land(index) => {
+                let record = state.in_flight.remove(index);
+                state.land(record);
+                if state.holder.is_some() {
+                    state.unacknowledged.push(record);
+                    state.unacknowledged.sort_unstable();
+                }
+            }
+            Action::Acknowledge(index) => {
+                let (_, sequence) = state.unacknowledged.remove(index);
+                self.deliver(&mut state, LeaseEvent::Written { now, sequence });
+            }
+            Action::NewGeneration => {
+                let shown = state.newest().map_or(0, |(generation, _)| generation);
+                let paged = state.page.map_or(0, |held| held.owner.generation.0);
+                let next = shown.max(paged) + 1;
+                if next > self.generations {
+                    return None;
+                }
+                let owner = owner(next);
+                self.deliver(&mut state, LeaseEvent::NewGeneration { now, owner });
+            }
+            Action::Crash => {
+                state.crashes_left -= 1;
+                state.holder = None;
+                state.own_read = OwnRead::None;
+                state.unacknowledged.clear();
+            }
+            Action::Restart => state.holder = Some(self.start(&state)),
+            Action::NewerProcessWrites => {
+                state.newer_left = false;
+                state.land((NEWER, 1));
+            }
+            Action::WatcherIssue => state.watch_read = WatchRead::Issued(state.watcher_now()),
+            Action::WatcherSample => {
+                let WatchRead::Issued(issued_at) = state.watch_read else {
+                    return None;
+                };
+                state.watch_read = WatchRead::Sampled(issued_at, state.newest());
+            }
+            Action::WatcherReadDone => self.watcher_read(&mut state),
+        }
+        (state != *last).then_some(state)
+    }
+
+    fn properties(&self) -> Vec<Property<Self>> {
+        let mut properties = vec![
+            Property::always(SAFE, |_, state: &State| {
+                state
+                    .open_gate()
+                    .is_none_or(|generation| !state.concluded.contains(&generation))
+            }),
+            Property::sometimes("a lease is held", |_, state: &State| {
+                state.open_gate().is_some()
+            }),
+            Property::sometimes("a lease is renewed", |_, state: &State| {
+                let phase = state.holder.as_ref().map(LeaseHolder::phase);
+                phase == Some(LeasePhase::Held) && state.page_sequence > 1
+            }),
+            Property::sometimes("silence is noticed", |_, state: &State| {
+                !state.concluded.is_empty()
+            }),
+        ];
+        if self.newer_process {
+            properties.push(Property::sometimes(
+                "a holder stops for good",
+                |_, state: &State| {
+                    let phase = state.holder.as_ref().map(LeaseHolder::phase);
+                    matches!(phase, Some(LeasePhase::Stopped(_)))
+                },
+            ));
+        } else {
+            properties.push(Property::sometimes(
+                "a lapsed holder holds a lease again",
+                |_, state: &State| state.open_gate() == Some(Generation(2)),
+            ));
+        }
+        properties
+    }
+}
+
+/// What the model is about.
+pub(crate) const SAFE: &str = "no gate is open after a watcher concluded that its lease is over";
+
+#[test]
+fn i1_no_gate_is_open_after_a_watcher_concluded_that_its_lease_is_over() {
+    let size = Size::from_environment();
+    holds("lease", LeaseModel::new(Rules::ENFORCED, size));
+}
+
+#[test]
+fn i1_a_second_process_in_the_slot_outlasts_no_conclusion() {
+    let size = Size::from_environment();
+    let model = LeaseModel {
+        newer_process: true,
+        generations: 1,
+        crashes: 0,
+        ..LeaseModel::new(Rules::ENFORCED, size)
+    };
+    holds("lease with a second process", model);
+}

@@ -1,3 +1,63 @@
-//! One process per attached SharedVolume: heartbeat, fencing, coordinator; and the offline tools format and check.
+//! One process per attached SharedVolume: heartbeat, fencing, coordinator; and the offline tools
+//! format and check.
+#![forbid(unsafe_code)]
 
-fn main() {}
+use std::process::ExitCode;
+
+use bascule_volume::offline::{CheckArgs, FormatArgs};
+use bascule_volume::serve::ServeArgs;
+use bascule_volume::{offline, serve};
+use clap::{Parser, Subcommand, ValueEnum};
+use tracing_subscriber::EnvFilter;
+
+/// SharedVolumes: one block device (or, in a lab, one file) that carries the disks of many virtual
+/// machines and is written by several nodes at once.
+#[derive(Parser)]
+#[command(name = "bascule-volume", version)]
+struct Cli {
+    /// How log lines look. What is logged is set by RUST_LOG.
+    #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text)]
+    log_format: LogFormat,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Make a new volume. Refuses a device that holds anything, unless --force is given.
+    Format(FormatArgs),
+    /// Check a volume that no node has attached, read-only.
+    ///
+    /// Exit codes: 0 clean, 1 warnings, 2 damaged, 3 not a Bascule volume, 4 a newer format,
+    /// 5 unreadable.
+    Check(CheckArgs),
+    /// Hold this node's place on a volume and serve the node's processes.
+    Serve(ServeArgs),
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum LogFormat {
+    Text,
+    Json,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr);
+    match cli.log_format {
+        LogFormat::Text => log.init(),
+        LogFormat::Json => log.json().init(),
+    }
+    let outcome = match &cli.command {
+        Command::Format(args) => offline::format(args),
+        Command::Check(args) => offline::check(args),
+        Command::Serve(args) => serve::serve(args),
+    };
+    outcome.unwrap_or_else(|error| {
+        eprintln!("bascule-volume: {error:#}");
+        ExitCode::FAILURE
+    })
+}

@@ -1,0 +1,250 @@
+//! `volume.sock`: what `bascule-node` and `bascule-vm` ask of this process.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use bascule_ipc::volume::{OpenedVm, Request, Response};
+use bascule_ipc::{Connection, IpcError, Kind};
+use bascule_types::{Bytes, Epoch, Lba, Owner, VmUid};
+use bascule_volume_format::change::{Answer, Change, DiskRow, Refusal};
+use bascule_volume_format::{BlockStore, WatchdogKind};
+use bascule_volume_gate::boot_time_now;
+
+use crate::minder;
+use crate::node::Node;
+use crate::peer::{Ask, PeerResponse};
+use crate::status;
+
+/// Serves one local connection until the peer closes it.
+pub fn serve(node: &Node, stream: UnixStream) {
+    if let Err(error) = converse(node, stream)
+        && error.kind() != Kind::Gone
+    {
+        tracing::warn!(%error, "a local connection");
+    }
+}
+
+fn converse(node: &Node, stream: UnixStream) -> Result<(), IpcError> {
+    let mut connection = Connection::open(stream, STEP)?;
+    // A client may keep its connection for as long as it likes; what it sends, it sends at once.
+    connection.set_timeout(None)?;
+    loop {
+        let (request, _) = connection.recv::<Request>()?;
+        let (response, fds) = answer(node, &request);
+        let fds: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
+        connection.send(&response, &fds)?;
+    }
+}
+
+type Answered = (Response, Vec<OwnedFd>);
+
+fn answer(node: &Node, request: &Request) -> Answered {
+    let alone = |response| (response, Vec::new());
+    match request {
+        Request::Status => alone(Response::Status(status::status(node))),
+        Request::Rows => alone(rows(node)),
+        Request::Change(change) => alone(self::change(node, change)),
+        Request::OpenVm {
+            vm,
+            owner,
+            epoch,
+            pid,
+        } => open(node, *vm, Some((*owner, *epoch, *pid))),
+        Request::PeekVm { vm } => open(node, *vm, None),
+        Request::CloseVm { vm, .. } => alone(close(node, *vm)),
+    }
+}
+
+fn rows(node: &Node) -> Response {
+    match node.ask(&Ask::Rows, limit(node)) {
+        Some(PeerResponse::Rows(rows)) => Response::Rows(rows),
+        _ => unavailable(node),
+    }
+}
+
+fn change(node: &Node, change: &Change) -> Response {
+    if let Change::Release { vm, .. } = change
+        && !node.state().writers.is_drained(*vm)
+    {
+        // A killed bascule-vm or a timed-out write is no clean release.
+        let reason = "a process of this VM has not closed its gate, or has writes in flight";
+        return Response::Unavailable {
+            reason: reason.to_owned(),
+        };
+    }
+    let response = ask(node, change);
+    match (change, &response) {
+        (
+            Change::CreateDisk {
+                importing: false, ..
+            },
+            Response::Granted(Answer::Disk(disk)),
+        ) if disk.importing => blank(node, disk),
+        _ => response,
+    }
+}
+
+fn ask(node: &Node, change: &Change) -> Response {
+    match node.ask(&Ask::Change(change.clone()), limit(node)) {
+        Some(PeerResponse::Granted(answer)) => Response::Granted(answer),
+        Some(PeerResponse::Refused(refusal)) => Response::Refused(refusal),
+        _ => Response::Unknown,
+    }
+}
+
+/// Makes a new disk read as zeroes, and finishes it. One thread at a time fills a disk: a second
+/// one would go on writing after the first has handed the disk out.
+fn blank(node: &Node, disk: &DiskRow) -> Response {
+    let _filling = node.filling.lock();
+    // Another thread may have finished it meanwhile: the coordinator knows.
+    let current = ask(node, &create_again(disk));
+    let Response::Granted(Answer::Disk(disk)) = current else {
+        return current;
+    };
+    if !disk.importing {
+        return Response::Granted(Answer::Disk(disk));
+    }
+    match zero(node, &disk) {
+        Ok(true) => ask(
+            node,
+            &Change::FinishImport {
+                disk: disk.disk,
+                length: None,
+            },
+        ),
+        // The lease is gone: whoever asked asks again.
+        Ok(false) => Response::Unknown,
+        Err(error) => Response::Unavailable {
+            reason: format!("cannot zero the disk {}: {error}", disk.name),
+        },
+    }
+}
+
+fn create_again(disk: &DiskRow) -> Change {
+    Change::CreateDisk {
+        vm: disk.vm.unwrap_or(VmUid::from_bytes([0; 16])),
+        name: disk.name.clone(),
+        size: disk.size,
+        role: disk.role,
+        importing: true,
+    }
+}
+
+/// Zeroes a disk in pieces, each of which passes the gate. False when the gate is closed.
+fn zero(node: &Node, disk: &DiskRow) -> std::io::Result<bool> {
+    for run in &disk.extents {
+        let mut done = 0;
+        while done < run.length.0 {
+            let length = ZERO_BYTES.min(run.length.0 - done);
+            let now = boot_time_now();
+            let mine = {
+                let state = node.state();
+                state.is_open(now) && state.joined == disk.importer
+            };
+            if !mine {
+                return Ok(false);
+            }
+            let start = Lba(run.start.0 + done / BLOCK);
+            node.device.zero(start, Bytes(length))?;
+            done += length;
+        }
+    }
+    node.device.handle().flush()?;
+    Ok(true)
+}
+
+/// Hands out what a process needs to reach a VM's disks; with a tenure, to write them.
+fn open(node: &Node, vm: VmUid, tenure: Option<(Owner, Epoch, u32)>) -> Answered {
+    let found = match node.ask(&Ask::Rows, limit(node)) {
+        Some(PeerResponse::Rows(rows)) => rows,
+        _ => return (unavailable(node), Vec::new()),
+    };
+    let refused = |refusal| (Response::Refused(refusal), Vec::new());
+    let Some(row) = found.vms.into_iter().find(|row| row.vm == vm) else {
+        return refused(Refusal::NoSuchVm);
+    };
+    if let Some((owner, epoch, _)) = tenure {
+        match row.owner {
+            Some(now) if now == owner && row.epoch == epoch => {}
+            Some(owner) => {
+                let epoch = row.epoch;
+                return refused(Refusal::OwnedBy { owner, epoch });
+            }
+            None => return refused(Refusal::EpochIs { epoch: row.epoch }),
+        }
+        if node.state().joined != Some(owner) {
+            return refused(Refusal::StaleOwner { owner });
+        }
+    }
+    // Who writes sees finished disks only; an importer peeks at its own.
+    let mine = |disk: &DiskRow| disk.vm == Some(vm) && (tenure.is_none() || !disk.importing);
+    let opened = OpenedVm {
+        row,
+        disks: found.disks.into_iter().filter(mine).collect(),
+        saved: found.saved.into_iter().find(|saved| saved.vm == vm),
+        block_bytes: node.device.block_bytes(),
+    };
+    if let Some((_, _, pid)) = tenure
+        && let Err(reason) = add_writer(node, vm, pid)
+    {
+        return (Response::Unavailable { reason }, Vec::new());
+    }
+    match descriptors(node) {
+        Ok(fds) => (Response::Opened(opened), fds),
+        Err(reason) => (Response::Unavailable { reason }, Vec::new()),
+    }
+}
+
+fn descriptors(node: &Node) -> Result<Vec<OwnedFd>, String> {
+    let device = node
+        .device
+        .descriptor()
+        .map_err(|error| format!("cannot pass the device: {error}"))?;
+    let gate = node.gate.reader_fd().map_err(|error| error.to_string())?;
+    Ok(vec![device, gate])
+}
+
+/// The watchdog watches before the process can write. If the heartbeat promises a reset, no writer
+/// starts without it.
+fn add_writer(node: &Node, vm: VmUid, pid: u32) -> Result<(), String> {
+    let talk = node.watchdog_talk.lock();
+    node.update(|state| state.writers.open(vm, pid))
+        .map_err(|error| format!("cannot note the writer: {error}"))?;
+    let promised = node.state().watchdog != WatchdogKind::None;
+    let enlisted = minder::enlist(node);
+    drop(talk);
+    match enlisted {
+        Err(error) if promised => Err(format!("the watchdog does not watch: {error}")),
+        _ => Ok(()),
+    }
+}
+
+fn close(node: &Node, vm: VmUid) -> Response {
+    let closed = node.update(|state| state.writers.close(vm));
+    minder::refresh(node);
+    match closed {
+        Ok(()) => Response::Closed,
+        Err(error) => Response::Unavailable {
+            reason: format!("cannot note that the writer closed: {error}"),
+        },
+    }
+}
+
+fn unavailable(node: &Node) -> Response {
+    let reason = status::reason(&node.state(), boot_time_now());
+    Response::Unavailable {
+        reason: reason.unwrap_or_else(|| "no coordinator answers".to_owned()),
+    }
+}
+
+/// How long a request may look for a coordinator: a silent one is replaced within W and a bit.
+fn limit(node: &Node) -> Duration {
+    let timings = &node.superblock.timings;
+    timings.watch + timings.lease
+}
+
+const STEP: Duration = Duration::from_secs(5);
+const BLOCK: u64 = bascule_volume_format::BLOCK_BYTES_U64;
+/// Small enough that the lease is looked at many times a second.
+const ZERO_BYTES: u64 = 4 << 20;

@@ -1,0 +1,277 @@
+//! The backing device of a volume: a block device, or a plain file in a lab.
+//!
+//! Reads and writes are `pread` and `pwrite` with `O_DIRECT`, from buffers aligned to 4096 bytes.
+//! The end of a process waits for a `pwrite` that is under way: that is what a successor of the
+//! same boot relies on. A file on a file system without `O_DIRECT` (tmpfs) is opened without it,
+//! with a warning; a block device never is.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, PoisonError, RwLock};
+
+use bascule_types::{Bytes, Lba};
+use bascule_volume_format::{BLOCK_BYTES, BlockStore};
+use rustix::fs::{FallocateFlags, OFlags, SeekFrom};
+
+/// A device that can be re-opened after it went away.
+#[derive(Clone, Debug)]
+pub struct Device {
+    path: PathBuf,
+    access: Access,
+    current: Arc<RwLock<Arc<Opened>>>,
+}
+
+/// How a device is opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// The checker.
+    ReadOnly,
+    /// Everybody else.
+    ReadWrite,
+}
+
+#[derive(Debug)]
+struct Opened {
+    file: File,
+    is_block: bool,
+    identity: Identity,
+}
+
+/// What tells a device or file from another one at the same path.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Identity {
+    device: u64,
+    inode: u64,
+    special: u64,
+}
+
+impl Device {
+    /// Opens the device.
+    ///
+    /// # Errors
+    /// The system's, with the path; a directory or a character device is refused.
+    pub fn open(path: &Path, access: Access) -> io::Result<Self> {
+        let opened = open(path, access)?;
+        Ok(Self {
+            path: path.to_owned(),
+            access,
+            current: Arc::new(RwLock::new(Arc::new(opened))),
+        })
+    }
+
+    /// Opens the path again, because the device went away and may be back, and goes on with it if
+    /// `accept` says so.
+    ///
+    /// # Errors
+    /// As for [`Device::open`].
+    pub fn reopen_if(&self, accept: impl FnOnce(&Self) -> bool) -> io::Result<bool> {
+        let candidate = Self::open(&self.path, self.access)?;
+        if !accept(&candidate) {
+            return Ok(false);
+        }
+        let opened = candidate.current();
+        *self.current.write().unwrap_or_else(PoisonError::into_inner) = opened;
+        Ok(true)
+    }
+
+    /// Checks that what the path names is still what is open.
+    ///
+    /// # Errors
+    /// `NotFound` when the path names nothing or something else.
+    pub fn check_present(&self) -> io::Result<()> {
+        let now = identity(&std::fs::metadata(&self.path)?);
+        if now == self.current().identity {
+            Ok(())
+        } else {
+            let what = "the path now names another device or file";
+            Err(io::Error::new(io::ErrorKind::NotFound, what))
+        }
+    }
+
+    /// Its size.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn size(&self) -> io::Result<Bytes> {
+        Ok(Bytes(rustix::fs::seek(
+            &self.current().file,
+            SeekFrom::End(0),
+        )?))
+    }
+
+    /// Whether it is a block device.
+    #[must_use]
+    pub fn is_block(&self) -> bool {
+        self.current().is_block
+    }
+
+    /// The logical block size: the alignment of direct I/O.
+    #[must_use]
+    pub fn block_bytes(&self) -> u32 {
+        let opened = self.current();
+        if !opened.is_block {
+            return 4096;
+        }
+        let text = sysfs(&opened, "queue/logical_block_size");
+        text.and_then(|text| text.trim().parse().ok())
+            .unwrap_or(4096)
+    }
+
+    /// How many writes the kernel has in flight on this block device; none when it cannot say.
+    #[must_use]
+    pub fn writes_in_flight(&self) -> Option<u64> {
+        let text = sysfs(&self.current(), "inflight")?;
+        text.split_whitespace().nth(1)?.parse().ok()
+    }
+
+    /// A descriptor of its own for another process.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn descriptor(&self) -> io::Result<OwnedFd> {
+        Ok(self.current().file.try_clone()?.into())
+    }
+
+    /// Makes a range read as zeroes, without data transfer where the device can. Not durable before
+    /// a flush.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn zero(&self, start: Lba, length: Bytes) -> io::Result<()> {
+        let offset = start.lba_to_bytes().map_err(io::Error::other)?;
+        let opened = self.current();
+        let flags = FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE;
+        match rustix::fs::fallocate(&opened.file, flags, offset.0, length.0) {
+            Ok(()) => Ok(()),
+            Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::INVAL) => {
+                self.write_zeroes(start, length)
+            }
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
+    fn write_zeroes(&self, start: Lba, length: Bytes) -> io::Result<()> {
+        let blocks = length.0 / BLOCK_BYTES as u64;
+        let zeroes = vec![0; BLOCK_BYTES * ZERO_CHUNK_BLOCKS];
+        let mut handle = self.handle();
+        let mut done = 0;
+        while done < blocks {
+            let left = usize::try_from(blocks - done).unwrap_or(ZERO_CHUNK_BLOCKS);
+            let count = left.min(ZERO_CHUNK_BLOCKS);
+            handle.write(Lba(start.0 + done), &zeroes[..count * BLOCK_BYTES])?;
+            done += count as u64;
+        }
+        Ok(())
+    }
+
+    /// A handle for one thread's metadata I/O.
+    #[must_use]
+    pub fn handle(&self) -> Handle {
+        Handle {
+            device: self.clone(),
+            buffer: Vec::new(),
+        }
+    }
+
+    fn current(&self) -> Arc<Opened> {
+        Arc::clone(&self.current.read().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// One thread's access to the device.
+#[derive(Debug)]
+pub struct Handle {
+    device: Device,
+    buffer: Vec<u8>,
+}
+
+impl Handle {
+    /// An aligned piece of the buffer.
+    fn aligned(&mut self, length: usize) -> &mut [u8] {
+        if self.buffer.len() < length + BLOCK_BYTES {
+            self.buffer = vec![0; length + BLOCK_BYTES];
+        }
+        let skip = self.buffer.as_ptr().align_offset(BLOCK_BYTES);
+        &mut self.buffer[skip..skip + length]
+    }
+}
+
+impl BlockStore for Handle {
+    fn read(&mut self, lba: Lba, blocks: &mut [u8]) -> io::Result<()> {
+        let offset = lba.lba_to_bytes().map_err(io::Error::other)?;
+        let opened = self.device.current();
+        let buffer = self.aligned(blocks.len());
+        opened.file.read_exact_at(buffer, offset.0)?;
+        blocks.copy_from_slice(buffer);
+        Ok(())
+    }
+
+    fn write(&mut self, lba: Lba, blocks: &[u8]) -> io::Result<()> {
+        let offset = lba.lba_to_bytes().map_err(io::Error::other)?;
+        let opened = self.device.current();
+        let buffer = self.aligned(blocks.len());
+        buffer.copy_from_slice(blocks);
+        opened.file.write_all_at(buffer, offset.0)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.device.current().file.sync_data()
+    }
+}
+
+fn open(path: &Path, access: Access) -> io::Result<Opened> {
+    let metadata = std::fs::metadata(path)?;
+    let is_block = metadata.file_type().is_block_device();
+    if !is_block && !metadata.is_file() {
+        let what = "neither a block device nor a plain file";
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
+    }
+    let with = |flags: OFlags| {
+        let flags = i32::try_from(flags.bits()).unwrap_or(0);
+        OpenOptions::new()
+            .read(true)
+            .write(access == Access::ReadWrite)
+            .custom_flags(flags)
+            .open(path)
+    };
+    let file = match with(OFlags::DIRECT | OFlags::CLOEXEC) {
+        Err(error) if !is_block && error.kind() == io::ErrorKind::InvalidInput => {
+            tracing::warn!(path = %path.display(), "the file system has no O_DIRECT: fit for a lab only");
+            with(OFlags::CLOEXEC)?
+        }
+        other => other?,
+    };
+    Ok(Opened {
+        identity: identity(&file.metadata()?),
+        file,
+        is_block,
+    })
+}
+
+fn identity(metadata: &std::fs::Metadata) -> Identity {
+    Identity {
+        device: metadata.dev(),
+        inode: metadata.ino(),
+        special: metadata.rdev(),
+    }
+}
+
+/// A file of the block device's directory in sysfs.
+fn sysfs(opened: &Opened, file: &str) -> Option<String> {
+    if !opened.is_block {
+        return None;
+    }
+    let number = opened.identity.special;
+    let (major, minor) = (rustix::fs::major(number), rustix::fs::minor(number));
+    let directory = format!("/sys/dev/block/{major}:{minor}");
+    std::fs::read_to_string(format!("{directory}/{file}"))
+        // A partition has its queue one level up.
+        .or_else(|_| std::fs::read_to_string(format!("{directory}/../{file}")))
+        .ok()
+}
+
+/// How much a device without write-zeroes is given at once.
+const ZERO_CHUNK_BLOCKS: usize = 256;

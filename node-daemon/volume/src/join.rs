@@ -1,0 +1,136 @@
+//! The join thread: gets this node a slot, and tells the coordinator of every new generation.
+//!
+//! ```text
+//!   no slot ──RegisterNode──► slot ──lease thread begins a generation──► Held
+//!                               ▲                                         │ Rejoin
+//!                               └────────── lease lapsed ◄── joined ◄─────┘
+//! ```
+//! Until the coordinator has answered the re-join, the gate page does not show the generation: the
+//! rows may be somebody else's by now.
+
+use std::time::Duration;
+
+use bascule_types::Owner;
+use bascule_volume_format::change::{Answer, Change};
+use bascule_volume_format::{LogError, SlotRow, recover};
+use bascule_volume_protocol::LeasePhase;
+
+use crate::device::Handle;
+use crate::node::{Node, State};
+use crate::peer::{Ask, PeerResponse};
+
+/// Joins, and joins again, until the process stops.
+pub fn run(node: &Node) {
+    let mut handle = node.device.handle();
+    loop {
+        let Some(need) = wait_for_need(node) else {
+            return;
+        };
+        let done = match need {
+            Need::Slot => get_slot(node, &mut handle),
+            Need::Rejoin(owner) => rejoin(node, &mut handle, owner),
+        };
+        if let Err(reason) = done {
+            tracing::info!(reason, "waits to join");
+            node.update(|state| state.waiting_for = Some(reason));
+            node.wait_until(RETRY, |state| state.stopping);
+        }
+    }
+}
+
+enum Need {
+    Slot,
+    Rejoin(Owner),
+}
+
+fn wait_for_need(node: &Node) -> Option<Need> {
+    let need = |state: &State| {
+        if state.slot.is_none() {
+            return Some(Need::Slot);
+        }
+        let owner = state.lease.owner?;
+        let fresh = state.lease.phase == LeasePhase::Held && state.joined != Some(owner);
+        fresh.then_some(Need::Rejoin(owner))
+    };
+    loop {
+        node.wait_until(RETRY, |state| state.stopping || need(state).is_some());
+        let state = node.state();
+        if state.stopping {
+            return None;
+        }
+        if let Some(need) = need(&state) {
+            return Some(need);
+        }
+    }
+}
+
+/// This node's slot, from the volume itself; if it has none, the coordinator is asked for one.
+fn get_slot(node: &Node, handle: &mut Handle) -> Result<(), String> {
+    if let Some(row) = read_slot_row(node, handle)? {
+        node.update(|state| {
+            state.slot = Some(row);
+            state.waiting_for = Some("the lease".to_owned());
+        });
+        return Ok(());
+    }
+    let me = node.config.node;
+    let register = Ask::Change(Change::RegisterNode { node: me });
+    match node.ask(&register, ASK) {
+        // The row is read from the volume in the next round.
+        Some(PeerResponse::Granted(_)) => Ok(()),
+        Some(PeerResponse::Refused(refusal)) => Err(format!("registration was refused: {refusal}")),
+        _ => Err("not registered on this volume, and no coordinator answers".to_owned()),
+    }
+}
+
+fn rejoin(node: &Node, handle: &mut Handle, owner: Owner) -> Result<(), String> {
+    let row = read_slot_row(node, handle)?.ok_or("the slot's row is gone")?;
+    let change = Change::Rejoin {
+        node: node.config.node,
+        from: row.owner(),
+        rebooted: row.boot != node.config.boot,
+    };
+    match node.ask(&Ask::Change(change), ASK) {
+        Some(PeerResponse::Granted(Answer::Slot { owner: now, kept })) if now == owner => {
+            tracing::info!(%owner, kept = kept.len(), "joined");
+            node.update(|state| {
+                state.joined = Some(owner);
+                state.slot = Some(SlotRow {
+                    generation: owner.generation,
+                    boot: node.config.boot,
+                    ..row
+                });
+                state.waiting_for = None;
+            });
+            Ok(())
+        }
+        Some(PeerResponse::Granted(_)) => Err("the lease changed meanwhile".to_owned()),
+        Some(PeerResponse::Refused(refusal)) => Err(format!("joining was refused: {refusal}")),
+        _ => Err("no coordinator answers".to_owned()),
+    }
+}
+
+/// The coordinator may be writing the metadata at this moment, so a contradiction is tried again.
+fn read_slot_row(node: &Node, handle: &mut Handle) -> Result<Option<SlotRow>, String> {
+    let mut attempt = 0;
+    loop {
+        attempt += 1;
+        match recover(handle, &node.superblock) {
+            Ok(recovered) => return Ok(recovered.metadata.slot_of(node.config.node).copied()),
+            Err(LogError::Io { .. }) => return Err("the volume cannot be read".to_owned()),
+            Err(error) if attempt == READ_ATTEMPTS => {
+                return Err(format!("the metadata is damaged: {error}"));
+            }
+            Err(_) => {
+                node.wait_until(RETRY, |state| state.stopping);
+            }
+        }
+    }
+}
+
+/// Between two attempts.
+const RETRY: Duration = Duration::from_millis(200);
+/// How long one attempt waits for a coordinator.
+const ASK: Duration = Duration::from_secs(5);
+/// A checkpoint is written within seconds; this many contradictions in a row are damage.
+const READ_ATTEMPTS: u32 = 10;

@@ -1,0 +1,275 @@
+//! Coordinating: one tenure, from the won election until the node is deposed, its lease lapses or
+//! its I/O fails.
+//!
+//! # Ordering
+//! The leader block is durable before the metadata is read; a checkpoint of this epoch is durable
+//! before the first request is taken; a record is durable before the leader blocks are read again;
+//! and only if they still show this epoch the answer goes out.
+
+use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
+
+use bascule_ipc::volume::Rows;
+use bascule_types::{BootTime, DiskId, Epoch, Owner};
+use bascule_volume_format::change::{FenceProof, MissingProof};
+use bascule_volume_format::{
+    Asker, Context, CoordinatorEpoch, Log, LogError, MetaRecord, Metadata, Recovered, Witness,
+    recover,
+};
+use bascule_volume_gate::boot_time_now;
+use bascule_volume_protocol::fence::{self, FencePolicy};
+use bascule_volume_protocol::{
+    Coordinator, CoordinatorCommand, CoordinatorEvent, LeasePhase, Rules, Ticket, WatchEvent,
+    Watcher,
+};
+
+use crate::coordinate::highest_epoch;
+use crate::device::Handle;
+use crate::node::{Job, Node};
+use crate::peer::{Ask, PeerRequest, PeerResponse};
+
+/// One tenure's own state.
+struct Tenure<'a> {
+    node: &'a Node,
+    handle: &'a mut Handle,
+    me: Owner,
+    log: Log,
+    metadata: Metadata,
+    rule: Option<Coordinator>,
+    tickets: u64,
+}
+
+/// Coordinates in `epoch` for as long as that is allowed.
+pub fn lead(node: &Node, handle: &mut Handle, me: Owner, epoch: CoordinatorEpoch) {
+    let started = start(node, handle, me, epoch);
+    let (log, metadata) = match started {
+        Ok(started) => started,
+        Err(error) => {
+            report(node, &error);
+            return;
+        }
+    };
+    let (queue, jobs) = sync_channel(JOBS_MAX);
+    let mut tenure = Tenure {
+        node,
+        handle,
+        me,
+        log,
+        metadata,
+        rule: Some(Coordinator::new(epoch, Rules::ENFORCED)),
+        tickets: 0,
+    };
+    tenure.announce_slots();
+    node.update(|state| {
+        state.coordinator = Some((epoch, queue));
+        state.metadata = Some((epoch, tenure.metadata.clone()));
+    });
+    tracing::info!(%epoch, "coordinates");
+    tenure.serve(&jobs);
+    node.update(|state| state.coordinator = None);
+    tracing::info!(%epoch, "coordinates no longer");
+}
+
+fn start(
+    node: &Node,
+    handle: &mut Handle,
+    me: Owner,
+    epoch: CoordinatorEpoch,
+) -> Result<(Log, Metadata), LogError> {
+    let recovered: Recovered = recover(handle, &node.superblock)?;
+    tracing::info!(base = ?recovered.base, journaled = recovered.journaled, "recovered the metadata");
+    if recovered.base.epoch >= epoch {
+        // Somebody coordinates in a later epoch already: its checkpoint says so.
+        return Err(LogError::Failed);
+    }
+    let log = Log::start(handle, &node.superblock, &recovered, me.slot, epoch)?;
+    Ok((log, recovered.metadata))
+}
+
+/// A failed metadata write or flush closes the gate for good; damage ends the tenure only.
+fn report(node: &Node, error: &LogError) {
+    let text = chain(error);
+    let fatal = match error {
+        LogError::Io { what, .. } => *what != READ,
+        LogError::Contradiction(_) => true,
+        _ => false,
+    };
+    if fatal {
+        node.fail(text);
+    } else {
+        tracing::error!(error = text, "cannot coordinate");
+    }
+}
+
+impl Tenure<'_> {
+    fn serve(&mut self, jobs: &Receiver<Job>) {
+        while self.may_go_on() {
+            match jobs.recv_timeout(self.node.superblock.timings.poll / 2) {
+                Ok(job) => {
+                    if let Some(response) = self.answer(&job.request) {
+                        // Whoever asked may have given up.
+                        drop(job.reply.send(response));
+                    }
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return,
+            }
+        }
+    }
+
+    /// Cheap reasons to end the tenure; the re-read before each answer is the one that counts.
+    fn may_go_on(&self) -> bool {
+        let state = self.node.state();
+        let mine = state.lease.phase == LeasePhase::Held
+            && state.lease.owner == Some(self.me)
+            && boot_time_now() < state.lease.expiry;
+        let newer = state
+            .leader
+            .is_some_and(|leader| leader.epoch > self.log.epoch());
+        mine && !newer
+            && !state.stopping
+            && state.failed.is_none()
+            && self.rule.as_ref().is_some_and(Coordinator::is_active)
+    }
+
+    /// The answer, or none when its outcome is unknown.
+    fn answer(&mut self, request: &PeerRequest) -> Option<PeerResponse> {
+        let response = match &request.ask {
+            Ask::Rows => PeerResponse::Rows(self.rows()),
+            Ask::Change(change) => {
+                let view = View::of(self.node);
+                let context = Context {
+                    asker: Asker {
+                        node: request.node,
+                        owner: request.owner,
+                        boot: request.boot,
+                    },
+                    witness: &view,
+                    fresh_disk: DiskId::random(),
+                };
+                match self.metadata.decide(change, &context) {
+                    Ok(decision) => {
+                        self.commit(&decision.records)?;
+                        PeerResponse::Granted(decision.answer)
+                    }
+                    Err(refusal) => PeerResponse::Refused(refusal),
+                }
+            }
+        };
+        self.is_in_force().then_some(response)
+    }
+
+    fn commit(&mut self, records: &[MetaRecord]) -> Option<()> {
+        if records.is_empty() {
+            return Some(());
+        }
+        if let Err(error) = self.log.commit(self.handle, &mut self.metadata, records) {
+            self.next(CoordinatorEvent::JournalFailed);
+            report(self.node, &error);
+            return None;
+        }
+        self.announce_slots();
+        let (epoch, rows) = (self.log.epoch(), self.metadata.clone());
+        self.node
+            .update(|state| state.metadata = Some((epoch, rows)));
+        Some(())
+    }
+
+    /// Whether what was done up to now is in force: no later coordinator had made its leader block
+    /// durable when it became durable.
+    fn is_in_force(&mut self) -> bool {
+        self.tickets += 1;
+        let mine = Ticket(self.tickets);
+        let mut commands = self.next(CoordinatorEvent::Durable(mine));
+        loop {
+            let event = match commands.as_slice() {
+                [CoordinatorCommand::ReadLeader] => match highest_epoch(self.node, self.handle) {
+                    Ok(highest) => CoordinatorEvent::Leader { highest },
+                    Err(error) => {
+                        tracing::warn!(%error, "cannot re-read the leader blocks");
+                        CoordinatorEvent::JournalFailed
+                    }
+                },
+                [CoordinatorCommand::Answer(tickets)] => return tickets.contains(&mine),
+                _ => return false,
+            };
+            commands = self.next(event);
+        }
+    }
+
+    fn next(&mut self, event: CoordinatorEvent) -> Vec<CoordinatorCommand> {
+        let Some(rule) = self.rule.take() else {
+            return Vec::new();
+        };
+        let (rule, commands) = rule.next(event);
+        self.rule = Some(rule);
+        commands
+    }
+
+    fn rows(&self) -> Rows {
+        Rows {
+            coordinator_epoch: Epoch(self.log.epoch().0),
+            vms: self.metadata.vms().cloned().collect(),
+            disks: self.metadata.disks().cloned().collect(),
+            saved: self.metadata.saved_states().cloned().collect(),
+            fences: self.metadata.fences().copied().collect(),
+        }
+    }
+
+    /// A granted generation counts as a sign of life from the moment when it is known.
+    fn announce_slots(&self) {
+        let now = boot_time_now();
+        let owners: Vec<Owner> = self.metadata.slots().map(|row| row.owner()).collect();
+        self.node.update(|state| {
+            for owner in owners {
+                let event = WatchEvent::Granted { now, owner };
+                state.watcher = state.watcher.clone().next(event);
+            }
+        });
+    }
+}
+
+/// What this node has seen of the others, at one moment.
+struct View {
+    watcher: Watcher,
+    now: BootTime,
+    policy: FencePolicy,
+}
+
+impl View {
+    fn of(node: &Node) -> Self {
+        Self {
+            watcher: node.state().watcher.clone(),
+            now: boot_time_now(),
+            policy: FencePolicy {
+                mode: node.superblock.fencing,
+                allowed: node.superblock.policy,
+                rules: Rules::ENFORCED,
+            },
+        }
+    }
+}
+
+impl Witness for View {
+    fn lease_valid(&self, owner: Owner) -> bool {
+        self.watcher.is_alive(owner, self.now)
+    }
+
+    fn proof(&self, victim: Owner) -> Result<FenceProof, MissingProof> {
+        fence::verify(self.policy, &self.watcher.evidence(victim))
+    }
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text = format!("{text}: {error}");
+        source = error.source();
+    }
+    text
+}
+
+/// Requests that wait for their turn; more are turned away and asked again.
+const JOBS_MAX: usize = 256;
+/// What a [`LogError::Io`] says when a read failed: nothing was lost then.
+const READ: &str = "read metadata";

@@ -1,0 +1,249 @@
+//! The lease thread: renews this node's heartbeat by the rules of
+//! [`bascule_volume_protocol::LeaseHolder`] and publishes the lease in the gate page.
+//!
+//! It does its I/O itself, one step at a time. When a write hangs, the thread hangs with it: the
+//! lease then runs out in the gate page by itself, which needs nobody awake.
+
+use std::io;
+
+use bascule_types::{BootTime, Generation, Owner};
+use bascule_volume_format::HeartbeatRecord;
+use bascule_volume_gate::boot_time_now;
+use bascule_volume_protocol::{
+    Held, JoinClaim, LeaseCommand, LeaseConfig, LeaseEvent, LeaseHolder, LeasePhase, OwnRecord,
+    OwnSlot, Rules, StopReason, join_claim,
+};
+
+use crate::device::Handle;
+use crate::node::{LeaseView, Node};
+use crate::records;
+
+/// The thread's own state.
+struct Renewal<'a> {
+    node: &'a Node,
+    handle: Handle,
+    holder: Option<LeaseHolder>,
+}
+
+/// Renews until the process stops. `held` is the lease that an earlier process of this boot left in
+/// the gate page, `sequence_sent` the highest number there.
+pub fn run(node: &Node, held: Option<Held>, sequence_sent: u64) {
+    let mut renewal = Renewal {
+        node,
+        handle: node.device.handle(),
+        holder: None,
+    };
+    // Four ticks per renewal interval are asked for.
+    let tick = node.superblock.timings.renewal / 5;
+    loop {
+        renewal.start_holder(held, sequence_sent);
+        renewal.tick();
+        let state = node.state();
+        if state.stopping && (!state.leaving || renewal.has_left()) {
+            return;
+        }
+        drop(node.wait(state, tick));
+    }
+}
+
+impl Renewal<'_> {
+    /// The holder needs the highest sequence number in the own slot, so it waits for the slot.
+    fn start_holder(&mut self, held: Option<Held>, sequence_sent: u64) {
+        if self.holder.is_some() {
+            return;
+        }
+        let Some(slot) = self.node.state().slot else {
+            return;
+        };
+        let found = records::read_slot(&mut self.handle, &self.node.superblock, slot.slot);
+        let Some(records) = self.note(found, "read the own heartbeats") else {
+            return;
+        };
+        let on_disk = records.iter().map(|record| record.sequence).max();
+        let config = LeaseConfig {
+            node: self.node.config.node,
+            timings: self.node.superblock.timings,
+            rules: Rules::ENFORCED,
+        };
+        let held = held.filter(|held| held.owner.slot == slot.slot);
+        let sequence = sequence_sent.max(on_disk.unwrap_or(0));
+        let holder = LeaseHolder::start(config, boot_time_now(), held, sequence);
+        self.holder = Some(holder);
+    }
+
+    fn tick(&mut self) {
+        let Some(holder) = &self.holder else { return };
+        let now = boot_time_now();
+        let (leaving, stopping) = {
+            let state = self.node.state();
+            (state.leaving, state.stopping)
+        };
+        let event = match holder.phase() {
+            LeasePhase::Lapsed if !stopping => match self.new_generation(now) {
+                Some(owner) => LeaseEvent::NewGeneration { now, owner },
+                None => LeaseEvent::Tick { now },
+            },
+            _ if leaving => LeaseEvent::Leave { now },
+            _ => LeaseEvent::Tick { now },
+        };
+        self.step(event);
+    }
+
+    /// Feeds the machine and performs what it commands, until it commands nothing.
+    fn step(&mut self, event: LeaseEvent) {
+        let mut next = Some(event);
+        while let Some(event) = next {
+            let Some(holder) = self.holder.take() else {
+                return;
+            };
+            let (holder, command) = holder.next(event);
+            self.holder = Some(holder);
+            next = command.map(|command| self.perform(command));
+        }
+        self.publish();
+    }
+
+    fn perform(&mut self, command: LeaseCommand) -> LeaseEvent {
+        match command {
+            LeaseCommand::ReadOwnRecords => self.read_own_records(),
+            LeaseCommand::WriteRecord {
+                owner,
+                sequence,
+                detached,
+            } => {
+                let done = self.write_record(owner, sequence, detached);
+                let written = self.note(done, "write the heartbeat").is_some();
+                let now = boot_time_now();
+                if written {
+                    LeaseEvent::Written { now, sequence }
+                } else {
+                    LeaseEvent::WriteFailed { now, sequence }
+                }
+            }
+        }
+    }
+
+    fn read_own_records(&mut self) -> LeaseEvent {
+        let slot = self.holder.as_ref().and_then(LeaseHolder::owner);
+        let slot = slot.map(|owner| owner.slot).unwrap_or_default();
+        let found = records::read_slot(&mut self.handle, &self.node.superblock, slot);
+        let now = boot_time_now();
+        match self.note(found, "read the own heartbeats") {
+            Some(records) => LeaseEvent::OwnRecords {
+                now,
+                records: records.iter().map(own_record).collect(),
+            },
+            None => LeaseEvent::ReadFailed { now },
+        }
+    }
+
+    fn write_record(&mut self, owner: Owner, sequence: u64, detached: bool) -> io::Result<()> {
+        let record = HeartbeatRecord {
+            node: self.node.config.node,
+            boot: self.node.config.boot,
+            owner,
+            sequence,
+            watchdog: self.node.state().watchdog,
+            detached,
+            timings: self.node.superblock.timings,
+            address: self.node.config.address.to_string(),
+        };
+        let superblock = &self.node.superblock;
+        let lba = superblock.heartbeat_lba(owner.slot, record.block_of_slot());
+        // R3 over restarts: the number is spent before it is sent.
+        self.node.gate.record_sequence_sent(sequence);
+        records::write_durably(&mut self.handle, superblock, lba, &record)
+    }
+
+    /// The next generation of the own slot, once its writes of an earlier boot have settled.
+    fn new_generation(&mut self, now: BootTime) -> Option<Owner> {
+        let row = self.node.state().slot?;
+        let found = records::read_slot(&mut self.handle, &self.node.superblock, row.slot);
+        let records = self.note(found, "read the own heartbeats")?;
+        let newest = records.iter().max_by_key(|record| record.order());
+        let own = newest.map(|record| OwnSlot {
+            node: record.node,
+            owner: record.owner,
+            boot: record.boot,
+        });
+        let settle = self.node.superblock.timings.settle;
+        let (node, boot) = (self.node.config.node, self.node.config.boot);
+        if let JoinClaim::Wait { .. } = join_claim(Rules::ENFORCED, now, boot, node, own, settle) {
+            let reason = "writes of the node's last boot may still land".to_owned();
+            self.node.update(|state| state.waiting_for = Some(reason));
+            return None;
+        }
+        let shown = self.node.gate.view().owner;
+        let shown = shown.filter(|owner| owner.slot == row.slot);
+        let generation = newest
+            .map(|record| record.owner.generation)
+            .max(shown.map(|owner| owner.generation))
+            .unwrap_or(Generation(0))
+            .max(row.generation)
+            .next();
+        let slot = row.slot;
+        tracing::info!(%slot, %generation, "begins a new generation");
+        Some(Owner { slot, generation })
+    }
+
+    /// Publishes the lease in the gate page, if the coordinator knows of its generation, and in the
+    /// shared state.
+    fn publish(&mut self) {
+        let Some(holder) = &self.holder else { return };
+        let lease = holder.lease();
+        let view = LeaseView {
+            phase: holder.phase(),
+            owner: holder.owner(),
+            expiry: lease.map(|held| held.expiry).unwrap_or_default(),
+        };
+        let (joined, before) = {
+            let state = self.node.state();
+            (state.joined, state.lease.phase)
+        };
+        if let Some(held) = lease.filter(|held| joined == Some(held.owner))
+            && let Err(error) = self.node.gate.publish(held.owner, held.expiry)
+        {
+            self.node.fail(format!("cannot publish the lease: {error}"));
+        }
+        if let LeasePhase::Stopped(reason) = view.phase {
+            self.node.gate.close();
+            if before != view.phase && reason != StopReason::Left {
+                self.node.fail(reason.to_string());
+            }
+        }
+        if before != view.phase {
+            tracing::info!(phase = ?view.phase, owner = ?view.owner, "lease");
+        }
+        self.node.update(|state| state.lease = view);
+    }
+
+    fn has_left(&self) -> bool {
+        let phase = self.holder.as_ref().map(LeaseHolder::phase);
+        // Without a lease there is nothing to leave.
+        !matches!(phase, Some(LeasePhase::Held | LeasePhase::Begun))
+    }
+
+    /// Notes how I/O went, for the status. After a failure the device may have come back under
+    /// the same path.
+    fn note<T>(&self, result: io::Result<T>, what: &str) -> Option<T> {
+        let error = result
+            .as_ref()
+            .err()
+            .map(|error| format!("cannot {what}: {error}"));
+        if let Some(error) = &error {
+            tracing::warn!(error, "heartbeat");
+        }
+        if self.node.state().write_error != error {
+            self.node.update(|state| state.write_error = error);
+        }
+        result.ok()
+    }
+}
+
+fn own_record(record: &HeartbeatRecord) -> OwnRecord {
+    OwnRecord {
+        node: record.node,
+        owner: record.owner,
+        sequence: record.sequence,
+    }
+}

@@ -1,0 +1,86 @@
+//! The minder thread: writers that died, and the node's watchdog.
+//!
+//! The heartbeat says what resets this node, and others count on it. So the kind is what the
+//! watchdog's owner says at this moment, and `None` when it cannot be asked, or when its timeout is
+//! longer than the volume's.
+
+use std::time::Duration;
+
+use bascule_ipc::volume::WatchdogKind as IpcKind;
+use bascule_ipc::watchdog::{Request, Response};
+use bascule_ipc::{Connection, IpcError};
+use bascule_volume_format::WatchdogKind;
+use bascule_volume_gate::boot_time_now;
+
+use crate::node::Node;
+
+/// Minds until the process stops.
+pub fn run(node: &Node) {
+    while !node.is_stopping() {
+        let quiet = !node.device.is_block() || node.device.writes_in_flight() == Some(0);
+        let settle = node.superblock.timings.settle;
+        node.update(|state| state.writers.reap(boot_time_now(), settle, quiet));
+        refresh(node);
+        node.wait_until(INTERVAL, |state| state.stopping);
+    }
+}
+
+/// Tells the watchdog's owner whether to watch this volume, and notes what it says.
+pub fn refresh(node: &Node) {
+    let talk = node.watchdog_talk.lock();
+    let watched = node.state().writers.must_be_watched();
+    let kind = if watched {
+        enlist(node).unwrap_or(WatchdogKind::None)
+    } else {
+        let volume = node.superblock.volume;
+        ask(node, &Request::Withdraw { volume }).unwrap_or(WatchdogKind::None)
+    };
+    drop(talk);
+    if node.state().watchdog != kind {
+        tracing::info!(?kind, "watchdog");
+        node.update(|state| state.watchdog = kind);
+    }
+}
+
+/// Has this volume's lease watched.
+///
+/// # Errors
+/// Why not.
+pub fn enlist(node: &Node) -> Result<WatchdogKind, String> {
+    let enlist = Request::Enlist {
+        volume: node.superblock.volume,
+        gate_page: node.gate.path().to_owned(),
+    };
+    ask(node, &enlist)
+}
+
+fn ask(node: &Node, request: &Request) -> Result<WatchdogKind, String> {
+    let response = call(node, request).map_err(|error| error.to_string())?;
+    match response {
+        Response::Status {
+            kind, timeout_ms, ..
+        } => {
+            let longest = node.superblock.timings.watchdog.as_millis();
+            if u128::from(timeout_ms) > longest {
+                return Err(format!(
+                    "the watchdog's timeout of {timeout_ms} ms is longer than the volume's {longest} ms"
+                ));
+            }
+            Ok(match kind {
+                IpcKind::Hardware => WatchdogKind::Hardware,
+                IpcKind::Soft => WatchdogKind::Software,
+                IpcKind::None => WatchdogKind::None,
+            })
+        }
+        Response::Refused { reason } => Err(reason),
+    }
+}
+
+fn call(node: &Node, request: &Request) -> Result<Response, IpcError> {
+    let mut connection = Connection::connect(&node.config.watchdog_sock, STEP)?;
+    let (response, _) = connection.call(request)?;
+    Ok(response)
+}
+
+const INTERVAL: Duration = Duration::from_secs(1);
+const STEP: Duration = Duration::from_secs(1);

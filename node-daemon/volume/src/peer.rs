@@ -1,0 +1,265 @@
+//! Between nodes: a `bascule-volume` asks the coordinator's for a change, over TCP with mTLS.
+//!
+//! # Constraints
+//! - Both sides prove themselves with a certificate of the cluster's authority; the peer's name is
+//!   `node.bascule.dev` for every node.
+//! - One request and one answer per connection. Lengths are bounded before anything is read, every
+//!   step has a time limit (I7).
+//!
+//! # Frame
+//! A `u32`, little-endian, then that many bytes of JSON, at most [`FRAME_BYTES_MAX`]. The first
+//! frame in each direction is a `Hello` with the versions that the sender speaks.
+
+use std::fmt;
+use std::io::{self, Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use bascule_ipc::Hello;
+use bascule_ipc::volume::Rows;
+use bascule_types::{NodeUid, Owner, VolumeId};
+use bascule_volume_format::change::{Answer, Change, Refusal};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use rustls::server::WebPkiClientVerifier;
+use rustls::{ClientConfig, ClientConnection, RootCertStore, ServerConfig, ServerConnection};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+/// The longest frame: all rows of a large volume.
+pub const FRAME_BYTES_MAX: usize = 64 << 20;
+
+/// One request to a coordinator.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PeerRequest {
+    /// Of which volume: a request that went astray is refused.
+    pub volume: VolumeId,
+    /// Who asks.
+    pub node: NodeUid,
+    /// Its slot and generation, as in its heartbeat; none before it has a slot.
+    pub owner: Option<Owner>,
+    /// Its kernel's boot id.
+    pub boot: [u8; 16],
+    /// For what.
+    pub ask: Ask,
+}
+
+/// What is asked.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Ask {
+    /// A change.
+    Change(Change),
+    /// All rows.
+    Rows,
+}
+
+/// The coordinator's answer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum PeerResponse {
+    /// Granted and durable.
+    Granted(Answer),
+    /// Refused; nothing was changed.
+    Refused(Refusal),
+    /// All rows.
+    Rows(Rows),
+    /// This node does not coordinate (any more). Whether the change happened is unknown.
+    NotCoordinator,
+    /// Another volume is served here.
+    WrongVolume,
+}
+
+/// A failure between two nodes. Whether the change happened is unknown.
+#[derive(Debug, thiserror::Error)]
+pub enum PeerError {
+    /// The connection failed or timed out.
+    #[error("connection to the coordinator")]
+    Io(#[from] io::Error),
+    /// The certificate, key or authority cannot be used.
+    #[error("TLS set-up from {path}")]
+    Certificates {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// TLS refused.
+    #[error("TLS with a peer")]
+    Tls(#[from] rustls::Error),
+    /// A frame is longer than allowed.
+    #[error("a frame of {0} bytes is too long")]
+    TooLong(usize),
+    /// Not the expected JSON.
+    #[error("a malformed message")]
+    Malformed(#[from] serde_json::Error),
+    /// No version in common.
+    #[error("no common protocol version")]
+    Version(#[source] bascule_ipc::IpcError),
+}
+
+/// Where this node's certificates are. They are read anew for every connection, because they are
+/// renewed in place.
+#[derive(Clone)]
+pub struct Tls {
+    directory: PathBuf,
+}
+
+impl fmt::Debug for Tls {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Tls({})", self.directory.display())
+    }
+}
+
+impl Tls {
+    /// The certificates in `directory`: `node.crt`, `node.key`, `ca.crt`.
+    #[must_use]
+    pub fn new(directory: &Path) -> Self {
+        Self {
+            directory: directory.to_owned(),
+        }
+    }
+
+    /// Asks the coordinator at `address`.
+    ///
+    /// # Errors
+    /// [`PeerError`].
+    pub fn ask(
+        &self,
+        address: SocketAddr,
+        request: &PeerRequest,
+        timeout: Duration,
+    ) -> Result<PeerResponse, PeerError> {
+        let config = self.client_config()?;
+        let name = ServerName::try_from(PEER_NAME).map_err(io::Error::other)?;
+        let mut tcp = TcpStream::connect_timeout(&address, timeout.min(CONNECT_TIMEOUT))?;
+        limit(&tcp, timeout)?;
+        let mut tls = ClientConnection::new(Arc::new(config), name)?;
+        let mut stream = rustls::Stream::new(&mut tls, &mut tcp);
+        send(&mut stream, &Hello::THIS)?;
+        agree(recv(&mut stream, HELLO_BYTES_MAX)?)?;
+        send(&mut stream, request)?;
+        recv(&mut stream, FRAME_BYTES_MAX)
+    }
+
+    /// Serves one request on an accepted connection.
+    ///
+    /// # Errors
+    /// [`PeerError`].
+    pub fn serve(
+        &self,
+        mut tcp: TcpStream,
+        timeout: Duration,
+        answer: impl FnOnce(PeerRequest) -> PeerResponse,
+    ) -> Result<(), PeerError> {
+        limit(&tcp, timeout)?;
+        let mut tls = ServerConnection::new(Arc::new(self.server_config()?))?;
+        let mut stream = rustls::Stream::new(&mut tls, &mut tcp);
+        agree(recv(&mut stream, HELLO_BYTES_MAX)?)?;
+        send(&mut stream, &Hello::THIS)?;
+        let request = recv(&mut stream, REQUEST_BYTES_MAX)?;
+        let response = answer(request);
+        send(&mut stream, &response)?;
+        tls.send_close_notify();
+        while tls.wants_write() {
+            tls.write_tls(&mut tcp)?;
+        }
+        Ok(())
+    }
+
+    fn client_config(&self) -> Result<ClientConfig, PeerError> {
+        let (roots, chain, key) = self.load()?;
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        Ok(ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()?
+            .with_root_certificates(roots)
+            .with_client_auth_cert(chain, key)?)
+    }
+
+    fn server_config(&self) -> Result<ServerConfig, PeerError> {
+        let (roots, chain, key) = self.load()?;
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let verifier =
+            WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider))
+                .build()
+                .map_err(|error| self.bad("ca.crt", error))?;
+        Ok(ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()?
+            .with_client_cert_verifier(verifier)
+            .with_single_cert(chain, key)?)
+    }
+
+    fn load(&self) -> Result<Identity, PeerError> {
+        let mut roots = RootCertStore::empty();
+        for authority in self.certificates("ca.crt")? {
+            roots.add(authority)?;
+        }
+        let chain = self.certificates("node.crt")?;
+        let key = PrivateKeyDer::from_pem_file(self.directory.join("node.key"))
+            .map_err(|error| self.bad("node.key", error))?;
+        Ok((roots, chain, key))
+    }
+
+    fn certificates(&self, file: &str) -> Result<Vec<CertificateDer<'static>>, PeerError> {
+        CertificateDer::pem_file_iter(self.directory.join(file))
+            .and_then(Iterator::collect)
+            .map_err(|error| self.bad(file, error))
+    }
+
+    fn bad(&self, file: &str, error: impl std::error::Error + Send + Sync + 'static) -> PeerError {
+        PeerError::Certificates {
+            path: self.directory.join(file),
+            source: Box::new(error),
+        }
+    }
+}
+
+type Identity = (
+    RootCertStore,
+    Vec<CertificateDer<'static>>,
+    PrivateKeyDer<'static>,
+);
+
+fn limit(tcp: &TcpStream, timeout: Duration) -> io::Result<()> {
+    tcp.set_nodelay(true)?;
+    tcp.set_read_timeout(Some(timeout))?;
+    tcp.set_write_timeout(Some(timeout))
+}
+
+fn agree(theirs: Hello) -> Result<u32, PeerError> {
+    Hello::THIS.agree(theirs).map_err(PeerError::Version)
+}
+
+fn send<T: Serialize>(stream: &mut impl Write, message: &T) -> Result<(), PeerError> {
+    let body = serde_json::to_vec(message)?;
+    let length = match u32::try_from(body.len()) {
+        Ok(length) if body.len() <= FRAME_BYTES_MAX => length,
+        _ => return Err(PeerError::TooLong(body.len())),
+    };
+    stream.write_all(&length.to_le_bytes())?;
+    stream.write_all(&body)?;
+    Ok(stream.flush()?)
+}
+
+fn recv<T: DeserializeOwned>(stream: &mut impl Read, max: usize) -> Result<T, PeerError> {
+    let mut head = [0; 4];
+    stream.read_exact(&mut head)?;
+    let length = u32::from_le_bytes(head) as usize;
+    if length > max {
+        return Err(PeerError::TooLong(length));
+    }
+    let mut body = Vec::new();
+    let read = stream.take(length as u64).read_to_end(&mut body)?;
+    if read < length {
+        return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
+    }
+    Ok(serde_json::from_slice(&body)?)
+}
+
+/// The name in every node's certificate.
+const PEER_NAME: &str = "node.bascule.dev";
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+const HELLO_BYTES_MAX: usize = 1 << 10;
+/// The largest change names a few identities and a name.
+const REQUEST_BYTES_MAX: usize = 64 << 10;

@@ -1,0 +1,112 @@
+//! Reading the small blocks of a volume: heartbeats, Paxos blocks, leader blocks.
+
+use std::io;
+
+use bascule_types::{Lba, SlotId};
+use bascule_volume_format::{
+    BLOCK_BYTES, BlockStore, HEARTBEAT_RECORDS, HeartbeatRecord, LeaderBlock, PAXOS_SUBSECTORS,
+    PaxosBlock, Record, RegionKind, Superblock, open, seal_block,
+};
+
+use crate::device::Handle;
+
+/// Reads `count` consecutive blocks and yields every record that can be parsed.
+fn read_run<R: Record>(
+    handle: &mut Handle,
+    superblock: &Superblock,
+    first: Lba,
+    count: u64,
+) -> io::Result<Vec<R>> {
+    let count = usize::try_from(count).map_err(io::Error::other)?;
+    let mut bytes = vec![0; count * BLOCK_BYTES];
+    handle.read(first, &mut bytes)?;
+    let blocks = (first.0..).map(Lba).zip(bytes.chunks_exact(BLOCK_BYTES));
+    Ok(blocks
+        .filter_map(|(lba, block)| open(block, superblock.place(lba)).ok())
+        .collect())
+}
+
+/// The records of one slot.
+///
+/// # Errors
+/// The device's.
+pub fn read_slot(
+    handle: &mut Handle,
+    superblock: &Superblock,
+    slot: SlotId,
+) -> io::Result<Vec<HeartbeatRecord>> {
+    let first = superblock.heartbeat_lba(slot, 0);
+    let records = read_run(handle, superblock, first, HEARTBEAT_RECORDS)?;
+    Ok(of_slot(records, slot))
+}
+
+/// The newest record of every slot that has one.
+///
+/// # Errors
+/// The device's.
+pub fn read_heartbeats(
+    handle: &mut Handle,
+    superblock: &Superblock,
+) -> io::Result<Vec<HeartbeatRecord>> {
+    let region = superblock.region(RegionKind::Heartbeats);
+    let all: Vec<HeartbeatRecord> = read_run(handle, superblock, region.start, region.blocks)?;
+    let newest = |slot| {
+        let records = all.iter().filter(|record| record.owner.slot == slot);
+        records.max_by_key(|record| record.order()).cloned()
+    };
+    Ok(superblock.slots().filter_map(newest).collect())
+}
+
+/// Every Paxos block that can be parsed.
+///
+/// # Errors
+/// The device's.
+pub fn read_paxos(handle: &mut Handle, superblock: &Superblock) -> io::Result<Vec<PaxosBlock>> {
+    let region = superblock.region(RegionKind::Paxos);
+    let blocks = u64::from(superblock.slot_count) * PAXOS_SUBSECTORS;
+    read_run(handle, superblock, region.start, blocks.min(region.blocks))
+}
+
+/// Every leader block.
+///
+/// # Errors
+/// The device's; also when a leader block is damaged, because the one that cannot be read may be
+/// the newest.
+pub fn read_leaders(handle: &mut Handle, superblock: &Superblock) -> io::Result<Vec<LeaderBlock>> {
+    let region = superblock.region(RegionKind::Leaders);
+    let count = usize::try_from(region.blocks).map_err(io::Error::other)?;
+    let mut bytes = vec![0; count * BLOCK_BYTES];
+    handle.read(region.start, &mut bytes)?;
+    let blocks = (region.start.0..)
+        .map(Lba)
+        .zip(bytes.chunks_exact(BLOCK_BYTES));
+    let mut leaders = Vec::new();
+    for (lba, block) in blocks {
+        match open(block, superblock.place(lba)) {
+            Ok(leader) => leaders.push(leader),
+            Err(bascule_volume_format::FormatError::Blank) => {}
+            Err(error) => return Err(io::Error::new(io::ErrorKind::InvalidData, error)),
+        }
+    }
+    Ok(leaders)
+}
+
+/// Writes a record and makes it durable.
+///
+/// # Errors
+/// The device's. Whether the record is there is then unknown.
+pub fn write_durably<R: Record>(
+    handle: &mut Handle,
+    superblock: &Superblock,
+    lba: Lba,
+    record: &R,
+) -> io::Result<()> {
+    handle.write(lba, &seal_block(record, superblock.place(lba)))?;
+    handle.flush()
+}
+
+fn of_slot(records: Vec<HeartbeatRecord>, slot: SlotId) -> Vec<HeartbeatRecord> {
+    let mut records = records;
+    records.retain(|record| record.owner.slot == slot);
+    records
+}

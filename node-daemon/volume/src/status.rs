@@ -1,0 +1,84 @@
+//! How the volume does, in the words of `bascule-ipc`. Never waits for anything.
+
+use bascule_ipc::volume::{FencingMode, PathState, PeerStatus, VolumeStatus, WatchdogKind};
+use bascule_types::{BootTime, Bytes, Epoch};
+use bascule_volume_format::{Fencing, SlotRow, WatchdogKind as FormatKind};
+use bascule_volume_gate::boot_time_now;
+
+use crate::node::{Node, State};
+
+/// The status of this moment.
+#[must_use]
+pub fn status(node: &Node) -> VolumeStatus {
+    let now = boot_time_now();
+    let state = node.state();
+    let reason = reason(&state, now);
+    let broken = state.failed.is_some() || state.read_error.is_some();
+    let path = if state.is_open(now) && !broken {
+        PathState::Direct
+    } else if broken || state.write_error.is_some() {
+        PathState::Unavailable
+    } else {
+        PathState::Paused
+    };
+    let superblock = &node.superblock;
+    let rows = state.metadata.as_ref().map(|(_, rows)| rows);
+    let capacity = rows.map_or(Bytes(0), |rows| rows.capacity());
+    let free = rows.map_or(Bytes(0), |rows| rows.free());
+    let lease_left = state.lease.expiry.since(now).as_millis();
+    VolumeStatus {
+        volume: superblock.volume,
+        cluster: superblock.cluster,
+        path,
+        reason: reason.filter(|_| path != PathState::Direct),
+        owner: state.joined.filter(|_| state.joined == state.lease.owner),
+        lease_left_ms: u64::try_from(lease_left).unwrap_or(u64::MAX),
+        coordinator: state.leader.map(|leader| leader.coordinator.slot),
+        coordinator_epoch: Epoch(state.leader.map_or(0, |leader| leader.epoch.0)),
+        peers: peers(&state, now),
+        capacity,
+        allocated: Bytes(capacity.0.saturating_sub(free.0)),
+        fencing: match superblock.fencing {
+            Fencing::LeaseOnly => FencingMode::LeaseOnly,
+            Fencing::Watchdog | Fencing::PersistentReservation => FencingMode::Watchdog,
+        },
+        safe_time_ms: u64::try_from(superblock.timings.t_safe().as_millis()).unwrap_or(u64::MAX),
+        watchdog: match state.watchdog {
+            FormatKind::Hardware => WatchdogKind::Hardware,
+            FormatKind::Software => WatchdogKind::Soft,
+            FormatKind::None => WatchdogKind::None,
+        },
+    }
+}
+
+/// Why the volume is not usable here, in words for a person.
+#[must_use]
+pub fn reason(state: &State, now: BootTime) -> Option<String> {
+    let device = state.failed.clone().or_else(|| state.read_error.clone());
+    let device = device.or_else(|| state.write_error.clone());
+    if device.is_some() || state.is_open(now) {
+        return device;
+    }
+    let waiting = state.waiting_for.as_deref().unwrap_or("a new lease");
+    Some(format!("this node may not write: waiting for {waiting}"))
+}
+
+fn peers(state: &State, now: BootTime) -> Vec<PeerStatus> {
+    let Some((_, rows)) = &state.metadata else {
+        return Vec::new();
+    };
+    let peer = |row: &SlotRow| {
+        let owner = row.owner();
+        let record = state.heartbeats.get(&row.slot);
+        let silent = state.watcher.evidence(owner).silent_for.as_millis();
+        PeerStatus {
+            owner,
+            node: row.node,
+            alive: state.watcher.is_alive(owner, now),
+            silent_ms: u64::try_from(silent).unwrap_or(u64::MAX),
+            address: record.and_then(|record| record.address.parse().ok()),
+            fenced: rows.fence(owner).is_some(),
+        }
+    };
+    rows.slots().map(peer).collect()
+}

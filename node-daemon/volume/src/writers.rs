@@ -1,0 +1,194 @@
+//! The processes of this node that may have writes under way, kept in the run directory so that a
+//! new `bascule-volume` knows them too.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use bascule_types::{BootTime, VmUid};
+use bascule_volume_protocol::{Rules, WriterEvent, Writers};
+
+/// Every writer and its process.
+#[derive(Debug)]
+pub struct WriterTable {
+    writers: Writers,
+    processes: BTreeMap<VmUid, Process>,
+    directory: PathBuf,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Process {
+    pid: u32,
+    /// Since when it is gone without having closed.
+    gone_since: Option<BootTime>,
+}
+
+impl WriterTable {
+    /// The writers that an earlier process noted in `run_dir`.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn load(run_dir: &Path) -> io::Result<Self> {
+        let directory = run_dir.join("writers");
+        fs::create_dir_all(&directory)?;
+        let mut table = Self {
+            writers: Writers::new(Rules::ENFORCED),
+            processes: BTreeMap::new(),
+            directory,
+        };
+        for entry in fs::read_dir(&table.directory)? {
+            let entry = entry?;
+            let vm = entry
+                .file_name()
+                .to_str()
+                .and_then(|name| name.parse().ok());
+            if let Some(vm) = vm {
+                let pid = fs::read_to_string(entry.path())?
+                    .trim()
+                    .parse()
+                    .unwrap_or(0);
+                table.insert(vm, pid);
+            }
+        }
+        Ok(table)
+    }
+
+    /// A process is about to get the device for this VM.
+    ///
+    /// # Errors
+    /// The system's; the process must not get it then.
+    pub fn open(&mut self, vm: VmUid, pid: u32) -> io::Result<()> {
+        fs::write(self.directory.join(vm.to_string()), pid.to_string())?;
+        self.insert(vm, pid);
+        Ok(())
+    }
+
+    /// The process closed its gate, and every write that it submitted has completed.
+    ///
+    /// # Errors
+    /// The system's; the writer then counts as open.
+    pub fn close(&mut self, vm: VmUid) -> io::Result<()> {
+        self.forget(vm)?;
+        let drained = true;
+        self.step(WriterEvent::Closed { vm, drained });
+        Ok(())
+    }
+
+    /// Notices processes that are gone without having closed, and settles those of which nothing
+    /// can be in flight any more: gone for `settle`, and since then `quiet` (the kernel has no
+    /// write in flight on the device).
+    pub fn reap(&mut self, now: BootTime, settle: Duration, quiet: bool) {
+        let vms: Vec<VmUid> = self.processes.keys().copied().collect();
+        for vm in vms {
+            let Some(process) = self.processes.get_mut(&vm) else {
+                continue;
+            };
+            if process.gone_since.is_none() && !is_alive(process.pid) {
+                process.gone_since = Some(now);
+                let pid = process.pid;
+                tracing::warn!(%vm, pid, "a writer is gone without having closed");
+                let drained = false;
+                self.step(WriterEvent::Closed { vm, drained });
+                continue;
+            }
+            let settled = process
+                .gone_since
+                .is_some_and(|gone| now.since(gone) >= settle);
+            if settled && quiet && self.forget(vm).is_ok() {
+                tracing::info!(%vm, "its writes have settled");
+                self.step(WriterEvent::Settled(vm));
+            }
+        }
+    }
+
+    /// Whether anything of this node may be written.
+    #[must_use]
+    pub fn must_be_watched(&self) -> bool {
+        self.writers.must_be_watched()
+    }
+
+    /// Whether nothing of this VM's writer is under way.
+    #[must_use]
+    pub fn is_drained(&self, vm: VmUid) -> bool {
+        self.writers.is_drained(vm)
+    }
+
+    fn insert(&mut self, vm: VmUid, pid: u32) {
+        let gone_since = None;
+        self.processes.insert(vm, Process { pid, gone_since });
+        self.step(WriterEvent::Opened(vm));
+    }
+
+    fn forget(&mut self, vm: VmUid) -> io::Result<()> {
+        self.processes.remove(&vm);
+        match fs::remove_file(self.directory.join(vm.to_string())) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    fn step(&mut self, event: WriterEvent) {
+        self.writers = self.writers.clone().next(event);
+    }
+}
+
+/// A process that is a zombie has ended: its descriptors are closed.
+fn is_alive(pid: u32) -> bool {
+    let Ok(stat) = fs::read_to_string(format!("/proc/{pid}/stat")) else {
+        return false;
+    };
+    let state = stat.rsplit_once(") ").map(|(_, rest)| rest);
+    !state.is_some_and(|rest| rest.starts_with(['Z', 'X']))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const VM: VmUid = VmUid::from_bytes([1; 16]);
+    const SETTLE: Duration = Duration::from_secs(4);
+
+    fn at(seconds: u64) -> BootTime {
+        BootTime(0).after(Duration::from_secs(seconds))
+    }
+
+    #[test]
+    fn a_new_process_knows_the_writers_of_the_one_before() {
+        let run_dir = tempfile::tempdir().unwrap();
+        let mut table = WriterTable::load(run_dir.path()).unwrap();
+        table.open(VM, std::process::id()).unwrap();
+        let mut next = WriterTable::load(run_dir.path()).unwrap();
+        assert!(next.must_be_watched() && !next.is_drained(VM));
+        next.close(VM).unwrap();
+        assert!(!WriterTable::load(run_dir.path()).unwrap().must_be_watched());
+    }
+
+    #[test]
+    fn a_writer_that_died_counts_until_its_writes_have_settled() {
+        let run_dir = tempfile::tempdir().unwrap();
+        let mut table = WriterTable::load(run_dir.path()).unwrap();
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        let pid = child.id();
+        child.wait().unwrap();
+        table.open(VM, pid).unwrap();
+        table.reap(at(10), SETTLE, true);
+        table.reap(at(13), SETTLE, true);
+        assert!(!table.is_drained(VM), "settle has not passed");
+        table.reap(at(15), SETTLE, false);
+        assert!(!table.is_drained(VM), "the device has a write in flight");
+        table.reap(at(16), SETTLE, true);
+        assert!(table.is_drained(VM));
+    }
+
+    #[test]
+    fn a_living_writer_is_left_alone() {
+        let run_dir = tempfile::tempdir().unwrap();
+        let mut table = WriterTable::load(run_dir.path()).unwrap();
+        table.open(VM, std::process::id()).unwrap();
+        table.reap(at(10), SETTLE, true);
+        table.reap(at(99), SETTLE, true);
+        assert!(table.must_be_watched());
+    }
+}

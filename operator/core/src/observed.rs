@@ -141,6 +141,8 @@ pub struct Pod {
     pub deleting: bool,
     /// Why the scheduler finds no node.
     pub unschedulable: Option<String>,
+    /// The nodes that it was told not to land on.
+    pub avoid: Vec<String>,
     /// The digest of the spec that it was made for.
     pub digest: SpecDigest,
 }

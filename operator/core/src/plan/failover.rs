@@ -52,6 +52,9 @@ impl Planner<'_> {
                 let message = format!("{node} is silent; no other node has room: {why}");
                 self.ready(VmPhase::FailingOver, false, reason::UNSCHEDULABLE, message);
             }
+            if self.is_outdated(pod, Some(node)) {
+                self.delete_reservation(pod, false);
+            }
             return;
         };
         match self.usable(target) {

@@ -262,6 +262,9 @@ impl<'a> Planner<'a> {
         }
         let Some(node) = &pod.node else {
             self.report_unbound(Some(pod));
+            if self.is_outdated(pod, None) {
+                self.delete_reservation(pod, false);
+            }
             return None;
         };
         match self.usable(node) {

@@ -300,6 +300,10 @@ impl<'a> Planner<'a> {
             self.create_reservation(row, purpose, pin, vec![node.to_owned()]);
             return None;
         };
+        if self.is_outdated(pod, Some(node)) {
+            self.delete_reservation(pod, false);
+            return None;
+        }
         let target = self.bound_target(node, migration, pod)?;
         match self.usable(&target) {
             Ok(owner) => Some((target, owner)),

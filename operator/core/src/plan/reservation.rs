@@ -18,10 +18,11 @@ impl<'a> Planner<'a> {
         };
         for pod in pods.iter().filter(|pod| pod.deleting) {
             let Some(node) = &pod.node else { continue };
-            if home.as_ref() == Some(node) && self.guest_may_run_on(node, row) {
-                continue;
-            }
-            if self.process_lives_on(node) {
+            let replaced = pods
+                .iter()
+                .any(|p| p.node == pod.node && p.uid != pod.uid && !leaving(p));
+            let may_run = home.as_ref() == Some(node) && self.guest_may_run_on(node, row);
+            if (may_run || self.process_lives_on(node)) && !replaced {
                 continue;
             }
             if self
@@ -78,6 +79,17 @@ impl<'a> Planner<'a> {
             )
         });
         pods.first().copied()
+    }
+
+    /// Whether an unbound pod keeps away from a node that could take the guest by now, and finds no
+    /// other.
+    pub(super) fn is_outdated(&self, pod: &Pod, except: Option<&str>) -> bool {
+        pod.node.is_none()
+            && pod.unschedulable.is_some()
+            && pod
+                .avoid
+                .iter()
+                .any(|node| Some(node.as_str()) != except && self.usable(node).is_ok())
     }
 
     /// Creates a pod, by a name that everybody who sees the same pods would choose.

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use bascule_api::names::reason;
+use bascule_ipc::vm::VmState;
 use bascule_ipc::volume::{FencingMode, WatchdogKind};
 
 use super::Planner;
@@ -49,6 +50,29 @@ impl<'a> Planner<'a> {
             self.keep_books(row, node);
         }
         self.promote(node, active);
+        if active.is_none() {
+            self.collect_left_overs(row, node);
+        }
+    }
+
+    /// Processes of earlier tenures, and destinations of attempts that are over. While an attempt is
+    /// under way its source's process is kept, because it has the figures.
+    fn collect_left_overs(&mut self, row: &RowView, node: &str) {
+        for process in &self.observed.processes {
+            let status = &process.status;
+            let over = match status.state {
+                VmState::Departed | VmState::Stopped(_) => status.epoch < row.epoch,
+                VmState::Incoming => process.node != node,
+                _ => !process.alive && status.epoch < row.epoch,
+            };
+            if over {
+                let node = process.node.clone();
+                self.actions.push(Action::CollectVm {
+                    node,
+                    pid: status.pid,
+                });
+            }
+        }
     }
 
     /// Presses the power button, and forces the guest off when it does not heed it in time.
@@ -78,13 +102,18 @@ impl<'a> Planner<'a> {
 
     /// Pods elsewhere that no migration under way has asked for.
     fn drop_stray_reservations(&mut self, node: &str, active: Option<&Migration>) {
+        let chosen = self
+            .pod_on(node)
+            .filter(|pod| !leaving(pod))
+            .map(|pod| &pod.uid);
         for pod in self.pods() {
-            let here = pod.node.as_deref() == Some(node);
+            let here =
+                pod.node.as_deref() == Some(node) && chosen.is_none_or(|chosen| *chosen == pod.uid);
             let wanted = match (&pod.purpose, active) {
                 (Purpose::Migration(name), Some(migration)) => *name == migration.name,
                 (Purpose::Migration(_), None) => false,
                 // One that is being made again here is not bound yet.
-                (Purpose::Current, _) => pod.node.is_none(),
+                (Purpose::Current, _) => pod.node.is_none() && chosen.is_none(),
             };
             if !here && !wanted {
                 self.delete_reservation(pod, false);

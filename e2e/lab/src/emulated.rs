@@ -1,25 +1,380 @@
-//! Nodes of the emulated tier.
-use crate::init::DiskSpec;
-use crate::lab::Lab;
+//! Nodes of the emulated tier: QEMU machines with a kernel, a /dev/kvm, a watchdog, disks and cables of their own.
+//!
+//! # Disks (by serial number)
+//! `root`: Debian, an overlay per node that survives power cuts · `bin`: the programs and image archives of this run,
+//! read-only, one for all · `conf`: the node's own configuration, read-only · `shared0`: the disk that all nodes
+//! share, the same file in every machine.
+//!
+//! # Ports (virtio)
+//! `control` for the lab's requests; one per service for its log, which thus ends up on the host and survives a cut.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::cache::cache_dir;
+use crate::cgroup::Cgroup;
+use crate::command::Run;
+use crate::hub::Hub;
+use crate::init::{CONTROL, DiskSpec};
+use crate::lab::{Lab, SHARED_DISK, pause_archive, shared_disk_path};
 use crate::machine::{MachineContext, NodePlan};
-use crate::names::NodeIndex;
-use crate::process::ProcessId;
-use crate::tools::Tools;
-use anyhow::{Result, bail};
-use std::path::PathBuf;
-#[derive(Debug)]
-pub(crate) struct Assets;
-impl Assets {
-    pub(crate) fn ensure(_: &Tools, _: &[PathBuf]) -> Result<Self> {
-        bail!("not yet")
+use crate::names::{MGMT_BRIDGE, NodeIndex, VM_BRIDGE};
+use crate::node_image::{NodeImage, make_ext4};
+use crate::process::{Daemon, ProcessId};
+use crate::progress::step;
+use crate::state::{Tier, boot_id};
+use crate::tools::{Tools, lab_binary, require_static};
+
+/// How QEMU runs a machine's CPU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Accelerator {
+    /// The host's own nested virtualization.
+    Kvm,
+    /// Emulation of an AMD processor with nested paging.
+    Emulation,
+}
+
+impl Accelerator {
+    fn args(self) -> [&'static str; 6] {
+        match self {
+            Self::Kvm => ["-accel", "kvm", "-cpu", "host", "-smp", "2"],
+            // More than one processor: code patching crashes or hangs the kernel inside, measured.
+            Self::Emulation => [
+                "-accel",
+                "tcg,thread=multi,tb-size=512",
+                "-cpu",
+                "EPYC,+svm,+npt",
+                "-smp",
+                "1",
+            ],
+        }
     }
 }
-pub(crate) fn plan(_: &[NodeIndex], _: Vec<DiskSpec>, _: usize) -> NodePlan {
-    unreachable!()
+
+/// What emulated nodes are made of, ready in the cache.
+#[derive(Debug)]
+pub(crate) struct Assets {
+    image: NodeImage,
+    tools: Tools,
+    archives: Vec<PathBuf>,
+    accelerator: Accelerator,
 }
-pub(crate) fn prepare_node(_: &Lab, _: NodeIndex, _: &Assets, _: u32) -> Result<()> {
-    bail!("not yet")
+
+impl Assets {
+    /// Finds or makes everything that does not depend on the lab.
+    pub(crate) fn ensure(tools: &Tools, archives: &[PathBuf]) -> Result<Self> {
+        require_static(&lab_binary()?)?;
+        let image = NodeImage::ensure()?;
+        let accelerator = find_accelerator(&image)?;
+        let mut all = vec![pause_archive()?];
+        all.extend(archives.iter().cloned());
+        Ok(Self {
+            image,
+            tools: tools.clone(),
+            archives: all,
+            accelerator,
+        })
+    }
 }
-pub(crate) fn start(_: &MachineContext<'_>, _: NodeIndex) -> Result<ProcessId> {
-    bail!("not yet")
+
+/// What every node's PID 1 is told.
+pub(crate) fn plan(nodes: &[NodeIndex], disks: Vec<DiskSpec>, archives: usize) -> NodePlan {
+    let bin = |name: &str| format!("{BIN}/bin/{name}");
+    NodePlan {
+        tier: Tier::Emulated,
+        nodes: nodes.to_vec(),
+        containerd: bin("containerd"),
+        kubelet: bin("kubelet"),
+        kube_proxy: bin("kube-proxy"),
+        path: format!("{BIN}/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"),
+        // The pause image, then the others.
+        images: (0..=archives)
+            .map(|n| PathBuf::from(format!("{BIN}/images/{n}.tar")))
+            .collect(),
+        disks,
+        logs: None,
+    }
 }
+
+/// Makes the disk of programs and image archives, one for all nodes.
+pub(crate) fn prepare_lab(lab: &Lab, assets: &Assets) -> Result<()> {
+    step("packing the nodes' programs", || {
+        let staging = lab.paths().disks().join("bin.d");
+        fs::create_dir_all(staging.join("bin")).context("make the program directory")?;
+        fs::create_dir_all(staging.join("images")).context("make the archive directory")?;
+        for program in PROGRAMS {
+            link_or_copy(
+                &assets.tools.path(program)?,
+                &staging.join("bin").join(program),
+            )?;
+        }
+        link_or_copy(&lab_binary()?, &staging.join("bin/lab"))?;
+        for (number, archive) in assets.archives.iter().enumerate() {
+            link_or_copy(archive, &staging.join(format!("images/{number}.tar")))?;
+        }
+        let size = format!("{}M", tree_bytes(&staging)? / (1 << 20) * 21 / 20 + 64);
+        make_ext4(&staging, &lab.paths().disks().join("bin.img"), &size)?;
+        fs::remove_dir_all(&staging).context("remove the program directory")
+    })
+}
+
+/// Makes a node's own disks and its command line. Its configuration directory is written already.
+pub(crate) fn prepare_node(
+    lab: &Lab,
+    node: NodeIndex,
+    assets: &Assets,
+    memory_mib: u32,
+) -> Result<()> {
+    let dir = lab.paths().node(&node.name());
+    make_ext4(&dir.join("conf"), &dir.join("conf.img"), "8M")?;
+    Run::new("qemu-img")
+        .args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b"])
+        .arg(assets.image.root())
+        .arg(dir.join("root.qcow2"))
+        .done()?;
+    let argv = Machine {
+        lab,
+        node,
+        dir: &dir,
+        assets,
+        memory_mib,
+    }
+    .argv();
+    let text = serde_json::to_vec_pretty(&argv).context("serialize the command line")?;
+    fs::write(dir.join(COMMAND_LINE), text).context("write the command line")
+}
+
+/// Turns a machine on and returns its QEMU, whose death is the power cut.
+pub(crate) fn start(context: &MachineContext<'_>, node: NodeIndex) -> Result<ProcessId> {
+    let name = node.name();
+    let hub = Hub::new(context.name);
+    for bridge in [MGMT_BRIDGE, VM_BRIDGE] {
+        let port = Hub::port(bridge, node);
+        // Left from the last time it was on; there is none the first time.
+        hub.run("ip").args(["link", "delete", &port]).output()?;
+        hub.ip(&["tuntap", "add", &port, "mode", "tap"])?;
+        hub.ip(&["link", "set", &port, "master", bridge])?;
+        hub.ip(&["link", "set", &port, "up"])?;
+    }
+    hub.route_pods(node)?;
+    let cgroup = format!("{}/{name}", context.name.cgroup());
+    Cgroup::at(&cgroup)?.create()?;
+    let argv = fs::read(context.files.dir.join(COMMAND_LINE)).context("read the command line")?;
+    let argv: Vec<String> = serde_json::from_slice(&argv).context("parse the command line")?;
+    let log = context.logs.join(format!("{name}-qemu.log"));
+    Daemon::new(cgroup, &log, argv)
+        .in_netns(context.name.hub_netns())
+        .start()
+}
+
+struct Machine<'a> {
+    lab: &'a Lab,
+    node: NodeIndex,
+    dir: &'a Path,
+    assets: &'a Assets,
+    memory_mib: u32,
+}
+
+impl Machine<'_> {
+    fn argv(&self) -> Vec<String> {
+        let name = self.node.name();
+        let logs = self.lab.logs();
+        let show = |path: &Path| path.to_string_lossy().into_owned();
+        let mut argv: Vec<String> = ["qemu-system-x86_64", "-name", &name, "-machine", "q35"]
+            .into_iter()
+            .chain(self.assets.accelerator.args())
+            .map(str::to_owned)
+            .collect();
+        let mut add = |words: &[&str]| argv.extend(words.iter().map(|&word| word.to_owned()));
+        add(&[
+            "-m",
+            &self.memory_mib.to_string(),
+            "-nodefaults",
+            "-display",
+            "none",
+        ]);
+        add(&["-kernel", &show(&self.assets.image.kernel())]);
+        add(&[
+            "-initrd",
+            &show(&self.assets.image.initrd()),
+            "-append",
+            KERNEL_ARGS,
+        ]);
+        add(&[
+            "-serial",
+            &format!("file:{}", show(&logs.join(format!("{name}-console.log")))),
+        ]);
+        add(&[
+            "-qmp",
+            &format!("unix:{},server=on,wait=off", show(&self.dir.join("qmp"))),
+        ]);
+        // A reset by the watchdog is a reset: the node comes up again by itself.
+        add(&["-device", "i6300esb", "-action", "watchdog=reset"]);
+        add(&["-device", "virtio-rng-pci"]);
+        for (serial, path, options) in self.disks() {
+            add(&[
+                "-drive",
+                &format!("if=none,id={serial},file={},{options}", show(&path)),
+            ]);
+            let shared = if serial == SHARED_DISK {
+                ",share-rw=on"
+            } else {
+                ""
+            };
+            add(&[
+                "-device",
+                &format!("virtio-blk-pci,drive={serial},serial={serial}{shared}"),
+            ]);
+        }
+        for (number, bridge) in [(0, MGMT_BRIDGE), (1, VM_BRIDGE)] {
+            let port = Hub::port(bridge, self.node);
+            let netdev = format!("tap,id={port},ifname={port},script=no,downscript=no");
+            add(&["-netdev", &netdev]);
+            let mac = self.node.mac(number);
+            add(&[
+                "-device",
+                &format!("virtio-net-pci,netdev={port},mac={mac}"),
+            ]);
+        }
+        add(&["-device", "virtio-serial-pci"]);
+        let socket = show(&self.dir.join("conf").join(CONTROL));
+        add(&[
+            "-chardev",
+            &format!("socket,id={CONTROL},path={socket},server=on,wait=off"),
+        ]);
+        add(&[
+            "-device",
+            &format!("virtserialport,chardev={CONTROL},name={CONTROL}"),
+        ]);
+        for service in SERVICES {
+            let log = show(&logs.join(format!("{name}-{service}.log")));
+            add(&[
+                "-chardev",
+                &format!("file,id={service},path={log},append=on"),
+            ]);
+            add(&[
+                "-device",
+                &format!("virtserialport,chardev={service},name={service}"),
+            ]);
+        }
+        argv
+    }
+
+    fn disks(&self) -> [(&'static str, PathBuf, &'static str); 4] {
+        let disks = self.lab.paths().disks();
+        let read_only = "format=raw,readonly=on,file.locking=off";
+        // `none`: what one node wrote must be what another one reads, and nothing is in the host's page cache.
+        // The others: the host does not crash with the node.
+        let shared = "format=raw,cache=none,aio=threads,file.locking=off";
+        [
+            (
+                "root",
+                self.dir.join("root.qcow2"),
+                "format=qcow2,cache=unsafe",
+            ),
+            ("bin", disks.join("bin.img"), read_only),
+            ("conf", self.dir.join("conf.img"), read_only),
+            (SHARED_DISK, shared_disk_path(self.lab.paths()), shared),
+        ]
+    }
+}
+
+/// Finds out, once per boot of this machine, whether a node boots quickly on the machine's own KVM and could have
+/// guests itself; the CPU's name says neither.
+fn find_accelerator(image: &NodeImage) -> Result<Accelerator> {
+    let known = cache_dir()?.join(format!("accelerator-{}", boot_id()?));
+    let nested = match fs::read_to_string(&known) {
+        Ok(word) => word == "kvm",
+        Err(_) => {
+            let nested = step("trying hardware virtualization for the nodes", || {
+                probe_kvm(image)
+            })?;
+            fs::write(&known, if nested { "kvm" } else { "tcg" }).context("remember the result")?;
+            nested
+        }
+    };
+    Ok(if nested {
+        Accelerator::Kvm
+    } else {
+        Accelerator::Emulation
+    })
+}
+
+fn probe_kvm(image: &NodeImage) -> Result<bool> {
+    if !Path::new("/dev/kvm").exists() {
+        return Ok(false);
+    }
+    let run = Run::new("qemu-system-x86_64")
+        .args(Accelerator::Kvm.args())
+        .args([
+            "-machine",
+            "q35",
+            "-m",
+            "512",
+            "-nodefaults",
+            "-display",
+            "none",
+            "-no-reboot",
+        ])
+        .args([
+            "-serial",
+            "stdio",
+            "-append",
+            "console=ttyS0 quiet panic=-1 lab.probe",
+            "-kernel",
+        ])
+        .arg(image.kernel())
+        .arg("-initrd")
+        .arg(image.initrd())
+        .deadline(KVM_PROBE_DEADLINE);
+    // Killed for being slow, or refused by KVM: both mean no.
+    Ok(run
+        .text()
+        .is_ok_and(|console| console.contains("lab-probe: nested")))
+}
+
+fn link_or_copy(from: &Path, to: &Path) -> Result<()> {
+    if fs::hard_link(from, to).is_ok() {
+        return Ok(());
+    }
+    fs::copy(from, to)
+        .map(drop)
+        .with_context(|| format!("copy {}", from.display()))
+}
+
+fn tree_bytes(dir: &Path) -> Result<u64> {
+    let mut bytes = 0;
+    for entry in fs::read_dir(dir).with_context(|| format!("list {}", dir.display()))? {
+        let entry = entry.context("list a directory")?;
+        let metadata = entry.metadata().context("stat a file")?;
+        bytes += if metadata.is_dir() {
+            tree_bytes(&entry.path())?
+        } else {
+            metadata.len()
+        };
+    }
+    ensure!(bytes > 0, "{} is empty", dir.display());
+    Ok(bytes)
+}
+
+/// Where a node has the disk of programs.
+const BIN: &str = "/opt/lab";
+/// File of a node's QEMU command line.
+const COMMAND_LINE: &str = "qemu.json";
+/// What a node runs from the disk of programs.
+const PROGRAMS: &[&str] = &[
+    "containerd",
+    "containerd-shim-runc-v2",
+    "ctr",
+    "kubelet",
+    "kube-proxy",
+];
+/// Services with a log port of their own.
+const SERVICES: &[&str] = &["containerd", "kubelet", "kube-proxy"];
+/// A panic resets the node after a second; mitigations cost time under emulation and protect nobody here.
+const KERNEL_ARGS: &str = "console=ttyS0 panic=1 mitigations=off net.ifnames=0";
+/// A machine with working nested virtualization needs three seconds; interpreted ones never finish.
+const KVM_PROBE_DEADLINE: Duration = Duration::from_secs(15);

@@ -273,6 +273,7 @@ pub const PACKAGES: &[&str] = &[
     "nftables",
     "runc",
     "socat",
+    "xz-utils",
 ];
 
 /// What the emulated tier needs besides.

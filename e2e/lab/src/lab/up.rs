@@ -78,6 +78,9 @@ fn build(
     step("starting the control plane", || {
         lab.control_plane().start_all(&pki)
     })?;
+    if let Some(assets) = assets {
+        emulated::prepare_lab(lab, assets)?;
+    }
     let plan = plan(lab, options, nodes, device)?;
     for &node in nodes {
         let files = NodeFiles::at(lab.paths.node(&node.name()));

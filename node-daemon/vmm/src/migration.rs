@@ -1,16 +1,13 @@
 //! Moving this machine to another process: `bascule-migrate`'s decisions, acted on.
 //!
 //! ```text
-//!   RunningVm ──migrate_live──► Kept (runs on) │ Departed (never again) │ Lost (never again)
-//!   PausedVm (incoming) ──receive_live──► Running │ Discarded
-//!   RunningVm ──save_to_volume──► PausedVm, saved │ Kept (runs on)
-//!   PausedVm (incoming) ──restore_from_volume──► PausedVm, restored
+//!   migrate_live ──► Kept (the guest runs on here) │ Departed │ Lost (never again here)
+//!   receive_live ──► Running │ Discarded │ Broken
 //! ```
 //!
-//! A migration takes the machine by value and gives it back with what became of it; whoever owns
-//! the process keeps serving its control socket meanwhile, and reaches the attempt through
-//! [`MigrationControl`]. Nothing here opens or closes the volume for the machine's disks: the owner
-//! does, told by the outcome or, on a destination, by [`Arrival`].
+//! The machine stays with its owner, who goes on serving the control socket; a migration runs on a
+//! thread of its own and handles the machine through [`Guest`] or [`Arrival`]. Others reach the
+//! attempt through [`MigrationControl`].
 //!
 //! | module | what |
 //! |---|---|
@@ -39,6 +36,5 @@ mod tests;
 
 pub use control::MigrationControl;
 pub use incoming::{Arrival, Incoming, IncomingEnd, prefault, receive_live};
-pub use outgoing::{Outgoing, OutgoingEnd, Refused, migrate_live};
-pub use row::{RowAuthority, VolumeRow};
-pub use saved::{SavedArea, SavedError, image_size, restore_from_volume, save_to_volume};
+pub use outgoing::{Guest, GuestError, Outgoing, OutgoingEnd, Refused, migrate_live};
+pub use row::{RowAnswer, RowAuthority, RowError, VolumeRow};

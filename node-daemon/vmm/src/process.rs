@@ -14,6 +14,7 @@ mod devices;
 mod images;
 pub(crate) mod owner;
 mod report;
+mod tenure;
 pub(crate) mod volume;
 
 use std::path::Path;

@@ -135,6 +135,13 @@ impl Channel {
         self.buffer.receive(&mut self.tls)
     }
 
+    /// Ends the stream in both directions.
+    pub(super) fn close(&self) {
+        if let Err(error) = self.tcp.shutdown(std::net::Shutdown::Both) {
+            tracing::debug!(%error, "the stream was already down");
+        }
+    }
+
     /// Tells the peer that this is the end. It does not matter whether it arrives.
     pub(super) fn abort(&mut self, abort: &Abort) {
         let told = self

@@ -1,26 +1,129 @@
 //! The devices of a configuration, in the order that decides their PCI slots.
 
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::sync::Arc;
+
 use anyhow::{Context as _, ensure};
+use bascule_devices::blk::{BlkConfig, BlkDevice, BlkMetrics};
+use bascule_devices::disk::{AlwaysOpen, Disk, VolumeGate, WriteGate};
 use bascule_devices::rng::{RngConfig, RngDevice};
-use bascule_ipc::vm::VmConfig;
+use bascule_ipc::vm::{DiskConfig, DiskSource, VmConfig};
+use bascule_types::{Bytes, Lba};
+use bascule_volume_format::change::{DiskRole, DiskRow, ExtentRun};
 
 use super::volume::Opened;
 use crate::VmBuilder;
+
+/// Most queues of a disk: one per vCPU is good, more than these only cost memory.
+const DISK_QUEUES_MAX: u16 = 4;
+
+/// What the process keeps of its devices.
+#[derive(Debug, Default)]
+pub(crate) struct Devices {
+    /// Each disk's counters, in order.
+    pub(crate) disks: Vec<Arc<BlkMetrics>>,
+}
+
+impl Devices {
+    /// Whether some disk's writes wait for the gate.
+    pub(crate) fn io_stalled(&self) -> bool {
+        self.disks.iter().any(|disk| disk.counts().stalled)
+    }
+}
 
 /// Adds every device: entropy first, then disks, then interfaces.
 pub(super) fn add(
     builder: &mut VmBuilder,
     config: &VmConfig,
-    _opened: Option<&Opened>,
-) -> anyhow::Result<()> {
+    home: Option<(&Opened, &Arc<VolumeGate>)>,
+) -> anyhow::Result<Devices> {
+    let mut devices = Devices::default();
     let rng = RngConfig {
         name: "rng0".to_owned(),
     };
     let rng = RngDevice::new(&rng, builder.device_context()).context("rng0")?;
     builder.add_device(Box::new(rng.function))?;
+    for (index, disk) in config.disks.iter().enumerate() {
+        let (backing, read_only) =
+            backing(disk, home).with_context(|| format!("disks: {:?}", disk.name))?;
+        let settings = BlkConfig {
+            name: format!("blk{index}"),
+            serial: disk.name.clone(),
+            queue_count: u16::from(config.cpus).clamp(1, DISK_QUEUES_MAX),
+            read_only,
+        };
+        let device = BlkDevice::new(&settings, backing, builder.device_context())?;
+        builder.add_device(Box::new(device.function))?;
+        devices.disks.push(device.metrics);
+    }
+    ensure!(config.interfaces.is_empty(), "no interfaces yet");
+    Ok(devices)
+}
+
+/// Where a disk's blocks are, and whether it is read-only.
+fn backing(
+    disk: &DiskConfig,
+    home: Option<(&Opened, &Arc<VolumeGate>)>,
+) -> anyhow::Result<(Disk, bool)> {
+    match &disk.source {
+        DiskSource::File { path, read_only } => {
+            let disk =
+                file_disk(path, *read_only).with_context(|| format!("open {}", path.display()))?;
+            Ok((disk, *read_only))
+        }
+        DiskSource::Volume { disk } => {
+            let (opened, gate) = home.context("the VM has no home volume")?;
+            let disk = volume_disk(opened, opened.disk(disk)?, Arc::clone(gate) as _)?;
+            Ok((disk, false))
+        }
+    }
+}
+
+fn volume_disk(opened: &Opened, row: &DiskRow, gate: Arc<dyn WriteGate>) -> anyhow::Result<Disk> {
+    ensure!(!row.importing, "{} is still being imported", row.name);
     ensure!(
-        config.disks.is_empty() && config.interfaces.is_empty(),
-        "no disks or interfaces yet"
+        row.role == DiskRole::Data,
+        "{} is no disk but a {:?}",
+        row.name,
+        row.role
     );
-    Ok(())
+    let device = OwnedFd::from(opened.device.try_clone().context("clone the device")?);
+    Ok(Disk::new(device, &row.extents, row.size, gate)?)
+}
+
+/// A whole file as a disk that nobody else may write: only its user can promise that.
+fn file_disk(path: &Path, read_only: bool) -> anyhow::Result<Disk> {
+    let file = open_direct(path, read_only)?;
+    // Not the metadata's length, which a block device does not have.
+    let length = io::Seek::seek(&mut &file, io::SeekFrom::End(0))?;
+    ensure!(length > 0, "it is empty");
+    let run = ExtentRun {
+        start: Lba(0),
+        length: Bytes(length),
+    };
+    Ok(Disk::new(
+        OwnedFd::from(file),
+        &[run],
+        Bytes(length),
+        Arc::new(AlwaysOpen),
+    )?)
+}
+
+/// Opens with direct I/O wherever the file system has it.
+fn open_direct(path: &Path, read_only: bool) -> io::Result<File> {
+    let open = |flags| {
+        OpenOptions::new()
+            .read(true)
+            .write(!read_only)
+            .custom_flags(flags)
+            .open(path)
+    };
+    match open(libc::O_DIRECT) {
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => open(0),
+        other => other,
+    }
 }

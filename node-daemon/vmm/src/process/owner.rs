@@ -16,12 +16,14 @@ use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context as _, bail};
+use bascule_devices::disk::VolumeGate;
 use bascule_ipc::vm::{MigrationStatus, StartMode, StopReason, VmConfig, VmState, VmStatus};
 use bascule_types::{Epoch, Owner as Tenant};
 
+use super::devices::{self, Devices};
 use super::report::{LastState, RunDir};
 use super::volume::{Opened, VolumeClient};
-use super::{devices, images};
+use super::{images, tenure};
 use crate::{Console, MachineHandle, PausedVm, RunningVm, VmBuilder};
 
 /// Events that wait for the owner: connections are bounded and each has one request out.
@@ -56,6 +58,9 @@ pub(crate) struct Owner {
     pub(crate) tenure: Option<(Tenant, Epoch)>,
     pub(crate) migration: Option<MigrationStatus>,
     pub(crate) listening: Option<SocketAddr>,
+    /// What all writes to the home volume pass.
+    pub(crate) gate: Option<Arc<VolumeGate>>,
+    pub(crate) devices: Devices,
     run_dir: RunDir,
     console: Console,
     handle: OwnerHandle,
@@ -118,6 +123,8 @@ impl Owner {
             tenure: None,
             migration: None,
             listening: None,
+            gate: None,
+            devices: Devices::default(),
             run_dir,
             console: Console::with_log(log),
             handle: OwnerHandle { inbox_tx },
@@ -143,9 +150,11 @@ impl Owner {
     }
 
     fn try_start(&mut self) -> anyhow::Result<()> {
-        let opened = self.open_home()?;
+        let mut opened = self.open_home()?;
+        self.gate = self.open_gate(opened.as_mut())?;
+        let home = opened.as_ref().zip(self.gate.as_ref());
         let mut builder = self.builder()?;
-        devices::add(&mut builder, &self.config, opened.as_ref())?;
+        self.devices = devices::add(&mut builder, &self.config, home)?;
         match self.config.start {
             StartMode::Boot => {
                 let source = images::open(&self.config.boot, opened.as_ref())?;
@@ -169,6 +178,18 @@ impl Owner {
         let opened = volume.open(home.owner, home.epoch)?;
         self.tenure = Some((home.owner, home.epoch));
         Ok(Some(opened))
+    }
+
+    /// The home volume's gate, and the thread that watches it.
+    fn open_gate(&self, opened: Option<&mut Opened>) -> anyhow::Result<Option<Arc<VolumeGate>>> {
+        let (Some(opened), Some(volume), Some(home)) = (opened, &self.volume, &self.config.home)
+        else {
+            return Ok(None);
+        };
+        let gate = Arc::new(VolumeGate::new(Arc::new(opened.take_gate()?), home.owner));
+        tenure::watch(Arc::clone(&gate), Arc::clone(volume), self.handle())
+            .context("watch the gate")?;
+        Ok(Some(gate))
     }
 
     fn builder(&self) -> anyhow::Result<VmBuilder> {
@@ -296,6 +317,15 @@ impl Owner {
         self.phase = Phase::Stopped(reason);
     }
 
+    /// Leaves `what` in `state.json`, for a process that ends without stopping its guest.
+    pub(crate) fn record_failure(&self, what: String) {
+        let state = VmState::Stopped(StopReason::Failed { what });
+        self.run_dir.write_state(&LastState {
+            uid: self.config.uid,
+            state,
+        });
+    }
+
     /// Takes the phase out, to be replaced in the same step.
     pub(crate) fn take_phase(&mut self) -> Phase {
         std::mem::replace(&mut self.phase, Phase::Starting)
@@ -353,7 +383,7 @@ impl Owner {
             epoch: tenure.map_or_else(Epoch::default, |(_, epoch)| epoch),
             listening: self.listening,
             migration: self.migration.clone(),
-            io_stalled: false,
+            io_stalled: self.devices.io_stalled(),
             addresses: Vec::new(),
         }
     }

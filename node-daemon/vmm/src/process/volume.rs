@@ -11,6 +11,7 @@ use bascule_ipc::volume::{Request, Response};
 use bascule_ipc::{Connection, IpcError, Kind};
 use bascule_types::{Epoch, Owner, VmUid};
 use bascule_volume_format::change::{Change, DiskRow, SavedStateRow};
+use bascule_volume_gate::GateReader;
 
 /// Longest wait for an answer: longer than `bascule-volume` itself waits for a coordinator.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
@@ -28,17 +29,30 @@ pub(crate) struct VolumeClient {
 pub(crate) struct Opened {
     /// The device, for reading images and saved states.
     pub(crate) device: Arc<File>,
-    /// The gate page.
-    pub(crate) gate: OwnedFd,
+    /// The gate page, until [`Opened::take_gate`].
+    gate: Option<OwnedFd>,
     /// The VM's disks, kernel and initrd.
     pub(crate) disks: Vec<DiskRow>,
     /// Its saved state.
     pub(crate) saved: Option<SavedStateRow>,
-    /// Alignment of direct I/O, in bytes.
-    pub(crate) block_bytes: u32,
+}
+
+/// The answer to a writer whose node has re-joined.
+#[derive(Debug)]
+pub(crate) enum Reopened {
+    /// The row is still this VM process's, under the new generation.
+    Kept,
+    /// It is not, and why.
+    Lost(String),
 }
 
 impl Opened {
+    /// The gate page, mapped.
+    pub(crate) fn take_gate(&mut self) -> anyhow::Result<GateReader> {
+        let page = self.gate.take().context("the gate was taken already")?;
+        GateReader::from_fd(page).context("map the gate page")
+    }
+
     /// The disk called `name`.
     pub(crate) fn disk(&self, name: &str) -> anyhow::Result<&DiskRow> {
         let found = self.disks.iter().find(|row| row.name.as_str() == name);
@@ -65,6 +79,21 @@ impl VolumeClient {
             epoch,
             pid,
         })
+    }
+
+    /// Asks whether the row was kept when the node's slot went over to `owner`'s generation.
+    pub(crate) fn reopen(&self, owner: Owner, epoch: Epoch) -> anyhow::Result<Reopened> {
+        let (vm, pid) = (self.vm, std::process::id());
+        match self.call(&Request::OpenVm {
+            vm,
+            owner,
+            epoch,
+            pid,
+        })? {
+            (Response::Opened(_), _) => Ok(Reopened::Kept),
+            (Response::Refused(refusal), _) => Ok(Reopened::Lost(refusal.to_string())),
+            (other, _) => bail!("the home volume answers {other:?}"),
+        }
     }
 
     /// Looks at the VM's disks without becoming their writer.
@@ -104,10 +133,9 @@ impl VolumeClient {
         };
         Ok(Opened {
             device: Arc::new(File::from(device)),
-            gate,
+            gate: Some(gate),
             disks: opened.disks,
             saved: opened.saved,
-            block_bytes: opened.block_bytes,
         })
     }
 

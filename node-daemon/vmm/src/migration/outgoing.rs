@@ -1,0 +1,686 @@
+//! The live source: acts on what [`bascule_migrate::source`] and [`bascule_migrate::precopy`] decide.
+//!
+//! Which side the guest may run on is theirs to say. Here it is only made sure that before the
+//! commit point nothing stands between a failure and the resumed guest: every wait of a stopped
+//! guest ends at one deadline, and the resume comes before all tidying up.
+
+use std::io;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use bascule_ipc::vm::{MigrationLimits, MigrationPhase, VmConfig};
+use bascule_migrate::Frame;
+use bascule_migrate::commit::{Question, Reply};
+use bascule_migrate::precopy::{Controller, Decision, Fallback, FixedCost, Limits, Pacer, Rate, Round};
+use bascule_migrate::source::{Action, Attempt, Event, Phase, Source, ask_again_after, event_of};
+use bascule_migrate::wire::{
+    Abort, AbortReason, BatchBuilder, Committed, Config, Hello, Progress, RoundEnd, STATE_BYTES_MAX,
+    STATE_PIECE_BYTES_MAX, StateEnd,
+};
+use bascule_types::{AttemptId, Bytes, Epoch, Owner, VmUid};
+
+use super::apply::layout_of;
+use super::channel::{Channel, lost, lost_frame};
+use super::control::{MigrationControl, millis};
+use super::copy::{Copier, CopyError, Sink};
+use super::fault::{FaultPoint, Faults};
+use super::row::RowAuthority;
+use crate::dirty::{DirtyBitmap, DirtyTracker};
+use crate::machine::MachineHandle;
+use crate::memory::PAGE_SIZE;
+use crate::state;
+
+/// A live migration as it was ordered.
+#[derive(Clone, Debug)]
+pub struct Outgoing {
+    /// The VM.
+    pub vm: VmUid,
+    /// The attempt.
+    pub attempt: AttemptId,
+    /// Where the destination listens.
+    pub peer: SocketAddr,
+    /// Who owns the VM now.
+    pub from: Owner,
+    /// In which epoch.
+    pub epoch: Epoch,
+    /// Who is to own it.
+    pub to: Owner,
+    /// Limits.
+    pub limits: MigrationLimits,
+    /// The node's certificate.
+    pub tls_dir: PathBuf,
+    /// Virtual CPUs.
+    pub cpus: u16,
+    /// What must be equal on both sides.
+    pub description: Vec<u8>,
+    /// What a test breaks.
+    pub faults: Faults,
+}
+
+/// Why a migration cannot even begin. Nothing was changed.
+#[derive(Debug, thiserror::Error)]
+pub enum Refused {
+    /// Nobody could say which side owns it.
+    #[error("the VM has no home volume: only its row there could say on which side it may run")]
+    NoHome,
+    /// No certificate.
+    #[error("no TLS directory was configured: a migration stream is never in the clear")]
+    NoTls,
+    /// Source and destination are one.
+    #[error("the VM runs on that node already")]
+    SameNode,
+    /// The configuration cannot be described to the other side.
+    #[error("the machine's configuration cannot be described")]
+    Description(#[source] serde_json::Error),
+}
+
+/// The machine, as whoever owns it lets a migration handle it. Every call may be refused when the
+/// guest was stopped meanwhile; the attempt then ends.
+pub trait Guest {
+    /// Parks the vCPUs and drains the devices.
+    ///
+    /// # Errors
+    /// When the guest does not run, or the machine failed.
+    fn pause(&mut self) -> Result<(), GuestError>;
+
+    /// The state of the paused machine, encoded.
+    ///
+    /// # Errors
+    /// When it is not paused, or KVM refuses.
+    fn save(&mut self) -> Result<Vec<u8>, GuestError>;
+
+    /// Lets the guest run if it does not. Called first whenever an attempt fails.
+    ///
+    /// # Errors
+    /// When there is no guest any more.
+    fn resume(&mut self) -> Result<(), GuestError>;
+
+    /// The commit request is about to be sent: from now on only the outcome of the attempt may
+    /// resume or stop the paused guest.
+    ///
+    /// # Errors
+    /// When the guest is not paused any more: nothing is then asked for.
+    fn doubt(&mut self) -> Result<(), GuestError>;
+}
+
+/// Why the machine's owner did not do what a migration wanted.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct GuestError(pub String);
+
+/// What became of a live migration.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum OutgoingEnd {
+    /// The guest was resumed here, unless it was stopped meanwhile.
+    Kept {
+        /// Why it was not moved.
+        failure: Abort,
+        /// The tenure that it runs under, if the attempt made a new one.
+        tenure: Option<(Owner, Epoch)>,
+    },
+    /// The guest belongs to the destination; here it never runs again.
+    Departed {
+        /// Its row's new epoch.
+        epoch: Epoch,
+    },
+    /// The row is somebody else's, or gone; here the guest never runs again.
+    Lost,
+}
+
+struct Driver<'a> {
+    job: &'a Outgoing,
+    control: &'a MigrationControl,
+    authority: &'a mut dyn RowAuthority,
+    guest: &'a mut dyn Guest,
+    machine: MachineHandle,
+    channel: Option<Channel>,
+    started: Instant,
+    controller: Controller,
+    pacer: Pacer,
+    fixed: FixedCost,
+    /// What is dirty and not sent yet.
+    pending: DirtyBitmap,
+    sent: Bytes,
+    paced: Duration,
+    round_took: Duration,
+    /// What had been sent when the round began.
+    sent_before: Bytes,
+    /// When the guest was stopped, and when it must run again if nothing was decided.
+    stopped: Option<(Instant, Instant)>,
+    asked: u32,
+}
+
+/// How long the peer may be silent while the guest runs.
+const PEER_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long the guest is stopped at most beyond the downtime that was aimed at, before the commit
+/// point. A prediction that is wrong by more than this is a failure.
+const STOPPED_GRACE: Duration = Duration::from_millis(700);
+/// How long the source waits for the destination to say that it runs. Only the measured downtime
+/// depends on it.
+const RUNNING_TIMEOUT: Duration = Duration::from_secs(5);
+/// Rounds of pre-copy at most.
+const ROUNDS_MAX: u32 = 60;
+
+impl Outgoing {
+    /// The migration that `config`'s machine would make.
+    ///
+    /// # Errors
+    /// [`Refused`].
+    pub fn new(
+        config: &VmConfig,
+        tenure: (Owner, Epoch),
+        order: (AttemptId, SocketAddr, Owner),
+        limits: MigrationLimits,
+    ) -> Result<Self, Refused> {
+        let (from, epoch) = tenure;
+        let (attempt, peer, to) = order;
+        config.home.as_ref().ok_or(Refused::NoHome)?;
+        if to.slot == from.slot {
+            return Err(Refused::SameNode);
+        }
+        Ok(Self {
+            vm: config.uid,
+            attempt,
+            peer,
+            from,
+            epoch,
+            to,
+            limits,
+            tls_dir: config.tls_dir.clone().ok_or(Refused::NoTls)?,
+            cpus: config.cpus.into(),
+            description: describe(config).map_err(Refused::Description)?,
+            faults: Faults::from_environment(),
+        })
+    }
+}
+
+/// What of a configuration must be equal on both sides: what the guest sees of it.
+pub(super) fn describe(config: &VmConfig) -> Result<Vec<u8>, serde_json::Error> {
+    let disks: Vec<_> = config.disks.iter().map(|disk| &disk.name).collect();
+    let macs: Vec<_> = config.interfaces.iter().map(|nic| nic.mac).collect();
+    serde_json::to_vec(&(config.cpus, config.memory, disks, macs))
+}
+
+/// Moves a running machine to another process. Returns when the outcome is known, which after the
+/// commit request means: when the volume has answered.
+pub fn migrate_live(
+    guest: &mut dyn Guest,
+    machine: MachineHandle,
+    job: &Outgoing,
+    authority: &mut dyn RowAuthority,
+    control: &MigrationControl,
+) -> OutgoingEnd {
+    let limits = Limits {
+        downtime_max: Duration::from_millis(job.limits.downtime_ms_max),
+        time_max: Duration::from_millis(job.limits.total_ms_max),
+        rounds_max: ROUNDS_MAX,
+        rate_max: job.limits.bytes_per_second_max.map(Rate),
+        // The operator decides about a quick migration: it is an attempt of its own.
+        fallback: Fallback::Fail,
+    };
+    let now = Instant::now();
+    Driver {
+        pending: DirtyBitmap::full(machine.memory()),
+        machine,
+        guest,
+        channel: None,
+        started: now,
+        controller: Controller::new(limits),
+        pacer: Pacer::new(limits.rate_max),
+        fixed: FixedCost::default(),
+        sent: Bytes(0),
+        paced: Duration::ZERO,
+        round_took: Duration::ZERO,
+        sent_before: Bytes(0),
+        stopped: None,
+        asked: 0,
+        job,
+        control,
+        authority,
+    }
+    .run()
+}
+
+impl Driver<'_> {
+    fn run(mut self) -> OutgoingEnd {
+        let (mut source, hello) = Source::begin(Attempt {
+            vm: self.job.vm,
+            attempt: self.job.attempt,
+            retraction: AttemptId::random(),
+            source: self.job.from,
+            epoch: self.job.epoch,
+            volume: self.authority.volume(),
+            destination: self.job.to,
+        });
+        let mut event = self.greet(&hello);
+        loop {
+            let taken = event.unwrap_or_else(Event::Failed);
+            let (next, action) = source.next(taken);
+            source = next;
+            self.show(source.phase());
+            event = match action {
+                Action::Depart(word) => return self.depart(word),
+                Action::KeepRunning(because) => return self.keep(because, None),
+                Action::Resume {
+                    because,
+                    owner,
+                    epoch,
+                } => return self.keep(because, Some((owner, epoch))),
+                Action::Die => return self.die(),
+                Action::Ask(question) => Ok(self.ask(&question)),
+                before_commit => self.act(before_commit),
+            };
+        }
+    }
+
+    /// Everything that the guest survives: each failure ends in `keep`.
+    fn act(&mut self, action: Action) -> Result<Event, Abort> {
+        match action {
+            Action::Describe => self.describe(),
+            Action::CopyRound(round) => self.copy_round(round),
+            Action::Decide(round) => self.decide(round),
+            Action::StopGuest => self.stop(),
+            Action::SendRemainder(round) => self.send_remainder(round),
+            Action::AwaitReady => self.await_ready(),
+            other => Err(internal(format!("{other:?} is not for the source to do"))),
+        }
+    }
+
+    fn greet(&mut self, hello: &Hello) -> Result<Event, Abort> {
+        let channel = Channel::connect(self.job.peer, &self.job.tls_dir)
+            .map_err(|error| internal(chain(&error)))?;
+        self.control.set_stream(channel.socket().ok());
+        if self.control.is_cancelled() {
+            return Err(cancelled());
+        }
+        channel.set_timeout(PEER_TIMEOUT).map_err(|error| lost(&error))?;
+        self.channel = Some(channel);
+        self.send(&Frame::Hello(hello.clone()))?;
+        let event = self.receive()?;
+        if let Event::Welcomed(welcome) = &event {
+            self.fixed.restore = welcome.restore_estimate;
+        }
+        Ok(event)
+    }
+
+    fn describe(&mut self) -> Result<Event, Abort> {
+        self.send(&Frame::Config(Config {
+            vcpus: self.job.cpus,
+            state_version: state::VERSION,
+            layout: layout_of(self.machine.memory()),
+            description: self.job.description.clone(),
+        }))?;
+        let accepted = self.receive()?;
+        let asked = Instant::now();
+        self.authority.row();
+        // A transfer is a journaled write and two such reads.
+        self.fixed.commit = asked.elapsed() * 2;
+        self.machine
+            .dirty()
+            .start()
+            .map_err(|error| internal(chain(&error)))?;
+        self.pending = self.fetch()?;
+        Ok(accepted)
+    }
+
+    fn copy_round(&mut self, round: u32) -> Result<Event, Abort> {
+        self.control.update(|status| status.rounds = round);
+        let began = Instant::now();
+        self.paced = Duration::ZERO;
+        self.sent_before = self.sent;
+        self.copy(round == 1, true)?;
+        self.end_round(round)?;
+        let acked = self.receive()?;
+        self.round_took = began.elapsed();
+        if round == 1 {
+            self.rehearse()?;
+        }
+        Ok(acked)
+    }
+
+    /// Measures what does not depend on memory: stops and saves the guest once and lets it go on.
+    fn rehearse(&mut self) -> Result<(), Abort> {
+        let began = Instant::now();
+        self.pause()?;
+        let saved = self.save();
+        self.guest.resume().map_err(|error| internal(error.0))?;
+        self.fixed.save = began.elapsed();
+        self.fixed.state = Bytes(saved?.len() as u64);
+        let token = 1;
+        let pinged = Instant::now();
+        self.send(&Frame::Ping { token })?;
+        let channel = self.channel()?;
+        match channel.receive().map_err(|error| lost_frame(&error))? {
+            Frame::Pong { token: 1 } => {}
+            Frame::Abort(abort) => return Err(abort),
+            other => return Err(internal(format!("{:?} instead of Pong", other.kind()))),
+        }
+        self.fixed.round_trip = pinged.elapsed();
+        tracing::debug!(fixed = ?self.fixed, "rehearsed");
+        Ok(())
+    }
+
+    fn decide(&mut self, round: u32) -> Result<Event, Abort> {
+        let took = self.round_took;
+        let sent = Bytes(self.sent.0 - self.sent_before.0);
+        self.pending = self.fetch()?;
+        let finished = Round {
+            sent,
+            took,
+            paced: self.paced,
+            dirty: bascule_migrate::Pages(self.pending.count()),
+        };
+        let elapsed = self.started.elapsed();
+        let decision = self.controller.round_ended(&finished, &self.fixed, elapsed);
+        let predicted = self.controller.predict(finished.dirty, &self.fixed);
+        let remaining = Bytes(self.pending.count() * PAGE_SIZE);
+        self.control.update(|status| {
+            status.remaining = remaining;
+            status.downtime_ms_predicted = Some(millis(predicted));
+        });
+        tracing::info!(round, dirty = finished.dirty.0, sent = sent.0, ?took, ?predicted, rate = self.controller.rate().0, ?decision, "migration round");
+        let progress = Progress {
+            round,
+            sent: self.sent,
+            remaining,
+        };
+        self.send(&Frame::Progress(progress))?;
+        match decision {
+            _ if self.control.is_cancelled() => Err(cancelled()),
+            Decision::NextRound => Ok(Event::NextRound),
+            Decision::Stop { .. } => Ok(Event::Stop),
+            Decision::DoesNotConverge {
+                predicted, because, ..
+            } => Err(Abort::new(
+                AbortReason::NotConverging,
+                format!(
+                    "{because}: stopping now would take {} ms, {} are allowed",
+                    millis(predicted),
+                    self.job.limits.downtime_ms_max
+                ),
+            )),
+        }
+    }
+
+    fn stop(&mut self) -> Result<Event, Abort> {
+        let now = Instant::now();
+        let limit = Duration::from_millis(self.job.limits.downtime_ms_max);
+        self.stopped = Some((now, now + limit + STOPPED_GRACE));
+        self.pause()?;
+        self.fault(FaultPoint::SourceStopped)?;
+        Ok(Event::Stopped)
+    }
+
+    fn send_remainder(&mut self, round: u32) -> Result<Event, Abort> {
+        // The state first: saving it may write guest memory.
+        let state = self.save()?;
+        if state.len() as u64 > STATE_BYTES_MAX {
+            return Err(internal("the machine's state is longer than 16 MiB".to_owned()));
+        }
+        let last = self.fetch()?;
+        self.pending.merge(&last);
+        self.within_stop()?;
+        self.copy(false, false)?;
+        self.end_round(round)?;
+        for piece in state.chunks(STATE_PIECE_BYTES_MAX) {
+            self.within_stop()?;
+            self.send(&Frame::State(piece))?;
+        }
+        self.send(&Frame::StateEnd(StateEnd {
+            length: Bytes(state.len() as u64),
+            crc32c: crc32c::crc32c(&state),
+        }))?;
+        Ok(Event::AllSent)
+    }
+
+    fn await_ready(&mut self) -> Result<Event, Abort> {
+        self.within_stop()?;
+        let event = self.receive()?;
+        if event == Event::Ready {
+            self.fault(FaultPoint::SourceReady)?;
+            self.guest.doubt().map_err(|error| internal(error.0))?;
+            if !self.control.pass_commit_point() {
+                return Err(cancelled());
+            }
+        }
+        Ok(event)
+    }
+
+    /// After the commit point: asks once, and a little later again if there was no answer.
+    fn ask(&mut self, question: &Question) -> Event {
+        let reply = self.authority.ask(question);
+        if reply == Reply::NoAnswer {
+            tracing::warn!(?question, asked = self.asked, "the outcome of the commit is unknown");
+            std::thread::sleep(ask_again_after(self.asked));
+            self.asked = self.asked.saturating_add(1);
+        }
+        Event::Replied(reply)
+    }
+
+    /// The guest runs on here, before anything else is done.
+    fn keep(mut self, because: Abort, tenure: Option<(Owner, Epoch)>) -> OutgoingEnd {
+        if let Err(error) = self.guest.resume() {
+            tracing::warn!(%error, "the guest does not run on");
+        }
+        if let Some((stopped, _)) = self.stopped.take() {
+            tracing::info!(after = ?stopped.elapsed(), "the guest runs on at the source");
+        }
+        if let Err(error) = self.machine.dirty().stop() {
+            tracing::warn!(%error, "the dirty log stays on");
+        }
+        let failure = if self.control.is_cancelled() {
+            cancelled()
+        } else {
+            because
+        };
+        if let Some(channel) = &mut self.channel {
+            channel.abort(&failure);
+        }
+        let phase = match failure.reason {
+            AbortReason::Cancelled => MigrationPhase::Cancelled,
+            AbortReason::NotConverging => MigrationPhase::NotConverging,
+            _ => MigrationPhase::Failed,
+        };
+        tracing::warn!(reason = ?failure.reason, text = %failure.text, "the migration failed");
+        self.control.end(phase, Some(failure.text.clone()));
+        OutgoingEnd::Kept { failure, tenure }
+    }
+
+    fn depart(mut self, word: Committed) -> OutgoingEnd {
+        // If this or the stream is lost, the destination asks its own volume.
+        if self.fault(FaultPoint::SourceCommitted).is_ok() {
+            self.tell_committed(word);
+        }
+        self.control.end(MigrationPhase::Completed, None);
+        OutgoingEnd::Departed { epoch: word.epoch }
+    }
+
+    fn tell_committed(&mut self, word: Committed) {
+        let Some(channel) = &mut self.channel else {
+            return;
+        };
+        let told = channel
+            .set_timeout(RUNNING_TIMEOUT)
+            .and_then(|()| channel.send(&Frame::Committed(word)));
+        if let Err(error) = told {
+            tracing::warn!(%error, "the destination was not told; it asks its volume");
+            return;
+        }
+        match channel.receive() {
+            Ok(Frame::Running { resume }) => {
+                let downtime = self.stopped.map(|(stopped, _)| stopped.elapsed());
+                tracing::info!(?downtime, ?resume, "the guest runs at the destination");
+                self.control
+                    .update(|status| status.downtime_ms = downtime.map(millis));
+            }
+            Ok(other) => tracing::warn!(kind = ?other.kind(), "unexpected after the commit"),
+            Err(error) => tracing::warn!(%error, "the destination did not say that it runs"),
+        }
+    }
+
+    fn die(self) -> OutgoingEnd {
+        let failure = "the VM's row is somebody else's";
+        self.control
+            .end(MigrationPhase::Failed, Some(failure.to_owned()));
+        OutgoingEnd::Lost
+    }
+
+    fn copy(&mut self, fresh: bool, guest_runs: bool) -> Result<(), Abort> {
+        let machine = self.machine.clone();
+        let tracker: &dyn DirtyTracker = machine.dirty().as_ref();
+        let mut copier = Copier::new(machine.memory());
+        let pending = std::mem::replace(&mut self.pending, DirtyBitmap::clean(machine.memory()));
+        let deadline = self.stopped.map(|(_, deadline)| deadline);
+        let mut sink = ChannelSink {
+            channel: self
+                .channel
+                .as_mut()
+                .ok_or_else(|| internal("no stream".to_owned()))?,
+            control: self.control,
+            pacer: guest_runs.then_some(&mut self.pacer),
+            started: self.started,
+            sent: &mut self.sent,
+            paced: &mut self.paced,
+            deadline,
+        };
+        let passed = copier
+            .pass(&pending, guest_runs.then_some(tracker), fresh, &mut sink)
+            .map_err(|error| match error {
+                _ if self.control.is_cancelled() => cancelled(),
+                CopyError::Sink(error) => lost(&error),
+                other => internal(chain(&other)),
+            })?;
+        let bytes = self.sent;
+        self.control.update(|status| status.bytes = bytes);
+        tracing::debug!(?passed, "pages copied");
+        Ok(())
+    }
+
+    fn end_round(&mut self, round: u32) -> Result<(), Abort> {
+        let marks = vec![self.channel()?.sent_mark()];
+        self.send(&Frame::RoundEnd(RoundEnd { round, marks }))
+    }
+
+    fn pause(&mut self) -> Result<(), Abort> {
+        self.guest.pause().map_err(|error| internal(error.0))
+    }
+
+    fn save(&mut self) -> Result<Vec<u8>, Abort> {
+        self.guest.save().map_err(|error| internal(error.0))
+    }
+
+    fn fetch(&self) -> Result<DirtyBitmap, Abort> {
+        let dirty = self.machine.dirty();
+        dirty.fetch().map_err(|error| internal(chain(&error)))
+    }
+
+    fn channel(&mut self) -> Result<&mut Channel, Abort> {
+        let none = || internal("no stream".to_owned());
+        self.channel.as_mut().ok_or_else(none)
+    }
+
+    fn send(&mut self, frame: &Frame<'_>) -> Result<(), Abort> {
+        let sent = self.channel()?.send(frame).map_err(|error| lost(&error))?;
+        self.sent.0 += sent;
+        Ok(())
+    }
+
+    fn receive(&mut self) -> Result<Event, Abort> {
+        loop {
+            let frame = self.channel()?.receive().map_err(|error| lost_frame(&error))?;
+            if let Some(event) = event_of(&frame)? {
+                return Ok(event);
+            }
+        }
+    }
+
+    /// Bounds the next wait by what is left of the time for which the guest may be stopped.
+    fn within_stop(&mut self) -> Result<(), Abort> {
+        let Some((_, deadline)) = self.stopped else {
+            return Ok(());
+        };
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(Abort::new(
+                AbortReason::Timeout,
+                "the guest was stopped for longer than was predicted",
+            ));
+        }
+        self.channel()?.set_timeout(left).map_err(|error| lost(&error))
+    }
+
+    fn fault(&self, point: FaultPoint) -> Result<(), Abort> {
+        self.job.faults.pass(point).map_err(|error| lost(&error))
+    }
+
+    fn show(&self, phase: Phase) {
+        let shown = match phase {
+            Phase::Greeting | Phase::Describing => MigrationPhase::Preparing,
+            Phase::Copying => MigrationPhase::PreCopy,
+            Phase::Stopping | Phase::Sending | Phase::AwaitingReady => MigrationPhase::Stopping,
+            Phase::Committing => MigrationPhase::Committing,
+            Phase::Departed | Phase::Returned | Phase::Lost => return,
+        };
+        if self.control.status().phase != shown {
+            self.control.enter(shown);
+        }
+    }
+}
+
+/// Sends batches, at the pace that is allowed.
+struct ChannelSink<'a> {
+    channel: &'a mut Channel,
+    control: &'a MigrationControl,
+    /// None once the guest is stopped: then nothing holds it up.
+    pacer: Option<&'a mut Pacer>,
+    started: Instant,
+    sent: &'a mut Bytes,
+    paced: &'a mut Duration,
+    deadline: Option<Instant>,
+}
+
+impl Sink for ChannelSink<'_> {
+    fn take(&mut self, batch: &mut BatchBuilder) -> io::Result<()> {
+        if self.control.is_cancelled() {
+            return Err(io::ErrorKind::Interrupted.into());
+        }
+        if let Some(deadline) = self.deadline {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            self.channel.set_timeout(left)?;
+        }
+        let sent = Bytes(self.channel.send_batch(batch)?);
+        self.sent.0 += sent.0;
+        let bytes = *self.sent;
+        self.control.update(|status| status.bytes = bytes);
+        if let Some(pacer) = &mut self.pacer {
+            let wait = pacer.sent(sent, self.started.elapsed());
+            *self.paced += wait;
+            self.control.wait(wait);
+        }
+        Ok(())
+    }
+}
+
+fn cancelled() -> Abort {
+    Abort::new(AbortReason::Cancelled, "the migration was cancelled")
+}
+
+fn internal(text: String) -> Abort {
+    Abort::new(AbortReason::Internal, text)
+}
+
+/// An error with its causes, in one line.
+pub(super) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}

@@ -1,0 +1,1 @@
+//! Quick migration: the machine as an image on its home volume.

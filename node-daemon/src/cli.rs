@@ -9,6 +9,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::cert::{self, CertCommand};
 use crate::daemon::{self, ServeArgs};
+use crate::embedded::{self, MigrateArgs, RunVmArgs, StopVmArgs, VolumeCommand};
 use crate::import::{self, FetchArgs, RunArgs};
 use crate::launch::{self, LaunchArgs};
 
@@ -52,6 +53,15 @@ enum LogFormat {
 enum NodeCommand {
     /// Run the node's daemon
     Serve(Box<ServeArgs>),
+    /// Run a VirtualMachine document here, with its serial console on this terminal
+    Run(RunVmArgs),
+    /// Stop a VM of this node
+    Stop(StopVmArgs),
+    /// Move a VM of this node live to another node
+    Migrate(MigrateArgs),
+    /// Format, join and look into volumes
+    #[command(subcommand)]
+    Volume(VolumeCommand),
     /// Make certificates for nodes without Kubernetes
     #[command(subcommand)]
     Cert(CertCommand),
@@ -83,6 +93,10 @@ pub fn node_main() -> ExitCode {
     start_logging(&cli.log);
     finish(match &cli.command {
         NodeCommand::Serve(args) => daemon::run(args),
+        NodeCommand::Run(args) => embedded::run_vm(args),
+        NodeCommand::Stop(args) => embedded::stop_vm(args),
+        NodeCommand::Migrate(args) => embedded::migrate(args),
+        NodeCommand::Volume(command) => embedded::run_volume(command),
         NodeCommand::Cert(command) => cert::run(command),
         NodeCommand::Launch(args) => launch::launch(args),
     })

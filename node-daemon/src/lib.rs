@@ -18,6 +18,7 @@ mod cert;
 mod cli;
 mod config;
 mod daemon;
+mod embedded;
 mod execute;
 mod files;
 mod import;

@@ -62,6 +62,22 @@ impl Supervisor {
         }
     }
 
+    /// A VM process' own status, if it answers.
+    pub(crate) fn vm_status(&self, vm: VmUid) -> Option<VmStatus> {
+        match self.presence(vm) {
+            Presence::Answering(status) => Some(*status),
+            _ => None,
+        }
+    }
+
+    /// Whether a process of this VM exists here.
+    pub(crate) fn vm_is_here(&self, vm: VmUid) -> bool {
+        matches!(
+            self.presence(vm),
+            Presence::Answering(_) | Presence::Silent(_)
+        )
+    }
+
     /// Starts a VM that this node owns, booting or restoring it.
     pub(crate) fn start_vm(
         &self,

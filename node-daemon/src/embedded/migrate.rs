@@ -1,0 +1,178 @@
+//! `bascule-node migrate`: moves a VM of this node live to another.
+
+use std::io::{IsTerminal, Write};
+use std::net::{IpAddr, Ipv4Addr};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use bascule_ipc::vm::{MigrationLimits, MigrationPhase, MigrationStatus, Request, VmState};
+use bascule_node_api::command::{Command, Outcome, VmSpec};
+use bascule_types::{AttemptId, Owner, VmUid};
+
+use super::peer::Peer;
+use super::run::{find, rows, supervisor, vm_row};
+use crate::config::NodeConfig;
+use crate::local::wait_for;
+use crate::supervisor::Supervisor;
+
+/// `bascule-node migrate`
+#[derive(Debug, clap::Args)]
+pub(crate) struct MigrateArgs {
+    #[command(flatten)]
+    config: NodeConfig,
+    /// The VM's name, or namespace/name
+    name: String,
+    /// The other node's API, host:port (its `bascule-node serve --standalone`)
+    #[arg(long, value_name = "HOST:PORT")]
+    to: String,
+    /// The longest the guest may stand still, in milliseconds
+    #[arg(long, default_value_t = MigrationLimits::default().downtime_ms_max)]
+    downtime_ms: u64,
+    /// How long the move may take, in seconds
+    #[arg(long, default_value_t = 120)]
+    timeout_s: u64,
+    /// The bandwidth it may use, in bytes per second
+    #[arg(long)]
+    bandwidth: Option<u64>,
+}
+
+/// Moves the VM and tells how it went.
+pub(crate) fn migrate(args: &MigrateArgs) -> Result<()> {
+    let node = supervisor(&args.config, IpAddr::V4(Ipv4Addr::LOCALHOST), true)?;
+    let vm = find(&node, &args.name)?;
+    let spec = spec_of(&node, vm)?;
+    let mut peer = Peer::connect(&args.to, &node.paths.tls())?;
+    let to = slot_of(&mut peer, &spec.volume)?;
+    let epoch = vm_row(&rows(&node, &spec.volume)?, vm)?.epoch;
+    let attempt = AttemptId::random();
+    let prepare = Command::PrepareIncoming {
+        spec,
+        attempt,
+        owner: to,
+        epoch,
+    };
+    let Outcome::Listening { address } = peer.execute(&prepare)? else {
+        bail!("the other node does not say where it listens");
+    };
+    let limits = MigrationLimits {
+        downtime_ms_max: args.downtime_ms,
+        total_ms_max: args.timeout_s * 1000,
+        bytes_per_second_max: args.bandwidth,
+    };
+    node.vm_request(
+        vm,
+        &Request::MigrateLive {
+            attempt,
+            peer: address,
+            to,
+            limits,
+        },
+    )?;
+    let outcome = follow(
+        &node,
+        vm,
+        attempt,
+        Duration::from_secs(args.timeout_s) + GRACE,
+    );
+    if outcome.is_err() {
+        forget_incoming(&mut peer, vm)?;
+    }
+    let (pid, status) = outcome?;
+    node.collect_vm(vm, pid)?;
+    say(&status, &args.to);
+    Ok(())
+}
+
+fn spec_of(node: &Supervisor, vm: VmUid) -> Result<VmSpec> {
+    let path = node.paths.vm(vm).join("spec.json");
+    let bytes = std::fs::read(&path).with_context(|| format!("read {}", path.display()))?;
+    serde_json::from_slice(&bytes).with_context(|| format!("read {}", path.display()))
+}
+
+fn slot_of(peer: &mut Peer, volume: &str) -> Result<Owner> {
+    let report = peer.report()?;
+    if let Some(error) = report.kvm_error {
+        bail!("no VM can run on {}: {error}", report.name);
+    }
+    let attached = report
+        .volumes
+        .iter()
+        .find(|attached| attached.name == volume);
+    match attached.map(|attached| &attached.status) {
+        Some(Ok(status)) => status.owner.with_context(|| {
+            format!(
+                "{} has no slot on volume {volume}: `bascule-node volume join`",
+                report.name
+            )
+        }),
+        Some(Err(reason)) => bail!("volume {volume} is not usable on {}: {reason}", report.name),
+        None => bail!("volume {volume} is not attached on {}", report.name),
+    }
+}
+
+fn follow(
+    node: &Supervisor,
+    vm: VmUid,
+    attempt: AttemptId,
+    limit: Duration,
+) -> Result<(u32, MigrationStatus)> {
+    let progress = std::io::stderr().is_terminal();
+    let ended = wait_for(limit, || {
+        let status = node.vm_status(vm)?;
+        let migration = status
+            .migration
+            .filter(|migration| migration.attempt == attempt)?;
+        if progress {
+            eprint!(
+                "\r{:?}: round {}, {} sent, {} to go   ",
+                migration.phase, migration.rounds, migration.bytes, migration.remaining
+            );
+            // Progress is for people: a closed terminal is no reason to stop.
+            drop(std::io::stderr().flush());
+        }
+        let over = status.state == VmState::Departed
+            || matches!(
+                migration.phase,
+                MigrationPhase::Cancelled | MigrationPhase::Failed | MigrationPhase::NotConverging
+            );
+        over.then_some((status.pid, migration))
+    });
+    if progress {
+        eprintln!();
+    }
+    let (pid, migration) = ended.context("the migration does not end; the guest is unharmed")?;
+    if migration.phase == MigrationPhase::Completed {
+        return Ok((pid, migration));
+    }
+    let why = migration
+        .failure
+        .unwrap_or_else(|| format!("{:?}", migration.phase));
+    bail!("not moved, the guest runs on here: {why}")
+}
+
+fn forget_incoming(peer: &mut Peer, vm: VmUid) -> Result<()> {
+    let report = peer.report()?;
+    if let Some(waiting) = report.vms.iter().find(|report| report.status.uid == vm) {
+        peer.execute(&Command::CollectVm {
+            vm,
+            pid: waiting.status.pid,
+        })?;
+    }
+    Ok(())
+}
+
+fn say(status: &MigrationStatus, to: &str) {
+    let downtime = status
+        .downtime_ms
+        .map_or_else(|| "unknown".to_owned(), |ms| format!("{ms} ms"));
+    println!(
+        "Moved to {to} in {} ms: {} rounds, {}, downtime {downtime}.",
+        status.total_ms, status.rounds, status.bytes
+    );
+    for (phase, ms) in &status.timings {
+        println!("  {phase:?}: {ms} ms");
+    }
+}
+
+/// The time after the limit in which a VM process says that it has given up.
+const GRACE: Duration = Duration::from_secs(30);

@@ -1,0 +1,92 @@
+//! Another node's gRPC, called with this node's certificate.
+
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use bascule_node_api::command::{Command, Outcome};
+use bascule_node_api::proto::node_client::NodeClient;
+use bascule_node_api::proto::{self, WatchRequest};
+use bascule_node_api::report::NodeReport;
+use bascule_node_api::{VERSION, VERSION_MIN};
+use bascule_pki::NODE_NAME;
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
+
+/// A connection to another node.
+#[derive(Debug)]
+pub(crate) struct Peer {
+    client: NodeClient<Channel>,
+    runtime: tokio::runtime::Runtime,
+}
+
+impl Peer {
+    pub(crate) fn connect(address: &str, tls_dir: &Path) -> Result<Self> {
+        let read = |name: &str| {
+            let path = tls_dir.join(name);
+            std::fs::read(&path)
+                .with_context(|| format!("read {} (`bascule-node cert issue`?)", path.display()))
+        };
+        let tls = ClientTlsConfig::new()
+            .ca_certificate(Certificate::from_pem(read("ca.crt")?))
+            .identity(Identity::from_pem(read("node.crt")?, read("node.key")?))
+            .domain_name(NODE_NAME);
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .context("start the runtime")?;
+        let channel = runtime.block_on(async {
+            Endpoint::from_shared(format!("https://{address}"))
+                .with_context(|| format!("{address} is not host:port"))?
+                .tls_config(tls)
+                .context("set up TLS")?
+                .connect_timeout(CONNECT_LIMIT)
+                .timeout(CALL_LIMIT)
+                .connect()
+                .await
+                .with_context(|| format!("reach the node at {address}"))
+        })?;
+        Ok(Self {
+            client: NodeClient::new(channel),
+            runtime,
+        })
+    }
+
+    /// Executes a command there; a rejection is an error.
+    pub(crate) fn execute(&mut self, command: &Command) -> Result<Outcome> {
+        let json = serde_json::to_string(command).context("write the command")?;
+        let request = proto::Command {
+            version: VERSION,
+            version_min: VERSION_MIN,
+            json,
+        };
+        let answer = self
+            .runtime
+            .block_on(self.client.execute(request))
+            .map_err(|status| anyhow::anyhow!("the other node answers: {}", status.message()))?;
+        match serde_json::from_str(&answer.into_inner().json).context("read the outcome")? {
+            Outcome::Rejected { message, .. } => bail!("the other node rejects: {message}"),
+            Outcome::Refused(refusal) => bail!("the volume refuses: {refusal}"),
+            outcome => Ok(outcome),
+        }
+    }
+
+    /// The node's present report.
+    pub(crate) fn report(&mut self) -> Result<NodeReport> {
+        let request = WatchRequest {
+            version: VERSION,
+            version_min: VERSION_MIN,
+        };
+        let report = self.runtime.block_on(async {
+            let mut reports = self.client.watch(request).await?.into_inner();
+            reports.message().await
+        });
+        let report = report
+            .map_err(|status| anyhow::anyhow!("the other node answers: {}", status.message()))?
+            .context("the other node sent no report")?;
+        serde_json::from_str(&report.json).context("read the report")
+    }
+}
+
+const CONNECT_LIMIT: Duration = Duration::from_secs(10);
+/// Preparing an incoming VM takes longest.
+const CALL_LIMIT: Duration = Duration::from_secs(90);

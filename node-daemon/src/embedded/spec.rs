@@ -1,0 +1,252 @@
+//! From a VirtualMachine document to what a node is asked.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use bascule_api::{Source, VirtualMachine};
+use bascule_node_api::command::{DiskRef, ImageRow, ImportSource, Interface, VmSpec};
+use bascule_types::{Bytes, VmUid};
+use bascule_volume_format::change::{DiskRole, RowName};
+use sha2::{Digest, Sha256};
+
+/// A disk that the VM needs on its volume.
+#[derive(Debug)]
+pub(crate) struct WantedDisk {
+    pub(crate) row: RowName,
+    pub(crate) role: DiskRole,
+    /// What it is filled with; a kept disk is not filled.
+    pub(crate) fill: Option<(Bytes, ImportSource)>,
+}
+
+/// A document, checked and resolved.
+#[derive(Debug)]
+pub(crate) struct Document {
+    pub(crate) spec: VmSpec,
+    pub(crate) row: RowName,
+    pub(crate) digest: [u8; 32],
+    pub(crate) disks: Vec<WantedDisk>,
+}
+
+impl Document {
+    /// Reads a document and says everything that is wrong with it.
+    pub(crate) fn read(path: &Path) -> Result<Self> {
+        let text = fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
+        Self::parse(&text).with_context(|| path.display().to_string())
+    }
+
+    fn parse(text: &str) -> Result<Self> {
+        let vm: VirtualMachine = serde_saphyr::from_str(text).context("not a VirtualMachine")?;
+        if let Err(errors) = vm.spec.check(&vm.metadata) {
+            let lines: Vec<String> = errors.iter().map(|error| format!("  {error}")).collect();
+            bail!("the document cannot be carried out:\n{}", lines.join("\n"));
+        }
+        let name = vm
+            .metadata
+            .name
+            .clone()
+            .context("metadata.name is missing")?;
+        let namespace = vm
+            .metadata
+            .namespace
+            .clone()
+            .unwrap_or_else(|| "default".to_owned());
+        let digest: [u8; 32] =
+            Sha256::digest(serde_json::to_vec(&vm.spec).context("write the spec")?).into();
+        let row = RowName::new(format!("{namespace}/{name}"))?;
+        let disks = wanted_disks(&vm, &namespace, &name)?;
+        let spec = resolve(&vm, &namespace, &name)?;
+        Ok(Self {
+            spec,
+            row,
+            digest,
+            disks,
+        })
+    }
+}
+
+fn resolve(vm: &VirtualMachine, namespace: &str, name: &str) -> Result<VmSpec> {
+    let image = |disk: &str| ImageRow {
+        row: format!("{namespace}/{name}.{disk}"),
+        length: Bytes(0),
+    };
+    let uid = document_uid(namespace, name);
+    let mut interfaces = Vec::new();
+    for (index, interface) in vm.spec.interfaces.iter().enumerate() {
+        let mac = match &interface.mac {
+            Some(text) => {
+                parse_mac(text).with_context(|| format!("spec.interfaces[{index}].mac"))?
+            }
+            None => derived_mac(uid, index),
+        };
+        interfaces.push(Interface {
+            network: interface.bridge.clone(),
+            mac,
+        });
+    }
+    let disks = vm.spec.disks.iter().map(|disk| {
+        let row = match &disk.existing {
+            Some(kept) => format!("{namespace}/{}", kept.name),
+            None => format!("{namespace}/{name}.{}", disk.name),
+        };
+        DiskRef {
+            name: disk.name.clone(),
+            row,
+        }
+    });
+    Ok(VmSpec {
+        uid,
+        namespace: namespace.to_owned(),
+        name: name.to_owned(),
+        volume: vm.spec.volume.clone(),
+        cpus: u8::try_from(vm.spec.cpu.cores).context("spec.cpu.cores")?,
+        memory: Bytes(vm.spec.memory.to_bytes().context("spec.memory")?),
+        kernel: image(KERNEL),
+        initrd: vm.spec.boot.initrd.as_ref().map(|_| image(INITRD)),
+        cmdline: vm.spec.boot.cmdline.clone(),
+        disks: disks.collect(),
+        interfaces,
+    })
+}
+
+fn wanted_disks(vm: &VirtualMachine, namespace: &str, name: &str) -> Result<Vec<WantedDisk>> {
+    let mut wanted = vec![WantedDisk {
+        row: RowName::new(format!("{namespace}/{name}.{KERNEL}"))?,
+        role: DiskRole::Kernel,
+        fill: Some((KERNEL_ROOM, import_source(&vm.spec.boot.kernel)?)),
+    }];
+    if let Some(initrd) = &vm.spec.boot.initrd {
+        wanted.push(WantedDisk {
+            row: RowName::new(format!("{namespace}/{name}.{INITRD}"))?,
+            role: DiskRole::Initrd,
+            fill: Some((INITRD_ROOM, import_source(initrd)?)),
+        });
+    }
+    for (index, disk) in vm.spec.disks.iter().enumerate() {
+        let at = || format!("spec.disks[{index}]");
+        let kept = disk.existing.as_ref().map(|kept| kept.name.clone());
+        let row = kept
+            .clone()
+            .unwrap_or_else(|| format!("{name}.{}", disk.name));
+        let fill = match (&kept, &disk.size) {
+            (None, Some(size)) => {
+                let source = match &disk.source {
+                    Some(source) => import_source(source).with_context(at)?,
+                    None => ImportSource::Blank,
+                };
+                Some((Bytes(size.to_bytes().with_context(at)?), source))
+            }
+            _ => None,
+        };
+        wanted.push(WantedDisk {
+            row: RowName::new(format!("{namespace}/{row}")).with_context(at)?,
+            role: DiskRole::Data,
+            fill,
+        });
+    }
+    Ok(wanted)
+}
+
+fn import_source(source: &Source) -> Result<ImportSource> {
+    match (&source.http, &source.host_file) {
+        (Some(http), None) => Ok(ImportSource::Http {
+            url: http.url.clone(),
+            sha256: http.sha256.clone(),
+        }),
+        (None, Some(file)) => Ok(ImportSource::HostFile {
+            name: file.name.clone(),
+        }),
+        _ => bail!("set exactly one of http and hostFile"),
+    }
+}
+
+/// A document that no API server has seen has no UID: it is derived from what names it, so that the
+/// same document means the same VM on every node of the cluster.
+fn document_uid(namespace: &str, name: &str) -> VmUid {
+    let digest = Sha256::digest(format!("bascule.dev/VirtualMachine/{namespace}/{name}"));
+    let mut bytes = [0; 16];
+    bytes.copy_from_slice(digest.get(..16).unwrap_or(&[0; 16]));
+    // A UUID of version 8, variant 1 (RFC 9562, 5.8).
+    bytes[6] = (bytes[6] & 0x0f) | 0x80;
+    bytes[8] = (bytes[8] & 0x3f) | 0x80;
+    VmUid::from_bytes(bytes)
+}
+
+/// A locally administered unicast address that stays the same for the VM's life.
+fn derived_mac(uid: VmUid, index: usize) -> [u8; 6] {
+    let digest = Sha256::digest([&uid.to_bytes()[..], &index.to_le_bytes()].concat());
+    let mut mac = [0x02; 6];
+    mac[1..].copy_from_slice(digest.get(..5).unwrap_or(&[0; 5]));
+    mac
+}
+
+fn parse_mac(text: &str) -> Result<[u8; 6]> {
+    let mut mac = [0; 6];
+    let mut parts = text.split(':');
+    for byte in &mut mac {
+        let part = parts.next().context("six bytes are wanted")?;
+        *byte = u8::from_str_radix(part, 16).context("a byte in hexadecimal is wanted")?;
+    }
+    if parts.next().is_some() {
+        bail!("six bytes are wanted");
+    }
+    Ok(mac)
+}
+
+const KERNEL: &str = "boot-kernel";
+const INITRD: &str = "boot-initrd";
+/// Room for a boot image until its length is known; what it does not take is given back.
+const KERNEL_ROOM: Bytes = Bytes::mib(128);
+const INITRD_ROOM: Bytes = Bytes::mib(512);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DOCUMENT: &str = "
+apiVersion: bascule.dev/v1alpha1
+kind: VirtualMachine
+metadata: {name: web, namespace: shop}
+spec:
+  volume: gold
+  cpu: {cores: 2}
+  memory: 512Mi
+  boot:
+    kernel: {hostFile: {name: vmlinuz}}
+    cmdline: console=ttyS0
+  disks:
+  - {name: data, size: 1Gi}
+  - {name: old, existing: {name: db.data}}
+  interfaces:
+  - {name: lan, bridge: lan, mac: '02:00:00:12:34:56'}
+";
+
+    #[test]
+    fn a_document_becomes_rows_and_numbers() {
+        let document = Document::parse(DOCUMENT).unwrap();
+        assert_eq!(document.row.as_str(), "shop/web");
+        assert_eq!(document.spec.memory, Bytes::mib(512));
+        assert_eq!(document.spec.interfaces[0].mac, [2, 0, 0, 0x12, 0x34, 0x56]);
+        let rows: Vec<&str> = document
+            .disks
+            .iter()
+            .map(|disk| disk.row.as_str())
+            .collect();
+        assert_eq!(
+            rows,
+            ["shop/web.boot-kernel", "shop/web.data", "shop/db.data"]
+        );
+        assert!(document.disks[2].fill.is_none());
+        assert_eq!(
+            Document::parse(DOCUMENT).unwrap().spec.uid,
+            document.spec.uid
+        );
+    }
+
+    #[test]
+    fn a_wrong_field_is_named() {
+        let text = DOCUMENT.replace("512Mi", "1Mi");
+        let error = format!("{:#}", Document::parse(&text).unwrap_err());
+        assert!(error.contains("spec.memory"), "{error}");
+    }
+}

@@ -1,0 +1,200 @@
+//! `bascule-node volume`: what the operator does for SharedVolumes, by hand.
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::PathBuf;
+
+use anyhow::{Result, bail};
+use bascule_ipc::volume::FencingMode;
+use bascule_node_api::command::{Backing, Command, FormatOptions, Outcome};
+use bascule_types::{Bytes, Generation, Owner, SlotId};
+use bascule_volume_format::change::{AdministratorsWord, Change};
+
+use super::peer::Peer;
+use super::run::{attach, granted, own_slot, rows, supervisor};
+use crate::config::NodeConfig;
+
+/// `bascule-node volume`
+#[derive(Debug, clap::Subcommand)]
+pub(crate) enum VolumeCommand {
+    /// Format a blank device or file, this node as its first
+    Format(FormatArgs),
+    /// Attach a volume on this node, and give the node a slot on it
+    Join(JoinVolumeArgs),
+    /// List a volume's disks, kept ones too
+    Disks(NamedArgs),
+    /// List a volume's virtual machines: who owns each, in which epoch
+    Rows(NamedArgs),
+    /// Say that a node is dead and nothing of it runs any more. Wrong, this destroys data
+    ConfirmFenced(ConfirmArgs),
+}
+
+/// `bascule-node volume format`
+#[derive(Debug, clap::Args)]
+pub(crate) struct FormatArgs {
+    #[command(flatten)]
+    config: NodeConfig,
+    /// The device, or a file
+    path: PathBuf,
+    /// Make a file of this many bytes first
+    #[arg(long, value_name = "BYTES")]
+    create_size: Option<u64>,
+    /// What proves that a silent node writes no more: its hardware watchdog, or only an
+    /// administrator's word
+    #[arg(long, value_parser = ["watchdog", "lease-only"], default_value = "lease-only")]
+    fencing: String,
+}
+
+/// `bascule-node volume join`
+#[derive(Debug, clap::Args)]
+pub(crate) struct JoinVolumeArgs {
+    #[command(flatten)]
+    config: NodeConfig,
+    /// The volume's name, as documents use it
+    name: String,
+    /// The device or file
+    backing: PathBuf,
+    /// A node that is on the volume already, host:port; not needed on the first
+    #[arg(long, value_name = "HOST:PORT")]
+    via: Option<String>,
+    /// The address that other nodes reach this node at
+    #[arg(long, env = "BASCULE_ADDRESS", default_value_t = IpAddr::V4(Ipv4Addr::LOCALHOST))]
+    address: IpAddr,
+    /// Make no cgroups (without root)
+    #[arg(long)]
+    no_cgroups: bool,
+}
+
+/// A volume by its name.
+#[derive(Debug, clap::Args)]
+pub(crate) struct NamedArgs {
+    #[command(flatten)]
+    config: NodeConfig,
+    /// The volume's name
+    name: String,
+}
+
+/// `bascule-node volume confirm-fenced`
+#[derive(Debug, clap::Args)]
+pub(crate) struct ConfirmArgs {
+    #[command(flatten)]
+    config: NodeConfig,
+    /// The volume's name
+    name: String,
+    /// The dead node's slot, as `volume rows` shows it
+    #[arg(long)]
+    slot: u16,
+    /// Its generation
+    #[arg(long)]
+    generation: u64,
+    /// I have made sure: it is switched off, or its access to the device is cut
+    #[arg(long, required = true)]
+    nothing_of_it_runs: bool,
+}
+
+/// Runs `bascule-node volume`.
+pub(crate) fn run(command: &VolumeCommand) -> Result<()> {
+    match command {
+        VolumeCommand::Format(args) => format(args),
+        VolumeCommand::Join(args) => join(args),
+        VolumeCommand::Disks(args) => disks(args),
+        VolumeCommand::Rows(args) => list_rows(args),
+        VolumeCommand::ConfirmFenced(args) => confirm(args),
+    }
+}
+
+fn format(args: &FormatArgs) -> Result<()> {
+    let node = supervisor(&args.config, IpAddr::V4(Ipv4Addr::LOCALHOST), true)?;
+    let path = std::path::absolute(&args.path)?;
+    let is_device = !path.is_file() && path.exists();
+    let backing = if is_device {
+        Backing::Device { path }
+    } else {
+        Backing::File {
+            path,
+            size: args.create_size.map(Bytes),
+        }
+    };
+    let fencing = match args.fencing.as_str() {
+        "watchdog" => FencingMode::Watchdog,
+        _ => FencingMode::LeaseOnly,
+    };
+    let options = FormatOptions {
+        fencing,
+        lease_ms: None,
+        watch_ms: None,
+        watchdog_ms: None,
+        settle_ms: None,
+        extent: None,
+    };
+    match node.format_volume(&backing, node.identity.cluster, &options)? {
+        Outcome::Formatted { volume } => {
+            println!("Formatted volume {volume}.");
+            Ok(())
+        }
+        other => bail!("format answered {other:?}"),
+    }
+}
+
+fn join(args: &JoinVolumeArgs) -> Result<()> {
+    let node = supervisor(&args.config, args.address, args.no_cgroups)?;
+    if let Some(via) = &args.via {
+        let mut peer = Peer::connect(via, &node.paths.tls())?;
+        let change = Change::RegisterNode {
+            node: node.identity.node,
+        };
+        peer.execute(&Command::Change {
+            volume: args.name.clone(),
+            change,
+        })?;
+    }
+    attach(&node, &args.name, Some(&args.backing))?;
+    let owner = own_slot(&node, &args.name)?;
+    println!("Joined volume {} as {owner}.", args.name);
+    Ok(())
+}
+
+fn disks(args: &NamedArgs) -> Result<()> {
+    let node = supervisor(&args.config, IpAddr::V4(Ipv4Addr::LOCALHOST), true)?;
+    println!("{:<48} {:>16} {:<8} VM", "DISK", "BYTES", "STATE");
+    for disk in rows(&node, &args.name)?.disks {
+        let state = match (disk.importing, disk.vm) {
+            (true, _) => "filling",
+            (false, Some(_)) => "used",
+            (false, None) => "kept",
+        };
+        let vm = disk.vm.map(|vm| vm.to_string()).unwrap_or_default();
+        println!(
+            "{:<48} {:>16} {state:<8} {vm}",
+            disk.name.as_str(),
+            disk.size.0
+        );
+    }
+    Ok(())
+}
+
+fn list_rows(args: &NamedArgs) -> Result<()> {
+    let node = supervisor(&args.config, IpAddr::V4(Ipv4Addr::LOCALHOST), true)?;
+    println!("{:<48} {:>8} OWNER", "VM", "EPOCH");
+    for row in rows(&node, &args.name)?.vms {
+        let owner = row
+            .owner
+            .map_or_else(|| "nobody".to_owned(), |owner| owner.to_string());
+        println!("{:<48} {:>8} {owner}", row.name.as_str(), row.epoch);
+    }
+    Ok(())
+}
+
+fn confirm(args: &ConfirmArgs) -> Result<()> {
+    let node = supervisor(&args.config, IpAddr::V4(Ipv4Addr::LOCALHOST), true)?;
+    let victim = Owner {
+        slot: SlotId(args.slot),
+        generation: Generation(args.generation),
+    };
+    let change = Change::ConfirmFenced {
+        victim,
+        word: AdministratorsWord::Confirmed,
+    };
+    let answer = granted(node.change(&args.name, change))?;
+    println!("Recorded: {answer:?}. Its VMs can be started elsewhere now.");
+    Ok(())
+}

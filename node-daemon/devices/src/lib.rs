@@ -23,6 +23,7 @@ pub mod disk;
 pub mod doorbell;
 pub mod failure;
 pub mod interrupt;
+pub mod net;
 pub mod pci;
 pub mod rng;
 pub mod state;

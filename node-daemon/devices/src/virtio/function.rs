@@ -231,7 +231,7 @@ impl VirtioFunction {
     fn activate(&mut self) {
         match self.queues() {
             Ok(active) => {
-                self.shared.set_driver_ok(true);
+                self.shared.set_negotiated(active.features);
                 // A thread that is gone has reported why.
                 let _gone: Result<(), WorkerGone> = self.worker.activate(active);
             }
@@ -327,7 +327,12 @@ impl VirtioFunction {
         }
         let driver_ok = state.registers.status & registers::STATUS_DRIVER_OK != 0;
         self.shared.set_needs_reset(state.needs_reset);
-        self.shared.set_driver_ok(driver_ok);
+        let negotiated = if driver_ok {
+            self.registers.driver_features
+        } else {
+            0
+        };
+        self.shared.set_negotiated(negotiated);
         let active = if driver_ok && !state.needs_reset {
             let active = self.queues();
             Some(active.map_err(|(queue, reason)| format!("queue {queue}: {reason}"))?)

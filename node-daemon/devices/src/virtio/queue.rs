@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 
 use serde::{Deserialize, Serialize};
 use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT};
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use super::chain::{Chain, ChainError};
 use crate::GuestRam;
@@ -16,6 +16,8 @@ pub struct Virtqueue {
     queue: Queue,
     /// Chains taken and not yet given back.
     outstanding: u16,
+    /// `next_used` when the driver was last considered for an interrupt.
+    considered: u16,
 }
 
 /// What the guest configured, and how far the queue has come: all that is saved of it.
@@ -107,6 +109,7 @@ impl Virtqueue {
         Ok(Some(Self {
             queue,
             outstanding: 0,
+            considered: setup.next_used,
         }))
     }
 
@@ -156,26 +159,61 @@ impl Virtqueue {
         self.queue
             .add_used(ram, head, length)
             .map_err(QueueError::Rings)?;
-        self.outstanding -= 1;
+        self.outstanding = self.outstanding.saturating_sub(1);
         Ok(())
     }
 
-    /// Whether the driver wants an interrupt for what was given back since the last call.
+    /// Gives several chains back in one step: the driver sees all of them or none, as it must when
+    /// one frame fills them (virtio 1.2, 5.1.6.4).
+    ///
+    /// # Errors
+    /// [`QueueError`] when the used ring cannot be written.
+    pub fn push_used_together(
+        &mut self,
+        ram: &GuestRam,
+        chains: &[(u16, usize)],
+    ) -> Result<(), QueueError> {
+        let Some((&(last, last_bytes), others)) = chains.split_last() else {
+            return Ok(());
+        };
+        let mut next = self.queue.next_used();
+        for &(head, length_bytes) in others {
+            let slot = u64::from(next % self.queue.size());
+            let entry = GuestAddress(self.queue.used_ring() + USED_HEADER_BYTES + 8 * slot);
+            let length = u32::try_from(length_bytes).unwrap_or(u32::MAX);
+            let [a, b] = u16::to_le_bytes(head);
+            let [c, d, e, f] = u32::to_le_bytes(length);
+            ram.write_slice(&[a, b, 0, 0, c, d, e, f], entry)
+                .map_err(rings)?;
+            next = next.wrapping_add(1);
+            self.outstanding = self.outstanding.saturating_sub(1);
+        }
+        self.queue.set_next_used(next);
+        self.push_used(ram, last, last_bytes)
+    }
+
+    /// Whether the driver wants an interrupt for what was given back since the last call (2.7.7,
+    /// 2.7.10).
     ///
     /// # Errors
     /// [`QueueError`] when the rings cannot be read.
     pub fn wants_interrupt(&mut self, ram: &GuestRam) -> Result<bool, QueueError> {
-        if self.queue.event_idx_enabled() {
-            return self
-                .queue
-                .needs_notification(ram)
-                .map_err(QueueError::Rings);
-        }
-        // Everything given back must be visible before the flags are read.
+        // Everything given back must be visible before the driver's wish is read.
         std::sync::atomic::fence(Ordering::SeqCst);
-        let flags = ram.load::<u16>(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed);
-        let flags =
-            flags.map_err(|error| QueueError::Rings(virtio_queue::Error::GuestMemory(error)))?;
+        let ring = self.queue.avail_ring();
+        let old = std::mem::replace(&mut self.considered, self.queue.next_used());
+        if self.queue.event_idx_enabled() {
+            let at = ring + AVAILABLE_HEADER_BYTES + 2 * u64::from(self.queue.size());
+            let wished = ram
+                .load::<u16>(GuestAddress(at), Ordering::Relaxed)
+                .map_err(rings)?;
+            let new = self.considered;
+            let since_wish = new.wrapping_sub(u16::from_le(wished)).wrapping_sub(1);
+            return Ok(since_wish < new.wrapping_sub(old));
+        }
+        let flags = ram
+            .load::<u16>(GuestAddress(ring), Ordering::Relaxed)
+            .map_err(rings)?;
         Ok(u16::from_le(flags) & AVAILABLE_NO_INTERRUPT == 0)
     }
 
@@ -207,5 +245,11 @@ impl Virtqueue {
     }
 }
 
+fn rings(error: GuestMemoryError) -> QueueError {
+    QueueError::Rings(virtio_queue::Error::GuestMemory(error))
+}
+
+const AVAILABLE_HEADER_BYTES: u64 = 4;
+const USED_HEADER_BYTES: u64 = 4;
 /// `VIRTQ_AVAIL_F_NO_INTERRUPT` (2.7.7).
 const AVAILABLE_NO_INTERRUPT: u16 = 1;

@@ -1,7 +1,7 @@
 //! What the vCPU side and the device's thread share.
 
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::NO_VECTOR;
@@ -18,7 +18,8 @@ pub(crate) struct Shared {
     config_vector: AtomicU16,
     queue_vectors: Vec<AtomicU16>,
     needs_reset: AtomicBool,
-    driver_ok: AtomicBool,
+    /// 0 until the driver has taken the device into use.
+    negotiated: AtomicU64,
     config: Mutex<DeviceConfig>,
 }
 
@@ -47,7 +48,7 @@ impl Shared {
                 .map(|_| AtomicU16::new(NO_VECTOR))
                 .collect(),
             needs_reset: AtomicBool::new(false),
-            driver_ok: AtomicBool::new(false),
+            negotiated: AtomicU64::new(0),
             config: Mutex::new(DeviceConfig {
                 bytes: config,
                 generation: 0,
@@ -124,13 +125,13 @@ impl Shared {
         self.needs_reset.store(needs_reset, Ordering::Release);
     }
 
-    /// Whether the driver has taken the device into use.
-    pub(crate) fn driver_ok(&self) -> bool {
-        self.driver_ok.load(Ordering::Acquire)
+    /// The features that the driver chose; 0 until it has taken the device into use.
+    pub(crate) fn negotiated(&self) -> u64 {
+        self.negotiated.load(Ordering::Acquire)
     }
 
-    pub(crate) fn set_driver_ok(&self, driver_ok: bool) {
-        self.driver_ok.store(driver_ok, Ordering::Release);
+    pub(crate) fn set_negotiated(&self, features: u64) {
+        self.negotiated.store(features, Ordering::Release);
     }
 
     /// The device stops for good until it is reset: NEEDS_RESET, a configuration interrupt, and a
@@ -170,7 +171,7 @@ impl Shared {
 
     /// Back to before the driver came. The configuration stays.
     pub(crate) fn reset(&self) {
-        self.set_driver_ok(false);
+        self.set_negotiated(0);
         self.set_needs_reset(false);
         self.isr.store(0, Ordering::Release);
         self.config_vector.store(NO_VECTOR, Ordering::Release);

@@ -1,0 +1,140 @@
+//! How a network device is set up, and its configuration space (5.1.4).
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+/// An Ethernet address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct MacAddress(pub [u8; 6]);
+
+/// A network device.
+#[derive(Clone, Debug)]
+pub struct NetConfig {
+    /// Its name, unique in the machine, such as `net0`.
+    pub name: String,
+    /// The guest's address.
+    pub mac: MacAddress,
+    /// The largest packet that the network carries, if the guest is to be told.
+    pub mtu: Option<u16>,
+}
+
+/// A text that is no Ethernet address.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("not an Ethernet address: {text:?}; expected one such as 52:54:00:12:34:56")]
+pub struct ParseMacError {
+    text: String,
+}
+
+impl fmt::Display for MacAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [a, b, c, d, e, g] = self.0;
+        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
+    }
+}
+
+impl FromStr for MacAddress {
+    type Err = ParseMacError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let refused = || ParseMacError {
+            text: text.to_owned(),
+        };
+        let mut bytes = [0; 6];
+        let mut parts = text.split(':');
+        for byte in &mut bytes {
+            let part = parts
+                .next()
+                .filter(|part| part.len() == 2)
+                .ok_or_else(refused)?;
+            *byte = u8::from_str_radix(part, 16).map_err(|_| refused())?;
+        }
+        parts
+            .next()
+            .is_none()
+            .then_some(Self(bytes))
+            .ok_or_else(refused)
+    }
+}
+
+/// The configuration structure up to `mtu`.
+pub(super) fn config_space(config: &NetConfig) -> Vec<u8> {
+    let mut space = config.mac.0.to_vec();
+    space.extend(STATUS_LINK_UP.to_le_bytes());
+    // One queue pair.
+    space.extend(1_u16.to_le_bytes());
+    space.extend(config.mtu.unwrap_or(0).to_le_bytes());
+    space
+}
+
+/// Sets or clears a bit of the status field.
+pub(super) fn set_status(space: &mut [u8], bit: u16, on: bool) {
+    if let [_, _, _, _, _, _, low, high, ..] = space {
+        let status = u16::from_le_bytes([*low, *high]);
+        let status = if on { status | bit } else { status & !bit };
+        [*low, *high] = status.to_le_bytes();
+    }
+}
+
+/// The virtio device type (5).
+pub(super) const DEVICE_TYPE: u16 = 1;
+/// PCI class: network, Ethernet.
+pub(super) const CLASS: [u8; 3] = [0x02, 0, 0];
+pub(super) const QUEUE_SIZES: [u16; 3] = [256, 256, 64];
+pub(super) const RX: usize = 0;
+pub(super) const TX: usize = 1;
+pub(super) const CONTROL: usize = 2;
+/// `VIRTIO_NET_S_LINK_UP`
+pub(super) const STATUS_LINK_UP: u16 = 1;
+/// `VIRTIO_NET_S_ANNOUNCE`
+pub(super) const STATUS_ANNOUNCE: u16 = 2;
+/// `VIRTIO_NET_F_CSUM`
+pub(super) const F_CSUM: u64 = 1;
+/// `VIRTIO_NET_F_GUEST_CSUM`
+pub(super) const F_GUEST_CSUM: u64 = 1 << 1;
+/// `VIRTIO_NET_F_MTU`
+pub(super) const F_MTU: u64 = 1 << 3;
+/// `VIRTIO_NET_F_MAC`
+pub(super) const F_MAC: u64 = 1 << 5;
+/// `VIRTIO_NET_F_GUEST_TSO4`
+pub(super) const F_GUEST_TSO4: u64 = 1 << 7;
+/// `VIRTIO_NET_F_GUEST_TSO6`
+pub(super) const F_GUEST_TSO6: u64 = 1 << 8;
+/// `VIRTIO_NET_F_GUEST_ECN`
+pub(super) const F_GUEST_ECN: u64 = 1 << 9;
+/// `VIRTIO_NET_F_HOST_TSO4`
+pub(super) const F_HOST_TSO4: u64 = 1 << 11;
+/// `VIRTIO_NET_F_HOST_TSO6`
+pub(super) const F_HOST_TSO6: u64 = 1 << 12;
+/// `VIRTIO_NET_F_HOST_ECN`
+pub(super) const F_HOST_ECN: u64 = 1 << 13;
+/// `VIRTIO_NET_F_MRG_RXBUF`
+pub(super) const F_MRG_RXBUF: u64 = 1 << 15;
+/// `VIRTIO_NET_F_STATUS`
+pub(super) const F_STATUS: u64 = 1 << 16;
+/// `VIRTIO_NET_F_CTRL_VQ`
+pub(super) const F_CTRL_VQ: u64 = 1 << 17;
+/// `VIRTIO_NET_F_GUEST_ANNOUNCE`
+pub(super) const F_GUEST_ANNOUNCE: u64 = 1 << 21;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_reads_back_from_its_text() {
+        let mac: MacAddress = "52:54:00:12:34:5a".parse().unwrap();
+        assert_eq!(mac.to_string(), "52:54:00:12:34:5a");
+        for text in [
+            "",
+            "52:54:00:12:34",
+            "52:54:00:12:34:5a:00",
+            "5254:0:12:34:5a:1",
+            "zz:54:00:12:34:5a",
+        ] {
+            assert!(text.parse::<MacAddress>().is_err(), "{text}");
+        }
+    }
+}

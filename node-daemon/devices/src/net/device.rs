@@ -1,0 +1,128 @@
+//! The network device put together, and the handle with which its machine announces it.
+
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::announce::{LearnedAddresses, announcements};
+use super::config::{
+    CLASS, DEVICE_TYPE, F_CSUM, F_CTRL_VQ, F_GUEST_ANNOUNCE, F_GUEST_CSUM, F_GUEST_ECN,
+    F_GUEST_TSO4, F_GUEST_TSO6, F_HOST_ECN, F_HOST_TSO4, F_HOST_TSO6, F_MAC, F_MRG_RXBUF, F_MTU,
+    F_STATUS, MacAddress, NetConfig, QUEUE_SIZES, STATUS_ANNOUNCE, STATUS_LINK_UP, config_space,
+    set_status,
+};
+use super::metrics::NetMetrics;
+use super::queue_handler::NetHandler;
+use super::state::{KIND, VERSION};
+use super::tap::Tap;
+use crate::virtio::function::Model;
+use crate::virtio::shared::Shared;
+use crate::virtio::{DeviceContext, VirtioFunction};
+
+/// A network device, ready to be plugged in.
+#[derive(Debug)]
+pub struct NetDevice {
+    /// The function for the bus.
+    pub function: VirtioFunction,
+    /// What the machine does with it besides.
+    pub handle: NetHandle,
+    /// What it has done so far.
+    pub metrics: Arc<NetMetrics>,
+}
+
+/// What the machine does with a network device besides having it on the bus. Every method may be
+/// called from any thread, while the device runs or is paused.
+#[derive(Clone, Debug)]
+pub struct NetHandle {
+    mac: MacAddress,
+    tap: Arc<dyn Tap>,
+    learned: Arc<Mutex<LearnedAddresses>>,
+    shared: Arc<Shared>,
+}
+
+impl NetDevice {
+    /// Makes one on `tap` and starts its thread. The link is up.
+    ///
+    /// # Errors
+    /// When the hypervisor has no interrupts left, or the thread cannot be started.
+    pub fn new(config: &NetConfig, tap: Arc<dyn Tap>, context: DeviceContext) -> io::Result<Self> {
+        let metrics = Arc::new(NetMetrics::default());
+        let learned = Arc::new(Mutex::new(LearnedAddresses::default()));
+        let mtu = config.mtu.map_or(0, |_| F_MTU);
+        let model = Model {
+            name: config.name.clone(),
+            kind: KIND,
+            version: VERSION,
+            device_type: DEVICE_TYPE,
+            class: CLASS,
+            features: FEATURES | mtu,
+            queue_sizes: QUEUE_SIZES.to_vec(),
+            config: config_space(config),
+        };
+        let parts = (tap.clone(), learned.clone(), metrics.clone());
+        let function = VirtioFunction::new(model, context, |shared| {
+            let (tap, learned, metrics) = parts;
+            NetHandler::new(config.mac, tap, learned, shared.clone(), metrics)
+        })?;
+        let handle = NetHandle {
+            mac: config.mac,
+            tap,
+            learned,
+            shared: function.shared().clone(),
+        };
+        Ok(Self {
+            function,
+            handle,
+            metrics,
+        })
+    }
+}
+
+impl NetHandle {
+    /// Tells the network where the guest is: frames in the guest's name go out of the tap at once,
+    /// and a guest that can is asked to announce itself. To be called before the first guest packet
+    /// after a move, and a few times more, since frames may be lost. Returns the number of frames.
+    ///
+    /// # Errors
+    /// When the tap takes none.
+    pub fn announce(&self) -> io::Result<usize> {
+        let frames = announcements(self.mac, lock(&self.learned).as_slice());
+        for frame in &frames {
+            self.tap.send(frame)?;
+        }
+        if self.shared.negotiated() & F_GUEST_ANNOUNCE != 0 {
+            self.shared
+                .change_config(|space| set_status(space, STATUS_ANNOUNCE, true));
+            self.shared.signal_config();
+        }
+        Ok(frames.len())
+    }
+
+    /// Tells the guest whether its link is up. Frames pass in either case.
+    pub fn set_link(&self, up: bool) {
+        self.shared
+            .change_config(|space| set_status(space, STATUS_LINK_UP, up));
+        self.shared.signal_config();
+    }
+}
+
+/// A thread that panicked has been reported; what it left is still a list of addresses.
+pub(super) fn lock(learned: &Mutex<LearnedAddresses>) -> MutexGuard<'_, LearnedAddresses> {
+    learned.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+const FEATURES: u64 = F_CSUM
+    | F_GUEST_CSUM
+    | F_MAC
+    | F_GUEST_TSO4
+    | F_GUEST_TSO6
+    | F_GUEST_ECN
+    | F_HOST_TSO4
+    | F_HOST_TSO6
+    | F_HOST_ECN
+    | F_MRG_RXBUF
+    | F_STATUS
+    | F_CTRL_VQ
+    | F_GUEST_ANNOUNCE;
+
+#[cfg(test)]
+mod tests;

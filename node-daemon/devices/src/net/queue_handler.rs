@@ -1,0 +1,382 @@
+//! Carries frames between the queues and the tap, and answers the control queue.
+
+use std::io;
+use std::os::fd::RawFd;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use serde_json::Value;
+
+use super::announce::LearnedAddresses;
+use super::config::{
+    CONTROL, F_GUEST_CSUM, F_GUEST_ECN, F_GUEST_TSO4, F_GUEST_TSO6, F_MRG_RXBUF, MacAddress, RX,
+    STATUS_ANNOUNCE, STATUS_LINK_UP, TX, set_status,
+};
+use super::device::lock;
+use super::metrics::NetMetrics;
+use super::state::NetState;
+use super::tap::{HEADER_BYTES, TUN_F_CSUM, TUN_F_TSO_ECN, TUN_F_TSO4, TUN_F_TSO6, Tap};
+use crate::GuestRam;
+use crate::virtio::shared::Shared;
+use crate::virtio::worker::{Active, HandlerError, QueueHandler};
+use crate::virtio::{Chain, QueueError, Virtqueue};
+
+#[derive(Debug)]
+pub(super) struct NetHandler {
+    mac: MacAddress,
+    tap: Arc<dyn Tap>,
+    learned: Arc<Mutex<LearnedAddresses>>,
+    shared: Arc<Shared>,
+    metrics: Arc<NetMetrics>,
+    /// A received frame on its way to the guest, with its header.
+    frame: Vec<u8>,
+    /// How much of it is waiting for buffers.
+    held_bytes: Option<usize>,
+    /// The tap took no more frames.
+    send_blocked: bool,
+    /// The tap may hold more frames than were taken.
+    receive_backlog: bool,
+    /// The queue may hold more frames than were taken.
+    send_backlog: bool,
+}
+
+/// What became of a received frame.
+enum Delivery {
+    Done,
+    /// The guest has too few buffers now.
+    NoBuffers,
+    /// No buffers would do.
+    Dropped,
+}
+
+impl NetHandler {
+    pub(super) fn new(
+        mac: MacAddress,
+        tap: Arc<dyn Tap>,
+        learned: Arc<Mutex<LearnedAddresses>>,
+        shared: Arc<Shared>,
+        metrics: Arc<NetMetrics>,
+    ) -> Self {
+        Self {
+            mac,
+            tap,
+            learned,
+            shared,
+            metrics,
+            frame: vec![0; FRAME_BYTES_MAX],
+            held_bytes: None,
+            send_blocked: false,
+            receive_backlog: false,
+            send_backlog: false,
+        }
+    }
+
+    /// Gives received frames to the guest while it has buffers.
+    fn receive(&mut self, active: &mut Active) -> Result<(), HandlerError> {
+        let failed = HandlerError::in_queue(RX);
+        let merge = active.features & F_MRG_RXBUF != 0;
+        let Some(Some(queue)) = active.queues.get_mut(RX) else {
+            return Ok(());
+        };
+        let ram = &active.ram;
+        self.receive_backlog = false;
+        queue.disable_notification(ram).map_err(&failed)?;
+        let mut count = 0;
+        loop {
+            let Some(length) = self.next_frame() else {
+                break;
+            };
+            match deliver(queue, ram, &mut self.frame[..length], merge).map_err(&failed)? {
+                Delivery::Done => self.metrics.received(length - HEADER_BYTES),
+                Delivery::Dropped => self.metrics.receive_dropped(),
+                Delivery::NoBuffers => {
+                    self.held_bytes = Some(length);
+                    // Buffers that came just now are not notified.
+                    if queue.enable_notification(ram).map_err(&failed)? && count < BATCH_MAX {
+                        count += 1;
+                        continue;
+                    }
+                    break;
+                }
+            }
+            count += 1;
+            if count >= BATCH_MAX {
+                self.receive_backlog = true;
+                break;
+            }
+        }
+        if count > 0 && queue.wants_interrupt(ram).map_err(&failed)? {
+            self.shared.signal_queue(RX);
+        }
+        Ok(())
+    }
+
+    /// The length of the frame in `self.frame`: the held one, or the tap's next.
+    fn next_frame(&mut self) -> Option<usize> {
+        if let Some(length) = self.held_bytes.take() {
+            return Some(length);
+        }
+        loop {
+            match self.tap.receive(&mut self.frame) {
+                Ok(length) if length > HEADER_BYTES => return Some(length),
+                Ok(_) => self.metrics.receive_dropped(),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => {
+                    if error.kind() != io::ErrorKind::WouldBlock {
+                        // A tap that is down says so; it wakes us when it is up again.
+                        tracing::debug!(device = %self.shared, %error, "tap not readable");
+                    }
+                    return None;
+                }
+            }
+        }
+    }
+
+    /// Sends the frames that the guest has queued.
+    fn send(&mut self, active: &mut Active) -> Result<(), HandlerError> {
+        let failed = HandlerError::in_queue(TX);
+        let Some(Some(queue)) = active.queues.get_mut(TX) else {
+            return Ok(());
+        };
+        let ram = &active.ram;
+        self.send_blocked = false;
+        let mut used = false;
+        self.send_backlog = true;
+        for _ in 0..BATCH_MAX {
+            queue.disable_notification(ram).map_err(&failed)?;
+            let Some(chain) = queue.pop(ram).map_err(&failed)? else {
+                if queue.enable_notification(ram).map_err(&failed)? {
+                    continue;
+                }
+                self.send_backlog = false;
+                break;
+            };
+            if !self.send_frame(ram, &chain) {
+                queue.undo_pop();
+                self.send_blocked = true;
+                self.send_backlog = false;
+                break;
+            }
+            queue.push_used(ram, chain.head, 0).map_err(&failed)?;
+            used = true;
+        }
+        if used && queue.wants_interrupt(ram).map_err(&failed)? {
+            self.shared.signal_queue(TX);
+        }
+        Ok(())
+    }
+
+    /// `false` when the tap is full and the frame must be sent again later.
+    fn send_frame(&self, ram: &GuestRam, chain: &Chain) -> bool {
+        let length = chain.readable.length_bytes();
+        if length <= HEADER_BYTES || length > FRAME_BYTES_MAX {
+            self.metrics.send_dropped();
+            return true;
+        }
+        let mut frame = vec![0; length];
+        chain.readable.read(ram, &mut frame);
+        match self.tap.send(&frame) {
+            Ok(()) => {
+                lock(&self.learned).observe(self.mac, &frame[HEADER_BYTES..]);
+                self.metrics.sent(length - HEADER_BYTES);
+                true
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => false,
+            Err(error) => {
+                tracing::debug!(device = %self.shared, %error, "frame refused by the tap");
+                self.metrics.send_dropped();
+                true
+            }
+        }
+    }
+
+    /// Answers the control queue (5.1.6.5). Only announcements can be acknowledged.
+    fn control(&self, active: &mut Active) -> Result<(), HandlerError> {
+        let failed = HandlerError::in_queue(CONTROL);
+        let Some(Some(queue)) = active.queues.get_mut(CONTROL) else {
+            return Ok(());
+        };
+        let ram = &active.ram;
+        let mut used = false;
+        loop {
+            while let Some(mut chain) = queue.pop(ram).map_err(&failed)? {
+                let ack = chain.writable.take_back(1);
+                let ack = ack.ok_or_else(|| failed(QueueError::Request("no room for a status")))?;
+                let mut command = [0xFF; 2];
+                chain.readable.read(ram, &mut command);
+                let answer = if command == ANNOUNCE_ACK {
+                    self.shared
+                        .change_config(|space| set_status(space, STATUS_ANNOUNCE, false));
+                    CONTROL_OK
+                } else {
+                    CONTROL_ERROR
+                };
+                ack.write(ram, &[answer]);
+                queue.push_used(ram, chain.head, 1).map_err(&failed)?;
+                used = true;
+            }
+            if !queue.enable_notification(ram).map_err(&failed)? {
+                break;
+            }
+        }
+        if used && queue.wants_interrupt(ram).map_err(&failed)? {
+            self.shared.signal_queue(CONTROL);
+        }
+        Ok(())
+    }
+
+    fn set_offloads(&self, features: u64) {
+        let flags = [
+            (F_GUEST_CSUM, TUN_F_CSUM),
+            (F_GUEST_TSO4, TUN_F_TSO4),
+            (F_GUEST_TSO6, TUN_F_TSO6),
+            (F_GUEST_ECN, TUN_F_TSO_ECN),
+        ];
+        let chosen = flags.iter().filter(|(feature, _)| features & feature != 0);
+        let flags = chosen.fold(0, |flags, (_, flag)| flags | flag);
+        if let Err(error) = self.tap.set_offloads(flags) {
+            // Frames then come unmerged, which every guest can take.
+            tracing::warn!(device = %self.shared, %error, "offloads not set");
+        }
+    }
+}
+
+impl QueueHandler for NetHandler {
+    fn watched(&self) -> Vec<RawFd> {
+        vec![self.tap.raw_fd()]
+    }
+
+    fn start(&mut self, active: &mut Active) -> Result<(), HandlerError> {
+        self.set_offloads(active.features);
+        self.control(active)?;
+        self.send(active)?;
+        self.receive(active)
+    }
+
+    fn queue_notified(&mut self, active: &mut Active, queue: usize) -> Result<(), HandlerError> {
+        match queue {
+            RX => self.receive(active),
+            TX => self.send(active),
+            _ => self.control(active),
+        }
+    }
+
+    fn fd_ready(&mut self, active: &mut Active, _index: usize) -> Result<(), HandlerError> {
+        if self.send_blocked {
+            self.send(active)?;
+        }
+        self.receive(active)
+    }
+
+    fn tick_after(&self) -> Option<Duration> {
+        if self.receive_backlog || self.send_backlog {
+            Some(Duration::ZERO)
+        } else {
+            self.send_blocked.then_some(SEND_RETRY)
+        }
+    }
+
+    fn tick(&mut self, active: &mut Active) -> Result<(), HandlerError> {
+        self.send(active)?;
+        self.receive(active)
+    }
+
+    fn quiesce(&mut self, _active: &mut Active) -> Result<(), HandlerError> {
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        self.held_bytes = None;
+        self.send_blocked = false;
+        self.receive_backlog = false;
+        self.send_backlog = false;
+        self.shared
+            .change_config(|space| set_status(space, STATUS_ANNOUNCE, false));
+    }
+
+    fn save(&self) -> Value {
+        let mut status = [0; 2];
+        self.shared.config_read(STATUS_AT, &mut status);
+        NetState {
+            mac: self.mac,
+            status: u16::from_le_bytes(status),
+            addresses: lock(&self.learned).as_slice().to_vec(),
+        }
+        .to_value()
+    }
+
+    fn restore(&mut self, _active: Option<&mut Active>, state: &Value) -> Result<(), String> {
+        let state = NetState::from_value(state)?;
+        if state.mac != self.mac {
+            return Err(format!("address {} saved, {} here", state.mac, self.mac));
+        }
+        self.shared.change_config(|space| {
+            for bit in [STATUS_LINK_UP, STATUS_ANNOUNCE] {
+                set_status(space, bit, state.status & bit != 0);
+            }
+        });
+        *lock(&self.learned) = LearnedAddresses::new(state.addresses);
+        Ok(())
+    }
+}
+
+/// Puts a frame into the guest's buffers: one, or several where the driver can merge them
+/// (5.1.6.4). Fills in the number of buffers.
+fn deliver(
+    queue: &mut Virtqueue,
+    ram: &GuestRam,
+    frame: &mut [u8],
+    merge: bool,
+) -> Result<Delivery, QueueError> {
+    let chains_max = if merge { MERGED_MAX } else { 1 };
+    let mut chains: Vec<Chain> = Vec::new();
+    let mut room = 0;
+    let mut exhausted = false;
+    while room < frame.len() && chains.len() < chains_max && !exhausted {
+        match queue.pop(ram)? {
+            Some(chain) => {
+                room += chain.writable.length_bytes();
+                chains.push(chain);
+            }
+            None => exhausted = true,
+        }
+    }
+    if room < frame.len() {
+        for _ in &chains {
+            queue.undo_pop();
+        }
+        return Ok(if exhausted {
+            Delivery::NoBuffers
+        } else {
+            Delivery::Dropped
+        });
+    }
+    let count = u16::try_from(chains.len()).unwrap_or(u16::MAX);
+    frame[BUFFER_COUNT_AT..HEADER_BYTES].copy_from_slice(&count.to_le_bytes());
+    let mut done = 0;
+    let mut used = Vec::with_capacity(chains.len());
+    for chain in chains {
+        let written = chain.writable.write(ram, &frame[done..]);
+        used.push((chain.head, written));
+        done += written;
+    }
+    queue.push_used_together(ram, &used)?;
+    Ok(Delivery::Done)
+}
+
+/// The largest frame: a merged TCP segment with Ethernet, VLAN and virtio-net header.
+const FRAME_BYTES_MAX: usize = 65535 + 18 + HEADER_BYTES;
+/// Frames carried before the thread listens to others again.
+const BATCH_MAX: usize = 256;
+/// Buffers that one frame may take: the largest frame in buffers of one MTU, and some.
+const MERGED_MAX: usize = 64;
+/// How long to wait for a full tap when it does not tell.
+const SEND_RETRY: Duration = Duration::from_millis(5);
+/// `num_buffers` in the virtio-net header.
+const BUFFER_COUNT_AT: usize = 10;
+/// The status field of the configuration.
+const STATUS_AT: u64 = 6;
+/// `VIRTIO_NET_CTRL_ANNOUNCE`, `VIRTIO_NET_CTRL_ANNOUNCE_ACK`
+const ANNOUNCE_ACK: [u8; 2] = [3, 0];
+const CONTROL_OK: u8 = 0;
+const CONTROL_ERROR: u8 = 1;

@@ -1,0 +1,186 @@
+//! The host's end of a network device: a tap, whose frames carry the virtio-net header.
+
+use std::fmt;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+
+/// A source and sink of frames. Each carries a virtio-net header of 12 bytes (5.1.6) in front.
+pub trait Tap: Send + Sync + fmt::Debug {
+    /// What becomes readable and writable.
+    fn raw_fd(&self) -> RawFd;
+
+    /// Takes the next frame that the network sent to the guest.
+    ///
+    /// # Errors
+    /// `WouldBlock` when there is none; anything else when the tap is broken or down.
+    fn receive(&self, frame: &mut [u8]) -> io::Result<usize>;
+
+    /// Sends a frame as the guest would.
+    ///
+    /// # Errors
+    /// `WouldBlock` when the tap is full; anything else when it refuses the frame.
+    fn send(&self, frame: &[u8]) -> io::Result<()>;
+
+    /// Says what the guest can take: a combination of the `TUN_F_` flags.
+    ///
+    /// # Errors
+    /// When the tap cannot do that.
+    fn set_offloads(&self, flags: u32) -> io::Result<()>;
+}
+
+/// A tap device of the kernel.
+#[derive(Debug)]
+pub struct TapFd(File);
+
+impl TapFd {
+    /// Takes a tap that was opened and attached elsewhere, with `IFF_TAP | IFF_NO_PI |
+    /// IFF_VNET_HDR`.
+    ///
+    /// # Errors
+    /// When it is no such tap.
+    pub fn from_fd(fd: OwnedFd) -> io::Result<Self> {
+        let tap = Self(fd.into());
+        let (_, flags) = sys::interface(&tap.0)?;
+        let wanted = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR;
+        if flags & wanted != wanted {
+            let text = format!("not a tap with virtio-net headers: flags {flags:#x}");
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
+        }
+        tap.prepared()
+    }
+
+    /// Opens the tap interface `name` of this thread's network namespace; makes it if it does not
+    /// exist. It vanishes with this value unless it was made persistent.
+    ///
+    /// # Errors
+    /// When the kernel refuses it.
+    pub fn open(name: &str) -> io::Result<Self> {
+        let options = File::options()
+            .read(true)
+            .write(true)
+            .open("/dev/net/tun")?;
+        sys::attach(&options, name, IFF_TAP | IFF_NO_PI | IFF_VNET_HDR)?;
+        Self(options).prepared()
+    }
+
+    fn prepared(self) -> io::Result<Self> {
+        let flags = rustix::fs::fcntl_getfl(&self.0)?;
+        rustix::fs::fcntl_setfl(&self.0, flags | rustix::fs::OFlags::NONBLOCK)?;
+        sys::set_header_bytes(&self.0, HEADER_BYTES_INT)?;
+        Ok(self)
+    }
+}
+
+impl Tap for TapFd {
+    fn raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+
+    fn receive(&self, frame: &mut [u8]) -> io::Result<usize> {
+        (&self.0).read(frame)
+    }
+
+    fn send(&self, frame: &[u8]) -> io::Result<()> {
+        let sent = (&self.0).write(frame)?;
+        if sent == frame.len() {
+            Ok(())
+        } else {
+            Err(io::ErrorKind::WriteZero.into())
+        }
+    }
+
+    fn set_offloads(&self, flags: u32) -> io::Result<()> {
+        sys::set_offloads(&self.0, flags)
+    }
+}
+
+/// The ioctls of the tun driver, for which no wrapper exists.
+mod sys {
+    #![expect(unsafe_code, reason = "ioctl takes raw addresses")]
+
+    use std::fs::File;
+    use std::io;
+    use std::os::fd::AsRawFd;
+
+    /// `struct ifreq` as the tun driver uses it.
+    #[repr(C)]
+    #[derive(Default)]
+    struct InterfaceRequest {
+        name: [u8; 16],
+        flags: u16,
+        rest: [u8; 22],
+    }
+
+    pub(super) fn attach(tap: &File, name: &str, flags: u16) -> io::Result<()> {
+        let mut request = InterfaceRequest {
+            flags,
+            ..InterfaceRequest::default()
+        };
+        // The last byte stays zero: the name's end.
+        if name.len() >= request.name.len() {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "interface name too long",
+            ));
+        }
+        request.name[..name.len()].copy_from_slice(name.as_bytes());
+        // SAFETY: TUNSETIFF reads and writes one `ifreq`, which `request` is laid out as (40
+        // bytes, asserted below) and which outlives the call.
+        let result = unsafe { libc::ioctl(tap.as_raw_fd(), TUNSETIFF, &raw mut request) };
+        check(result)
+    }
+
+    /// The interface's name and flags.
+    pub(super) fn interface(tap: &File) -> io::Result<([u8; 16], u16)> {
+        let mut request = InterfaceRequest::default();
+        // SAFETY: TUNGETIFF writes one `ifreq`, which `request` is laid out as and which outlives
+        // the call.
+        let result = unsafe { libc::ioctl(tap.as_raw_fd(), TUNGETIFF, &raw mut request) };
+        check(result)?;
+        Ok((request.name, request.flags))
+    }
+
+    pub(super) fn set_header_bytes(tap: &File, bytes: libc::c_int) -> io::Result<()> {
+        // SAFETY: TUNSETVNETHDRSZ reads one int, which outlives the call.
+        check(unsafe { libc::ioctl(tap.as_raw_fd(), TUNSETVNETHDRSZ, &raw const bytes) })
+    }
+
+    pub(super) fn set_offloads(tap: &File, flags: u32) -> io::Result<()> {
+        // SAFETY: TUNSETOFFLOAD takes its argument by value and touches no memory of ours.
+        check(unsafe { libc::ioctl(tap.as_raw_fd(), TUNSETOFFLOAD, libc::c_ulong::from(flags)) })
+    }
+
+    fn check(result: libc::c_int) -> io::Result<()> {
+        if result < 0 {
+            Err(io::Error::last_os_error())
+        } else {
+            Ok(())
+        }
+    }
+
+    const _: () = assert!(size_of::<InterfaceRequest>() == size_of::<libc::ifreq>());
+    /// `_IOW('T', 202, int)`
+    const TUNSETIFF: libc::c_ulong = 0x4004_54CA;
+    /// `_IOW('T', 208, unsigned int)`
+    const TUNSETOFFLOAD: libc::c_ulong = 0x4004_54D0;
+    /// `_IOR('T', 210, unsigned int)`
+    const TUNGETIFF: libc::c_ulong = 0x8004_54D2;
+    /// `_IOW('T', 216, int)`
+    const TUNSETVNETHDRSZ: libc::c_ulong = 0x4004_54D8;
+}
+
+/// The virtio-net header, with `num_buffers` (5.1.6, always there in virtio 1).
+pub(super) const HEADER_BYTES: usize = 12;
+const HEADER_BYTES_INT: libc::c_int = 12;
+const IFF_TAP: u16 = 0x0002;
+const IFF_NO_PI: u16 = 0x1000;
+const IFF_VNET_HDR: u16 = 0x4000;
+/// `TUN_F_CSUM`
+pub(super) const TUN_F_CSUM: u32 = 1;
+/// `TUN_F_TSO4`
+pub(super) const TUN_F_TSO4: u32 = 2;
+/// `TUN_F_TSO6`
+pub(super) const TUN_F_TSO6: u32 = 4;
+/// `TUN_F_TSO_ECN`
+pub(super) const TUN_F_TSO_ECN: u32 = 8;

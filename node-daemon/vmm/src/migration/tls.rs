@@ -13,7 +13,7 @@ const NODE_NAME: &str = "node.bascule.dev";
 
 /// Why there is no TLS identity.
 #[derive(Debug, thiserror::Error)]
-pub enum TlsError {
+pub(super) enum TlsError {
     /// A file is missing or not what it should be.
     #[error("cannot read {path}")]
     File {

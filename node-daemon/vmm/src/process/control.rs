@@ -7,10 +7,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use bascule_ipc::vm::Request;
+use bascule_ipc::vm::{Request, Response};
 use bascule_ipc::{Connection, IpcError, Kind};
 
-use super::owner::OwnerHandle;
+use super::owner::{Owner, OwnerHandle};
 use super::report::RunDir;
 
 /// Connections at a time: `bascule-node`, a person, and those of a daemon that died without notice.
@@ -80,11 +80,16 @@ fn serve(stream: UnixStream, owner: &OwnerHandle) -> Result<(), IpcError> {
         connection.set_timeout(None)?;
         let (request, _) = connection.recv::<Request>()?;
         tracing::debug!(?request, "asked");
+        let exit = request == Request::Exit;
         let Ok((response, fds)) = owner.call(move |owner| owner.request(request)) else {
             return Ok(());
         };
         connection.set_timeout(Some(STEP_TIMEOUT))?;
         let borrowed: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
         connection.send(&response, &borrowed)?;
+        // Only now, so that the asker gets its answer.
+        if exit && response == Response::Accepted && owner.call(Owner::exit).is_err() {
+            return Ok(());
+        }
     }
 }

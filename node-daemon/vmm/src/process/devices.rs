@@ -10,6 +10,7 @@ use std::sync::Arc;
 use anyhow::{Context as _, ensure};
 use bascule_devices::blk::{BlkConfig, BlkDevice, BlkMetrics};
 use bascule_devices::disk::{AlwaysOpen, Disk, VolumeGate, WriteGate};
+use bascule_devices::net::{MacAddress, NetConfig, NetDevice, NetHandle, TapFd};
 use bascule_devices::rng::{RngConfig, RngDevice};
 use bascule_ipc::vm::{DiskConfig, DiskSource, VmConfig};
 use bascule_types::{Bytes, Lba};
@@ -26,12 +27,23 @@ const DISK_QUEUES_MAX: u16 = 4;
 pub(crate) struct Devices {
     /// Each disk's counters, in order.
     pub(crate) disks: Vec<Arc<BlkMetrics>>,
+    /// Each interface, in order.
+    pub(crate) interfaces: Vec<NetHandle>,
 }
 
 impl Devices {
     /// Whether some disk's writes wait for the gate.
     pub(crate) fn io_stalled(&self) -> bool {
         self.disks.iter().any(|disk| disk.counts().stalled)
+    }
+
+    /// Tells the network once where the guest is, on every interface, even when some fail.
+    ///
+    /// # Errors
+    /// The last interface's that failed.
+    pub(crate) fn announce(&self) -> io::Result<()> {
+        let announced = self.interfaces.iter().map(|nic| nic.announce().map(drop));
+        announced.fold(Ok(()), |before, this| this.and(before))
     }
 }
 
@@ -60,7 +72,19 @@ pub(super) fn add(
         builder.add_device(Box::new(device.function))?;
         devices.disks.push(device.metrics);
     }
-    ensure!(config.interfaces.is_empty(), "no interfaces yet");
+    for (index, interface) in config.interfaces.iter().enumerate() {
+        let settings = NetConfig {
+            name: format!("net{index}"),
+            mac: MacAddress(interface.mac),
+            mtu: None,
+        };
+        let tap = TapFd::open(&interface.tap)
+            .with_context(|| format!("interfaces: open tap {:?}", interface.tap))?;
+        let device = NetDevice::new(&settings, Arc::new(tap), builder.device_context())
+            .context(settings.name)?;
+        builder.add_device(Box::new(device.function))?;
+        devices.interfaces.push(device.handle);
+    }
     Ok(devices)
 }
 

@@ -221,6 +221,11 @@ impl Owner {
         }
     }
 
+    /// Ends the process after the present event.
+    pub(crate) const fn exit(&mut self) {
+        self.exit = true;
+    }
+
     /// A guest that ended by itself while it ran is stopped. One that did so in the instant in which
     /// it was paused for another reason is found stopped when it is resumed.
     fn notice_guest_stop(&mut self) {

@@ -37,11 +37,13 @@ impl Owner {
             Request::Stop => self.stop_requested(),
             Request::Pause => self.pause(),
             Request::Resume => self.resume_requested(),
-            Request::Exit => self.exit_requested(),
+            Request::Announce => self.announce(),
+            Request::Exit => self.may_exit(),
             Request::MigrateLive { .. }
             | Request::MigrateQuick { .. }
-            | Request::CancelMigration { .. }
-            | Request::Announce => Err(anyhow::anyhow!("this process does not migrate")),
+            | Request::CancelMigration { .. } => {
+                Err(anyhow::anyhow!("this process does not migrate"))
+            }
         };
         let response = done.map_or_else(|error| refused(&error), |()| Response::Accepted);
         (response, Vec::new())
@@ -50,6 +52,11 @@ impl Owner {
     fn press_power_button(&self) -> anyhow::Result<()> {
         let machine = self.running()?;
         machine.press_power_button().context("raise the interrupt")
+    }
+
+    fn announce(&self) -> anyhow::Result<()> {
+        self.running()?;
+        self.devices.announce().context("announce")
     }
 
     fn running(&self) -> anyhow::Result<MachineHandle> {
@@ -75,14 +82,14 @@ impl Owner {
         self.resume()
     }
 
-    fn exit_requested(&mut self) -> anyhow::Result<()> {
+    /// [`Owner::exit`] follows when the asker has its answer.
+    fn may_exit(&mut self) -> anyhow::Result<()> {
         match self.phase {
             Phase::Stopped(_) | Phase::Departed => {}
             // Never ran here: nothing is lost.
             Phase::Incoming(_) => self.stop(StopReason::Requested),
             _ => anyhow::bail!("the guest is {}", self.phase_name()),
         }
-        self.exit = true;
         Ok(())
     }
 

@@ -1,0 +1,301 @@
+//! `bascule-vm` as `bascule-node` uses it: a configuration file, and requests over `vm.sock`.
+
+#[path = "../src/testing/guests.rs"]
+mod guests;
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use bascule_ipc::vm::{
+    Boot, DiskConfig, DiskSource, ImageSource, Request, Response, StartMode, StopReason, VmConfig,
+    VmState, VmStatus,
+};
+use bascule_ipc::{Connection, Kind};
+use bascule_types::{Bytes, VmUid};
+use tempfile::TempDir;
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+struct TestProcess {
+    child: Child,
+    control: Connection,
+    dir: TempDir,
+}
+
+impl Drop for TestProcess {
+    fn drop(&mut self) {
+        if self.child.try_wait().unwrap().is_none() {
+            self.child.kill().unwrap();
+            self.child.wait().unwrap();
+        }
+    }
+}
+
+fn config(dir: &TempDir, code: &[u8]) -> VmConfig {
+    let path = dir.path().join("kernel");
+    std::fs::write(&path, guests::elf(code)).unwrap();
+    VmConfig {
+        version: VmConfig::VERSION,
+        uid: VmUid::random(),
+        name: "default/test".to_owned(),
+        cpus: 1,
+        memory: Bytes::mib(16),
+        boot: Boot {
+            kernel: ImageSource::File { path },
+            initrd: None,
+            cmdline: String::new(),
+        },
+        disks: Vec::new(),
+        interfaces: Vec::new(),
+        home: None,
+        start: StartMode::Boot,
+        tls_dir: None,
+    }
+}
+
+impl TestProcess {
+    fn running(code: &[u8]) -> Self {
+        let dir = TempDir::new().unwrap();
+        let config = config(&dir, code);
+        Self::start(dir, &config)
+    }
+
+    fn start(dir: TempDir, config: &VmConfig) -> Self {
+        let path = dir.path().join("config.json");
+        std::fs::write(&path, serde_json::to_vec(config).unwrap()).unwrap();
+        let mut child = Command::new(env!("CARGO_BIN_EXE_bascule-vm"))
+            .arg("--config")
+            .arg(&path)
+            .stdin(Stdio::null())
+            .spawn()
+            .unwrap();
+        let socket = dir.path().join("vm.sock");
+        let deadline = Instant::now() + PATIENCE;
+        let control = loop {
+            match Connection::connect(&socket, PATIENCE) {
+                Ok(control) => break control,
+                Err(error) => assert!(
+                    Instant::now() < deadline && error.kind() == Kind::Gone,
+                    "no vm.sock: {error}; process: {:?}",
+                    child.try_wait()
+                ),
+            }
+            std::thread::yield_now();
+        };
+        Self {
+            child,
+            control,
+            dir,
+        }
+    }
+
+    fn ask(&mut self, request: &Request) -> Response {
+        self.control.call(request).unwrap().0
+    }
+
+    fn accepted(&mut self, request: &Request) {
+        assert_eq!(self.ask(request), Response::Accepted);
+    }
+
+    fn refused(&mut self, request: &Request) -> String {
+        match self.ask(request) {
+            Response::Refused { reason } => reason,
+            other => panic!("not refused: {other:?}"),
+        }
+    }
+
+    fn status(&mut self) -> VmStatus {
+        match self.ask(&Request::Status) {
+            Response::Status(status) => *status,
+            other => panic!("no status: {other:?}"),
+        }
+    }
+
+    fn await_stopped(&mut self) -> StopReason {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let status = self.status();
+            if let VmState::Stopped(reason) = status.state {
+                return reason;
+            }
+            assert!(Instant::now() < deadline, "still {:?}", status.state);
+        }
+    }
+
+    fn console_log(&self) -> Vec<u8> {
+        std::fs::read(self.dir.path().join("console.log")).unwrap()
+    }
+
+    fn await_console(&self, count: usize) {
+        let deadline = Instant::now() + PATIENCE;
+        while self.console_log().len() < count {
+            assert!(Instant::now() < deadline, "no {count} bytes on the console");
+            std::thread::yield_now();
+        }
+    }
+
+    fn exits(mut self) {
+        self.accepted(&Request::Exit);
+        assert!(self.child.wait().unwrap().success());
+    }
+}
+
+fn kvm_or_skip() -> bool {
+    let present = std::path::Path::new("/dev/kvm").exists();
+    assert!(
+        present || std::env::var_os("CI").is_none(),
+        "/dev/kvm is missing"
+    );
+    if !present {
+        println!("skipped: /dev/kvm is missing");
+    }
+    present
+}
+
+#[test]
+fn a_guest_runs_is_paused_resumed_and_stopped_over_the_control_socket() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let mut vm = TestProcess::running(guests::COUNTER);
+    assert_eq!(vm.status().state, VmState::Running);
+    vm.await_console(50);
+    vm.accepted(&Request::Pause);
+    assert_eq!(vm.status().state, VmState::Paused);
+    let standing = vm.console_log().len();
+    assert_eq!(vm.refused(&Request::Pause), "the guest is paused");
+    assert_eq!(vm.refused(&Request::Exit), "the guest is paused");
+    assert_eq!(vm.console_log().len(), standing);
+    vm.accepted(&Request::Resume);
+    vm.await_console(standing + 50);
+    vm.accepted(&Request::Stop);
+    assert_eq!(vm.await_stopped(), StopReason::Requested);
+    let state = std::fs::read_to_string(vm.dir.path().join("state.json")).unwrap();
+    assert!(state.contains("\"Requested\""), "{state}");
+    vm.exits();
+}
+
+#[test]
+fn a_guest_that_switches_itself_off_leaves_its_reason_until_it_is_collected() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let mut vm = TestProcess::running(guests::POWER_OFF);
+    assert_eq!(vm.await_stopped(), StopReason::GuestShutdown);
+    assert_eq!(vm.refused(&Request::PowerButton), "the guest is stopped");
+    vm.exits();
+    let mut vm = TestProcess::running(guests::RESET);
+    assert_eq!(vm.await_stopped(), StopReason::GuestReset);
+    vm.exits();
+    let mut vm = TestProcess::running(guests::TRIPLE_FAULT);
+    let what = "triple fault".to_owned();
+    assert_eq!(vm.await_stopped(), StopReason::GuestFault { what });
+    vm.exits();
+}
+
+#[test]
+fn the_power_button_is_pressed_over_the_control_socket() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let mut vm = TestProcess::running(guests::AWAIT_BUTTON);
+    vm.accepted(&Request::PowerButton);
+    assert_eq!(vm.await_stopped(), StopReason::GuestShutdown);
+    vm.exits();
+}
+
+#[test]
+fn the_console_is_a_stream_in_both_directions_and_a_later_one_takes_over() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let mut vm = TestProcess::running(guests::ECHO);
+    let mut attach = || {
+        let (response, fds): (Response, _) = vm.control.call(&Request::Console).unwrap();
+        assert_eq!(response, Response::Accepted);
+        UnixStream::from(fds.into_iter().next().unwrap())
+    };
+    let mut first = attach();
+    first.write_all(b"hello").unwrap();
+    let mut echoed = [0; 5];
+    first.read_exact(&mut echoed).unwrap();
+    assert_eq!(&echoed, b"hello");
+    let mut second = attach();
+    second.write_all(b"!").unwrap();
+    let mut seen = [0; 6];
+    second.read_exact(&mut seen).unwrap();
+    assert_eq!(&seen, b"hello!", "the past, then the present");
+}
+
+#[test]
+fn a_guest_outlives_every_control_connection_and_garbage_on_the_socket() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let mut vm = TestProcess::running(guests::COUNTER);
+    let socket = vm.dir.path().join("vm.sock");
+    for garbage in [
+        b"\xFF\xFF\xFF\xFF".as_slice(),
+        b"\x02\0\0\0{]",
+        b"",
+        b"\x01",
+    ] {
+        let mut stream = UnixStream::connect(&socket).unwrap();
+        stream.write_all(garbage).unwrap();
+    }
+    vm.control = Connection::connect(&socket, PATIENCE).unwrap();
+    assert_eq!(vm.status().state, VmState::Running);
+    let printed = vm.console_log().len();
+    vm.await_console(printed + 50);
+    assert_eq!(vm.refused(&Request::Exit), "the guest is running");
+}
+
+#[test]
+fn what_cannot_be_built_is_told_by_name_and_the_process_stays_to_tell() {
+    if !kvm_or_skip() {
+        return;
+    }
+    type Spoil = fn(&mut VmConfig);
+    let cases: [(Spoil, &str); 5] = [
+        (|config| config.cpus = 0, "cpus: 0"),
+        (|config| config.memory = Bytes(u64::MAX), "memory: "),
+        (
+            |config| {
+                config.boot.kernel = ImageSource::File {
+                    path: "/nowhere".into(),
+                }
+            },
+            "boot.kernel: open /nowhere",
+        ),
+        (
+            |config| config.boot.cmdline = "x".repeat(4096),
+            "boot.cmdline: ",
+        ),
+        (
+            |config| {
+                let source = DiskSource::File {
+                    path: "/nowhere".into(),
+                    read_only: false,
+                };
+                config.disks.push(DiskConfig {
+                    name: "data".into(),
+                    source,
+                });
+            },
+            "disks: \"data\": open /nowhere",
+        ),
+    ];
+    for (spoil, expected) in cases {
+        let dir = TempDir::new().unwrap();
+        let mut config = config(&dir, guests::COUNTER);
+        spoil(&mut config);
+        let mut vm = TestProcess::start(dir, &config);
+        match vm.await_stopped() {
+            StopReason::Failed { what } => assert!(what.starts_with(expected), "{what}"),
+            other => panic!("{other:?}"),
+        }
+        vm.exits();
+    }
+}

@@ -32,6 +32,8 @@ pub struct TestCluster {
 #[derive(Debug)]
 pub struct TestNode {
     name: String,
+    uid: NodeUid,
+    index: u16,
     run_dir: PathBuf,
     tls_dir: PathBuf,
     volume: Child,
@@ -66,18 +68,22 @@ impl TestCluster {
         format.args([
             "--cluster",
             &cluster.to_string(),
-            "--node-uid",
+            "--first-node",
             &first.to_string(),
         ]);
-        format.args(["--fencing", "lease-only", "--json"]);
-        format.args(["--create-size", &Bytes::mib(volume_mib).0.to_string()]);
+        format.args([
+            "--fencing",
+            "lease-only",
+            "--create",
+            &volume_mib.to_string(),
+        ]);
         let output = format.output().context("run bascule-volume format")?;
         let said = String::from_utf8_lossy(&output.stderr);
         ensure!(
             output.status.success(),
             "bascule-volume format fails: {said}"
         );
-        let node = this.start_node("node0", first, 0)?;
+        let node = this.start_node(first, 0)?;
         Ok((this, node))
     }
 
@@ -88,7 +94,7 @@ impl TestCluster {
     pub fn join(&self, index: u16, other: &TestNode) -> Result<TestNode> {
         let node = NodeUid::random();
         other.change(Change::RegisterNode { node })?;
-        self.start_node(&format!("node{index}"), node, index)
+        self.start_node(node, index)
     }
 
     /// Puts the probe guest on the volume, with a disk of `disk_mib`, through `node`. `spec` says
@@ -251,11 +257,20 @@ impl TestCluster {
         Ok(length)
     }
 
-    fn start_node(&self, name: &str, uid: NodeUid, index: u16) -> Result<TestNode> {
-        let root = self.directory.path().join(name);
+    /// Starts a node's `bascule-volume` again, after it was killed.
+    ///
+    /// # Errors
+    /// When it does not come back.
+    pub fn restart_volume(&self, node: &mut TestNode) -> Result<()> {
+        node.volume = self.start_volume(node.uid, node.index, &node.run_dir, &node.tls_dir)?;
+        node.wait_joined()
+    }
+
+    fn start_node(&self, uid: NodeUid, index: u16) -> Result<TestNode> {
+        let name = format!("node{index}");
+        let root = self.directory.path().join(&name);
         let (run_dir, tls_dir) = (root.join("run"), root.join("tls"));
-        let folder = run_dir.join("volumes").join(VOLUME);
-        fs::create_dir_all(&folder).context("make a run directory")?;
+        fs::create_dir_all(run_dir.join("volumes").join(VOLUME)).context("make a run directory")?;
         fs::create_dir_all(&tls_dir).context("make a directory for certificates")?;
         let identity = self
             .authority
@@ -264,11 +279,26 @@ impl TestCluster {
         fs::write(tls_dir.join("node.crt"), identity.certificate_pem).context("certificate")?;
         fs::write(tls_dir.join("node.key"), identity.key_pem).context("key")?;
         fs::write(tls_dir.join("ca.crt"), self.authority.certificate_pem()).context("CA")?;
+        let volume = self.start_volume(uid, index, &run_dir, &tls_dir)?;
+        let mut node = TestNode {
+            name,
+            uid,
+            index,
+            run_dir,
+            tls_dir,
+            volume,
+        };
+        node.wait_joined()?;
+        Ok(node)
+    }
+
+    fn start_volume(&self, uid: NodeUid, index: u16, run: &Path, tls: &Path) -> Result<Child> {
+        let folder = run.join("volumes").join(VOLUME);
         let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, FIRST_PORT + index));
         let mut serve = self
             .network
             .command(binary("bascule-volume", "bascule-volume")?);
-        serve.arg("serve").arg("--file").arg(self.volume());
+        serve.arg("serve").arg("--device").arg(self.volume());
         serve.args([
             "--cluster",
             &self.cluster.to_string(),
@@ -279,27 +309,10 @@ impl TestCluster {
             .arg("--run-dir")
             .arg(&folder)
             .arg("--tls-dir")
-            .arg(&tls_dir);
+            .arg(tls);
         serve.args(["--listen", &listen.to_string()]);
-        serve
-            .arg("--watchdog-socket")
-            .arg(run_dir.join("watchdog.sock"));
-        let log = folder.join("test.log");
-        let volume = Child::spawn(&format!("bascule-volume of {name}"), &mut serve, &log)?;
-        let mut node = TestNode {
-            name: name.to_owned(),
-            run_dir,
-            tls_dir,
-            volume,
-        };
-        wait_for(&format!("{name} to join the volume"), JOIN_TIME, || {
-            if let Some(status) = node.volume.ended()? {
-                bail!("bascule-volume ended with {status}");
-            }
-            Ok(node.status().ok().filter(|status| status.lease_left_ms > 0))
-        })
-        .with_context(|| format!("log: {}", fs::read_to_string(&log).unwrap_or_default()))?;
-        Ok(node)
+        serve.arg("--watchdog-sock").arg(run.join("watchdog.sock"));
+        Child::spawn("bascule-volume", &mut serve, &folder.join("test.log"))
     }
 }
 
@@ -360,6 +373,31 @@ impl TestNode {
     #[must_use]
     pub fn run_dir(&self) -> &Path {
         &self.run_dir
+    }
+
+    fn wait_joined(&mut self) -> Result<()> {
+        wait_for(
+            &format!("{} to join the volume", self.name),
+            JOIN_TIME,
+            || {
+                if let Some(status) = self.volume.ended()? {
+                    bail!("bascule-volume ended with {status}");
+                }
+                Ok(self
+                    .status()
+                    .ok()
+                    .filter(|status| status.lease_left_ms > 0)
+                    .map(drop))
+            },
+        )
+        .with_context(|| format!("log: {}", self.volume_log()))
+    }
+
+    /// What the node's `bascule-volume` wrote since it was last started.
+    #[must_use]
+    pub fn volume_log(&self) -> String {
+        let path = self.run_dir.join("volumes").join(VOLUME).join("test.log");
+        fs::read_to_string(path).unwrap_or_default()
     }
 
     fn volume_socket(&self) -> PathBuf {

@@ -4,14 +4,15 @@ use std::fs;
 use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::process::ExitStatus;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use bascule_ipc::Connection;
 use bascule_ipc::vm::{
     Boot, DiskConfig, DiskSource, Home, ImageSource, InterfaceConfig, MigrationPhase,
     MigrationStatus, Request, Response, StartMode, StopReason, VmConfig, VmState, VmStatus,
 };
+use bascule_ipc::{Connection, Kind};
 use bascule_types::{Bytes, VmUid};
 
 use crate::{Child, Network, Tap, binary, probe, wait_for};
@@ -228,11 +229,18 @@ impl TestVm {
         .with_context(|| format!("log: {}", self.log()))
     }
 
-    /// The guest's console. Attach once per process: the past is shown again each time.
+    /// The guest's console, as soon as there is a guest. Attach once per process: the past is shown
+    /// again each time.
     ///
     /// # Errors
-    /// When it is not handed out.
+    /// When it is not handed out; the error says how the VM does.
     pub fn console(&mut self) -> Result<UnixStream> {
+        wait_for("a guest with a console", START_TIME, || {
+            let state = self.status()?.state;
+            ensure!(!matches!(state, VmState::Stopped(_)), "the VM is {state:?}");
+            Ok((state != VmState::Starting).then_some(()))
+        })
+        .with_context(|| format!("log: {}", self.log()))?;
         let (response, fds) = self
             .control
             .call::<_, Response>(&Request::Console)
@@ -257,6 +265,21 @@ impl TestVm {
         Ok(())
     }
 
+    /// Lets the process of a stopped or departed VM end, and says how it did.
+    ///
+    /// # Errors
+    /// When it refuses or stays.
+    pub fn exit(&mut self, limit: Duration) -> Result<ExitStatus> {
+        match self.control.call::<_, Response>(&Request::Exit) {
+            Ok((Response::Accepted, _)) => {}
+            Ok((other, _)) => bail!("Exit was answered by {other:?}"),
+            // It may be gone before its answer arrives.
+            Err(error) if error.kind() == Kind::Gone => {}
+            Err(error) => return Err(error).context("ask for Exit"),
+        }
+        self.child.wait(limit)
+    }
+
     /// The process.
     pub fn process(&mut self) -> &mut Child {
         &mut self.child
@@ -268,10 +291,11 @@ impl TestVm {
         &self.directory
     }
 
-    /// What the process wrote to its standard streams.
+    /// What the process wrote to its standard streams and to its log.
     #[must_use]
     pub fn log(&self) -> String {
-        fs::read_to_string(self.directory.join("test.log")).unwrap_or_default()
+        let read = |name| fs::read_to_string(self.directory.join(name)).unwrap_or_default();
+        read("test.log") + &read("vm.log")
     }
 }
 

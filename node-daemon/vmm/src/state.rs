@@ -89,3 +89,6 @@ impl MachineState {
         self.vcpus.len()
     }
 }
+
+#[cfg(test)]
+mod tests;

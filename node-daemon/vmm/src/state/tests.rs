@@ -1,0 +1,100 @@
+use kvm_bindings::{
+    kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_regs, kvm_sregs,
+    kvm_vcpu_events, kvm_xcrs,
+};
+
+use super::*;
+
+/// A state with a recognizable value in every part.
+fn sample() -> MachineState {
+    let mut lapic = kvm_lapic_state::default();
+    lapic.regs[0x20] = 3;
+    let mut xsave = vec![0; 4096];
+    xsave[24] = 0x1F;
+    let regs = kvm_regs {
+        rip: 0x10_0000,
+        rflags: 2,
+        ..Default::default()
+    };
+    let sregs = kvm_sregs {
+        cr0: 0x11,
+        cr3: 0x9000,
+        ..Default::default()
+    };
+    let vcpu = VcpuState {
+        cpuid: vec![Blob::of(&kvm_cpuid_entry2 {
+            function: 1,
+            eax: 2,
+            ..Default::default()
+        })],
+        mp_state: Blob::of(&kvm_mp_state { mp_state: 3 }),
+        regs: Blob::of(&regs),
+        sregs: Blob::of(&sregs),
+        xsave: Blob::of_bytes(&xsave),
+        xcrs: Some(Blob::of(&kvm_xcrs {
+            nr_xcrs: 1,
+            ..Default::default()
+        })),
+        debugregs: Blob::of(&kvm_debugregs {
+            dr7: 0x400,
+            ..Default::default()
+        }),
+        lapic: Blob::of(&lapic),
+        msrs: vec![(0x10, 123_456_789_012), (0xC000_0080, 0x500)],
+        events: Blob::of(&kvm_vcpu_events {
+            flags: 4,
+            ..Default::default()
+        }),
+        tsc_khz: Some(2_600_000),
+        tsc_offset: Some(u64::MAX - 41),
+    };
+    let chip = |chip_id| {
+        Blob::of(&kvm_irqchip {
+            chip_id,
+            ..Default::default()
+        })
+    };
+    MachineState {
+        version: 1,
+        memory: Bytes::mib(512),
+        vcpus: vec![vcpu],
+        irqchips: vec![chip(0), chip(1), chip(2)],
+        pit: Some(Blob::of(&kvm_pit_state2 {
+            flags: 1,
+            ..Default::default()
+        })),
+        clock: Blob::of(&kvm_clock_data {
+            clock: 77,
+            ..Default::default()
+        }),
+        serial: SavedSerial::default(),
+        power_events: 1,
+        devices: DeviceState::new("pci", 1, &["nothing"]),
+    }
+}
+
+/// The bytes of version 1 must never change: running guests are moved between releases.
+#[test]
+fn version_1_is_written_and_read_as_it_always_was() {
+    let golden = include_bytes!("golden-v1.json");
+    assert_eq!(sample().encode().unwrap(), golden);
+    assert_eq!(MachineState::decode(golden).unwrap(), sample());
+}
+
+#[test]
+fn a_field_of_a_later_release_is_passed_over() {
+    let text = String::from_utf8(sample().encode().unwrap()).unwrap();
+    let later = text.replacen('{', "{\"mood\":\"new\",", 1);
+    assert_eq!(MachineState::decode(later.as_bytes()).unwrap(), sample());
+}
+
+#[test]
+fn no_torn_state_is_taken_for_one() {
+    let whole = sample().encode().unwrap();
+    for length in (0..whole.len()).step_by(97) {
+        assert!(
+            MachineState::decode(&whole[..length]).is_err(),
+            "{length} bytes"
+        );
+    }
+}

@@ -19,38 +19,45 @@ use crate::state::DeviceState;
 use crate::virtio::{DeviceContext, VirtioFunction};
 
 #[derive(Debug, Default)]
-pub(crate) struct RecordingRouter(Mutex<Vec<(Option<MsiMessage>, Option<EventFd>, u64)>>);
+pub(crate) struct RecordingRouter(Mutex<Vec<RecordedGsi>>);
+
+#[derive(Debug, Default)]
+struct RecordedGsi {
+    route: Option<MsiMessage>,
+    irqfd: Option<EventFd>,
+    raised: u64,
+}
 
 impl RecordingRouter {
     pub(crate) fn route(&self, gsi: usize) -> Option<MsiMessage> {
-        self.0.lock().unwrap()[gsi].0
+        self.0.lock().unwrap()[gsi].route
     }
 
     /// How often a GSI was raised so far.
     pub(crate) fn raised(&self, gsi: usize) -> u64 {
         let mut gsis = self.0.lock().unwrap();
-        let (_, irqfd, total) = &mut gsis[gsi];
-        *total += irqfd.as_ref().unwrap().read().unwrap_or(0);
-        *total
+        let gsi = &mut gsis[gsi];
+        gsi.raised += gsi.irqfd.as_ref().unwrap().read().unwrap_or(0);
+        gsi.raised
     }
 }
 
 impl MsiRouter for RecordingRouter {
     fn allocate_gsi(&self) -> io::Result<Gsi> {
         let mut gsis = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        gsis.push((None, None, 0));
+        gsis.push(RecordedGsi::default());
         Ok(Gsi(u32::try_from(gsis.len() - 1).map_err(io::Error::other)?))
     }
 
     fn set_route(&self, gsi: Gsi, message: MsiMessage) -> io::Result<()> {
         let mut gsis = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        gsis[gsi.0 as usize].0 = Some(message);
+        gsis[gsi.0 as usize].route = Some(message);
         Ok(())
     }
 
     fn attach_irqfd(&self, gsi: Gsi, irqfd: &EventFd) -> io::Result<()> {
         let mut gsis = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        gsis[gsi.0 as usize].1 = Some(irqfd.try_clone()?);
+        gsis[gsi.0 as usize].irqfd = Some(irqfd.try_clone()?);
         Ok(())
     }
 }

@@ -15,6 +15,7 @@
 
 mod chain;
 pub(crate) mod function;
+pub(crate) mod layout;
 mod queue;
 pub(crate) mod registers;
 pub(crate) mod shared;

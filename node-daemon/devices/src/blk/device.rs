@@ -11,7 +11,7 @@ use super::metrics::BlkMetrics;
 use super::queue_handler::BlkHandler;
 use super::state::{KIND, VERSION};
 use crate::disk::{Disk, DiskEngine};
-use crate::virtio::function::Model;
+use crate::virtio::layout::Model;
 use crate::virtio::{DeviceContext, VirtioFunction};
 
 /// A block device, ready to be plugged in.

@@ -14,7 +14,7 @@ use super::metrics::NetMetrics;
 use super::queue_handler::NetHandler;
 use super::state::{KIND, VERSION};
 use super::tap::Tap;
-use crate::virtio::function::Model;
+use crate::virtio::layout::Model;
 use crate::virtio::shared::Shared;
 use crate::virtio::{DeviceContext, VirtioFunction};
 

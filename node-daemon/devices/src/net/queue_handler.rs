@@ -82,10 +82,7 @@ impl NetHandler {
         self.receive_backlog = false;
         queue.disable_notification(ram).map_err(&failed)?;
         let mut count = 0;
-        loop {
-            let Some(length) = self.next_frame() else {
-                break;
-            };
+        while let Some(length) = self.next_frame() {
             match deliver(queue, ram, &mut self.frame[..length], merge).map_err(&failed)? {
                 Delivery::Done => self.metrics.received(length - HEADER_BYTES),
                 Delivery::Dropped => self.metrics.receive_dropped(),

@@ -7,7 +7,7 @@ use super::config::{CLASS, DEVICE_TYPE, QUEUE_SIZE, RngConfig};
 use super::metrics::RngMetrics;
 use super::queue_handler::RngHandler;
 use super::state::{KIND, VERSION};
-use crate::virtio::function::Model;
+use crate::virtio::layout::Model;
 use crate::virtio::{DeviceContext, VirtioFunction};
 
 /// An entropy device, ready to be plugged in.

@@ -174,7 +174,7 @@ fn what_is_written_on_one_queue_is_read_on_another() {
     let (machine, volume, mut driver) = started();
     for (sector, length, misalign) in [(0, 4096, 0), (9, 512, 0), (33, 1536, 3), (64, 65536, 512)] {
         let bytes: Vec<u8> = (0..length)
-            .map(|index: usize| (index % 251) as u8 + 1)
+            .map(|index: usize| u8::try_from(index % 251).unwrap() + 1)
             .collect();
         let out = offer_write(&mut driver, 0, sector, &bytes, misalign);
         assert_eq!(answer(&mut driver, 0, &out), (0, 1));

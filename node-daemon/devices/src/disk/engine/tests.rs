@@ -147,7 +147,7 @@ fn segments(at: u64, length: usize) -> Segments {
 fn a_write_lands_on_every_extent_that_it_covers_and_reads_back() {
     let mut bench = Bench::new(512);
     let bytes: Vec<u8> = (0..DISK_BYTES)
-        .map(|index| (index / 512) as u8 | 1)
+        .map(|index| u8::try_from(index / 512).unwrap() | 1)
         .collect();
     let tag = bench.write(0, 0x1000, &bytes);
     bench.wait(tag).unwrap();

@@ -22,6 +22,8 @@ pub mod device;
 pub mod disk;
 pub mod doorbell;
 pub mod failure;
+#[cfg(test)]
+mod hostile;
 pub mod interrupt;
 pub mod net;
 pub mod pci;

@@ -1,0 +1,244 @@
+//! Guests that write anything into their queues. Whatever it is, a device stops with a named reason
+//! at worst: it never panics, always pauses, and works again after a reset (I7).
+
+use std::os::unix::net::UnixDatagram;
+use std::sync::Arc;
+
+use bascule_types::{Bytes as ByteCount, Lba};
+use bascule_volume_format::change::ExtentRun;
+use proptest::prelude::*;
+use vm_memory::{Bytes, GuestAddress};
+
+use crate::blk::{BlkConfig, BlkDevice};
+use crate::device::Device;
+use crate::disk::{AlwaysOpen, Disk};
+use crate::failure::DeviceFailure;
+use crate::net::{MacAddress, NetConfig, NetDevice, Tap};
+use crate::rng::{RngConfig, RngDevice};
+use crate::testing::{Part, QUEUE_SIZE, TestDriver, TestMachine, rings, write_descriptor};
+use crate::virtio::VirtioFunction;
+
+/// What a hostile driver does, one thing at a time.
+#[derive(Clone, Debug)]
+enum Act {
+    /// Writes a descriptor of the table, or of the page after it, which indirect tables use.
+    Descriptor {
+        queue: u16,
+        index: u16,
+        fields: (u64, u32, u16, u16),
+    },
+    /// Makes a head available.
+    Offer {
+        queue: u16,
+        head: u16,
+    },
+    /// Scribbles over a ring.
+    Scribble {
+        queue: u16,
+        at: u64,
+        value: u16,
+    },
+    /// Puts a request header where descriptors point.
+    Header {
+        kind: u32,
+        sector: u64,
+    },
+    Notify {
+        queue: u16,
+    },
+    PauseAndResume,
+}
+
+/// Where hostile descriptors mostly point.
+const DATA_AT: u64 = 0x30_0000;
+/// Where hostile indirect tables mostly are.
+const TABLE_AT: u64 = 0x40_0000;
+
+fn acts() -> impl Strategy<Value = Vec<Act>> {
+    let queue = || 0_u16..3;
+    let address = prop_oneof![
+        4 => Just(DATA_AT),
+        2 => Just(TABLE_AT),
+        2 => DATA_AT..DATA_AT + 0x1000,
+        1 => any::<u64>(),
+        1 => Just(0xFF_FFF0_u64),
+    ];
+    let length = prop_oneof![
+        3 => Just(16_u32),
+        2 => Just(512),
+        1 => Just(1),
+        1 => Just(0),
+        1 => Just(48),
+        1 => Just(1526),
+        1 => any::<u32>(),
+    ];
+    let fields = (
+        address,
+        length,
+        prop_oneof![6 => 0_u16..4, 2 => 4_u16..8, 1 => any::<u16>()],
+        0_u16..70,
+    );
+    prop::collection::vec(
+        prop_oneof![
+            6 => (queue(), 0_u16..300, fields)
+                .prop_map(|(queue, index, fields)| Act::Descriptor { queue, index, fields }),
+            4 => (queue(), 0_u16..66).prop_map(|(queue, head)| Act::Offer { queue, head }),
+            1 => (queue(), 0x4000_u64..0x9000, any::<u16>())
+                .prop_map(|(queue, at, value)| Act::Scribble { queue, at: at & !1, value }),
+            2 => (prop::sample::select(vec![0_u32, 1, 4, 8, 11, 77]), prop_oneof![0_u64..300, any::<u64>()])
+                .prop_map(|(kind, sector)| Act::Header { kind, sector }),
+            3 => queue().prop_map(|queue| Act::Notify { queue }),
+            1 => Just(Act::PauseAndResume),
+        ],
+        1..60,
+    )
+}
+
+fn perform(driver: &mut TestDriver, act: &Act) {
+    match *act {
+        Act::Descriptor {
+            queue,
+            index,
+            fields,
+        } => {
+            let table = rings(queue)[0];
+            let (table, index) = if index < QUEUE_SIZE {
+                (table, index)
+            } else {
+                (TABLE_AT, index % 8)
+            };
+            write_descriptor(&driver.ram, table, index, fields);
+        }
+        Act::Offer { queue, head } => driver.offer_head(queue, head),
+        Act::Scribble { queue, at, value } => {
+            driver
+                .ram
+                .write_obj(value, GuestAddress(rings(queue)[0] + at))
+                .unwrap();
+        }
+        Act::Header { kind, sector } => {
+            driver.ram.write_obj(kind, GuestAddress(DATA_AT)).unwrap();
+            driver
+                .ram
+                .write_obj(sector, GuestAddress(DATA_AT + 8))
+                .unwrap();
+        }
+        Act::Notify { queue } => driver.notify(queue),
+        Act::PauseAndResume => {
+            driver.function.pause();
+            let saved = driver.function.save();
+            assert_eq!(driver.function.save(), saved);
+            driver.function.resume();
+        }
+    }
+}
+
+/// Lets the driver do its worst; then the device must do `work` for a well-behaved one.
+fn survives(
+    machine: &TestMachine,
+    function: VirtioFunction,
+    queue_count: u16,
+    acts: &[Act],
+    work: impl FnOnce(&mut TestDriver),
+) {
+    let mut driver = TestDriver::new(machine, function);
+    driver.start(u64::MAX, queue_count);
+    for act in acts {
+        perform(&mut driver, act);
+    }
+    driver.function.pause();
+    driver.function.resume();
+    driver.start(1 << 29, queue_count);
+    work(&mut driver);
+    for failure in machine.failures.all() {
+        assert!(
+            matches!(failure, DeviceFailure::BadVirtqueue { .. }),
+            "{failure}"
+        );
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(96))]
+
+    #[test]
+    fn i7_no_queue_content_stops_a_block_device_for_good(acts in acts()) {
+        let machine = TestMachine::new();
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(128 << 10).unwrap();
+        let run = ExtentRun { start: Lba(0), length: ByteCount(128 << 10) };
+        let mut disk = Disk::new(file.into(), &[run], run.length, Arc::new(AlwaysOpen)).unwrap();
+        disk.block_bytes = 4096;
+        let config = BlkConfig {
+            name: "blk0".into(),
+            serial: String::new(),
+            queue_count: 3,
+            read_only: false,
+        };
+        let device = BlkDevice::new(&config, disk, machine.context()).unwrap();
+        survives(&machine, device.function, 3, &acts, |driver| {
+            let header = driver.buffer(16, 0);
+            driver.ram.write_slice(&[0; 16], GuestAddress(header)).unwrap();
+            let data = driver.buffer(513, 0);
+            driver.offer(2, &[Part::readable(header, 16), Part::writable(data, 513)]);
+            driver.notify(2);
+            assert_eq!(driver.used(2).1, 513);
+        });
+    }
+
+    #[test]
+    fn i7_no_queue_content_stops_a_network_device_for_good(acts in acts()) {
+        let machine = TestMachine::new();
+        let (socket, network) = UnixDatagram::pair().unwrap();
+        socket.set_nonblocking(true).unwrap();
+        network.set_nonblocking(true).unwrap();
+        let config = NetConfig {
+            name: "net0".into(),
+            mac: MacAddress([2; 6]),
+            mtu: None,
+        };
+        for fill in 0..5 {
+            network.send(&[fill; 600]).unwrap();
+        }
+        let device = NetDevice::new(&config, Arc::new(SocketTap(socket)), machine.context()).unwrap();
+        survives(&machine, device.function, 3, &acts, |driver| {
+            // Whatever the hostile driver sent must not block the good one.
+            while network.recv(&mut [0; 70_000]).is_ok() {}
+            let frame = driver.buffer(72, 0);
+            driver.offer(1, &[Part::readable(frame, 72)]);
+            driver.notify(1);
+            driver.used(1);
+        });
+    }
+
+    #[test]
+    fn i7_no_queue_content_stops_an_entropy_device_for_good(acts in acts()) {
+        let machine = TestMachine::new();
+        let config = RngConfig { name: "rng0".into() };
+        let device = RngDevice::new(&config, machine.context()).unwrap();
+        survives(&machine, device.function, 1, &acts, |driver| {
+            let buffer = driver.buffer(8, 0);
+            driver.offer(0, &[Part::writable(buffer, 8)]);
+            driver.notify(0);
+            assert_eq!(driver.used(0).1, 8);
+        });
+    }
+}
+
+#[derive(Debug)]
+struct SocketTap(UnixDatagram);
+
+impl Tap for SocketTap {
+    fn raw_fd(&self) -> std::os::fd::RawFd {
+        std::os::fd::AsRawFd::as_raw_fd(&self.0)
+    }
+    fn receive(&self, frame: &mut [u8]) -> std::io::Result<usize> {
+        self.0.recv(frame)
+    }
+    fn send(&self, frame: &[u8]) -> std::io::Result<()> {
+        self.0.send(frame).map(drop)
+    }
+    fn set_offloads(&self, _flags: u32) -> std::io::Result<()> {
+        Ok(())
+    }
+}

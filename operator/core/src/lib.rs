@@ -20,6 +20,8 @@ mod fact;
 mod intent;
 mod observed;
 mod plan;
+#[cfg(test)]
+mod sim;
 mod verdict;
 mod volume;
 

@@ -6,6 +6,7 @@ use bascule_types::Owner;
 use bascule_volume_format::change::Change;
 
 use super::Planner;
+use super::reservation::leaving;
 use crate::observed::RowView;
 use crate::{Action, Process, Purpose, RunPolicy, Verdict, VmPhase};
 
@@ -29,7 +30,7 @@ impl<'a> Planner<'a> {
         if ended == Ended::MayNot {
             return;
         }
-        if let Some((node, owner)) = self.startable_place(row) {
+        if let Some((node, owner)) = self.startable_place(row, None) {
             self.ready(
                 VmPhase::Starting,
                 false,
@@ -66,6 +67,14 @@ impl<'a> Planner<'a> {
         match self.process_of(row, node) {
             Some(process) if process.alive => match &process.status.state {
                 VmState::Running | VmState::Paused => self.running(row, node, process),
+                VmState::Incoming if !self.arrival_expected(row, process) => {
+                    // It waited for another attempt, or for one whose guest is lost.
+                    self.push(Action::CollectVm {
+                        node: node.to_owned(),
+                        pid: process.status.pid,
+                    });
+                    self.soon();
+                }
                 VmState::Starting | VmState::Incoming => {
                     let message = format!("starting on {node}");
                     self.ready(VmPhase::Starting, false, reason::STARTING, message);
@@ -97,7 +106,7 @@ impl<'a> Planner<'a> {
         if ended == Ended::MayNot {
             return;
         }
-        let Some((place, _)) = self.startable_place(row) else {
+        let Some((place, _)) = self.startable_place(row, Some(node)) else {
             return;
         };
         self.ready(
@@ -245,8 +254,12 @@ impl<'a> Planner<'a> {
 
     /// The node of a reservation on which the guest can be started now. Asks for a reservation when
     /// there is none, and reports what is being waited for.
-    fn startable_place(&mut self, row: &RowView) -> Option<(String, Owner)> {
-        let pod = self.candidate(None);
+    fn startable_place(&mut self, row: &RowView, home: Option<&str>) -> Option<(String, Owner)> {
+        // Who owns the row already is the first choice: a quick migration has just brought it there.
+        let at_home = home
+            .and_then(|node| self.pod_on(node))
+            .filter(|pod| !leaving(pod));
+        let pod = at_home.or_else(|| self.candidate(None));
         let keep: Vec<_> = pod.into_iter().collect();
         self.delete_other_reservations(&keep);
         let Some(pod) = pod else {

@@ -11,6 +11,8 @@
 //! later epoch than the attempt began in tells that it was committed; until then the guest is the
 //! source's, and every failure leaves it running there (I5).
 
+mod placing;
+
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -19,10 +21,9 @@ use bascule_ipc::vm::{self, MigrationLimits, MigrationStatus, VmState};
 use bascule_types::Owner;
 
 use super::Planner;
-use super::reservation::leaving;
 use crate::action::MigrationUpdate;
 use crate::observed::{MigrationPhase, RowView};
-use crate::{Action, Migration, MigrationMode, Pod, Process, Purpose, VmPhase};
+use crate::{Action, Migration, MigrationMode, Process, Purpose, VmPhase};
 
 impl<'a> Planner<'a> {
     /// The migration that is under way, or whose turn it is. Those that come too early are refused.
@@ -225,116 +226,21 @@ impl<'a> Planner<'a> {
         self.soon();
     }
 
-    fn begin_migration(&mut self, row: &RowView, node: &str, migration: &Migration) {
-        if let Some(target) = &migration.target {
-            let refusal = match self.observed.nodes.get(target) {
-                _ if target == node => Some((
-                    reason::TARGET_IS_SOURCE,
-                    format!("it runs on {node} already"),
-                )),
-                None => Some((
-                    reason::TARGET_UNKNOWN,
-                    format!("there is no node {target} that runs bascule-node"),
-                )),
-                Some(view) if view.cordoned => Some((
-                    reason::TARGET_CORDONED,
-                    format!("node {target} is cordoned"),
-                )),
-                Some(_) => self
-                    .usable(target)
-                    .err()
-                    .map(|why| (reason::NO_TARGET, why)),
-            };
-            if let Some((reason, message)) = refusal {
-                return self.end(migration, MigrationPhase::Failed, reason, message);
-            }
-        }
-        if migration.cancel {
-            let message = "given up before it began";
-            return self.end(
-                migration,
-                MigrationPhase::Cancelled,
-                reason::CANCELLED,
-                message,
-            );
-        }
-        self.push(Action::ReportMigration {
-            name: migration.name.clone(),
-            update: MigrationUpdate {
-                phase: MigrationPhase::Placing,
-                source: Some(node.to_owned()),
-                target: migration.target.clone(),
-                source_epoch: Some(row.epoch),
-                reason: reason::PLACING,
-                message: "waiting for the scheduler to choose a node".to_owned(),
-                progress: None,
-            },
-        });
-    }
-
-    /// The node that takes the guest, once its reservation is bound to one that can.
-    fn place_migration(
-        &mut self,
-        row: &RowView,
-        node: &str,
-        migration: &Migration,
-    ) -> Option<(String, Owner)> {
-        let purpose = Purpose::Migration(migration.name.clone());
-        let pod = self
-            .pods()
-            .iter()
-            .find(|pod| pod.purpose == purpose && !leaving(pod));
-        let Some(pod) = pod else {
-            let lost = self.pods().iter().any(|pod| pod.purpose == purpose);
-            if lost && migration.phase != MigrationPhase::Placing {
-                let message = "the target's reservation was taken away";
-                self.end(
-                    migration,
-                    MigrationPhase::Failed,
-                    reason::NO_TARGET,
-                    message,
-                );
-                return None;
-            }
-            let pin = migration.target.clone();
-            self.create_reservation(row, purpose, pin, vec![node.to_owned()]);
-            return None;
-        };
-        if self.is_outdated(pod, Some(node)) {
-            self.delete_reservation(pod, false);
-            return None;
-        }
-        let target = self.bound_target(node, migration, pod)?;
-        match self.usable(&target) {
-            Ok(owner) => Some((target, owner)),
-            Err(why) => {
-                self.end(migration, MigrationPhase::Failed, reason::NO_TARGET, why);
-                None
-            }
-        }
-    }
-
-    fn bound_target(&mut self, node: &str, migration: &Migration, pod: &Pod) -> Option<String> {
-        if let Some(target) = &pod.node {
-            return Some(target.clone());
-        }
-        let message = match &pod.unschedulable {
-            Some(why) => format!("no node has room or fits the placement: {why}"),
-            None => "waiting for the scheduler to choose a node".to_owned(),
-        };
-        self.push(Action::ReportMigration {
-            name: migration.name.clone(),
-            update: MigrationUpdate {
-                phase: MigrationPhase::Placing,
-                source: Some(node.to_owned()),
-                target: migration.target.clone(),
-                source_epoch: migration.source_epoch,
-                reason: reason::PLACING,
-                message,
-                progress: None,
-            },
-        });
-        None
+    /// Whether an incoming process may still become the guest of this tenure.
+    pub(super) fn arrival_expected(&self, row: &RowView, process: &Process) -> bool {
+        let migrations = self
+            .observed
+            .migrations
+            .known()
+            .map_or(&[][..], Vec::as_slice);
+        migrations.iter().any(|migration| {
+            migration
+                .source_epoch
+                .is_some_and(|epoch| epoch.next() == row.epoch)
+                && !self.out_of_time(migration)
+                && (process.status.migration.as_ref())
+                    .is_none_or(|status| status.attempt == migration.attempt)
+        })
     }
 
     fn go_live(

@@ -62,7 +62,7 @@ impl<'a> Planner<'a> {
             let status = &process.status;
             let over = match status.state {
                 VmState::Departed | VmState::Stopped(_) => status.epoch < row.epoch,
-                VmState::Incoming => process.node != node,
+                VmState::Incoming => process.node != node || status.epoch < row.epoch,
                 _ => !process.alive && status.epoch < row.epoch,
             };
             if over {

@@ -7,7 +7,7 @@
 
 mod world;
 
-use world::World;
+use self::world::World;
 
 /// Enough to have found every mistake so far within the first hundred; a run takes a millisecond.
 const RUNS: u64 = 150;

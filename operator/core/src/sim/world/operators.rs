@@ -1,0 +1,457 @@
+//! What Kubernetes does, what operators see, and what becomes of their actions.
+
+use std::time::Duration;
+
+use bascule_ipc::vm::{self, StopReason, VmState};
+use bascule_ipc::volume::FencingMode;
+use bascule_types::VmUid;
+use bascule_volume_format::change::{Change, FenceProof, FenceRow, MissingProof, Refusal, RowName};
+
+use super::{SAFE, SILENT, World, begin, guest, process, view};
+use crate::{
+    Action, Budgets, DrainPolicy, Fact, FailoverUpdate, FailoverView, FailurePolicy, History,
+    Observed, Peer, Pod, PodPhase, Purpose, RestartBudget, SpecDigest, VmIntent, VolumeView, plan,
+};
+use bascule_types::Owner;
+
+impl World {
+    pub(super) fn schedule(&mut self) {
+        if self.api_away_for > 0 {
+            self.api_away_for -= 1;
+            return;
+        }
+        for index in 0..self.pods.len() {
+            let pod = &self.pods[index];
+            if pod.node.is_some() || pod.deleting || self.chance(2) {
+                continue;
+            }
+            let (pin, avoid) = self.bindings[&self.pods[index].name].clone();
+            let fits: Vec<String> = self
+                .nodes
+                .iter()
+                .filter(|(name, node)| match &pin {
+                    Some(pin) => *name == pin,
+                    None => !node.cordoned && !avoid.contains(name),
+                })
+                .map(|(name, _)| name.clone())
+                .collect();
+            if fits.is_empty() {
+                self.pods[index].unschedulable = Some("0/3 nodes are available".to_owned());
+                continue;
+            }
+            let n = usize::try_from(self.random(fits.len() as u64)).unwrap();
+            self.pods[index].node = Some(fits[n].clone());
+            self.pods[index].phase = PodPhase::Running;
+        }
+        // An unbound pod that is deleted goes at once.
+        self.pods
+            .retain(|pod| !(pod.deleting && pod.node.is_none()));
+    }
+
+    pub(super) fn operators_step(&mut self) {
+        if self.operators_away {
+            return;
+        }
+        for which in 0..2 {
+            if self.operators[which].dead_for > 0 {
+                self.operators[which].dead_for -= 1;
+                self.operators[which].history = History::default();
+                self.operators[which].view = None;
+                continue;
+            }
+            // A stale view is one from some steps ago.
+            let refresh = self.operators[which].view.is_none() || !self.chance(3);
+            if refresh {
+                self.operators[which].view = Some(self.observe());
+            }
+            let mut observed = self.operators[which].view.clone().unwrap();
+            self.remember(which, &mut observed);
+            let plan = plan(&self.intent(), &observed, self.now);
+            let dies_after = if self.chance(10) {
+                self.random(3)
+            } else {
+                u64::MAX
+            };
+            for (n, action) in (0..).zip(plan.actions) {
+                if n >= dies_after {
+                    break;
+                }
+                self.note(format!("op{which} {action:?}"));
+                if !self.execute(which, action) {
+                    break;
+                }
+            }
+            if self.api_away_for == 0 {
+                self.status = Some(plan.report);
+            }
+        }
+    }
+
+    pub(super) fn remember(&self, which: usize, observed: &mut Observed) {
+        observed.history = self.operators[which].history.clone();
+        if let Some(status) = &self.status {
+            observed.history.restarts = status.restarts.clone();
+            observed.history.stopping_since = status.stopping_since;
+            observed.history.completed = status.completed;
+        }
+    }
+
+    pub(super) fn intent(&self) -> VmIntent {
+        VmIntent {
+            uid: VmUid::from_bytes([7; 16]),
+            namespace: "default".to_owned(),
+            name: "web".to_owned(),
+            row: RowName::new("default/web").unwrap(),
+            volume: "san".to_owned(),
+            run: self.run,
+            deleting_since: None,
+            finalizer: self.finalizer,
+            digest: SpecDigest([1; 32]),
+            disks: vec![],
+            on_drain: DrainPolicy::LiveMigrate,
+            on_failure: FailurePolicy::Restart,
+            budgets: Budgets {
+                downtime: Duration::from_millis(300),
+                live: Duration::from_secs(20),
+                quick: Duration::from_secs(15),
+                shutdown: Duration::from_secs(10),
+                bandwidth: None,
+            },
+            restart: RestartBudget {
+                attempts_max: 5,
+                window: Duration::from_secs(60),
+                backoff: Duration::from_secs(1),
+            },
+        }
+    }
+
+    pub(super) fn observe(&self) -> Observed {
+        let watcher = self
+            .nodes
+            .values()
+            .any(|n| n.powered && n.network && n.storage);
+        let nodes = self
+            .nodes
+            .iter()
+            .map(|(name, n)| (name.clone(), view(n, self.now)))
+            .collect();
+        let peers = self
+            .nodes
+            .values()
+            .filter(|_| watcher)
+            .map(|n| Peer {
+                owner: n.owner,
+                node: n.uid,
+                alive: n.silent_steps < SILENT,
+            })
+            .collect();
+        let processes = self
+            .nodes
+            .iter()
+            .filter(|(_, n)| n.powered && n.network)
+            .flat_map(|(name, n)| n.processes.iter().map(|p| process(name, p)))
+            .collect();
+        let open = self.failovers.iter().find(|(_, closed)| !closed);
+        Observed {
+            volume: Fact::Known(VolumeView {
+                fencing: FencingMode::Watchdog,
+                file: false,
+                peers,
+            }),
+            nodes,
+            row: match (&self.row, watcher) {
+                (_, false) => Fact::Unknown,
+                (None, _) => Fact::Absent,
+                (Some(row), _) => Fact::Known(row.clone()),
+            },
+            pods: Fact::Known(self.pods.clone()),
+            migrations: Fact::Known(self.migrations.clone()),
+            failover: open.map_or(Fact::Absent, |(record, _)| Fact::Known(record.clone())),
+            processes,
+            imports: vec![],
+            history: History::default(),
+        }
+    }
+
+    #[expect(clippy::too_many_lines, reason = "one arm for each action")]
+    pub(super) fn execute(&mut self, which: usize, action: Action) -> bool {
+        let api = self.api_away_for == 0;
+        match action {
+            Action::AddFinalizer => self.finalizer = true,
+            Action::RemoveFinalizer => panic!("nobody deletes the virtual machine"),
+            Action::Event { .. } => {}
+            Action::CreateReservation {
+                name,
+                purpose,
+                pin,
+                avoid,
+            } if api => {
+                if self.pods.iter().all(|pod| pod.name != name) {
+                    let uid = format!("{:08x}", self.id());
+                    self.bindings.insert(name.clone(), (pin, avoid.clone()));
+                    self.pods.push(Pod {
+                        uid,
+                        name,
+                        purpose,
+                        phase: PodPhase::Pending,
+                        node: None,
+                        leaving_since: None,
+                        deleting: false,
+                        unschedulable: None,
+                        avoid,
+                        digest: SpecDigest([1; 32]),
+                    });
+                }
+            }
+            Action::DeleteReservation { uid, force, .. } if api => {
+                let now = self.now;
+                if force {
+                    self.pods.retain(|pod| pod.uid != uid);
+                } else if let Some(pod) = self.pods.iter_mut().find(|pod| pod.uid == uid) {
+                    pod.deleting = true;
+                    pod.leaving_since.get_or_insert(now);
+                }
+            }
+            Action::PromoteReservation { uid, .. } if api => {
+                if let Some(pod) = self.pods.iter_mut().find(|pod| pod.uid == uid) {
+                    pod.purpose = Purpose::Current;
+                }
+            }
+            Action::CreateMigration { name, mode } if api => {
+                if self.migrations.iter().all(|m| m.name != name) {
+                    self.ask_for_migration();
+                    let migration = self.migrations.last_mut().unwrap();
+                    migration.name = name;
+                    migration.mode = mode;
+                    migration.drain = true;
+                }
+            }
+            Action::ReportMigration { name, update } if api => {
+                let now = self.now;
+                let migration = self.migrations.iter_mut().find(|m| m.name == name).unwrap();
+                if !migration.phase.is_final() {
+                    migration.phase = update.phase;
+                    migration.source = update.source;
+                    migration.source_epoch = update.source_epoch;
+                    migration.started.get_or_insert(now);
+                    migration.reason = Some(update.reason.to_owned());
+                }
+            }
+            Action::CreateFailover {
+                name,
+                node,
+                owner,
+                epoch,
+            } if api => {
+                if self.failovers.iter().all(|(f, _)| f.name != name) {
+                    let view = FailoverView {
+                        name,
+                        node,
+                        owner,
+                        epoch,
+                        taken_over: false,
+                    };
+                    self.failovers.push((view, false));
+                }
+            }
+            Action::ReportFailover { name, update } if api => {
+                let (view, closed) = self
+                    .failovers
+                    .iter_mut()
+                    .find(|(f, _)| f.name == name)
+                    .unwrap();
+                match update {
+                    FailoverUpdate::Suspected { .. } => {}
+                    FailoverUpdate::TakenOver { .. } => view.taken_over = true,
+                    FailoverUpdate::Succeeded { .. } | FailoverUpdate::Withdrawn { .. } => {
+                        *closed = true;
+                    }
+                }
+            }
+            Action::Change { via, change } => return self.change(which, &via, change),
+            Action::EndReservation { node, pod_uid } => {
+                if self.reachable(&node) {
+                    self.pods.retain(|pod| pod.uid != pod_uid || !pod.deleting);
+                }
+            }
+            other => return self.command(which, other),
+        }
+        true
+    }
+
+    pub(super) fn reachable(&self, node: &str) -> bool {
+        self.nodes.get(node).is_some_and(|n| n.powered && n.network)
+    }
+
+    pub(super) fn change(&mut self, which: usize, via: &str, change: Change) -> bool {
+        let via_works = self.reachable(via) && self.nodes[via].storage;
+        if !via_works {
+            return false;
+        }
+        if let Change::CreateVm { .. } = change {
+            self.row.get_or_insert_default();
+            return true;
+        }
+        let Some(row) = self.row.clone() else {
+            return false;
+        };
+        match change {
+            Change::Acquire {
+                expected_epoch, to, ..
+            } => {
+                let holder = self.node_of(to).is_some_and(|n| self.nodes[&n].storage);
+                if row.owner.is_some() || row.epoch != expected_epoch || !holder {
+                    return false;
+                }
+                self.own(to);
+            }
+            Change::Release { from, epoch, .. } => {
+                let busy = self.nodes[via].processes.iter().any(|p| {
+                    p.alive && p.epoch == epoch && !matches!(p.state, VmState::Stopped(_))
+                });
+                if busy {
+                    return false;
+                }
+                self.release(from, epoch);
+            }
+            Change::TakeOver {
+                from, epoch, to, ..
+            } => {
+                let holder = self.node_of(to).is_some_and(|n| self.nodes[&n].storage);
+                if row.owner != Some(from) || row.epoch != epoch || !holder {
+                    return false;
+                }
+                let victim = self
+                    .nodes
+                    .values()
+                    .find(|n| n.owner.slot == from.slot)
+                    .unwrap();
+                let proved = victim.silent_steps >= SAFE
+                    || row.fences.iter().any(|fence| fence.victim == from);
+                if !proved {
+                    self.operators[which].history.takeover_refusal = Some(Refusal::NotFenced {
+                        victim: from,
+                        missing: MissingProof::Alive,
+                    });
+                    return false;
+                }
+                let proof = FenceProof::SafeTimeElapsed {
+                    watched_ms: 7,
+                    required_ms: 7,
+                };
+                let row = self.row.as_mut().unwrap();
+                row.fences.push(FenceRow {
+                    victim: from,
+                    proof,
+                });
+                self.own(to);
+            }
+            other => panic!("not asked of this world: {other:?}"),
+        }
+        true
+    }
+
+    pub(super) fn own(&mut self, to: Owner) {
+        let row = self.row.as_mut().unwrap();
+        row.owner = Some(to);
+        row.epoch = row.epoch.next();
+    }
+
+    #[expect(
+        clippy::too_many_lines,
+        clippy::needless_pass_by_value,
+        reason = "one arm for each action, as the node receives it"
+    )]
+    pub(super) fn command(&mut self, which: usize, action: Action) -> bool {
+        let pid = self.id();
+        let row = self.row.clone().unwrap_or_default();
+        // A stale view knows of a cause that has gone in the meantime.
+        let cause = self.now.since(self.last_cause) < Duration::from_secs(20);
+        let node_name = match &action {
+            Action::StartVm { node, .. }
+            | Action::PrepareIncoming { node, .. }
+            | Action::MigrateLive { node, .. }
+            | Action::MigrateQuick { node, .. }
+            | Action::CancelMigration { node, .. }
+            | Action::PowerButton { node }
+            | Action::StopVm { node }
+            | Action::CollectVm { node, .. } => node.clone(),
+            // The API is away.
+            _ => return false,
+        };
+        if !self.reachable(&node_name) {
+            return false;
+        }
+        let node = self.nodes.get_mut(&node_name).unwrap();
+        let storage = node.storage;
+        let mine = node
+            .processes
+            .iter_mut()
+            .find(|p| p.alive && p.owner == node.owner);
+        let running = mine.filter(|p| matches!(p.state, VmState::Running));
+        match action {
+            Action::StartVm { owner, epoch, .. } => {
+                let exists = node.processes.iter().any(|p| p.alive && p.epoch == epoch);
+                if exists || row.owner != Some(owner) || row.epoch != epoch || !storage {
+                    return false;
+                }
+                node.processes
+                    .push(guest(pid, VmState::Starting, epoch, owner, None));
+                self.row.as_mut().unwrap().saved = false;
+            }
+            Action::PrepareIncoming {
+                attempt,
+                owner,
+                epoch,
+                ..
+            } => {
+                if node.processes.iter().all(|p| p.incoming != Some(attempt)) {
+                    let made = guest(pid, VmState::Incoming, epoch, owner, Some(attempt));
+                    node.processes.push(made);
+                }
+                let address = "10.0.0.1:7000".parse().unwrap();
+                self.operators[which].history.listening = Some((attempt, address));
+            }
+            Action::MigrateLive { attempt, to, .. } => begin(running, attempt, to, false),
+            Action::MigrateQuick { attempt, to, .. } => begin(running, attempt, to, true),
+            Action::CancelMigration { attempt, .. } => {
+                for guest in &mut node.processes {
+                    if let Some(moving) = &mut guest.moving
+                        && moving.attempt == attempt
+                        && matches!(
+                            moving.phase,
+                            vm::MigrationPhase::Preparing | vm::MigrationPhase::PreCopy
+                        )
+                    {
+                        moving.phase = vm::MigrationPhase::Cancelled;
+                        guest.state = VmState::Running;
+                    }
+                }
+            }
+            Action::PowerButton { .. } => {
+                assert!(cause, "without cause\n{}", self.trace());
+                if let Some(guest) = running {
+                    guest.power_button = true;
+                }
+            }
+            Action::StopVm { .. } => {
+                assert!(cause, "without cause\n{}", self.trace());
+                if let Some(guest) = running {
+                    guest.state = VmState::Stopped(StopReason::Requested);
+                    let (owner, epoch) = (guest.owner, guest.epoch);
+                    self.release(owner, epoch);
+                }
+            }
+            Action::CollectVm { pid, .. } => node.processes.retain(|p| {
+                let over = !p.alive
+                    || matches!(
+                        p.state,
+                        VmState::Stopped(_) | VmState::Departed | VmState::Incoming
+                    );
+                p.pid != pid || !over
+            }),
+            _ => return false,
+        }
+        true
+    }
+}

@@ -20,6 +20,10 @@ impl Paths {
         }
     }
 
+    pub(crate) fn run(&self) -> &Path {
+        &self.run
+    }
+
     pub(crate) fn vms(&self) -> PathBuf {
         self.run.join("vms")
     }

@@ -207,12 +207,7 @@ impl Supervisor {
         files::replace(&folder.join("config.json"), &json, 0o600)?;
         let json = serde_json::to_vec_pretty(spec).context("write spec.json")?;
         files::replace(&folder.join("spec.json"), &json, 0o600)?;
-        let args: Vec<OsString> = vec![
-            "--config".into(),
-            folder.join("config.json").into(),
-            "--run-dir".into(),
-            folder.clone().into(),
-        ];
+        let args: Vec<OsString> = vec!["--config".into(), folder.join("config.json").into()];
         let child = self.launcher.spawn(
             "bascule-vm",
             &format!("vm-{}", spec.uid),

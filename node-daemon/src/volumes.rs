@@ -215,7 +215,7 @@ impl Supervisor {
         if watchdog_answers(&socket) {
             return Ok(());
         }
-        let mut args: Vec<OsString> = vec!["--socket".into(), socket.clone().into()];
+        let mut args: Vec<OsString> = vec!["--run-dir".into(), self.paths.run().into()];
         match &self.watchdog {
             Some(device) => args.extend(["--device".into(), device.into()]),
             None => args.push("--none".into()),
@@ -305,6 +305,12 @@ pub(crate) fn format_flags(options: &FormatOptions) -> Vec<String> {
         ("--settle-ms", options.settle_ms),
         ("--extent-bytes", options.extent.map(|bytes| bytes.0)),
     ];
+    if options.allow_software_watchdog {
+        flags.push("--allow-software-watchdog".to_owned());
+    }
+    if options.allow_out_of_service_taint {
+        flags.push("--allow-out-of-service-taint".to_owned());
+    }
     for (flag, value) in numbers {
         if let Some(value) = value {
             flags.extend([flag.to_owned(), value.to_string()]);
@@ -394,6 +400,8 @@ mod tests {
             watchdog_ms: None,
             settle_ms: None,
             extent: None,
+            allow_software_watchdog: false,
+            allow_out_of_service_taint: false,
         };
         assert_eq!(
             format_flags(&options),

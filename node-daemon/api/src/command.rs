@@ -237,6 +237,12 @@ pub struct FormatOptions {
     pub settle_ms: Option<u64>,
     /// Extent size.
     pub extent: Option<Bytes>,
+    /// Let the kernel's software watchdog count as one.
+    #[serde(default)]
+    pub allow_software_watchdog: bool,
+    /// Let the out-of-service taint count as an administrator's word.
+    #[serde(default)]
+    pub allow_out_of_service_taint: bool,
 }
 
 /// Where a disk's contents come from.

@@ -101,10 +101,10 @@ impl RawModeGuard {
 
 impl Drop for RawModeGuard {
     fn drop(&mut self) {
-        if let Some(before) = &self.0 {
-            if let Err(error) = tcsetattr(io::stdin(), OptionalActions::Now, before) {
-                tracing::debug!(%error, "the terminal is gone with its user");
-            }
+        if let Some(before) = &self.0
+            && let Err(error) = tcsetattr(io::stdin(), OptionalActions::Now, before)
+        {
+            tracing::debug!(%error, "the terminal is gone with its user");
         }
     }
 }

@@ -125,6 +125,8 @@ fn format(args: &FormatArgs) -> Result<()> {
         watchdog_ms: None,
         settle_ms: None,
         extent: None,
+        allow_software_watchdog: false,
+        allow_out_of_service_taint: false,
     };
     match node.format_volume(&backing, node.identity.cluster, &options)? {
         Outcome::Formatted { volume } => {

@@ -18,6 +18,7 @@ pub mod kvm;
 pub mod layout;
 pub mod machine;
 pub mod memory;
+pub mod migration;
 mod power;
 pub mod process;
 mod serial;

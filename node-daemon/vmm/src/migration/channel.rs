@@ -50,7 +50,13 @@ impl Channel {
     /// Connects to a destination.
     pub(super) fn connect(peer: SocketAddr, tls_dir: &Path) -> Result<Self, OpenError> {
         let config = tls::client(tls_dir)?;
-        let failed = |action| move |source| OpenError::Io { action, peer, source };
+        let failed = |action| {
+            move |source| OpenError::Io {
+                action,
+                peer,
+                source,
+            }
+        };
         let tcp = TcpStream::connect_timeout(&peer, OPEN_TIMEOUT).map_err(failed("connect to"))?;
         let connection = ClientConnection::new(config, tls::node_name())
             .map_err(|error| failed("begin TLS with")(io::Error::other(error)))?;
@@ -71,7 +77,13 @@ impl Channel {
         let config = tls::server(tls_dir)?;
         let unknown = SocketAddr::from(([0, 0, 0, 0], 0));
         let peer = tcp.peer_addr().unwrap_or(unknown);
-        let failed = |action| move |source| OpenError::Io { action, peer, source };
+        let failed = |action| {
+            move |source| OpenError::Io {
+                action,
+                peer,
+                source,
+            }
+        };
         let connection = ServerConnection::new(config)
             .map_err(|error| failed("begin TLS with")(io::Error::other(error)))?;
         let socket = Socket::new(&tcp).map_err(failed("set up the connection to"))?;

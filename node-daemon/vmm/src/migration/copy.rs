@@ -43,6 +43,14 @@ pub(super) enum CopyError {
     Memory(#[from] vm_memory::GuestMemoryError),
 }
 
+/// A run of words of one region's bitmap.
+struct Chunk<'a> {
+    region: &'a GuestRegionMmap<AtomicBitmap>,
+    first_page: u64,
+    words: &'a [u64],
+    holes: Holes,
+}
+
 /// Copies what is set in bitmaps. Reused pass after pass.
 pub(super) struct Copier<'a> {
     memory: &'a GuestMemory,
@@ -86,7 +94,13 @@ impl<'a> Copier<'a> {
                 } else {
                     Holes::unknown()
                 };
-                self.chunk(region, first_page, words, holes, sink, &mut passed)?;
+                let chunk = Chunk {
+                    region,
+                    first_page,
+                    words,
+                    holes,
+                };
+                self.chunk(chunk, sink, &mut passed)?;
             }
         }
         self.flush(sink)?;
@@ -95,13 +109,16 @@ impl<'a> Copier<'a> {
 
     fn chunk(
         &mut self,
-        region: &GuestRegionMmap<AtomicBitmap>,
-        first_page: u64,
-        words: &[u64],
-        mut holes: Holes,
+        chunk: Chunk<'_>,
         sink: &mut dyn Sink,
         passed: &mut Passed,
     ) -> Result<(), CopyError> {
+        let Chunk {
+            region,
+            first_page,
+            words,
+            mut holes,
+        } = chunk;
         let start = region.start_addr().raw_value() / PAGE_SIZE;
         for (word_index, &word) in (0_u64..).zip(words) {
             let mut rest = word;

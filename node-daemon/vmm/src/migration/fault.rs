@@ -89,7 +89,9 @@ impl Faults {
         let Some((name, action)) = text.split_once('=') else {
             return Self::NONE;
         };
-        let point = FaultPoint::ALL.into_iter().find(|point| point.name() == name);
+        let point = FaultPoint::ALL
+            .into_iter()
+            .find(|point| point.name() == name);
         let action = match action {
             "kill" => FaultAction::Kill,
             _ => FaultAction::Fail,

@@ -222,7 +222,9 @@ impl Receiver<'_> {
         listener: &TcpListener,
         volume: VolumeId,
     ) -> Result<(Channel, ExpectMemory), Abort> {
-        listener.set_nonblocking(true).map_err(|error| lost(&error))?;
+        listener
+            .set_nonblocking(true)
+            .map_err(|error| lost(&error))?;
         loop {
             let mut ready = [PollFd::from_borrowed_fd(listener.as_fd(), PollFlags::IN)];
             if let Err(errno) = poll(&mut ready, Some(&LOOK_EVERY))
@@ -283,7 +285,9 @@ impl Receiver<'_> {
         let frame = channel.receive().map_err(|error| lost_frame(&error))?;
         let phase = config.config(frame, &machine)?;
         send(channel, &Frame::RoundAck { round: 0 })?;
-        channel.set_timeout(PEER_TIMEOUT).map_err(|error| lost(&error))?;
+        channel
+            .set_timeout(PEER_TIMEOUT)
+            .map_err(|error| lost(&error))?;
         Ok(phase)
     }
 

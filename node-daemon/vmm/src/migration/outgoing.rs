@@ -12,11 +12,13 @@ use std::time::{Duration, Instant};
 use bascule_ipc::vm::{MigrationLimits, MigrationPhase, VmConfig};
 use bascule_migrate::Frame;
 use bascule_migrate::commit::{Question, Reply};
-use bascule_migrate::precopy::{Controller, Decision, Fallback, FixedCost, Limits, Pacer, Rate, Round};
+use bascule_migrate::precopy::{
+    Controller, Decision, Fallback, FixedCost, Limits, Pacer, Rate, Round,
+};
 use bascule_migrate::source::{Action, Attempt, Event, Phase, Source, ask_again_after, event_of};
 use bascule_migrate::wire::{
-    Abort, AbortReason, BatchBuilder, Committed, Config, Hello, Progress, RoundEnd, STATE_BYTES_MAX,
-    STATE_PIECE_BYTES_MAX, StateEnd,
+    Abort, AbortReason, BatchBuilder, Committed, Config, Hello, Progress, RoundEnd,
+    STATE_BYTES_MAX, STATE_PIECE_BYTES_MAX, StateEnd,
 };
 use bascule_types::{AttemptId, Bytes, Epoch, Owner, VmUid};
 
@@ -294,7 +296,9 @@ impl Driver<'_> {
         if self.control.is_cancelled() {
             return Err(cancelled());
         }
-        channel.set_timeout(PEER_TIMEOUT).map_err(|error| lost(&error))?;
+        channel
+            .set_timeout(PEER_TIMEOUT)
+            .map_err(|error| lost(&error))?;
         self.channel = Some(channel);
         self.send(&Frame::Hello(hello.clone()))?;
         let event = self.receive()?;
@@ -379,7 +383,16 @@ impl Driver<'_> {
             status.remaining = remaining;
             status.downtime_ms_predicted = Some(millis(predicted));
         });
-        tracing::info!(round, dirty = finished.dirty.0, sent = sent.0, ?took, ?predicted, rate = self.controller.rate().0, ?decision, "migration round");
+        tracing::info!(
+            round,
+            dirty = finished.dirty.0,
+            sent = sent.0,
+            ?took,
+            ?predicted,
+            rate = self.controller.rate().0,
+            ?decision,
+            "migration round"
+        );
         let progress = Progress {
             round,
             sent: self.sent,
@@ -416,7 +429,9 @@ impl Driver<'_> {
         // The state first: saving it may write guest memory.
         let state = self.save()?;
         if state.len() as u64 > STATE_BYTES_MAX {
-            return Err(internal("the machine's state is longer than 16 MiB".to_owned()));
+            return Err(internal(
+                "the machine's state is longer than 16 MiB".to_owned(),
+            ));
         }
         let last = self.fetch()?;
         self.pending.merge(&last);
@@ -451,7 +466,11 @@ impl Driver<'_> {
     fn ask(&mut self, question: &Question) -> Event {
         let reply = self.authority.ask(question);
         if reply == Reply::NoAnswer {
-            tracing::warn!(?question, asked = self.asked, "the outcome of the commit is unknown");
+            tracing::warn!(
+                ?question,
+                asked = self.asked,
+                "the outcome of the commit is unknown"
+            );
             std::thread::sleep(ask_again_after(self.asked));
             self.asked = self.asked.saturating_add(1);
         }
@@ -588,7 +607,10 @@ impl Driver<'_> {
 
     fn receive(&mut self) -> Result<Event, Abort> {
         loop {
-            let frame = self.channel()?.receive().map_err(|error| lost_frame(&error))?;
+            let frame = self
+                .channel()?
+                .receive()
+                .map_err(|error| lost_frame(&error))?;
             if let Some(event) = event_of(&frame)? {
                 return Ok(event);
             }
@@ -607,7 +629,9 @@ impl Driver<'_> {
                 "the guest was stopped for longer than was predicted",
             ));
         }
-        self.channel()?.set_timeout(left).map_err(|error| lost(&error))
+        self.channel()?
+            .set_timeout(left)
+            .map_err(|error| lost(&error))
     }
 
     fn fault(&self, point: FaultPoint) -> Result<(), Abort> {

@@ -11,9 +11,7 @@ use bascule_ipc::vm::{MigrationLimits, MigrationPhase, MigrationStatus};
 use bascule_migrate::RowSeen;
 use bascule_migrate::commit::{Question, Reply};
 use bascule_migrate::wire::AbortReason;
-use bascule_types::{
-    AttemptId, Bytes, Epoch, Generation, NodeUid, Owner, SlotId, VmUid, VolumeId,
-};
+use bascule_types::{AttemptId, Bytes, Epoch, Generation, NodeUid, Owner, SlotId, VmUid, VolumeId};
 
 use super::fault::{FaultAction, FaultPoint, Faults};
 use super::*;
@@ -391,7 +389,10 @@ fn i5_a_destination_that_fails_at_any_point_before_ready_leaves_the_guest_unharm
     let (there, there_test) = destination();
     let arrives = order.listen(there);
     let end = order.send(&mut here);
-    assert!(matches!(end, OutgoingEnd::Departed { .. }), "and then it moves: {end:?}");
+    assert!(
+        matches!(end, OutgoingEnd::Departed { .. }),
+        "and then it moves: {end:?}"
+    );
     let (_, there) = arrives.join().unwrap();
     assert_goes_on(&there, &there_test);
 }
@@ -409,7 +410,10 @@ fn i5_a_source_that_fails_with_the_guest_stopped_resumes_it_at_once() {
         let end = order.send(&mut here);
         assert!(matches!(end, OutgoingEnd::Kept { .. }), "{end:?}");
         let (arrived, _) = arrives.join().unwrap();
-        assert!(matches!(arrived, IncomingEnd::Discarded { .. }), "{arrived:?}");
+        assert!(
+            matches!(arrived, IncomingEnd::Discarded { .. }),
+            "{arrived:?}"
+        );
         assert_goes_on(&here, &here_test);
     }
     assert_uninterrupted(&here_test.console.recent(), &[]);
@@ -451,7 +455,10 @@ fn i2_a_source_that_vanishes_after_the_commit_is_succeeded_by_the_row() {
     let end = order.send(&mut here);
     assert!(matches!(end, OutgoingEnd::Departed { .. }), "{end:?}");
     let (arrived, there) = arrives.join().unwrap();
-    assert!(matches!(arrived, IncomingEnd::Running { .. }), "{arrived:?}");
+    assert!(
+        matches!(arrived, IncomingEnd::Running { .. }),
+        "{arrived:?}"
+    );
     assert_goes_on(&there, &there_test);
 }
 
@@ -490,7 +497,10 @@ fn i5_a_refused_transfer_is_retracted_and_the_guest_runs_on_in_a_new_epoch() {
     assert_goes_on(&here, &here_test);
     assert_uninterrupted(&here_test.console.recent(), &[]);
     let (arrived, _) = arrives.join().unwrap();
-    assert!(matches!(arrived, IncomingEnd::Discarded { .. }), "{arrived:?}");
+    assert!(
+        matches!(arrived, IncomingEnd::Discarded { .. }),
+        "{arrived:?}"
+    );
 }
 
 #[test]
@@ -521,7 +531,10 @@ fn a_cancelled_migration_leaves_the_guest_where_it_was() {
     assert_eq!(order.status().phase, MigrationPhase::Cancelled);
     assert_goes_on(&here, &here_test);
     let (arrived, _) = arrives.join().unwrap();
-    assert!(matches!(arrived, IncomingEnd::Discarded { .. }), "{arrived:?}");
+    assert!(
+        matches!(arrived, IncomingEnd::Discarded { .. }),
+        "{arrived:?}"
+    );
     assert!(!order.source_control.cancel(), "it is over");
 }
 
@@ -543,7 +556,10 @@ fn a_peer_without_a_certificate_of_the_cluster_is_turned_away() {
     assert_goes_on(&here, &here_test);
     assert!(order.destination_control.cancel(), "it still waits");
     let (arrived, _) = arrives.join().unwrap();
-    assert!(matches!(arrived, IncomingEnd::Discarded { .. }), "{arrived:?}");
+    assert!(
+        matches!(arrived, IncomingEnd::Discarded { .. }),
+        "{arrived:?}"
+    );
 }
 
 #[test]

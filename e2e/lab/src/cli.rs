@@ -15,7 +15,7 @@ use crate::node::Service;
 use crate::progress::say;
 use crate::state::{LabPaths, State, Tier};
 use crate::tools::Tools;
-use crate::{guard, init, process};
+use crate::{guard, init, process, web};
 
 /// Real Kubernetes clusters on one machine, with faults to order.
 ///
@@ -51,6 +51,8 @@ enum Command {
         #[arg(long)]
         emulated: bool,
     },
+    /// Make the lab's guest (a Debian kernel and an initramfs) and print where its files are.
+    Guest,
     /// kubectl as cluster administrator.
     Kubectl(Passthrough),
     /// helm as cluster administrator.
@@ -124,6 +126,16 @@ enum Command {
         #[arg(value_enum)]
         action: ComponentAction,
     },
+    /// Offer a file to the lab's machines over HTTP; prints URL and SHA-256.
+    Publish {
+        /// The file.
+        file: PathBuf,
+        /// Its name there.
+        #[arg(long)]
+        name: String,
+    },
+    /// Offer the lab's guest, a Debian kernel and an initramfs, to the lab's machines; prints URLs and SHA-256.
+    PublishGuest,
     /// Print the ends of all logs.
     Logs,
     /// Build a container image from a directory of static programs.
@@ -151,6 +163,13 @@ enum Command {
     NodeInit {
         #[arg(long)]
         spec: PathBuf,
+    },
+    #[command(hide = true)]
+    Serve {
+        #[arg(long)]
+        dir: PathBuf,
+        #[arg(long)]
+        address: String,
     },
     #[command(hide = true)]
     Guard {
@@ -221,6 +240,11 @@ fn perform(cli: &Cli) -> Result<()> {
         Command::Down { all: false } => down(&cli.lab),
         Command::Down { all: true } => down_all().map(drop),
         Command::Status => status(&cli.lab),
+        Command::Guest => {
+            let image = crate::guest::GuestImage::ensure()?;
+            println!("{}\n{}", image.kernel.display(), image.initrd.display());
+            Ok(())
+        }
         Command::Prepare { emulated } => prepare(*emulated),
         Command::Image { bin_dir, name, out } => {
             println!("{}", Image::of_programs(name, bin_dir)?.write(out)?);
@@ -232,6 +256,7 @@ fn perform(cli: &Cli) -> Result<()> {
             argv,
         } => process::launch(cgroup, netns.as_deref(), argv),
         Command::NodeInit { spec } => init::run(spec),
+        Command::Serve { dir, address } => web::serve(dir, address),
         Command::Guard { process } => guard::guard(&cli.lab, *process),
         command => in_lab(&Lab::open(&cli.lab)?, command),
     }
@@ -288,6 +313,12 @@ fn in_lab(lab: &Lab, command: &Command) -> Result<()> {
             ComponentAction::Freeze => lab.freeze(*component, true),
             ComponentAction::Thaw => lab.freeze(*component, false),
         },
+        Command::Publish { file, name } => show_source("file", &lab.publish(name, file)?),
+        Command::PublishGuest => {
+            let sources = lab.publish_guest()?;
+            show_source("kernel", &sources.kernel)?;
+            show_source("initrd", &sources.initrd)
+        }
         Command::Logs => {
             lab.print_logs();
             Ok(())
@@ -363,5 +394,13 @@ fn status(name: &LabName) -> Result<()> {
         }
     }
     print!("{}", faults::describe(name));
+    Ok(())
+}
+
+fn show_source(what: &str, source: &web::Source) -> Result<()> {
+    println!(
+        "{what}: {} sha256={} bytes={}",
+        source.url, source.sha256, source.bytes
+    );
     Ok(())
 }

@@ -10,11 +10,13 @@ use anyhow::{Context, Result, ensure};
 use crate::cgroup::Cgroup;
 use crate::command::Run;
 use crate::config;
-use crate::names::{API_PORT, API_SERVICE_ADDRESS, HUB_ADDRESS, LabName, POD_CIDR, SERVICE_CIDR};
+use crate::names::{
+    API_PORT, API_SERVICE_ADDRESS, HUB_ADDRESS, LabName, POD_CIDR, SERVICE_CIDR, WEB_PORT,
+};
 use crate::pki::{Pki, Subject};
 use crate::process::{Daemon, ProcessId};
 use crate::state::LabPaths;
-use crate::tools::Tools;
+use crate::tools::{Tools, lab_binary};
 use crate::wait::{Hopeless, wait_for};
 
 /// A component of the control plane.
@@ -30,16 +32,19 @@ pub enum Component {
     Scheduler,
     /// `CoreDNS`.
     Dns,
+    /// The lab's web server.
+    Web,
 }
 
 impl Component {
     /// All, in the order in which they start.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::Etcd,
         Self::Apiserver,
         Self::ControllerManager,
         Self::Scheduler,
         Self::Dns,
+        Self::Web,
     ];
 
     /// The program's name, which is also its log's and its cgroup's.
@@ -50,6 +55,7 @@ impl Component {
             Self::ControllerManager => "kube-controller-manager",
             Self::Scheduler => "kube-scheduler",
             Self::Dns => "coredns",
+            Self::Web => "lab-web",
         }
     }
 }
@@ -74,25 +80,21 @@ impl ControlPlane<'_> {
         let etcd = self.start(Component::Etcd)?;
         let apiserver = self.start(Component::Apiserver)?;
         self.wait_ready(&[(Component::Etcd, etcd), (Component::Apiserver, apiserver)])?;
-        for component in [
-            Component::ControllerManager,
-            Component::Scheduler,
-            Component::Dns,
-        ] {
-            self.start(component)?;
-        }
-        Ok(())
+        let others = Component::ALL.iter().skip(2);
+        others
+            .copied()
+            .try_for_each(|component| self.start(component).map(drop))
     }
 
     /// Starts one component, again perhaps: everything that it needs is on disk.
     pub fn start(&self, component: Component) -> Result<ProcessId> {
         let cgroup = self.cgroup_path(component);
         Cgroup::at(&cgroup)?.create()?;
-        let program = self
-            .tools
-            .path(component.program())?
-            .to_string_lossy()
-            .into_owned();
+        let program = match component {
+            Component::Web => lab_binary()?,
+            other => self.tools.path(other.program())?,
+        };
+        let program = program.to_string_lossy().into_owned();
         let argv = std::iter::once(program).chain(self.args(component));
         let log = self.logs.join(format!("{}.log", component.program()));
         Daemon::new(cgroup, &log, argv)
@@ -233,6 +235,11 @@ impl ControlPlane<'_> {
                     pki.join("Corefile").to_string_lossy().into_owned(),
                 ]
             }
+            Component::Web => vec![
+                "serve".into(),
+                format!("--dir={}", self.paths.web().display()),
+                format!("--address={HUB_ADDRESS}:{WEB_PORT}"),
+            ],
         }
     }
 }

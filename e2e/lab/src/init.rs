@@ -86,7 +86,7 @@ pub struct NativeSpec {
     pub devices: Vec<String>,
 }
 
-/// What `lab node-init` does; it returns only with an error.
+/// What `lab node-init` does; it returns only when the node cannot be set up.
 pub fn run(spec_file: &Path) -> Result<()> {
     ensure!(
         std::process::id() == 1,
@@ -109,7 +109,13 @@ pub fn run(spec_file: &Path) -> Result<()> {
     let reaper = Reaper::start()?;
     let supervisor = Supervisor::new(reaper, &spec);
     start_services(&spec, &supervisor)?;
-    serve::serve(&spec, &supervisor)
+    loop {
+        // The end of PID 1 is the end of the node: an error here must not be.
+        if let Err(error) = serve::serve(&spec, &supervisor) {
+            eprintln!("node-init: serve the lab: {error:#}");
+        }
+        std::thread::sleep(SERVE_PAUSE);
+    }
 }
 
 /// containerd first, then the images that pods need, then the rest. In a thread of its own, so that the control
@@ -150,5 +156,7 @@ fn import(supervisor: &Supervisor, image: &Path) -> Result<()> {
     })
 }
 
+/// Between two attempts to listen for the lab.
+const SERVE_PAUSE: Duration = Duration::from_secs(1);
 /// Seconds natively; an emulated node unpacks some ten megabytes a second.
 const IMPORT_DEADLINE: Duration = Duration::from_secs(240);

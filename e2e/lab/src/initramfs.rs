@@ -18,7 +18,7 @@ pub(crate) struct Initramfs<'a> {
     pub(crate) modules_dir: &'a Path,
     /// Modules to load, in this order, after what they need.
     pub(crate) modules: &'a [&'a str],
-    /// Programs: where they are on this machine. They go to /bin, and the libraries they need to where they are.
+    /// Programs: where they are on this machine. They go to /sbin, and the libraries they need to where they are.
     pub(crate) programs: &'a [&'a Path],
 }
 
@@ -26,7 +26,7 @@ impl Initramfs<'_> {
     /// Writes the archive; `staging` is a directory that may be filled and left behind.
     pub(crate) fn write(&self, staging: &Path, out: &Path) -> Result<()> {
         for dir in [
-            "bin", "dev", "proc", "sys", "modules", "mnt", "root", "tmp", "etc",
+            "bin", "sbin", "dev", "proc", "sys", "modules", "mnt", "root", "tmp", "etc",
         ] {
             let dir = staging.join(dir);
             fs::create_dir_all(&dir).with_context(|| format!("make {}", dir.display()))?;
@@ -46,7 +46,7 @@ impl Initramfs<'_> {
         fs::write(staging.join("modules/order"), order).context("write the module order")?;
         for program in self.programs {
             let name = program.file_name().context("a program has a name")?;
-            copy_program(program, &staging.join("bin").join(name))?;
+            copy_program(program, &staging.join("sbin").join(name))?;
             copy_libraries(program, staging)?;
         }
         let init = staging.join("init");

@@ -12,6 +12,7 @@ pub mod control_plane;
 mod emulated;
 pub mod faults;
 pub mod guard;
+pub mod guest;
 pub mod hub;
 pub mod image;
 pub mod init;
@@ -28,6 +29,7 @@ pub mod progress;
 pub mod state;
 pub mod tools;
 pub mod wait;
+pub mod web;
 
 pub use control_plane::Component;
 pub use faults::{Network, Side};

@@ -43,15 +43,15 @@ fn serve_socket(supervisor: &Supervisor) -> Result<()> {
     Ok(())
 }
 
+/// A port takes one opener, so it is opened once and for all. Reading it ends whenever nobody is at the other end.
 fn serve_port(supervisor: &Supervisor) -> Result<()> {
     let path = port_by_name(CONTROL)?;
+    let open = || OpenOptions::new().read(true).write(true).open(&path);
+    let port: File = open().with_context(|| format!("open {}", path.display()))?;
     loop {
-        let open = || OpenOptions::new().read(true).write(true).open(&path);
-        let port: File = open().with_context(|| format!("open {}", path.display()))?;
+        let reader = port.try_clone().context("duplicate the port")?;
         let writer = port.try_clone().context("duplicate the port")?;
-        // Reading ends whenever the other end disconnects; it comes back.
-        answer_all(port, writer, supervisor);
-        drop(std::fs::metadata(&path));
+        answer_all(reader, writer, supervisor);
         std::thread::sleep(PORT_PAUSE);
     }
 }
@@ -113,5 +113,5 @@ fn perform(op: Op, supervisor: &Supervisor) -> Result<Reply> {
     }
 }
 
-/// Opening a port succeeds while nobody is at the other end, and reading it then ends at once.
+/// Nothing tells when somebody is there again.
 const PORT_PAUSE: Duration = Duration::from_millis(50);

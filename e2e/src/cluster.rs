@@ -121,11 +121,10 @@ impl TestCluster {
             role,
             importing: false,
         })?;
-        let length = self.import_kernel(node, uid, &name("kernel")?)?;
+        self.import_kernel(node, uid, &name("kernel")?)?;
         let config = spec.config_mut();
         config.boot.kernel = ImageSource::Volume {
             disk: name("kernel")?.as_str().to_owned(),
-            length,
         };
         let source = DiskSource::Volume {
             disk: data.as_str().to_owned(),
@@ -223,7 +222,7 @@ impl TestCluster {
         bail!("the disk ends before {offset}")
     }
 
-    fn import_kernel(&self, node: &TestNode, vm: VmUid, name: &RowName) -> Result<Bytes> {
+    fn import_kernel(&self, node: &TestNode, vm: VmUid, name: &RowName) -> Result<()> {
         let image = fs::read(probe::build()?).context("read the probe guest")?;
         let length = Bytes(u64::try_from(image.len()).context("measure the probe guest")?);
         let created = node.change(Change::CreateDisk {
@@ -254,7 +253,7 @@ impl TestCluster {
             disk: row.disk,
             length: Some(length),
         })?;
-        Ok(length)
+        Ok(())
     }
 
     /// Starts a node's `bascule-volume` again, after it was killed.

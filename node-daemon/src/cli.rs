@@ -143,4 +143,22 @@ mod tests {
         NodeCli::command().debug_assert();
         ImportCli::command().debug_assert();
     }
+
+    /// Two options of one name and of different types parse only until one is used.
+    #[test]
+    fn the_launchers_options_do_not_clash_with_the_global_ones() {
+        let line = [
+            "bascule-node",
+            "launch",
+            "--stderr",
+            "/tmp/x",
+            "--",
+            "/bin/true",
+            "--log",
+            "y",
+        ];
+        let cli = NodeCli::try_parse_from(line).unwrap();
+        assert!(matches!(cli.command, NodeCommand::Launch(_)));
+        assert_eq!(cli.log.log, "info");
+    }
 }

@@ -28,7 +28,7 @@ pub(crate) struct LaunchArgs {
     cgroup: Option<String>,
     /// Where the program's standard error goes
     #[arg(long)]
-    log: PathBuf,
+    stderr: PathBuf,
     /// The program and its arguments
     #[arg(trailing_var_arg = true, required = true)]
     command: Vec<OsString>,
@@ -55,7 +55,7 @@ impl Launcher {
         args: &[OsString],
     ) -> Result<Child> {
         let mut command = Command::new(self.programs.join("bascule-node"));
-        command.arg("launch").arg("--log").arg(log);
+        command.arg("launch").arg("--stderr").arg(log);
         if self.host_namespaces {
             command.arg("--host-namespaces");
         }
@@ -76,7 +76,7 @@ impl Launcher {
 
 /// Runs `bascule-node launch`. Returns only on failure.
 pub(crate) fn launch(args: &LaunchArgs) -> Result<()> {
-    let log = open_log(&args.log)?;
+    let log = open_log(&args.stderr)?;
     let outcome = become_program(args, &log);
     if let Err(error) = &outcome {
         use std::io::Write;

@@ -6,19 +6,23 @@
 use std::fs::OpenOptions;
 
 use anyhow::{Context, Result, bail};
-use bascule_types::VmUid;
+use bascule_types::{NodeUid, VmUid};
 use futures::TryStreamExt;
 use rtnetlink::packet_route::link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage};
 use rtnetlink::{Handle, LinkUnspec};
+use sha2::{Digest, Sha256};
 
 /// The name of a VM's tap: 15 bytes are allowed (IFNAMSIZ less the NUL), so it is `bs`, 8 hex digits
-/// of the UID's end and the interface's index.
-pub(crate) fn name(vm: VmUid, index: usize) -> String {
-    let uid = vm.to_bytes();
-    format!(
-        "bs{:02x}{:02x}{:02x}{:02x}-{index}",
-        uid[12], uid[13], uid[14], uid[15]
-    )
+/// that stand for node and VM (two nodes of a lab may share a network namespace) and the
+/// interface's index.
+pub(crate) fn name(node: NodeUid, vm: VmUid, index: usize) -> String {
+    let digest = Sha256::digest([node.to_bytes(), vm.to_bytes()].concat());
+    let short: String = digest
+        .iter()
+        .take(4)
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
+    format!("bs{short}-{index}")
 }
 
 /// Makes the tap, attaches it to the bridge and sets it up. Idempotent.
@@ -171,9 +175,10 @@ mod tests {
 
     #[test]
     fn a_taps_name_fits_an_interface_name() {
-        let vm: VmUid = "6fa459ea-ee8a-4ca4-894e-db77e160355e".parse().unwrap();
-        assert_eq!(name(vm, 0), "bse160355e-0");
-        assert!(name(vm, 15).len() <= 15);
+        let (one, other, vm) = (NodeUid::random(), NodeUid::random(), VmUid::random());
+        assert!(name(one, vm, 15).len() <= 15);
+        assert_ne!(name(one, vm, 0), name(other, vm, 0));
+        assert_ne!(name(one, vm, 0), name(one, vm, 1));
     }
 
     #[test]

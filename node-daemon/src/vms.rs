@@ -11,7 +11,7 @@ use bascule_ipc::vm::{
     VmConfig, VmState, VmStatus,
 };
 use bascule_ipc::{IpcError, Kind};
-use bascule_node_api::command::{ImageRow, Outcome, RejectReason, VmSpec};
+use bascule_node_api::command::{Outcome, RejectReason, VmSpec};
 use bascule_types::{AttemptId, Epoch, Owner, VmUid};
 
 use crate::files;
@@ -263,7 +263,7 @@ impl Supervisor {
                     ),
                 )
             })?;
-            let tap = tap::name(spec.uid, index);
+            let tap = tap::name(self.identity.node, spec.uid, index);
             tap::ensure(&tap, bridge).map_err(|error| {
                 Rejection::new(
                     RejectReason::BridgeUnavailable,
@@ -289,7 +289,7 @@ impl Supervisor {
             memory: spec.memory,
             boot: Boot {
                 kernel: image(&spec.kernel),
-                initrd: spec.initrd.as_ref().map(image),
+                initrd: spec.initrd.as_deref().map(image),
                 cmdline: spec.cmdline.clone(),
             },
             disks: disks.collect(),
@@ -337,10 +337,9 @@ pub(crate) fn is_over(state: &VmState) -> bool {
     matches!(state, VmState::Stopped(_) | VmState::Departed)
 }
 
-fn image(row: &ImageRow) -> ImageSource {
+fn image(row: &str) -> ImageSource {
     ImageSource::Volume {
-        disk: row.row.clone(),
-        length: row.length,
+        disk: row.to_owned(),
     }
 }
 

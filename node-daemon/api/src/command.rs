@@ -279,25 +279,16 @@ pub struct VmSpec {
     pub cpus: u8,
     /// Guest RAM.
     pub memory: Bytes,
-    /// The kernel's disk row, `<namespace>/<disk>`, and the image's length.
-    pub kernel: ImageRow,
+    /// The kernel's disk row, `<namespace>/<disk>`.
+    pub kernel: String,
     /// The initial RAM disk's.
-    pub initrd: Option<ImageRow>,
+    pub initrd: Option<String>,
     /// The kernel command line.
     pub cmdline: String,
     /// The disks, in order: the name in the spec, and the row's name.
     pub disks: Vec<DiskRef>,
     /// The interfaces, in order.
     pub interfaces: Vec<Interface>,
-}
-
-/// An image on the volume.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ImageRow {
-    /// The row's name.
-    pub row: String,
-    /// The image's length, when the operator knows it; the row is rounded up to whole extents.
-    pub length: Bytes,
 }
 
 /// A disk of a VM.

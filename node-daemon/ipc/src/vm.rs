@@ -65,13 +65,10 @@ pub struct Boot {
 /// Where an image is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ImageSource {
-    /// A disk row of the VM on its home volume, by its name `<namespace>/<disk>`; `length` is the
-    /// image's true length, the row being rounded up.
+    /// A disk row of the VM on its home volume, whose size is the image's length.
     Volume {
-        /// The row's name.
+        /// The row's name, `<namespace>/<disk>`.
         disk: String,
-        /// The image's length.
-        length: Bytes,
     },
     /// A file (a VM without a home).
     File {

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use bascule_api::{Source, VirtualMachine};
-use bascule_node_api::command::{DiskRef, ImageRow, ImportSource, Interface, VmSpec};
+use bascule_node_api::command::{DiskRef, ImportSource, Interface, VmSpec};
 use bascule_types::{Bytes, VmUid};
 use bascule_volume_format::change::{DiskRole, RowName};
 use sha2::{Digest, Sha256};
@@ -66,10 +66,7 @@ impl Document {
 }
 
 fn resolve(vm: &VirtualMachine, namespace: &str, name: &str) -> Result<VmSpec> {
-    let image = |disk: &str| ImageRow {
-        row: format!("{namespace}/{name}.{disk}"),
-        length: Bytes(0),
-    };
+    let image = |disk: &str| format!("{namespace}/{name}.{disk}");
     let uid = document_uid(namespace, name);
     let mut interfaces = Vec::new();
     for (index, interface) in vm.spec.interfaces.iter().enumerate() {

@@ -6,7 +6,6 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, bail, ensure};
 use bascule_ipc::vm::{Boot, ImageSource};
-use bascule_types::Bytes;
 use bascule_volume_format::change::{DiskRow, ExtentRun};
 
 use super::volume::Opened;
@@ -53,18 +52,13 @@ fn image(source: &ImageSource, opened: Option<&Opened>) -> anyhow::Result<Image>
             let length = file.metadata()?.len();
             Ok((length, Box::new(file)))
         }
-        ImageSource::Volume { disk, length } => {
+        ImageSource::Volume { disk } => {
             let Some(opened) = opened else {
                 bail!("{disk:?} is on a volume, but there is none");
             };
             let row = opened.disk(disk)?;
-            ensure!(
-                *length <= row.size,
-                "{disk:?} is {} and not {length}",
-                row.size
-            );
-            let reader = ExtentReader::new(Arc::clone(&opened.device), row, *length)?;
-            Ok((length.0, Box::new(reader)))
+            let reader = ExtentReader::new(Arc::clone(&opened.device), row)?;
+            Ok((row.size.0, Box::new(reader)))
         }
     }
 }
@@ -83,13 +77,13 @@ struct ExtentReader {
 }
 
 impl ExtentReader {
-    fn new(device: Arc<File>, row: &DiskRow, length: Bytes) -> anyhow::Result<Self> {
+    fn new(device: Arc<File>, row: &DiskRow) -> anyhow::Result<Self> {
         ensure!(!row.importing, "{} is still being imported", row.name);
         Ok(Self {
             device,
             extents: row.extents.clone().into_iter(),
             run: (0, 0),
-            left: length.0,
+            left: row.size.0,
             buffer: vec![0; READ_BYTES + ALIGNMENT],
             filled: 0..0,
         })

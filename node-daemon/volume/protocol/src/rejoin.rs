@@ -1,14 +1,15 @@
-//! With which claim a starting `bascule-volume` asks for a generation.
+//! With which claim a `bascule-volume` asks for the next generation.
 //!
 //! ```text
-//!   own slot blank ───────────────────────────────────────────► First
-//!   newest own record of this boot ───────────────────────────► SameBoot: rows are kept
-//!   of another boot, `settle` after this kernel started ──────► Rebooted: rows are released
-//!   of another boot, earlier ─────────────────────────────────► Wait: its writes may still land
+//!   own slot blank ─────────────────────────────────► First
+//!   this kernel started less than `settle` ago ─────► Wait: writes of the boot before may land
+//!   newest own record of this boot ─────────────────► SameBoot: rows are kept
+//!   of another boot ────────────────────────────────► Rebooted: rows are released
 //! ```
 //!
-//! The claim comes from the record's boot id alone. An empty run directory proves nothing: the
-//! processes of this boot may live on.
+//! The wait does not depend on the record: the first heartbeat of this boot may have replaced the
+//! last one of the boot before, and the coordinator goes by the boot that the slot's *row* names.
+//! An empty run directory proves nothing either: the processes of this boot may live on.
 
 use std::time::Duration;
 
@@ -63,12 +64,12 @@ pub fn join_claim(
         return JoinClaim::First;
     };
     let settled_at = BootTime(0).after(settle);
-    if slot.boot == boot {
-        JoinClaim::SameBoot { from: slot.owner }
-    } else if now >= settled_at || broken!(rules, RebootClaimedBeforeSettle) {
-        JoinClaim::Rebooted { from: slot.owner }
-    } else {
+    if now < settled_at && !broken!(rules, RebootClaimedBeforeSettle) {
         JoinClaim::Wait { until: settled_at }
+    } else if slot.boot == boot {
+        JoinClaim::SameBoot { from: slot.owner }
+    } else {
+        JoinClaim::Rebooted { from: slot.owner }
     }
 }
 
@@ -107,7 +108,7 @@ mod tests {
     #[test]
     fn within_a_boot_the_rows_are_kept_even_if_the_run_directory_was_lost() {
         let from = slot(ME, 9).owner;
-        assert_eq!(claim(1, Some(slot(ME, 9))), JoinClaim::SameBoot { from });
+        assert_eq!(claim(4, Some(slot(ME, 9))), JoinClaim::SameBoot { from });
     }
 
     #[test]
@@ -115,6 +116,8 @@ mod tests {
         let from = slot(ME, 8).owner;
         let until = BootTime(0).after(SETTLE);
         assert_eq!(claim(3, Some(slot(ME, 8))), JoinClaim::Wait { until });
+        // A process that crashed right after this boot's first heartbeat left a record of it.
+        assert_eq!(claim(3, Some(slot(ME, 9))), JoinClaim::Wait { until });
         assert_eq!(claim(4, Some(slot(ME, 8))), JoinClaim::Rebooted { from });
     }
 }

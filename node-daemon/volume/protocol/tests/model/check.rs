@@ -59,7 +59,7 @@ where
     let checker = model
         .checker()
         .threads(1)
-        .finish_when(HasDiscoveries::AnyFailures)
+        .finish_when(HasDiscoveries::AllOf([property].into()))
         .timeout(Duration::from_secs(300))
         .spawn_bfs()
         .join();

@@ -8,7 +8,10 @@
 
 mod check;
 mod mutations;
+mod table;
 
 mod coordinator;
 mod election;
+mod fence;
+mod handover;
 mod lease;

@@ -1,0 +1,693 @@
+//! A node that may fall silent, its guest's writes, its watchdog; and the coordinator that takes
+//! the guest over.
+//!
+//! Every process of node A may stop for any time at any point, between the gate's check and the
+//! submission too; writes land as late as they like while the node lives, and within `settle`
+//! after its reset or never. The watchdog device fires by itself. Node B reads, proves, takes the
+//! row and writes at once. Reads and renewals are instants here: `lease.rs` takes them apart.
+
+use std::time::Duration;
+
+use bascule_types::{BootTime, Epoch, Generation, NodeUid, Owner, SlotId, VolumeId};
+use bascule_volume_format::change::{AdministratorsWord, Change, Refusal};
+use bascule_volume_format::{Fencing, FencingPolicy, Timings, WatchdogKind};
+use bascule_volume_protocol::fence::{self, FencePolicy};
+use bascule_volume_protocol::watchdog::{Decision, Enlisted, timeout_fits};
+use bascule_volume_protocol::{
+    HeartbeatSeen, Held, JoinClaim, LeaseCommand, LeaseConfig, LeaseEvent, LeaseHolder, LeasePhase,
+    OwnRecord, OwnSlot, Rules, WatchEvent, Watcher, WriterEvent, Writers, join_claim,
+};
+use stateright::{Model, Property};
+
+use crate::check::{Size, holds};
+use crate::table::{Sight, Table, VM, owner, rejoin};
+
+const NODE_A: NodeUid = NodeUid::from_bytes([1; 16]);
+const VOLUME: VolumeId = VolumeId::from_bytes([1; 16]);
+const A: u16 = 0;
+const B: u16 = 1;
+/// One tick.
+const TICK: u64 = 1_000_000;
+
+#[derive(Clone, Debug)]
+pub(crate) struct FenceModel {
+    pub(crate) rules: Rules,
+    pub(crate) ticks: u64,
+    pub(crate) settle: u64,
+    pub(crate) device_timeout: u64,
+    pub(crate) kind: WatchdogKind,
+    pub(crate) fencing: Fencing,
+    pub(crate) power_cut: bool,
+    pub(crate) reboots: u8,
+    pub(crate) kill: bool,
+    /// Two steps of the watchdog's owner, or one.
+    pub(crate) late_pets: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct State {
+    now: u64,
+    a: NodeState,
+    /// The newest record of A's slot, and the boot that wrote it.
+    record: (Owner, u64, u8),
+    /// The guest's write that is under way.
+    flight: Option<Flight>,
+    table: Table,
+    watcher: Watcher,
+    /// The epoch in which B wrote.
+    b_wrote: Option<Epoch>,
+    /// An administrator's word on its way, about this generation of A.
+    word: Option<u64>,
+    /// What it was about.
+    word_given: Option<u64>,
+    words_left: u8,
+    overtaken: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum NodeState {
+    Up(Box<Node>),
+    /// Since this moment, after this boot.
+    Down(u64, u8),
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Node {
+    boot: u8,
+    booted_at: u64,
+    holder: LeaseHolder,
+    page: Option<Held>,
+    guest: Guest,
+    writers: Writers,
+    enlisted: Enlisted,
+    petted_at: u64,
+    pet_pending: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Guest {
+    None,
+    Running(Owner, Epoch),
+    /// Passed the gate, not yet submitted.
+    Checked(Owner, Epoch),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Flight {
+    epoch: Epoch,
+    /// Its node was reset: lands before this moment or never.
+    lands_until: Option<u64>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Action {
+    TimePasses,
+    Renew,
+    NewGeneration,
+    Rejoin,
+    GuestChecks,
+    GuestSubmits,
+    GuestLooks,
+    GuestEnds,
+    Lands,
+    WatchdogDecides,
+    WatchdogPets,
+    PowerCut,
+    Reboot,
+    BReads,
+    BTakesOver,
+    BAcquires,
+    WordGiven,
+    WordArrives,
+}
+
+impl FenceModel {
+    /// L 2, W 5, watchdog 2, settle 1: T_safe 8.
+    pub(crate) fn new(rules: Rules) -> Self {
+        Self {
+            rules,
+            ticks: 9,
+            settle: 1,
+            device_timeout: 2,
+            kind: WatchdogKind::Hardware,
+            fencing: Fencing::Watchdog,
+            power_cut: false,
+            reboots: 0,
+            kill: false,
+            late_pets: true,
+        }
+    }
+
+    fn timings(&self) -> Timings {
+        let ticks = |n: u64| Duration::from_nanos(n * TICK);
+        Timings {
+            lease: ticks(2),
+            watch: ticks(5),
+            poll: ticks(1),
+            renewal: ticks(1),
+            watchdog: ticks(2),
+            settle: ticks(self.settle),
+        }
+    }
+
+    /// What A's heartbeat says about its watchdog.
+    fn kind(&self) -> WatchdogKind {
+        let timeout = Duration::from_nanos(self.device_timeout * TICK);
+        if timeout_fits(self.rules, &self.timings(), timeout) {
+            self.kind
+        } else {
+            WatchdogKind::None
+        }
+    }
+
+    fn policy(&self) -> FencePolicy {
+        FencePolicy {
+            mode: self.fencing,
+            allowed: FencingPolicy::default(),
+            rules: self.rules,
+        }
+    }
+
+    fn node(&self, now: u64, boot: u8) -> Node {
+        let config = LeaseConfig {
+            node: NODE_A,
+            timings: self.timings(),
+            rules: self.rules,
+        };
+        Node {
+            boot,
+            booted_at: now,
+            holder: LeaseHolder::start(config, BootTime(now * TICK), None, 10 * u64::from(boot)),
+            page: None,
+            guest: Guest::None,
+            writers: Writers::new(self.rules),
+            enlisted: Enlisted::new(self.rules),
+            petted_at: now,
+            pet_pending: false,
+        }
+    }
+
+    fn time_passes(&self, state: &mut State) {
+        state.now += 1;
+        let now = state.now;
+        // A software watchdog that hangs with its kernel never fires.
+        let fires = match &state.a {
+            NodeState::Up(node) => {
+                self.kind == WatchdogKind::Hardware && now >= node.petted_at + self.device_timeout
+            }
+            NodeState::Down(..) => false,
+        };
+        if fires {
+            self.reset(state);
+        }
+        if let Some(flight) = state.flight
+            && flight.lands_until.is_some_and(|until| now >= until)
+        {
+            state.flight = None;
+        }
+    }
+
+    fn reset(&self, state: &mut State) {
+        let NodeState::Up(node) = &state.a else {
+            return;
+        };
+        if let Some(flight) = &mut state.flight
+            && flight.lands_until.is_none()
+        {
+            flight.lands_until = Some(state.now + self.settle);
+        }
+        state.a = NodeState::Down(state.now, node.boot);
+    }
+
+    /// One renewal, from the tick to the acknowledgement.
+    fn renew(state: &mut State) {
+        let now = state.moment();
+        let (owner, sequence, _) = state.record;
+        let NodeState::Up(node) = &mut state.a else {
+            return;
+        };
+        let own = OwnRecord {
+            node: NODE_A,
+            owner,
+            sequence,
+        };
+        let records = vec![own];
+        node.step(LeaseEvent::Tick { now });
+        let command = node.step(LeaseEvent::OwnRecords { now, records });
+        if let Some(LeaseCommand::WriteRecord {
+            owner, sequence, ..
+        }) = command
+        {
+            state.record = (owner, sequence, node.boot);
+            node.step(LeaseEvent::Written { now, sequence });
+        }
+    }
+
+    fn rejoin(&self, state: &mut State) {
+        let NodeState::Up(node) = &state.a else {
+            return;
+        };
+        let from = owner(A, state.table.generation(A));
+        let since_boot = BootTime((state.now - node.booted_at) * TICK);
+        // The slot's newest record may be of this boot already: its heartbeat came first.
+        let own = OwnSlot {
+            node: NODE_A,
+            owner: from,
+            boot: [state.record.2; 16],
+        };
+        let settle = self.timings().settle;
+        let boot = [node.boot; 16];
+        let rebooted = match join_claim(self.rules, since_boot, boot, NODE_A, Some(own), settle) {
+            JoinClaim::SameBoot { .. } => false,
+            JoinClaim::Rebooted { .. } => true,
+            JoinClaim::First | JoinClaim::Wait { .. } => return,
+        };
+        let (asker, boot) = (state.record.0, node.boot);
+        if asker.generation > from.generation
+            && self
+                .ask(state, &rejoin(from, rebooted), (asker, boot))
+                .is_ok()
+        {
+            let now = state.moment();
+            state.watcher = state
+                .watcher
+                .clone()
+                .next(WatchEvent::Granted { now, owner: asker });
+        }
+    }
+
+    fn ask(&self, state: &mut State, change: &Change, asker: (Owner, u8)) -> Result<(), Refusal> {
+        let (watcher, now) = (state.watcher.clone(), state.moment());
+        let sight = Sight {
+            alive: |owner: Owner| owner.slot.0 == B || watcher.is_alive(owner, now),
+            proof: |victim| fence::verify(self.policy(), &watcher.evidence(victim)),
+        };
+        let answer = state.table.ask(change, asker, &sight, self.rules);
+        answer.map(|_| ())
+    }
+
+    fn guest_ends(&self, state: &mut State) {
+        let NodeState::Up(node) = &mut state.a else {
+            return;
+        };
+        let Guest::Running(from, epoch) = node.guest else {
+            return;
+        };
+        node.guest = Guest::None;
+        let drained = state.flight.is_none();
+        let ended = WriterEvent::Closed { vm: VM, drained };
+        node.writers = node.writers.clone().next(ended);
+        if !node.writers.must_be_watched() {
+            node.enlisted = node.enlisted.clone().withdraw(VOLUME);
+        }
+        let asker = (from, node.boot);
+        if node.writers.is_drained(VM) {
+            let change = Change::Release {
+                vm: VM,
+                from,
+                epoch,
+            };
+            // A refusal means that the row is somebody else's by now.
+            self.ask(state, &change, asker).ok();
+        }
+    }
+
+    fn b_asks(&self, state: &mut State, change: &Change) {
+        if self.ask(state, change, (owner(B, 1), 1)).is_ok() {
+            let tenure = state.table.tenure();
+            if tenure.owner == Some(owner(B, 1)) {
+                state.b_wrote = Some(tenure.epoch);
+            }
+        }
+    }
+
+    fn b_reads(&self, state: &mut State) {
+        let (owner, sequence, _) = state.record;
+        let seen = HeartbeatSeen {
+            node: NODE_A,
+            owner,
+            sequence,
+            watchdog: self.kind(),
+            detached: false,
+            timings: self.timings(),
+        };
+        let now = state.moment();
+        state.watcher = state.watcher.clone().next(WatchEvent::Read {
+            issued_at: now,
+            completed_at: now,
+            slots: vec![(SlotId(A), Some(seen))],
+        });
+    }
+}
+
+impl Node {
+    fn step(&mut self, event: LeaseEvent) -> Option<LeaseCommand> {
+        let (holder, command) = self.holder.clone().next(event);
+        self.page = holder.lease();
+        self.holder = holder;
+        command
+    }
+
+    fn gate_is_open(&self, now: BootTime, owner: Owner) -> bool {
+        self.page
+            .is_some_and(|held| held.owner == owner && now < held.expiry)
+    }
+}
+
+impl State {
+    fn moment(&self) -> BootTime {
+        BootTime(self.now * TICK)
+    }
+
+    fn lands(&mut self) {
+        if let (Some(flight), Some(b)) = (self.flight.take(), self.b_wrote) {
+            self.overtaken |= b > flight.epoch;
+        }
+    }
+
+    fn guest_looks(&mut self) {
+        let tenure = self.table.tenure();
+        let NodeState::Up(node) = &mut self.a else {
+            return;
+        };
+        node.guest = match (tenure.owner, node.guest) {
+            (Some(owner), Guest::Running(_, epoch))
+                if owner.slot.0 == A && tenure.epoch == epoch =>
+            {
+                Guest::Running(owner, epoch)
+            }
+            _ => Guest::None,
+        };
+    }
+}
+
+impl Model for FenceModel {
+    type State = State;
+    type Action = Action;
+
+    fn init_states(&self) -> Vec<State> {
+        let mut node = self.node(0, 1);
+        node.writers = node.writers.next(WriterEvent::Opened(VM));
+        node.enlisted = node.enlisted.enlist(VOLUME);
+        node.guest = Guest::Running(owner(A, 1), Epoch(1));
+        let begin = LeaseEvent::NewGeneration {
+            now: BootTime(0),
+            owner: owner(A, 1),
+        };
+        assert_eq!(node.step(begin), None);
+        let mut state = State {
+            now: 0,
+            a: NodeState::Up(Box::new(node)),
+            record: (owner(A, 1), 1, 1),
+            flight: None,
+            table: Table::new(2, self.fencing),
+            watcher: Watcher::new(self.rules),
+            b_wrote: None,
+            word: None,
+            word_given: None,
+            words_left: u8::from(self.fencing == Fencing::LeaseOnly),
+            overtaken: false,
+        };
+        Self::renew(&mut state);
+        vec![state]
+    }
+
+    fn actions(&self, state: &State, actions: &mut Vec<Action>) {
+        if state.now < self.ticks {
+            actions.push(Action::TimePasses);
+        }
+        match &state.a {
+            NodeState::Up(node) => {
+                actions.push(Action::Renew);
+                if node.holder.phase() == LeasePhase::Lapsed
+                    && state.record.0.generation < Generation(2 + u64::from(self.reboots))
+                {
+                    actions.push(Action::NewGeneration);
+                }
+                actions.push(Action::Rejoin);
+                match node.guest {
+                    Guest::None => {}
+                    Guest::Running(owner, _) => {
+                        if state.flight.is_none() && node.gate_is_open(state.moment(), owner) {
+                            actions.push(Action::GuestChecks);
+                        }
+                        actions.push(Action::GuestLooks);
+                        if self.kill {
+                            actions.push(Action::GuestEnds);
+                        }
+                    }
+                    Guest::Checked(..) => actions.push(Action::GuestSubmits),
+                }
+                if self.kind == WatchdogKind::Hardware {
+                    actions.push(if node.pet_pending {
+                        Action::WatchdogPets
+                    } else {
+                        Action::WatchdogDecides
+                    });
+                }
+                if self.power_cut {
+                    actions.push(Action::PowerCut);
+                }
+            }
+            NodeState::Down(since, boot) => {
+                if *boot <= self.reboots {
+                    actions.push(Action::Reboot);
+                }
+                if state.words_left > 0 && state.now >= since + self.settle {
+                    actions.push(Action::WordGiven);
+                }
+            }
+        }
+        if state.flight.is_some() {
+            actions.push(Action::Lands);
+        }
+        if state.b_wrote.is_none() {
+            actions.extend([Action::BReads, Action::BTakesOver, Action::BAcquires]);
+        }
+        if state.word.is_some() {
+            actions.push(Action::WordArrives);
+        }
+    }
+
+    fn next_state(&self, last: &State, action: Action) -> Option<State> {
+        let mut state = last.clone();
+        let now = state.moment();
+        match action {
+            Action::TimePasses => self.time_passes(&mut state),
+            Action::Renew => Self::renew(&mut state),
+            Action::Rejoin => self.rejoin(&mut state),
+            Action::GuestLooks => state.guest_looks(),
+            Action::GuestEnds => self.guest_ends(&mut state),
+            Action::Lands => state.lands(),
+            Action::PowerCut => self.reset(&mut state),
+            Action::BReads => self.b_reads(&mut state),
+            Action::Reboot => {
+                let NodeState::Down(_, boot) = state.a else {
+                    return None;
+                };
+                state.a = NodeState::Up(Box::new(self.node(state.now, boot + 1)));
+            }
+            Action::BTakesOver => {
+                let tenure = state.table.tenure();
+                let (vm, epoch, to) = (VM, tenure.epoch, owner(B, 1));
+                let from = tenure.owner?;
+                self.b_asks(
+                    &mut state,
+                    &Change::TakeOver {
+                        vm,
+                        from,
+                        epoch,
+                        to,
+                    },
+                );
+            }
+            Action::BAcquires => {
+                let (vm, expected_epoch, to) = (VM, state.table.tenure().epoch, owner(B, 1));
+                let change = Change::Acquire {
+                    vm,
+                    expected_epoch,
+                    to,
+                };
+                self.b_asks(&mut state, &change);
+            }
+            Action::WordGiven => {
+                state.words_left -= 1;
+                state.word_given = Some(state.record.0.generation.0);
+                state.word = state.word_given;
+            }
+            Action::WordArrives => {
+                let victim = owner(A, state.word.take()?);
+                let word = AdministratorsWord::Confirmed;
+                self.b_asks(&mut state, &Change::ConfirmFenced { victim, word });
+            }
+            Action::NewGeneration
+            | Action::GuestChecks
+            | Action::GuestSubmits
+            | Action::WatchdogDecides
+            | Action::WatchdogPets => {
+                let next = state.record.0.generation.next();
+                let NodeState::Up(node) = &mut state.a else {
+                    return None;
+                };
+                let submitted = self.on_node(node, action, now, owner(A, next.0));
+                if let Some(epoch) = submitted {
+                    state.flight = Some(Flight {
+                        epoch,
+                        lands_until: None,
+                    });
+                }
+            }
+        }
+        (state != *last).then_some(state)
+    }
+
+    fn properties(&self) -> Vec<Property<Self>> {
+        let mut properties = vec![
+            Property::always(I1, |_, state: &State| !state.overtaken),
+            Property::always(ONE_WRITER, |_, state: &State| {
+                state.b_wrote != Some(Epoch(1))
+            }),
+            Property::always(FENCED_ENDS, |_, state: &State| {
+                let tenure = state.table.tenure();
+                tenure.epoch != Epoch(1)
+                    || tenure
+                        .owner
+                        .is_none_or(|now| now.generation == Generation(1))
+                    || !state.table.is_fenced(owner(A, 1))
+            }),
+            Property::always(WORD_BOUND, |model, state: &State| {
+                let fenced = |generation| state.table.is_fenced(owner(A, generation));
+                model.fencing != Fencing::LeaseOnly
+                    || (1..=3).all(|g| state.word_given == Some(g) || !fenced(g))
+            }),
+            Property::sometimes("a write lands", |_, state: &State| {
+                state.flight.is_some() && state.b_wrote.is_none()
+            }),
+        ];
+        if self.can_take_over() {
+            properties.push(Property::sometimes(
+                "B takes the guest",
+                |_, state: &State| state.b_wrote.is_some(),
+            ));
+        } else {
+            properties.push(Property::always(
+                "nobody takes a guest without a word",
+                |_, state: &State| state.b_wrote.is_none(),
+            ));
+        }
+        properties
+    }
+}
+
+impl FenceModel {
+    /// A step of one of A's processes; the epoch of a write that it submitted.
+    fn on_node(
+        &self,
+        node: &mut Node,
+        action: Action,
+        now: BootTime,
+        next: Owner,
+    ) -> Option<Epoch> {
+        match (action, node.guest) {
+            (Action::NewGeneration, _) => {
+                node.step(LeaseEvent::NewGeneration { now, owner: next });
+            }
+            (Action::GuestChecks, Guest::Running(owner, epoch)) => {
+                node.guest = Guest::Checked(owner, epoch);
+            }
+            (Action::GuestSubmits, Guest::Checked(owner, epoch)) => {
+                node.guest = Guest::Running(owner, epoch);
+                return Some(epoch);
+            }
+            (Action::WatchdogDecides, _) => {
+                let expiry = node.page.map(|held| held.expiry);
+                if node.enlisted.decide(now, |_| expiry) == Decision::Pet {
+                    node.pet_pending = self.late_pets;
+                    node.petted_at = now.0 / TICK;
+                }
+            }
+            (Action::WatchdogPets, _) => {
+                node.pet_pending = false;
+                node.petted_at = now.0 / TICK;
+            }
+            _ => {}
+        }
+        None
+    }
+
+    fn can_take_over(&self) -> bool {
+        self.kill
+            || self.reboots > 0
+            || self.fencing == Fencing::Watchdog && self.kind() == WatchdogKind::Hardware
+    }
+}
+
+/// I1.
+pub(crate) const I1: &str = "no write of an epoch lands after the first of a later one";
+/// I1.
+pub(crate) const ONE_WRITER: &str = "only A writes in the epoch that A owned";
+/// An administrator vouches for what he saw.
+pub(crate) const WORD_BOUND: &str =
+    "under LeaseOnly only the generation that a word named is fenced";
+/// I2.
+pub(crate) const FENCED_ENDS: &str = "a fenced owner's tenure ends with it";
+
+#[test]
+fn i1_no_write_lands_after_a_later_epochs_first_under_a_hardware_watchdog() {
+    let model = FenceModel {
+        ticks: Size::from_environment().pick(9, 11),
+        ..FenceModel::new(Rules::ENFORCED)
+    };
+    holds("fence, hardware watchdog", model);
+}
+
+#[test]
+fn i1_no_write_lands_after_a_later_epochs_first_through_power_cut_and_reboot() {
+    let model = FenceModel {
+        ticks: Size::from_environment().pick(4, 6),
+        settle: 2,
+        power_cut: true,
+        reboots: 1,
+        late_pets: false,
+        ..FenceModel::new(Rules::ENFORCED)
+    };
+    holds("fence, power cut and reboot", model);
+}
+
+#[test]
+fn i1_a_killed_guests_writes_keep_its_row_until_they_have_landed() {
+    let model = FenceModel {
+        ticks: Size::from_environment().pick(5, 9),
+        kill: true,
+        late_pets: false,
+        ..FenceModel::new(Rules::ENFORCED)
+    };
+    holds("fence, killed guest", model);
+}
+
+#[test]
+fn i1_a_softdog_and_no_watchdog_prove_nothing() {
+    for kind in [WatchdogKind::Software, WatchdogKind::None] {
+        let model = FenceModel {
+            ticks: Size::from_environment().pick(9, 10),
+            kind,
+            late_pets: false,
+            ..FenceModel::new(Rules::ENFORCED)
+        };
+        holds("fence, no hardware watchdog", model);
+    }
+}
+
+#[test]
+fn i1_lease_only_takes_over_on_a_word_about_this_very_generation() {
+    let model = FenceModel {
+        ticks: Size::from_environment().pick(4, 7),
+        kind: WatchdogKind::None,
+        fencing: Fencing::LeaseOnly,
+        power_cut: true,
+        reboots: 1,
+        late_pets: false,
+        ..FenceModel::new(Rules::ENFORCED)
+    };
+    holds("fence, administrator's word", model);
+}

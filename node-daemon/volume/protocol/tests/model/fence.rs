@@ -555,7 +555,7 @@ impl Model for FenceModel {
                         .is_none_or(|now| now.generation == Generation(1))
                     || !state.table.is_fenced(owner(A, 1))
             }),
-            Property::always(WORD_BOUND, |model, state: &State| {
+            Property::always(WORD_BOUND, |model: &Self, state: &State| {
                 let fenced = |generation| state.table.is_fenced(owner(A, generation));
                 model.fencing != Fencing::LeaseOnly
                     || (1..=3).all(|g| state.word_given == Some(g) || !fenced(g))

@@ -31,7 +31,11 @@ fn converse(node: &Node, stream: UnixStream) -> Result<(), IpcError> {
     connection.set_timeout(None)?;
     loop {
         let (request, _) = connection.recv::<Request>()?;
-        let (response, fds) = answer(node, &request);
+        let peer = rustix::net::sockopt::socket_peercred(connection.stream());
+        let peer = peer
+            .ok()
+            .and_then(|peer| u32::try_from(peer.pid.as_raw_pid()).ok());
+        let (response, fds) = answer(node, &request, peer);
         let fds: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
         connection.send(&response, &fds)?;
     }
@@ -39,7 +43,8 @@ fn converse(node: &Node, stream: UnixStream) -> Result<(), IpcError> {
 
 type Answered = (Response, Vec<OwnedFd>);
 
-fn answer(node: &Node, request: &Request) -> Answered {
+/// `peer` is the asking process, as the kernel says; a writer is known by it.
+fn answer(node: &Node, request: &Request, peer: Option<u32>) -> Answered {
     let alone = |response| (response, Vec::new());
     match request {
         Request::Status => alone(Response::Status(status::status(node))),
@@ -50,9 +55,9 @@ fn answer(node: &Node, request: &Request) -> Answered {
             owner,
             epoch,
             pid,
-        } => open(node, *vm, Some((*owner, *epoch, *pid))),
+        } => open(node, *vm, Some((*owner, *epoch, peer.unwrap_or(*pid)))),
         Request::PeekVm { vm } => open(node, *vm, None),
-        Request::CloseVm { vm, .. } => alone(close(node, *vm)),
+        Request::CloseVm { vm, .. } => alone(close(node, *vm, peer.unwrap_or(0))),
     }
 }
 
@@ -177,8 +182,8 @@ fn open(node: &Node, vm: VmUid, tenure: Option<(Owner, Epoch, u32)>) -> Answered
             return refused(Refusal::StaleOwner { owner });
         }
     }
-    // Who writes sees finished disks only; an importer peeks at its own.
-    let mine = |disk: &DiskRow| disk.vm == Some(vm) && (tenure.is_none() || !disk.importing);
+    // Half-imported disks too: this may be their importer. They say so in their row.
+    let mine = |disk: &DiskRow| disk.vm == Some(vm);
     let opened = OpenedVm {
         row,
         disks: found.disks.into_iter().filter(mine).collect(),
@@ -220,8 +225,8 @@ fn add_writer(node: &Node, vm: VmUid, pid: u32) -> Result<(), String> {
     }
 }
 
-fn close(node: &Node, vm: VmUid) -> Response {
-    let closed = node.update(|state| state.writers.close(vm));
+fn close(node: &Node, vm: VmUid, pid: u32) -> Response {
+    let closed = node.update(|state| state.writers.close(vm, pid));
     minder::refresh(node);
     match closed {
         Ok(()) => Response::Closed,

@@ -10,10 +10,10 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 
 use bascule_ipc::volume::Rows;
 use bascule_types::{BootTime, DiskId, Epoch, Owner};
-use bascule_volume_format::change::{FenceProof, MissingProof};
+use bascule_volume_format::change::{Change, FenceProof, MissingProof, Refusal};
 use bascule_volume_format::{
-    Asker, Context, CoordinatorEpoch, Log, LogError, MetaRecord, Metadata, Recovered, Witness,
-    recover,
+    Asker, Context, CoordinatorEpoch, Decision, LeaderBlock, Log, LogError, MetaRecord, Metadata,
+    Recovered, Witness, recover,
 };
 use bascule_volume_gate::boot_time_now;
 use bascule_volume_protocol::fence::{self, FencePolicy};
@@ -26,6 +26,7 @@ use crate::coordinate::highest_epoch;
 use crate::device::Handle;
 use crate::node::{Job, Node};
 use crate::peer::{Ask, PeerRequest, PeerResponse};
+use crate::watch;
 
 /// One tenure's own state.
 struct Tenure<'a> {
@@ -61,6 +62,10 @@ pub fn lead(node: &Node, handle: &mut Handle, me: Owner, epoch: CoordinatorEpoch
     tenure.announce_slots();
     node.update(|state| {
         state.coordinator = Some((epoch, queue));
+        state.leader = Some(LeaderBlock {
+            epoch,
+            coordinator: me,
+        });
         state.metadata = Some((epoch, tenure.metadata.clone()));
     });
     tracing::info!(%epoch, "coordinates");
@@ -135,27 +140,44 @@ impl Tenure<'_> {
     fn answer(&mut self, request: &PeerRequest) -> Option<PeerResponse> {
         let response = match &request.ask {
             Ask::Rows => PeerResponse::Rows(self.rows()),
-            Ask::Change(change) => {
-                let view = View::of(self.node);
-                let context = Context {
-                    asker: Asker {
-                        node: request.node,
-                        owner: request.owner,
-                        boot: request.boot,
-                    },
-                    witness: &view,
-                    fresh_disk: DiskId::random(),
-                };
-                match self.metadata.decide(change, &context) {
-                    Ok(decision) => {
-                        self.commit(&decision.records)?;
-                        PeerResponse::Granted(decision.answer)
-                    }
-                    Err(refusal) => PeerResponse::Refused(refusal),
+            Ask::Change(change) => match self.decide(change, request) {
+                Ok(decision) => {
+                    self.commit(&decision.records)?;
+                    PeerResponse::Granted(decision.answer)
                 }
-            }
+                Err(refusal) => PeerResponse::Refused(refusal),
+            },
         };
         self.is_in_force().then_some(response)
+    }
+
+    fn decide(&mut self, change: &Change, request: &PeerRequest) -> Result<Decision, Refusal> {
+        match self.decide_by_what_was_seen(change, request) {
+            // The heartbeat may be newer than the last poll.
+            Err(Refusal::LeaseInvalid { .. }) => {
+                watch::watch(self.node, self.handle);
+                self.decide_by_what_was_seen(change, request)
+            }
+            decided => decided,
+        }
+    }
+
+    fn decide_by_what_was_seen(
+        &self,
+        change: &Change,
+        request: &PeerRequest,
+    ) -> Result<Decision, Refusal> {
+        let view = View::of(self.node);
+        let context = Context {
+            asker: Asker {
+                node: request.node,
+                owner: request.owner,
+                boot: request.boot,
+            },
+            witness: &view,
+            fresh_disk: DiskId::random(),
+        };
+        self.metadata.decide(change, &context)
     }
 
     fn commit(&mut self, records: &[MetaRecord]) -> Option<()> {

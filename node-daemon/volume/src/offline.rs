@@ -5,11 +5,11 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, ensure};
 use bascule_types::{Bytes, ClusterId, NodeUid, VolumeId};
 use bascule_volume_format::{
-    BLOCK_BYTES, BLOCK_BYTES_U64, BlockStore, Fencing, FencingPolicy, FormatRequest, OpenError,
-    Report, Severity, Superblock, Timings, check_volume, make_volume,
+    BLOCK_BYTES, BLOCK_BYTES_U64, BlockStore, Fencing, FencingPolicy, FormatRequest, LayoutError,
+    MakeError, OpenError, Report, Severity, Superblock, Timings, check_volume, make_volume,
 };
 use clap::{Args, ValueEnum};
 
@@ -24,7 +24,7 @@ pub struct FormatArgs {
     #[arg(long)]
     cluster: ClusterId,
     /// The node that may attach the volume first; it registers all others.
-    #[arg(long)]
+    #[arg(long, visible_alias = "node-uid")]
     first_node: NodeUid,
     /// The new volume's identity; random if not given.
     #[arg(long)]
@@ -33,8 +33,14 @@ pub struct FormatArgs {
     #[arg(long)]
     force: bool,
     /// Create a plain file of this many MiB first.
-    #[arg(long, value_name = "MIB")]
+    #[arg(long, value_name = "MIB", conflicts_with = "create_size")]
     create: Option<u32>,
+    /// Create a plain file of this many bytes first.
+    #[arg(long, value_name = "BYTES")]
+    create_size: Option<u64>,
+    /// Print what was made as JSON.
+    #[arg(long)]
+    json: bool,
     /// How a silent node's end is proved.
     #[arg(long, value_enum, default_value_t = FencingArg::Watchdog)]
     fencing: FencingArg,
@@ -48,8 +54,16 @@ pub struct FormatArgs {
     #[arg(long, default_value_t = 16)]
     slots: u16,
     /// The unit in which disks get space, in MiB.
-    #[arg(long, default_value_t = 1, value_name = "MIB")]
+    #[arg(
+        long,
+        default_value_t = 1,
+        value_name = "MIB",
+        conflicts_with = "extent_bytes"
+    )]
     extent_mib: u32,
+    /// The same in bytes: a whole number of MiB.
+    #[arg(long, value_name = "BYTES")]
+    extent_bytes: Option<u64>,
     #[command(flatten)]
     timing: TimingArgs,
 }
@@ -105,26 +119,101 @@ mod exit {
     pub(super) const UNREADABLE: u8 = 5;
 }
 
-/// Formats a device.
+/// Why a device was not formatted. Each has an exit code of its own.
+#[derive(Debug, thiserror::Error)]
+enum Refused {
+    #[error("{path}: cannot use the device")]
+    Unavailable {
+        path: String,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("{path} holds {what}; --force destroys it, and every disk on it")]
+    NotBlank { path: String, what: String },
+    #[error("{path} is too small")]
+    TooSmall {
+        path: String,
+        #[source]
+        source: MakeError,
+    },
+    #[error("{path}")]
+    Failed {
+        path: String,
+        #[source]
+        source: MakeError,
+    },
+}
+
+impl Refused {
+    fn exit_code(&self) -> ExitCode {
+        ExitCode::from(match self {
+            Self::Failed { .. } => 1,
+            Self::Unavailable { .. } => 3,
+            Self::NotBlank { .. } => 4,
+            Self::TooSmall { .. } => 5,
+        })
+    }
+}
+
+/// Formats a device, and says why not if it is refused.
 ///
 /// # Errors
-/// When the device holds anything and `--force` is not given, is too small, or fails.
+/// None for a refusal: it has an exit code. Arguments that make no sense.
 pub fn format(args: &FormatArgs) -> Result<ExitCode> {
-    let path = &args.device;
-    if let Some(mib) = args.create {
-        create_file(path, Bytes::mib(mib))?;
+    if let Some(bytes) = args.extent_bytes {
+        let whole = bytes.is_multiple_of(Bytes::mib(1).0);
+        ensure!(whole, "--extent-bytes must be a whole number of MiB");
     }
-    let device = Device::open(path, Access::ReadWrite)
-        .with_context(|| format!("open {}", path.display()))?;
-    let size = device.size().context("read the device's size")?;
-    if !args.force {
-        refuse_contents(&device, size, path)?;
+    match make(args) {
+        Ok(superblock) if args.json => {
+            let made = serde_json::json!({
+                "volume": superblock.volume,
+                "cluster": superblock.cluster,
+                "safe_time_ms": superblock.timings.t_safe().as_millis().to_string(),
+            });
+            println!("{made}");
+            Ok(ExitCode::SUCCESS)
+        }
+        Ok(superblock) => {
+            print!("{}", describe(&superblock));
+            Ok(ExitCode::SUCCESS)
+        }
+        Err(refused) => {
+            let code = refused.exit_code();
+            eprintln!("bascule-volume: {:#}", anyhow::Error::from(refused));
+            Ok(code)
+        }
+    }
+}
+
+fn make(args: &FormatArgs) -> Result<Superblock, Refused> {
+    let path = &args.device;
+    let shown = path.display().to_string();
+    let unavailable = |source| Refused::Unavailable {
+        path: shown.clone(),
+        source,
+    };
+    let size = args
+        .create
+        .map(Bytes::mib)
+        .or_else(|| args.create_size.map(Bytes));
+    if let Some(size) = size {
+        create_file(path, size).map_err(unavailable)?;
+    }
+    let device = Device::open(path, Access::ReadWrite).map_err(unavailable)?;
+    let size = device.size().map_err(unavailable)?;
+    let found = find_contents(&device, size).map_err(unavailable)?;
+    if let Some(what) = found.filter(|_| !args.force) {
+        return Err(Refused::NotBlank { path: shown, what });
     }
     let request = args.request(size);
-    let superblock = make_volume(&mut device.handle(), &request, Some(args.first_node))
-        .with_context(|| format!("format {}", path.display()))?;
-    print!("{}", describe(&superblock));
-    Ok(ExitCode::SUCCESS)
+    make_volume(&mut device.handle(), &request, Some(args.first_node)).map_err(|source| {
+        let path = shown;
+        match source {
+            MakeError::Layout(LayoutError::TooSmall { .. }) => Refused::TooSmall { path, source },
+            _ => Refused::Failed { path, source },
+        }
+    })
 }
 
 /// Checks a device, read-only, and prints what it found.
@@ -191,47 +280,40 @@ impl FormatArgs {
                 settle: ms(timing.settle_ms),
             },
             slot_count: self.slots,
-            extent_mib: self.extent_mib,
+            extent_mib: self.extent_bytes.map_or(self.extent_mib, |bytes| {
+                u32::try_from(bytes >> 20).unwrap_or(u32::MAX)
+            }),
             device_bytes: size.0,
         }
     }
 }
 
-fn create_file(path: &Path, size: Bytes) -> Result<()> {
-    let file = OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .open(path)
-        .with_context(|| format!("create {}", path.display()))?;
+fn create_file(path: &Path, size: Bytes) -> std::io::Result<()> {
+    let file = OpenOptions::new().write(true).create_new(true).open(path)?;
     file.set_len(size.0)
-        .with_context(|| format!("lengthen {} to {size}", path.display()))
 }
 
 /// Looks for anything that is not zero where file systems, partition tables, LVM and RAID keep
 /// their signatures: the first two MiB and the last one.
-fn refuse_contents(device: &Device, size: Bytes, path: &Path) -> Result<()> {
+fn find_contents(device: &Device, size: Bytes) -> std::io::Result<Option<String>> {
     let mut handle = device.handle();
     let blocks = size.0 / BLOCK_BYTES_U64;
     let head = 0..blocks.min(2 * MIB_BLOCKS);
     let tail = blocks.saturating_sub(MIB_BLOCKS)..blocks;
     for lba in head.chain(tail) {
         let mut block = [0; BLOCK_BYTES];
-        handle
-            .read(bascule_types::Lba(lba), &mut block)
-            .context("look for existing contents")?;
+        handle.read(bascule_types::Lba(lba), &mut block)?;
         if block.iter().all(|byte| *byte == 0) {
             continue;
         }
-        let what = match bascule_volume_format::read_superblock(&mut handle) {
-            Ok(superblock) => format!("the Bascule volume {}", superblock.volume),
-            Err(_) => format!("data (at byte {})", lba * BLOCK_BYTES_U64),
-        };
-        bail!(
-            "{} holds {what}; --force destroys it, and every disk on it",
-            path.display()
-        );
+        return Ok(Some(
+            match bascule_volume_format::read_superblock(&mut handle) {
+                Ok(superblock) => format!("the Bascule volume {}", superblock.volume),
+                Err(_) => format!("data (at byte {})", lba * BLOCK_BYTES_U64),
+            },
+        ));
     }
-    Ok(())
+    Ok(None)
 }
 
 fn describe(superblock: &Superblock) -> String {

@@ -25,7 +25,7 @@ use bascule_ipc::Connection;
 use bascule_ipc::volume::{Request, Response};
 use bascule_types::{ClusterId, NodeUid, VolumeId};
 use bascule_volume_format::{RO_COMPAT_KNOWN, Severity, Superblock, check_volume, read_superblock};
-use bascule_volume_gate::{GateTakenOver, GateView, GateWriter, boot_time_now};
+use bascule_volume_gate::{GateError, GateTakenOver, GateView, GateWriter, boot_time_now};
 use bascule_volume_protocol::{Held, LeasePhase};
 use clap::Args;
 
@@ -38,8 +38,8 @@ use crate::{control, coordinate, join, lease, minder, signal, watch};
 /// What `serve` takes.
 #[derive(Args, Clone, Debug)]
 pub struct ServeArgs {
-    /// The block device or file.
-    #[arg(long)]
+    /// The block device, by its stable path, or a plain file (for one host or a lab).
+    #[arg(long, visible_alias = "file")]
     pub device: PathBuf,
     /// This node.
     #[arg(long)]
@@ -64,7 +64,7 @@ pub struct ServeArgs {
     #[arg(long)]
     pub cluster: Option<ClusterId>,
     /// The socket of bascule-watchdog; by default two directories above the run directory.
-    #[arg(long)]
+    #[arg(long, visible_alias = "watchdog-socket")]
     pub watchdog_sock: Option<PathBuf>,
 }
 
@@ -116,7 +116,7 @@ fn open_patiently(args: &ServeArgs, sock: &Path) -> Result<Option<(Opened, UnixL
                 if excuse.as_ref().is_none_or(|excuse| excuse.reason != reason) {
                     tracing::error!(reason, "cannot open the volume");
                     // The socket may be the one of the process that holds the gate page.
-                    let busy = reason.contains(BUSY);
+                    let busy = matches!(error.downcast_ref(), Some(GateError::Busy { .. }));
                     drop(excuse.take());
                     excuse = if busy {
                         None
@@ -463,5 +463,3 @@ const REOPEN: Duration = Duration::from_millis(500);
 const PEER_STEP: Duration = Duration::from_secs(5);
 /// One per VM process, a few for the daemon, and room.
 const CONNECTIONS_MAX: usize = 1024;
-/// What the gate page's error says when another process holds it.
-const BUSY: &str = "is held by another bascule-volume";

@@ -38,7 +38,8 @@ pub fn run(node: &Node) {
     }
 }
 
-fn watch(node: &Node, handle: &mut Handle) {
+/// Reads everybody's heartbeats and leader blocks once.
+pub fn watch(node: &Node, handle: &mut Handle) {
     let issued_at = boot_time_now();
     let seen = read_all(node, handle);
     let completed_at = boot_time_now();

@@ -10,19 +10,13 @@ use std::time::Duration;
 use bascule_types::{BootTime, VmUid};
 use bascule_volume_protocol::{Rules, WriterEvent, Writers};
 
-/// Every writer and its process.
+/// Every writer and its processes: a `bascule-vm`, or importers of several disks at once.
 #[derive(Debug)]
 pub struct WriterTable {
     writers: Writers,
-    processes: BTreeMap<VmUid, Process>,
+    /// By VM and process id; since when it is gone without having closed.
+    processes: BTreeMap<(VmUid, u32), Option<BootTime>>,
     directory: PathBuf,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Process {
-    pid: u32,
-    /// Since when it is gone without having closed.
-    gone_since: Option<BootTime>,
 }
 
 impl WriterTable {
@@ -39,16 +33,11 @@ impl WriterTable {
             directory,
         };
         for entry in fs::read_dir(&table.directory)? {
-            let entry = entry?;
-            let vm = entry
-                .file_name()
-                .to_str()
-                .and_then(|name| name.parse().ok());
-            if let Some(vm) = vm {
-                let pid = fs::read_to_string(entry.path())?
-                    .trim()
-                    .parse()
-                    .unwrap_or(0);
+            let name = entry?.file_name();
+            let parts = name.to_str().and_then(|name| name.split_once('.'));
+            if let Some((vm, pid)) = parts
+                && let (Ok(vm), Ok(pid)) = (vm.parse(), pid.parse())
+            {
                 table.insert(vm, pid);
             }
         }
@@ -60,7 +49,7 @@ impl WriterTable {
     /// # Errors
     /// The system's; the process must not get it then.
     pub fn open(&mut self, vm: VmUid, pid: u32) -> io::Result<()> {
-        fs::write(self.directory.join(vm.to_string()), pid.to_string())?;
+        fs::write(self.file(vm, pid), "")?;
         self.insert(vm, pid);
         Ok(())
     }
@@ -69,10 +58,15 @@ impl WriterTable {
     ///
     /// # Errors
     /// The system's; the writer then counts as open.
-    pub fn close(&mut self, vm: VmUid) -> io::Result<()> {
-        self.forget(vm)?;
-        let drained = true;
-        self.step(WriterEvent::Closed { vm, drained });
+    pub fn close(&mut self, vm: VmUid, pid: u32) -> io::Result<()> {
+        if !self.processes.contains_key(&(vm, pid)) {
+            return Ok(());
+        }
+        self.forget(vm, pid)?;
+        if self.of(vm).all(|gone| gone.is_some()) {
+            let drained = self.of(vm).next().is_none();
+            self.step(WriterEvent::Closed { vm, drained });
+        }
         Ok(())
     }
 
@@ -80,26 +74,29 @@ impl WriterTable {
     /// can be in flight any more: gone for `settle`, and since then `quiet` (the kernel has no
     /// write in flight on the device).
     pub fn reap(&mut self, now: BootTime, settle: Duration, quiet: bool) {
-        let vms: Vec<VmUid> = self.processes.keys().copied().collect();
-        for vm in vms {
-            let Some(process) = self.processes.get_mut(&vm) else {
-                continue;
-            };
-            if process.gone_since.is_none() && !is_alive(process.pid) {
-                process.gone_since = Some(now);
-                let pid = process.pid;
-                tracing::warn!(%vm, pid, "a writer is gone without having closed");
-                let drained = false;
-                self.step(WriterEvent::Closed { vm, drained });
-                continue;
+        let keys: Vec<(VmUid, u32)> = self.processes.keys().copied().collect();
+        for (vm, pid) in keys {
+            match self.processes.get(&(vm, pid)) {
+                Some(None) if !is_alive(pid) => {
+                    tracing::warn!(%vm, pid, "a writer is gone without having closed");
+                    self.processes.insert((vm, pid), Some(now));
+                    if self.of(vm).all(|gone| gone.is_some()) {
+                        let drained = false;
+                        self.step(WriterEvent::Closed { vm, drained });
+                    }
+                }
+                Some(Some(gone)) if quiet && now.since(*gone) >= settle => {
+                    self.settle(vm, pid);
+                }
+                _ => {}
             }
-            let settled = process
-                .gone_since
-                .is_some_and(|gone| now.since(gone) >= settle);
-            if settled && quiet && self.forget(vm).is_ok() {
-                tracing::info!(%vm, "its writes have settled");
-                self.step(WriterEvent::Settled(vm));
-            }
+        }
+    }
+
+    fn settle(&mut self, vm: VmUid, pid: u32) {
+        if self.forget(vm, pid).is_ok() && self.of(vm).next().is_none() {
+            tracing::info!(%vm, pid, "its writes have settled");
+            self.step(WriterEvent::Settled(vm));
         }
     }
 
@@ -115,18 +112,29 @@ impl WriterTable {
         self.writers.is_drained(vm)
     }
 
+    fn of(&self, vm: VmUid) -> impl Iterator<Item = &Option<BootTime>> {
+        let processes = self.processes.iter();
+        processes
+            .filter(move |(key, _)| key.0 == vm)
+            .map(|(_, gone)| gone)
+    }
+
+    fn file(&self, vm: VmUid, pid: u32) -> PathBuf {
+        self.directory.join(format!("{vm}.{pid}"))
+    }
+
     fn insert(&mut self, vm: VmUid, pid: u32) {
-        let gone_since = None;
-        self.processes.insert(vm, Process { pid, gone_since });
+        self.processes.insert((vm, pid), None);
         self.step(WriterEvent::Opened(vm));
     }
 
-    fn forget(&mut self, vm: VmUid) -> io::Result<()> {
-        self.processes.remove(&vm);
-        match fs::remove_file(self.directory.join(vm.to_string())) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-            _ => Ok(()),
+    fn forget(&mut self, vm: VmUid, pid: u32) -> io::Result<()> {
+        match fs::remove_file(self.file(vm, pid)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
         }
+        self.processes.remove(&(vm, pid));
+        Ok(())
     }
 
     fn step(&mut self, event: WriterEvent) {
@@ -161,7 +169,7 @@ mod tests {
         table.open(VM, std::process::id()).unwrap();
         let mut next = WriterTable::load(run_dir.path()).unwrap();
         assert!(next.must_be_watched() && !next.is_drained(VM));
-        next.close(VM).unwrap();
+        next.close(VM, std::process::id()).unwrap();
         assert!(!WriterTable::load(run_dir.path()).unwrap().must_be_watched());
     }
 
@@ -179,6 +187,18 @@ mod tests {
         table.reap(at(15), SETTLE, false);
         assert!(!table.is_drained(VM), "the device has a write in flight");
         table.reap(at(16), SETTLE, true);
+        assert!(table.is_drained(VM));
+    }
+
+    #[test]
+    fn two_importers_of_one_vm_are_two_writers() {
+        let run_dir = tempfile::tempdir().unwrap();
+        let mut table = WriterTable::load(run_dir.path()).unwrap();
+        table.open(VM, 1).unwrap();
+        table.open(VM, std::process::id()).unwrap();
+        table.close(VM, 1).unwrap();
+        assert!(!table.is_drained(VM));
+        table.close(VM, std::process::id()).unwrap();
         assert!(table.is_drained(VM));
     }
 

@@ -1,9 +1,4 @@
 //! Fixtures: a volume in memory, and a coordinator's view that a test sets.
-#![expect(dead_code, reason = "each test file uses its own part")]
-#![expect(
-    clippy::unwrap_used,
-    reason = "a fixture that cannot be built fails its test"
-)]
 
 use std::collections::{BTreeMap, BTreeSet};
 

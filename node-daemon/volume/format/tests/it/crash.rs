@@ -1,15 +1,13 @@
 //! I6: after a crash at any write, with any subset of the unflushed writes lost, the volume holds
 //! exactly the acknowledged changes, plus at most the one in flight.
 
-mod common;
-
+use crate::fixture::{Cluster, DEVICE_BYTES, formatted, name, node, owner, request, vm};
 use bascule_types::{Bytes, Epoch, SlotId};
 use bascule_volume_format::change::{Change, DiskRole};
 use bascule_volume_format::{
     CoordinatorEpoch, Log, LogError, MemStore, MetaRecord, Metadata, Superblock, check_volume,
     make_volume, read_superblock, recover,
 };
-use common::{Cluster, DEVICE_BYTES, formatted, name, node, owner, request, vm};
 
 /// The record groups of a small history: nodes join, VMs come, run, move and go.
 fn history(superblock: &Superblock) -> Vec<Vec<MetaRecord>> {

@@ -1,12 +1,10 @@
 //! What the coordinator grants and refuses.
 
-mod common;
-
+use crate::fixture::{Cluster, name, node, owner, vm};
 use bascule_types::{AttemptId, Bytes, DiskId, Epoch};
 use bascule_volume_format::change::{
     AdministratorsWord, Answer, Change, DiskRole, DiskRow, FenceProof, MissingProof, Refusal, Table,
 };
-use common::{Cluster, name, node, owner, vm};
 
 const PROOF: FenceProof = FenceProof::SafeTimeElapsed {
     watched_ms: 26_000,

@@ -1,0 +1,12 @@
+//! The format from outside: its bytes, its decisions, its crashes.
+#![expect(
+    clippy::unwrap_used,
+    clippy::unwrap_in_result,
+    clippy::panic,
+    reason = "a fixture that cannot be built fails its test"
+)]
+
+mod bytes;
+mod crash;
+mod fixture;
+mod metadata;

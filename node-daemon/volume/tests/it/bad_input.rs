@@ -1,0 +1,172 @@
+//! What is wrong with a device is said by name, and nothing is lost.
+
+use std::fs::OpenOptions;
+use std::io::Write;
+use std::net::TcpStream;
+use std::os::unix::fs::FileExt;
+
+use crate::lab::{Lab, Node, vm};
+use bascule_ipc::volume::{PathState, Request, Response};
+use bascule_volume_format::change::{Change, Refusal};
+
+fn reason(node: &Node) -> Option<String> {
+    match node.call(&Request::Status)?.0 {
+        Response::Unavailable { reason } => Some(reason),
+        Response::Status(status) => status.reason,
+        _ => None,
+    }
+}
+
+fn write_at(lab: &Lab, offset: u64, bytes: &[u8]) {
+    let file = OpenOptions::new().write(true).open(lab.device()).unwrap();
+    file.write_all_at(bytes, offset).unwrap();
+}
+
+#[test]
+fn format_refuses_a_device_that_holds_anything_without_force() {
+    let lab = Lab::new();
+    let again = lab.format(&[]);
+    assert_eq!(again.status.code(), Some(4));
+    let said = String::from_utf8(again.stderr).unwrap();
+    assert!(
+        said.contains("--force") && said.contains("volume.img"),
+        "{said}"
+    );
+    assert!(lab.check().status.success(), "nothing was altered");
+    assert!(lab.format(&["--force"]).status.success());
+    write_at(&lab, 0, &[0; 4096]);
+    write_at(&lab, 255 * 4096, &[0; 4096]);
+    write_at(&lab, 1080, b"ext4");
+    let said = String::from_utf8(lab.format(&[]).stderr).unwrap();
+    assert!(said.contains("holds data"), "{said}");
+}
+
+#[test]
+fn format_refuses_a_device_that_is_too_small_and_unsafe_times() {
+    let lab = Lab::new();
+    let small = OpenOptions::new().write(true).open(lab.device()).unwrap();
+    small.set_len(1 << 20).unwrap();
+    let refused = lab.format(&["--force"]);
+    assert_eq!(refused.status.code(), Some(5));
+    let said = String::from_utf8(refused.stderr).unwrap();
+    assert!(said.contains("at least"), "{said}");
+    small.set_len(64 << 20).unwrap();
+    let refused = lab.format(&["--force", "--fencing", "persistent-reservation"]);
+    let said = String::from_utf8(refused.stderr).unwrap();
+    assert!(
+        said.contains("PersistentReservation is not supported"),
+        "{said}"
+    );
+}
+
+#[test]
+fn check_tells_a_foreign_device_a_damaged_volume_and_a_newer_format() {
+    let lab = Lab::new();
+    assert_eq!(lab.check().status.code(), Some(0));
+    write_at(&lab, 255 * 4096, &[9; 512]);
+    let one_copy = lab.check();
+    assert_eq!(one_copy.status.code(), Some(1), "{one_copy:?}");
+    write_at(&lab, 0, &[9; 512]);
+    assert_eq!(lab.check().status.code(), Some(3));
+    assert!(lab.format(&["--force"]).status.success());
+    // A journal head that is not what it was.
+    let file = std::fs::File::open(lab.device()).unwrap();
+    let mut bytes = vec![0; 8 << 20];
+    file.read_exact_at(&mut bytes, 0).unwrap();
+    let head = (256..2048)
+        .find(|lba| bytes[lba * 4096..].starts_with(b"BSCL\x05\0"))
+        .unwrap();
+    write_at(&lab, head as u64 * 4096 + 60, &[1]);
+    let damaged = lab.check();
+    assert_eq!(damaged.status.code(), Some(2), "{damaged:?}");
+    let said = String::from_utf8(damaged.stdout).unwrap();
+    assert!(
+        said.contains("checkpoint head") && said.contains("DAMAGED"),
+        "{said}"
+    );
+}
+
+#[test]
+fn serve_says_which_volume_was_expected_and_recovers_when_it_is_there() {
+    let lab = Lab::new();
+    let other = "6fa459ea-ee8a-4ca4-894e-db77e160355e";
+    let node = lab.launch(1, &["--volume", other]);
+    node.wait("the reason", reason, |reason| {
+        reason.contains("holds volume") && reason.contains(other)
+    });
+    drop(node);
+    let node = lab.launch(1, &["--cluster", other]);
+    node.wait("the reason", reason, |reason| {
+        reason.contains("bound to cluster")
+    });
+    drop(node);
+    // Not a volume at first; the same process serves it once it is one.
+    write_at(&lab, 0, &[0; 4096]);
+    write_at(&lab, 255 * 4096, &[0; 4096]);
+    let mut node = lab.launch(1, &[]);
+    node.wait("the reason", reason, |reason| {
+        reason.contains("holds no Bascule volume") && reason.contains("volume.img")
+    });
+    assert!(lab.format(&["--force"]).status.success());
+    node.wait_open();
+}
+
+#[test]
+fn a_backing_that_goes_away_is_named_and_the_node_joins_again_when_it_is_back() {
+    let lab = Lab::new();
+    let mut node = lab.start(1);
+    let elsewhere = lab.device().with_extension("away");
+    std::fs::rename(lab.device(), &elsewhere).unwrap();
+    let status = node.wait_status("Unavailable", |status| {
+        status.path == PathState::Unavailable
+    });
+    let reason = status.reason.unwrap();
+    assert!(reason.contains("cannot read the volume"), "{reason}");
+    std::fs::rename(&elsewhere, lab.device()).unwrap();
+    node.wait_open();
+}
+
+#[test]
+fn a_full_volume_refuses_a_disk_with_the_numbers() {
+    let lab = Lab::new();
+    let node = lab.start(1);
+    node.create_and_own(1);
+    let huge = Change::CreateDisk {
+        vm: vm(1),
+        name: crate::lab::name("shop/huge"),
+        size: bascule_types::Bytes::gib(1),
+        role: bascule_volume_format::change::DiskRole::Data,
+        importing: false,
+    };
+    let refused = node.ask(&huge);
+    let Response::Refused(Refusal::Full { free, needed }) = refused else {
+        panic!("{refused:?}");
+    };
+    assert!(free < needed && needed == bascule_types::Bytes::gib(1));
+    let status = node.status().unwrap();
+    assert_eq!(
+        status.allocated,
+        bascule_types::Bytes(0),
+        "nothing was taken"
+    );
+}
+
+#[test]
+fn a_peer_that_speaks_garbage_or_has_no_certificate_changes_nothing() {
+    let lab = Lab::new();
+    let (one, two) = (lab.start(1), lab.start(2));
+    let status = two.wait_status("the peer's address", |status| {
+        status.peers.iter().any(|peer| peer.address.is_some())
+    });
+    for address in status.peers.iter().filter_map(|peer| peer.address) {
+        let mut stream = TcpStream::connect(address).unwrap();
+        stream.write_all(&[0xFF; 4096]).unwrap();
+        let mut plain = TcpStream::connect(address).unwrap();
+        plain
+            .write_all(b"\x1d\0\0\0{\"version\":1,\"version_min\":1}")
+            .unwrap();
+    }
+    // Both still serve, across the same ports.
+    one.create_and_own(1);
+    assert_eq!(two.rows().vms.len(), 1);
+}

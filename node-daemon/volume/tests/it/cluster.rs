@@ -1,0 +1,298 @@
+//! Several `bascule-volume` processes on one volume.
+
+use std::os::unix::fs::FileExt;
+use std::time::Instant;
+
+use crate::lab::{Lab, Node, name, vm};
+use bascule_ipc::volume::{PathState, Request, Response};
+use bascule_types::{AttemptId, Epoch};
+use bascule_volume_format::change::{
+    AdministratorsWord, Answer, Change, FenceProof, MissingProof, Refusal,
+};
+use bascule_volume_gate::{GateReader, boot_time_now};
+use rustix::process::Signal;
+
+fn take_over(victim: &bascule_volume_format::change::VmRow, by: &Node) -> Change {
+    Change::TakeOver {
+        vm: victim.vm,
+        from: victim.owner.unwrap(),
+        epoch: victim.epoch,
+        to: by.owner(),
+    }
+}
+
+#[test]
+fn three_nodes_share_a_volume_and_move_a_vm_between_them() {
+    let lab = Lab::new();
+    let (one, two, three) = (lab.start(1), lab.start(2), lab.start(3));
+    let row = one.create_and_own(1);
+    let disk = one.create_disk(1, "shop/data", 4);
+    assert!(!disk.importing);
+    let transfer = Change::Transfer {
+        vm: vm(1),
+        from: one.owner(),
+        epoch: row.epoch,
+        to: two.owner(),
+        attempt: AttemptId::random(),
+    };
+    let moved = one.grant(&transfer);
+    assert_eq!(one.grant(&transfer), moved, "asked twice, moved once");
+    // Every node sees the same rows, whoever coordinates.
+    for node in [&one, &two, &three] {
+        let row = node.row(1);
+        assert_eq!((row.owner, row.epoch), (Some(two.owner()), Epoch(2)));
+        assert_eq!(node.rows().disks.len(), 1);
+    }
+    let back = Change::Transfer {
+        vm: vm(1),
+        from: one.owner(),
+        epoch: row.epoch,
+        to: three.owner(),
+        attempt: AttemptId::random(),
+    };
+    let refused = three.ask(&back);
+    assert!(
+        matches!(refused, Response::Refused(Refusal::OwnedBy { .. })),
+        "{refused:?}"
+    );
+}
+
+#[test]
+fn a_killed_coordinator_is_replaced_and_loses_no_acknowledged_change() {
+    let lab = Lab::new();
+    let mut one = lab.start(1);
+    let two = lab.start(2);
+    one.create_and_own(1);
+    let create = |n: u8| Change::CreateVm {
+        vm: vm(n),
+        name: name(&format!("shop/more-{n}")),
+        spec_digest: [n; 32],
+    };
+    for n in 2..20 {
+        two.grant(&create(n));
+        if n == 10 {
+            one.kill();
+        }
+    }
+    let rows = two.rows();
+    assert_eq!(rows.vms.len(), 19);
+    let status = two.status().unwrap();
+    assert_eq!(status.coordinator, Some(two.owner().slot));
+    // The old coordinator comes back as an ordinary node.
+    let one = lab.start(1);
+    assert_eq!(one.rows().vms.len(), 19);
+}
+
+#[test]
+fn a_takeover_is_refused_before_the_safe_time_and_granted_after_it() {
+    let lab = Lab::new();
+    let mut one = lab.start(1);
+    let two = lab.start(2);
+    let row = one.create_and_own(1);
+    let ask = take_over(&row, &two);
+    let refused = two.ask(&ask);
+    let alive = Refusal::NotFenced {
+        victim: one.owner(),
+        missing: MissingProof::Alive,
+    };
+    assert_eq!(refused, Response::Refused(alive));
+    let killed_at = Instant::now();
+    one.kill();
+    let mut reasons = Vec::new();
+    let granted = loop {
+        match two.ask(&ask) {
+            Response::Granted(answer) => break answer,
+            Response::Refused(Refusal::NotFenced { missing, .. }) => reasons.push(missing),
+            other => panic!("{other:?}"),
+        }
+        assert!(killed_at.elapsed().as_secs() < 60, "{reasons:?}");
+        std::thread::park_timeout(std::time::Duration::from_millis(100));
+    };
+    let waited = killed_at.elapsed();
+    assert!(waited.as_millis() >= 7700, "granted after {waited:?}");
+    let counted = reasons.iter().any(|missing| {
+        matches!(
+            missing,
+            MissingProof::SafeTime {
+                required_ms: 8000,
+                ..
+            }
+        )
+    });
+    assert!(counted, "{reasons:?}");
+    let Answer::Row(row) = granted else {
+        panic!("{granted:?}");
+    };
+    assert_eq!((row.owner, row.epoch), (Some(two.owner()), Epoch(2)));
+    let rows = two.rows();
+    let FenceProof::SafeTimeElapsed { watched_ms, .. } = rows.fences[0].proof else {
+        panic!("{:?}", rows.fences);
+    };
+    assert!(watched_ms >= 8000);
+    // The victim comes back, and takes nothing along.
+    let one = lab.start(1);
+    assert_eq!(one.row(1).owner, Some(two.owner()));
+}
+
+#[test]
+fn lease_only_takes_over_only_on_an_administrators_word() {
+    let lab = Lab::with_fencing("lease-only");
+    let mut one = lab.start(1);
+    let two = lab.start(2);
+    let row = one.create_and_own(1);
+    let victim = row.owner.unwrap();
+    one.kill();
+    let ask = take_over(&row, &two);
+    // Longer than the safe time: no wait is enough.
+    two.wait_status("the silence of node 1", |status| {
+        status.peers.iter().any(|peer| peer.silent_ms > 8500)
+    });
+    let refused = Response::Refused(Refusal::NotFenced {
+        victim,
+        missing: MissingProof::AdministratorsWord,
+    });
+    assert_eq!(two.ask(&ask), refused);
+    let taint = Change::ConfirmFenced {
+        victim,
+        word: AdministratorsWord::OutOfServiceTaint,
+    };
+    assert_eq!(two.ask(&taint), Response::Refused(Refusal::NotAllowed));
+    let word = AdministratorsWord::Confirmed;
+    two.grant(&Change::ConfirmFenced { victim, word });
+    two.grant(&ask);
+    assert_eq!(two.row(1).owner, Some(two.owner()));
+}
+
+#[test]
+fn a_frozen_node_stalls_and_joins_again_with_its_rows() {
+    let lab = Lab::new();
+    let one = lab.start(1);
+    let two = lab.start(2);
+    let row = two.create_and_own(1);
+    let gate = GateReader::open(two.run_dir.join("gate")).unwrap();
+    let before = two.owner();
+    gate.check(boot_time_now(), before).unwrap();
+    two.signal(Signal::STOP);
+    one.wait_status("the silence of node 2", |status| {
+        let peer = status.peers.iter().find(|peer| peer.owner == before);
+        peer.is_some_and(|peer| peer.silent_ms > 2500)
+    });
+    gate.check(boot_time_now(), before)
+        .expect_err("the lease of a frozen node runs out by itself");
+    two.signal(Signal::CONT);
+    let status = two.wait_status("a new generation", |status| {
+        status.path == PathState::Direct && status.owner.is_some_and(|now| now != before)
+    });
+    let after = status.owner.unwrap();
+    assert_eq!(
+        (after.slot, after.generation),
+        (before.slot, before.generation.next())
+    );
+    let now = two.row(1);
+    assert_eq!((now.owner, now.epoch), (Some(after), row.epoch), "kept");
+    gate.check(boot_time_now(), before)
+        .expect_err("the old generation is over");
+    gate.check(boot_time_now(), after).unwrap();
+}
+
+#[test]
+fn i4_a_killed_and_restarted_process_closes_no_gate() {
+    let lab = Lab::new();
+    let mut one = lab.start(1);
+    let row = one.create_and_own(1);
+    let owner = row.owner.unwrap();
+    let (opened, fds) = one.open_vm(&row);
+    assert!(matches!(opened, Response::Opened(_)), "{opened:?}");
+    let gate = GateReader::from_fd(fds.into_iter().nth(1).unwrap()).unwrap();
+    for _ in 0..3 {
+        one.kill();
+        gate.check(boot_time_now(), owner).unwrap();
+        one = lab.launch(1, &[]);
+        one.wait_open();
+        gate.check(boot_time_now(), owner).unwrap();
+        assert_eq!(one.owner(), owner, "slot and generation are kept");
+    }
+    // It still knows its writer: the row cannot be released under it.
+    let release = Change::Release {
+        vm: vm(1),
+        from: owner,
+        epoch: row.epoch,
+    };
+    let (refused, _) = one.call(&Request::Change(release.clone())).unwrap();
+    assert!(
+        matches!(refused, Response::Unavailable { .. }),
+        "{refused:?}"
+    );
+    let close = Request::CloseVm {
+        vm: vm(1),
+        owner,
+        epoch: row.epoch,
+    };
+    let (closed, _) = one.call(&close).unwrap();
+    assert_eq!(closed, Response::Closed);
+    one.grant(&release);
+    assert_eq!(one.row(1).owner, None);
+}
+
+#[test]
+fn a_process_that_ends_in_order_leaves_and_the_next_coordinates_at_once() {
+    let lab = Lab::new();
+    let mut one = lab.start(1);
+    let two = lab.start(2);
+    assert!(one.terminate());
+    let slot = two.owner().slot;
+    let since = Instant::now();
+    two.wait_status("coordination by node 2", |status| {
+        status.coordinator == Some(slot)
+    });
+    assert!(since.elapsed().as_millis() < 6000, "did not wait for W");
+    assert!(lab.check().status.success(), "{:?}", lab.check());
+}
+
+#[test]
+fn a_vm_is_opened_by_its_owner_only_and_its_new_disk_reads_as_zeroes() {
+    let lab = Lab::new();
+    let (one, two) = (lab.start(1), lab.start(2));
+    let row = one.create_and_own(1);
+    // Dirt where the disk will be.
+    let file = std::fs::OpenOptions::new()
+        .write(true)
+        .open(lab.device())
+        .unwrap();
+    let peek = Request::PeekVm { vm: vm(1) };
+    let disk = one.create_disk(1, "shop/first", 2);
+    let start = disk.extents[0].start.lba_to_bytes().unwrap().0;
+    file.write_all_at(&[0xEE; 8192], start).unwrap();
+    let stale = one.open_vm(&bascule_volume_format::change::VmRow {
+        epoch: Epoch(7),
+        ..row.clone()
+    });
+    assert!(matches!(
+        stale.0,
+        Response::Refused(Refusal::OwnedBy { .. })
+    ));
+    let elsewhere = two.open_vm(&row);
+    assert!(matches!(
+        elsewhere.0,
+        Response::Refused(Refusal::StaleOwner { .. })
+    ));
+    one.grant(&Change::Release {
+        vm: vm(1),
+        from: row.owner.unwrap(),
+        epoch: row.epoch,
+    });
+    one.grant(&Change::DeleteDisk { disk: disk.disk });
+    let again = one.create_disk(1, "shop/second", 2);
+    assert_eq!(again.extents, disk.extents, "the same space");
+    let (response, fds) = one.call(&peek).unwrap();
+    let Response::Opened(opened) = response else {
+        panic!("{response:?}");
+    };
+    assert_eq!((opened.disks.len(), fds.len()), (1, 2));
+    let mut bytes = [1; 8192];
+    std::fs::File::open(lab.device())
+        .unwrap()
+        .read_exact_at(&mut bytes, start)
+        .unwrap();
+    assert_eq!(bytes, [0; 8192]);
+}

@@ -1,0 +1,10 @@
+//! `bascule-volume` from outside: real processes on one volume in a file.
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a fixture that cannot be built fails its test"
+)]
+
+mod bad_input;
+mod cluster;
+mod lab;

@@ -12,6 +12,7 @@ mod config;
 mod control;
 mod devices;
 mod images;
+mod migration;
 pub(crate) mod owner;
 mod report;
 mod tenure;

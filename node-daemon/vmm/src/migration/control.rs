@@ -91,6 +91,19 @@ impl MigrationControl {
         self.lock().cancel
     }
 
+    /// Whether it is over.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        self.lock().ended
+    }
+
+    /// Ends the attempt as failed, unless it has ended.
+    pub fn fail(&self, failure: String) {
+        if !self.has_ended() {
+            self.end(MigrationPhase::Failed, Some(failure));
+        }
+    }
+
     /// From here on nothing is cancelled, unless it was cancelled already: then false.
     pub(super) fn pass_commit_point(&self) -> bool {
         let mut shared = self.lock();

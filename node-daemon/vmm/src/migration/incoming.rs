@@ -191,7 +191,7 @@ pub fn receive_live(
         Err(failure) => return discard(control, failure),
     };
     match receiver.await_commit(&mut channel, waiting, authority) {
-        Ok(epoch) => receiver.run(arrival, &mut channel, epoch),
+        Ok(epoch) => receiver.run(arrival, &mut channel, epoch, authority),
         Err(failure) => discard(control, failure),
     }
 }
@@ -447,11 +447,28 @@ impl Receiver<'_> {
         }
     }
 
-    fn run(&self, arrival: &mut dyn Arrival, channel: &mut Channel, epoch: Epoch) -> IncomingEnd {
+    fn run(
+        &self,
+        arrival: &mut dyn Arrival,
+        channel: &mut Channel,
+        epoch: Epoch,
+        authority: &mut dyn RowAuthority,
+    ) -> IncomingEnd {
         let began = Instant::now();
-        let owner = self.job.owner;
+        let mut owner = self.job.owner;
         while let Err(reason) = arrival.take_over(owner, epoch) {
             tracing::error!(%reason, "the volume cannot be opened yet; the guest waits");
+            // The node's slot may have been joined again, or the row may be gone by now.
+            if let RowAnswer::Row(row) = authority.row() {
+                match row.owner {
+                    Some(now) if now.slot == owner.slot && row.epoch == epoch => owner = now,
+                    _ => {
+                        let what = "the row went on before the guest ran".to_owned();
+                        self.control.end(MigrationPhase::Failed, Some(what.clone()));
+                        return IncomingEnd::Broken { what };
+                    }
+                }
+            }
             std::thread::sleep(ASK_EVERY);
         }
         arrival.announce();

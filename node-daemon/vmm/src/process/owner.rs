@@ -17,13 +17,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context as _, bail};
 use bascule_devices::disk::VolumeGate;
-use bascule_ipc::vm::{MigrationStatus, StartMode, StopReason, VmConfig, VmState, VmStatus};
+use bascule_ipc::vm::{StartMode, StopReason, VmConfig, VmState, VmStatus};
 use bascule_types::{Epoch, Owner as Tenant};
 
 use super::devices::{self, Devices};
 use super::report::{LastState, RunDir};
 use super::volume::{Opened, VolumeClient};
 use super::{images, tenure};
+use crate::migration::MigrationControl;
 use crate::{Console, MachineHandle, PausedVm, RunningVm, VmBuilder};
 
 /// Events that wait for the owner: connections are bounded and each has one request out.
@@ -56,7 +57,8 @@ pub(crate) struct Owner {
     pub(crate) volume: Option<Arc<VolumeClient>>,
     /// The tenure in which this process is the VM's writer on the volume.
     pub(crate) tenure: Option<(Tenant, Epoch)>,
-    pub(crate) migration: Option<MigrationStatus>,
+    /// The present or last migration.
+    pub(crate) migration: Option<Arc<MigrationControl>>,
     pub(crate) listening: Option<SocketAddr>,
     /// What all writes to the home volume pass.
     pub(crate) gate: Option<Arc<VolumeGate>>,
@@ -162,7 +164,12 @@ impl Owner {
                 tracing::info!("the guest runs");
                 self.phase = Phase::Running(vm);
             }
-            StartMode::Incoming { .. } => self.phase = Phase::Incoming(builder.incoming()?),
+            StartMode::Incoming { .. } => {
+                let vm = builder.incoming()?;
+                let machine = vm.handle();
+                self.phase = Phase::Incoming(vm);
+                self.await_arrival(machine)?;
+            }
             StartMode::Restore => bail!("start: this release restores no saved state"),
         }
         Ok(())
@@ -312,7 +319,7 @@ impl Owner {
         tracing::info!("departed");
     }
 
-    fn stopped(&mut self, reason: StopReason) {
+    pub(crate) fn stopped(&mut self, reason: StopReason) {
         tracing::info!(?reason, "stopped");
         let state = VmState::Stopped(reason.clone());
         self.run_dir.write_state(&LastState {
@@ -387,7 +394,7 @@ impl Owner {
             owner: tenure.map(|(owner, _)| owner),
             epoch: tenure.map_or_else(Epoch::default, |(_, epoch)| epoch),
             listening: self.listening,
-            migration: self.migration.clone(),
+            migration: self.migration.as_ref().map(|control| control.status()),
             io_stalled: self.devices.io_stalled(),
             addresses: Vec::new(),
         }

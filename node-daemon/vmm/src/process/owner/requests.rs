@@ -35,15 +35,18 @@ impl Owner {
             }
             Request::PowerButton => self.press_power_button(),
             Request::Stop => self.stop_requested(),
-            Request::Pause => self.pause(),
+            Request::Pause => self.pause_requested(),
             Request::Resume => self.resume_requested(),
             Request::Announce => self.announce(),
             Request::Exit => self.may_exit(),
-            Request::MigrateLive { .. }
-            | Request::MigrateQuick { .. }
-            | Request::CancelMigration { .. } => {
-                Err(anyhow::anyhow!("this process does not migrate"))
-            }
+            Request::MigrateLive {
+                attempt,
+                peer,
+                to,
+                limits,
+            } => self.migrate_live(attempt, (peer, to), limits),
+            Request::CancelMigration { attempt } => self.cancel_migration(attempt),
+            Request::MigrateQuick { .. } => Err(anyhow::anyhow!("no quick migration yet")),
         };
         let response = done.map_or_else(|error| refused(&error), |()| Response::Accepted);
         (response, Vec::new())
@@ -74,8 +77,15 @@ impl Owner {
         Ok(())
     }
 
+    /// A migration pauses and resumes by itself.
+    fn pause_requested(&mut self) -> anyhow::Result<()> {
+        self.no_migration()?;
+        self.pause()
+    }
+
     /// Only a guest that was paused on request: the others go on by their migration's outcome.
     fn resume_requested(&mut self) -> anyhow::Result<()> {
+        self.no_migration()?;
         if !matches!(self.phase, Phase::Paused(_)) {
             anyhow::bail!("the guest is {}", self.phase_name());
         }

@@ -1,12 +1,13 @@
 //! What the tests drive devices with: a hypervisor that records, and a guest driver that speaks to
 //! a function through its registers only, as a real one does.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::bitmap::Bitmap;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MmapRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::GuestRam;
@@ -445,6 +446,28 @@ pub(crate) fn write_descriptor(
 pub(crate) fn rings(queue: u16) -> [u64; 3] {
     let start = FIRST_RING + u64::from(queue) * 0x1_0000;
     [start, start + 0x4000, start + 0x8000]
+}
+
+/// Forgets which pages were written.
+pub(crate) fn clear_dirty(ram: &GuestRam) {
+    for region in ram.iter() {
+        MmapRegion::bitmap(region).reset();
+    }
+}
+
+/// The pages that were written since, by number.
+pub(crate) fn dirty_pages(ram: &GuestRam) -> BTreeSet<u64> {
+    let page = |address: u64| address / 4096;
+    let regions = ram.iter().flat_map(|region| {
+        let first = region.start_addr().0;
+        let offsets = (0..region.len()).step_by(4096);
+        let dirty =
+            offsets.filter(|offset| region.bitmap().dirty_at(usize::try_from(*offset).unwrap()));
+        dirty
+            .map(move |offset| page(first + offset))
+            .collect::<Vec<_>>()
+    });
+    regions.collect()
 }
 
 /// Waits for a condition, which must come within ten seconds.

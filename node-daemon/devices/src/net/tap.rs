@@ -184,3 +184,79 @@ pub(super) const TUN_F_TSO4: u32 = 2;
 pub(super) const TUN_F_TSO6: u32 = 4;
 /// `TUN_F_TSO_ECN`
 pub(super) const TUN_F_TSO_ECN: u32 = 8;
+
+#[cfg(test)]
+mod tests {
+    #![expect(unsafe_code, reason = "a test has a network namespace of its own")]
+
+    use std::process::Command;
+
+    use super::*;
+
+    /// Runs `work` where interfaces may be made and vanish with the thread.
+    fn in_own_network(work: impl FnOnce() + Send + 'static) {
+        let thread = std::thread::Builder::new().name("own-network".into());
+        let thread = thread.spawn(|| {
+            let flags = rustix::thread::UnshareFlags::NEWNET;
+            // SAFETY: file descriptors stay shared; only this thread's network changes.
+            unsafe { rustix::thread::unshare_unsafe(flags) }.unwrap();
+            work();
+        });
+        thread.unwrap().join().unwrap();
+    }
+
+    fn received_packets(tap: &str) -> String {
+        let ip = Command::new("ip")
+            .args(["-s", "link", "show", tap])
+            .output()
+            .unwrap();
+        let text = String::from_utf8(ip.stdout).unwrap();
+        let counts = text.lines().skip_while(|line| !line.contains("RX:")).nth(1);
+        counts
+            .unwrap()
+            .split_whitespace()
+            .nth(1)
+            .unwrap()
+            .to_owned()
+    }
+
+    #[test]
+    fn a_real_tap_takes_frames_with_headers_and_offloads() {
+        let privileged = rustix::process::geteuid().is_root();
+        if !privileged || !std::path::Path::new("/dev/net/tun").exists() {
+            assert!(
+                std::env::var_os("CI").is_none(),
+                "CI needs root and /dev/net/tun"
+            );
+            eprintln!("skipped: needs root and /dev/net/tun");
+            return;
+        }
+        in_own_network(|| {
+            let tap = TapFd::open("bsctest0").unwrap();
+            tap.set_offloads(TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6 | TUN_F_TSO_ECN)
+                .unwrap();
+            assert_eq!(
+                tap.receive(&mut [0; 100]).unwrap_err().kind(),
+                io::ErrorKind::WouldBlock
+            );
+            let mut frame = vec![0; HEADER_BYTES];
+            frame.extend([0xFF; 6]);
+            frame.extend([2; 54]);
+            assert!(tap.send(&frame).is_err(), "the interface is down");
+            let up = Command::new("ip")
+                .args(["link", "set", "bsctest0", "up"])
+                .status();
+            assert!(up.unwrap().success());
+            tap.send(&frame).unwrap();
+            assert_eq!(received_packets("bsctest0"), "1");
+            // What the kernel itself says on a new link comes with our header in front.
+            let mut first = vec![0; 2000];
+            crate::testing::wait_until(
+                "a frame of the kernel's",
+                || matches!(tap.receive(&mut first), Ok(length) if length > HEADER_BYTES + 14),
+            );
+            let again = TapFd::from_fd(tap.0.try_clone().unwrap().into()).unwrap();
+            again.set_offloads(0).unwrap();
+        });
+    }
+}

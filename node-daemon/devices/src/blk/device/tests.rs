@@ -11,7 +11,8 @@ use crate::device::Device;
 use crate::disk::{AlwaysOpen, WriteGate};
 use crate::failure::DeviceFailure;
 use crate::testing::{
-    Part, TestDriver, TestMachine, assert_golden, migrate, rings, wait_until, write_descriptor,
+    Part, TestDriver, TestMachine, assert_golden, clear_dirty, dirty_pages, migrate, rings,
+    wait_until, write_descriptor,
 };
 
 const DISK_BYTES: u64 = 1 << 20;
@@ -334,6 +335,30 @@ fn a_closed_gate_stalls_the_guest_without_an_error() {
     wait_until("the stall's end", || !device.metrics.counts().stalled);
     assert_eq!(volume.bytes(0, 4096), [9; 4096]);
     assert_eq!(machine.failures.all(), []);
+}
+
+#[test]
+fn every_page_that_the_device_writes_is_in_the_dirty_bitmap_when_it_has_paused() {
+    let (_machine, _volume, mut driver) = started();
+    let aligned = offer_read(&mut driver, 0, 0, 8192, 0);
+    let bounced = offer_read(&mut driver, 1, 1, 512, 100);
+    clear_dirty(&driver.ram);
+    driver.notify(0);
+    driver.notify(1);
+    driver.used(0);
+    driver.used(1);
+    driver.function.pause();
+    let page = |address: u64| address / 4096;
+    let expected = [
+        page(aligned.data),
+        page(aligned.data) + 1,
+        page(aligned.status),
+        page(bounced.data),
+        page(bounced.status),
+        page(rings(0)[2]),
+        page(rings(1)[2]),
+    ];
+    assert_eq!(dirty_pages(&driver.ram), expected.into_iter().collect());
 }
 
 #[test]

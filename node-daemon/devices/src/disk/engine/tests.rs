@@ -1,5 +1,5 @@
 use std::fs::File;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use bascule_types::{Bytes as ByteCount, Lba};
@@ -9,7 +9,7 @@ use vm_memory::bitmap::Bitmap;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::*;
-use crate::disk::{AlwaysOpen, ExtentMap, VolumeGate, WriteGate};
+use crate::disk::{AlwaysOpen, ExtentMap, VolumeGate, WriteGate, block_bytes_of};
 use crate::testing::wait_until;
 use crate::virtio::Segment;
 
@@ -53,6 +53,22 @@ impl Bench {
             .write(writable)
             .open(file.path())
             .unwrap();
+        Self::on(opened, volume, block_bytes, gate)
+    }
+
+    /// With direct I/O, if the file system of the temporary files has it.
+    fn direct() -> Option<Self> {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(VOLUME_BYTES as u64).unwrap();
+        let volume = file.reopen().unwrap();
+        let mut options = File::options();
+        options.read(true).write(true).custom_flags(libc::O_DIRECT);
+        let opened = options.open(file.path()).ok()?;
+        let block_bytes = block_bytes_of(&opened).unwrap();
+        Some(Self::on(opened, volume, block_bytes, Arc::new(AlwaysOpen)))
+    }
+
+    fn on(opened: File, volume: File, block_bytes: u32, gate: Arc<dyn WriteGate>) -> Self {
         let runs = RUNS.map(|(start, blocks)| ExtentRun {
             start: Lba(start),
             length: ByteCount(blocks * 4096),
@@ -380,9 +396,10 @@ proptest! {
     #[test]
     fn concurrent_writes_of_any_alignment_end_as_if_done_in_order(
         batches in steps(),
-        block_bytes in prop::sample::select(vec![512_u32, 4096]),
+        block_bytes in prop::sample::select(vec![None, Some(512_u32), Some(4096)]),
     ) {
-        let mut bench = Bench::new(block_bytes);
+        let direct = if block_bytes.is_none() { Bench::direct() } else { None };
+        let mut bench = direct.unwrap_or_else(|| Bench::new(block_bytes.unwrap_or(4096)));
         let mut model = vec![0_u8; DISK_BYTES];
         for batch in batches {
             let mut tags = Vec::new();

@@ -229,6 +229,7 @@ const SESSIONS: usize = 8;
 const LINE_BYTES_MAX: usize = 256;
 const ANSWER_BYTES_MAX: usize = 512;
 const TCP_BUFFER_BYTES: usize = 16384;
-const UDP_BUFFER_BYTES: usize = 65536;
-const UDP_PACKETS: usize = 64;
+const UDP_BUFFER_BYTES: usize = 131_072;
+/// A second of a 1 kHz flow: a guest that was stopped for so long still answers every packet.
+const UDP_PACKETS: usize = 1024;
 const UDP_BYTES_MAX: usize = 1456;

@@ -224,7 +224,7 @@ impl Supervisor {
     /// A process that has come up answers, and an incoming one listens.
     fn await_start(&self, vm: VmUid, pid: u32) -> Result<VmStatus, Rejection> {
         let answer = wait_for(START_LIMIT, || match self.presence(vm) {
-            Presence::Answering(status) if status.state == VmState::Starting => None,
+            Presence::Answering(status) if is_coming_up(&status) => None,
             Presence::Answering(status) => Some(Ok(*status)),
             Presence::Silent(_) => None,
             Presence::Absent | Presence::Ended(_) => {
@@ -329,6 +329,15 @@ pub(crate) fn kvm_error() -> Option<String> {
         Err(error) => Some(format!(
             "/dev/kvm: {error}; enable virtualization on this node"
         )),
+    }
+}
+
+/// Whether a process still has to do what it was started for: to boot, or to listen.
+fn is_coming_up(status: &VmStatus) -> bool {
+    match status.state {
+        VmState::Starting => true,
+        VmState::Incoming => status.listening.is_none(),
+        _ => false,
     }
 }
 

@@ -9,13 +9,13 @@ use clap::{Args, Parser, Subcommand};
 use crate::control_plane::Component;
 use crate::faults::{self, Network, parse_side};
 use crate::image::Image;
-use crate::lab::{Lab, Options, down, down_all};
+use crate::lab::{Lab, Options, Watchdog, down, down_all};
 use crate::names::{HUB_VM_ADDRESS, LabName};
 use crate::node::Service;
 use crate::progress::say;
 use crate::state::{LabPaths, State, Tier};
 use crate::tools::Tools;
-use crate::{guard, init, process, web};
+use crate::{bmc, guard, init, process, web};
 
 /// Real Kubernetes clusters on one machine, with faults to order.
 ///
@@ -172,6 +172,13 @@ enum Command {
         address: String,
     },
     #[command(hide = true)]
+    Bmc {
+        #[arg(long)]
+        node: String,
+        #[arg(long)]
+        socket: PathBuf,
+    },
+    #[command(hide = true)]
     Guard {
         #[arg(long)]
         process: i32,
@@ -192,6 +199,9 @@ struct Up {
     /// Memory of an emulated node, MiB.
     #[arg(long)]
     node_memory: Option<u32>,
+    /// The watchdog of an emulated node.
+    #[arg(long, value_enum, default_value = "bmc")]
+    watchdog: Watchdog,
 }
 
 #[derive(Debug, Args)]
@@ -257,6 +267,7 @@ fn perform(cli: &Cli) -> Result<()> {
         } => process::launch(cgroup, netns.as_deref(), argv),
         Command::NodeInit { spec } => init::run(spec),
         Command::Serve { dir, address } => web::serve(dir, address),
+        Command::Bmc { node, socket } => bmc::serve(&cli.lab, node, socket),
         Command::Guard { process } => guard::guard(&cli.lab, *process),
         command => in_lab(&Lab::open(&cli.lab)?, command),
     }
@@ -330,6 +341,7 @@ fn in_lab(lab: &Lab, command: &Command) -> Result<()> {
 fn bring_up(name: &LabName, up: &Up) -> Result<()> {
     let mut options = Options::new(name.clone(), up.tier, up.nodes);
     options.images.clone_from(&up.image);
+    options.watchdog = up.watchdog;
     if let Some(memory) = up.node_memory {
         options.node_memory_mib = memory;
     }

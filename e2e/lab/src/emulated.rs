@@ -19,7 +19,7 @@ use crate::cgroup::Cgroup;
 use crate::command::Run;
 use crate::hub::Hub;
 use crate::init::{CONTROL, DiskSpec};
-use crate::lab::{Lab, SHARED_DISK, pause_archive, shared_disk_path};
+use crate::lab::{Lab, Options, SHARED_DISK, Watchdog, pause_archive, shared_disk_path};
 use crate::machine::{MachineContext, NodePlan};
 use crate::names::{MGMT_BRIDGE, NodeIndex, VM_BRIDGE};
 use crate::node_image::{NodeImage, make_ext4};
@@ -27,6 +27,7 @@ use crate::process::{Daemon, ProcessId};
 use crate::progress::step;
 use crate::state::{Tier, boot_id};
 use crate::tools::{Tools, lab_binary, require_static};
+use crate::wait::wait_for;
 
 /// How QEMU runs a machine's CPU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -81,7 +82,7 @@ impl Assets {
 }
 
 /// What every node's PID 1 is told.
-pub(crate) fn plan(nodes: &[NodeIndex], disks: Vec<DiskSpec>, archives: usize) -> NodePlan {
+pub(crate) fn plan(nodes: &[NodeIndex], disks: Vec<DiskSpec>, options: &Options) -> NodePlan {
     let bin = |name: &str| format!("{BIN}/bin/{name}");
     NodePlan {
         tier: Tier::Emulated,
@@ -91,10 +92,11 @@ pub(crate) fn plan(nodes: &[NodeIndex], disks: Vec<DiskSpec>, archives: usize) -
         kube_proxy: bin("kube-proxy"),
         path: format!("{BIN}/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"),
         // The pause image, then the others.
-        images: (0..=archives)
+        images: (0..=options.images.len())
             .map(|n| PathBuf::from(format!("{BIN}/images/{n}.tar")))
             .collect(),
         disks,
+        late_modules: watchdog_modules(options.watchdog),
         logs: None,
     }
 }
@@ -126,7 +128,7 @@ pub(crate) fn prepare_node(
     lab: &Lab,
     node: NodeIndex,
     assets: &Assets,
-    memory_mib: u32,
+    options: &Options,
 ) -> Result<()> {
     let dir = lab.paths().node(&node.name());
     make_ext4(&dir.join("conf"), &dir.join("conf.img"), "8M")?;
@@ -140,11 +142,48 @@ pub(crate) fn prepare_node(
         node,
         dir: &dir,
         assets,
-        memory_mib,
+        options,
     }
     .argv();
     let text = serde_json::to_vec_pretty(&argv).context("serialize the command line")?;
     fs::write(dir.join(COMMAND_LINE), text).context("write the command line")
+}
+
+/// Starts a node's management controller, which outlives the machine.
+pub(crate) fn start_bmc(lab: &Lab, node: NodeIndex) -> Result<()> {
+    let (name, state) = (node.name(), lab.state());
+    let cgroup = format!("{}/bmc-{name}", state.name.cgroup());
+    Cgroup::at(&cgroup)?.create()?;
+    let socket = lab.paths().node(&name).join(BMC_SOCKET);
+    let argv = [
+        lab_binary()?.to_string_lossy().into_owned(),
+        "bmc".into(),
+        format!("--lab={}", state.name),
+        format!("--node={name}"),
+        format!("--socket={}", socket.display()),
+    ];
+    Daemon::new(cgroup, &bmc_log(lab.logs(), node), argv).start()?;
+    wait_for(
+        &format!("the management controller of {name}"),
+        Duration::from_secs(10),
+        || {
+            ensure!(socket.exists(), "no {}", socket.display());
+            Ok(())
+        },
+    )
+}
+
+/// Log of a node's management controller.
+pub(crate) fn bmc_log(logs: &Path, node: NodeIndex) -> PathBuf {
+    logs.join(format!("{}-bmc.log", node.name()))
+}
+
+fn watchdog_modules(watchdog: Watchdog) -> Vec<String> {
+    let modules: &[&str] = match watchdog {
+        Watchdog::Board => &["i6300esb"],
+        Watchdog::Bmc => &["ipmi_si", "ipmi_devintf", "ipmi_watchdog"],
+    };
+    modules.iter().map(|&module| module.to_owned()).collect()
 }
 
 /// Turns a machine on and returns its QEMU, whose death is the power cut.
@@ -175,7 +214,7 @@ struct Machine<'a> {
     node: NodeIndex,
     dir: &'a Path,
     assets: &'a Assets,
-    memory_mib: u32,
+    options: &'a Options,
 }
 
 impl Machine<'_> {
@@ -191,7 +230,7 @@ impl Machine<'_> {
         let mut add = |words: &[&str]| argv.extend(words.iter().map(|&word| word.to_owned()));
         add(&[
             "-m",
-            &self.memory_mib.to_string(),
+            &self.options.node_memory_mib.to_string(),
             "-nodefaults",
             "-display",
             "none",
@@ -211,8 +250,17 @@ impl Machine<'_> {
             "-qmp",
             &format!("unix:{},server=on,wait=off", show(&self.dir.join("qmp"))),
         ]);
-        // A reset by the watchdog is a reset: the node comes up again by itself.
-        add(&["-device", "i6300esb", "-action", "watchdog=reset"]);
+
+        match self.options.watchdog {
+            // A reset by the watchdog is a reset: the node comes up again by itself.
+            Watchdog::Board => add(&["-device", "i6300esb", "-action", "watchdog=reset"]),
+            Watchdog::Bmc => {
+                let socket = show(&self.dir.join(BMC_SOCKET));
+                add(&["-chardev", &format!("socket,id=bmc,path={socket}")]);
+                add(&["-device", "ipmi-bmc-extern,id=bmc0,chardev=bmc"]);
+                add(&["-device", "isa-ipmi-kcs,bmc=bmc0"]);
+            }
+        }
         add(&["-device", "virtio-rng-pci"]);
         for (serial, path, options) in self.disks() {
             add(&[
@@ -362,6 +410,8 @@ fn tree_bytes(dir: &Path) -> Result<u64> {
 
 /// Where a node has the disk of programs.
 const BIN: &str = "/opt/lab";
+/// Socket of a node's management controller.
+const BMC_SOCKET: &str = "bmc";
 /// File of a node's QEMU command line.
 const COMMAND_LINE: &str = "qemu.json";
 /// What a node runs from the disk of programs.

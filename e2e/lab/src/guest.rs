@@ -253,9 +253,11 @@ mod tests {
         let address = listener.local_addr().unwrap();
         let server = crate::command::named_thread("guest", move || {
             let (mut stream, _) = listener.accept().unwrap();
-            stream
-                .write_all(b"1 pong\n1 pong\n3 error: no disk\n")
-                .unwrap();
+            let mut requests = BufReader::new(stream.try_clone().unwrap()).lines();
+            for answer in ["1 pong\n", "1 pong\n", "3 error: no disk\n"] {
+                requests.next().unwrap().unwrap();
+                stream.write_all(answer.as_bytes()).unwrap();
+            }
         });
         server.unwrap();
         let stream = TcpStream::connect(address).unwrap();

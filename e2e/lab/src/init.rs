@@ -47,6 +47,8 @@ pub struct NodeSpec {
     pub images: Vec<PathBuf>,
     /// Shared disks.
     pub disks: Vec<DiskSpec>,
+    /// Kernel modules that nothing waits for, in this order: the watchdog's.
+    pub late_modules: Vec<String>,
     /// Native: the node's own directories on the host.
     pub native: Option<NativeSpec>,
 }
@@ -108,6 +110,7 @@ pub fn run(spec_file: &Path) -> Result<()> {
 
     let reaper = Reaper::start()?;
     let supervisor = Supervisor::new(reaper, &spec);
+    load_late_modules(&spec, &supervisor)?;
     start_services(&spec, &supervisor)?;
     loop {
         // The end of PID 1 is the end of the node: an error here must not be.
@@ -140,6 +143,20 @@ fn start_services(spec: &NodeSpec, supervisor: &Supervisor) -> Result<()> {
     })
 }
 
+/// The driver of a management controller takes many seconds to find it.
+fn load_late_modules(spec: &NodeSpec, supervisor: &Supervisor) -> Result<()> {
+    let (modules, supervisor) = (spec.late_modules.clone(), supervisor.clone());
+    crate::command::named_thread("modules", move || {
+        for module in modules {
+            let argv = ["modprobe".to_owned(), module];
+            match supervisor.exec(&argv, None, MODULE_DEADLINE) {
+                Ok(outcome) if outcome.code == Some(0) => {}
+                other => eprintln!("node-init: {argv:?}: {other:?}"),
+            }
+        }
+    })
+}
+
 fn import(supervisor: &Supervisor, image: &Path) -> Result<()> {
     let image = image.to_string_lossy().into_owned();
     wait_for(&format!("the import of {image}"), IMPORT_DEADLINE, || {
@@ -156,6 +173,8 @@ fn import(supervisor: &Supervisor, image: &Path) -> Result<()> {
     })
 }
 
+/// 25 s were measured for a management controller's.
+const MODULE_DEADLINE: Duration = Duration::from_secs(180);
 /// Between two attempts to listen for the lab.
 const SERVE_PAUSE: Duration = Duration::from_secs(1);
 /// Seconds natively; an emulated node unpacks some ten megabytes a second.

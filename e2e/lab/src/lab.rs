@@ -38,6 +38,8 @@ pub struct Options {
     pub images: Vec<PathBuf>,
     /// Memory of an emulated node, MiB.
     pub node_memory_mib: u32,
+    /// The watchdog of an emulated node.
+    pub watchdog: Watchdog,
     /// Whether the lab ends with the process that made it, however that ends.
     pub ephemeral: bool,
 }
@@ -52,9 +54,19 @@ impl Options {
             shared_disk_bytes: SHARED_DISK_BYTES,
             images: Vec::new(),
             node_memory_mib: NODE_MEMORY_MIB,
+            watchdog: Watchdog::Bmc,
             ephemeral: false,
         }
     }
+}
+
+/// What pulls the plug of an emulated node that does not pet its /dev/watchdog.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Watchdog {
+    /// A management controller outside the machine ([`crate::bmc`]): it fires while the machine is frozen, too.
+    Bmc,
+    /// QEMU's i6300esb, for hangs and panics: it stands still with a frozen machine. Faster to come up.
+    Board,
 }
 
 /// A lab that is up.
@@ -105,6 +117,20 @@ impl Lab {
             state.complete,
             "the lab {name} did not come up: `lab up` again"
         );
+        let hub = Hub::new(name);
+        Ok(Self {
+            state,
+            paths,
+            tools: Tools::ensure()?,
+            hub,
+            ephemeral: false,
+        })
+    }
+
+    /// As [`Self::open`], also while it is still coming up: for the lab's own helpers.
+    pub(crate) fn open_incomplete(name: &LabName) -> Result<Self> {
+        let paths = LabPaths::new(name)?;
+        let state = State::load(&paths)?.with_context(|| format!("there is no lab {name}"))?;
         let hub = Hub::new(name);
         Ok(Self {
             state,
@@ -267,6 +293,7 @@ impl Lab {
 
     /// Changes the recorded state, whatever another process has recorded meanwhile.
     pub(crate) fn record(&self, change: impl FnOnce(&mut State)) -> Result<()> {
+        let _lock = self.paths.lock_state()?;
         let mut state = State::load(&self.paths)?.context("the lab is gone")?;
         change(&mut state);
         state.save(&self.paths)

@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod bmc;
 pub mod cache;
 pub mod cgroup;
 pub mod cli;
@@ -33,7 +34,7 @@ pub mod web;
 
 pub use control_plane::Component;
 pub use faults::{Network, Side};
-pub use lab::{Lab, Options};
+pub use lab::{Lab, Options, Watchdog};
 pub use node::{Node, Service};
 pub use state::Tier;
 pub use wait::{Hopeless, wait_for};

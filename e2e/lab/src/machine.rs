@@ -52,6 +52,8 @@ pub(crate) struct NodePlan {
     pub(crate) path: String,
     pub(crate) images: Vec<PathBuf>,
     pub(crate) disks: Vec<DiskSpec>,
+    /// Kernel modules that nothing waits for.
+    pub(crate) late_modules: Vec<String>,
     /// Native: directory of the logs. Emulated: none, they are virtio ports.
     pub(crate) logs: Option<PathBuf>,
 }
@@ -140,6 +142,7 @@ fn spec(node: NodeIndex, plan: &NodePlan, native: Option<NativeSpec>) -> NodeSpe
         services,
         images: plan.images.clone(),
         disks: plan.disks.clone(),
+        late_modules: plan.late_modules.clone(),
         native,
     }
 }
@@ -163,6 +166,7 @@ mod tests {
             path: "/bin".into(),
             images: Vec::new(),
             disks: Vec::new(),
+            late_modules: Vec::new(),
             logs: None,
         };
         write_conf(&files, node, &plan, None, &pki).unwrap();

@@ -206,6 +206,17 @@ impl<'a> Node<'a> {
         })
     }
 
+    /// How often its management controller has reset it because the pets stopped.
+    pub fn watchdog_resets(&self) -> Result<usize> {
+        let log = emulated::bmc_log(self.lab.logs(), self.index);
+        let text =
+            std::fs::read_to_string(&log).with_context(|| format!("read {}", log.display()))?;
+        Ok(text
+            .lines()
+            .filter(|line| *line == crate::bmc::EXPIRED)
+            .count())
+    }
+
     /// Its services and their process ids on the node.
     pub fn services(&self) -> Result<Vec<(String, Option<i32>)>> {
         match self.control().ask(Op::Status, CONTROL_DEADLINE)? {

@@ -156,6 +156,14 @@ impl LabPaths {
         Ok(file)
     }
 
+    /// Keeps other processes from changing the state file, until dropped.
+    pub(crate) fn lock_state(&self) -> Result<File> {
+        let path = self.dir().join("state.lock");
+        let file = File::create(&path).with_context(|| format!("create {}", path.display()))?;
+        flock(&file, FlockOperation::LockExclusive).context("wait for the state file")?;
+        Ok(file)
+    }
+
     /// Names of all labs that have left a directory.
     pub fn all_labs() -> Result<Vec<LabName>> {
         let dir = xdg_dir("XDG_STATE_HOME", ".local/state")?.join("labs");

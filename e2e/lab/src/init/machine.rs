@@ -72,10 +72,6 @@ const MODULES: &[&str] = &[
     "nf_tables",
     "nft_chain_nat",
     "vhost_net",
-    "i6300esb",
-    "ipmi_si",
-    "ipmi_devintf",
-    "ipmi_watchdog",
     "loop",
     "fuse",
 ];

@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
 
-use super::{Lab, Options, SHARED_DISK, down, nodes_of, print_logs, shared_disk_path};
+use super::{Lab, Options, SHARED_DISK, Watchdog, down, nodes_of, print_logs, shared_disk_path};
 use crate::cache::cached;
 use crate::cgroup::Cgroup;
 use crate::command::Run;
@@ -90,7 +90,10 @@ fn build(
         };
         write_conf(&files, node, &plan, native, &pki)?;
         if let Some(assets) = assets {
-            emulated::prepare_node(lab, node, assets, options.node_memory_mib)?;
+            emulated::prepare_node(lab, node, assets, options)?;
+            if options.watchdog == Watchdog::Bmc {
+                emulated::start_bmc(lab, node)?;
+            }
         }
         lab.state.nodes.push(NodeRecord {
             index: node,
@@ -164,7 +167,7 @@ fn plan(
         device,
     }];
     if options.tier == Tier::Emulated {
-        return Ok(emulated::plan(nodes, disks, options.images.len()));
+        return Ok(emulated::plan(nodes, disks, options));
     }
     let program =
         |name: &str| -> Result<String> { Ok(lab.tools.path(name)?.to_string_lossy().into_owned()) };
@@ -185,6 +188,7 @@ fn plan(
         path: dirs.chain(system).collect::<Vec<_>>().join(":"),
         images,
         disks,
+        late_modules: Vec::new(),
         logs: Some(lab.state.logs.clone()),
     })
 }

@@ -143,13 +143,13 @@ impl Memory {
 
     fn fill_slice(&mut self, console: Console) {
         for _ in 0..SLICE_PAGES {
+            let index = self.filled.next;
+            fill_page(self.page(index), index, FILL_SWEEP);
+            self.filled.advance();
             if self.filled.sweep > 1 {
                 console.line(format_args!("memory filled pages={}", self.filled.pages));
                 return;
             }
-            let index = self.filled.next;
-            fill_page(self.page(index), index, FILL_SWEEP);
-            self.filled.advance();
         }
     }
 

@@ -56,6 +56,11 @@ impl Console {
                 .is_ok_and(|length| length > 0)
             {
                 let at = Instant::now();
+                // A line without an end was cut by a migration: its other half is on the
+                // destination's console.
+                if line.last() != Some(&b'\n') {
+                    break;
+                }
                 let text = String::from_utf8_lossy(&line);
                 seen.lock()
                     .unwrap_or_else(PoisonError::into_inner)

@@ -4,7 +4,7 @@
 //! time passes), and its writes land and are acknowledged at any time. A record of a newer
 //! generation may appear in its slot, as a second process of the node would write it.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use bascule_types::{BootTime, Generation, NodeUid, Owner, SlotId};
@@ -45,7 +45,8 @@ pub(crate) struct State {
     holder: Option<LeaseHolder>,
     page: Option<Held>,
     page_sequence: u64,
-    disk: [Option<Record>; HEARTBEAT_RECORDS as usize],
+    /// By block.
+    disk: BTreeMap<u64, Record>,
     /// Submitted, not landed. A list: a broken rule may send one twice.
     in_flight: Vec<Record>,
     /// Landed, not acknowledged to the process that submitted it.
@@ -124,7 +125,7 @@ impl LeaseModel {
             timings: self.timings(),
             rules: self.rules,
         };
-        let on_disk = state.disk.iter().flatten().map(|(_, sequence)| *sequence);
+        let on_disk = state.disk.values().map(|(_, sequence)| *sequence);
         let on_disk = on_disk.max().unwrap_or(0);
         let sequence = if self.rules.breaks(Mutation::SequenceFromDisk) {
             on_disk
@@ -193,12 +194,11 @@ impl State {
     }
 
     fn newest(&self) -> Option<Record> {
-        self.disk.iter().flatten().copied().max()
+        self.disk.values().copied().max()
     }
 
     fn land(&mut self, record: Record) {
-        let block = usize::try_from(record.1 % HEARTBEAT_RECORDS).unwrap();
-        self.disk[block] = Some(record);
+        self.disk.insert(record.1 % HEARTBEAT_RECORDS, record);
     }
 
     /// Whether a write would pass the gate now, and for whom.
@@ -231,7 +231,7 @@ impl Model for LeaseModel {
                     holder: None,
                     page: None,
                     page_sequence: 0,
-                    disk: [None; HEARTBEAT_RECORDS as usize],
+                    disk: BTreeMap::new(),
                     in_flight: Vec::new(),
                     unacknowledged: Vec::new(),
                     own_read: OwnRead::None,
@@ -290,7 +290,7 @@ impl Model for LeaseModel {
             Action::TimePasses => state.real += 1,
             Action::HolderTick => self.deliver(&mut state, LeaseEvent::Tick { now }),
             Action::HolderSample => {
-                let records = state.disk.iter().flatten().copied().collect();
+                let records = state.disk.values().copied().collect();
                 state.own_read = OwnRead::Sampled(records);
             }
             Action::HolderReadDone => {

@@ -131,11 +131,15 @@ impl Table {
         };
         let change = self.broken_change(change, rules);
         let decision = self.0.decide(&change, &context)?;
-        for record in &decision.records {
+        self.apply(&decision.records, rules);
+        Ok(decision.answer)
+    }
+
+    fn apply(&mut self, records: &[MetaRecord], rules: Rules) {
+        for record in records {
             let record = Self::broken_record(record, rules);
             self.0.apply(&record).unwrap();
         }
-        Ok(decision.answer)
     }
 
     fn broken_change(&self, change: &Change, rules: Rules) -> Change {

@@ -174,6 +174,19 @@ impl Commit {
         })
     }
 
+    /// Gives up, after something was asked for that a later owner would rely on (the completion of
+    /// a saved state): the row is taken back in a new epoch before the source may run.
+    ///
+    /// # Panics
+    /// As [`Self::begin`].
+    #[must_use]
+    pub fn give_up(terms: Terms, retraction: AttemptId) -> Self {
+        match Self::begin(terms, retraction) {
+            Self::Asking(claim) => Self::Retracting(claim),
+            other => other,
+        }
+    }
+
     /// What to ask now; nothing once the outcome is known.
     #[must_use]
     pub const fn question(&self) -> Option<Question> {

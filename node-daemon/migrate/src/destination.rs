@@ -214,6 +214,35 @@ impl ExpectHello {
 }
 
 impl ExpectConfig {
+    /// Takes the first frame of a saved image (quick migration): there is no source to answer, and
+    /// what comes out of it is restored, not committed. `epoch` is the tenure that must have saved
+    /// it.
+    ///
+    /// # Errors
+    /// An `Abort` that says why this is not the image.
+    pub fn of_image(
+        frame: Frame<'_>,
+        (vm, volume, epoch): (VmUid, VolumeId, Epoch),
+    ) -> Result<Self, Abort> {
+        let Frame::Hello(hello) = frame else {
+            return Err(unexpected(&frame, "Hello"));
+        };
+        common_version(&hello)?;
+        if hello.vm != vm || hello.volume != volume || hello.epoch != epoch {
+            return Err(Abort::new(
+                AbortReason::WrongAttempt,
+                "the image is another VM's, or of another tenure",
+            ));
+        }
+        let terms = Terms {
+            source: hello.source,
+            epoch: hello.epoch,
+            destination: hello.source,
+            attempt: hello.attempt,
+        };
+        Ok(Self { terms })
+    }
+
     /// Takes the description of the source's machine and compares it with the one built here.
     /// `RoundAck` with round 0 is to be sent.
     ///

@@ -3,6 +3,7 @@
 //! ```text
 //!   migrate_live ──► Kept (the guest runs on here) │ Departed │ Lost (never again here)
 //!   receive_live ──► Running │ Discarded │ Broken
+//!   migrate_quick ──► Kept │ Departed │ Lost          restore_saved ──► ready to run
 //! ```
 //!
 //! The machine stays with its owner, who goes on serving the control socket; a migration runs on a
@@ -38,3 +39,4 @@ pub use control::MigrationControl;
 pub use incoming::{Arrival, Incoming, IncomingEnd, prefault, receive_live};
 pub use outgoing::{Guest, GuestError, Outgoing, OutgoingEnd, Refused, migrate_live};
 pub use row::{RowAnswer, RowAuthority, RowError, VolumeRow};
+pub use saved::{Quick, SavedArea, migrate_quick, restore_saved};

@@ -112,6 +112,14 @@ fn a_row_of_somebody_else_or_of_nobody_ends_this_side() {
 }
 
 #[test]
+fn who_gives_up_takes_the_row_back_first() {
+    let commit = Commit::give_up(terms(), RETRACTION);
+    assert!(matches!(commit.question(), Some(Question::Retract(_))));
+    let resumed = commit.next(Reply::Granted(row(SOURCE, 5, Some(RETRACTION))));
+    assert!(matches!(resumed, Commit::Resumed { .. }));
+}
+
+#[test]
 #[should_panic(expected = "an attempt id of its own")]
 fn a_retraction_under_the_attempts_own_id_is_a_broken_invariant() {
     let _commit = Commit::begin(terms(), ATTEMPT);

@@ -183,6 +183,20 @@ fn a_caller_that_was_not_agreed_on_is_refused_with_the_reason() {
 }
 
 #[test]
+fn an_image_of_another_vm_or_tenure_is_refused() {
+    let of = (hello().vm, hello().volume, Epoch(4));
+    assert!(ExpectConfig::of_image(Frame::Hello(hello()), of).is_ok());
+    for of in [
+        (VmUid::from_bytes([9; 16]), hello().volume, Epoch(4)),
+        (hello().vm, VolumeId::from_bytes([9; 16]), Epoch(4)),
+        (hello().vm, hello().volume, Epoch(5)),
+    ] {
+        let abort = ExpectConfig::of_image(Frame::Hello(hello()), of).unwrap_err();
+        assert_eq!(abort.reason, AbortReason::WrongAttempt);
+    }
+}
+
+#[test]
 fn a_machine_that_differs_is_refused_with_what_differs() {
     let cases = [
         (

@@ -1,1 +1,329 @@
 //! Quick migration: the machine as an image on its home volume.
+//!
+//! The image is the live migration's own stream, written down: `Hello`, `Config`, one round of
+//! `Memory`, `RoundEnd`, `State`, `StateEnd`. Its length and a CRC32C over all of it are in the
+//! volume's metadata, and are checked before the guest runs.
+//!
+//! ```text
+//!  reserve ─► pause ─► write, flush ─► finish ═► transfer or release ─► Departed
+//!     │          └────────┴─ failure: resume     └─ failure: take the row back in a new epoch
+//!     └─ no room: the guest was never paused        (commit), and only then resume
+//! ```
+//!
+//! # Guarantees
+//! - A saved state belongs to the tenure that saved it and is restored only in the very next one.
+//!   So a guest that ran on after its state was complete (in a new epoch, see above) is never put
+//!   back to it.
+//! - It is dropped before the guest runs: it is restored at most once.
+
+mod image;
+mod restore;
+
+use std::time::Duration;
+
+use bascule_ipc::vm::{MigrationPhase, VmConfig};
+use bascule_ipc::volume::{Request, Response};
+use bascule_migrate::commit::{Commit, Question, RowSeen, Terms};
+use bascule_migrate::source::ask_again_after;
+use bascule_migrate::wire::{Abort, AbortReason, Config, Features, Hello, VERSION_MAX};
+use bascule_types::{AttemptId, Bytes, Epoch, Owner, VmUid};
+use bascule_volume_format::change::{Answer, Change, SavedStateRow, SavedStateSum};
+
+use super::apply::layout_of;
+use super::control::MigrationControl;
+use super::outgoing::{Guest, OutgoingEnd, Refused, chain, describe};
+use super::row::{RowAnswer, RowAuthority, VolumeRow};
+use crate::machine::MachineHandle;
+use crate::memory::{self, GuestMemory};
+use crate::state;
+
+pub use image::{ImageReader, ImageWriter, SavedArea};
+pub use restore::{RestoreSavedError, restore_saved};
+
+/// A quick migration as it was ordered.
+#[derive(Clone, Debug)]
+pub struct Quick {
+    /// The VM.
+    pub vm: VmUid,
+    /// The attempt.
+    pub attempt: AttemptId,
+    /// Who owns the VM now.
+    pub from: Owner,
+    /// In which epoch.
+    pub epoch: Epoch,
+    /// Who is to own it; nobody to release it.
+    pub to: Option<Owner>,
+    /// Virtual CPUs.
+    pub cpus: u16,
+    /// What must be equal on both sides.
+    pub description: Vec<u8>,
+}
+
+/// How often a change without an answer is asked for while the guest still runs or could.
+const ASKS_MAX: u32 = 8;
+/// What an image has beside memory and state: headers and runs. A run is 16 bytes and a page may
+/// be a run of its own.
+const OVERHEAD_BYTES_PER_PAGE: u64 = 20;
+
+impl Quick {
+    /// The quick migration that `config`'s machine would make.
+    ///
+    /// # Errors
+    /// [`Refused`].
+    pub fn new(
+        config: &VmConfig,
+        (from, epoch): (Owner, Epoch),
+        attempt: AttemptId,
+        to: Option<Owner>,
+    ) -> Result<Self, Refused> {
+        config.home.as_ref().ok_or(Refused::NoHome)?;
+        if to.is_some_and(|to| to.slot == from.slot) {
+            return Err(Refused::SameNode);
+        }
+        Ok(Self {
+            vm: config.uid,
+            attempt,
+            from,
+            epoch,
+            to,
+            cpus: config.cpus.into(),
+            description: describe(config).map_err(Refused::Description)?,
+        })
+    }
+
+    fn hello(&self, row: &VolumeRow) -> Hello {
+        Hello {
+            version_min: VERSION_MAX,
+            version_max: VERSION_MAX,
+            streams: 1,
+            offered: Features(0),
+            required: Features(0),
+            vm: self.vm,
+            attempt: self.attempt,
+            epoch: self.epoch,
+            source: self.from,
+            volume: row.volume(),
+        }
+    }
+
+    fn config(&self, memory: &GuestMemory) -> Config {
+        Config {
+            vcpus: self.cpus,
+            state_version: state::VERSION,
+            layout: layout_of(memory),
+            description: self.description.clone(),
+        }
+    }
+}
+
+/// The room that an image of this memory takes at most.
+#[must_use]
+pub fn image_size(memory: &GuestMemory) -> Bytes {
+    let Bytes(ram) = memory::size_of(memory);
+    let overhead = ram / memory::PAGE_SIZE * OVERHEAD_BYTES_PER_PAGE;
+    Bytes(ram + overhead + bascule_migrate::wire::STATE_BYTES_MAX + (1 << 20))
+}
+
+/// Saves a running machine to its volume and gives its row away. `area` opens the reserved
+/// extents for writing.
+pub fn migrate_quick(
+    guest: &mut dyn Guest,
+    machine: &MachineHandle,
+    job: &Quick,
+    row: &mut VolumeRow,
+    area: impl FnOnce(&SavedStateRow) -> Result<SavedArea, String>,
+    control: &MigrationControl,
+) -> OutgoingEnd {
+    let mut driver = Driver {
+        guest,
+        machine,
+        job,
+        row,
+        control,
+    };
+    match driver.save(area) {
+        Ok(sum) => driver.commit(sum),
+        Err(failure) => driver.keep(failure, None),
+    }
+}
+
+struct Driver<'a> {
+    guest: &'a mut dyn Guest,
+    machine: &'a MachineHandle,
+    job: &'a Quick,
+    row: &'a mut VolumeRow,
+    control: &'a MigrationControl,
+}
+
+impl Driver<'_> {
+    /// Up to the complete image on the disk, which nobody knows of yet. A failure is harmless.
+    fn save(
+        &mut self,
+        area: impl FnOnce(&SavedStateRow) -> Result<SavedArea, String>,
+    ) -> Result<SavedStateSum, Abort> {
+        let size = image_size(self.machine.memory());
+        let reserved = self.change(&Change::ReserveSavedState {
+            vm: self.job.vm,
+            from: self.job.from,
+            size,
+        })?;
+        let Answer::SavedState(reserved) = reserved else {
+            return Err(internal("the volume reserved nothing"));
+        };
+        let area = area(&reserved).map_err(internal)?;
+        self.control.enter(MigrationPhase::Stopping);
+        self.guest.pause().map_err(|error| internal(error.0))?;
+        let state = self.guest.save().map_err(|error| internal(error.0))?;
+        let memory = self.machine.memory();
+        let head = (self.job.hello(self.row), self.job.config(memory));
+        let sum = image::write(area, memory, head, &state, self.control)
+            .map_err(|error| internal(chain(&error)))?;
+        self.guest.doubt().map_err(|error| internal(error.0))?;
+        if !self.control.pass_commit_point() {
+            return Err(Abort::new(
+                AbortReason::Cancelled,
+                "the migration was cancelled",
+            ));
+        }
+        Ok(sum)
+    }
+
+    /// From here on a next owner may restore the image: the guest runs here again only in a new
+    /// epoch.
+    fn commit(mut self, sum: SavedStateSum) -> OutgoingEnd {
+        self.control.enter(MigrationPhase::Committing);
+        let SavedStateSum { length, crc32c } = sum;
+        let finished = self.change(&Change::FinishSavedState {
+            vm: self.job.vm,
+            from: self.job.from,
+            length,
+            crc32c,
+        });
+        let terms = Terms {
+            source: self.job.from,
+            epoch: self.job.epoch,
+            destination: self.job.to.unwrap_or(self.job.from),
+            attempt: self.job.attempt,
+        };
+        let retraction = AttemptId::random();
+        match (finished, self.job.to) {
+            (Ok(_), Some(_)) => {
+                let refused = internal("the volume refused to transfer the row");
+                self.settle(Commit::begin(terms, retraction), refused)
+            }
+            (Ok(_), None) => self.release(),
+            (Err(failure), _) => self.settle(Commit::give_up(terms, retraction), failure),
+        }
+    }
+
+    /// Asks until it is known whose the row is.
+    fn settle(self, mut commit: Commit, failure: Abort) -> OutgoingEnd {
+        let mut asked = 0;
+        while let Some(question) = commit.question() {
+            let next = commit.next(self.row.ask(&question));
+            if next == commit {
+                std::thread::sleep(ask_again_after(asked));
+                asked += 1;
+            }
+            if matches!(question, Question::Transfer(_)) && next != commit {
+                tracing::debug!(?next, "the transfer was answered");
+            }
+            commit = next;
+        }
+        match commit {
+            Commit::Committed { epoch } => self.departed(epoch),
+            Commit::Resumed { owner, epoch } => self.keep(failure, Some((owner, epoch))),
+            Commit::Lost | Commit::Asking(_) | Commit::Retracting(_) => {
+                let what = "the VM's row is somebody else's";
+                self.control
+                    .end(MigrationPhase::Failed, Some(what.to_owned()));
+                OutgoingEnd::Lost
+            }
+        }
+    }
+
+    /// Gives the row up, and asks until that is certain. Whoever acquires it next has the image.
+    fn release(self) -> OutgoingEnd {
+        let job = self.job;
+        let release = Request::Change(Change::Release {
+            vm: job.vm,
+            from: job.from,
+            epoch: job.epoch,
+        });
+        let ours = |row: &RowSeen| row.owner.is_some_and(|owner| owner.slot == job.from.slot);
+        for asked in 0.. {
+            match self.row.call(&release) {
+                Some(Response::Granted(_)) => break,
+                Some(Response::Refused(refusal)) => {
+                    tracing::warn!(%refusal, "the volume refused to release the row");
+                    // A release that was granted before, or a row that went on: not ours either
+                    // way. One that is still ours was joined again under another generation.
+                    match self.row.row() {
+                        RowAnswer::Row(row) if ours(&row) && row.epoch == job.epoch => {
+                            let terms = Terms {
+                                source: job.from,
+                                epoch: job.epoch,
+                                destination: job.from,
+                                attempt: job.attempt,
+                            };
+                            let failure = internal("the volume refused to release the row");
+                            let commit = Commit::give_up(terms, AttemptId::random());
+                            return self.settle(commit, failure);
+                        }
+                        RowAnswer::Row(_) | RowAnswer::NoRow => break,
+                        RowAnswer::NoAnswer => {}
+                    }
+                }
+                _ => {}
+            }
+            std::thread::sleep(ask_again_after(asked));
+        }
+        self.departed(job.epoch)
+    }
+
+    fn departed(self, epoch: Epoch) -> OutgoingEnd {
+        self.control.end(MigrationPhase::Completed, None);
+        OutgoingEnd::Departed { epoch }
+    }
+
+    /// The guest runs on here; what was reserved is given back afterwards.
+    fn keep(mut self, failure: Abort, tenure: Option<(Owner, Epoch)>) -> OutgoingEnd {
+        if let Err(error) = self.guest.resume() {
+            tracing::warn!(%error, "the guest does not run on");
+        }
+        let from = tenure.map_or(self.job.from, |(owner, _)| owner);
+        let vm = self.job.vm;
+        if let Err(abort) = self.change(&Change::DropSavedState { vm, from }) {
+            tracing::warn!(text = %abort.text, "the reserved room was not given back");
+        }
+        let phase = match failure.reason {
+            AbortReason::Cancelled => MigrationPhase::Cancelled,
+            _ => MigrationPhase::Failed,
+        };
+        tracing::warn!(reason = ?failure.reason, text = %failure.text, "the quick migration failed");
+        self.control.end(phase, Some(failure.text.clone()));
+        OutgoingEnd::Kept { failure, tenure }
+    }
+
+    /// Asks for a change a bounded number of times.
+    fn change(&mut self, change: &Change) -> Result<Answer, Abort> {
+        granted(self.row, change).map_err(internal)
+    }
+}
+
+/// Asks for an idempotent change until it is answered, but not for ever.
+fn granted(row: &mut VolumeRow, change: &Change) -> Result<Answer, String> {
+    for asked in 0..ASKS_MAX {
+        match row.call(&Request::Change(change.clone())) {
+            Some(Response::Granted(answer)) => return Ok(answer),
+            Some(Response::Refused(refusal)) => return Err(refusal.to_string()),
+            Some(Response::Unavailable { reason }) => return Err(reason),
+            _ => std::thread::sleep(ask_again_after(asked).max(Duration::from_millis(50))),
+        }
+    }
+    Err("the volume does not answer".to_owned())
+}
+
+fn internal(text: impl Into<String>) -> Abort {
+    Abort::new(AbortReason::Internal, text)
+}

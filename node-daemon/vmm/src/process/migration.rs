@@ -11,14 +11,16 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use bascule_ipc::vm::{MigrationLimits, StartMode, StopReason};
 use bascule_types::{AttemptId, Epoch, Owner as Tenant, VmUid};
+use bascule_volume_format::change::SavedStateRow;
 
 use super::owner::{Owner, OwnerHandle, Phase};
-use super::volume::VolumeClient;
+use super::volume::{Opened, VolumeClient};
 use crate::migration::{
     Arrival, Guest, GuestError, Incoming, IncomingEnd, MigrationControl, Outgoing, OutgoingEnd,
-    VolumeRow, migrate_live, prefault, receive_live,
+    Quick, SavedArea, VolumeRow, migrate_live, migrate_quick, prefault, receive_live,
+    restore_saved,
 };
-use crate::{MachineHandle, MachineState};
+use crate::{MachineHandle, MachineState, PausedVm};
 
 /// When an arrived guest's place is announced again: switches may still be learning the old one.
 const ANNOUNCE_AGAIN: [Duration; 3] = [
@@ -50,20 +52,77 @@ impl Owner {
         })
     }
 
+    /// Begins a quick migration to `to`, or to whoever acquires the row next.
+    pub(super) fn migrate_quick(
+        &mut self,
+        attempt: AttemptId,
+        to: Option<Tenant>,
+    ) -> anyhow::Result<()> {
+        let machine = self.movable()?;
+        let tenure = self.tenure.context(NO_HOME)?;
+        let gate = self.gate.clone().context(NO_HOME)?;
+        let volume = self.volume.clone().context(NO_HOME)?;
+        let job = Quick::new(&self.config, tenure, attempt, to)?;
+        let (socket, uid) = self.home_socket()?;
+        let control = Arc::new(MigrationControl::new(attempt));
+        let mut guest = OwnedGuest(self.handle());
+        self.spawn_migration("migrate-quick", &control, move |control| {
+            let mut row = connect(&socket, uid)?;
+            let area = |reserved: &SavedStateRow| {
+                let (owner, epoch) = tenure;
+                // Opening again what is open hands out the device once more.
+                let opened = volume.open(owner, epoch);
+                let opened = opened.map_err(|error| format!("{error:#}"))?;
+                Ok(SavedArea {
+                    device: opened.device,
+                    extents: reserved.extents.clone(),
+                    gate: Some(gate),
+                })
+            };
+            let end = migrate_quick(&mut guest, &machine, &job, &mut row, area, control);
+            let left = guest.0.call(move |owner| owner.left(&end));
+            left.map_err(|_| GONE.to_owned())
+        })
+    }
+
+    /// Puts the saved state into the machine that was built for it.
+    pub(super) fn restore_saved(
+        &self,
+        vm: &mut PausedVm,
+        opened: Option<&Opened>,
+    ) -> anyhow::Result<()> {
+        let opened = opened.context(NO_HOME)?;
+        let tenure = self.tenure.context(NO_HOME)?;
+        let saved = opened.saved.as_ref();
+        let saved = saved.context("start: the volume has no saved state of this VM")?;
+        let area = SavedArea {
+            device: Arc::clone(&opened.device),
+            extents: saved.extents.clone(),
+            gate: None,
+        };
+        let (socket, uid) = self.home_socket()?;
+        let mut row = connect(&socket, uid).map_err(anyhow::Error::msg)?;
+        restore_saved(vm, &self.config, tenure, saved, area, &mut row)?;
+        Ok(())
+    }
+
+    /// The running machine, if nothing is under way with it.
+    fn movable(&self) -> anyhow::Result<MachineHandle> {
+        self.no_migration()?;
+        match &self.phase {
+            Phase::Running(vm) => Ok(vm.handle()),
+            _ => bail!("the guest is {}", self.phase_name()),
+        }
+    }
+
     fn prepare(
         &self,
         attempt: AttemptId,
         (peer, to): (SocketAddr, Tenant),
         limits: MigrationLimits,
     ) -> anyhow::Result<(MachineHandle, Outgoing, Arc<MigrationControl>)> {
-        let machine = match &self.phase {
-            Phase::Running(vm) => vm.handle(),
-            _ => bail!("the guest is {}", self.phase_name()),
-        };
-        self.no_migration()?;
-        let tenure = self.tenure.context(
-            "the VM has no home volume: only its row there could say on which side it may run",
-        )?;
+        let machine = self.movable()?;
+        let tenure = self.tenure.context(NO_HOME)?;
         let job = Outgoing::new(&self.config, tenure, (attempt, peer, to), limits)?;
         Ok((machine, job, Arc::new(MigrationControl::new(attempt))))
     }
@@ -222,6 +281,9 @@ impl Owner {
     }
 }
 
+/// Why there is nothing to move.
+const NO_HOME: &str =
+    "the VM has no home volume: only its row there could say on which side it may run";
 /// What a call to an owner that is gone amounts to.
 const GONE: &str = "the process is ending";
 

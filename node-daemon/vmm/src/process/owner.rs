@@ -170,7 +170,14 @@ impl Owner {
                 self.phase = Phase::Incoming(vm);
                 self.await_arrival(machine)?;
             }
-            StartMode::Restore => bail!("start: this release restores no saved state"),
+            StartMode::Restore => {
+                let mut vm = builder.incoming()?;
+                self.restore_saved(&mut vm, opened.as_ref())?;
+                if let Err(error) = self.devices.announce() {
+                    tracing::warn!(%error, "the guest's place was not announced");
+                }
+                self.phase = Phase::Running(vm.run()?);
+            }
         }
         Ok(())
     }

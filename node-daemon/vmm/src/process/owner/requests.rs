@@ -46,7 +46,7 @@ impl Owner {
                 limits,
             } => self.migrate_live(attempt, (peer, to), limits),
             Request::CancelMigration { attempt } => self.cancel_migration(attempt),
-            Request::MigrateQuick { .. } => Err(anyhow::anyhow!("no quick migration yet")),
+            Request::MigrateQuick { attempt, to } => self.migrate_quick(attempt, to),
         };
         let response = done.map_or_else(|error| refused(&error), |()| Response::Accepted);
         (response, Vec::new())

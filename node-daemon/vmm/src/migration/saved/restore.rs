@@ -1,0 +1,142 @@
+//! From an image back to a machine.
+
+use bascule_ipc::vm::VmConfig;
+use bascule_migrate::destination::{ExpectConfig, Machine, MemoryStep, StateStep};
+use bascule_migrate::wire::{Abort, StreamId};
+use bascule_migrate::{FrameBuffer, WireError};
+use bascule_types::{Epoch, Owner};
+use bascule_volume_format::change::{Change, SavedStateRow};
+
+use super::granted;
+use super::image::{ImageReader, SavedArea};
+use crate::machine::PausedVm;
+use crate::migration::apply::{Applier, layout_of};
+use crate::migration::outgoing::describe;
+use crate::migration::row::{RowAuthority, VolumeRow};
+use crate::state::{self, MachineState, StateError};
+
+/// Why a saved state was not restored. The machine is of no more use.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreSavedError {
+    /// It was never completed.
+    #[error("the saved state is not complete")]
+    NotComplete,
+    /// It is older than the last time that the guest ran.
+    #[error("the saved state is of epoch {saved}, and the VM is in epoch {epoch}")]
+    OtherTenure {
+        /// The tenure that saved it.
+        saved: Epoch,
+        /// The present one.
+        epoch: Epoch,
+    },
+    /// It cannot be read.
+    #[error("the saved state cannot be read")]
+    Read(#[from] WireError),
+    /// Its contents are not what they were.
+    #[error("the saved state is corrupt: its checksum is {found:#010x} and not {expected:#010x}")]
+    Corrupt {
+        /// As computed.
+        found: u32,
+        /// As recorded.
+        expected: u32,
+    },
+    /// It is another machine's, or not an image.
+    #[error("the saved state does not fit: {}", .0.text)]
+    DoesNotFit(Abort),
+    /// Guest memory cannot be written.
+    #[error("guest memory cannot be written")]
+    Memory(#[from] vm_memory::GuestMemoryError),
+    /// The device state is not readable.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// The machine does not take it.
+    #[error(transparent)]
+    Machine(#[from] crate::RestoreError),
+    /// The configuration cannot be compared.
+    #[error("the machine's configuration cannot be described")]
+    Description(#[source] serde_json::Error),
+    /// The volume does not drop it: it might be restored twice.
+    #[error("the saved state is not dropped: {0}")]
+    NotDropped(String),
+}
+
+/// Puts the saved state of the tenure before `epoch` into an incoming machine, and drops it from
+/// the volume: the guest may then run.
+///
+/// # Errors
+/// [`RestoreSavedError`].
+pub fn restore_saved(
+    vm: &mut PausedVm,
+    config: &VmConfig,
+    (owner, epoch): (Owner, Epoch),
+    saved: &SavedStateRow,
+    area: SavedArea,
+    row: &mut VolumeRow,
+) -> Result<(), RestoreSavedError> {
+    let sum = saved.complete.ok_or(RestoreSavedError::NotComplete)?;
+    if saved.epoch.next() != epoch {
+        return Err(RestoreSavedError::OtherTenure {
+            saved: saved.epoch,
+            epoch,
+        });
+    }
+    let mut image = ImageReader::new(area, sum.length);
+    let expected = (config.uid, row.volume(), saved.epoch);
+    let state = read(vm, config, &mut image, expected)?;
+    let (found, whole) = image.checksum();
+    if found != sum.crc32c || !whole {
+        return Err(RestoreSavedError::Corrupt {
+            found,
+            expected: sum.crc32c,
+        });
+    }
+    vm.restore(MachineState::decode(&state)?)?;
+    let drop = Change::DropSavedState {
+        vm: config.uid,
+        from: owner,
+    };
+    granted(row, &drop).map_err(RestoreSavedError::NotDropped)?;
+    Ok(())
+}
+
+/// Memory into the machine, and the device state.
+fn read(
+    vm: &PausedVm,
+    config: &VmConfig,
+    image: &mut ImageReader,
+    expected: (bascule_types::VmUid, bascule_types::VolumeId, Epoch),
+) -> Result<Vec<u8>, RestoreSavedError> {
+    let memory = vm.handle().memory().clone();
+    let machine = Machine {
+        vcpus: config.cpus.into(),
+        state_versions: (state::VERSION, state::VERSION),
+        layout: layout_of(&memory),
+        description: describe(config).map_err(RestoreSavedError::Description)?,
+    };
+    let not_it = RestoreSavedError::DoesNotFit;
+    let mut frames = FrameBuffer::new(StreamId::FIRST);
+    let phase = ExpectConfig::of_image(frames.receive(image)?, expected).map_err(not_it)?;
+    let mut phase = phase
+        .config(frames.receive(image)?, &machine)
+        .map_err(not_it)?;
+    let mut applier = Applier::new(&memory);
+    let mut state = loop {
+        let mark = frames.mark();
+        phase = match phase.frame(frames.receive(image)?, mark).map_err(not_it)? {
+            MemoryStep::Apply(phase, batch) => {
+                applier.apply(&batch)?;
+                phase
+            }
+            MemoryStep::RoundEnded(phase, _)
+            | MemoryStep::Ping(phase, _)
+            | MemoryStep::Progress(phase, _) => phase,
+            MemoryStep::State(state) => break state,
+        };
+    };
+    loop {
+        match state.frame(&frames.receive(image)?).map_err(not_it)? {
+            StateStep::More(next) => state = next,
+            StateStep::Complete(_, bytes) => return Ok(bytes),
+        }
+    }
+}

@@ -256,7 +256,12 @@ impl Machine<'_> {
             Watchdog::Board => add(&["-device", "i6300esb", "-action", "watchdog=reset"]),
             Watchdog::Bmc => {
                 let socket = show(&self.dir.join(BMC_SOCKET));
-                add(&["-chardev", &format!("socket,id=bmc,path={socket}")]);
+                // Reconnecting also puts the first connection off until the devices are there: QEMU 7.2 crashes
+                // when its controller answers earlier.
+                add(&[
+                    "-chardev",
+                    &format!("socket,id=bmc,path={socket},reconnect=1"),
+                ]);
                 add(&["-device", "ipmi-bmc-extern,id=bmc0,chardev=bmc"]);
                 add(&["-device", "isa-ipmi-kcs,bmc=bmc0"]);
             }

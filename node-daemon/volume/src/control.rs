@@ -70,7 +70,7 @@ fn rows(node: &Node) -> Response {
 
 fn change(node: &Node, change: &Change) -> Response {
     if let Change::Release { vm, .. } = change
-        && !node.state().writers.is_drained(*vm)
+        && !drained(node, *vm)
     {
         // A killed bascule-vm or a timed-out write is no clean release.
         let reason = "a process of this VM has not closed its gate, or has writes in flight";
@@ -88,6 +88,15 @@ fn change(node: &Node, change: &Change) -> Response {
         ) if disk.importing => blank(node, disk),
         _ => response,
     }
+}
+
+/// Whether nothing of this VM's writers is under way. For one that died that takes a while.
+fn drained(node: &Node, vm: VmUid) -> bool {
+    let settled = node.superblock.timings.settle + limit(node);
+    node.wait_until(settled, |state| {
+        state.writers.is_drained(vm) || state.writers.is_held(vm) || state.stopping
+    });
+    node.state().writers.is_drained(vm)
 }
 
 fn ask(node: &Node, change: &Change) -> Response {
@@ -159,13 +168,52 @@ fn zero(node: &Node, disk: &DiskRow) -> std::io::Result<bool> {
     Ok(true)
 }
 
-/// Hands out what a process needs to reach a VM's disks; with a tenure, to write them.
+/// Hands out what a process needs to reach a VM's disks; with a tenure, to write them. The writer
+/// is noted before the row is looked at: a release in between finds it.
 fn open(node: &Node, vm: VmUid, tenure: Option<(Owner, Epoch, u32)>) -> Answered {
-    let found = match node.ask(&Ask::Rows, limit(node)) {
-        Some(PeerResponse::Rows(rows)) => rows,
-        _ => return (unavailable(node), Vec::new()),
+    let mut fresh = false;
+    if let Some((_, _, pid)) = tenure {
+        match add_writer(node, vm, pid) {
+            Ok(first) => fresh = first,
+            Err(reason) => return (Response::Unavailable { reason }, Vec::new()),
+        }
+    }
+    let opened = look_up(node, vm, tenure).and_then(|opened| Ok((opened, descriptors(node)?)));
+    match opened {
+        Ok((opened, fds)) => (Response::Opened(opened), fds),
+        Err(why) => {
+            if let Some((_, _, pid)) = tenure.filter(|_| fresh) {
+                close(node, vm, pid);
+            }
+            (why.into(), Vec::new())
+        }
+    }
+}
+
+/// Why a VM was not opened.
+enum NotOpened {
+    Refused(Refusal),
+    Unavailable(String),
+}
+
+impl From<NotOpened> for Response {
+    fn from(why: NotOpened) -> Self {
+        match why {
+            NotOpened::Refused(refusal) => Self::Refused(refusal),
+            NotOpened::Unavailable(reason) => Self::Unavailable { reason },
+        }
+    }
+}
+
+fn look_up(
+    node: &Node,
+    vm: VmUid,
+    tenure: Option<(Owner, Epoch, u32)>,
+) -> Result<OpenedVm, NotOpened> {
+    let refused = |refusal| Err(NotOpened::Refused(refusal));
+    let Some(PeerResponse::Rows(found)) = node.ask(&Ask::Rows, limit(node)) else {
+        return Err(NotOpened::Unavailable(why_not(node)));
     };
-    let refused = |refusal| (Response::Refused(refusal), Vec::new());
     let Some(row) = found.vms.into_iter().find(|row| row.vm == vm) else {
         return refused(Refusal::NoSuchVm);
     };
@@ -184,44 +232,41 @@ fn open(node: &Node, vm: VmUid, tenure: Option<(Owner, Epoch, u32)>) -> Answered
     }
     // Half-imported disks too: this may be their importer. They say so in their row.
     let mine = |disk: &DiskRow| disk.vm == Some(vm);
-    let opened = OpenedVm {
+    Ok(OpenedVm {
         row,
         disks: found.disks.into_iter().filter(mine).collect(),
         saved: found.saved.into_iter().find(|saved| saved.vm == vm),
         block_bytes: node.device.block_bytes(),
-    };
-    if let Some((_, _, pid)) = tenure
-        && let Err(reason) = add_writer(node, vm, pid)
-    {
-        return (Response::Unavailable { reason }, Vec::new());
-    }
-    match descriptors(node) {
-        Ok(fds) => (Response::Opened(opened), fds),
-        Err(reason) => (Response::Unavailable { reason }, Vec::new()),
-    }
+    })
 }
 
-fn descriptors(node: &Node) -> Result<Vec<OwnedFd>, String> {
-    let device = node
-        .device
-        .descriptor()
-        .map_err(|error| format!("cannot pass the device: {error}"))?;
-    let gate = node.gate.reader_fd().map_err(|error| error.to_string())?;
+fn descriptors(node: &Node) -> Result<Vec<OwnedFd>, NotOpened> {
+    let unavailable = |what: String| NotOpened::Unavailable(format!("cannot pass {what}"));
+    let device = node.device.descriptor();
+    let device = device.map_err(|error| unavailable(format!("the device: {error}")))?;
+    let gate = node.gate.reader_fd();
+    let gate = gate.map_err(|error| unavailable(format!("the gate page: {error}")))?;
     Ok(vec![device, gate])
 }
 
 /// The watchdog watches before the process can write. If the heartbeat promises a reset, no writer
-/// starts without it.
-fn add_writer(node: &Node, vm: VmUid, pid: u32) -> Result<(), String> {
+/// starts without it. Whether the writer is a new one.
+fn add_writer(node: &Node, vm: VmUid, pid: u32) -> Result<bool, String> {
     let talk = node.watchdog_talk.lock();
-    node.update(|state| state.writers.open(vm, pid))
+    let fresh = node
+        .update(|state| state.writers.open(vm, pid))
         .map_err(|error| format!("cannot note the writer: {error}"))?;
     let promised = node.state().watchdog != WatchdogKind::None;
     let enlisted = minder::enlist(node);
     drop(talk);
     match enlisted {
-        Err(error) if promised => Err(format!("the watchdog does not watch: {error}")),
-        _ => Ok(()),
+        Err(error) if promised => {
+            if fresh {
+                close(node, vm, pid);
+            }
+            Err(format!("the watchdog does not watch: {error}"))
+        }
+        _ => Ok(fresh),
     }
 }
 
@@ -237,10 +282,13 @@ fn close(node: &Node, vm: VmUid, pid: u32) -> Response {
 }
 
 fn unavailable(node: &Node) -> Response {
+    let reason = why_not(node);
+    Response::Unavailable { reason }
+}
+
+fn why_not(node: &Node) -> String {
     let reason = status::reason(&node.state(), boot_time_now());
-    Response::Unavailable {
-        reason: reason.unwrap_or_else(|| "no coordinator answers".to_owned()),
-    }
+    reason.unwrap_or_else(|| "no coordinator answers".to_owned())
 }
 
 /// How long a request may look for a coordinator: a silent one is replaced within W and a bit.

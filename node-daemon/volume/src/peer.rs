@@ -19,6 +19,7 @@ use std::time::Duration;
 
 use bascule_ipc::Hello;
 use bascule_ipc::volume::Rows;
+use bascule_pki::{NODE_NAME, has_role};
 use bascule_types::{NodeUid, Owner, VolumeId};
 use bascule_volume_format::change::{Answer, Change, Refusal};
 use rustls::pki_types::pem::PemObject;
@@ -88,6 +89,9 @@ pub enum PeerError {
     /// TLS refused.
     #[error("TLS with a peer")]
     Tls(#[from] rustls::Error),
+    /// The peer's certificate is not a node's.
+    #[error("the peer's certificate is not a node's")]
+    NotANode,
     /// A frame is longer than allowed.
     #[error("a frame of {0} bytes is too long")]
     TooLong(usize),
@@ -132,7 +136,7 @@ impl Tls {
         timeout: Duration,
     ) -> Result<PeerResponse, PeerError> {
         let config = self.client_config()?;
-        let name = ServerName::try_from(PEER_NAME).map_err(io::Error::other)?;
+        let name = ServerName::try_from(NODE_NAME).map_err(io::Error::other)?;
         let mut tcp = TcpStream::connect_timeout(&address, timeout.min(CONNECT_TIMEOUT))?;
         limit(&tcp, timeout)?;
         let mut tls = ClientConnection::new(Arc::new(config), name)?;
@@ -159,6 +163,8 @@ impl Tls {
         agree(recv(&mut stream, HELLO_BYTES_MAX)?)?;
         send(&mut stream, &Hello::THIS)?;
         let request = recv(&mut stream, REQUEST_BYTES_MAX)?;
+        check_role(&tls)?;
+        let mut stream = rustls::Stream::new(&mut tls, &mut tcp);
         let response = answer(request);
         send(&mut stream, &response)?;
         tls.send_close_notify();
@@ -227,6 +233,16 @@ fn limit(tcp: &TcpStream, timeout: Duration) -> io::Result<()> {
     tcp.set_write_timeout(Some(timeout))
 }
 
+/// The cluster's authority signs operators too; only a node may ask.
+fn check_role(tls: &ServerConnection) -> Result<(), PeerError> {
+    let certificate = tls.peer_certificates().and_then(<[_]>::first);
+    if certificate.is_some_and(|certificate| has_role(certificate, NODE_NAME)) {
+        Ok(())
+    } else {
+        Err(PeerError::NotANode)
+    }
+}
+
 fn agree(theirs: Hello) -> Result<u32, PeerError> {
     Hello::THIS.agree(theirs).map_err(PeerError::Version)
 }
@@ -257,8 +273,6 @@ fn recv<T: DeserializeOwned>(stream: &mut impl Read, max: usize) -> Result<T, Pe
     Ok(serde_json::from_slice(&body)?)
 }
 
-/// The name in every node's certificate.
-const PEER_NAME: &str = "node.bascule.dev";
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 const HELLO_BYTES_MAX: usize = 1 << 10;
 /// The largest change names a few identities and a name.

@@ -44,14 +44,15 @@ impl WriterTable {
         Ok(table)
     }
 
-    /// A process is about to get the device for this VM.
+    /// A process is about to get the device for this VM. Whether it had not got it before.
     ///
     /// # Errors
     /// The system's; the process must not get it then.
-    pub fn open(&mut self, vm: VmUid, pid: u32) -> io::Result<()> {
+    pub fn open(&mut self, vm: VmUid, pid: u32) -> io::Result<bool> {
+        let fresh = !self.processes.contains_key(&(vm, pid));
         fs::write(self.file(vm, pid), "")?;
         self.insert(vm, pid);
-        Ok(())
+        Ok(fresh)
     }
 
     /// The process closed its gate, and every write that it submitted has completed.
@@ -110,6 +111,12 @@ impl WriterTable {
     #[must_use]
     pub fn is_drained(&self, vm: VmUid) -> bool {
         self.writers.is_drained(vm)
+    }
+
+    /// Whether a process of this VM lives that has not closed.
+    #[must_use]
+    pub fn is_held(&self, vm: VmUid) -> bool {
+        self.of(vm).any(Option::is_none)
     }
 
     fn of(&self, vm: VmUid) -> impl Iterator<Item = &Option<BootTime>> {

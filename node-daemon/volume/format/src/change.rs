@@ -393,6 +393,12 @@ pub enum Refusal {
         /// The epoch.
         epoch: Epoch,
     },
+    /// Only the owner's own node may ask this.
+    #[error("only the node of {owner} may ask this")]
+    OwnersNodeOnly {
+        /// The owner.
+        owner: Owner,
+    },
     /// The slot belongs to another node, or is in another generation.
     #[error("{owner} is not the present holder of its slot")]
     StaleOwner {

@@ -156,6 +156,15 @@ pub(crate) fn name(text: &str) -> RowName {
     RowName::new(text).unwrap()
 }
 
+fn open_request(row: &VmRow) -> Request {
+    Request::OpenVm {
+        vm: row.vm,
+        owner: row.owner.unwrap(),
+        epoch: row.epoch,
+        pid: std::process::id(),
+    }
+}
+
 fn binary() -> Command {
     Command::new(env!("CARGO_BIN_EXE_bascule-volume"))
 }
@@ -309,13 +318,12 @@ impl Node {
     }
 
     pub(crate) fn open_vm(&self, row: &VmRow) -> (Response, Vec<OwnedFd>) {
-        let request = Request::OpenVm {
-            vm: row.vm,
-            owner: row.owner.unwrap(),
-            epoch: row.epoch,
-            pid: std::process::id(),
-        };
-        self.call(&request).unwrap()
+        self.call(&open_request(row)).unwrap()
+    }
+
+    /// The request to open a row, for another process.
+    pub(crate) fn open_request(&self, row: &VmRow) -> String {
+        serde_json::to_string(&open_request(row)).unwrap()
     }
 
     pub(crate) fn signal(&self, signal: Signal) {

@@ -93,7 +93,7 @@ impl Metadata {
                 expected_epoch,
                 to,
             } => self.acquire(*vm, *expected_epoch, *to, context),
-            Change::Release { vm, from, epoch } => self.release(*vm, *from, *epoch),
+            Change::Release { vm, from, epoch } => self.release(*vm, *from, *epoch, context),
             Change::Transfer {
                 vm,
                 from,

@@ -62,12 +62,14 @@ impl Metadata {
         vm: VmUid,
         from: Owner,
         epoch: Epoch,
+        context: &Context<'_>,
     ) -> Result<Decision, Refusal> {
         let row = self.vm(vm).ok_or(Refusal::NoSuchVm)?;
         if row.owner.is_none() && row.epoch == epoch {
             return Ok(Decision::already(Answer::Row(row.clone())));
         }
         owned(row, from, epoch)?;
+        self.check_asker(from, context)?;
         Ok(put(VmRow {
             owner: None,
             ..row.clone()
@@ -92,6 +94,7 @@ impl Metadata {
         if self.fence(from).is_some() {
             return Err(Refusal::Fenced { owner: from });
         }
+        self.check_asker(from, context)?;
         self.check_new_owner(to, context)?;
         Ok(put(tenure(row, to, Some(attempt))))
     }
@@ -125,6 +128,16 @@ impl Metadata {
         let row = tenure(row, to, None);
         records.push(MetaRecord::Vm(row.clone()));
         Ok(Decision::new(records, Answer::Row(row)))
+    }
+
+    /// Only the owner's node knows whether its guest is stopped and its writes have completed.
+    fn check_asker(&self, owner: Owner, context: &Context<'_>) -> Result<(), Refusal> {
+        let holder = self.slot(owner.slot).map(|row| row.node);
+        if holder == Some(context.asker.node) {
+            Ok(())
+        } else {
+            Err(Refusal::OwnersNodeOnly { owner })
+        }
     }
 }
 

@@ -122,6 +122,21 @@ fn a_transfer_is_known_by_its_attempt_even_after_the_destination_rejoined() {
 }
 
 #[test]
+fn only_the_owners_node_gives_its_row_away() {
+    let mut cluster = Cluster::with_two_nodes().with_running_vm();
+    let owner = owner(0, 1);
+    let only = Err(Refusal::OwnersNodeOnly { owner });
+    assert_eq!(cluster.ask(2, &transfer(1)), only);
+    let release = Change::Release {
+        vm: vm(1),
+        from: owner,
+        epoch: Epoch(1),
+    };
+    assert_eq!(cluster.ask(2, &release), only);
+    cluster.ask(1, &release).unwrap();
+}
+
+#[test]
 fn a_takeover_needs_a_proof_and_records_it() {
     let mut cluster = Cluster::with_two_nodes().with_running_vm();
     let victim = owner(0, 1);

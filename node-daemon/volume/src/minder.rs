@@ -2,7 +2,7 @@
 //!
 //! The heartbeat says what resets this node, and others count on it. So the kind is what the
 //! watchdog's owner says at this moment, and `None` when it cannot be asked, or when its timeout is
-//! longer than the volume's.
+//! too long for the volume's times.
 
 use std::time::Duration;
 
@@ -11,6 +11,8 @@ use bascule_ipc::watchdog::{Request, Response};
 use bascule_ipc::{Connection, IpcError};
 use bascule_volume_format::WatchdogKind;
 use bascule_volume_gate::boot_time_now;
+use bascule_volume_protocol::Rules;
+use bascule_volume_protocol::watchdog::timeout_fits;
 
 use crate::node::Node;
 
@@ -60,10 +62,16 @@ fn ask(node: &Node, request: &Request) -> Result<WatchdogKind, String> {
         Response::Status {
             kind, timeout_ms, ..
         } => {
-            let longest = node.superblock.timings.watchdog.as_millis();
-            if u128::from(timeout_ms) > longest {
+            // One pet may come late by a whole timeout: T_safe must have room for two.
+            let timings = &node.superblock.timings;
+            let fits = timeout_fits(Rules::ENFORCED, timings, Duration::from_millis(timeout_ms));
+            if kind != IpcKind::None && !fits {
                 return Err(format!(
-                    "the watchdog's timeout of {timeout_ms} ms is longer than the volume's {longest} ms"
+                    "the watchdog's timeout of {timeout_ms} ms is too long for this volume: the \
+                     lease ({} ms) and twice the timeout must be less than its watch and watchdog \
+                     times ({} ms) together",
+                    timings.lease.as_millis(),
+                    (timings.watch + timings.watchdog).as_millis()
                 ));
             }
             Ok(match kind {

@@ -91,8 +91,10 @@ impl Registry {
             return Err(EnlistRefused::NoLease);
         }
         let mut paths = self.paths();
-        paths.insert(volume, path.to_owned());
-        self.store.save(&paths)?;
+        // Clients repeat themselves every second: only a change is worth a write.
+        if paths.insert(volume, path.to_owned()).as_deref() != Some(path) {
+            self.store.save(&paths)?;
+        }
         let page = Page {
             path: path.to_owned(),
             reader: Some(reader),

@@ -10,6 +10,7 @@ use bascule_watchdog::{
 };
 use clap::Parser;
 use rustix::fs::{FlockOperation, flock};
+use rustix::mm::{MlockAllFlags, mlockall};
 
 /// Pet the node's watchdog while every volume with open writers has a valid lease.
 #[derive(Debug, Parser)]
@@ -52,6 +53,12 @@ fn main() -> anyhow::Result<()> {
             "another bascule-watchdog is running in {}",
             run_dir.display()
         );
+    }
+    // Memory pressure must not keep this process waiting for its own pages. Only what it touches,
+    // so that the threads' stacks cost nothing.
+    let kept = MlockAllFlags::CURRENT | MlockAllFlags::FUTURE | MlockAllFlags::ONFAULT;
+    if let Err(error) = mlockall(kept) {
+        tracing::warn!(%error, "cannot lock this process in memory");
     }
     // The list first: a process that does not know whom it watches must not arm anything.
     let store = Store::new(run_dir.join("watchdog.json"))?;

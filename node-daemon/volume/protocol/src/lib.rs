@@ -3,7 +3,7 @@
 //!
 //! Everything here is a state machine that takes events and yields commands. There is no I/O, no
 //! clock, no thread and no async: a driver (`bascule-volume`) performs the commands and feeds
-//! their completions back, and the models under `tests/` feed the same machines every schedule of
+//! their completions back, and the models under `tests/model/` feed the same machines every schedule of
 //! crashes, restarts, freezes and late writes.
 //!
 //! | machine | who runs it | rules |
@@ -19,8 +19,8 @@
 //! # Guarantees
 //! With the assumptions of the format (one block is written atomically, a submitted write takes
 //! effect at most once, after the reset of its initiator within `settle` or never), invariants I1
-//! and I2 of the design hold. `tests/model_*.rs` look for counterexamples, and
-//! `tests/mutations.rs` shows that each rule is needed.
+//! and I2 of the design hold. `tests/model/` looks for counterexamples, and
+//! `tests/model/mutations.rs` shows that each rule is needed.
 //!
 //! Read next: [`LeaseHolder`], then [`Watcher`] and [`fence`].
 #![forbid(unsafe_code)]

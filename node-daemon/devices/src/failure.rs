@@ -54,7 +54,8 @@ impl DeviceFailure {
     }
 }
 
-/// Takes failure reports. Called from device threads and vCPU threads; must not block.
+/// Takes failure reports. Called from device threads, and from vCPU threads that are inside the
+/// device: it must neither block nor call into the bus.
 pub trait FailureSink: Send + Sync + fmt::Debug {
     /// A device failed. Each failure is reported once.
     fn device_failed(&self, failure: DeviceFailure);

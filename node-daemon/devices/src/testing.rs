@@ -250,6 +250,11 @@ impl TestDriver {
         start
     }
 
+    /// All buffers are free again.
+    pub(crate) fn reuse_buffers(&mut self) {
+        self.next_buffer = FIRST_BUFFER;
+    }
+
     /// Writes a chain's descriptors and makes it available, without notifying. Returns its head.
     pub(crate) fn offer(&mut self, queue: u16, parts: &[Part]) -> u16 {
         let [descriptors, ..] = rings(queue);

@@ -6,9 +6,9 @@
 //!     │            └ MSI-X table ◄── interrupts ──┘   ▲
 //!     └ notify write ──► kick eventfd ────────────────┘  (or straight from KVM: doorbell)
 //! ```
-//! [`function`] is the PCI function: it owns the registers. [`worker`] is the device's thread: it
-//! owns the queues, and is the only one that touches guest memory. They share [`shared::Shared`]:
-//! interrupts, the device-specific configuration and the NEEDS_RESET bit.
+//! The *function* ([`VirtioFunction`]) owns the registers. The *worker* is the device's thread: it
+//! owns the queues, and is the only one that touches guest memory. They share interrupts, the
+//! device-specific configuration and the NEEDS_RESET bit.
 //!
 //! A guest that breaks a queue's rules loses the device: NEEDS_RESET is set and a failure with the
 //! rule's name is reported. Nothing that a guest does panics here.

@@ -337,10 +337,12 @@ impl DiskEngine {
                 })
             }
         };
+        if !free {
+            return false;
+        }
         let bounce = job.bounce_bytes(&self.disk, &self.ram);
-        free && (bounce == 0
-            || self.bounce_bytes == 0
-            || self.bounce_bytes + bounce <= BOUNCE_BYTES_MAX)
+        let budget = bounce == 0 || self.bounce_bytes + bounce <= BOUNCE_BYTES_MAX;
+        budget || self.bounce_bytes == 0
     }
 
     fn add_commands(&mut self, job: usize, commands: Vec<(PartKind, u64, Vec<HostRun>)>) {

@@ -222,6 +222,20 @@ impl NetHandler {
         Ok(())
     }
 
+    /// Empties the tap. What it has gathered while this machine was waiting for its guest was
+    /// flooded to the whole network: the guest has seen it where it was, and it would only stand
+    /// in the way of what comes for the guest from now on.
+    fn drop_stale_frames(&mut self) {
+        self.held_bytes = None;
+        for _ in 0..STALE_FRAMES_MAX {
+            match self.tap.receive(&mut self.frame) {
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => return,
+            }
+        }
+    }
+
     fn set_offloads(&self, features: u64) {
         let flags = [
             (F_GUEST_CSUM, TUN_F_CSUM),
@@ -313,6 +327,7 @@ impl QueueHandler for NetHandler {
             }
         });
         *lock(&self.learned) = LearnedAddresses::new(state.addresses);
+        self.drop_stale_frames();
         Ok(())
     }
 }
@@ -367,6 +382,8 @@ const FRAME_BYTES_MAX: usize = 65535 + 18 + HEADER_BYTES;
 const BATCH_MAX: usize = 256;
 /// Buffers that one frame may take: the largest frame in buffers of one MTU, and some.
 const MERGED_MAX: usize = 64;
+/// More than a tap's queue holds by default (1000), and an end on a busy network.
+const STALE_FRAMES_MAX: usize = 4096;
 /// How long to wait for a full tap when it does not tell.
 const SEND_RETRY: Duration = Duration::from_millis(5);
 /// `num_buffers` in the virtio-net header.

@@ -394,6 +394,47 @@ fn i3_requests_that_were_stalled_are_performed_after_a_migration() {
 }
 
 #[test]
+fn i3_requests_under_way_at_a_migration_are_answered_exactly_once() {
+    let machine = TestMachine::new();
+    let volume = Volume::new();
+    let gate = Arc::new(Switch(AtomicBool::new(true)));
+    let device = volume.device(&machine, gate.clone());
+    let mut driver = TestDriver::new(&machine, device.function);
+    driver.start(FLUSH | (1 << 29), 2);
+    for round in 0..20_u8 {
+        // In every third round the gate closes somewhere on the way.
+        let outs: Vec<_> = (0..12_u8)
+            .map(|index| {
+                if round % 3 == 0 && index == 5 {
+                    gate.0.store(false, Ordering::Relaxed);
+                }
+                let queue = u16::from(index % 2);
+                let bytes = vec![round * 12 + index + 1; 512 + 4096 * usize::from(index % 3)];
+                let sector = u64::from(index) * 20 + u64::from(round % 4);
+                let out = offer_write(&mut driver, queue, sector, &bytes, 0);
+                driver.notify(queue);
+                (sector, bytes, out)
+            })
+            .collect();
+        let other = TestMachine::with_ram(machine.ram.clone());
+        migrate(&mut driver, volume.device(&other, gate.clone()).function);
+        gate.0.store(true, Ordering::Relaxed);
+        for queue in [0, 1] {
+            let mut heads: Vec<_> = (0..6).map(|_| driver.used(queue).0).collect();
+            heads.sort_unstable();
+            heads.dedup();
+            assert_eq!(heads.len(), 6, "each request is answered once");
+            assert_eq!(driver.poll_used(queue), None);
+        }
+        for (sector, bytes, out) in outs {
+            assert_eq!(status(&driver, &out), 0);
+            assert_eq!(volume.bytes(sector * 512, bytes.len()), bytes);
+        }
+        driver.reuse_buffers();
+    }
+}
+
+#[test]
 fn a_stalled_guest_goes_on_after_an_aborted_migration_and_after_a_reset() {
     let machine = TestMachine::new();
     let volume = Volume::new();

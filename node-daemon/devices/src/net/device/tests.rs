@@ -327,6 +327,7 @@ fn after_a_migration_the_guests_addresses_are_announced_before_it_runs() {
         ..
     } = fresh;
     function.pause();
+    network.send(&frame(60, 4)).unwrap();
     function.restore(&saved).unwrap();
     network.send(&frame(60, 5)).unwrap();
     assert_eq!(handle.announce().unwrap(), 2);

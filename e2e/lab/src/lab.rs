@@ -76,12 +76,15 @@ pub struct Lab {
     paths: LabPaths,
     tools: Tools,
     hub: Hub,
-    /// Taken down when this is dropped, with the lock that it holds.
+    /// Taken down when this is dropped.
     ephemeral: bool,
+    /// Keeps other tests from having a lab of this name.
+    _session: Option<File>,
 }
 
 impl Lab {
     /// A native lab of `nodes` nodes for one test: it is gone when this is dropped, and also when the test is killed.
+    /// Tests that want one at the same time wait for each other.
     ///
     /// The image archives in `BASCULE_LAB_IMAGES` (separated by `:`) are imported.
     pub fn native(nodes: u8) -> Result<Self> {
@@ -97,7 +100,10 @@ impl Lab {
         let mut options = Options::new("test".parse()?, tier, nodes);
         options.images = images_from_env();
         options.ephemeral = true;
-        Self::up(&options)
+        let session = LabPaths::new(&options.name)?.lock_session()?;
+        let mut lab = Self::up(&options)?;
+        lab._session = Some(session);
+        Ok(lab)
     }
 
     /// Brings a lab up; the remains of an earlier one of the same name are cleared away first.
@@ -124,6 +130,7 @@ impl Lab {
             tools: Tools::ensure()?,
             hub,
             ephemeral: false,
+            _session: None,
         })
     }
 
@@ -138,6 +145,7 @@ impl Lab {
             tools: Tools::ensure()?,
             hub,
             ephemeral: false,
+            _session: None,
         })
     }
 

@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use rustix::fs::{FlockOperation, flock};
@@ -10,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::names::{LabName, NodeIndex};
 use crate::process::ProcessId;
+use crate::wait::wait_for;
 
 /// What a node is made of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
@@ -147,13 +149,28 @@ impl LabPaths {
 
     /// Keeps other processes from bringing this lab up or down at the same time, until dropped.
     pub fn lock(&self) -> Result<File> {
+        let file = self.lock_file("lock")?;
+        let what = format!("another process to leave the lab {} alone", self.name);
+        // A guard that clears up after a killed run is done within seconds; an `up` in progress is not.
+        wait_for(&what, LOCK_DEADLINE, || {
+            flock(&file, FlockOperation::NonBlockingLockExclusive)
+                .context("it is being brought up or down")
+        })?;
+        Ok(file)
+    }
+
+    /// Waits until no other test has a lab of this name, and keeps others waiting until dropped.
+    pub(crate) fn lock_session(&self) -> Result<File> {
+        let file = self.lock_file("session")?;
+        flock(&file, FlockOperation::LockExclusive).context("wait for another test's lab")?;
+        Ok(file)
+    }
+
+    fn lock_file(&self, kind: &str) -> Result<File> {
         let dir = self.root.join("labs");
         fs::create_dir_all(&dir).with_context(|| format!("make {}", dir.display()))?;
-        let path = dir.join(format!("{}.lock", self.name));
-        let file = File::create(&path).with_context(|| format!("create {}", path.display()))?;
-        flock(&file, FlockOperation::NonBlockingLockExclusive)
-            .with_context(|| format!("another process brings the lab {} up or down", self.name))?;
-        Ok(file)
+        let path = dir.join(format!("{}.{kind}", self.name));
+        File::create(&path).with_context(|| format!("create {}", path.display()))
     }
 
     /// Keeps other processes from changing the state file, until dropped.
@@ -192,6 +209,8 @@ pub(crate) fn xdg_dir(variable: &str, default: &str) -> Result<PathBuf> {
     Ok(base.join("bascule"))
 }
 
+/// Longer than taking a lab down ever takes.
+const LOCK_DEADLINE: Duration = Duration::from_secs(60);
 /// Version of the state file: raised when its meaning changes.
 pub(crate) const STATE_VERSION: u32 = 1;
 
@@ -255,15 +274,20 @@ mod tests {
     }
 
     #[test]
-    fn only_one_process_at_a_time_works_on_a_lab() {
+    fn a_lab_waits_for_the_one_who_works_on_it() {
         let root = tempfile::tempdir().unwrap();
         let paths = LabPaths {
             root: root.path().to_owned(),
             name: "unit".parse().unwrap(),
         };
         let held = paths.lock().unwrap();
-        assert!(paths.lock().is_err());
+        let other = paths.clone();
+        let waiter = std::thread::Builder::new()
+            .name("waiter".into())
+            .spawn(move || other.lock().unwrap());
+        let waiter = waiter.unwrap();
+        assert!(!waiter.is_finished());
         drop(held);
-        assert!(paths.lock().is_ok());
+        waiter.join().unwrap();
     }
 }

@@ -51,6 +51,7 @@ pub(super) fn up(options: &Options) -> Result<Lab> {
         tools,
         hub,
         ephemeral: options.ephemeral,
+        _session: None,
     };
     let outcome = build(&mut lab, options, &nodes, assets.as_ref());
     drop(lock);

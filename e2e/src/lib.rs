@@ -11,6 +11,7 @@
 
 mod binaries;
 mod cluster;
+pub mod kubernetes;
 mod kvm;
 mod network;
 pub mod probe;

@@ -47,7 +47,14 @@ impl Flow {
     /// # Errors
     /// When there is no socket or no thread to be had.
     pub fn start(network: &Network, guest: Ipv4Addr) -> Result<Self> {
-        let socket = network.udp(SocketAddrV4::new(guest, UDP_PORT))?;
+        Self::over(network.udp(SocketAddrV4::new(guest, UDP_PORT))?)
+    }
+
+    /// Starts a flow over a connected socket whose peer sends back what it gets.
+    ///
+    /// # Errors
+    /// When there is no thread to be had.
+    pub fn over(socket: UdpSocket) -> Result<Self> {
         socket
             .set_read_timeout(Some(READ_TIME))
             .context("set a time limit")?;

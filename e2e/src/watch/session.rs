@@ -27,6 +27,14 @@ impl Session {
         let stream = wait_for(&format!("a guest that listens on {address}"), limit, || {
             Ok(network.connect(address, CONNECT_TIME).ok())
         })?;
+        Self::over(stream)
+    }
+
+    /// A session over a connection.
+    ///
+    /// # Errors
+    /// When the connection takes no options.
+    pub fn over(stream: TcpStream) -> Result<Self> {
         stream.set_nodelay(true).context("set no delay")?;
         stream
             .set_read_timeout(Some(ANSWER_TIME))

@@ -1,0 +1,319 @@
+//! Bascule installed on a lab's cluster, as a user installs it, and what a scenario does with it.
+//!
+//! An [`Installation`] is a [`Lab`] with the chart on it. [`Installation::vm`] applies a
+//! VirtualMachine whose guest can be talked to: the probe guest on native nodes, an unmodified
+//! Debian kernel on emulated ones. Every wait is on a condition and says what it waited for.
+
+mod guest;
+mod objects;
+
+use std::net::Ipv4Addr;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use bascule_lab::{Lab, Tier};
+use serde_json::Value;
+
+pub use guest::{Guest, Talk};
+pub use objects::{Moved, condition};
+
+/// A cluster with Bascule on it.
+#[derive(Debug)]
+pub struct Installation {
+    lab: Lab,
+    guest: Guest,
+}
+
+/// A virtual machine of a scenario.
+#[derive(Debug)]
+pub struct ClusterVm<'a> {
+    cluster: &'a Installation,
+    /// Its name, in the namespace [`NAMESPACE`].
+    pub name: String,
+    /// Its guest's address.
+    pub address: Ipv4Addr,
+}
+
+impl Installation {
+    /// Installs the chart on a lab and waits until every node has joined.
+    ///
+    /// # Errors
+    /// When something does not come up in time; the ends of all logs are printed.
+    pub fn on(lab: Lab) -> Result<Self> {
+        let guest = match lab.state().tier {
+            Tier::Native => Guest::probe(&lab)?,
+            Tier::Emulated => Guest::debian(&lab)?,
+        };
+        let installation = Self { lab, guest };
+        installation.helm_install()?;
+        Ok(installation)
+    }
+
+    /// The lab.
+    #[must_use]
+    pub fn lab(&self) -> &Lab {
+        &self.lab
+    }
+
+    /// Applies a SharedVolume on the lab's shared disk and waits until every node reaches it.
+    ///
+    /// # Errors
+    /// When it does not become ready.
+    pub fn volume(&self) -> Result<()> {
+        let mode = match self.lab.state().tier {
+            // A native node has no watchdog of its own.
+            Tier::Native => "LeaseOnly",
+            Tier::Emulated => "Watchdog",
+        };
+        self.lab.apply(&objects::shared_volume(VOLUME, mode))?;
+        self.lab
+            .wait_for("the SharedVolume on every node", VOLUME_LIMIT, || {
+                let volume = self.lab.get(&["sharedvolume", VOLUME])?;
+                condition(&volume, "Ready")?;
+                let nodes = volume["status"]["nodes"].as_array().map_or(0, Vec::len);
+                let direct = volume["status"]["nodes"]
+                    .as_array()
+                    .into_iter()
+                    .flatten()
+                    .filter(|node| node["state"] == "Direct")
+                    .count();
+                let wanted = self.lab.state().nodes.len();
+                if direct == wanted {
+                    Ok(())
+                } else {
+                    bail!("{direct} of {nodes} listed nodes reach it directly, {wanted} are wanted")
+                }
+            })
+    }
+
+    /// Applies a VirtualMachine with this lab's guest, and waits until it is ready and answers.
+    /// `number` makes its address: 10.91.0.`number`.
+    ///
+    /// # Errors
+    /// When it does not become ready, or its guest does not answer.
+    pub fn vm(&self, name: &str, number: u8) -> Result<ClusterVm<'_>> {
+        let address = Ipv4Addr::new(10, 91, 0, number);
+        self.lab.apply(&self.guest.document(name, address))?;
+        let vm = ClusterVm {
+            cluster: self,
+            name: name.to_owned(),
+            address,
+        };
+        vm.wait_ready(START_LIMIT)?;
+        vm.talk()?;
+        Ok(vm)
+    }
+
+    /// Drains a node as an administrator does; returns when kubectl has exited with 0.
+    ///
+    /// # Errors
+    /// When it exits otherwise.
+    pub fn drain(&self, node: &str) -> Result<Duration> {
+        let begin = Instant::now();
+        self.lab
+            .kubectl_run()?
+            .args([
+                "drain",
+                node,
+                "--ignore-daemonsets",
+                "--delete-emptydir-data",
+                "--timeout=240s",
+            ])
+            .deadline(DRAIN_LIMIT)
+            .done()
+            .inspect_err(|_| self.lab.print_logs())?;
+        Ok(begin.elapsed())
+    }
+
+    /// Lets pods land on a node again.
+    ///
+    /// # Errors
+    /// When kubectl fails.
+    pub fn uncordon(&self, node: &str) -> Result<()> {
+        self.lab.kubectl(&["uncordon", node]).map(drop)
+    }
+
+    /// What a user would look at.
+    ///
+    /// # Errors
+    /// When kubectl fails.
+    pub fn overview(&self) -> Result<String> {
+        self.lab.kubectl(&[
+            "get",
+            "vm,sv,vmm,failover",
+            "--all-namespaces",
+            "-o",
+            "wide",
+        ])
+    }
+
+    fn helm_install(&self) -> Result<()> {
+        let chart = Path::new(env!("CARGO_MANIFEST_DIR")).join("../charts/bascule");
+        let chart = chart.to_str().context("the chart's path is no text")?;
+        let (repository, tag) = bascule_lab::image::BASCULE_IMAGE
+            .rsplit_once(':')
+            .context("the image has no tag")?;
+        let watchdog = match self.lab.state().tier {
+            Tier::Native => "",
+            Tier::Emulated => "/dev/watchdog",
+        };
+        let sets = [
+            format!("image.repository={repository}"),
+            format!("image.tag={tag}"),
+            "image.pullPolicy=Never".to_owned(),
+            "node.bridges.lan=vmbr0".to_owned(),
+            format!("node.watchdogDevice={watchdog}"),
+            "log.format=text".to_owned(),
+        ];
+        let mut run = self.lab.helm_run()?.args([
+            "install",
+            "bascule",
+            chart,
+            "--namespace",
+            SYSTEM_NAMESPACE,
+            "--create-namespace",
+            "--wait",
+            "--timeout=5m",
+        ]);
+        for set in sets {
+            run = run.args(["--set".to_owned(), set]);
+        }
+        run.deadline(INSTALL_LIMIT)
+            .done()
+            .inspect_err(|_| self.lab.print_logs())
+    }
+}
+
+impl ClusterVm<'_> {
+    /// The object.
+    ///
+    /// # Errors
+    /// When kubectl fails.
+    pub fn object(&self) -> Result<Value> {
+        self.cluster.lab.get(&["vm", &self.name, "-n", NAMESPACE])
+    }
+
+    /// The node that it runs on, as its status says.
+    ///
+    /// # Errors
+    /// When it says none.
+    pub fn node(&self) -> Result<String> {
+        let object = self.object()?;
+        let node = object["status"]["node"].as_str();
+        node.map(str::to_owned)
+            .with_context(|| format!("{} has no node", self.name))
+    }
+
+    /// Waits until its Ready condition is true.
+    ///
+    /// # Errors
+    /// When it is not in time.
+    pub fn wait_ready(&self, limit: Duration) -> Result<()> {
+        let what = format!("VirtualMachine {} to be ready", self.name);
+        self.cluster
+            .lab
+            .wait_for(&what, limit, || condition(&self.object()?, "Ready"))
+    }
+
+    /// Waits until it is ready on another node than `left`, and says on which.
+    ///
+    /// # Errors
+    /// When it is not in time.
+    pub fn wait_elsewhere(&self, left: &str, limit: Duration) -> Result<String> {
+        let what = format!(
+            "VirtualMachine {} to be ready elsewhere than on {left}",
+            self.name
+        );
+        self.cluster.lab.wait_for(&what, limit, || {
+            condition(&self.object()?, "Ready")?;
+            let node = self.node()?;
+            if node == left {
+                bail!("it is still on {left}")
+            } else {
+                Ok(node)
+            }
+        })
+    }
+
+    /// A TCP session with its guest, as soon as that answers.
+    ///
+    /// # Errors
+    /// When it does not in time.
+    pub fn talk(&self) -> Result<Talk> {
+        let what = format!("the guest of {} to answer", self.name);
+        self.cluster.lab.wait_for(&what, GUEST_LIMIT, || {
+            self.cluster.guest.talk(&self.cluster.lab, self.address)
+        })
+    }
+
+    /// One packet a millisecond to the guest and back.
+    ///
+    /// # Errors
+    /// When there is no socket to be had.
+    pub fn flow(&self) -> Result<crate::Flow> {
+        self.cluster.guest.flow(&self.cluster.lab, self.address)
+    }
+
+    /// Its migrations, oldest first.
+    ///
+    /// # Errors
+    /// When kubectl fails.
+    pub fn moves(&self) -> Result<Vec<Moved>> {
+        objects::moves(&self.cluster.lab, &self.name)
+    }
+
+    /// Asks for a migration and waits for its end; an unsuccessful one is an error.
+    ///
+    /// # Errors
+    /// When it fails, or does not end in time.
+    pub fn migrate(&self, mode: &str, target: Option<&str>) -> Result<Moved> {
+        let name = format!("{}-{}", self.name, self.moves()?.len());
+        self.cluster
+            .lab
+            .apply(&objects::migration(&name, &self.name, mode, target))?;
+        let what = format!("VirtualMachineMigration {name} to end");
+        self.cluster.lab.wait_for(&what, MOVE_LIMIT, || {
+            let object = self.cluster.lab.get(&["vmm", &name, "-n", NAMESPACE])?;
+            objects::ended(&object)
+        })
+    }
+
+    /// Deletes it and waits until it is gone.
+    ///
+    /// # Errors
+    /// When it does not go in time.
+    pub fn delete(&self) -> Result<()> {
+        let args = [
+            "delete",
+            "vm",
+            &self.name,
+            "-n",
+            NAMESPACE,
+            "--timeout=180s",
+        ];
+        self.cluster
+            .lab
+            .kubectl_run()?
+            .args(args)
+            .deadline(DELETE_LIMIT)
+            .done()
+            .inspect_err(|_| self.cluster.lab.print_logs())
+    }
+}
+
+/// The namespace of scenarios' virtual machines.
+pub const NAMESPACE: &str = "default";
+/// The namespace that the chart is installed in.
+pub const SYSTEM_NAMESPACE: &str = "bascule-system";
+/// The SharedVolume of a scenario.
+pub const VOLUME: &str = "gold";
+
+/// On emulated nodes everything is ten times slower than on real ones.
+const INSTALL_LIMIT: Duration = Duration::from_secs(360);
+const VOLUME_LIMIT: Duration = Duration::from_secs(180);
+const START_LIMIT: Duration = Duration::from_secs(240);
+const GUEST_LIMIT: Duration = Duration::from_secs(180);
+const MOVE_LIMIT: Duration = Duration::from_secs(240);
+const DRAIN_LIMIT: Duration = Duration::from_secs(270);
+const DELETE_LIMIT: Duration = Duration::from_secs(200);

@@ -1,0 +1,175 @@
+//! The guests of scenarios: what a VirtualMachine boots, and how to talk to it.
+
+use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use bascule_lab::Lab;
+use bascule_lab::guest::{AGENTLET_PORT, GuestSession};
+use bascule_lab::web::Source;
+use bascule_probe_wire::{TCP_PORT, UDP_PORT};
+
+use super::{NAMESPACE, VOLUME};
+use crate::{Flow, Session, probe};
+
+/// What a tier's virtual machines run.
+#[derive(Clone, Debug)]
+pub enum Guest {
+    /// The probe guest.
+    Probe {
+        /// Its image.
+        kernel: Source,
+    },
+    /// An unmodified Debian kernel with an initramfs.
+    Debian {
+        /// The kernel.
+        kernel: Source,
+        /// The initramfs.
+        initrd: Source,
+    },
+}
+
+/// A TCP session with a guest, which counts.
+#[derive(Debug)]
+pub enum Talk {
+    /// With the probe guest.
+    Probe(Session),
+    /// With the Debian guest.
+    Debian(GuestSession),
+}
+
+impl Guest {
+    pub(super) fn probe(lab: &Lab) -> Result<Self> {
+        Ok(Self::Probe {
+            kernel: lab.publish("probe", probe::build()?)?,
+        })
+    }
+
+    pub(super) fn debian(lab: &Lab) -> Result<Self> {
+        let sources = lab.publish_guest()?;
+        Ok(Self::Debian {
+            kernel: sources.kernel,
+            initrd: sources.initrd,
+        })
+    }
+
+    /// The VirtualMachine.
+    pub(super) fn document(&self, name: &str, address: Ipv4Addr) -> String {
+        let source = |source: &Source| {
+            format!(
+                "{{http: {{url: \"{}\", sha256: {}}}}}",
+                source.url, source.sha256
+            )
+        };
+        let (boot, memory, disk) = match self {
+            Self::Probe { kernel } => (
+                format!(
+                    "    kernel: {}\n    cmdline: ip={address}/24 tick_ms=10 {}",
+                    source(kernel),
+                    probe::POWER_BUTTON
+                ),
+                "128Mi",
+                "64Mi",
+            ),
+            Self::Debian { kernel, initrd } => (
+                format!(
+                    "    kernel: {}\n    initrd: {}\n    cmdline: console=ttyS0 \
+                     guest.ip={address}/24 guest.tick_ms=100",
+                    source(kernel),
+                    source(initrd)
+                ),
+                "256Mi",
+                "128Mi",
+            ),
+        };
+        format!(
+            "apiVersion: bascule.dev/v1alpha1
+kind: VirtualMachine
+metadata: {{name: {name}, namespace: {NAMESPACE}}}
+spec:
+  volume: {VOLUME}
+  memory: {memory}
+  boot:
+{boot}
+  disks:
+  - {{name: data, size: {disk}, deletionPolicy: Delete}}
+  interfaces:
+  - {{name: lan, bridge: lan}}
+"
+        )
+    }
+
+    pub(super) fn talk(&self, lab: &Lab, guest: Ipv4Addr) -> Result<Talk> {
+        match self {
+            Self::Probe { .. } => {
+                let address = SocketAddr::from((guest, TCP_PORT));
+                let mut session = Session::over(lab.connect(address, CONNECT_TIME)?)?;
+                session.count()?;
+                Ok(Talk::Probe(session))
+            }
+            Self::Debian { .. } => {
+                let address = SocketAddr::from((guest, AGENTLET_PORT));
+                let stream = lab.connect(address, CONNECT_TIME)?;
+                let mut session = GuestSession::new(stream, ANSWER_TIME)?;
+                session.ping()?;
+                Ok(Talk::Debian(session))
+            }
+        }
+    }
+
+    pub(super) fn flow(&self, lab: &Lab, guest: Ipv4Addr) -> Result<Flow> {
+        let port = match self {
+            Self::Probe { .. } => UDP_PORT,
+            Self::Debian { .. } => AGENTLET_PORT,
+        };
+        let socket = lab.hub().enter(move || -> Result<UdpSocket> {
+            let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).context("make a socket")?;
+            socket
+                .connect((guest, port))
+                .context("connect the socket")?;
+            Ok(socket)
+        })??;
+        Flow::over(socket)
+    }
+}
+
+impl Talk {
+    /// One round trip within the session; the guest's count must be ours, so that neither a restart
+    /// nor a lost or doubled request goes unnoticed.
+    ///
+    /// # Errors
+    /// When the session broke or the guest counted otherwise.
+    pub fn ping(&mut self) -> Result<()> {
+        match self {
+            Self::Probe(session) => session.count(),
+            Self::Debian(session) => session.ping(),
+        }
+    }
+
+    /// Checks what the guest knows of its own disk and memory.
+    ///
+    /// # Errors
+    /// When it found a fault.
+    pub fn check(&mut self) -> Result<u64> {
+        match self {
+            Self::Probe(session) => Ok(session.clean_report()?.disk_ack),
+            Self::Debian(session) => session.check(),
+        }
+    }
+
+    /// Has the guest write one more record to its disk, flushed, and returns the number of the last
+    /// record that it was promised. The probe guest writes all the time by itself.
+    ///
+    /// # Errors
+    /// When it cannot.
+    pub fn append(&mut self) -> Result<u64> {
+        match self {
+            Self::Probe(session) => Ok(session.report()?.disk_ack),
+            Self::Debian(session) => session.append(),
+        }
+    }
+}
+
+const CONNECT_TIME: Duration = Duration::from_secs(2);
+/// Longer than any blackout that a session should survive.
+const ANSWER_TIME: Duration = Duration::from_secs(30);

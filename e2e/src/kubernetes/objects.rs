@@ -1,0 +1,158 @@
+//! The documents that scenarios apply, and what they read from the objects.
+
+use anyhow::{Context, Result, bail};
+use bascule_lab::{Hopeless, Lab};
+use serde_json::Value;
+
+use super::NAMESPACE;
+
+/// What a VirtualMachineMigration says about a move.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Moved {
+    /// Its name.
+    pub name: String,
+    /// Live or Quick.
+    pub mode: String,
+    /// The node that was left.
+    pub source: String,
+    /// The node that was reached.
+    pub target: String,
+    /// How it ended.
+    pub phase: String,
+    /// The blackout as the VM processes measured it.
+    pub downtime: Option<String>,
+    /// From the request to the end.
+    pub total: Option<String>,
+}
+
+/// Succeeds when the object's condition of that type is true; says why it is not.
+///
+/// # Errors
+/// When it is absent or not true.
+pub fn condition(object: &Value, kind: &str) -> Result<()> {
+    let conditions = object["status"]["conditions"].as_array();
+    let found = conditions
+        .into_iter()
+        .flatten()
+        .find(|condition| condition["type"] == kind);
+    let Some(found) = found else {
+        bail!("no condition {kind} yet")
+    };
+    if found["status"] == "True" {
+        return Ok(());
+    }
+    let text = |field: &str| found[field].as_str().unwrap_or_default().to_owned();
+    bail!(
+        "{kind} is {}: {}: {}",
+        text("status"),
+        text("reason"),
+        text("message")
+    )
+}
+
+/// The end of a migration that has succeeded. One that has failed is hopeless.
+pub(super) fn ended(object: &Value) -> Result<Moved> {
+    let moved = read(object)?;
+    match moved.phase.as_str() {
+        "Succeeded" => Ok(moved),
+        "Failed" | "Cancelled" | "Refused" => {
+            let why = condition(object, "Complete")
+                .err()
+                .map(|error| error.to_string());
+            let conditions = object["status"]["conditions"].to_string();
+            Err(Hopeless(format!(
+                "{} ended as {}: {}",
+                moved.name,
+                moved.phase,
+                why.unwrap_or(conditions)
+            ))
+            .into())
+        }
+        phase => bail!("it is {phase}"),
+    }
+}
+
+pub(super) fn moves(lab: &Lab, vm: &str) -> Result<Vec<Moved>> {
+    let list = lab.get(&[
+        "vmm",
+        "-n",
+        NAMESPACE,
+        "--sort-by=.metadata.creationTimestamp",
+    ])?;
+    let items = list["items"].as_array().context("a list of migrations")?;
+    let of_vm = |item: &&Value| item["spec"]["virtualMachine"] == vm;
+    items.iter().filter(of_vm).map(read).collect()
+}
+
+fn read(object: &Value) -> Result<Moved> {
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    let status = &object["status"];
+    let name = text(&object["metadata"]["name"]);
+    if name.is_empty() {
+        bail!("not a migration: {object}");
+    }
+    Ok(Moved {
+        name,
+        mode: text(&object["spec"]["mode"]),
+        source: text(&status["source"]),
+        target: text(&status["target"]),
+        phase: text(&status["phase"]),
+        downtime: status["progress"]["measuredDowntime"]
+            .as_str()
+            .map(str::to_owned),
+        total: status["progress"]["total"].as_str().map(str::to_owned),
+    })
+}
+
+pub(super) fn shared_volume(name: &str, fencing: &str) -> String {
+    format!(
+        "apiVersion: bascule.dev/v1alpha1
+kind: SharedVolume
+metadata: {{name: {name}}}
+spec:
+  backing: {{device: {{path: /dev/disk/by-id/virtio-shared0}}}}
+  fencing: {{mode: {fencing}}}
+"
+    )
+}
+
+pub(super) fn migration(name: &str, vm: &str, mode: &str, target: Option<&str>) -> String {
+    let target = target
+        .map(|node| format!("  target: {node}\n"))
+        .unwrap_or_default();
+    format!(
+        "apiVersion: bascule.dev/v1alpha1
+kind: VirtualMachineMigration
+metadata: {{name: {name}, namespace: {NAMESPACE}}}
+spec:
+  virtualMachine: {vm}
+  mode: {mode}
+{target}"
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn a_condition_that_is_not_true_says_why() {
+        let object = json!({"status": {"conditions": [
+            {"type": "Ready", "status": "False", "reason": "Importing", "message": "3 of 4"},
+            {"type": "Protected", "status": "True"},
+        ]}});
+        assert!(condition(&object, "Protected").is_ok());
+        let error = condition(&object, "Ready").unwrap_err().to_string();
+        assert!(error.contains("Importing: 3 of 4"), "{error}");
+        assert!(condition(&object, "Other").is_err());
+    }
+
+    #[test]
+    fn a_failed_migration_is_not_waited_for() {
+        let object = |phase: &str| json!({"metadata": {"name": "m"}, "spec": {"mode": "Live"}, "status": {"phase": phase}});
+        assert!(ended(&object("Succeeded")).is_ok());
+        assert!(ended(&object("Failed")).unwrap_err().is::<Hopeless>());
+        assert!(!ended(&object("Running")).unwrap_err().is::<Hopeless>());
+    }
+}

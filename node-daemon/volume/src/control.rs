@@ -257,7 +257,11 @@ fn add_writer(node: &Node, vm: VmUid, pid: u32) -> Result<bool, String> {
         .update(|state| state.writers.open(vm, pid))
         .map_err(|error| format!("cannot note the writer: {error}"))?;
     let promised = node.state().watchdog != WatchdogKind::None;
-    let enlisted = minder::enlist(node);
+    let enlisted = if minder::watchdog_counts(node) {
+        minder::enlist(node)
+    } else {
+        Ok(WatchdogKind::None)
+    };
     drop(talk);
     match enlisted {
         Err(error) if promised => {

@@ -9,7 +9,7 @@ use std::time::Duration;
 use bascule_ipc::volume::WatchdogKind as IpcKind;
 use bascule_ipc::watchdog::{Request, Response};
 use bascule_ipc::{Connection, IpcError};
-use bascule_volume_format::WatchdogKind;
+use bascule_volume_format::{Fencing, WatchdogKind};
 use bascule_volume_gate::boot_time_now;
 use bascule_volume_protocol::Rules;
 use bascule_volume_protocol::watchdog::timeout_fits;
@@ -30,7 +30,8 @@ pub fn run(node: &Node) {
 /// Tells the watchdog's owner whether to watch this volume, and notes what it says.
 pub fn refresh(node: &Node) {
     let talk = node.watchdog_talk.lock();
-    let watched = node.state().writers.must_be_watched();
+    // Under LeaseOnly nothing resets a node: a lapsed lease stalls guests, and no more.
+    let watched = watchdog_counts(node) && node.state().writers.must_be_watched();
     let kind = if watched {
         enlist(node).unwrap_or(WatchdogKind::None)
     } else {
@@ -38,10 +39,21 @@ pub fn refresh(node: &Node) {
         ask(node, &Request::Withdraw { volume }).unwrap_or(WatchdogKind::None)
     };
     drop(talk);
+    let kind = if watchdog_counts(node) {
+        kind
+    } else {
+        WatchdogKind::None
+    };
     if node.state().watchdog != kind {
         tracing::info!(?kind, "watchdog");
         node.update(|state| state.watchdog = kind);
     }
+}
+
+/// Whether this volume's fencing counts on a watchdog.
+#[must_use]
+pub fn watchdog_counts(node: &Node) -> bool {
+    node.superblock.fencing == Fencing::Watchdog
 }
 
 /// Has this volume's lease watched.

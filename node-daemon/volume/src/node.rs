@@ -261,7 +261,7 @@ impl Node {
         };
         match route? {
             Route::Local(queue) => self.ask_local(&queue, request, left),
-            Route::Peer(address) => match self.tls.ask(address, &request, left.min(STEP)) {
+            Route::Peer(address) => match self.tls.ask(address, &request, left.min(self.step())) {
                 Ok(PeerResponse::NotCoordinator | PeerResponse::WrongVolume) => None,
                 Ok(response) => Some(response),
                 Err(error) => {
@@ -271,6 +271,11 @@ impl Node {
                 }
             },
         }
+    }
+
+    /// How long one connection may take: a frozen coordinator is replaced after about L.
+    fn step(&self) -> Duration {
+        self.superblock.timings.lease.clamp(STEP_MIN, STEP_MAX)
     }
 
     /// Asks the coordinator in this process.
@@ -320,5 +325,6 @@ impl State {
 
 /// Between two attempts to reach a coordinator that is not there.
 const RETRY: Duration = Duration::from_millis(100);
-/// One connection's steps.
-const STEP: Duration = Duration::from_secs(5);
+/// A commit takes some writes and reads, on a slow device too.
+const STEP_MIN: Duration = Duration::from_secs(1);
+const STEP_MAX: Duration = Duration::from_secs(5);

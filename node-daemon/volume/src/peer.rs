@@ -277,3 +277,48 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 const HELLO_BYTES_MAX: usize = 1 << 10;
 /// The largest change names a few identities and a name.
 const REQUEST_BYTES_MAX: usize = 64 << 10;
+
+#[cfg(test)]
+mod tests {
+    use bascule_types::{Epoch, Generation, SlotId, VmUid};
+
+    use super::*;
+
+    #[test]
+    fn the_first_request_of_version_1_on_the_wire_is_this() {
+        let owner = Owner {
+            slot: SlotId(3),
+            generation: Generation(7),
+        };
+        let request = PeerRequest {
+            volume: VolumeId::from_bytes([0x11; 16]),
+            node: NodeUid::from_bytes([0x22; 16]),
+            owner: Some(owner),
+            boot: [1; 16],
+            ask: Ask::Change(Change::Release {
+                vm: VmUid::from_bytes([0x33; 16]),
+                from: owner,
+                epoch: Epoch(5),
+            }),
+        };
+        let mut wire = Vec::new();
+        send(&mut wire, &request).unwrap();
+        let golden = concat!(
+            r#"{"volume":"11111111-1111-1111-1111-111111111111","#,
+            r#""node":"22222222-2222-2222-2222-222222222222","#,
+            r#""owner":{"slot":3,"generation":7},"boot":[1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1],"#,
+            r#""ask":{"Change":{"Release":{"vm":"33333333-3333-3333-3333-333333333333","#,
+            r#""from":{"slot":3,"generation":7},"epoch":5}}}}"#,
+        );
+        assert_eq!(String::from_utf8(wire[4..].to_vec()).unwrap(), golden);
+        let read: PeerRequest = recv(&mut wire.as_slice(), REQUEST_BYTES_MAX).unwrap();
+        assert_eq!(read, request);
+    }
+
+    #[test]
+    fn a_longer_frame_than_allowed_is_refused_before_it_is_read() {
+        let wire = [0xFF; 8];
+        let refused = recv::<Hello>(&mut wire.as_slice(), HELLO_BYTES_MAX);
+        assert!(matches!(refused, Err(PeerError::TooLong(_))), "{refused:?}");
+    }
+}

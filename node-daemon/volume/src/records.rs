@@ -40,21 +40,24 @@ pub fn read_slot(
     Ok(of_slot(records, slot))
 }
 
-/// The newest record of every slot that has one.
+/// The newest record of each of the first `slots` slots that has one.
 ///
 /// # Errors
 /// The device's.
 pub fn read_heartbeats(
     handle: &mut Handle,
     superblock: &Superblock,
+    slots: u16,
 ) -> io::Result<Vec<HeartbeatRecord>> {
-    let region = superblock.region(RegionKind::Heartbeats);
-    let all: Vec<HeartbeatRecord> = read_run(handle, superblock, region.start, region.blocks)?;
+    let first = superblock.region(RegionKind::Heartbeats).start;
+    let slots = slots.min(superblock.slot_count);
+    let blocks = u64::from(slots) * HEARTBEAT_RECORDS;
+    let all: Vec<HeartbeatRecord> = read_run(handle, superblock, first, blocks)?;
     let newest = |slot| {
         let records = all.iter().filter(|record| record.owner.slot == slot);
         records.max_by_key(|record| record.order()).cloned()
     };
-    Ok(superblock.slots().filter_map(newest).collect())
+    Ok((0..slots).map(SlotId).filter_map(newest).collect())
 }
 
 /// Every Paxos block that can be parsed.

@@ -2,6 +2,7 @@
 //! fence proofs, elections and the status are made from.
 
 use std::io;
+use std::time::Duration;
 
 use bascule_types::SlotId;
 use bascule_volume_format::{HeartbeatRecord, LeaderBlock, read_superblock, recover};
@@ -15,13 +16,13 @@ use crate::records;
 /// Watches until the process stops.
 pub fn run(node: &Node) {
     let mut handle = node.device.handle();
-    let mut round: u64 = 0;
+    let mut rows_due = boot_time_now();
     loop {
         watch(node, &mut handle);
-        if round.is_multiple_of(ROWS_EVERY) {
+        if boot_time_now() >= rows_due {
             read_rows(node, &mut handle);
+            rows_due = boot_time_now().after(ROWS_EVERY);
         }
-        round += 1;
         // The poll interval is kept whatever else changes: a notification does not shorten it.
         let next = boot_time_now().after(node.superblock.timings.poll);
         let mut state = node.state();
@@ -40,8 +41,9 @@ pub fn run(node: &Node) {
 
 /// Reads everybody's heartbeats and leader blocks once.
 pub fn watch(node: &Node, handle: &mut Handle) {
+    let slots = slots_in_use(node);
     let issued_at = boot_time_now();
-    let seen = read_all(node, handle);
+    let seen = read_all(node, handle, slots);
     let completed_at = boot_time_now();
     match seen {
         Ok((heartbeats, leaders)) => node.update(|state| {
@@ -52,7 +54,7 @@ pub fn watch(node: &Node, handle: &mut Handle) {
             let event = WatchEvent::Read {
                 issued_at,
                 completed_at,
-                slots: node.superblock.slots().map(of).collect(),
+                slots: (0..slots).map(SlotId).map(of).collect(),
             };
             state.watcher = state.watcher.clone().next(event);
             state.heartbeats = heartbeats.into_iter().map(|r| (r.owner.slot, r)).collect();
@@ -68,12 +70,24 @@ pub fn watch(node: &Node, handle: &mut Handle) {
     }
 }
 
+/// How many slots, from the first, have a holder: the others' heartbeats are not read. All of them
+/// while the rows are not known.
+fn slots_in_use(node: &Node) -> u16 {
+    let state = node.state();
+    let all = node.superblock.slot_count;
+    state.metadata.as_ref().map_or(all, |(_, rows)| {
+        let last = rows.slots().map(|row| row.slot.0).max();
+        last.map_or(all, |last| last.saturating_add(1).min(all))
+    })
+}
+
 fn read_all(
     node: &Node,
     handle: &mut Handle,
+    slots: u16,
 ) -> io::Result<(Vec<HeartbeatRecord>, Vec<LeaderBlock>)> {
     node.device.check_present()?;
-    let heartbeats = records::read_heartbeats(handle, &node.superblock)?;
+    let heartbeats = records::read_heartbeats(handle, &node.superblock, slots)?;
     let leaders = records::read_leaders(handle, &node.superblock)?;
     Ok((heartbeats, leaders))
 }
@@ -107,5 +121,6 @@ fn read_rows(node: &Node, handle: &mut Handle) {
     }
 }
 
-/// Rows are read every fourth poll: nothing but the status depends on them.
-const ROWS_EVERY: u64 = 4;
+/// The status of a node that does not coordinate may be this old; and a node that registered
+/// through another coordinator is watched from then on.
+const ROWS_EVERY: Duration = Duration::from_secs(2);

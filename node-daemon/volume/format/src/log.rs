@@ -24,7 +24,7 @@ use bascule_types::{Lba, SlotId};
 use crate::block::{BLOCK_BYTES, FormatError, RECORD_BYTES, open, seal, seal_block};
 use crate::election::CoordinatorEpoch;
 use crate::journal::{CheckpointHead, CheckpointId, CheckpointRow, JournalBlock};
-use crate::layout::AreaId;
+use crate::layout::{Area, AreaId};
 use crate::metadata::{Contradiction, Metadata};
 use crate::record::MetaRecord;
 use crate::store::BlockStore;
@@ -202,11 +202,11 @@ fn replay<S: BlockStore>(
     let mut group = Vec::new();
     let mut applied = 0;
     let mut hole = None;
+    let mut chunk = Chunk::default();
     for sequence in 0..area.journal_blocks {
         let lba = Lba(area.journal.0 + sequence);
-        let mut bytes = [0; BLOCK_BYTES];
-        read(store, lba, &mut bytes)?;
-        let block = open::<JournalBlock>(&bytes, superblock.place(lba)).ok();
+        let bytes = chunk.block(store, &area, sequence)?;
+        let block = open::<JournalBlock>(bytes, superblock.place(lba)).ok();
         let block = block.filter(|block| block.id == base && block.sequence == sequence);
         match (block, hole) {
             (Some(block), None) => {
@@ -232,6 +232,36 @@ fn replay<S: BlockStore>(
     }
     Ok(applied)
 }
+
+/// Some consecutive blocks of a journal: read together, because latency counts more than length.
+#[derive(Default)]
+struct Chunk {
+    first: u64,
+    bytes: Vec<u8>,
+}
+
+impl Chunk {
+    fn block<S: BlockStore>(
+        &mut self,
+        store: &mut S,
+        area: &Area,
+        sequence: u64,
+    ) -> Result<&[u8], LogError> {
+        let held = (self.bytes.len() / BLOCK_BYTES) as u64;
+        if !(self.first..self.first + held).contains(&sequence) {
+            let count = CHUNK_BLOCKS.min(area.journal_blocks - sequence);
+            let count = usize::try_from(count).unwrap_or(1);
+            self.bytes.resize(count * BLOCK_BYTES, 0);
+            self.first = sequence;
+            read(store, Lba(area.journal.0 + sequence), &mut self.bytes)?;
+        }
+        let index = usize::try_from(sequence - self.first).unwrap_or(0);
+        Ok(&self.bytes[index * BLOCK_BYTES..][..BLOCK_BYTES])
+    }
+}
+
+/// 64 KiB.
+const CHUNK_BLOCKS: u64 = 16;
 
 impl Log {
     /// Starts the journal of a new coordinator with a checkpoint of what it recovered. Its leader

@@ -9,7 +9,7 @@ use bascule_types::{AttemptId, Epoch};
 use bascule_volume_format::change::{
     AdministratorsWord, Answer, Change, FenceProof, MissingProof, Refusal,
 };
-use bascule_volume_gate::{GateReader, boot_time_now};
+use bascule_volume_gate::{GateClosedReason, GateReader, boot_time_now};
 use rustix::process::Signal;
 
 fn take_over(victim: &bascule_volume_format::change::VmRow, by: &Node) -> Change {
@@ -81,6 +81,55 @@ fn a_killed_coordinator_is_replaced_and_loses_no_acknowledged_change() {
     // The old coordinator comes back as an ordinary node.
     let one = lab.start(1);
     assert_eq!(one.rows().vms.len(), 19);
+}
+
+#[test]
+fn a_frozen_coordinator_is_replaced_and_believes_it_when_it_thaws() {
+    let lab = Lab::new();
+    let (one, two) = (lab.start(1), lab.start(2));
+    let first = two.create_and_own(1);
+    one.signal(Signal::STOP);
+    // Granted while the old coordinator is frozen: another one must have answered.
+    two.create_and_own(2);
+    let slot = two.owner().slot;
+    assert_eq!(two.status().unwrap().coordinator, Some(slot));
+    one.signal(Signal::CONT);
+    let rows = one.rows();
+    assert_eq!(rows.vms.len(), 2);
+    assert_eq!(one.row(1), first);
+    let status = one.wait_status("the new coordinator", |status| {
+        status.coordinator == Some(slot)
+    });
+    assert!(status.coordinator_epoch >= rows.coordinator_epoch);
+}
+
+#[test]
+fn a_failed_metadata_write_closes_the_gate_until_a_new_process_has_verified_the_volume() {
+    let lab = Lab::new();
+    let mut one = lab.start(1);
+    let owner = one.create_and_own(1).owner.unwrap();
+    let gate = GateReader::open(one.run_dir.join("gate")).unwrap();
+    gate.check(boot_time_now(), owner).unwrap();
+    // From here on heartbeats can be written, and metadata areas cannot.
+    one.limit_writes_to_heartbeats(&lab);
+    let create = Change::CreateVm {
+        vm: vm(2),
+        name: name("shop/lost"),
+        spec_digest: [2; 32],
+    };
+    let (answer, _) = one.call(&Request::Change(create.clone())).unwrap();
+    assert!(matches!(answer, Response::Unknown), "{answer:?}");
+    let closed = gate.check(boot_time_now(), owner).unwrap_err();
+    assert_eq!(closed.reason, GateClosedReason::StickyFailed);
+    let status = one.status().unwrap();
+    let reason = status.reason.unwrap();
+    assert_eq!(status.path, PathState::Unavailable);
+    assert!(reason.contains("cannot write the journal"), "{reason}");
+    one.kill();
+    let one = lab.start(1);
+    gate.check(boot_time_now(), one.owner()).unwrap();
+    one.grant(&create);
+    assert_eq!(one.rows().vms.len(), 2);
 }
 
 #[test]

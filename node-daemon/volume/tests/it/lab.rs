@@ -1,6 +1,7 @@
 //! A lab on one machine: a volume in a file, and one `bascule-volume` process per node.
 
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -9,9 +10,10 @@ use std::time::{Duration, Instant};
 use bascule_ipc::volume::{PathState, Request, Response, Rows, VolumeStatus, WatchdogKind};
 use bascule_ipc::{Connection, watchdog};
 use bascule_pki::Authority;
-use bascule_types::{ClusterId, Epoch, NodeUid, Owner, VmUid};
+use bascule_types::{ClusterId, Epoch, Lba, NodeUid, Owner, VmUid};
 use bascule_volume_format::change::{Answer, Change, DiskRole, DiskRow, RowName, VmRow};
-use rustix::process::{Pid, Signal, kill_process};
+use bascule_volume_format::{RegionKind, Superblock};
+use rustix::process::{Pid, Resource, Rlimit, Signal, kill_process, prlimit};
 
 /// Everything has to happen within this on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -87,7 +89,11 @@ impl Lab {
             std::fs::write(tls.join("ca.crt"), self.authority.certificate_pem()).unwrap();
         }
         let run_dir = self.dir.path().join(format!("run-{n}"));
-        let child = binary()
+        // SIGXFSZ is ignored, so that a write beyond a limit is an error: see
+        // `limit_writes_to_heartbeats`.
+        let child = Command::new("sh")
+            .args(["-c", "trap '' XFSZ; exec \"$0\" \"$@\""])
+            .arg(env!("CARGO_BIN_EXE_bascule-volume"))
             .arg("serve")
             .arg("--device")
             .arg(self.device())
@@ -327,8 +333,25 @@ impl Node {
     }
 
     pub(crate) fn signal(&self, signal: Signal) {
-        let pid = Pid::from_raw(i32::try_from(self.child.id()).unwrap()).unwrap();
-        kill_process(pid, signal).unwrap();
+        kill_process(self.pid(), signal).unwrap();
+    }
+
+    fn pid(&self) -> Pid {
+        Pid::from_raw(i32::try_from(self.child.id()).unwrap()).unwrap()
+    }
+
+    /// Makes every write behind the heartbeat, Paxos and leader blocks fail.
+    pub(crate) fn limit_writes_to_heartbeats(&self, lab: &Lab) {
+        let file = std::fs::File::open(lab.device()).unwrap();
+        let mut block = [0; 4096];
+        file.read_exact_at(&mut block, 0).unwrap();
+        let superblock = Superblock::parse_copy(&block, Lba(0)).unwrap();
+        let areas = superblock.region(RegionKind::Areas).start;
+        let limit = Rlimit {
+            current: Some(areas.lba_to_bytes().unwrap().0),
+            maximum: None,
+        };
+        prlimit(Some(self.pid()), Resource::Fsize, limit).unwrap();
     }
 
     /// Kills the process at once, as `kill -9` does.

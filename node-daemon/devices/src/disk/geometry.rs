@@ -51,6 +51,7 @@ const UNIT_MAX: u32 = 4096;
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::OpenOptionsExt;
+    use std::process::Command;
 
     use super::*;
 
@@ -72,6 +73,57 @@ mod tests {
                 unit.is_power_of_two() && (512..=4096).contains(&unit),
                 "{unit}"
             );
+        }
+    }
+
+    /// A loop device that goes away with the value.
+    struct Loop(String);
+
+    impl Loop {
+        fn new(file: &std::path::Path, sector_bytes: u32) -> Self {
+            let sector = format!("--sector-size={sector_bytes}");
+            let made = Command::new("losetup")
+                .args(["--find", "--show", &sector])
+                .arg(file)
+                .output();
+            let made = made.unwrap();
+            assert!(
+                made.status.success(),
+                "{}",
+                String::from_utf8_lossy(&made.stderr)
+            );
+            Self(String::from_utf8(made.stdout).unwrap().trim().to_owned())
+        }
+    }
+
+    impl Drop for Loop {
+        fn drop(&mut self) {
+            let gone = Command::new("losetup").args(["--detach", &self.0]).status();
+            assert!(
+                gone.is_ok_and(|status| status.success()),
+                "{} stays",
+                self.0
+            );
+        }
+    }
+
+    #[test]
+    fn a_block_device_has_the_unit_of_its_logical_block() {
+        let privileged = rustix::process::geteuid().is_root();
+        if !privileged || !std::path::Path::new("/dev/loop-control").exists() {
+            assert!(
+                std::env::var_os("CI").is_none(),
+                "CI needs root and loop devices"
+            );
+            eprintln!("skipped: needs root and loop devices");
+            return;
+        }
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(1 << 20).unwrap();
+        for sector_bytes in [512, 4096] {
+            let device = Loop::new(file.path(), sector_bytes);
+            let opened = std::fs::File::open(&device.0).unwrap();
+            assert_eq!(block_bytes_of(&opened).unwrap(), sector_bytes);
         }
     }
 }

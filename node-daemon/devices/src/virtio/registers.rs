@@ -39,10 +39,12 @@ impl Registers {
         self.queues.get(usize::from(self.queue_select))
     }
 
-    /// The selected queue, if the driver may still change it: it exists and is not enabled.
+    /// The selected queue, if the driver may still change it: it exists, is not enabled, and the
+    /// driver has not taken the device into use (4.1.4.3.2).
     pub(crate) fn changeable(&mut self) -> Option<&mut QueueSetup> {
+        let in_use = self.status & STATUS_DRIVER_OK != 0;
         let queue = self.queues.get_mut(usize::from(self.queue_select))?;
-        (!queue.enabled).then_some(queue)
+        (!queue.enabled && !in_use).then_some(queue)
     }
 
     /// Sets 32 of the driver's feature bits, until it said that it has chosen.

@@ -235,6 +235,20 @@ fn i7_a_bad_virtqueue_stops_the_device_with_a_reason_and_a_reset_revives_it() {
 }
 
 #[test]
+fn a_queue_that_is_enabled_too_late_stays_off_and_harms_no_migration() {
+    let machine = TestMachine::new();
+    let mut driver = driver(&machine);
+    driver.start(0, 1);
+    driver.write16(0x16, 1);
+    driver.write16(0x1C, 1);
+    assert_eq!(driver.read16(0x1C), 0);
+    driver.notify(1);
+    let fresh = function(&machine, Counter::default()).unwrap();
+    migrate(&mut driver, fresh);
+    assert_eq!(ask(&mut driver, 0), 1);
+}
+
+#[test]
 fn rings_outside_of_memory_are_refused_when_the_driver_starts() {
     let machine = TestMachine::new();
     let mut driver = driver(&machine);

@@ -50,8 +50,10 @@ pub(crate) struct State {
     a: NodeState,
     /// The newest record of A's slot, and the boot that wrote it.
     record: (Owner, u64, u8),
-    /// The guest's write that is under way.
-    flight: Option<Flight>,
+    /// The guest's writes that are under way, sorted: one of each life of the node.
+    flights: Vec<Flight>,
+    /// The highest epoch of which a write took effect.
+    written: Epoch,
     table: Table,
     watcher: Watcher,
     /// The epoch in which B wrote.
@@ -92,7 +94,7 @@ enum Guest {
     Checked(Owner, Epoch),
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 struct Flight {
     epoch: Epoch,
     /// Its node was reset: lands before this moment or never.
@@ -109,11 +111,12 @@ pub(crate) enum Action {
     GuestSubmits,
     GuestLooks,
     GuestEnds,
-    Lands,
+    Lands(usize),
     WatchdogDecides,
     WatchdogPets,
     PowerCut,
     Reboot,
+    AAcquires,
     BReads,
     BTakesOver,
     BAcquires,
@@ -200,21 +203,16 @@ impl FenceModel {
         if fires {
             self.reset(state);
         }
-        if let Some(flight) = state.flight
-            && flight.lands_until.is_some_and(|until| now >= until)
-        {
-            state.flight = None;
-        }
+        let may_land = |flight: &Flight| flight.lands_until.is_none_or(|until| now < until);
+        state.flights.retain(may_land);
     }
 
     fn reset(&self, state: &mut State) {
         let NodeState::Up(node) = &state.a else {
             return;
         };
-        if let Some(flight) = &mut state.flight
-            && flight.lands_until.is_none()
-        {
-            flight.lands_until = Some(state.now + self.settle);
+        for flight in &mut state.flights {
+            flight.lands_until.get_or_insert(state.now + self.settle);
         }
         state.a = NodeState::Down(state.now, node.boot);
     }
@@ -287,6 +285,7 @@ impl FenceModel {
     }
 
     fn guest_ends(&self, state: &mut State) {
+        let drained = !state.is_writing();
         let NodeState::Up(node) = &mut state.a else {
             return;
         };
@@ -294,7 +293,6 @@ impl FenceModel {
             return;
         };
         node.guest = Guest::None;
-        let drained = state.flight.is_none();
         let ended = WriterEvent::Closed { vm: VM, drained };
         node.writers = node.writers.clone().next(ended);
         if !node.writers.must_be_watched() {
@@ -312,11 +310,38 @@ impl FenceModel {
         }
     }
 
+    /// A runs the guest again: watched, in a tenure of its own.
+    fn a_acquires(&self, state: &mut State) {
+        let NodeState::Up(node) = &state.a else {
+            return;
+        };
+        let (to, boot) = (owner(A, state.table.generation(A)), node.boot);
+        if !node.gate_is_open(state.moment(), to) {
+            return;
+        }
+        let expected_epoch = state.table.tenure().epoch;
+        let change = Change::Acquire {
+            vm: VM,
+            expected_epoch,
+            to,
+        };
+        if self.ask(state, &change, (to, boot)).is_err() {
+            return;
+        }
+        let epoch = state.table.tenure().epoch;
+        if let NodeState::Up(node) = &mut state.a {
+            node.writers = node.writers.clone().next(WriterEvent::Opened(VM));
+            node.enlisted = node.enlisted.clone().enlist(VOLUME);
+            node.guest = Guest::Running(to, epoch);
+        }
+    }
+
     fn b_asks(&self, state: &mut State, change: &Change) {
         if self.ask(state, change, (owner(B, 1), 1)).is_ok() {
             let tenure = state.table.tenure();
             if tenure.owner == Some(owner(B, 1)) {
                 state.b_wrote = Some(tenure.epoch);
+                state.written = state.written.max(tenure.epoch);
             }
         }
     }
@@ -359,10 +384,15 @@ impl State {
         BootTime(self.now * TICK)
     }
 
-    fn lands(&mut self) {
-        if let (Some(flight), Some(b)) = (self.flight.take(), self.b_wrote) {
-            self.overtaken |= b > flight.epoch;
-        }
+    fn lands(&mut self, index: usize) {
+        let flight = self.flights.remove(index);
+        self.overtaken |= self.written > flight.epoch;
+        self.written = self.written.max(flight.epoch);
+    }
+
+    /// Whether a write of the node's present life is under way.
+    fn is_writing(&self) -> bool {
+        self.flights.iter().any(|f| f.lands_until.is_none())
     }
 
     fn guest_looks(&mut self) {
@@ -399,7 +429,8 @@ impl Model for FenceModel {
             now: 0,
             a: NodeState::Up(Box::new(node)),
             record: (owner(A, 1), 1, 1),
-            flight: None,
+            flights: Vec::new(),
+            written: Epoch(0),
             table: Table::new(2, self.fencing),
             watcher: Watcher::new(self.rules),
             b_wrote: None,
@@ -426,9 +457,10 @@ impl Model for FenceModel {
                 }
                 actions.push(Action::Rejoin);
                 match node.guest {
+                    Guest::None if node.boot > 1 => actions.push(Action::AAcquires),
                     Guest::None => {}
                     Guest::Running(owner, _) => {
-                        if state.flight.is_none() && node.gate_is_open(state.moment(), owner) {
+                        if !state.is_writing() && node.gate_is_open(state.moment(), owner) {
                             actions.push(Action::GuestChecks);
                         }
                         actions.push(Action::GuestLooks);
@@ -458,9 +490,7 @@ impl Model for FenceModel {
                 }
             }
         }
-        if state.flight.is_some() {
-            actions.push(Action::Lands);
-        }
+        actions.extend((0..state.flights.len()).map(Action::Lands));
         if state.b_wrote.is_none() {
             actions.extend([Action::BReads, Action::BTakesOver, Action::BAcquires]);
         }
@@ -478,9 +508,10 @@ impl Model for FenceModel {
             Action::Rejoin => self.rejoin(&mut state),
             Action::GuestLooks => state.guest_looks(),
             Action::GuestEnds => self.guest_ends(&mut state),
-            Action::Lands => state.lands(),
+            Action::Lands(index) => state.lands(index),
             Action::PowerCut => self.reset(&mut state),
             Action::BReads => self.b_reads(&mut state),
+            Action::AAcquires => self.a_acquires(&mut state),
             Action::Reboot => {
                 let NodeState::Down(_, boot) = state.a else {
                     return None;
@@ -531,10 +562,11 @@ impl Model for FenceModel {
                 };
                 let submitted = self.on_node(node, action, now, owner(A, next.0));
                 if let Some(epoch) = submitted {
-                    state.flight = Some(Flight {
+                    state.flights.push(Flight {
                         epoch,
                         lands_until: None,
                     });
+                    state.flights.sort_unstable();
                 }
             }
         }
@@ -561,9 +593,15 @@ impl Model for FenceModel {
                     || (1..=3).all(|g| state.word_given == Some(g) || !fenced(g))
             }),
             Property::sometimes("a write lands", |_, state: &State| {
-                state.flight.is_some() && state.b_wrote.is_none()
+                state.written == Epoch(1)
             }),
         ];
+        if self.reboots > 0 {
+            properties.push(Property::sometimes(
+                "A writes again in a later epoch",
+                |_, state: &State| state.b_wrote.is_none() && state.written > Epoch(1),
+            ));
+        }
         if self.can_take_over() {
             properties.push(Property::sometimes(
                 "B takes the guest",

@@ -87,7 +87,7 @@ impl ElectionModel {
             slots: 2,
             attempts: size.pick(2, 3),
             crashes: 1,
-            failures: size.pick(0, 1),
+            failures: 0,
         }
     }
 

@@ -346,6 +346,29 @@ impl FenceModel {
         }
     }
 
+    fn b_takes_over(&self, state: &mut State) {
+        let tenure = state.table.tenure();
+        let (vm, epoch, to) = (VM, tenure.epoch, owner(B, 1));
+        if let Some(from) = tenure.owner {
+            let change = Change::TakeOver {
+                vm,
+                from,
+                epoch,
+                to,
+            };
+            self.b_asks(state, &change);
+        }
+    }
+
+    fn b_acquires(&self, state: &mut State) {
+        let change = Change::Acquire {
+            vm: VM,
+            expected_epoch: state.table.tenure().epoch,
+            to: owner(B, 1),
+        };
+        self.b_asks(state, &change);
+    }
+
     fn b_reads(&self, state: &mut State) {
         let (owner, sequence, _) = state.record;
         let seen = HeartbeatSeen {
@@ -518,29 +541,8 @@ impl Model for FenceModel {
                 };
                 state.a = NodeState::Up(Box::new(self.node(state.now, boot + 1)));
             }
-            Action::BTakesOver => {
-                let tenure = state.table.tenure();
-                let (vm, epoch, to) = (VM, tenure.epoch, owner(B, 1));
-                let from = tenure.owner?;
-                self.b_asks(
-                    &mut state,
-                    &Change::TakeOver {
-                        vm,
-                        from,
-                        epoch,
-                        to,
-                    },
-                );
-            }
-            Action::BAcquires => {
-                let (vm, expected_epoch, to) = (VM, state.table.tenure().epoch, owner(B, 1));
-                let change = Change::Acquire {
-                    vm,
-                    expected_epoch,
-                    to,
-                };
-                self.b_asks(&mut state, &change);
-            }
+            Action::BTakesOver => self.b_takes_over(&mut state),
+            Action::BAcquires => self.b_acquires(&mut state),
             Action::WordGiven => {
                 state.words_left -= 1;
                 state.word_given = Some(state.record.0.generation.0);

@@ -5,6 +5,7 @@
 //! the guest's console and between two packets of a 1 kHz flow, both over the whole move.
 #![forbid(unsafe_code)]
 
+mod bascule;
 mod measure;
 mod qemu;
 mod table;
@@ -49,13 +50,16 @@ fn run(options: &Options) -> Result<()> {
     }
     let downtime = Duration::from_millis(options.downtime_ms);
     for load in [Load::Idle, Load::Rewriting] {
-        let mut theirs = Vec::new();
+        let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+        // Turn by turn, so that a machine that is busy for a while is so for both.
         for run in 1..=options.runs {
-            eprintln!("{load}: QEMU, run {run} of {}", options.runs);
+            eprintln!("{load}, run {run} of {}", options.runs);
+            let outcome = bascule::migrate(load, options.memory_mib, downtime);
+            ours.push(outcome.with_context(|| format!("Bascule, {load}"))?);
             let outcome = qemu::migrate(load, options.memory_mib, downtime);
             theirs.push(outcome.with_context(|| format!("QEMU, {load}"))?);
         }
-        table::print(load, None, &Outcome::median(&theirs)?);
+        table::print(load, &Outcome::median(&ours)?, &Outcome::median(&theirs)?);
     }
     Ok(())
 }

@@ -4,16 +4,18 @@ use std::time::Duration;
 
 use crate::measure::{Load, Outcome};
 
-/// Prints ours beside theirs, with ratios; theirs alone when there is none of ours.
-pub(crate) fn print(load: Load, ours: Option<&Outcome>, theirs: &Outcome) {
+/// Prints ours beside theirs, with ratios.
+pub(crate) fn print(load: Load, ours: &Outcome, theirs: &Outcome) {
     println!("\nlive migration, {load}");
     println!("{:<34}{:>12}{:>12}{:>8}", "", "bascule", "QEMU", "ratio");
     let row = |name: &str, figure: fn(&Outcome) -> f64| {
-        let theirs = figure(theirs);
-        let ours = ours.map(figure);
-        let ratio = ours.filter(|_| theirs > 0.0).map(|ours| ours / theirs);
-        let (ours, ratio) = (cell(ours, 1), cell(ratio, 2));
-        println!("{name:<34}{ours:>12}{theirs:>12.1}{ratio:>8}");
+        let (ours, theirs) = (figure(ours), figure(theirs));
+        let ratio = if theirs > 0.0 {
+            format!("{:.2}", ours / theirs)
+        } else {
+            "-".into()
+        };
+        println!("{name:<34}{ours:>12.1}{theirs:>12.1}{ratio:>8}");
     };
     row("blackout, console ticks (ms)", |outcome| {
         millis(outcome.tick_gap)
@@ -34,14 +36,10 @@ pub(crate) fn print(load: Load, ours: Option<&Outcome>, theirs: &Outcome) {
     row("host CPU beyond guest code (ms)", |outcome| {
         millis(outcome.cpu)
     });
-    if let Some(kib) = ours.and_then(|outcome| outcome.resident_kib) {
+    if let Some(kib) = ours.resident_kib {
         let mib = f64::from(u32::try_from(kib).unwrap_or(u32::MAX)) / 1024.0;
         println!("{:<34}{mib:>12.1}", "bascule-vm beyond guest RAM (MiB)");
     }
-}
-
-fn cell(value: Option<f64>, digits: usize) -> String {
-    value.map_or_else(|| "-".into(), |value| format!("{value:.digits$}"))
 }
 
 fn millis(duration: Duration) -> f64 {

@@ -17,6 +17,7 @@ use vm_memory::{Bytes as _, GuestAddress};
 use crate::kvm::KvmError;
 use crate::layout;
 use crate::memory::{GuestMemory, PAGE_SIZE};
+use crate::power;
 
 /// What a machine boots.
 pub struct BootSource {
@@ -117,6 +118,7 @@ pub(crate) fn load(
     source: BootSource,
     rsdp: GuestAddress,
 ) -> Result<Entry, BootError> {
+    write_reset_vector(memory)?;
     let magic = source.kernel.get(..4);
     if magic == Some(b"\x7fELF".as_slice()) {
         pvh::load(memory, source, rsdp)
@@ -137,6 +139,25 @@ pub(crate) fn set_registers(
         Entry::Pvh(address) => registers::pvh(memory, vcpu, address),
         Entry::Linux64(address) => registers::linux64(memory, vcpu, address),
     }
+}
+
+/// All the firmware that there is. Linux on a hardware-reduced machine restarts by EFI services, and
+/// where there are none by jumping to the BIOS (arch/x86/kernel/reboot.c): it never tries the ACPI
+/// reset register, so this does.
+fn write_reset_vector(memory: &GuestMemory) -> Result<(), BootError> {
+    let [low, high] = layout::ACPI_RESET_PORT.to_le_bytes();
+    let code = [
+        0xBA,
+        low,
+        high, // mov dx, the reset register
+        0xB0,
+        power::RESET_VALUE, // mov al, its value
+        0xEE,               // out dx, al
+        0xEB,
+        0xFE, // jmp $
+    ];
+    let vector = GuestAddress(layout::RESET_VECTOR);
+    memory.write_slice(&code, vector).map_err(BootError::Memory)
 }
 
 /// Writes the command line, at most `max` bytes and a NUL.

@@ -81,6 +81,8 @@ pub const EBDA_START: u64 = 0x9_FC00;
 /// ACPI tables, with the root pointer at the very start, where a guest looks for it by itself.
 pub const ACPI_START: u64 = 0xE_0000;
 /// Room for the ACPI tables.
-pub const ACPI_SIZE: u64 = 0x2_0000;
+pub const ACPI_SIZE: u64 = 0x1_0000;
+/// Where a PC begins after a reset, in real mode: a guest that jumps there wants one.
+pub const RESET_VECTOR: u64 = 0xF_FFF0;
 /// Where the kernel goes: 1 MiB.
 pub const HIMEM_START: u64 = 0x10_0000;

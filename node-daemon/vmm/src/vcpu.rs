@@ -194,6 +194,7 @@ impl Runner {
                     if let Ended::Stopped(reason) = self.run_guest() {
                         (self.on_stop)(reason);
                     }
+                    self.log_place();
                     parked_tx.send(()).is_ok()
                 }
                 Command::Save(reply_tx) => {
@@ -263,6 +264,15 @@ impl Runner {
                     what: format!("KVM_RUN: {error}"),
                 }),
             },
+        }
+    }
+
+    /// Where the guest stands, for whoever looks into one that hangs.
+    fn log_place(&self) {
+        if tracing::enabled!(tracing::Level::DEBUG)
+            && let Ok(regs) = self.fd.get_regs()
+        {
+            tracing::debug!(rip = format_args!("{:#x}", regs.rip), "parked");
         }
     }
 

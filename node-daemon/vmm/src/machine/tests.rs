@@ -4,7 +4,7 @@ use bascule_ipc::vm::StopReason;
 use vm_memory::{Bytes as _, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::testing::{
-    AWAIT_BUTTON, COUNTER, ECHO, POWER_OFF, RESET, TRIPLE_FAULT, TestVm, kvm_or_skip,
+    AWAIT_BUTTON, COUNTER, ECHO, JUMP_TO_BIOS, POWER_OFF, RESET, TRIPLE_FAULT, TestVm, kvm_or_skip,
 };
 use crate::{DirtyTracker, GuestMemory, MachineState, PausedVm};
 
@@ -188,6 +188,7 @@ fn every_way_to_end_is_reported_as_what_it_is() {
     let cases = [
         (POWER_OFF, StopReason::GuestShutdown),
         (RESET, StopReason::GuestReset),
+        (JUMP_TO_BIOS, StopReason::GuestReset),
         (TRIPLE_FAULT, fault),
     ];
     for (code, expected) in cases {

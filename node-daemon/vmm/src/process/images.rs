@@ -140,7 +140,7 @@ impl Read for ExtentReader {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use bascule_types::{DiskId, Lba};
+    use bascule_types::{Bytes, DiskId, Lba};
     use bascule_volume_format::change::DiskRole;
     use std::io::Write;
 
@@ -167,9 +167,8 @@ mod tests {
             start: Lba(start),
             length: Bytes::mib(1),
         };
-        let row = row(Bytes::mib(2), vec![run(768), run(0)]);
-        let length = Bytes((1 << 20) + 5);
-        let mut reader = ExtentReader::new(Arc::new(file), &row, length).unwrap();
+        let row = row(Bytes((1 << 20) + 5), vec![run(768), run(0)]);
+        let mut reader = ExtentReader::new(Arc::new(file), &row).unwrap();
         let mut content = Vec::new();
         reader.read_to_end(&mut content).unwrap();
         assert_eq!(content.len(), (1 << 20) + 5);
@@ -184,7 +183,7 @@ mod tests {
             importing: true,
             ..row(Bytes::mib(1), vec![])
         };
-        let refused = ExtentReader::new(file, &row, Bytes(10)).err().unwrap();
+        let refused = ExtentReader::new(file, &row).err().unwrap();
         assert!(
             refused.to_string().contains("still being imported"),
             "{refused}"

@@ -1,5 +1,6 @@
 //! `bascule-watchdog`: the one process of a node that owns its watchdog.
 
+use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -43,6 +44,7 @@ struct Arguments {
 fn main() -> anyhow::Result<()> {
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
         .init();
     let arguments = Arguments::parse();
     let run_dir = &arguments.run_dir;

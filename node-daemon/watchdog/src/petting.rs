@@ -89,7 +89,7 @@ fn step(device: &mut impl WatchdogDevice, state: &mut State) {
     match state.registry.decide(now) {
         Decision::Pet => {
             if let Some(volume) = state.withheld.take() {
-                tracing::info!(%volume, "the lease is valid again: petting");
+                tracing::info!(%volume, "its lease is valid again or it was withdrawn: petting");
             }
             if let Err(error) = device.pet()
                 && state.kind != Kind::None

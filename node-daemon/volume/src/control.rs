@@ -119,7 +119,15 @@ fn blank(node: &Node, disk: &DiskRow) -> Response {
     if !disk.importing {
         return Response::Granted(Answer::Disk(disk));
     }
-    match zero(node, &disk) {
+    // This process is a writer meanwhile: frozen in the middle, it must be reset before somebody
+    // else gets the extents.
+    let vm = disk.vm.unwrap_or(VmUid::from_bytes([0; 16]));
+    if let Err(reason) = add_writer(node, vm, std::process::id()) {
+        return Response::Unavailable { reason };
+    }
+    let zeroed = zero(node, &disk);
+    close(node, vm, std::process::id());
+    match zeroed {
         Ok(true) => ask(
             node,
             &Change::FinishImport {

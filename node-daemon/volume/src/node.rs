@@ -94,6 +94,8 @@ pub struct State {
     pub coordinator: Option<(CoordinatorEpoch, SyncSender<Job>)>,
     /// Since when the coordinator could not be reached although somebody asks.
     pub unreachable_since: Option<BootTime>,
+    /// Why the coordinator could not be reached, as last logged.
+    pub peer_error: Option<String>,
     /// The processes that write to the volume.
     pub writers: WriterTable,
     /// What resets this node.
@@ -165,6 +167,7 @@ impl Node {
             metadata: None,
             coordinator: None,
             unreachable_since: None,
+            peer_error: None,
             writers: parts.writers,
             watchdog: WatchdogKind::None,
             stopping: false,
@@ -237,7 +240,10 @@ impl Node {
                 return None;
             }
             if let Some(response) = self.ask_once(ask, left) {
-                self.update(|state| state.unreachable_since = None);
+                self.update(|state| {
+                    state.unreachable_since = None;
+                    state.peer_error = None;
+                });
                 return Some(response);
             }
             let mut state = self.state();
@@ -265,8 +271,12 @@ impl Node {
                 Ok(PeerResponse::NotCoordinator | PeerResponse::WrongVolume) => None,
                 Ok(response) => Some(response),
                 Err(error) => {
-                    let error = anyhow::Error::from(error);
-                    tracing::debug!(%address, error = format!("{error:#}"), "no answer");
+                    let error = format!("{:#}", anyhow::Error::from(error));
+                    let mut state = self.state();
+                    if state.peer_error.as_ref() != Some(&error) {
+                        tracing::warn!(%address, error, "the coordinator does not answer");
+                        state.peer_error = Some(error);
+                    }
                     None
                 }
             },

@@ -74,15 +74,16 @@ struct TimingArgs {
     /// L: how long an acknowledged heartbeat lets its node write.
     #[arg(long, default_value_t = 4000, value_name = "MS")]
     lease_ms: u32,
-    /// W: how long a node must be silent before its lease counts as lapsed; at least 3 L.
-    #[arg(long, default_value_t = 12_000, value_name = "MS")]
-    watch_ms: u32,
-    /// How often the heartbeats are read.
-    #[arg(long, default_value_t = 500, value_name = "MS")]
-    poll_ms: u32,
-    /// How often a node renews its lease; at most L / 2.
-    #[arg(long, default_value_t = 1000, value_name = "MS")]
-    renewal_ms: u32,
+    /// W: how long a node must be silent before its lease counts as lapsed; at least, and if not
+    /// given, 3 L.
+    #[arg(long, value_name = "MS")]
+    watch_ms: Option<u32>,
+    /// How often the heartbeats are read; L / 8 if not given.
+    #[arg(long, value_name = "MS")]
+    poll_ms: Option<u32>,
+    /// How often a node renews its lease; at most L / 2, and L / 4 if not given.
+    #[arg(long, value_name = "MS")]
+    renewal_ms: Option<u32>,
     /// The timeout of the nodes' hardware watchdogs.
     #[arg(long, default_value_t = 10_000, value_name = "MS")]
     watchdog_ms: u32,
@@ -273,9 +274,11 @@ impl FormatArgs {
             },
             timings: Timings {
                 lease: ms(timing.lease_ms),
-                watch: ms(timing.watch_ms),
-                poll: ms(timing.poll_ms),
-                renewal: ms(timing.renewal_ms),
+                watch: ms(timing
+                    .watch_ms
+                    .unwrap_or_else(|| timing.lease_ms.saturating_mul(3))),
+                poll: ms(timing.poll_ms.unwrap_or(timing.lease_ms / 8)),
+                renewal: ms(timing.renewal_ms.unwrap_or(timing.lease_ms / 4)),
                 watchdog: ms(timing.watchdog_ms),
                 settle: ms(timing.settle_ms),
             },

@@ -51,7 +51,7 @@ pub struct ServeArgs {
     #[arg(long)]
     pub tls_dir: PathBuf,
     /// Where to listen for other nodes.
-    #[arg(long, default_value = "0.0.0.0:0")]
+    #[arg(long)]
     pub listen: SocketAddr,
     /// Where other nodes reach this one, if not at the address of --listen. Port 0 stands for the
     /// port that is listened on.
@@ -176,7 +176,11 @@ fn assemble(
     } = opened;
     let view = match found {
         GateTakenOver::Existing(view) => Some(view),
-        GateTakenOver::Fresh => None,
+        GateTakenOver::Fresh => {
+            // No process of this boot ever got the device here.
+            WriterTable::forget_all(&args.run_dir).context("clear the table of writers")?;
+            None
+        }
     };
     if view.is_some_and(|view| view.failed) {
         verify_again(&device)?;

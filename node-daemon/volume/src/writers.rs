@@ -14,12 +14,30 @@ use bascule_volume_protocol::{Rules, WriterEvent, Writers};
 #[derive(Debug)]
 pub struct WriterTable {
     writers: Writers,
-    /// By VM and process id; since when it is gone without having closed.
-    processes: BTreeMap<(VmUid, u32), Option<BootTime>>,
+    processes: BTreeMap<(VmUid, u32), Process>,
     directory: PathBuf,
 }
 
+#[derive(Clone, Copy, Debug)]
+struct Process {
+    /// When it started, in clock ticks: tells it from a later one with the same id.
+    started: u64,
+    /// Since when it is gone without having closed.
+    gone: Option<BootTime>,
+}
+
 impl WriterTable {
+    /// Forgets the writers of an earlier boot.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn forget_all(run_dir: &Path) -> io::Result<()> {
+        match fs::remove_dir_all(run_dir.join("writers")) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+    }
+
     /// The writers that an earlier process noted in `run_dir`.
     ///
     /// # Errors
@@ -33,12 +51,14 @@ impl WriterTable {
             directory,
         };
         for entry in fs::read_dir(&table.directory)? {
-            let name = entry?.file_name();
+            let entry = entry?;
+            let name = entry.file_name();
             let parts = name.to_str().and_then(|name| name.split_once('.'));
             if let Some((vm, pid)) = parts
                 && let (Ok(vm), Ok(pid)) = (vm.parse(), pid.parse())
             {
-                table.insert(vm, pid);
+                let started = fs::read_to_string(entry.path())?.trim().parse();
+                table.insert(vm, pid, started.unwrap_or(0));
             }
         }
         Ok(table)
@@ -50,8 +70,9 @@ impl WriterTable {
     /// The system's; the process must not get it then.
     pub fn open(&mut self, vm: VmUid, pid: u32) -> io::Result<bool> {
         let fresh = !self.processes.contains_key(&(vm, pid));
-        fs::write(self.file(vm, pid), "")?;
-        self.insert(vm, pid);
+        let started = start_time(pid).unwrap_or(0);
+        fs::write(self.file(vm, pid), started.to_string())?;
+        self.insert(vm, pid, started);
         Ok(fresh)
     }
 
@@ -77,16 +98,19 @@ impl WriterTable {
     pub fn reap(&mut self, now: BootTime, settle: Duration, quiet: bool) {
         let keys: Vec<(VmUid, u32)> = self.processes.keys().copied().collect();
         for (vm, pid) in keys {
-            match self.processes.get(&(vm, pid)) {
-                Some(None) if !is_alive(pid) => {
+            let Some(process) = self.processes.get_mut(&(vm, pid)) else {
+                continue;
+            };
+            match process.gone {
+                None if start_time(pid) != Some(process.started) => {
                     tracing::warn!(%vm, pid, "a writer is gone without having closed");
-                    self.processes.insert((vm, pid), Some(now));
+                    process.gone = Some(now);
                     if self.of(vm).all(|gone| gone.is_some()) {
                         let drained = false;
                         self.step(WriterEvent::Closed { vm, drained });
                     }
                 }
-                Some(Some(gone)) if quiet && now.since(*gone) >= settle => {
+                Some(gone) if quiet && now.since(gone) >= settle => {
                     self.settle(vm, pid);
                 }
                 _ => {}
@@ -116,22 +140,22 @@ impl WriterTable {
     /// Whether a process of this VM lives that has not closed.
     #[must_use]
     pub fn is_held(&self, vm: VmUid) -> bool {
-        self.of(vm).any(Option::is_none)
+        self.of(vm).any(|gone| gone.is_none())
     }
 
-    fn of(&self, vm: VmUid) -> impl Iterator<Item = &Option<BootTime>> {
-        let processes = self.processes.iter();
-        processes
-            .filter(move |(key, _)| key.0 == vm)
-            .map(|(_, gone)| gone)
+    /// Since when each process of this VM is gone, if it is.
+    fn of(&self, vm: VmUid) -> impl Iterator<Item = Option<BootTime>> {
+        let of_vm = self.processes.iter().filter(move |(key, _)| key.0 == vm);
+        of_vm.map(|(_, process)| process.gone)
     }
 
     fn file(&self, vm: VmUid, pid: u32) -> PathBuf {
         self.directory.join(format!("{vm}.{pid}"))
     }
 
-    fn insert(&mut self, vm: VmUid, pid: u32) {
-        self.processes.insert((vm, pid), None);
+    fn insert(&mut self, vm: VmUid, pid: u32, started: u64) {
+        let gone = None;
+        self.processes.insert((vm, pid), Process { started, gone });
         self.step(WriterEvent::Opened(vm));
     }
 
@@ -149,13 +173,16 @@ impl WriterTable {
     }
 }
 
-/// A process that is a zombie has ended: its descriptors are closed.
-fn is_alive(pid: u32) -> bool {
-    let Ok(stat) = fs::read_to_string(format!("/proc/{pid}/stat")) else {
-        return false;
-    };
-    let state = stat.rsplit_once(") ").map(|(_, rest)| rest);
-    !state.is_some_and(|rest| rest.starts_with(['Z', 'X']))
+/// When a process started, in clock ticks after boot; none if there is none. A zombie has ended: its
+/// descriptors are closed.
+fn start_time(pid: u32) -> Option<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // proc_pid_stat(5): the name, field 2, may hold anything; state is field 3, start time 22.
+    let (_, rest) = stat.rsplit_once(") ")?;
+    let mut fields = rest.split(' ');
+    let state = fields.next()?;
+    let started = fields.nth(18)?.parse().ok()?;
+    (!state.starts_with(['Z', 'X'])).then_some(started)
 }
 
 #[cfg(test)]
@@ -195,6 +222,20 @@ mod tests {
         assert!(!table.is_drained(VM), "the device has a write in flight");
         table.reap(at(16), SETTLE, true);
         assert!(table.is_drained(VM));
+    }
+
+    #[test]
+    fn a_later_process_with_the_same_id_is_another_one() {
+        let run_dir = tempfile::tempdir().unwrap();
+        let mut table = WriterTable::load(run_dir.path()).unwrap();
+        let pid = std::process::id();
+        table.open(VM, pid).unwrap();
+        fs::write(table.file(VM, pid), "1").unwrap();
+        let mut next = WriterTable::load(run_dir.path()).unwrap();
+        next.reap(at(10), SETTLE, true);
+        assert!(!next.is_held(VM) && !next.is_drained(VM));
+        next.reap(at(14), SETTLE, true);
+        assert!(next.is_drained(VM));
     }
 
     #[test]

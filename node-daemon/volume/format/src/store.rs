@@ -1,6 +1,8 @@
 //! Storage behind a small trait: the device in production, memory with faults in tests.
 
+use std::collections::BTreeMap;
 use std::io;
+use std::sync::Arc;
 
 use bascule_types::Lba;
 
@@ -48,8 +50,10 @@ impl<S: BlockStore + ?Sized> BlockStore for &mut S {
 /// A device in memory. Writes are kept apart until a flush, so that a test can lose any of them.
 #[derive(Clone, Debug)]
 pub struct MemStore {
-    durable: Vec<u8>,
-    unflushed: Vec<(Lba, Vec<u8>)>,
+    size: u64,
+    /// Blocks that are not here are zero. Shared between clones, because a test makes many.
+    durable: BTreeMap<Lba, Arc<[u8]>>,
+    unflushed: Vec<(Lba, Arc<[u8]>)>,
     /// How many more writes and flushes succeed; none: all.
     budget: Option<u64>,
 }
@@ -57,36 +61,39 @@ pub struct MemStore {
 impl MemStore {
     /// A blank device of `blocks` blocks.
     #[must_use]
-    pub fn new(blocks: usize) -> Self {
+    pub const fn new(blocks: u64) -> Self {
         Self {
-            durable: vec![0; blocks * BLOCK_BYTES],
+            size: blocks,
+            durable: BTreeMap::new(),
             unflushed: Vec::new(),
             budget: None,
         }
     }
 
     /// Fail every write and flush after `count` more.
-    pub fn fail_after(&mut self, count: u64) {
+    pub const fn fail_after(&mut self, count: u64) {
         self.budget = Some(count);
     }
 
-    /// The writes that no flush has followed, oldest first.
+    /// The blocks that were written and that no flush has followed, oldest first.
     #[must_use]
-    pub fn unflushed(&self) -> &[(Lba, Vec<u8>)] {
+    pub fn unflushed(&self) -> &[(Lba, Arc<[u8]>)] {
         &self.unflushed
     }
 
-    /// What a crash leaves if exactly the unflushed writes for which `kept` says so reached the
+    /// What a crash leaves if exactly the unflushed blocks for which `kept` says so reached the
     /// medium. Never fails again.
     #[must_use]
     pub fn crashed(&self, kept: impl Fn(usize) -> bool) -> Self {
         let mut durable = self.durable.clone();
-        for (index, (lba, bytes)) in self.unflushed.iter().enumerate() {
-            if kept(index) {
-                put(&mut durable, *lba, bytes);
-            }
-        }
+        let survivors = self.unflushed.iter().enumerate();
+        durable.extend(
+            survivors
+                .filter(|(index, _)| kept(*index))
+                .map(|(_, written)| written.clone()),
+        );
         Self {
+            size: self.size,
             durable,
             unflushed: Vec::new(),
             budget: None,
@@ -104,26 +111,27 @@ impl MemStore {
         }
     }
 
-    fn range(&self, lba: Lba, length: usize) -> io::Result<std::ops::Range<usize>> {
-        let start = usize::try_from(lba.0)
-            .ok()
-            .and_then(|lba| lba.checked_mul(BLOCK_BYTES));
-        let range = start.and_then(|start| Some(start..start.checked_add(length)?));
-        match range {
-            Some(range) if range.end <= self.durable.len() => Ok(range),
-            _ => Err(io::Error::from(io::ErrorKind::UnexpectedEof)),
+    fn check_range(&self, lba: Lba, length: usize) -> io::Result<()> {
+        let end = lba.0.checked_add((length / BLOCK_BYTES) as u64);
+        if end.is_some_and(|end| end <= self.size) {
+            Ok(())
+        } else {
+            Err(io::Error::from(io::ErrorKind::UnexpectedEof))
         }
     }
 }
 
 impl BlockStore for MemStore {
     fn read(&mut self, lba: Lba, blocks: &mut [u8]) -> io::Result<()> {
-        let range = self.range(lba, blocks.len())?;
-        let end = lba.0 + (blocks.len() / BLOCK_BYTES) as u64;
-        blocks.copy_from_slice(&self.durable[range]);
-        for (at, block) in &self.unflushed {
-            if (lba.0..end).contains(&at.0) {
-                put(blocks, Lba(at.0 - lba.0), block);
+        self.check_range(lba, blocks.len())?;
+        for (at, block) in (lba.0..).map(Lba).zip(blocks.chunks_mut(BLOCK_BYTES)) {
+            let written = self.unflushed.iter().rev().find(|(lba, _)| *lba == at);
+            match written
+                .map(|(_, bytes)| bytes)
+                .or_else(|| self.durable.get(&at))
+            {
+                Some(bytes) => block.copy_from_slice(bytes),
+                None => block.fill(0),
             }
         }
         Ok(())
@@ -131,29 +139,16 @@ impl BlockStore for MemStore {
 
     fn write(&mut self, lba: Lba, blocks: &[u8]) -> io::Result<()> {
         self.spend()?;
-        self.range(lba, blocks.len())?;
+        self.check_range(lba, blocks.len())?;
         // A crash may keep some blocks of one write and lose others.
-        for (index, block) in blocks.chunks(BLOCK_BYTES).enumerate() {
-            self.unflushed
-                .push((Lba(lba.0 + index as u64), block.to_vec()));
-        }
+        let blocks = blocks.chunks(BLOCK_BYTES).map(Arc::from);
+        self.unflushed.extend((lba.0..).map(Lba).zip(blocks));
         Ok(())
     }
 
     fn flush(&mut self) -> io::Result<()> {
         self.spend()?;
-        for (lba, bytes) in std::mem::take(&mut self.unflushed) {
-            put(&mut self.durable, lba, &bytes);
-        }
+        self.durable.extend(self.unflushed.drain(..));
         Ok(())
     }
-}
-
-#[expect(
-    clippy::cast_possible_truncation,
-    reason = "the caller has checked that the range lies in memory"
-)]
-fn put(device: &mut [u8], lba: Lba, bytes: &[u8]) {
-    let start = lba.0 as usize * BLOCK_BYTES;
-    device[start..start + bytes.len()].copy_from_slice(bytes);
 }

@@ -235,7 +235,7 @@ fn a_damaged_journal_record_with_later_ones_behind_it_is_not_a_crash() {
 #[test]
 fn a_crash_while_formatting_leaves_no_volume_or_a_whole_one() {
     for budget in 0.. {
-        let mut store = MemStore::new(usize::try_from(DEVICE_BYTES / 4096).unwrap());
+        let mut store = MemStore::new(DEVICE_BYTES / 4096);
         store.fail_after(budget);
         let made = make_volume(&mut store, &request(), Some(node(1)));
         for keep in [true, false] {

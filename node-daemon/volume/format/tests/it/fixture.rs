@@ -48,7 +48,7 @@ pub(crate) fn name(text: &str) -> RowName {
 }
 
 pub(crate) fn formatted() -> (MemStore, Superblock) {
-    let mut store = MemStore::new(usize::try_from(DEVICE_BYTES / 4096).unwrap());
+    let mut store = MemStore::new(DEVICE_BYTES / 4096);
     let superblock = make_volume(&mut store, &request(), Some(node(1))).unwrap();
     (store, superblock)
 }

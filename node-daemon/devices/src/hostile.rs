@@ -1,5 +1,6 @@
-//! Guests that write anything into their queues. Whatever it is, a device stops with a named reason
-//! at worst: it never panics, always pauses, and works again after a reset (I7).
+//! Guests that write anything into their queues, and peers that send any state. Whatever it is, a
+//! device stops or refuses it with a named reason at worst: it never panics, always pauses, and a
+//! guest's device works again after a reset (I7).
 
 use std::os::unix::net::UnixDatagram;
 use std::sync::Arc;
@@ -14,8 +15,10 @@ use crate::device::Device;
 use crate::disk::{AlwaysOpen, Disk};
 use crate::failure::DeviceFailure;
 use crate::net::{MacAddress, NetConfig, NetDevice, Tap};
+use crate::pci::PciFunction;
 use crate::rng::{RngConfig, RngDevice};
-use crate::testing::{Part, QUEUE_SIZE, TestDriver, TestMachine, rings, write_descriptor};
+use crate::state::DeviceState;
+use crate::testing::{BAR_AT, Part, QUEUE_SIZE, TestDriver, TestMachine, rings, write_descriptor};
 use crate::virtio::VirtioFunction;
 
 /// What a hostile driver does, one thing at a time.
@@ -158,25 +161,137 @@ fn survives(
     }
 }
 
+/// A change somewhere in a saved state.
+#[derive(Clone, Debug)]
+struct Corruption {
+    /// Which of the state's values, counted through, modulo their number.
+    place: usize,
+    value: serde_json::Value,
+}
+
+fn corruptions() -> impl Strategy<Value = Vec<Corruption>> {
+    let value = prop_oneof![
+        4 => any::<u64>().prop_map(Into::into),
+        4 => (0_u64..70_000).prop_map(Into::into),
+        1 => any::<bool>().prop_map(Into::into),
+        1 => Just(serde_json::Value::Null),
+        1 => Just(serde_json::json!([])),
+        1 => Just(serde_json::json!([{"queue": 0, "head": 7}, {"queue": 1, "head": 0}, {"queue": 9, "head": 9}])),
+    ];
+    let one = (any::<usize>(), value).prop_map(|(place, value)| Corruption { place, value });
+    prop::collection::vec(one, 1..5)
+}
+
+/// Every value in `state` that is not the configuration space, which is compared byte for byte.
+fn places<'a>(state: &'a mut serde_json::Value, found: &mut Vec<&'a mut serde_json::Value>) {
+    match state {
+        serde_json::Value::Object(fields) => {
+            for (name, field) in fields {
+                if field.as_array().is_some_and(Vec::is_empty) {
+                    found.push(field);
+                    continue;
+                }
+                if name != "config_space" {
+                    places(field, found);
+                }
+            }
+        }
+        serde_json::Value::Array(items) => items.iter_mut().for_each(|item| places(item, found)),
+        leaf => found.push(leaf),
+    }
+}
+
+/// A machine in whose memory every third descriptor starts a valid write request, as the states
+/// expect it.
+fn machine_with_requests() -> TestMachine {
+    let machine = TestMachine::new();
+    machine.ram.write_obj(1_u32, GuestAddress(DATA_AT)).unwrap();
+    for queue in 0..3 {
+        for index in 0..QUEUE_SIZE {
+            let fields = match index % 3 {
+                0 => (DATA_AT, 16, 1, index + 1),
+                1 => (DATA_AT + 0x1000, 512, 1, index + 1),
+                _ => (DATA_AT + 0x2000, 1, 2, 0),
+            };
+            write_descriptor(&machine.ram, rings(queue)[0], index, fields);
+        }
+    }
+    machine
+}
+
+fn survives_state(
+    machine: &TestMachine,
+    mut function: VirtioFunction,
+    golden: &str,
+    corruptions: Vec<Corruption>,
+) {
+    let mut state: DeviceState = serde_json::from_str(golden).unwrap();
+    for Corruption { place, value } in corruptions {
+        let mut found = Vec::new();
+        places(&mut state.body, &mut found);
+        let place = place % found.len();
+        *found.swap_remove(place) = value;
+    }
+    function.place_bar(0, GuestAddress(BAR_AT));
+    function.pause();
+    // Refused or taken: the machine that refuses drops the device.
+    if function.restore(&state).is_ok() {
+        function.resume();
+        function.pause();
+        let saved = function.save();
+        assert_eq!(saved.kind, state.kind);
+    }
+    drop(function);
+    for failure in machine.failures.all() {
+        assert!(
+            matches!(failure, DeviceFailure::BadVirtqueue { .. }),
+            "{failure}"
+        );
+    }
+}
+
+#[test]
+fn the_states_that_are_corrupted_are_good_ones() {
+    let machine = machine_with_requests();
+    let (net, _network) = network_device(&machine, MacAddress([0x52, 0x54, 0, 0x12, 0x34, 0x56]));
+    for (mut function, golden) in [
+        (
+            block_device(&machine, 1 << 20, 2),
+            include_str!("../golden/virtio-blk-v1.json"),
+        ),
+        (net, include_str!("../golden/virtio-net-v1.json")),
+    ] {
+        function.place_bar(0, GuestAddress(BAR_AT));
+        function.pause();
+        function
+            .restore(&serde_json::from_str(golden).unwrap())
+            .unwrap();
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(96))]
 
     #[test]
+    fn i7_no_state_stops_a_block_device_badly(corruptions in corruptions()) {
+        let machine = machine_with_requests();
+        let golden = include_str!("../golden/virtio-blk-v1.json");
+        survives_state(&machine, block_device(&machine, 1 << 20, 2), golden, corruptions);
+    }
+
+    #[test]
+    fn i7_no_state_stops_a_network_device_badly(corruptions in corruptions()) {
+        let machine = machine_with_requests();
+        let (device, _network) = network_device(&machine, MacAddress([0x52, 0x54, 0, 0x12, 0x34, 0x56]));
+        let golden = include_str!("../golden/virtio-net-v1.json");
+        survives_state(&machine, device, golden, corruptions);
+    }
+
+    #[test]
     fn i7_no_queue_content_stops_a_block_device_for_good(acts in acts()) {
         let machine = TestMachine::new();
-        let file = tempfile::tempfile().unwrap();
-        file.set_len(128 << 10).unwrap();
-        let run = ExtentRun { start: Lba(0), length: ByteCount(128 << 10) };
-        let mut disk = Disk::new(file.into(), &[run], run.length, Arc::new(AlwaysOpen)).unwrap();
-        disk.block_bytes = 4096;
-        let config = BlkConfig {
-            name: "blk0".into(),
-            serial: String::new(),
-            queue_count: 3,
-            read_only: false,
-        };
-        let device = BlkDevice::new(&config, disk, machine.context()).unwrap();
-        survives(&machine, device.function, 3, &acts, |driver| {
+        let device = block_device(&machine, 128 << 10, 3);
+        survives(&machine, device, 3, &acts, |driver| {
             let header = driver.buffer(16, 0);
             driver.ram.write_slice(&[0; 16], GuestAddress(header)).unwrap();
             let data = driver.buffer(513, 0);
@@ -189,19 +304,11 @@ proptest! {
     #[test]
     fn i7_no_queue_content_stops_a_network_device_for_good(acts in acts()) {
         let machine = TestMachine::new();
-        let (socket, network) = UnixDatagram::pair().unwrap();
-        socket.set_nonblocking(true).unwrap();
-        network.set_nonblocking(true).unwrap();
-        let config = NetConfig {
-            name: "net0".into(),
-            mac: MacAddress([2; 6]),
-            mtu: None,
-        };
+        let (device, network) = network_device(&machine, MacAddress([2; 6]));
         for fill in 0..5 {
             network.send(&[fill; 600]).unwrap();
         }
-        let device = NetDevice::new(&config, Arc::new(SocketTap(socket)), machine.context()).unwrap();
-        survives(&machine, device.function, 3, &acts, |driver| {
+        survives(&machine, device, 3, &acts, |driver| {
             // Whatever the hostile driver sent must not block the good one.
             while network.recv(&mut [0; 70_000]).is_ok() {}
             let frame = driver.buffer(72, 0);
@@ -223,6 +330,41 @@ proptest! {
             assert_eq!(driver.used(0).1, 8);
         });
     }
+}
+
+fn block_device(machine: &TestMachine, size: u64, queue_count: u16) -> VirtioFunction {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(size).unwrap();
+    let run = ExtentRun {
+        start: Lba(0),
+        length: ByteCount(size),
+    };
+    let mut disk = Disk::new(file.into(), &[run], run.length, Arc::new(AlwaysOpen)).unwrap();
+    disk.block_bytes = 4096;
+    let config = BlkConfig {
+        name: "blk0".into(),
+        serial: String::new(),
+        queue_count,
+        read_only: false,
+    };
+    BlkDevice::new(&config, disk, machine.context())
+        .unwrap()
+        .function
+}
+
+/// A network device and the network at its other end.
+fn network_device(machine: &TestMachine, mac: MacAddress) -> (VirtioFunction, UnixDatagram) {
+    let (socket, network) = UnixDatagram::pair().unwrap();
+    socket.set_nonblocking(true).unwrap();
+    network.set_nonblocking(true).unwrap();
+    let config = NetConfig {
+        name: "net0".into(),
+        mac,
+        mtu: Some(1450),
+    };
+    let tap = Arc::new(SocketTap(socket));
+    let device = NetDevice::new(&config, tap, machine.context()).unwrap();
+    (device.function, network)
 }
 
 #[derive(Debug)]

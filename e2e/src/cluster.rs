@@ -47,6 +47,17 @@ pub struct VmOnVolume {
     spec: TestVmSpec,
 }
 
+impl VmOnVolume {
+    /// The same VM, in a process that breaks at a point of a migration: see
+    /// [`TestVmSpec::with_fault`].
+    #[must_use]
+    pub fn with_fault(&self, fault: &str) -> Self {
+        let mut broken = self.clone();
+        broken.spec = broken.spec.with_fault(fault);
+        broken
+    }
+}
+
 impl TestCluster {
     /// A volume of `volume_mib`, formatted for a first node, and that node.
     ///

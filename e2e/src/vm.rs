@@ -29,6 +29,7 @@ pub struct TestVm {
 #[derive(Clone, Debug)]
 pub struct TestVmSpec {
     config: VmConfig,
+    fault: Option<String>,
 }
 
 impl TestVmSpec {
@@ -59,6 +60,7 @@ impl TestVmSpec {
                 start: StartMode::Boot,
                 tls_dir: None,
             },
+            fault: None,
         })
     }
 
@@ -102,6 +104,14 @@ impl TestVmSpec {
         self
     }
 
+    /// Broken at a point of a migration: `<point>=kill|fail`, as `bascule_vmm::migration::fault`
+    /// names them. Needs a `bascule-vm` with the feature `fault-injection`, which tests build.
+    #[must_use]
+    pub fn with_fault(mut self, fault: &str) -> Self {
+        self.fault = Some(fault.to_owned());
+        self
+    }
+
     /// The configuration, to alter what has no word of its own here.
     pub fn config_mut(&mut self) -> &mut VmConfig {
         &mut self.config
@@ -136,6 +146,9 @@ impl TestVm {
             .arg("--config")
             .arg(&config)
             .env("RUST_LOG", "debug");
+        if let Some(fault) = &spec.fault {
+            command.env("BASCULE_FAULT", fault);
+        }
         let log = directory.join("test.log");
         let mut child = Child::spawn("bascule-vm", &mut command, &log)?;
         let control = connect(&directory, &mut child)

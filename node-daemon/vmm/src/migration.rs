@@ -13,6 +13,7 @@
 //! | module | what |
 //! |---|---|
 //! | [`control`] | progress, cancelling |
+//! | [`order`], [`guest`] | what is asked for, and how a machine is handled |
 //! | [`outgoing`] | the live source |
 //! | [`incoming`] | the live destination |
 //! | `copy`, `apply` | guest memory to frames and back |
@@ -26,7 +27,9 @@ mod channel;
 pub mod control;
 mod copy;
 pub mod fault;
+pub mod guest;
 pub mod incoming;
+pub mod order;
 pub mod outgoing;
 pub mod row;
 pub mod saved;
@@ -36,7 +39,9 @@ mod tls;
 mod tests;
 
 pub use control::MigrationControl;
-pub use incoming::{Arrival, Incoming, IncomingEnd, prefault, receive_live};
-pub use outgoing::{Guest, GuestError, Outgoing, OutgoingEnd, Refused, migrate_live};
+pub use guest::{Arrival, Guest, GuestError};
+pub use incoming::{Incoming, IncomingEnd, prefault, receive_live};
+pub use order::{Outgoing, Refused};
+pub use outgoing::{OutgoingEnd, migrate_live};
 pub use row::{RowAnswer, RowAuthority, RowError, VolumeRow};
 pub use saved::{Quick, SavedArea, migrate_quick, restore_saved};

@@ -1,6 +1,7 @@
 //! Guest memory to frames.
 
 use std::io;
+use std::sync::Arc;
 
 use bascule_migrate::wire::{BatchBuilder, PAGE};
 use bascule_migrate::{PageIndex, PageRange, Pages};
@@ -52,14 +53,14 @@ struct Chunk<'a> {
 }
 
 /// Copies what is set in bitmaps. Reused pass after pass.
-pub(super) struct Copier<'a> {
-    memory: &'a GuestMemory,
+pub(super) struct Copier {
+    memory: Arc<GuestMemory>,
     batch: BatchBuilder,
     page: Box<[u8; PAGE]>,
 }
 
-impl<'a> Copier<'a> {
-    pub(super) fn new(memory: &'a GuestMemory) -> Self {
+impl Copier {
+    pub(super) fn new(memory: Arc<GuestMemory>) -> Self {
         Self {
             memory,
             batch: BatchBuilder::new(),
@@ -78,7 +79,8 @@ impl<'a> Copier<'a> {
         sink: &mut dyn Sink,
     ) -> Result<Passed, CopyError> {
         let mut passed = Passed::default();
-        for (index, region) in self.memory.iter().enumerate() {
+        let memory = Arc::clone(&self.memory);
+        for (index, region) in memory.iter().enumerate() {
             let words = pending.words(index);
             for (chunk, words) in (0_u64..).zip(words.chunks(CHUNK_WORDS)) {
                 if words.iter().all(|word| *word == 0) {

@@ -25,7 +25,8 @@ use super::apply::{Applier, layout_of};
 use super::channel::{Channel, lost, lost_frame};
 use super::control::{MigrationControl, millis};
 use super::fault::{FaultPoint, Faults};
-use super::outgoing::{GuestError, Refused, chain, describe};
+use super::guest::Arrival;
+use super::order::{Refused, chain, describe};
 use super::row::{RowAnswer, RowAuthority};
 use crate::machine::MachineHandle;
 use crate::memory::GuestMemory;
@@ -51,31 +52,6 @@ pub struct Incoming {
     pub patience: Duration,
     /// What a test breaks.
     pub faults: Faults,
-}
-
-/// The machine that is to arrive, as whoever owns it lets a migration handle it.
-pub trait Arrival {
-    /// Puts the encoded state into the machine, whose memory is complete.
-    ///
-    /// # Errors
-    /// When it does not fit; the machine is then of no more use.
-    fn restore(&mut self, state: &[u8]) -> Result<(), GuestError>;
-
-    /// The row is this node's: opens the volume for writing. Asked again until it succeeds,
-    /// because nobody else may run the guest any more.
-    ///
-    /// # Errors
-    /// Why it cannot be done now.
-    fn take_over(&mut self, owner: Owner, epoch: Epoch) -> Result<(), GuestError>;
-
-    /// Tells the network where the guest is now. Called before the guest runs and once after.
-    fn announce(&mut self);
-
-    /// Lets the guest run.
-    ///
-    /// # Errors
-    /// When the machine failed.
-    fn run(&mut self) -> Result<(), GuestError>;
 }
 
 /// What became of an incoming migration.

@@ -4,12 +4,10 @@
 //! commit point nothing stands between a failure and the resumed guest: every wait of a stopped
 //! guest ends at one deadline, and the resume comes before all tidying up.
 
-use std::io;
-use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bascule_ipc::vm::{MigrationLimits, MigrationPhase, VmConfig};
+use bascule_ipc::vm::MigrationPhase;
 use bascule_migrate::Frame;
 use bascule_migrate::commit::{Question, Reply};
 use bascule_migrate::precopy::{
@@ -17,99 +15,28 @@ use bascule_migrate::precopy::{
 };
 use bascule_migrate::source::{Action, Attempt, Event, Phase, Source, ask_again_after, event_of};
 use bascule_migrate::wire::{
-    Abort, AbortReason, BatchBuilder, Committed, Config, Hello, Progress, RoundEnd,
-    STATE_BYTES_MAX, STATE_PIECE_BYTES_MAX, StateEnd,
+    Abort, AbortReason, Config, Hello, Progress, RoundEnd, STATE_BYTES_MAX, STATE_PIECE_BYTES_MAX,
+    StateEnd,
 };
-use bascule_types::{AttemptId, Bytes, Epoch, Owner, VmUid};
+use bascule_types::{AttemptId, Bytes, Epoch, Owner};
 
 use super::apply::layout_of;
 use super::channel::{Channel, lost, lost_frame};
 use super::control::{MigrationControl, millis};
-use super::copy::{Copier, CopyError, Sink};
-use super::fault::{FaultPoint, Faults};
+use super::copy::{Copier, CopyError};
+use super::fault::FaultPoint;
+use super::guest::Guest;
+use super::order::{Outgoing, chain};
 use super::row::RowAuthority;
 use crate::dirty::{DirtyBitmap, DirtyTracker};
 use crate::machine::MachineHandle;
 use crate::memory::PAGE_SIZE;
 use crate::state;
 
-/// A live migration as it was ordered.
-#[derive(Clone, Debug)]
-pub struct Outgoing {
-    /// The VM.
-    pub vm: VmUid,
-    /// The attempt.
-    pub attempt: AttemptId,
-    /// Where the destination listens.
-    pub peer: SocketAddr,
-    /// Who owns the VM now.
-    pub from: Owner,
-    /// In which epoch.
-    pub epoch: Epoch,
-    /// Who is to own it.
-    pub to: Owner,
-    /// Limits.
-    pub limits: MigrationLimits,
-    /// The node's certificate.
-    pub tls_dir: PathBuf,
-    /// Virtual CPUs.
-    pub cpus: u16,
-    /// What must be equal on both sides.
-    pub description: Vec<u8>,
-    /// What a test breaks.
-    pub faults: Faults,
-}
+mod ending;
+mod sink;
 
-/// Why a migration cannot even begin. Nothing was changed.
-#[derive(Debug, thiserror::Error)]
-pub enum Refused {
-    /// Nobody could say which side owns it.
-    #[error("the VM has no home volume: only its row there could say on which side it may run")]
-    NoHome,
-    /// No certificate.
-    #[error("no TLS directory was configured: a migration stream is never in the clear")]
-    NoTls,
-    /// Source and destination are one.
-    #[error("the VM runs on that node already")]
-    SameNode,
-    /// The configuration cannot be described to the other side.
-    #[error("the machine's configuration cannot be described")]
-    Description(#[source] serde_json::Error),
-}
-
-/// The machine, as whoever owns it lets a migration handle it. Every call may be refused when the
-/// guest was stopped meanwhile; the attempt then ends.
-pub trait Guest {
-    /// Parks the vCPUs and drains the devices.
-    ///
-    /// # Errors
-    /// When the guest does not run, or the machine failed.
-    fn pause(&mut self) -> Result<(), GuestError>;
-
-    /// The state of the paused machine, encoded.
-    ///
-    /// # Errors
-    /// When it is not paused, or KVM refuses.
-    fn save(&mut self) -> Result<Vec<u8>, GuestError>;
-
-    /// Lets the guest run if it does not. Called first whenever an attempt fails.
-    ///
-    /// # Errors
-    /// When there is no guest any more.
-    fn resume(&mut self) -> Result<(), GuestError>;
-
-    /// The commit request is about to be sent: from now on only the outcome of the attempt may
-    /// resume or stop the paused guest.
-    ///
-    /// # Errors
-    /// When the guest is not paused any more: nothing is then asked for.
-    fn doubt(&mut self) -> Result<(), GuestError>;
-}
-
-/// Why the machine's owner did not do what a migration wanted.
-#[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub struct GuestError(pub String);
+use sink::ChannelSink;
 
 /// What became of a live migration.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -137,6 +64,7 @@ struct Driver<'a> {
     guest: &'a mut dyn Guest,
     machine: MachineHandle,
     channel: Option<Channel>,
+    copier: Copier,
     started: Instant,
     controller: Controller,
     pacer: Pacer,
@@ -158,51 +86,8 @@ const PEER_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long the guest is stopped at most beyond the downtime that was aimed at, before the commit
 /// point. A prediction that is wrong by more than this is a failure.
 const STOPPED_GRACE: Duration = Duration::from_millis(700);
-/// How long the source waits for the destination to say that it runs. Only the measured downtime
-/// depends on it.
-const RUNNING_TIMEOUT: Duration = Duration::from_secs(5);
 /// Rounds of pre-copy at most.
 const ROUNDS_MAX: u32 = 60;
-
-impl Outgoing {
-    /// The migration that `config`'s machine would make.
-    ///
-    /// # Errors
-    /// [`Refused`].
-    pub fn new(
-        config: &VmConfig,
-        tenure: (Owner, Epoch),
-        order: (AttemptId, SocketAddr, Owner),
-        limits: MigrationLimits,
-    ) -> Result<Self, Refused> {
-        let (from, epoch) = tenure;
-        let (attempt, peer, to) = order;
-        config.home.as_ref().ok_or(Refused::NoHome)?;
-        if to.slot == from.slot {
-            return Err(Refused::SameNode);
-        }
-        Ok(Self {
-            vm: config.uid,
-            attempt,
-            peer,
-            from,
-            epoch,
-            to,
-            limits,
-            tls_dir: config.tls_dir.clone().ok_or(Refused::NoTls)?,
-            cpus: config.cpus.into(),
-            description: describe(config).map_err(Refused::Description)?,
-            faults: Faults::from_environment(),
-        })
-    }
-}
-
-/// What of a configuration must be equal on both sides: what the guest sees of it.
-pub(super) fn describe(config: &VmConfig) -> Result<Vec<u8>, serde_json::Error> {
-    let disks: Vec<_> = config.disks.iter().map(|disk| &disk.name).collect();
-    let macs: Vec<_> = config.interfaces.iter().map(|nic| nic.mac).collect();
-    serde_json::to_vec(&(config.cpus, config.memory, disks, macs))
-}
 
 /// Moves a running machine to another process. Returns when the outcome is known, which after the
 /// commit request means: when the volume has answered.
@@ -224,6 +109,7 @@ pub fn migrate_live(
     let now = Instant::now();
     Driver {
         pending: DirtyBitmap::full(machine.memory()),
+        copier: Copier::new(Arc::clone(machine.memory())),
         machine,
         guest,
         channel: None,
@@ -477,78 +363,9 @@ impl Driver<'_> {
         Event::Replied(reply)
     }
 
-    /// The guest runs on here, before anything else is done.
-    fn keep(mut self, because: Abort, tenure: Option<(Owner, Epoch)>) -> OutgoingEnd {
-        if let Err(error) = self.guest.resume() {
-            tracing::warn!(%error, "the guest does not run on");
-        }
-        if let Some((stopped, _)) = self.stopped.take() {
-            tracing::info!(after = ?stopped.elapsed(), "the guest runs on at the source");
-        }
-        if let Err(error) = self.machine.dirty().stop() {
-            tracing::warn!(%error, "the dirty log stays on");
-        }
-        let failure = if self.control.is_cancelled() {
-            cancelled()
-        } else {
-            because
-        };
-        if let Some(channel) = &mut self.channel {
-            channel.abort(&failure);
-        }
-        let phase = match failure.reason {
-            AbortReason::Cancelled => MigrationPhase::Cancelled,
-            AbortReason::NotConverging => MigrationPhase::NotConverging,
-            _ => MigrationPhase::Failed,
-        };
-        tracing::warn!(reason = ?failure.reason, text = %failure.text, "the migration failed");
-        self.control.end(phase, Some(failure.text.clone()));
-        OutgoingEnd::Kept { failure, tenure }
-    }
-
-    fn depart(mut self, word: Committed) -> OutgoingEnd {
-        // If this or the stream is lost, the destination asks its own volume.
-        if self.fault(FaultPoint::SourceCommitted).is_ok() {
-            self.tell_committed(word);
-        }
-        self.control.end(MigrationPhase::Completed, None);
-        OutgoingEnd::Departed { epoch: word.epoch }
-    }
-
-    fn tell_committed(&mut self, word: Committed) {
-        let Some(channel) = &mut self.channel else {
-            return;
-        };
-        let told = channel
-            .set_timeout(RUNNING_TIMEOUT)
-            .and_then(|()| channel.send(&Frame::Committed(word)));
-        if let Err(error) = told {
-            tracing::warn!(%error, "the destination was not told; it asks its volume");
-            return;
-        }
-        match channel.receive() {
-            Ok(Frame::Running { resume }) => {
-                let downtime = self.stopped.map(|(stopped, _)| stopped.elapsed());
-                tracing::info!(?downtime, ?resume, "the guest runs at the destination");
-                self.control
-                    .update(|status| status.downtime_ms = downtime.map(millis));
-            }
-            Ok(other) => tracing::warn!(kind = ?other.kind(), "unexpected after the commit"),
-            Err(error) => tracing::warn!(%error, "the destination did not say that it runs"),
-        }
-    }
-
-    fn die(self) -> OutgoingEnd {
-        let failure = "the VM's row is somebody else's";
-        self.control
-            .end(MigrationPhase::Failed, Some(failure.to_owned()));
-        OutgoingEnd::Lost
-    }
-
     fn copy(&mut self, fresh: bool, guest_runs: bool) -> Result<(), Abort> {
         let machine = self.machine.clone();
         let tracker: &dyn DirtyTracker = machine.dirty().as_ref();
-        let mut copier = Copier::new(machine.memory());
         let pending = std::mem::replace(&mut self.pending, DirtyBitmap::clean(machine.memory()));
         let deadline = self.stopped.map(|(_, deadline)| deadline);
         let mut sink = ChannelSink {
@@ -563,7 +380,8 @@ impl Driver<'_> {
             paced: &mut self.paced,
             deadline,
         };
-        let passed = copier
+        let passed = self
+            .copier
             .pass(&pending, guest_runs.then_some(tracker), fresh, &mut sink)
             .map_err(|error| match error {
                 _ if self.control.is_cancelled() => cancelled(),
@@ -652,59 +470,10 @@ impl Driver<'_> {
     }
 }
 
-/// Sends batches, at the pace that is allowed.
-struct ChannelSink<'a> {
-    channel: &'a mut Channel,
-    control: &'a MigrationControl,
-    /// None once the guest is stopped: then nothing holds it up.
-    pacer: Option<&'a mut Pacer>,
-    started: Instant,
-    sent: &'a mut Bytes,
-    paced: &'a mut Duration,
-    deadline: Option<Instant>,
-}
-
-impl Sink for ChannelSink<'_> {
-    fn take(&mut self, batch: &mut BatchBuilder) -> io::Result<()> {
-        if self.control.is_cancelled() {
-            return Err(io::ErrorKind::Interrupted.into());
-        }
-        if let Some(deadline) = self.deadline {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Err(io::ErrorKind::TimedOut.into());
-            }
-            self.channel.set_timeout(left)?;
-        }
-        let sent = Bytes(self.channel.send_batch(batch)?);
-        self.sent.0 += sent.0;
-        let bytes = *self.sent;
-        self.control.update(|status| status.bytes = bytes);
-        if let Some(pacer) = &mut self.pacer {
-            let wait = pacer.sent(sent, self.started.elapsed());
-            *self.paced += wait;
-            self.control.wait(wait);
-        }
-        Ok(())
-    }
-}
-
 fn cancelled() -> Abort {
     Abort::new(AbortReason::Cancelled, "the migration was cancelled")
 }
 
 fn internal(text: String) -> Abort {
     Abort::new(AbortReason::Internal, text)
-}
-
-/// An error with its causes, in one line.
-pub(super) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        source = cause.source();
-    }
-    text
 }

@@ -31,7 +31,9 @@ use bascule_volume_format::change::{Answer, Change, SavedStateRow, SavedStateSum
 
 use super::apply::layout_of;
 use super::control::MigrationControl;
-use super::outgoing::{Guest, OutgoingEnd, Refused, chain, describe};
+use super::guest::Guest;
+use super::order::{Refused, chain, describe};
+use super::outgoing::OutgoingEnd;
 use super::row::{RowAnswer, RowAuthority, VolumeRow};
 use crate::machine::MachineHandle;
 use crate::memory::{self, GuestMemory};
@@ -244,41 +246,35 @@ impl Driver<'_> {
 
     /// Gives the row up, and asks until that is certain. Whoever acquires it next has the image.
     fn release(self) -> OutgoingEnd {
-        let job = self.job;
-        let release = Request::Change(Change::Release {
-            vm: job.vm,
-            from: job.from,
-            epoch: job.epoch,
-        });
-        let ours = |row: &RowSeen| row.owner.is_some_and(|owner| owner.slot == job.from.slot);
+        let (vm, epoch) = (self.job.vm, self.job.epoch);
+        let mut owner = self.job.from;
         for asked in 0.. {
-            match self.row.call(&release) {
+            // The guest is in doubt and never writes again: only then is a release a clean one.
+            let close = Request::CloseVm { vm, owner, epoch };
+            let closed = self.row.call(&close);
+            let from = owner;
+            let release = Request::Change(Change::Release { vm, from, epoch });
+            match closed.and_then(|_| self.row.call(&release)) {
                 Some(Response::Granted(_)) => break,
                 Some(Response::Refused(refusal)) => {
                     tracing::warn!(%refusal, "the volume refused to release the row");
-                    // A release that was granted before, or a row that went on: not ours either
-                    // way. One that is still ours was joined again under another generation.
                     match self.row.row() {
-                        RowAnswer::Row(row) if ours(&row) && row.epoch == job.epoch => {
-                            let terms = Terms {
-                                source: job.from,
-                                epoch: job.epoch,
-                                destination: job.from,
-                                attempt: job.attempt,
-                            };
-                            let failure = internal("the volume refused to release the row");
-                            let commit = Commit::give_up(terms, AttemptId::random());
-                            return self.settle(commit, failure);
-                        }
+                        // The node's slot was joined again, and the row kept.
+                        RowAnswer::Row(RowSeen {
+                            owner: Some(now),
+                            epoch: same,
+                            ..
+                        }) if now.slot == owner.slot && same == epoch => owner = now,
+                        // Released by an earlier copy of the request, or gone on since.
                         RowAnswer::Row(_) | RowAnswer::NoRow => break,
                         RowAnswer::NoAnswer => {}
                     }
                 }
-                _ => {}
+                other => tracing::info!(?other, "the release is not answered yet"),
             }
             std::thread::sleep(ask_again_after(asked));
         }
-        self.departed(job.epoch)
+        self.departed(epoch)
     }
 
     fn departed(self, epoch: Epoch) -> OutgoingEnd {

@@ -78,14 +78,14 @@ struct Piece {
 /// Writes the whole image and sees it onto the disk.
 pub(super) fn write(
     area: SavedArea,
-    memory: &GuestMemory,
+    memory: &Arc<GuestMemory>,
     (hello, config): (Hello, Config),
     state: &[u8],
     control: &MigrationControl,
 ) -> Result<SavedStateSum, CopyError> {
     let mut out = ImageWriter::new(area).map_err(CopyError::Sink)?;
     let mut frames = FrameWriter::new(StreamId::FIRST);
-    let mut head = |frames: &mut FrameWriter, out: &mut ImageWriter| {
+    let head = |frames: &mut FrameWriter, out: &mut ImageWriter| {
         frames.send(out, &Frame::Hello(hello.clone()))?;
         frames.send(out, &Frame::Config(config.clone()))
     };
@@ -95,7 +95,7 @@ pub(super) fn write(
         out: &mut out,
         control,
     };
-    Copier::new(memory).pass(&DirtyBitmap::full(memory), None, true, &mut sink)?;
+    Copier::new(Arc::clone(memory)).pass(&DirtyBitmap::full(memory), None, true, &mut sink)?;
     let mut tail = || {
         let marks = vec![frames.mark()];
         frames.send(&mut out, &Frame::RoundEnd(RoundEnd { round: 1, marks }))?;
@@ -324,3 +324,6 @@ impl Piece {
         self.all_mut()[filled..end].fill(0);
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -11,7 +11,7 @@ use super::granted;
 use super::image::{ImageReader, SavedArea};
 use crate::machine::PausedVm;
 use crate::migration::apply::{Applier, layout_of};
-use crate::migration::outgoing::describe;
+use crate::migration::order::describe;
 use crate::migration::row::{RowAuthority, VolumeRow};
 use crate::state::{self, MachineState, StateError};
 

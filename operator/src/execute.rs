@@ -1,0 +1,503 @@
+//! Carrying a plan out: each action is one call, to the API or to a node.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail};
+use bascule_api::names::{
+    FIELD_MANAGER, LABEL_PURPOSE, LABEL_TRIGGER, LABEL_VM, TRIGGER_DRAIN, VM_FINALIZER, reason,
+};
+use bascule_api::{
+    Failover, FailoverSpec, Fingerprint, VirtualMachine, VirtualMachineMigration,
+    VirtualMachineMigrationSpec,
+};
+use bascule_node_api::command::{Command, ImportSource, Outcome, VmSpec};
+use bascule_operator_core::{
+    Action, History, ImageSource, MigrationMode, Moment, Purpose, VmIntent,
+};
+use bascule_types::{AttemptId, Epoch, Owner};
+use bascule_volume_format::change::{Change, Refusal};
+use k8s_openapi::api::core::v1::Pod;
+use kube::api::{DeleteParams, ObjectMeta, Patch, PatchParams, PostParams, Preconditions};
+use kube::runtime::events::{Event, EventType, Recorder};
+use kube::{Api, Client, Resource, ResourceExt};
+use serde_json::json;
+
+use crate::cli::Args;
+use crate::metrics::Metrics;
+use crate::nodes::Nodes;
+use crate::pod::{self, Reservation};
+use crate::records;
+use crate::rows::RowsCache;
+use crate::stores::Stores;
+
+/// What every execution needs.
+#[derive(Clone)]
+pub(crate) struct Cluster {
+    pub(crate) client: Client,
+    pub(crate) args: Arc<Args>,
+    pub(crate) stores: Stores,
+    pub(crate) nodes: Nodes,
+    pub(crate) rows: RowsCache,
+    pub(crate) recorder: Recorder,
+    pub(crate) metrics: Arc<Metrics>,
+}
+
+/// The execution of one virtual machine's plan.
+pub(crate) struct Execution<'a> {
+    pub(crate) context: &'a Cluster,
+    pub(crate) vm: &'a VirtualMachine,
+    pub(crate) intent: &'a VmIntent,
+    pub(crate) now: Moment,
+    /// What the operator remembers of this virtual machine.
+    pub(crate) memory: &'a mut History,
+}
+
+impl Execution<'_> {
+    /// Executes actions in order and ends at the first that fails.
+    pub(crate) async fn run(&mut self, actions: &[Action]) -> Result<()> {
+        for action in actions {
+            tracing::debug!(?action, "execute");
+            self.execute(action).await.with_context(|| label(action))?;
+        }
+        Ok(())
+    }
+
+    async fn execute(&mut self, action: &Action) -> Result<()> {
+        match action {
+            Action::AddFinalizer => self.finalizer(true).await,
+            Action::RemoveFinalizer => self.finalizer(false).await,
+            Action::CreateReservation { .. }
+            | Action::DeleteReservation { .. }
+            | Action::PromoteReservation { .. } => self.reservation(action).await,
+            Action::CreateMigration { name, mode } => self.create_migration(name, *mode).await,
+            Action::ReportMigration { name, update } => {
+                records::report_migration(self.context, self.vm, name, update).await
+            }
+            Action::CreateFailover {
+                name,
+                node,
+                owner,
+                epoch,
+            } => self.create_failover(name, node, *owner, *epoch).await,
+            Action::ReportFailover { name, update } => {
+                records::report_failover(self.context, self.vm, name, update).await
+            }
+            Action::Event {
+                reason,
+                message,
+                warning,
+            } => {
+                self.event(reason, message, *warning).await;
+                Ok(())
+            }
+            Action::Change { via, change } => self.change(via, change).await,
+            Action::EndReservation { node, pod_uid } => {
+                let command = Command::EndReservation {
+                    pod_uid: pod_uid.clone(),
+                };
+                self.command(node, &command).await.map(drop)
+            }
+            other => self.on_node(other).await,
+        }
+    }
+
+    // ---- the API ------------------------------------------------------------------------------
+
+    fn namespaced<K>(&self) -> Api<K>
+    where
+        K: Resource<Scope = k8s_openapi::NamespaceResourceScope, DynamicType = ()>,
+    {
+        Api::namespaced(self.context.client.clone(), &self.intent.namespace)
+    }
+
+    async fn finalizer(&self, wanted: bool) -> Result<()> {
+        let mut finalizers = self.vm.finalizers().to_vec();
+        finalizers.retain(|finalizer| finalizer != VM_FINALIZER);
+        if wanted {
+            finalizers.push(VM_FINALIZER.to_owned());
+        }
+        // The resource version makes this fail when somebody changed the list in between.
+        let patch = json!({"metadata": {
+            "finalizers": finalizers,
+            "resourceVersion": self.vm.resource_version(),
+        }});
+        let api: Api<VirtualMachine> = self.namespaced();
+        let params = PatchParams::default();
+        let outcome = api
+            .patch(&self.intent.name, &params, &Patch::Merge(&patch))
+            .await;
+        not_found_is_fine(outcome)
+    }
+
+    async fn reservation(&self, action: &Action) -> Result<()> {
+        let api: Api<Pod> = self.namespaced();
+        match action {
+            Action::CreateReservation {
+                name,
+                purpose,
+                pin,
+                avoid,
+            } => {
+                let (spec, digest) = self.reserved_spec(purpose, pin.as_deref())?;
+                let reservation = Reservation {
+                    vm: self.vm,
+                    name,
+                    purpose,
+                    pin: pin.as_deref(),
+                    avoid,
+                    spec: &spec,
+                    digest,
+                };
+                let pod = pod::build(&reservation, &self.context.args)?;
+                exists_is_fine(api.create(&PostParams::default(), &pod).await)
+            }
+            Action::DeleteReservation { name, uid, force } => {
+                let mut params = DeleteParams::default().preconditions(Preconditions {
+                    uid: Some(uid.clone()),
+                    resource_version: None,
+                });
+                if *force {
+                    params = params.grace_period(0);
+                }
+                not_found_is_fine(api.delete(name, &params).await)
+            }
+            Action::PromoteReservation { name, uid } => {
+                let patch = json!({"metadata": {
+                    "uid": uid,
+                    "labels": {LABEL_PURPOSE: pod::CURRENT},
+                }});
+                let params = PatchParams::default();
+                not_found_is_fine(api.patch(name, &params, &Patch::Merge(&patch)).await)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// What a reservation is for: a running guest's own size where one runs, else the spec's.
+    fn reserved_spec(
+        &self,
+        purpose: &Purpose,
+        pin: Option<&str>,
+    ) -> Result<(VmSpec, bascule_operator_core::SpecDigest)> {
+        if matches!(purpose, Purpose::Migration(_)) || pin.is_some() {
+            let pods = self
+                .context
+                .stores
+                .pods
+                .state_filter(|p| pod::belongs_to(p, self.vm));
+            let running = pods
+                .iter()
+                .find(|p| p.labels().get(LABEL_PURPOSE).map(String::as_str) == Some(pod::CURRENT));
+            if let Some((pod, spec)) = running.and_then(|p| Some((p, pod::spec_of(p)?))) {
+                return Ok((spec, pod::view(pod, self.now).digest));
+            }
+        }
+        Ok((crate::intent::vm_spec(self.vm)?, self.intent.digest))
+    }
+
+    async fn create_migration(&self, name: &str, mode: MigrationMode) -> Result<()> {
+        let spec = VirtualMachineMigrationSpec {
+            virtual_machine: self.intent.name.clone(),
+            mode: match mode {
+                MigrationMode::Live => bascule_api::MigrationMode::Live,
+                MigrationMode::Quick => bascule_api::MigrationMode::Quick,
+            },
+            target: None,
+            downtime: None,
+            timeout: None,
+            bandwidth: None,
+            cancel: false,
+        };
+        let mut migration = VirtualMachineMigration::new(name, spec);
+        migration.metadata.labels = Some(BTreeMap::from([
+            (LABEL_VM.to_owned(), self.intent.name.clone()),
+            (LABEL_TRIGGER.to_owned(), TRIGGER_DRAIN.to_owned()),
+        ]));
+        migration.metadata.owner_references = self.vm.owner_ref(&()).map(|owner| vec![owner]);
+        let api: Api<VirtualMachineMigration> = self.namespaced();
+        exists_is_fine(api.create(&PostParams::default(), &migration).await)
+    }
+
+    async fn create_failover(
+        &self,
+        name: &str,
+        node: &str,
+        owner: Owner,
+        epoch: Epoch,
+    ) -> Result<()> {
+        let spec = FailoverSpec {
+            virtual_machine: self.intent.name.clone(),
+            uid: self.intent.uid.to_string(),
+            node: node.to_owned(),
+            volume: self.intent.volume.clone(),
+            owner: Fingerprint {
+                slot: i32::from(owner.slot.0),
+                generation: owner.generation.to_string(),
+            },
+            epoch: epoch.to_string(),
+        };
+        let failover = Failover {
+            metadata: ObjectMeta {
+                name: Some(name.to_owned()),
+                labels: Some(BTreeMap::from([(
+                    LABEL_VM.to_owned(),
+                    self.intent.name.clone(),
+                )])),
+                owner_references: self.vm.owner_ref(&()).map(|owner| vec![owner]),
+                ..ObjectMeta::default()
+            },
+            spec,
+            status: None,
+        };
+        let api: Api<Failover> = self.namespaced();
+        exists_is_fine(api.create(&PostParams::default(), &failover).await)
+    }
+
+    async fn event(&self, reason: &str, message: &str, warning: bool) {
+        let event = Event {
+            type_: if warning {
+                EventType::Warning
+            } else {
+                EventType::Normal
+            },
+            reason: reason.to_owned(),
+            note: Some(message.chars().take(EVENT_CHARS_MAX).collect()),
+            action: "Reconcile".to_owned(),
+            secondary: None,
+        };
+        tracing::info!(reason, message, "event");
+        let reference = self.vm.object_ref(&());
+        if let Err(error) = self.context.recorder.publish(&event, &reference).await {
+            tracing::debug!(%error, "event lost");
+        }
+    }
+
+    // ---- nodes --------------------------------------------------------------------------------
+
+    async fn command(&mut self, node: &str, command: &Command) -> Result<Outcome> {
+        let outcome = self.context.nodes.execute(node, command).await?;
+        if let Outcome::Rejected {
+            reason: why,
+            message,
+        } = &outcome
+        {
+            let reason = match command {
+                Command::StartVm { .. } => reason::START_FAILED,
+                Command::Import { .. } => reason::IMPORT_FAILED,
+                _ => reason::VOLUME_REFUSED,
+            };
+            self.memory.error = Some((reason, format!("{node}: {message}")));
+            bail!("{node} rejected it ({why:?}): {message}");
+        }
+        Ok(outcome)
+    }
+
+    async fn change(&mut self, via: &str, change: &Change) -> Result<()> {
+        let command = Command::Change {
+            volume: self.intent.volume.clone(),
+            change: change.clone(),
+        };
+        let outcome = self.command(via, &command).await;
+        self.context.rows.refresh(&self.intent.volume).await;
+        match outcome? {
+            Outcome::Granted(_) | Outcome::Done => {
+                if matches!(change, Change::TakeOver { .. }) {
+                    self.memory.takeover_refusal = None;
+                    self.context.metrics.takeovers.inc();
+                }
+                Ok(())
+            }
+            Outcome::Refused(refusal) => self.refused(change, refusal),
+            Outcome::Unknown => bail!("no coordinator answered; asking again"),
+            other => bail!("unexpected answer {other:?}"),
+        }
+    }
+
+    fn refused(&mut self, change: &Change, refusal: Refusal) -> Result<()> {
+        if matches!(change, Change::TakeOver { .. }) {
+            self.memory.takeover_refusal = Some(refusal);
+            // Waiting for a proof is what a takeover does.
+            return Ok(());
+        }
+        let disk = match change {
+            Change::CreateDisk { name, .. } | Change::AttachDisk { name, .. } => name.as_str(),
+            _ => "",
+        };
+        let reason = match refusal {
+            Refusal::Full { .. } | Refusal::TableFull { .. } => reason::VOLUME_FULL,
+            Refusal::NameTaken | Refusal::DiskDiffers => reason::DISK_CLAIMED,
+            _ => reason::VOLUME_REFUSED,
+        };
+        let volume = &self.intent.volume;
+        let message = format!("volume {volume}: {disk} {refusal}").replace(":  ", ": ");
+        self.memory.error = Some((reason, message.clone()));
+        bail!("{message}")
+    }
+
+    async fn on_node(&mut self, action: &Action) -> Result<()> {
+        let vm = self.intent.uid;
+        let (node, command) = match action {
+            Action::Import {
+                node,
+                owner,
+                epoch,
+                disk,
+                source,
+            } => {
+                self.memory.imports_begun.insert(*disk, self.now);
+                let command = Command::Import {
+                    volume: self.intent.volume.clone(),
+                    vm,
+                    owner: *owner,
+                    epoch: *epoch,
+                    disk: *disk,
+                    source: import_source(source),
+                };
+                (node, command)
+            }
+            Action::StartVm {
+                node,
+                owner,
+                epoch,
+                restore,
+            } => {
+                let spec = crate::intent::vm_spec(self.vm)?;
+                let command = Command::StartVm {
+                    spec,
+                    owner: *owner,
+                    epoch: *epoch,
+                    restore: *restore,
+                };
+                (node, command)
+            }
+            Action::PrepareIncoming {
+                node,
+                attempt,
+                owner,
+                epoch,
+            } => {
+                return self.prepare(node, *attempt, *owner, *epoch).await;
+            }
+            Action::MigrateLive {
+                node,
+                attempt,
+                peer,
+                to,
+                limits,
+            } => {
+                let (attempt, peer, to, limits) = (*attempt, *peer, *to, *limits);
+                (
+                    node,
+                    Command::MigrateLive {
+                        vm,
+                        attempt,
+                        peer,
+                        to,
+                        limits,
+                    },
+                )
+            }
+            Action::MigrateQuick { node, attempt, to } => (
+                node,
+                Command::MigrateQuick {
+                    vm,
+                    attempt: *attempt,
+                    to: Some(*to),
+                },
+            ),
+            Action::CancelMigration { node, attempt } => (
+                node,
+                Command::CancelMigration {
+                    vm,
+                    attempt: *attempt,
+                },
+            ),
+            Action::PowerButton { node } => {
+                self.memory.power_button = Some(self.now);
+                (node, Command::PowerButton { vm })
+            }
+            Action::StopVm { node } => (node, Command::StopVm { vm }),
+            Action::CollectVm { node, pid } => (node, Command::CollectVm { vm, pid: *pid }),
+            other => bail!("not for a node: {}", label(other)),
+        };
+        self.command(node, &command).await?;
+        if matches!(action, Action::StartVm { .. }) {
+            self.memory.error = None;
+        }
+        Ok(())
+    }
+
+    async fn prepare(
+        &mut self,
+        node: &str,
+        attempt: AttemptId,
+        owner: Owner,
+        epoch: Epoch,
+    ) -> Result<()> {
+        let pods = self
+            .context
+            .stores
+            .pods
+            .state_filter(|p| pod::belongs_to(p, self.vm));
+        let on_target = pods
+            .iter()
+            .filter(|p| p.spec.as_ref().and_then(|s| s.node_name.as_deref()) == Some(node))
+            .find_map(|p| pod::spec_of(p));
+        let spec = on_target.map_or_else(|| crate::intent::vm_spec(self.vm), Ok)?;
+        let command = Command::PrepareIncoming {
+            spec,
+            attempt,
+            owner,
+            epoch,
+        };
+        match self.command(node, &command).await? {
+            Outcome::Listening { address } => {
+                self.memory.listening = Some((attempt, address));
+                Ok(())
+            }
+            other => bail!("{node} does not listen: {other:?}"),
+        }
+    }
+}
+
+fn import_source(source: &ImageSource) -> ImportSource {
+    match source {
+        ImageSource::Http { url, sha256 } => ImportSource::Http {
+            url: url.clone(),
+            sha256: sha256.clone(),
+        },
+        ImageSource::HostFile { name } => ImportSource::HostFile { name: name.clone() },
+    }
+}
+
+/// The action in a few words, for errors.
+fn label(action: &Action) -> String {
+    let text = format!("{action:?}");
+    let end = text.find([' ', '{']).unwrap_or(text.len());
+    text[..end].to_owned()
+}
+
+/// Somebody else may have made it: the names are chosen so that it is the same.
+fn exists_is_fine<K>(outcome: kube::Result<K>) -> Result<()> {
+    match outcome {
+        Err(kube::Error::Api(status)) if status.reason == "AlreadyExists" => Ok(()),
+        other => Ok(other.map(drop)?),
+    }
+}
+
+/// What is gone needs no deletion.
+fn not_found_is_fine<K>(outcome: kube::Result<K>) -> Result<()> {
+    match outcome {
+        Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
+        other => Ok(other.map(drop)?),
+    }
+}
+
+/// The parameters of every server-side apply.
+pub(crate) fn apply() -> PatchParams {
+    PatchParams::apply(FIELD_MANAGER).force()
+}
+
+/// The API refuses longer notes.
+const EVENT_CHARS_MAX: usize = 1000;

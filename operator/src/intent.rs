@@ -1,0 +1,315 @@
+//! A VirtualMachine document, resolved: for the core, and for the nodes.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use bascule_api::{
+    DeletionPolicy, Disk, DrainPolicy, FailurePolicy, RunPolicy, Source, SourceKind,
+    VirtualMachine, mac_address,
+};
+use bascule_node_api::command::{DiskRef, Interface, VmSpec};
+use bascule_operator_core::{
+    self as core, Budgets, DiskIntent, ImageSource, Moment, Origin, RestartBudget, SpecDigest,
+    VmIntent,
+};
+use bascule_types::Bytes;
+use bascule_volume_format::change::{DiskRole, RowName};
+use sha2::{Digest, Sha256};
+
+/// What the core is to bring about.
+pub(crate) fn intent(vm: &VirtualMachine) -> Result<VmIntent> {
+    vm.spec.check(&vm.metadata).map_err(|errors| {
+        let all: Vec<String> = errors.iter().map(ToString::to_string).collect();
+        anyhow::anyhow!("{}", all.join("; "))
+    })?;
+    let (namespace, name) = names(vm);
+    let limits = &vm.spec.availability.migration;
+    let restart = &vm.spec.availability.restart;
+    Ok(VmIntent {
+        uid: vm
+            .metadata
+            .uid
+            .as_deref()
+            .unwrap_or_default()
+            .parse()
+            .context("metadata.uid")?,
+        row: RowName::new(format!("{namespace}/{name}")).context("metadata.name")?,
+        volume: vm.spec.volume.clone(),
+        run: match vm.spec.run_policy {
+            RunPolicy::Always => core::RunPolicy::Always,
+            RunPolicy::OnFailure => core::RunPolicy::OnFailure,
+            RunPolicy::Stopped => core::RunPolicy::Stopped,
+        },
+        deleting_since: vm
+            .metadata
+            .deletion_timestamp
+            .as_ref()
+            .map(|at| moment(&at.0)),
+        finalizer: has_finalizer(vm),
+        digest: digest(vm)?,
+        disks: disks(vm, &namespace, &name)?,
+        on_drain: match vm.spec.availability.on_drain {
+            DrainPolicy::LiveMigrate => core::DrainPolicy::LiveMigrate,
+            DrainPolicy::QuickMigrate => core::DrainPolicy::QuickMigrate,
+            DrainPolicy::Shutdown => core::DrainPolicy::Shutdown,
+        },
+        on_failure: match vm.spec.availability.on_node_failure {
+            FailurePolicy::Restart => core::FailurePolicy::Restart,
+            FailurePolicy::Leave => core::FailurePolicy::Leave,
+        },
+        budgets: Budgets {
+            downtime: limits.downtime.to_std()?,
+            live: limits.live_timeout.to_std()?,
+            quick: limits.quick_timeout.to_std()?,
+            shutdown: limits.shutdown_timeout.to_std()?,
+            bandwidth: limits
+                .bandwidth
+                .as_ref()
+                .map(bascule_api::Quantity::to_bytes)
+                .transpose()?,
+        },
+        restart: RestartBudget {
+            attempts_max: usize::try_from(restart.attempts_max).unwrap_or(0),
+            window: restart.window.to_std()?,
+            backoff: restart.backoff.to_std()?,
+        },
+        namespace,
+        name,
+    })
+}
+
+/// What a node needs to run it.
+pub(crate) fn vm_spec(vm: &VirtualMachine) -> Result<VmSpec> {
+    let (namespace, name) = names(vm);
+    let uid = vm.metadata.uid.as_deref().unwrap_or_default();
+    let image = |disk: &str| row_text(&namespace, &name, disk);
+    let spec = &vm.spec;
+    Ok(VmSpec {
+        uid: uid.parse().context("metadata.uid")?,
+        volume: spec.volume.clone(),
+        cpus: u8::try_from(spec.cpu.cores).context("spec.cpu.cores")?,
+        memory: Bytes(spec.memory.to_bytes().context("spec.memory")?),
+        kernel: image(KERNEL),
+        initrd: spec.boot.initrd.as_ref().map(|_| image(INITRD)),
+        cmdline: spec.boot.cmdline.clone(),
+        disks: spec
+            .disks
+            .iter()
+            .map(|disk| DiskRef {
+                name: disk.name.clone(),
+                row: disk_row(&namespace, &name, disk),
+            })
+            .collect(),
+        interfaces: spec
+            .interfaces
+            .iter()
+            .map(|interface| {
+                let asked = interface.mac.as_deref().and_then(parse_mac);
+                Interface {
+                    network: interface.bridge.clone(),
+                    mac: asked.unwrap_or_else(|| mac_address(uid, &interface.name)),
+                }
+            })
+            .collect(),
+        namespace,
+        name,
+    })
+}
+
+/// The digest of everything that a reservation and a start depend on.
+pub(crate) fn digest(vm: &VirtualMachine) -> Result<SpecDigest> {
+    let relevant = (vm_spec(vm)?, &vm.spec.placement);
+    let json = serde_json::to_vec(&relevant).context("write the spec")?;
+    Ok(SpecDigest(Sha256::digest(json).into()))
+}
+
+/// The time that a drain has to be patient: all three stages and a margin.
+pub(crate) fn grace(vm: &VirtualMachine) -> Result<Duration> {
+    let limits = &vm.spec.availability.migration;
+    let stages = limits.live_timeout.to_std()?
+        + limits.quick_timeout.to_std()?
+        + limits.shutdown_timeout.to_std()?;
+    Ok(stages + GRACE_MARGIN)
+}
+
+/// Namespace and name.
+pub(crate) fn names(vm: &VirtualMachine) -> (String, String) {
+    let text = |field: &Option<String>| field.clone().unwrap_or_default();
+    (text(&vm.metadata.namespace), text(&vm.metadata.name))
+}
+
+pub(crate) fn moment(at: &jiff::Timestamp) -> Moment {
+    Moment(u64::try_from(at.as_millisecond()).unwrap_or(0))
+}
+
+fn has_finalizer(vm: &VirtualMachine) -> bool {
+    let ours = |finalizer: &String| finalizer == bascule_api::names::VM_FINALIZER;
+    vm.metadata.finalizers.iter().flatten().any(ours)
+}
+
+fn disks(vm: &VirtualMachine, namespace: &str, name: &str) -> Result<Vec<DiskIntent>> {
+    let boot = |disk: &str, role, size, source: &Source| -> Result<DiskIntent> {
+        Ok(DiskIntent {
+            name: disk.to_owned(),
+            row: RowName::new(row_text(namespace, name, disk))?,
+            role,
+            origin: Origin::Image {
+                size,
+                source: image_source(source)?,
+            },
+            delete_with_vm: true,
+        })
+    };
+    let kernel = boot(
+        KERNEL,
+        DiskRole::Kernel,
+        KERNEL_SIZE_MAX,
+        &vm.spec.boot.kernel,
+    )?;
+    let mut all = vec![kernel];
+    if let Some(initrd) = &vm.spec.boot.initrd {
+        all.push(boot(INITRD, DiskRole::Initrd, INITRD_SIZE_MAX, initrd)?);
+    }
+    for disk in &vm.spec.disks {
+        let size =
+            || -> Result<Bytes> { Ok(Bytes(disk.size.as_ref().context("size")?.to_bytes()?)) };
+        let origin = match (&disk.existing, &disk.source) {
+            (Some(_), _) => Origin::Existing,
+            (None, Some(source)) => Origin::Image {
+                size: size()?,
+                source: image_source(source)?,
+            },
+            (None, None) => Origin::Blank { size: size()? },
+        };
+        all.push(DiskIntent {
+            name: disk.name.clone(),
+            row: RowName::new(disk_row(namespace, name, disk))?,
+            role: DiskRole::Data,
+            origin,
+            delete_with_vm: disk.deletion_policy == DeletionPolicy::Delete,
+        });
+    }
+    Ok(all)
+}
+
+fn image_source(source: &Source) -> Result<ImageSource> {
+    match source
+        .kind()
+        .context("set exactly one of http and hostFile")?
+    {
+        SourceKind::Http(http) => Ok(ImageSource::Http {
+            url: http.url.clone(),
+            sha256: http.sha256.clone(),
+        }),
+        SourceKind::HostFile(file) => Ok(ImageSource::HostFile {
+            name: file.name.clone(),
+        }),
+    }
+}
+
+fn disk_row(namespace: &str, vm: &str, disk: &Disk) -> String {
+    match &disk.existing {
+        Some(existing) => format!("{namespace}/{}", existing.name),
+        None => row_text(namespace, vm, &disk.name),
+    }
+}
+
+fn row_text(namespace: &str, vm: &str, disk: &str) -> String {
+    format!("{namespace}/{vm}.{disk}")
+}
+
+fn parse_mac(text: &str) -> Option<[u8; 6]> {
+    let mut mac = [0; 6];
+    let mut parts = text.split(':');
+    for byte in &mut mac {
+        *byte = u8::from_str_radix(parts.next()?, 16).ok()?;
+    }
+    parts.next().is_none().then_some(mac)
+}
+
+/// The kernel's name among a virtual machine's disks.
+pub(crate) const KERNEL: &str = "boot-kernel";
+/// The initial RAM disk's.
+pub(crate) const INITRD: &str = "boot-initrd";
+/// Room for a kernel until its length is known; the rest is given back then.
+const KERNEL_SIZE_MAX: Bytes = Bytes::mib(64);
+/// The same for an initial RAM disk: a generic distribution's with all modules.
+const INITRD_SIZE_MAX: Bytes = Bytes::mib(256);
+/// For the last stage to be noticed and the hold process to end.
+const GRACE_MARGIN: Duration = Duration::from_secs(60);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn vm(patch: &serde_json::Value) -> VirtualMachine {
+        let mut document = serde_json::json!({
+            "apiVersion": "bascule.dev/v1alpha1",
+            "kind": "VirtualMachine",
+            "metadata": {
+                "name": "web", "namespace": "shop",
+                "uid": "6fa459ea-ee8a-4ca4-894e-db77e160355e",
+            },
+            "spec": {
+                "memory": "512Mi", "volume": "san",
+                "boot": {"kernel": {"hostFile": {"name": "k"}}, "cmdline": "quiet"},
+                "disks": [
+                    {"name": "root", "size": "1Gi", "deletionPolicy": "Delete"},
+                    {"name": "data", "existing": {"name": "old.data"}},
+                ],
+                "interfaces": [{"name": "lan", "bridge": "lan", "mac": "02:00:00:00:00:0a"}],
+            },
+        });
+        for (key, value) in patch.as_object().unwrap() {
+            document["spec"][key] = value.clone();
+        }
+        serde_json::from_value(document).unwrap()
+    }
+
+    #[test]
+    fn disks_are_named_after_namespace_and_virtual_machine() {
+        let intent = intent(&vm(&serde_json::json!({}))).unwrap();
+        let rows: Vec<&str> = intent.disks.iter().map(|disk| disk.row.as_str()).collect();
+        assert_eq!(
+            rows,
+            ["shop/web.boot-kernel", "shop/web.root", "shop/old.data"]
+        );
+        assert!(intent.disks[1].delete_with_vm && !intent.disks[2].delete_with_vm);
+    }
+
+    #[test]
+    fn a_node_gets_macs_and_rows() {
+        let spec = vm_spec(&vm(&serde_json::json!({}))).unwrap();
+        assert_eq!(spec.interfaces[0].mac, [2, 0, 0, 0, 0, 10]);
+        assert_eq!(spec.disks[1].row, "shop/old.data");
+        assert_eq!(spec.memory, Bytes::mib(512));
+    }
+
+    #[test]
+    fn the_digest_changes_with_what_a_start_depends_on_and_with_nothing_else() {
+        let base = digest(&vm(&serde_json::json!({}))).unwrap();
+        let of = |patch| digest(&vm(&patch)).unwrap();
+        assert_ne!(of(serde_json::json!({"memory": "1Gi"})), base);
+        assert_ne!(
+            of(serde_json::json!({"placement": {"nodeSelector": {"a": "b"}}})),
+            base
+        );
+        assert_eq!(of(serde_json::json!({"runPolicy": "Stopped"})), base);
+    }
+
+    #[test]
+    fn a_drain_is_patient_for_all_three_stages() {
+        let limits = serde_json::json!({"availability": {"migration": {
+            "liveTimeout": "10s", "quickTimeout": "20s", "shutdownTimeout": "30s"}}});
+        assert_eq!(
+            grace(&vm(&limits)).unwrap(),
+            Duration::from_secs(60) + GRACE_MARGIN
+        );
+    }
+
+    #[test]
+    fn a_bad_document_is_refused_with_its_field() {
+        let error = intent(&vm(&serde_json::json!({"memory": "1"}))).unwrap_err();
+        assert!(error.to_string().contains("spec.memory"), "{error}");
+    }
+}

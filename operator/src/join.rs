@@ -1,0 +1,242 @@
+//! The Join service: trades a node-bound token for a node certificate.
+
+use std::sync::Arc;
+
+use anyhow::Context;
+use bascule_api::names::JOIN_AUDIENCE;
+use bascule_node_api::proto::join_server::{Join, JoinServer};
+use bascule_node_api::proto::{JoinRequest, JoinResponse};
+use bascule_pki::{Authority, OPERATOR_NAME};
+use bascule_types::{ClusterId, NodeUid};
+use k8s_openapi::api::authentication::v1::{TokenReview, TokenReviewSpec, TokenReviewStatus};
+use k8s_openapi::api::core::v1::Node;
+use kube::api::PostParams;
+use kube::{Api, Client};
+use tonic::transport::{Identity, Server, ServerTlsConfig};
+use tonic::{Request, Response, Status};
+
+use crate::cli::Args;
+
+/// Lets nodes in.
+pub(crate) struct JoinService {
+    client: Client,
+    authority: Arc<Authority>,
+    cluster: ClusterId,
+    /// `system:serviceaccount:<namespace>:<name>`.
+    username: String,
+}
+
+impl JoinService {
+    pub(crate) fn new(
+        client: Client,
+        authority: Arc<Authority>,
+        cluster: ClusterId,
+        args: &Args,
+    ) -> Self {
+        let username = format!(
+            "system:serviceaccount:{}:{}",
+            args.namespace, args.node_service_account
+        );
+        Self {
+            client,
+            authority,
+            cluster,
+            username,
+        }
+    }
+
+    /// Serves for ever.
+    pub(crate) async fn serve(self, listen: std::net::SocketAddr) -> anyhow::Result<()> {
+        let identity = self
+            .authority
+            .issue_operator(&[OPERATOR_NAME.to_owned()])
+            .context("issue the operator's certificate")?;
+        let tls = ServerTlsConfig::new().identity(Identity::from_pem(
+            &identity.certificate_pem,
+            &identity.key_pem,
+        ));
+        Server::builder()
+            .tls_config(tls)
+            .context("set up TLS")?
+            .timeout(CALL_LIMIT)
+            .concurrency_limit_per_connection(4)
+            .add_service(JoinServer::new(self))
+            .serve(listen)
+            .await
+            .with_context(|| format!("serve Join on {listen}"))
+    }
+
+    async fn review(&self, token: String) -> Result<TokenReviewStatus, Status> {
+        let reviews: Api<TokenReview> = Api::all(self.client.clone());
+        let review = TokenReview {
+            spec: TokenReviewSpec {
+                token,
+                audiences: Some(vec![JOIN_AUDIENCE.to_owned()]),
+            },
+            ..TokenReview::default()
+        };
+        let answer = reviews
+            .create(&PostParams::default(), &review)
+            .await
+            .map_err(away)?;
+        Ok(answer.status.unwrap_or_default())
+    }
+}
+
+#[tonic::async_trait]
+impl Join for JoinService {
+    async fn join(&self, request: Request<JoinRequest>) -> Result<Response<JoinResponse>, Status> {
+        let request = request.into_inner();
+        if request.token.len() > TOKEN_BYTES_MAX || request.csr_pem.len() > CSR_BYTES_MAX {
+            return Err(Status::invalid_argument(
+                "token or certificate request too long",
+            ));
+        }
+        let status = self.review(request.token).await?;
+        let bound = bound_node(&status, &self.username)?;
+        if bound.name != request.node_name {
+            let message = format!("the token is bound to node {}", bound.name);
+            return Err(Status::permission_denied(message));
+        }
+        let nodes: Api<Node> = Api::all(self.client.clone());
+        let node = nodes.get_opt(&bound.name).await.map_err(away)?;
+        let uid = node
+            .and_then(|node| node.metadata.uid)
+            .ok_or_else(|| Status::not_found(format!("there is no node {}", bound.name)))?;
+        if bound.uid.is_some_and(|bound| bound != uid) {
+            let message = "the token is bound to an earlier node of that name";
+            return Err(Status::permission_denied(message));
+        }
+        let node: NodeUid = uid
+            .parse()
+            .map_err(|_| Status::internal("the node's UID is not a UUID"))?;
+        let certificate_pem = self
+            .authority
+            .sign_node(&request.csr_pem, node)
+            .map_err(|error| Status::invalid_argument(error.to_string()))?;
+        tracing::info!(node = bound.name, uid, "joined");
+        Ok(Response::new(JoinResponse {
+            certificate_pem,
+            ca_pem: self.authority.certificate_pem().to_owned(),
+            node_uid: uid,
+            cluster_id: self.cluster.to_string(),
+        }))
+    }
+}
+
+/// The node that a token was issued for.
+#[derive(Debug, PartialEq, Eq)]
+struct BoundNode {
+    name: String,
+    uid: Option<String>,
+}
+
+/// Which node the token is bound to, if it is one of ours.
+fn bound_node(status: &TokenReviewStatus, username: &str) -> Result<BoundNode, Status> {
+    if status.authenticated != Some(true) {
+        let why = status.error.as_deref().unwrap_or("it is not valid");
+        return Err(Status::unauthenticated(format!(
+            "the token was refused: {why}"
+        )));
+    }
+    let for_us = |audience: &String| audience == JOIN_AUDIENCE;
+    if !status.audiences.iter().flatten().any(for_us) {
+        return Err(Status::unauthenticated(
+            "the token is not of audience bascule.dev",
+        ));
+    }
+    let user = status.user.clone().unwrap_or_default();
+    if user.username.as_deref() != Some(username) {
+        let who = user.username.unwrap_or_default();
+        return Err(Status::permission_denied(format!(
+            "{who} is not {username}"
+        )));
+    }
+    let extra = user.extra.unwrap_or_default();
+    let first = |key: &str| extra.get(key).and_then(|values| values.first()).cloned();
+    let name = first(EXTRA_NODE_NAME).ok_or_else(|| {
+        Status::failed_precondition(
+            "the token is not bound to a node: Bascule needs Kubernetes 1.33 or newer",
+        )
+    })?;
+    Ok(BoundNode {
+        name,
+        uid: first(EXTRA_NODE_UID),
+    })
+}
+
+/// The operator cannot say yes or no at present.
+fn away(error: kube::Error) -> Status {
+    Status::unavailable(format!("the API server cannot be asked: {error}"))
+}
+
+/// KEP-4193: which node a service account token was issued for.
+const EXTRA_NODE_NAME: &str = "authentication.kubernetes.io/node-name";
+/// And that node's UID.
+const EXTRA_NODE_UID: &str = "authentication.kubernetes.io/node-uid";
+/// Tokens are about 1 KiB.
+const TOKEN_BYTES_MAX: usize = 16 << 10;
+/// Requests for an elliptic-curve key are less than 1 KiB.
+const CSR_BYTES_MAX: usize = 16 << 10;
+/// Two calls to the API server.
+const CALL_LIMIT: std::time::Duration = std::time::Duration::from_secs(15);
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use k8s_openapi::api::authentication::v1::UserInfo;
+    use tonic::Code;
+
+    use super::*;
+
+    const USER: &str = "system:serviceaccount:bascule-system:bascule-node";
+
+    fn good() -> TokenReviewStatus {
+        let extra = BTreeMap::from([
+            (EXTRA_NODE_NAME.to_owned(), vec!["node-1".to_owned()]),
+            (EXTRA_NODE_UID.to_owned(), vec!["u".to_owned()]),
+        ]);
+        TokenReviewStatus {
+            authenticated: Some(true),
+            audiences: Some(vec![JOIN_AUDIENCE.to_owned()]),
+            user: Some(UserInfo {
+                username: Some(USER.to_owned()),
+                extra: Some(extra),
+                ..UserInfo::default()
+            }),
+            error: None,
+        }
+    }
+
+    #[test]
+    fn a_node_bound_token_of_our_service_account_names_its_node() {
+        let expected = BoundNode {
+            name: "node-1".to_owned(),
+            uid: Some("u".to_owned()),
+        };
+        assert_eq!(bound_node(&good(), USER).unwrap(), expected);
+    }
+
+    #[test]
+    fn every_other_token_is_refused() {
+        let refused = |status: &TokenReviewStatus| bound_node(status, USER).unwrap_err();
+        let unauthenticated = TokenReviewStatus {
+            authenticated: Some(false),
+            ..good()
+        };
+        assert_eq!(refused(&unauthenticated).code(), Code::Unauthenticated);
+        let of_the_api = TokenReviewStatus {
+            audiences: None,
+            ..good()
+        };
+        assert_eq!(refused(&of_the_api).code(), Code::Unauthenticated);
+        let mut stranger = good();
+        stranger.user.as_mut().unwrap().username = Some("system:serviceaccount:x:y".to_owned());
+        assert_eq!(refused(&stranger).code(), Code::PermissionDenied);
+        let mut unbound = good();
+        unbound.user.as_mut().unwrap().extra = None;
+        let status = refused(&unbound);
+        assert!(status.message().contains("1.33"), "{status}");
+    }
+}

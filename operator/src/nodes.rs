@@ -1,0 +1,314 @@
+//! One client for each node: a stream of reports, and commands.
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, bail};
+use bascule_node_api::command::{Command, Outcome};
+use bascule_node_api::proto;
+use bascule_node_api::proto::node_client::NodeClient;
+use bascule_node_api::report::NodeReport;
+use bascule_node_api::{NODE_PORT, NODE_TLS_NAME, VERSION, VERSION_MIN, agree};
+use bascule_operator_core::Stream;
+use bascule_pki::Authority;
+use tokio::sync::Notify;
+use tokio::task::JoinHandle;
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
+
+use crate::run::now;
+
+/// All nodes.
+#[derive(Clone, Debug)]
+pub(crate) struct Nodes {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    authority: Arc<Authority>,
+    tls: Mutex<Option<ClientTlsConfig>>,
+    entries: Mutex<HashMap<String, Entry>>,
+    changed: Arc<Notify>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    address: IpAddr,
+    uid: String,
+    task: JoinHandle<()>,
+    state: NodeState,
+}
+
+impl Drop for Entry {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// What is known of a node through its daemon.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct NodeState {
+    /// The stream of its reports.
+    pub(crate) stream: Stream,
+    /// The last one.
+    pub(crate) report: Option<Arc<NodeReport>>,
+    /// The channel, while the stream is up.
+    channel: Option<Channel>,
+    /// Why there is no stream.
+    pub(crate) error: Option<String>,
+}
+
+impl Nodes {
+    pub(crate) fn new(authority: Arc<Authority>, changed: Arc<Notify>) -> Self {
+        let shared = Shared {
+            authority,
+            tls: Mutex::new(None),
+            entries: Mutex::new(HashMap::new()),
+            changed,
+        };
+        Self {
+            shared: Arc::new(shared),
+        }
+    }
+
+    /// Follows exactly these nodes: name to address and UID.
+    pub(crate) fn follow(&self, nodes: &BTreeMap<String, (IpAddr, String)>) {
+        let mut entries = self
+            .shared
+            .entries
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        entries.retain(|name, entry| {
+            nodes
+                .get(name)
+                .is_some_and(|(a, uid)| *a == entry.address && *uid == entry.uid)
+        });
+        for (name, (address, uid)) in nodes {
+            entries.entry(name.clone()).or_insert_with(|| {
+                let shared = Arc::clone(&self.shared);
+                let task = tokio::spawn(follow_node(shared, name.clone(), *address, uid.clone()));
+                Entry {
+                    address: *address,
+                    uid: uid.clone(),
+                    task,
+                    state: NodeState::default(),
+                }
+            });
+        }
+    }
+
+    /// What is known of every node.
+    pub(crate) fn states(&self) -> BTreeMap<String, NodeState> {
+        let entries = self
+            .shared
+            .entries
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        entries
+            .iter()
+            .map(|(name, entry)| (name.clone(), entry.state.clone()))
+            .collect()
+    }
+
+    /// Executes a command on a node.
+    pub(crate) async fn execute(&self, node: &str, command: &Command) -> Result<Outcome> {
+        let channel = {
+            let entries = self
+                .shared
+                .entries
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            let state = entries.get(node).map(|entry| &entry.state);
+            state.and_then(|state| state.channel.clone())
+        };
+        let channel = channel.ok_or_else(|| anyhow!("bascule-node on {node} does not answer"))?;
+        let json = serde_json::to_string(command).context("write the command")?;
+        let request = proto::Command {
+            version: VERSION,
+            version_min: VERSION_MIN,
+            json,
+        };
+        let mut client = NodeClient::new(channel);
+        let answer = tokio::time::timeout(COMMAND_LIMIT, client.execute(request))
+            .await
+            .map_err(|_| anyhow!("bascule-node on {node} does not answer in {COMMAND_LIMIT:?}"))?
+            .map_err(|status| anyhow!("bascule-node on {node}: {}", status.message()))?;
+        serde_json::from_str(&answer.into_inner().json).context("read the outcome")
+    }
+}
+
+impl Shared {
+    fn update(&self, name: &str, change: impl FnOnce(&mut NodeState) -> bool) {
+        let changed = {
+            let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
+            entries
+                .get_mut(name)
+                .is_some_and(|entry| change(&mut entry.state))
+        };
+        if changed {
+            self.changed.notify_one();
+        }
+    }
+
+    /// The operator's own certificate, made again before it expires.
+    fn tls(&self) -> Result<ClientTlsConfig> {
+        let mut cached = self.tls.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(tls) = &*cached {
+            return Ok(tls.clone());
+        }
+        let identity = self
+            .authority
+            .issue_operator(&[])
+            .context("issue a certificate")?;
+        let tls = ClientTlsConfig::new()
+            .ca_certificate(Certificate::from_pem(self.authority.certificate_pem()))
+            .identity(Identity::from_pem(
+                &identity.certificate_pem,
+                &identity.key_pem,
+            ))
+            .domain_name(NODE_TLS_NAME);
+        *cached = Some(tls.clone());
+        Ok(tls)
+    }
+
+    fn forget_tls(&self) {
+        *self.tls.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+}
+
+/// Keeps a stream to one node for ever.
+async fn follow_node(shared: Arc<Shared>, name: String, address: IpAddr, uid: String) {
+    let mut failures: u32 = 0;
+    loop {
+        let error = match watch(&shared, &name, address, &uid, &mut failures).await {
+            Ok(()) => anyhow!("the node ended the stream"),
+            Err(error) => error,
+        };
+        failures = failures.saturating_add(1);
+        let message = format!("{error:#}");
+        shared.update(&name, |state| {
+            let was_up = state.stream == Stream::Up;
+            if was_up {
+                tracing::warn!(node = name, error = message, "lost the node's stream");
+            }
+            if !matches!(state.stream, Stream::Down { .. }) {
+                state.stream = Stream::Down { since: now() };
+            }
+            state.channel = None;
+            state.error = Some(message);
+            was_up || failures == 1
+        });
+        if failures.is_multiple_of(CERTIFICATE_SUSPECT_AFTER) {
+            // Ours may have expired while the operator was suspended, or the authority changed.
+            shared.forget_tls();
+        }
+        tokio::time::sleep(RECONNECT).await;
+    }
+}
+
+async fn watch(
+    shared: &Arc<Shared>,
+    name: &str,
+    address: IpAddr,
+    uid: &str,
+    failures: &mut u32,
+) -> Result<()> {
+    let host = match address {
+        IpAddr::V4(v4) => v4.to_string(),
+        IpAddr::V6(v6) => format!("[{v6}]"),
+    };
+    let channel = Endpoint::from_shared(format!("https://{host}:{NODE_PORT}"))
+        .context("the node's address")?
+        .tls_config(shared.tls()?)
+        .context("set up TLS")?
+        .connect_timeout(CONNECT_LIMIT)
+        .http2_keep_alive_interval(SILENCE_LIMIT)
+        .keep_alive_timeout(SILENCE_LIMIT)
+        .connect()
+        .await
+        .context("connect")?;
+    let request = proto::WatchRequest {
+        version: VERSION,
+        version_min: VERSION_MIN,
+    };
+    let mut client = NodeClient::new(channel.clone()).max_decoding_message_size(REPORT_BYTES_MAX);
+    let mut stream = tokio::time::timeout(SILENCE_LIMIT, client.watch(request))
+        .await
+        .context("the node does not answer")?
+        .map_err(|status| anyhow!("{}", status.message()))?
+        .into_inner();
+    loop {
+        // The node reports at least once a second: silence is a fact about it.
+        let next = tokio::time::timeout(SILENCE_LIMIT, stream.message())
+            .await
+            .map_err(|_| anyhow!("no report for {SILENCE_LIMIT:?}"))?
+            .map_err(|status| anyhow!("{}", status.message()))?;
+        let Some(envelope) = next else { return Ok(()) };
+        if agree(envelope.version, envelope.version).is_none() {
+            bail!(
+                "the node reports in version {}, which is not known here",
+                envelope.version
+            );
+        }
+        let report: NodeReport = serde_json::from_str(&envelope.json).context("read a report")?;
+        if report.node.to_string() != uid {
+            bail!(
+                "{} answers at the address of {name}: another node's identity",
+                report.name
+            );
+        }
+        *failures = 0;
+        shared.update(name, |state| {
+            let was_up = state.stream == Stream::Up;
+            let same = was_up
+                && state
+                    .report
+                    .as_deref()
+                    .is_some_and(|old| alike(old, &report));
+            state.stream = Stream::Up;
+            state.channel.get_or_insert_with(|| channel.clone());
+            state.error = None;
+            state.report = Some(Arc::new(report));
+            if !was_up {
+                tracing::info!(node = name, "the node reports");
+            }
+            !same
+        });
+    }
+}
+
+/// Whether nothing changed but the clocks that tick in every report.
+fn alike(old: &NodeReport, new: &NodeReport) -> bool {
+    let still = |report: &NodeReport| {
+        let mut report = report.clone();
+        for volume in &mut report.volumes {
+            if let Ok(status) = &mut volume.status {
+                status.lease_left_ms = 0;
+                for peer in &mut status.peers {
+                    peer.silent_ms = 0;
+                }
+            }
+        }
+        for vm in &mut report.vms {
+            vm.overhead = None;
+        }
+        report
+    };
+    still(old) == still(new)
+}
+
+/// A node that is alive accepts at once.
+const CONNECT_LIMIT: Duration = Duration::from_secs(2);
+/// Three reports missed.
+const SILENCE_LIMIT: Duration = Duration::from_secs(3);
+/// Soon enough to notice a daemon's restart before anybody else does.
+const RECONNECT: Duration = Duration::from_millis(500);
+/// Commands are executed or refused before they are answered; attaching a volume may wait for its
+/// lease.
+const COMMAND_LIMIT: Duration = Duration::from_secs(45);
+/// Ten thousand VMs of a kilobyte each, and room.
+const REPORT_BYTES_MAX: usize = 64 << 20;
+/// A minute of failures.
+const CERTIFICATE_SUSPECT_AFTER: u32 = 60;

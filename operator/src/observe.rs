@@ -1,0 +1,292 @@
+//! What is known about one virtual machine, gathered for the core.
+
+use std::collections::BTreeMap;
+
+use bascule_api::names::{LABEL_TRIGGER, TRIGGER_DRAIN};
+use bascule_api::{
+    Failover, MigrationMode, MigrationPhase, Phase, SharedVolume, VirtualMachine,
+    VirtualMachineMigration,
+};
+use bascule_ipc::volume::{FencingMode, PathState, Rows};
+use bascule_node_api::report::ImportState;
+use bascule_operator_core::{
+    self as core, Access, Fact, FailoverView, History, ImportPhase, ImportView, Moment, NodeView,
+    Observed, Peer, Process, RowView, Stream, VolumeView,
+};
+use bascule_types::{Epoch, Generation, Owner, SlotId, VmUid};
+use k8s_openapi::api::core::v1::Node;
+use kube::ResourceExt;
+
+use crate::intent::moment;
+use crate::nodes::NodeState;
+use crate::rows::{coordinates, status};
+use crate::stores::Stores;
+
+/// Everything around one virtual machine.
+pub(crate) fn observe(
+    vm: &VirtualMachine,
+    stores: &Stores,
+    states: &BTreeMap<String, NodeState>,
+    rows: Option<&Rows>,
+    memory: &History,
+    now: Moment,
+) -> Observed {
+    let uid: Option<VmUid> = vm.uid().and_then(|uid| uid.parse().ok());
+    let volume = &vm.spec.volume;
+    let pods = stores
+        .pods
+        .state_filter(|pod| crate::pod::belongs_to(pod, vm));
+    let ours = |m: &VirtualMachineMigration| {
+        m.spec.virtual_machine == vm.name_any() && m.namespace() == vm.namespace()
+    };
+    let migrations = stores.migrations.state_filter(ours);
+    let object = stores.volumes.find(|sv| sv.name_any() == *volume);
+    Observed {
+        volume: object.map_or(Fact::Absent, |sv| volume_view(&sv, states)),
+        nodes: stores
+            .nodes
+            .state()
+            .iter()
+            .map(|node| {
+                (
+                    node.name_any(),
+                    node_view(node, states.get(&node.name_any()), volume),
+                )
+            })
+            .collect(),
+        row: row_view(uid, rows),
+        pods: Fact::Known(pods.iter().map(|pod| crate::pod::view(pod, now)).collect()),
+        migrations: Fact::Known(
+            migrations
+                .iter()
+                .filter_map(|m| migration_view(m))
+                .collect(),
+        ),
+        failover: open_failover(vm, stores),
+        processes: processes(uid, states),
+        imports: imports(volume, states),
+        history: history(vm, memory),
+    }
+}
+
+fn volume_view(sv: &SharedVolume, states: &BTreeMap<String, NodeState>) -> Fact<VolumeView> {
+    let name = sv.name_any();
+    let fencing = match sv.spec.fencing.mode {
+        bascule_api::FencingMode::LeaseOnly => FencingMode::LeaseOnly,
+        // One that is refused is never attached.
+        bascule_api::FencingMode::Watchdog | bascule_api::FencingMode::PersistentReservation => {
+            FencingMode::Watchdog
+        }
+    };
+    Fact::Known(VolumeView {
+        fencing,
+        file: sv.spec.backing.file.is_some(),
+        peers: peers(&name, states),
+    })
+}
+
+/// The heartbeat of every slot as other nodes see it: alive if one of them saw it move.
+pub(crate) fn peers(volume: &str, states: &BTreeMap<String, NodeState>) -> Vec<Peer> {
+    let mut seen: BTreeMap<SlotId, Peer> = BTreeMap::new();
+    for state in states.values().filter(|state| state.stream == Stream::Up) {
+        let Some(report) = &state.report else {
+            continue;
+        };
+        let Some(status) = status(state, volume) else {
+            continue;
+        };
+        if status.path != PathState::Direct {
+            continue;
+        }
+        for peer in status.peers.iter().filter(|peer| peer.node != report.node) {
+            let new = Peer {
+                owner: peer.owner,
+                node: peer.node,
+                alive: peer.alive,
+            };
+            let merged = seen.entry(peer.owner.slot).or_insert(new);
+            if new.owner.generation > merged.owner.generation {
+                *merged = new;
+            } else if new.owner == merged.owner {
+                merged.alive |= new.alive;
+            }
+        }
+    }
+    seen.into_values().collect()
+}
+
+fn node_view(node: &Node, state: Option<&NodeState>, volume: &str) -> NodeView {
+    let condition = |type_: &str| {
+        let conditions = node
+            .status
+            .as_ref()
+            .and_then(|status| status.conditions.as_ref());
+        let found = conditions.into_iter().flatten().find(|c| c.type_ == type_);
+        found.map_or(Fact::Unknown, |c| Fact::Known(c.status == "True"))
+    };
+    let report = state.and_then(|state| state.report.as_ref());
+    let attached = state.and_then(|state| status(state, volume));
+    NodeView {
+        uid: node.uid().and_then(|uid| uid.parse().ok()),
+        cordoned: node
+            .spec
+            .as_ref()
+            .and_then(|spec| spec.unschedulable)
+            .unwrap_or(false),
+        kubelet_ready: condition("Ready"),
+        stream: state.map(|state| state.stream).unwrap_or_default(),
+        kvm_error: report.and_then(|report| report.kvm_error.clone()),
+        access: attached.map(|status| Access {
+            path: status.path,
+            reason: status.reason.clone(),
+            owner: status.owner,
+            watchdog: status.watchdog,
+            coordinator: coordinates(status),
+        }),
+    }
+}
+
+fn row_view(uid: Option<VmUid>, rows: Option<&Rows>) -> Fact<RowView> {
+    let (Some(uid), Some(rows)) = (uid, rows) else {
+        return Fact::Unknown;
+    };
+    let Some(row) = rows.vms.iter().find(|row| row.vm == uid) else {
+        return Fact::Absent;
+    };
+    Fact::Known(RowView {
+        owner: row.owner,
+        epoch: row.epoch,
+        disks: rows.disks.clone(),
+        saved: rows
+            .saved
+            .iter()
+            .any(|saved| saved.vm == uid && saved.complete.is_some()),
+        fences: rows.fences.clone(),
+    })
+}
+
+fn processes(uid: Option<VmUid>, states: &BTreeMap<String, NodeState>) -> Vec<Process> {
+    // What a node that does not answer said last is no fact about it any more.
+    let up = states
+        .iter()
+        .filter(|(_, state)| state.stream == Stream::Up);
+    up.filter_map(|(name, state)| Some((name, state.report.as_ref()?)))
+        .flat_map(|(name, report)| report.vms.iter().map(move |vm| (name, vm)))
+        .filter(|(_, vm)| Some(vm.status.uid) == uid)
+        .map(|(name, vm)| Process {
+            node: name.clone(),
+            alive: vm.alive,
+            status: vm.status.clone(),
+        })
+        .collect()
+}
+
+fn imports(volume: &str, states: &BTreeMap<String, NodeState>) -> Vec<ImportView> {
+    let up = states
+        .iter()
+        .filter(|(_, state)| state.stream == Stream::Up);
+    up.filter_map(|(name, state)| Some((name, state.report.as_ref()?)))
+        .flat_map(|(name, report)| report.imports.iter().map(move |import| (name, import)))
+        .filter(|(_, import)| import.volume == volume)
+        .map(|(name, import)| ImportView {
+            node: name.clone(),
+            disk: import.disk,
+            written: import.written,
+            phase: match &import.state {
+                ImportState::Running => ImportPhase::Running,
+                ImportState::Complete { length } => ImportPhase::Complete { length: *length },
+                ImportState::Failed { message } => ImportPhase::Failed {
+                    message: message.clone(),
+                },
+            },
+        })
+        .collect()
+}
+
+fn migration_view(m: &VirtualMachineMigration) -> Option<core::Migration> {
+    let status = m.status.clone().unwrap_or_default();
+    let created = m.metadata.creation_timestamp.as_ref();
+    let complete = status.conditions.iter().find(|c| c.type_ == "Complete");
+    Some(core::Migration {
+        name: m.name_any(),
+        attempt: m.uid()?.parse().ok()?,
+        created: created.map(|at| moment(&at.0)).unwrap_or_default(),
+        mode: match m.spec.mode {
+            MigrationMode::Live => core::MigrationMode::Live,
+            MigrationMode::Quick => core::MigrationMode::Quick,
+        },
+        target: m.spec.target.clone(),
+        downtime: m.spec.downtime.as_ref().and_then(|d| d.to_std().ok()),
+        timeout: m.spec.timeout.as_ref().and_then(|d| d.to_std().ok()),
+        bandwidth: m.spec.bandwidth.as_ref().and_then(|b| b.to_bytes().ok()),
+        cancel: m.spec.cancel || m.metadata.deletion_timestamp.is_some(),
+        drain: m
+            .labels()
+            .get(LABEL_TRIGGER)
+            .is_some_and(|trigger| trigger == TRIGGER_DRAIN),
+        phase: match status.phase.unwrap_or(MigrationPhase::Pending) {
+            MigrationPhase::Pending => core::MigrationPhase::Pending,
+            MigrationPhase::Placing => core::MigrationPhase::Placing,
+            MigrationPhase::Copying => core::MigrationPhase::Copying,
+            MigrationPhase::Committing => core::MigrationPhase::Committing,
+            MigrationPhase::Succeeded => core::MigrationPhase::Succeeded,
+            MigrationPhase::Failed => core::MigrationPhase::Failed,
+            MigrationPhase::Cancelled => core::MigrationPhase::Cancelled,
+        },
+        started: status.started_at.as_ref().map(|at| moment(&at.0)),
+        source: status.source.clone(),
+        source_epoch: status.source_epoch.as_deref().and_then(parse).map(Epoch),
+        reason: complete.map(|condition| condition.reason.clone()),
+    })
+}
+
+fn open_failover(vm: &VirtualMachine, stores: &Stores) -> Fact<FailoverView> {
+    let uid = vm.uid().unwrap_or_default();
+    let open = |f: &Failover| {
+        let phase = f.status.as_ref().and_then(|status| status.phase);
+        f.spec.uid == uid && !phase.is_some_and(bascule_api::FailoverPhase::is_final)
+    };
+    let mut records = stores.failovers.state_filter(open);
+    records.sort_by_key(|f| parse(&f.spec.epoch));
+    let view = records.last().and_then(|f| {
+        Some(FailoverView {
+            name: f.name_any(),
+            node: f.spec.node.clone(),
+            owner: Owner {
+                slot: SlotId(u16::try_from(f.spec.owner.slot).ok()?),
+                generation: Generation(parse(&f.spec.owner.generation)?),
+            },
+            epoch: Epoch(parse(&f.spec.epoch)?),
+            taken_over: f
+                .status
+                .as_ref()
+                .is_some_and(|status| status.taken_over_at.is_some()),
+        })
+    });
+    view.map_or(Fact::Absent, Fact::Known)
+}
+
+fn history(vm: &VirtualMachine, memory: &History) -> History {
+    let status = vm.status.clone().unwrap_or_default();
+    let running = [
+        Phase::Running,
+        Phase::Migrating,
+        Phase::FailingOver,
+        Phase::Unknown,
+    ];
+    History {
+        restarts: status
+            .recent_restarts
+            .iter()
+            .map(|at| moment(&at.0))
+            .collect(),
+        stopping_since: status.stopping_since.as_ref().map(|at| moment(&at.0)),
+        completed: status.completed,
+        was_running: status.phase.is_some_and(|phase| running.contains(&phase)),
+        ..memory.clone()
+    }
+}
+
+fn parse(text: &str) -> Option<u64> {
+    text.parse().ok()
+}

@@ -1,0 +1,450 @@
+//! Reservation pods: how they are made, and what they say.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result};
+use bascule_api::VirtualMachine;
+use bascule_api::names::{
+    ANNOTATION_SPEC_DIGEST, LABEL_PURPOSE, LABEL_ROLE, LABEL_VM, ROLE_RESERVATION,
+};
+use bascule_node_api::command::VmSpec;
+use bascule_operator_core::{self as core, PodPhase, Purpose, SpecDigest};
+use k8s_openapi::api::core::v1::{
+    Affinity, Capabilities, Container, NodeAffinity, NodeSelector, NodeSelectorRequirement,
+    NodeSelectorTerm, Pod, PodSecurityContext, PodSpec, ResourceRequirements, SeccompProfile,
+    SecurityContext, Toleration,
+};
+use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
+use kube::api::ObjectMeta;
+use kube::{Resource, ResourceExt};
+
+use crate::cli::Args;
+use crate::intent::{grace, moment};
+
+/// What a pod is made for.
+#[derive(Debug)]
+pub(crate) struct Reservation<'a> {
+    pub(crate) vm: &'a VirtualMachine,
+    pub(crate) name: &'a str,
+    pub(crate) purpose: &'a Purpose,
+    pub(crate) pin: Option<&'a str>,
+    pub(crate) avoid: &'a [String],
+    /// The guest that runs, or the one that would be started.
+    pub(crate) spec: &'a VmSpec,
+    pub(crate) digest: SpecDigest,
+}
+
+/// The pod.
+pub(crate) fn build(reservation: &Reservation<'_>, args: &Args) -> Result<Pod> {
+    let vm = reservation.vm;
+    let owner = OwnerReference {
+        // A drain takes pods that have a controller; this one is the VirtualMachine.
+        controller: Some(true),
+        block_owner_deletion: Some(false),
+        ..vm.owner_ref(&()).context("the VirtualMachine has no UID")?
+    };
+    let (purpose, migration) = match reservation.purpose {
+        Purpose::Current => (CURRENT, None),
+        Purpose::Migration(name) => (MIGRATION, Some(name.clone())),
+    };
+    let mut annotations = BTreeMap::from([
+        (ANNOTATION_SPEC_DIGEST.to_owned(), hex(reservation.digest)),
+        (
+            ANNOTATION_SPEC.to_owned(),
+            serde_json::to_string(reservation.spec)?,
+        ),
+        (ANNOTATION_AVOID.to_owned(), reservation.avoid.join(",")),
+    ]);
+    annotations.extend(migration.map(|name| (ANNOTATION_MIGRATION.to_owned(), name)));
+    Ok(Pod {
+        metadata: ObjectMeta {
+            name: Some(reservation.name.to_owned()),
+            namespace: vm.namespace(),
+            labels: Some(BTreeMap::from([
+                (LABEL_ROLE.to_owned(), ROLE_RESERVATION.to_owned()),
+                (LABEL_VM.to_owned(), vm.name_any()),
+                (LABEL_PURPOSE.to_owned(), purpose.to_owned()),
+            ])),
+            annotations: Some(annotations),
+            owner_references: Some(vec![owner]),
+            ..ObjectMeta::default()
+        },
+        spec: Some(pod_spec(reservation, args)?),
+        status: None,
+    })
+}
+
+fn pod_spec(reservation: &Reservation<'_>, args: &Args) -> Result<PodSpec> {
+    let placement = &reservation.vm.spec.placement;
+    let mut tolerations = placement.tolerations.clone();
+    // An isolated node or a dead kubelet is no reason to leave it.
+    for taint in [
+        "node.kubernetes.io/not-ready",
+        "node.kubernetes.io/unreachable",
+    ] {
+        tolerations.push(toleration(taint, "NoExecute"));
+    }
+    if reservation.pin.is_some() {
+        // The guest is there already; the books follow it onto a cordoned node.
+        tolerations.push(toleration("node.kubernetes.io/unschedulable", "NoSchedule"));
+    }
+    Ok(PodSpec {
+        affinity: Some(affinity(placement.affinity.clone(), reservation)),
+        automount_service_account_token: Some(false),
+        containers: vec![container(reservation, args)],
+        enable_service_links: Some(false),
+        node_selector: Some(placement.node_selector.clone()).filter(|s| !s.is_empty()),
+        priority_class_name: Some(placement.priority_class_name.clone())
+            .filter(|name| !name.is_empty()),
+        restart_policy: Some("Always".to_owned()),
+        security_context: Some(PodSecurityContext {
+            run_as_non_root: Some(true),
+            run_as_user: Some(NOBODY),
+            run_as_group: Some(NOBODY),
+            seccomp_profile: Some(SeccompProfile {
+                type_: "RuntimeDefault".to_owned(),
+                ..SeccompProfile::default()
+            }),
+            ..PodSecurityContext::default()
+        }),
+        termination_grace_period_seconds: i64::try_from(grace(reservation.vm)?.as_secs()).ok(),
+        tolerations: Some(tolerations),
+        topology_spread_constraints: Some(placement.topology_spread_constraints.clone())
+            .filter(|constraints| !constraints.is_empty()),
+        ..PodSpec::default()
+    })
+}
+
+fn container(reservation: &Reservation<'_>, args: &Args) -> Container {
+    let ratio = u64::from(args.allocation_ratio_milli.max(1));
+    let cpu_milli = (u64::from(reservation.spec.cpus) * 1_000_000).div_ceil(ratio);
+    let memory = reservation.spec.memory.0.saturating_add(OVERHEAD_BYTES);
+    let requests = BTreeMap::from([
+        ("cpu".to_owned(), Quantity(format!("{cpu_milli}m"))),
+        ("memory".to_owned(), Quantity(memory.to_string())),
+    ]);
+    Container {
+        name: "hold".to_owned(),
+        image: Some(args.image.clone()),
+        image_pull_policy: Some(args.image_pull_policy.clone()),
+        command: Some(vec!["/usr/bin/bascule-hold".to_owned()]),
+        resources: Some(ResourceRequirements {
+            requests: Some(requests),
+            ..ResourceRequirements::default()
+        }),
+        security_context: Some(SecurityContext {
+            allow_privilege_escalation: Some(false),
+            capabilities: Some(Capabilities {
+                drop: Some(vec!["ALL".to_owned()]),
+                add: None,
+            }),
+            read_only_root_filesystem: Some(true),
+            ..SecurityContext::default()
+        }),
+        termination_message_policy: Some("FallbackToLogsOnError".to_owned()),
+        ..Container::default()
+    }
+}
+
+/// The author's affinity, and the nodes that are asked for or ruled out. Selector terms are
+/// alternatives, so each gets the requirement.
+fn affinity(asked: Option<Affinity>, reservation: &Reservation<'_>) -> Affinity {
+    let field = |operator: &str, node: &str| NodeSelectorRequirement {
+        key: "metadata.name".to_owned(),
+        operator: operator.to_owned(),
+        values: Some(vec![node.to_owned()]),
+    };
+    let fields: Vec<NodeSelectorRequirement> = match reservation.pin {
+        Some(pin) => vec![field("In", pin)],
+        None => reservation
+            .avoid
+            .iter()
+            .map(|node| field("NotIn", node))
+            .collect(),
+    };
+    let mut affinity = asked.unwrap_or_default();
+    if fields.is_empty() {
+        return affinity;
+    }
+    let node = affinity
+        .node_affinity
+        .get_or_insert_with(NodeAffinity::default);
+    let required = node
+        .required_during_scheduling_ignored_during_execution
+        .get_or_insert_with(NodeSelector::default);
+    if required.node_selector_terms.is_empty() {
+        required
+            .node_selector_terms
+            .push(NodeSelectorTerm::default());
+    }
+    for term in &mut required.node_selector_terms {
+        term.match_fields
+            .get_or_insert_default()
+            .extend(fields.iter().cloned());
+    }
+    affinity
+}
+
+fn toleration(key: &str, effect: &str) -> Toleration {
+    Toleration {
+        key: Some(key.to_owned()),
+        operator: Some("Exists".to_owned()),
+        effect: Some(effect.to_owned()),
+        ..Toleration::default()
+    }
+}
+
+/// Whether the pod is this VirtualMachine's.
+pub(crate) fn belongs_to(pod: &Pod, vm: &VirtualMachine) -> bool {
+    pod.metadata.namespace == vm.metadata.namespace
+        && pod
+            .owner_references()
+            .iter()
+            .any(|owner| Some(&owner.uid) == vm.metadata.uid.as_ref())
+}
+
+/// What the pod says, for the core.
+pub(crate) fn view(pod: &Pod, now: core::Moment) -> core::Pod {
+    let annotation = |key: &str| pod.annotations().get(key).cloned().unwrap_or_default();
+    let status = pod.status.clone().unwrap_or_default();
+    let condition = |type_: &str| {
+        status
+            .conditions
+            .iter()
+            .flatten()
+            .find(|condition| condition.type_ == type_)
+    };
+    let disruption = condition("DisruptionTarget").filter(|c| c.status == "True");
+    let phase = match status.phase.as_deref() {
+        Some("Running") => PodPhase::Running,
+        Some("Failed" | "Succeeded")
+            if disruption.is_some() || status.reason.as_deref() == Some("Evicted") =>
+        {
+            PodPhase::Evicted
+        }
+        Some("Failed" | "Succeeded") => PodPhase::Failed,
+        _ => PodPhase::Pending,
+    };
+    let deleted = pod.metadata.deletion_timestamp.as_ref().map(|at| {
+        // The timestamp is when the grace ends; patience is counted from the request.
+        let grace = pod.metadata.deletion_grace_period_seconds.unwrap_or(0);
+        core::Moment(
+            moment(&at.0)
+                .0
+                .saturating_sub(u64::try_from(grace).unwrap_or(0) * 1000),
+        )
+    });
+    let evicted = (phase == PodPhase::Evicted).then(|| {
+        let at = disruption.and_then(|c| c.last_transition_time.as_ref());
+        at.map_or(now, |at| moment(&at.0))
+    });
+    let scheduled = condition("PodScheduled").filter(|c| c.status == "False");
+    let purpose = match pod.labels().get(LABEL_PURPOSE).map(String::as_str) {
+        Some(MIGRATION) => Purpose::Migration(annotation(ANNOTATION_MIGRATION)),
+        _ => Purpose::Current,
+    };
+    core::Pod {
+        uid: pod.uid().unwrap_or_default(),
+        name: pod.name_any(),
+        purpose,
+        phase,
+        node: pod.spec.as_ref().and_then(|spec| spec.node_name.clone()),
+        leaving_since: deleted.or(evicted),
+        deleting: deleted.is_some(),
+        unschedulable: scheduled
+            .filter(|c| c.reason.as_deref() == Some("Unschedulable"))
+            .map(|c| c.message.clone().unwrap_or_default()),
+        avoid: annotation(ANNOTATION_AVOID)
+            .split(',')
+            .filter(|node| !node.is_empty())
+            .map(str::to_owned)
+            .collect(),
+        digest: unhex(&annotation(ANNOTATION_SPEC_DIGEST)),
+    }
+}
+
+/// The guest that the pod was made for.
+pub(crate) fn spec_of(pod: &Pod) -> Option<VmSpec> {
+    serde_json::from_str(pod.annotations().get(ANNOTATION_SPEC)?).ok()
+}
+
+fn hex(digest: SpecDigest) -> String {
+    digest.0.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// A digest that cannot be read is that of no spec.
+fn unhex(text: &str) -> SpecDigest {
+    let mut digest = [0; 32];
+    for (n, byte) in digest.iter_mut().enumerate() {
+        let pair = text.get(2 * n..2 * n + 2).unwrap_or("00");
+        *byte = u8::from_str_radix(pair, 16).unwrap_or(0);
+    }
+    SpecDigest(digest)
+}
+
+/// Label value: the guest runs there, or will.
+pub(crate) const CURRENT: &str = "current";
+/// Label value: a migration goes there.
+const MIGRATION: &str = "migration";
+/// The guest that the pod was made for, as the nodes know it.
+const ANNOTATION_SPEC: &str = "bascule.dev/spec";
+/// The nodes that the pod was told not to land on.
+const ANNOTATION_AVOID: &str = "bascule.dev/avoid";
+/// The migration that the pod was made for.
+const ANNOTATION_MIGRATION: &str = "bascule.dev/migration";
+/// Any user but root.
+const NOBODY: i64 = 65532;
+/// What a bascule-vm needs beyond guest RAM (30 MiB expected), its share of bascule-volume, and page
+/// tables.
+const OVERHEAD_BYTES: u64 = 64 << 20;
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+    use crate::intent::{digest, vm_spec};
+
+    fn vm() -> VirtualMachine {
+        serde_json::from_value(serde_json::json!({
+            "apiVersion": "bascule.dev/v1alpha1",
+            "kind": "VirtualMachine",
+            "metadata": {
+                "name": "web", "namespace": "shop",
+                "uid": "6fa459ea-ee8a-4ca4-894e-db77e160355e",
+            },
+            "spec": {
+                "memory": "512Mi", "volume": "san", "cpu": {"cores": 2},
+                "boot": {"kernel": {"hostFile": {"name": "k"}}},
+                "placement": {
+                    "tolerations": [{"key": "gpu", "operator": "Exists"}],
+                    "affinity": {"nodeAffinity": {
+                        "requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [
+                            {"matchExpressions": [{"key": "zone", "operator": "In", "values": ["a"]}]},
+                            {"matchExpressions": [{"key": "zone", "operator": "In", "values": ["b"]}]},
+                        ]},
+                    }},
+                },
+            },
+        }))
+        .unwrap()
+    }
+
+    fn pod(pin: Option<&str>, avoid: &[String], purpose: &Purpose) -> Pod {
+        let vm = vm();
+        let args = Args::parse_from(["o", "--pod-name", "o-0", "--image", "bascule:test"]);
+        let reservation = Reservation {
+            vm: &vm,
+            name: "web-e1-0",
+            purpose,
+            pin,
+            avoid,
+            spec: &vm_spec(&vm).unwrap(),
+            digest: digest(&vm).unwrap(),
+        };
+        build(&reservation, &args).unwrap()
+    }
+
+    #[test]
+    fn a_reservation_is_owned_by_its_virtual_machine_and_waits_for_all_stages() {
+        let pod = pod(None, &[], &Purpose::Current);
+        assert!(belongs_to(&pod, &vm()));
+        assert_eq!(
+            pod.owner_references()[0].controller,
+            Some(true),
+            "or drain refuses it"
+        );
+        let spec = pod.spec.unwrap();
+        assert_eq!(
+            spec.termination_grace_period_seconds,
+            Some(300 + 180 + 120 + 60)
+        );
+    }
+
+    #[test]
+    fn it_asks_for_a_share_of_the_cores_and_all_of_the_memory() {
+        let pod = pod(None, &[], &Purpose::Current);
+        let requests = pod.spec.unwrap().containers[0]
+            .resources
+            .clone()
+            .unwrap()
+            .requests
+            .unwrap();
+        assert_eq!(requests["cpu"].0, "500m");
+        assert_eq!(
+            requests["memory"].0,
+            ((512_u64 << 20) + OVERHEAD_BYTES).to_string()
+        );
+    }
+
+    #[test]
+    fn it_passes_pod_security_restricted() {
+        let spec = pod(None, &[], &Purpose::Current).spec.unwrap();
+        let context = spec.security_context.unwrap();
+        assert_eq!(context.run_as_non_root, Some(true));
+        assert_eq!(context.seccomp_profile.unwrap().type_, "RuntimeDefault");
+        let context = spec.containers[0].security_context.clone().unwrap();
+        assert_eq!(context.allow_privilege_escalation, Some(false));
+        assert_eq!(context.capabilities.unwrap().drop.unwrap(), ["ALL"]);
+    }
+
+    #[test]
+    fn it_stays_on_unreachable_nodes_and_follows_a_guest_onto_a_cordoned_one() {
+        let taints = |pod: Pod| -> Vec<String> {
+            let tolerations = pod.spec.unwrap().tolerations.unwrap();
+            assert!(tolerations.iter().all(|t| t.toleration_seconds.is_none()));
+            tolerations.into_iter().filter_map(|t| t.key).collect()
+        };
+        let free = taints(pod(None, &[], &Purpose::Current));
+        assert!(free.contains(&"node.kubernetes.io/unreachable".to_owned()));
+        assert!(free.contains(&"gpu".to_owned()));
+        assert!(!free.contains(&"node.kubernetes.io/unschedulable".to_owned()));
+        let pinned = taints(pod(Some("n"), &[], &Purpose::Current));
+        assert!(pinned.contains(&"node.kubernetes.io/unschedulable".to_owned()));
+    }
+
+    #[test]
+    fn nodes_to_avoid_are_ruled_out_in_every_alternative() {
+        let pod = pod(None, &["a".to_owned(), "b".to_owned()], &Purpose::Current);
+        let affinity = pod.spec.unwrap().affinity.unwrap().node_affinity.unwrap();
+        let terms = affinity
+            .required_during_scheduling_ignored_during_execution
+            .unwrap()
+            .node_selector_terms;
+        assert_eq!(terms.len(), 2);
+        for term in terms {
+            assert_eq!(term.match_fields.unwrap().len(), 2);
+            assert_eq!(term.match_expressions.unwrap().len(), 1);
+        }
+    }
+
+    #[test]
+    fn it_reads_back_as_it_was_made() {
+        let purpose = Purpose::Migration("go".to_owned());
+        let pod = pod(None, &["a".to_owned()], &purpose);
+        let view = view(&pod, core::Moment(5));
+        assert_eq!(view.purpose, purpose);
+        assert_eq!(view.avoid, ["a"]);
+        assert_eq!(view.digest, digest(&vm()).unwrap());
+        assert_eq!(spec_of(&pod).unwrap(), vm_spec(&vm()).unwrap());
+        assert_eq!((view.phase, view.leaving_since), (PodPhase::Pending, None));
+    }
+
+    #[test]
+    fn a_kubelets_eviction_is_told_from_other_failures() {
+        let mut pod = pod(None, &[], &Purpose::Current);
+        let status = |value| serde_json::from_value(value).unwrap();
+        pod.status = Some(status(
+            serde_json::json!({"phase": "Failed", "reason": "Evicted"}),
+        ));
+        let seen = view(&pod, core::Moment(5));
+        assert_eq!(
+            (seen.phase, seen.leaving_since),
+            (PodPhase::Evicted, Some(core::Moment(5)))
+        );
+        pod.status = Some(status(serde_json::json!({"phase": "Failed"})));
+        let seen = view(&pod, core::Moment(5));
+        assert_eq!((seen.phase, seen.leaving_since), (PodPhase::Failed, None));
+    }
+}

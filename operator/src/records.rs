@@ -1,0 +1,413 @@
+//! The statuses of VirtualMachineMigrations and Failovers.
+
+use anyhow::Result;
+use bascule_api::names::{condition, reason};
+use bascule_api::{
+    Duration, Failover, FailoverPhase, FailoverStatus, FencingProof, MigrationPhase,
+    MigrationProgress, ProofKind, Quantity, VirtualMachine, VirtualMachineMigration,
+    VirtualMachineMigrationStatus, set_condition,
+};
+use bascule_ipc::vm::{self, MigrationStatus};
+use bascule_operator_core::{self as core, FailoverUpdate, MigrationUpdate, Purpose};
+use bascule_volume_format::change::{AdministratorsWord, FenceProof};
+use jiff::Timestamp;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+use kube::api::Patch;
+use kube::{Api, ResourceExt};
+use serde_json::json;
+
+use crate::execute::{Cluster, apply};
+
+/// Writes a migration's status, if it differs.
+pub(crate) async fn report_migration(
+    cluster: &Cluster,
+    vm: &VirtualMachine,
+    name: &str,
+    update: &MigrationUpdate,
+) -> Result<()> {
+    let namespace = vm.namespace().unwrap_or_default();
+    let ours = |m: &VirtualMachineMigration| {
+        m.name_any() == name && m.namespace().as_deref() == Some(&namespace)
+    };
+    let Some(object) = cluster.stores.migrations.find(ours) else {
+        return Ok(());
+    };
+    let old = object.status.clone().unwrap_or_default();
+    if old.phase.is_some_and(MigrationPhase::is_final) {
+        // A record that is closed stays as it is, whatever a stale view makes of it.
+        return Ok(());
+    }
+    let mut status = migration_status(&old, update, object.metadata.generation, Timestamp::now());
+    status.reservation = reservation(cluster, vm, name).or(old.reservation.clone());
+    if status == old {
+        return Ok(());
+    }
+    if status.phase.is_some_and(MigrationPhase::is_final) {
+        cluster.metrics.migration_ended(object.spec.mode, &status);
+    }
+    let api: Api<VirtualMachineMigration> = Api::namespaced(cluster.client.clone(), &namespace);
+    let patch = json!({
+        "apiVersion": "bascule.dev/v1alpha1",
+        "kind": "VirtualMachineMigration",
+        "status": status,
+    });
+    api.patch_status(name, &apply(), &Patch::Apply(&patch))
+        .await?;
+    Ok(())
+}
+
+/// Writes a Failover's status, if it differs.
+pub(crate) async fn report_failover(
+    cluster: &Cluster,
+    vm: &VirtualMachine,
+    name: &str,
+    update: &FailoverUpdate,
+) -> Result<()> {
+    let namespace = vm.namespace().unwrap_or_default();
+    let ours = |f: &Failover| f.name_any() == name && f.namespace().as_deref() == Some(&namespace);
+    let Some(object) = cluster.stores.failovers.find(ours) else {
+        return Ok(());
+    };
+    let old = object.status.clone().unwrap_or_default();
+    if old.phase.is_some_and(FailoverPhase::is_final) {
+        return Ok(());
+    }
+    let created = object.metadata.creation_timestamp.clone();
+    let status = failover_status(&old, update, created, Timestamp::now());
+    if status == old {
+        return Ok(());
+    }
+    if status.phase.is_some_and(FailoverPhase::is_final) {
+        cluster
+            .metrics
+            .failover_ended(status.phase == Some(FailoverPhase::Succeeded));
+    }
+    let api: Api<Failover> = Api::namespaced(cluster.client.clone(), &namespace);
+    let patch = json!({
+        "apiVersion": "bascule.dev/v1alpha1",
+        "kind": "Failover",
+        "status": status,
+    });
+    api.patch_status(name, &apply(), &Patch::Apply(&patch))
+        .await?;
+    Ok(())
+}
+
+fn reservation(cluster: &Cluster, vm: &VirtualMachine, migration: &str) -> Option<String> {
+    let pods = cluster
+        .stores
+        .pods
+        .state_filter(|pod| crate::pod::belongs_to(pod, vm));
+    pods.iter()
+        .map(|pod| crate::pod::view(pod, core::Moment(0)))
+        .find(|pod| pod.purpose == Purpose::Migration(migration.to_owned()))
+        .map(|pod| pod.name)
+}
+
+fn migration_status(
+    old: &VirtualMachineMigrationStatus,
+    update: &MigrationUpdate,
+    generation: Option<i64>,
+    now: Timestamp,
+) -> VirtualMachineMigrationStatus {
+    let phase = match update.phase {
+        core::MigrationPhase::Pending => MigrationPhase::Pending,
+        core::MigrationPhase::Placing => MigrationPhase::Placing,
+        core::MigrationPhase::Copying => MigrationPhase::Copying,
+        core::MigrationPhase::Committing => MigrationPhase::Committing,
+        core::MigrationPhase::Succeeded => MigrationPhase::Succeeded,
+        core::MigrationPhase::Failed => MigrationPhase::Failed,
+        core::MigrationPhase::Cancelled => MigrationPhase::Cancelled,
+    };
+    let mut conditions = old.conditions.clone();
+    let complete = match phase {
+        MigrationPhase::Succeeded => "True",
+        MigrationPhase::Failed | MigrationPhase::Cancelled => "False",
+        _ => "Unknown",
+    };
+    let mut new = condition_of(
+        condition::COMPLETE,
+        complete,
+        update.reason,
+        &update.message,
+        now,
+    );
+    new.observed_generation = generation;
+    set_condition(&mut conditions, new);
+    let placed = matches!(
+        phase,
+        MigrationPhase::Copying | MigrationPhase::Committing | MigrationPhase::Succeeded
+    );
+    let begun = update.source_epoch.is_some();
+    let once = |old: &Option<Time>, when: bool| old.clone().or_else(|| when.then(|| Time(now)));
+    VirtualMachineMigrationStatus {
+        observed_generation: generation,
+        phase: Some(phase),
+        source: update.source.clone().or_else(|| old.source.clone()),
+        target: update.target.clone().or_else(|| old.target.clone()),
+        reservation: old.reservation.clone(),
+        source_epoch: update
+            .source_epoch
+            .map(|e| e.to_string())
+            .or_else(|| old.source_epoch.clone()),
+        started_at: once(&old.started_at, begun),
+        placed_at: once(&old.placed_at, placed),
+        finished_at: once(&old.finished_at, phase.is_final()),
+        progress: update
+            .progress
+            .as_ref()
+            .map(|p| progress(p, phase))
+            .or_else(|| old.progress.clone().map(|old| finish(old, phase))),
+        conditions,
+    }
+}
+
+/// The figures, as people read them.
+fn progress(status: &MigrationStatus, phase: MigrationPhase) -> MigrationProgress {
+    let ms = |ms: u64| Duration::from_std(std::time::Duration::from_millis(ms));
+    let all = status.bytes.0.saturating_add(status.remaining.0).max(1);
+    let copied = status.bytes.0.saturating_mul(100) / all;
+    // The guest is not there before it runs there.
+    let percent = if status.phase == vm::MigrationPhase::Preparing {
+        0
+    } else {
+        copied.min(99)
+    };
+    let progress = MigrationProgress {
+        percent: Some(format!("{percent}%")),
+        rounds: i32::try_from(status.rounds).ok(),
+        transferred: Some(Quantity::from_bytes(status.bytes.0)),
+        remaining: Some(Quantity::from_bytes(status.remaining.0)),
+        predicted_downtime: status.downtime_ms_predicted.map(ms),
+        measured_downtime: status.downtime_ms.map(ms),
+        total: Some(ms(status.total_ms)),
+    };
+    finish(progress, phase)
+}
+
+fn finish(mut progress: MigrationProgress, phase: MigrationPhase) -> MigrationProgress {
+    if phase == MigrationPhase::Succeeded {
+        progress.percent = Some("100%".to_owned());
+        progress.remaining = Some(Quantity::from_bytes(0));
+    }
+    progress
+}
+
+fn failover_status(
+    old: &FailoverStatus,
+    update: &FailoverUpdate,
+    created: Option<Time>,
+    now: Timestamp,
+) -> FailoverStatus {
+    let mut status = old.clone();
+    let mut complete = |state: &str, reason: &str, message: &str| {
+        let new = condition_of(condition::COMPLETE, state, reason, message, now);
+        set_condition(&mut status.conditions, new);
+    };
+    match update {
+        FailoverUpdate::Suspected { message } => {
+            complete("Unknown", reason::NODE_SUSPECT, message);
+            status.phase = Some(FailoverPhase::Suspected);
+        }
+        FailoverUpdate::TakenOver {
+            target,
+            epoch,
+            proof,
+        } => {
+            complete("Unknown", reason::TAKEN_OVER, "the guest is being started");
+            status.phase = Some(FailoverPhase::TakenOver);
+            taken_over(&mut status, target, epoch.to_string(), *proof, now);
+        }
+        FailoverUpdate::Succeeded {
+            target,
+            epoch,
+            proof,
+        } => {
+            complete("True", reason::SUCCEEDED, "the guest runs again");
+            status.phase = Some(FailoverPhase::Succeeded);
+            taken_over(&mut status, target, epoch.to_string(), *proof, now);
+            status.started_at = Some(Time(now));
+        }
+        FailoverUpdate::Withdrawn { message } => {
+            complete("False", reason::NODE_RETURNED, message);
+            status.phase = Some(FailoverPhase::Withdrawn);
+        }
+    }
+    status.suspected_at = status.suspected_at.or(created).or(Some(Time(now)));
+    status
+}
+
+fn taken_over(
+    status: &mut FailoverStatus,
+    target: &str,
+    epoch: String,
+    proof: Option<FenceProof>,
+    now: Timestamp,
+) {
+    status.target = Some(target.to_owned());
+    status.new_epoch = Some(epoch);
+    status.proof = proof.map(proof_of).or_else(|| status.proof.clone());
+    // The coordinator proves and hands over in one step, and that is when the operator hears of it.
+    status.proved_at.get_or_insert(Time(now));
+    status.taken_over_at.get_or_insert(Time(now));
+}
+
+fn proof_of(proof: FenceProof) -> FencingProof {
+    let (kind, detail) = match proof {
+        FenceProof::SafeTimeElapsed {
+            watched_ms,
+            required_ms,
+        } => (
+            ProofKind::SafeTimeElapsed,
+            format!("silent for {watched_ms} ms of the {required_ms} ms required"),
+        ),
+        FenceProof::Administrator(AdministratorsWord::Confirmed) => {
+            (ProofKind::Administrator, "confirmed".to_owned())
+        }
+        FenceProof::Administrator(AdministratorsWord::OutOfServiceTaint) => (
+            ProofKind::OutOfServiceTaint,
+            "node.kubernetes.io/out-of-service".to_owned(),
+        ),
+        FenceProof::Rebooted => (ProofKind::Rebooted, "the node booted again".to_owned()),
+    };
+    FencingProof { kind, detail }
+}
+
+/// A condition.
+pub(crate) fn condition_of(
+    type_: &str,
+    status: &str,
+    reason: &str,
+    message: &str,
+    now: Timestamp,
+) -> Condition {
+    Condition {
+        type_: type_.to_owned(),
+        status: status.to_owned(),
+        reason: reason.to_owned(),
+        message: message.to_owned(),
+        observed_generation: None,
+        last_transition_time: Time(now),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bascule_types::{AttemptId, Bytes, Epoch};
+
+    use super::*;
+
+    fn update(phase: core::MigrationPhase) -> MigrationUpdate {
+        MigrationUpdate {
+            phase,
+            source: Some("a".to_owned()),
+            target: Some("b".to_owned()),
+            source_epoch: Some(Epoch(4)),
+            reason: reason::IN_PROGRESS,
+            message: "memory is being copied".to_owned(),
+            progress: None,
+        }
+    }
+
+    fn copying() -> MigrationStatus {
+        MigrationStatus {
+            attempt: AttemptId::from_bytes([1; 16]),
+            phase: vm::MigrationPhase::PreCopy,
+            rounds: 3,
+            bytes: Bytes::mib(300),
+            remaining: Bytes::mib(100),
+            downtime_ms_predicted: Some(40),
+            downtime_ms: Some(12),
+            total_ms: 1500,
+            timings: vec![],
+            failure: None,
+        }
+    }
+
+    fn at(second: i64) -> Timestamp {
+        Timestamp::from_second(second).unwrap()
+    }
+
+    #[test]
+    fn stages_are_stamped_once() {
+        let old = VirtualMachineMigrationStatus::default();
+        let placing =
+            migration_status(&old, &update(core::MigrationPhase::Placing), Some(1), at(1));
+        assert_eq!(
+            (placing.started_at.is_some(), placing.placed_at.is_some()),
+            (true, false)
+        );
+        let copying = migration_status(
+            &placing,
+            &update(core::MigrationPhase::Copying),
+            Some(1),
+            at(2),
+        );
+        let done = migration_status(
+            &copying,
+            &update(core::MigrationPhase::Succeeded),
+            Some(1),
+            at(9),
+        );
+        assert_eq!(done.started_at, placing.started_at);
+        assert_eq!(done.placed_at.unwrap().0, at(2));
+        assert_eq!(done.finished_at.unwrap().0, at(9));
+        assert_eq!(done.conditions[0].status, "True");
+    }
+
+    #[test]
+    fn progress_reads_in_percent_and_is_complete_only_at_the_end() {
+        let mut running = update(core::MigrationPhase::Copying);
+        running.progress = Some(copying());
+        let old = VirtualMachineMigrationStatus::default();
+        let status = migration_status(&old, &running, Some(1), at(1));
+        let shown = status.progress.clone().unwrap();
+        assert_eq!(shown.percent.as_deref(), Some("75%"));
+        assert_eq!(shown.measured_downtime.unwrap().as_str(), "12ms");
+        let done = migration_status(
+            &status,
+            &update(core::MigrationPhase::Succeeded),
+            Some(1),
+            at(2),
+        );
+        let shown = done.progress.unwrap();
+        assert_eq!(shown.percent.as_deref(), Some("100%"));
+        assert_eq!(
+            shown.measured_downtime.unwrap().as_str(),
+            "12ms",
+            "kept from before"
+        );
+    }
+
+    #[test]
+    fn a_failover_keeps_the_moment_of_each_stage_and_its_proof() {
+        let proof = Some(FenceProof::SafeTimeElapsed {
+            watched_ms: 28,
+            required_ms: 27,
+        });
+        let (target, epoch) = ("b".to_owned(), Epoch(6));
+        let old = FailoverStatus::default();
+        let suspected = FailoverUpdate::Suspected {
+            message: "silent".to_owned(),
+        };
+        let status = failover_status(&old, &suspected, Some(Time(at(1))), at(2));
+        let taken = FailoverUpdate::TakenOver {
+            target: target.clone(),
+            epoch,
+            proof,
+        };
+        let status = failover_status(&status, &taken, None, at(30));
+        let started = FailoverUpdate::Succeeded {
+            target,
+            epoch,
+            proof,
+        };
+        let status = failover_status(&status, &started, None, at(33));
+        let second = |time: &Option<Time>| time.as_ref().unwrap().0.as_second();
+        assert_eq!(second(&status.suspected_at), 1);
+        assert_eq!(second(&status.taken_over_at), 30);
+        assert_eq!(second(&status.started_at), 33);
+        assert_eq!(status.proof.unwrap().kind, ProofKind::SafeTimeElapsed);
+        assert_eq!(status.conditions[0].status, "True");
+    }
+}

@@ -1,0 +1,229 @@
+//! Start-up, and the tasks that a replica consists of.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use bascule_api::names::FIELD_MANAGER;
+use bascule_operator_core::Moment;
+use bascule_types::ClusterId;
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::{Namespace, Node};
+use kube::runtime::events::{Recorder, Reporter};
+use kube::runtime::reflector::Store;
+use kube::{Api, Client, ResourceExt};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{Notify, watch};
+use tokio::task::JoinSet;
+
+use crate::cli::Args;
+use crate::execute::Cluster;
+use crate::join::JoinService;
+use crate::lease::Election;
+use crate::metrics::Metrics;
+use crate::nodes::Nodes;
+use crate::rows::RowsCache;
+use crate::stores::Stores;
+use crate::{authority, http, vms, volumes};
+
+/// Runs until told to end.
+pub(crate) fn main(args: &Args) -> Result<()> {
+    crate::logging::start(args)?;
+    if rustls::crypto::ring::default_provider()
+        .install_default()
+        .is_err()
+    {
+        tracing::debug!("a TLS provider was installed already");
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("start the runtime")?;
+    runtime.block_on(run(Arc::new(args.clone())))
+}
+
+/// The operator's clock.
+pub(crate) fn now() -> Moment {
+    crate::intent::moment(&Timestamp::now())
+}
+
+async fn run(args: Arc<Args>) -> Result<()> {
+    let metrics = Arc::new(Metrics::new());
+    let (ready_tx, ready_rx) = watch::channel(false);
+    let mut servers: JoinSet<Result<()>> = JoinSet::new();
+    servers.spawn(http::serve(
+        args.http_listen,
+        Arc::clone(&metrics),
+        ready_rx,
+    ));
+    let serve = serve(Arc::clone(&args), metrics, ready_tx);
+    let mut terminate = signal(SignalKind::terminate()).context("handle SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("handle SIGINT")?;
+    tokio::select! {
+        outcome = serve => outcome,
+        Some(ended) = servers.join_next() => ended.context("HTTP")?,
+        _ = terminate.recv() => Ok(()),
+        _ = interrupt.recv() => Ok(()),
+    }
+}
+
+async fn serve(
+    args: Arc<Args>,
+    metrics: Arc<Metrics>,
+    ready_tx: watch::Sender<bool>,
+) -> Result<()> {
+    let client = Client::try_default().await.context("find the API server")?;
+    check_version(&client).await?;
+    let cluster_id = cluster_id(&client).await?;
+    let authority = Arc::new(authority::load_or_create(&client, &args.namespace).await?);
+    let join = JoinService::new(client.clone(), Arc::clone(&authority), cluster_id, &args);
+    let mut servers: JoinSet<Result<()>> = JoinSet::new();
+    servers.spawn(join.serve(args.join_listen));
+    let (leading_tx, mut leading_rx) = watch::channel(false);
+    let election = Election::new(
+        client.clone(),
+        &args.namespace,
+        &args.pod_name,
+        args.lease_duration(),
+    );
+    servers.spawn(async move {
+        election.run(leading_tx).await;
+        Ok(())
+    });
+    // A replica that only waits for the Lease is ready: it serves Join.
+    ready_tx.send_replace(true);
+    tracing::info!(cluster = %cluster_id, "serving");
+    loop {
+        tokio::select! {
+            changed = leading_rx.wait_for(|leading| *leading) => {
+                changed.context("the election ended")?;
+            }
+            Some(ended) = servers.join_next() => {
+                ended.context("a server")??;
+                bail!("a server ended");
+            }
+        }
+        metrics.set_leading(true);
+        tokio::select! {
+            outcome = lead(&args, &client, &authority, cluster_id, &metrics) => outcome?,
+            lost = leading_rx.wait_for(|leading| !*leading) => {
+                lost.context("the election ended")?;
+            }
+            Some(ended) = servers.join_next() => {
+                ended.context("a server")??;
+                bail!("a server ended");
+            }
+        }
+        metrics.set_leading(false);
+    }
+}
+
+/// Everything that only the leader does. Dropped when the Lease is lost: all tasks end with it.
+async fn lead(
+    args: &Arc<Args>,
+    client: &Client,
+    authority: &Arc<bascule_pki::Authority>,
+    cluster_id: ClusterId,
+    metrics: &Arc<Metrics>,
+) -> Result<()> {
+    let changed = Arc::new(Notify::new());
+    let mut tasks: JoinSet<()> = JoinSet::new();
+    let stores = Stores::start(client, &changed, &mut tasks);
+    stores.ready().await?;
+    let nodes = Nodes::new(Arc::clone(authority), Arc::clone(&changed));
+    let rows = RowsCache::new(nodes.clone(), Arc::clone(&changed));
+    let reporter = Reporter {
+        controller: FIELD_MANAGER.to_owned(),
+        instance: Some(args.pod_name.clone()),
+    };
+    let cluster = Cluster {
+        client: client.clone(),
+        args: Arc::clone(args),
+        stores: stores.clone(),
+        nodes: nodes.clone(),
+        rows: rows.clone(),
+        recorder: Recorder::new(client.clone(), reporter),
+        metrics: Arc::clone(metrics),
+    };
+    let known = stores.volumes.clone();
+    tasks.spawn(follow_nodes(nodes, stores.nodes));
+    tasks.spawn(rows.poll(move || {
+        known
+            .state()
+            .iter()
+            .map(|volume| volume.name_any())
+            .collect()
+    }));
+    tasks.spawn(volumes::rounds(cluster.clone(), cluster_id));
+    tasks.spawn(vms::rounds(cluster, changed));
+    match tasks.join_next().await {
+        Some(Err(error)) => Err(error).context("a task of the leader"),
+        _ => bail!("a task of the leader ended"),
+    }
+}
+
+/// Keeps a stream to every node.
+async fn follow_nodes(nodes: Nodes, store: Store<Node>) {
+    loop {
+        let known: BTreeMap<String, (IpAddr, String)> = store
+            .state()
+            .iter()
+            .filter_map(|node| Some((node.name_any(), (address(node)?, node.uid()?))))
+            .collect();
+        nodes.follow(&known);
+        tokio::time::sleep(NODES_CHECK).await;
+    }
+}
+
+fn address(node: &Node) -> Option<IpAddr> {
+    let addresses = node.status.as_ref()?.addresses.as_ref()?;
+    let internal = addresses
+        .iter()
+        .find(|address| address.type_ == "InternalIP")?;
+    internal.address.parse().ok()
+}
+
+/// Node-bound tokens say their node since 1.33.
+async fn check_version(client: &Client) -> Result<()> {
+    let version = client
+        .apiserver_version()
+        .await
+        .context("ask the API server for its version")?;
+    let number = |text: &str| -> u32 {
+        let digits: String = text.chars().take_while(char::is_ascii_digit).collect();
+        digits.parse().unwrap_or(0)
+    };
+    let (major, minor) = (number(&version.major), number(&version.minor));
+    if (major, minor) < KUBERNETES_MIN {
+        bail!(
+            "Bascule needs Kubernetes {}.{} or newer, because older ones do not say which node a \
+             token belongs to; this is {}",
+            KUBERNETES_MIN.0,
+            KUBERNETES_MIN.1,
+            version.git_version
+        );
+    }
+    Ok(())
+}
+
+/// What a volume is bound to.
+async fn cluster_id(client: &Client) -> Result<ClusterId> {
+    let namespaces: Api<Namespace> = Api::all(client.clone());
+    let namespace = namespaces
+        .get("kube-system")
+        .await
+        .context("read namespace kube-system")?;
+    namespace
+        .uid()
+        .unwrap_or_default()
+        .parse()
+        .context("the UID of namespace kube-system")
+}
+
+/// See `check_version`.
+const KUBERNETES_MIN: (u32, u32) = (1, 33);
+/// How soon a new node is noticed.
+const NODES_CHECK: Duration = Duration::from_secs(1);

@@ -1,0 +1,98 @@
+//! What the API says, kept current by watches.
+
+use std::fmt::Debug;
+use std::hash::Hash;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use bascule_api::names::{LABEL_ROLE, ROLE_RESERVATION};
+use bascule_api::{Failover, SharedVolume, VirtualMachine, VirtualMachineMigration};
+use futures::StreamExt;
+use k8s_openapi::api::core::v1::{Node, Pod};
+use kube::runtime::reflector::{self, Store};
+use kube::runtime::{WatchStreamExt, watcher};
+use kube::{Api, Client, Resource};
+use serde::de::DeserializeOwned;
+use tokio::sync::Notify;
+use tokio::task::JoinSet;
+
+/// The objects that plans are made from.
+#[derive(Clone, Debug)]
+pub(crate) struct Stores {
+    pub(crate) vms: Store<VirtualMachine>,
+    pub(crate) volumes: Store<SharedVolume>,
+    pub(crate) migrations: Store<VirtualMachineMigration>,
+    pub(crate) failovers: Store<Failover>,
+    pub(crate) pods: Store<Pod>,
+    pub(crate) nodes: Store<Node>,
+}
+
+impl Stores {
+    /// Starts the watches in `tasks`. `changed` is notified at every change.
+    pub(crate) fn start(client: &Client, changed: &Arc<Notify>, tasks: &mut JoinSet<()>) -> Self {
+        let reservations =
+            watcher::Config::default().labels(&format!("{LABEL_ROLE}={ROLE_RESERVATION}"));
+        let all = watcher::Config::default;
+        Self {
+            vms: watch(Api::all(client.clone()), all(), changed, tasks),
+            volumes: watch(Api::all(client.clone()), all(), changed, tasks),
+            migrations: watch(Api::all(client.clone()), all(), changed, tasks),
+            failovers: watch(Api::all(client.clone()), all(), changed, tasks),
+            pods: watch(Api::all(client.clone()), reservations, changed, tasks),
+            nodes: watch(Api::all(client.clone()), all(), changed, tasks),
+        }
+    }
+
+    /// Waits until everything was listed once: before that nothing is Absent.
+    pub(crate) async fn ready(&self) -> Result<()> {
+        self.vms
+            .wait_until_ready()
+            .await
+            .context("list VirtualMachines")?;
+        self.volumes
+            .wait_until_ready()
+            .await
+            .context("list SharedVolumes")?;
+        self.migrations
+            .wait_until_ready()
+            .await
+            .context("list VirtualMachineMigrations")?;
+        self.failovers
+            .wait_until_ready()
+            .await
+            .context("list Failovers")?;
+        self.pods
+            .wait_until_ready()
+            .await
+            .context("list reservation pods")?;
+        self.nodes.wait_until_ready().await.context("list Nodes")
+    }
+}
+
+fn watch<K>(
+    api: Api<K>,
+    config: watcher::Config,
+    changed: &Arc<Notify>,
+    tasks: &mut JoinSet<()>,
+) -> Store<K>
+where
+    K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + Sync + 'static,
+    K::DynamicType: Eq + Hash + Clone + Default,
+{
+    let (reader, writer) = reflector::store();
+    let changed = Arc::clone(changed);
+    let stream = watcher(api, config).default_backoff().reflect(writer);
+    tasks.spawn(async move {
+        let mut stream = std::pin::pin!(stream);
+        while let Some(event) = stream.next().await {
+            match event {
+                Ok(_) => changed.notify_one(),
+                // The stream goes on by itself, with growing pauses.
+                Err(error) => {
+                    tracing::warn!(kind = %K::kind(&()), %error, "watch interrupted");
+                }
+            }
+        }
+    });
+    reader
+}

@@ -1,0 +1,607 @@
+//! The rounds of the leader over SharedVolumes.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use bascule_api::names::{ANNOTATION_CONFIRM_FENCED, FIELD_MANAGER, VOLUME_FINALIZER, condition};
+use bascule_api::{
+    Fingerprint, Initialize, KeptDisk, NodeAccess, NodeAccessState, Quantity, SharedVolume,
+    SharedVolumeStatus, UnclaimedRow, set_condition,
+};
+use bascule_ipc::volume::{FencingMode, PathState, Rows, WatchdogKind};
+use bascule_node_api::command::{Backing, Command, FormatOptions, Outcome, RejectReason};
+use bascule_operator_core::{
+    FormatState, NodeOnVolume, VolumeAction, VolumeIntent, VolumeObserved, VolumePlan, plan_volume,
+};
+use bascule_types::{Bytes, ClusterId, Generation, Owner, SlotId};
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::Node;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use kube::api::{Patch, PatchParams};
+use kube::{Api, ResourceExt};
+use serde_json::json;
+
+use crate::execute::{Cluster, apply};
+use crate::nodes::NodeState;
+use crate::rows::{coordinates, status};
+
+/// What the operator remembers of one volume.
+#[derive(Debug, Default)]
+struct Memory {
+    format: FormatState,
+    /// Why attaching failed, by node.
+    attach_errors: BTreeMap<String, String>,
+}
+
+/// Goes round for ever.
+pub(crate) async fn rounds(cluster: Cluster, cluster_id: ClusterId) {
+    let mut memories: HashMap<String, Memory> = HashMap::new();
+    loop {
+        let mut requeue = REQUEUE_MAX;
+        for volume in cluster.stores.volumes.state() {
+            let memory = memories
+                .entry(volume.uid().unwrap_or_default())
+                .or_default();
+            requeue = requeue.min(look_at(&cluster, cluster_id, &volume, memory).await);
+        }
+        tokio::time::sleep(requeue).await;
+    }
+}
+
+async fn look_at(
+    cluster: &Cluster,
+    cluster_id: ClusterId,
+    volume: &SharedVolume,
+    memory: &mut Memory,
+) -> Duration {
+    let states = cluster.nodes.states();
+    let rows = cluster.rows.get(&volume.name_any());
+    let intent = intent(volume);
+    let observed = observe(cluster, volume, &states, rows.as_deref(), memory);
+    let plan = plan_volume(&intent, &observed);
+    for action in &plan.actions {
+        tracing::debug!(volume = intent.name, ?action, "execute");
+        let executed = execute(cluster, cluster_id, volume, memory, action).await;
+        if let Err(error) = executed {
+            cluster.metrics.plan_failures.inc();
+            let error = format!("{error:#}");
+            tracing::warn!(
+                volume = intent.name,
+                ?action,
+                error,
+                "the plan was not carried out"
+            );
+        }
+    }
+    let known = Reported {
+        plan: &plan,
+        observed: &observed,
+        states: &states,
+        rows: rows.as_deref(),
+    };
+    if let Err(error) = report(cluster, volume, &known).await {
+        tracing::warn!(volume = intent.name, error = format!("{error:#}"), "status");
+    }
+    plan.requeue
+}
+
+fn intent(volume: &SharedVolume) -> VolumeIntent {
+    let status = volume.status.clone().unwrap_or_default();
+    let id = volume.spec.volume_id.clone().or(status.volume_id);
+    let said = volume
+        .annotations()
+        .get(ANNOTATION_CONFIRM_FENCED)
+        .cloned()
+        .unwrap_or_default();
+    VolumeIntent {
+        name: volume.name_any(),
+        fencing: fencing(volume),
+        initialize: volume.spec.initialize == Initialize::IfBlank,
+        volume: id.and_then(|id| id.parse().ok()),
+        formatting_node: status.formatting_node,
+        trust_taint: volume.spec.fencing.trust_out_of_service_taint,
+        confirmed: said.split(',').filter_map(confirmed).collect(),
+        deleting: volume.metadata.deletion_timestamp.is_some(),
+        finalizer: volume
+            .finalizers()
+            .iter()
+            .any(|finalizer| finalizer == VOLUME_FINALIZER),
+    }
+}
+
+const fn fencing(volume: &SharedVolume) -> Option<FencingMode> {
+    match volume.spec.fencing.mode {
+        bascule_api::FencingMode::Watchdog => Some(FencingMode::Watchdog),
+        bascule_api::FencingMode::LeaseOnly => Some(FencingMode::LeaseOnly),
+        bascule_api::FencingMode::PersistentReservation => None,
+    }
+}
+
+/// `<node>/<slot>/<generation>`; the node is for people.
+fn confirmed(text: &str) -> Option<Owner> {
+    let mut parts = text.trim().rsplit('/');
+    let generation = Generation(parts.next()?.parse().ok()?);
+    let slot = SlotId(parts.next()?.parse().ok()?);
+    Some(Owner { slot, generation })
+}
+
+fn observe(
+    cluster: &Cluster,
+    volume: &SharedVolume,
+    states: &BTreeMap<String, NodeState>,
+    rows: Option<&Rows>,
+    memory: &Memory,
+) -> VolumeObserved {
+    let name = volume.name_any();
+    let mut nodes: Vec<NodeOnVolume> = cluster
+        .stores
+        .nodes
+        .state()
+        .iter()
+        .filter_map(|node| {
+            let state = states.get(&node.name_any())?;
+            // A node that never ran our daemon is none of ours.
+            state.report.as_ref()?;
+            Some(node_view(node, state, &name, memory))
+        })
+        .collect();
+    nodes.sort_by(|a, b| a.name.cmp(&b.name));
+    let uses = |vm: &bascule_api::VirtualMachine| vm.spec.volume == name;
+    VolumeObserved {
+        nodes,
+        format: memory.format.clone(),
+        in_use: cluster.stores.vms.find(uses).is_some(),
+        fenced: rows
+            .map(|rows| rows.fences.iter().map(|f| f.victim).collect())
+            .unwrap_or_default(),
+    }
+}
+
+fn node_view(node: &Node, state: &NodeState, volume: &str, memory: &Memory) -> NodeOnVolume {
+    let name = node.name_any();
+    let report = state.report.as_ref();
+    let attached = report.and_then(|report| report.volumes.iter().find(|v| v.name == volume));
+    let status = status(state, volume);
+    let broken = attached.and_then(|attached| attached.status.as_ref().err().cloned());
+    let taints = node.spec.as_ref().and_then(|spec| spec.taints.as_ref());
+    NodeOnVolume {
+        uid: node.uid().and_then(|uid| uid.parse().ok()),
+        stream: state.stream,
+        out_of_service: taints
+            .into_iter()
+            .flatten()
+            .any(|taint| taint.key == OUT_OF_SERVICE),
+        attached: attached.is_some(),
+        volume: status.map(|status| status.volume),
+        path: status.map(|status| status.path),
+        reason: status
+            .and_then(|status| status.reason.clone())
+            .or(broken)
+            .or_else(|| memory.attach_errors.get(&name).cloned()),
+        owner: status.and_then(|status| status.owner),
+        coordinator: status.is_some_and(coordinates),
+        name,
+    }
+}
+
+async fn execute(
+    cluster: &Cluster,
+    cluster_id: ClusterId,
+    volume: &SharedVolume,
+    memory: &mut Memory,
+    action: &VolumeAction,
+) -> Result<()> {
+    let name = volume.name_any();
+    match action {
+        VolumeAction::AddFinalizer => finalizer(cluster, volume, true).await,
+        VolumeAction::RemoveFinalizer => finalizer(cluster, volume, false).await,
+        VolumeAction::ChooseFormatter { node } => {
+            patch_status(cluster, volume, json!({"formattingNode": node})).await
+        }
+        VolumeAction::RecordVolume { volume: id } => {
+            patch_status(cluster, volume, json!({"volumeId": id.to_string()})).await
+        }
+        VolumeAction::Format { node } => {
+            let command = Command::FormatVolume {
+                backing: backing(volume)?,
+                cluster: cluster_id,
+                options: options(volume)?,
+            };
+            match cluster.nodes.execute(node, &command).await? {
+                Outcome::Formatted { volume: id } => {
+                    memory.format = FormatState::NotBlank;
+                    patch_status(cluster, volume, json!({"volumeId": id.to_string()})).await
+                }
+                Outcome::Rejected {
+                    reason: RejectReason::NotBlank,
+                    message,
+                } => {
+                    tracing::info!(volume = name, node, message, "not formatted");
+                    memory.format = FormatState::NotBlank;
+                    Ok(())
+                }
+                Outcome::Rejected { message, .. } => {
+                    let message = format!("{node} cannot format it: {message}");
+                    memory.format = FormatState::Failed {
+                        message: message.clone(),
+                    };
+                    bail!("{message}")
+                }
+                other => bail!("unexpected answer {other:?}"),
+            }
+        }
+        VolumeAction::Attach { node } => {
+            let known = volume.spec.volume_id.clone();
+            let known = known.or_else(|| volume.status.as_ref()?.volume_id.clone());
+            let command = Command::AttachVolume {
+                name,
+                backing: backing(volume)?,
+                volume: known.and_then(|id| id.parse().ok()),
+                cluster: cluster_id,
+            };
+            let outcome = cluster.nodes.execute(node, &command).await?;
+            if let Outcome::Rejected { message, .. } = outcome {
+                memory.attach_errors.insert(node.clone(), message.clone());
+                if memory.format != FormatState::NotAsked {
+                    // Something may have been put right since: blank devices are formatted again.
+                    memory.format = FormatState::NotAsked;
+                }
+                bail!("{node}: {message}");
+            }
+            memory.attach_errors.remove(node);
+            Ok(())
+        }
+        VolumeAction::Detach { node } => rejected(
+            cluster
+                .nodes
+                .execute(node, &Command::DetachVolume { name })
+                .await?,
+        ),
+        VolumeAction::Change { via, change } => {
+            let command = Command::Change {
+                volume: name.clone(),
+                change: change.clone(),
+            };
+            let outcome = cluster.nodes.execute(via, &command).await?;
+            cluster.rows.refresh(&name).await;
+            rejected(outcome)
+        }
+    }
+}
+
+fn rejected(outcome: Outcome) -> Result<()> {
+    match outcome {
+        Outcome::Rejected { message, .. } => bail!("{message}"),
+        Outcome::Refused(refusal) => bail!("{refusal}"),
+        Outcome::Unknown => bail!("no coordinator answered"),
+        _ => Ok(()),
+    }
+}
+
+async fn finalizer(cluster: &Cluster, volume: &SharedVolume, wanted: bool) -> Result<()> {
+    let mut finalizers = volume.finalizers().to_vec();
+    finalizers.retain(|finalizer| finalizer != VOLUME_FINALIZER);
+    if wanted {
+        finalizers.push(VOLUME_FINALIZER.to_owned());
+    }
+    let patch = json!({"metadata": {
+        "finalizers": finalizers,
+        "resourceVersion": volume.resource_version(),
+    }});
+    let api: Api<SharedVolume> = Api::all(cluster.client.clone());
+    let outcome = api
+        .patch(
+            &volume.name_any(),
+            &PatchParams::default(),
+            &Patch::Merge(&patch),
+        )
+        .await;
+    match outcome {
+        Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
+        other => Ok(other.map(drop)?),
+    }
+}
+
+/// A single fact that later ones hang on, bound to what was read.
+async fn patch_status(
+    cluster: &Cluster,
+    volume: &SharedVolume,
+    mut fields: serde_json::Value,
+) -> Result<()> {
+    // What the regular report does not own it must not lose: it carries these two along.
+    let status = volume.status.clone().unwrap_or_default();
+    for (key, value) in [
+        ("formattingNode", status.formatting_node),
+        ("volumeId", status.volume_id),
+    ] {
+        if fields.get(key).is_none() && value.is_some() {
+            fields[key] = json!(value);
+        }
+    }
+    let patch = json!({
+        "metadata": {"resourceVersion": volume.resource_version()},
+        "status": fields,
+    });
+    let api: Api<SharedVolume> = Api::all(cluster.client.clone());
+    let params = PatchParams {
+        field_manager: Some(FIELD_MANAGER.to_owned()),
+        ..PatchParams::default()
+    };
+    api.patch_status(&volume.name_any(), &params, &Patch::Merge(&patch))
+        .await
+        .context("write it down")?;
+    Ok(())
+}
+
+fn backing(volume: &SharedVolume) -> Result<Backing> {
+    let backing = &volume.spec.backing;
+    match (&backing.device, &backing.file) {
+        (Some(device), None) => Ok(Backing::Device {
+            path: PathBuf::from(&device.path),
+        }),
+        (None, Some(file)) => Ok(Backing::File {
+            path: PathBuf::from(&file.path),
+            size: None,
+        }),
+        _ => bail!("spec.backing: set exactly one of device and file"),
+    }
+}
+
+fn options(volume: &SharedVolume) -> Result<FormatOptions> {
+    let timing = &volume.spec.timing;
+    let ms = |duration: &bascule_api::Duration| -> Result<u64> {
+        u64::try_from(duration.to_std()?.as_millis()).context("spec.timing")
+    };
+    let lease = ms(&timing.lease)?;
+    Ok(FormatOptions {
+        fencing: fencing(volume).context("spec.fencing.mode")?,
+        lease_ms: Some(lease),
+        // Where no persistent reservation is enforced a watcher waits for three leases.
+        watch_ms: Some(lease * 3),
+        watchdog_ms: Some(ms(&timing.watchdog_timeout)?),
+        settle_ms: Some(ms(&timing.settle)?),
+        extent: Some(Bytes(volume.spec.extent_size.to_bytes()?)),
+        allow_software_watchdog: volume.spec.fencing.allow_softdog,
+        allow_out_of_service_taint: volume.spec.fencing.trust_out_of_service_taint,
+    })
+}
+
+/// What a status is made of.
+struct Reported<'a> {
+    plan: &'a VolumePlan,
+    observed: &'a VolumeObserved,
+    states: &'a BTreeMap<String, NodeState>,
+    rows: Option<&'a Rows>,
+}
+
+async fn report(cluster: &Cluster, volume: &SharedVolume, known: &Reported<'_>) -> Result<()> {
+    // Read again: the round itself may have written the identity down.
+    let api: Api<SharedVolume> = Api::all(cluster.client.clone());
+    let name = volume.name_any();
+    let current = cluster.stores.volumes.find(|sv| sv.name_any() == name);
+    let old = current.and_then(|sv| sv.status.clone()).unwrap_or_default();
+    let vms = cluster.stores.vms.state();
+    let claimed = |uid: &str| vms.iter().any(|vm| vm.uid().as_deref() == Some(uid));
+    let mut status = status_of(volume, &old, known, claimed, Timestamp::now());
+    if status == old {
+        return Ok(());
+    }
+    // These two are written where they are decided.
+    status.volume_id = None;
+    status.formatting_node = None;
+    let patch = json!({
+        "apiVersion": "bascule.dev/v1alpha1",
+        "kind": "SharedVolume",
+        "status": status,
+    });
+    match api
+        .patch_status(&name, &apply(), &Patch::Apply(&patch))
+        .await
+    {
+        Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
+        other => Ok(other.map(drop)?),
+    }
+}
+
+fn status_of(
+    volume: &SharedVolume,
+    old: &SharedVolumeStatus,
+    known: &Reported<'_>,
+    claimed: impl Fn(&str) -> bool,
+    now: Timestamp,
+) -> SharedVolumeStatus {
+    let name = volume.name_any();
+    let mut conditions = old.conditions.clone();
+    for (type_, new) in [
+        (condition::READY, &known.plan.report.ready),
+        (condition::FENCING_AVAILABLE, &known.plan.report.fencing),
+    ] {
+        let state = if new.status == Some(true) {
+            "True"
+        } else {
+            "False"
+        };
+        let mut new = crate::records::condition_of(type_, state, new.reason, &new.message, now);
+        new.observed_generation = volume.metadata.generation;
+        set_condition(&mut conditions, new);
+    }
+    let any = known.states.values().find_map(|state| {
+        let up = state.stream == bascule_operator_core::Stream::Up;
+        status(state, &name).filter(|_| up)
+    });
+    let nodes: Vec<NodeAccess> = known
+        .observed
+        .nodes
+        .iter()
+        .map(|node| node_access(node, known.states.get(&node.name), &name, old, now))
+        .collect();
+    let direct = nodes
+        .iter()
+        .filter(|node| node.state == NodeAccessState::Direct)
+        .count();
+    let coordinator = known.observed.nodes.iter().find(|node| node.coordinator);
+    SharedVolumeStatus {
+        observed_generation: volume.metadata.generation,
+        volume_id: old.volume_id.clone(),
+        formatting_node: old.formatting_node.clone(),
+        coordinator: coordinator.map(|node| node.name.clone()),
+        capacity: any
+            .map(|s| Quantity::from_bytes(s.capacity.0))
+            .or_else(|| old.capacity.clone()),
+        free: any
+            .map(|s| Quantity::from_bytes(s.capacity.0.saturating_sub(s.allocated.0)))
+            .or_else(|| old.free.clone()),
+        direct_nodes: i32::try_from(direct).ok(),
+        nodes,
+        kept_disks: known
+            .rows
+            .map_or_else(|| old.kept_disks.clone(), kept_disks),
+        unclaimed_rows: known.rows.map_or_else(
+            || old.unclaimed_rows.clone(),
+            |rows| unclaimed(rows, known, claimed),
+        ),
+        conditions,
+    }
+}
+
+fn node_access(
+    node: &NodeOnVolume,
+    state: Option<&NodeState>,
+    volume: &str,
+    old: &SharedVolumeStatus,
+    now: Timestamp,
+) -> NodeAccess {
+    let up = node.stream == bascule_operator_core::Stream::Up;
+    let access = match node.path {
+        Some(PathState::Direct) if up && node.owner.is_some() => NodeAccessState::Direct,
+        Some(PathState::Paused) if up => NodeAccessState::Paused,
+        _ => NodeAccessState::Unavailable,
+    };
+    let reason = match access {
+        NodeAccessState::Direct => String::new(),
+        _ if !up => "bascule-node does not answer".to_owned(),
+        _ => node
+            .reason
+            .clone()
+            .unwrap_or_else(|| "not attached".to_owned()),
+    };
+    let before = old
+        .nodes
+        .iter()
+        .find(|n| n.name == node.name && n.state == access);
+    let watchdog = state
+        .and_then(|state| status(state, volume))
+        .map(|status| status.watchdog);
+    NodeAccess {
+        name: node.name.clone(),
+        state: access,
+        reason,
+        holder: node.owner.map(|owner| Fingerprint {
+            slot: i32::from(owner.slot.0),
+            generation: owner.generation.to_string(),
+        }),
+        watchdog: watchdog == Some(WatchdogKind::Hardware),
+        since: before.and_then(|n| n.since.clone()).or(Some(Time(now))),
+    }
+}
+
+fn kept_disks(rows: &Rows) -> Vec<KeptDisk> {
+    let mut kept: Vec<KeptDisk> = rows
+        .disks
+        .iter()
+        .filter(|disk| disk.vm.is_none())
+        .filter_map(|disk| {
+            let (namespace, name) = disk.name.as_str().split_once('/')?;
+            Some(KeptDisk {
+                namespace: namespace.to_owned(),
+                name: name.to_owned(),
+                size: Quantity::from_bytes(disk.size.0),
+            })
+        })
+        .collect();
+    kept.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
+    kept.truncate(LISTED_MAX);
+    kept
+}
+
+fn unclaimed(
+    rows: &Rows,
+    known: &Reported<'_>,
+    claimed: impl Fn(&str) -> bool,
+) -> Vec<UnclaimedRow> {
+    let node = |owner: Option<Owner>| {
+        let holder = known
+            .observed
+            .nodes
+            .iter()
+            .find(|n| owner.is_some() && n.owner == owner)?;
+        Some(holder.name.clone())
+    };
+    let mut unclaimed: Vec<UnclaimedRow> = rows
+        .vms
+        .iter()
+        .filter(|row| !claimed(&row.vm.to_string()))
+        .map(|row| UnclaimedRow {
+            uid: row.vm.to_string(),
+            name: row.name.to_string(),
+            node: node(row.owner),
+        })
+        .collect();
+    unclaimed.truncate(LISTED_MAX);
+    unclaimed
+}
+
+const OUT_OF_SERVICE: &str = "node.kubernetes.io/out-of-service";
+/// What the schema allows in one list.
+const LISTED_MAX: usize = 200;
+/// Without anything to do.
+const REQUEUE_MAX: Duration = Duration::from_secs(2);
+
+#[cfg(test)]
+mod tests {
+    use bascule_types::{DiskId, VmUid};
+    use bascule_volume_format::change::{DiskRole, DiskRow, RowName};
+
+    use super::*;
+
+    #[test]
+    fn an_administrators_word_names_slot_and_generation() {
+        let owner = Owner {
+            slot: SlotId(2),
+            generation: Generation(7),
+        };
+        assert_eq!(confirmed("node-2/2/7"), Some(owner));
+        assert_eq!(confirmed(" node-2/2/7 "), Some(owner));
+        assert_eq!(confirmed("node-2"), None);
+        assert_eq!(confirmed("node-2/x/7"), None);
+    }
+
+    #[test]
+    fn kept_disks_are_those_that_no_virtual_machine_has() {
+        let disk = |name: &str, vm| DiskRow {
+            disk: DiskId::random(),
+            name: RowName::new(name).unwrap(),
+            vm,
+            size: Bytes::gib(1),
+            role: DiskRole::Data,
+            importing: false,
+            importer: None,
+            extents: vec![],
+        };
+        let rows = Rows {
+            disks: vec![
+                disk("shop/b.root", None),
+                disk("shop/a.root", Some(VmUid::random())),
+            ],
+            ..Rows::default()
+        };
+        let kept = kept_disks(&rows);
+        assert_eq!(kept.len(), 1);
+        assert_eq!(
+            (kept[0].namespace.as_str(), kept[0].name.as_str()),
+            ("shop", "b.root")
+        );
+    }
+}

@@ -32,10 +32,10 @@ pub struct FormatArgs {
     /// Overwrite whatever the device holds.
     #[arg(long)]
     force: bool,
-    /// Create a plain file of this many MiB first.
+    /// Create a plain file of this many MiB first, if there is none.
     #[arg(long, value_name = "MIB", conflicts_with = "create_size")]
     create: Option<u32>,
-    /// Create a plain file of this many bytes first.
+    /// Create a plain file of this many bytes first, if there is none.
     #[arg(long, value_name = "BYTES")]
     create_size: Option<u64>,
     /// Print what was made as JSON.
@@ -291,9 +291,17 @@ impl FormatArgs {
     }
 }
 
+/// Makes a file, or lengthens the one that is there: asked again, it does the same.
 fn create_file(path: &Path, size: Bytes) -> std::io::Result<()> {
-    let file = OpenOptions::new().write(true).create_new(true).open(path)?;
-    file.set_len(size.0)
+    let file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(path)?;
+    if file.metadata()?.len() < size.0 {
+        file.set_len(size.0)?;
+    }
+    file.sync_all()
 }
 
 /// Looks for anything that is not zero where file systems, partition tables, LVM and RAID keep

@@ -8,11 +8,12 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::control_plane::Component;
 use crate::faults::{self, Network, parse_side};
-use crate::image::Image;
+
 use crate::lab::{Lab, Options, Watchdog, down, down_all};
 use crate::names::{HUB_VM_ADDRESS, LabName};
 use crate::node::Service;
 use crate::progress::say;
+use crate::project::{self, Profile};
 use crate::state::{LabPaths, State, Tier};
 use crate::tools::Tools;
 use crate::{bmc, guard, init, process, web};
@@ -57,6 +58,12 @@ enum Command {
     Kubectl(Passthrough),
     /// helm as cluster administrator.
     Helm(Passthrough),
+    /// Install this checkout's chart with helm; the lab was brought up with Bascule's image.
+    Install {
+        /// More arguments for helm, such as `--set operator.replicas=1`.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        helm: Vec<String>,
+    },
     /// Run a program in the hub's network, which reaches the API, nodes, pods and virtual machines.
     Run(Passthrough),
     /// Run a program on a node; works while the node is cut off from the network.
@@ -106,6 +113,14 @@ enum Command {
     },
     /// End all partitions.
     Heal,
+    /// Break a node's path to the shared disk (emulated tier).
+    Disk {
+        /// The node.
+        node: String,
+        /// What to do.
+        #[arg(value_enum)]
+        action: DiskAction,
+    },
     /// Kill, stop or start a service of a node.
     Service {
         /// The node.
@@ -138,11 +153,19 @@ enum Command {
     PublishGuest,
     /// Print the ends of all logs.
     Logs,
-    /// Build a container image from a directory of static programs.
+    /// Build Bascule's container image, from this checkout or from a directory of static programs.
     Image {
-        /// Directory of the programs.
+        /// Directory of the programs; they are built if it is not given.
         #[arg(long)]
-        bin_dir: PathBuf,
+        bin_dir: Option<PathBuf>,
+        /// How they are built.
+        #[arg(
+            long,
+            value_enum,
+            default_value = "release",
+            conflicts_with = "bin_dir"
+        )]
+        profile: Profile,
         /// Name and tag.
         #[arg(long, default_value = crate::image::BASCULE_IMAGE)]
         name: String,
@@ -225,6 +248,18 @@ enum ServiceAction {
 }
 
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum DiskAction {
+    /// Requests wait.
+    Stall,
+    /// They go on.
+    Resume,
+    /// The device is gone.
+    Remove,
+    /// It is there again.
+    Return,
+}
+
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
 enum ComponentAction {
     Kill,
     Start,
@@ -256,8 +291,17 @@ fn perform(cli: &Cli) -> Result<()> {
             Ok(())
         }
         Command::Prepare { emulated } => prepare(*emulated),
-        Command::Image { bin_dir, name, out } => {
-            println!("{}", Image::of_programs(name, bin_dir)?.write(out)?);
+        Command::Image {
+            bin_dir,
+            profile,
+            name,
+            out,
+        } => {
+            let digest = match bin_dir {
+                Some(dir) => project::pack(name, dir, out)?,
+                None => project::build_image(*profile, out)?,
+            };
+            println!("{digest}");
             Ok(())
         }
         Command::Launch {
@@ -282,10 +326,30 @@ fn in_lab(lab: &Lab, command: &Command) -> Result<()> {
             let (program, args) = args.args.split_first().context("no program")?;
             Err(lab.hub().run(program).args(args).replace_self())
         }
+        Command::Install { helm } => {
+            lab.install_bascule(&helm.iter().map(String::as_str).collect::<Vec<_>>())
+        }
         Command::Exec { node, command } => {
             print!("{}", lab.node(node)?.exec(&command.words())?);
             Ok(())
         }
+        Command::Publish { file, name } => show_source("file", &lab.publish(name, file)?),
+        Command::PublishGuest => {
+            let sources = lab.publish_guest()?;
+            show_source("kernel", &sources.kernel)?;
+            show_source("initrd", &sources.initrd)
+        }
+        Command::Logs => {
+            lab.print_logs();
+            Ok(())
+        }
+        fault => break_or_mend(lab, fault),
+    }
+}
+
+/// Commands that do something to a lab's machines.
+fn break_or_mend(lab: &Lab, command: &Command) -> Result<()> {
+    match command {
         Command::Cut { node } => lab.node(node)?.cut(),
         Command::Boot { node } => lab.node(node)?.boot(),
         Command::Freeze { node } => lab.node(node)?.freeze(),
@@ -306,6 +370,15 @@ fn in_lab(lab: &Lab, command: &Command) -> Result<()> {
         }
         Command::Isolate { node } => lab.isolate(lab.node(node)?.index()),
         Command::Heal => lab.heal(),
+        Command::Disk { node, action } => {
+            let node = lab.node(node)?;
+            match action {
+                DiskAction::Stall => node.stall_disk(),
+                DiskAction::Resume => node.resume_disk(),
+                DiskAction::Remove => node.remove_disk(),
+                DiskAction::Return => node.return_disk(),
+            }
+        }
         Command::Service {
             node,
             service,
@@ -324,16 +397,6 @@ fn in_lab(lab: &Lab, command: &Command) -> Result<()> {
             ComponentAction::Freeze => lab.freeze(*component, true),
             ComponentAction::Thaw => lab.freeze(*component, false),
         },
-        Command::Publish { file, name } => show_source("file", &lab.publish(name, file)?),
-        Command::PublishGuest => {
-            let sources = lab.publish_guest()?;
-            show_source("kernel", &sources.kernel)?;
-            show_source("initrd", &sources.initrd)
-        }
-        Command::Logs => {
-            lab.print_logs();
-            Ok(())
-        }
         other => bail!("{other:?} needs no lab"),
     }
 }

@@ -25,6 +25,7 @@ use crate::names::{MGMT_BRIDGE, NodeIndex, VM_BRIDGE};
 use crate::node_image::{NodeImage, make_ext4};
 use crate::process::{Daemon, ProcessId};
 use crate::progress::step;
+use crate::qmp::{DISK_BUS, DISK_DEVICE, shared_drive};
 use crate::state::{Tier, boot_id};
 use crate::tools::{Tools, lab_binary, require_static};
 use crate::wait::wait_for;
@@ -209,6 +210,24 @@ pub(crate) fn start(context: &MachineContext<'_>, node: NodeIndex) -> Result<Pro
         .start()
 }
 
+/// A command line in the making.
+#[derive(Default)]
+struct Args(Vec<String>);
+
+impl Args {
+    fn add(&mut self, words: &[&str]) {
+        self.0.extend(words.iter().map(|&word| word.to_owned()));
+    }
+
+    fn device(&mut self, device: &str) {
+        self.add(&["-device", device]);
+    }
+}
+
+fn show(path: &Path) -> String {
+    path.to_string_lossy().into_owned()
+}
+
 struct Machine<'a> {
     lab: &'a Lab,
     node: NodeIndex,
@@ -219,118 +238,102 @@ struct Machine<'a> {
 
 impl Machine<'_> {
     fn argv(&self) -> Vec<String> {
-        let name = self.node.name();
-        let logs = self.lab.logs();
-        let show = |path: &Path| path.to_string_lossy().into_owned();
-        let mut argv: Vec<String> = ["qemu-system-x86_64", "-name", &name, "-machine", "q35"]
-            .into_iter()
-            .chain(self.assets.accelerator.args())
-            .map(str::to_owned)
-            .collect();
-        let mut add = |words: &[&str]| argv.extend(words.iter().map(|&word| word.to_owned()));
-        add(&[
-            "-m",
-            &self.options.node_memory_mib.to_string(),
-            "-nodefaults",
-            "-display",
-            "none",
-        ]);
-        add(&["-kernel", &show(&self.assets.image.kernel())]);
-        add(&[
-            "-initrd",
-            &show(&self.assets.image.initrd()),
-            "-append",
-            KERNEL_ARGS,
-        ]);
-        add(&[
-            "-serial",
-            &format!("file:{}", show(&logs.join(format!("{name}-console.log")))),
-        ]);
-        add(&[
-            "-qmp",
-            &format!("unix:{},server=on,wait=off", show(&self.dir.join("qmp"))),
-        ]);
+        let (name, image) = (self.node.name(), &self.assets.image);
+        let mut args = Args::default();
+        args.add(&["qemu-system-x86_64", "-name", &name, "-machine", "q35"]);
+        args.add(&self.assets.accelerator.args());
+        args.add(&["-m", &self.options.node_memory_mib.to_string()]);
+        args.add(&["-nodefaults", "-display", "none"]);
+        args.add(&["-kernel", &show(&image.kernel())]);
+        args.add(&["-initrd", &show(&image.initrd()), "-append", KERNEL_ARGS]);
+        let console = self.lab.logs().join(format!("{name}-console.log"));
+        args.add(&["-serial", &format!("file:{}", show(&console))]);
+        let monitor = show(&self.dir.join(MONITOR));
+        args.add(&["-qmp", &format!("unix:{monitor},server=on,wait=off")]);
+        args.device("virtio-rng-pci");
+        self.add_watchdog(&mut args);
+        self.add_disks(&mut args);
+        self.add_cables(&mut args);
+        self.add_ports(&mut args);
+        args.0
+    }
 
+    fn add_watchdog(&self, args: &mut Args) {
         match self.options.watchdog {
             // A reset by the watchdog is a reset: the node comes up again by itself.
-            Watchdog::Board => add(&["-device", "i6300esb", "-action", "watchdog=reset"]),
+            Watchdog::Board => {
+                args.device("i6300esb");
+                args.add(&["-action", "watchdog=reset"]);
+            }
             Watchdog::Bmc => {
                 let socket = show(&self.dir.join(BMC_SOCKET));
                 // Reconnecting also puts the first connection off until the devices are there: QEMU 7.2 crashes
                 // when its controller answers earlier.
-                add(&[
+                args.add(&[
                     "-chardev",
                     &format!("socket,id=bmc,path={socket},reconnect=1"),
                 ]);
-                add(&["-device", "ipmi-bmc-extern,id=bmc0,chardev=bmc"]);
-                add(&["-device", "isa-ipmi-kcs,bmc=bmc0"]);
+                args.device("ipmi-bmc-extern,id=bmc0,chardev=bmc");
+                args.device("isa-ipmi-kcs,bmc=bmc0");
             }
         }
-        add(&["-device", "virtio-rng-pci"]);
-        for (serial, path, options) in self.disks() {
-            add(&[
+    }
+
+    fn add_disks(&self, args: &mut Args) {
+        for (serial, path, options) in self.own_disks() {
+            let file = show(&path);
+            args.add(&[
                 "-drive",
-                &format!("if=none,id={serial},file={},{options}", show(&path)),
+                &format!("if=none,id={serial},file={file},{options}"),
             ]);
-            let shared = if serial == SHARED_DISK {
-                ",share-rw=on"
-            } else {
-                ""
-            };
-            add(&[
-                "-device",
-                &format!("virtio-blk-pci,drive={serial},serial={serial}{shared}"),
-            ]);
+            args.device(&format!("virtio-blk-pci,drive={serial},serial={serial}"));
         }
+        args.add(&["-drive", &shared_drive(&shared_disk_path(self.lab.paths()))]);
+        args.device(&format!("pcie-root-port,id={DISK_BUS},chassis=1"));
+        args.device(&format!(
+            "virtio-blk-pci,id={DISK_DEVICE},bus={DISK_BUS},drive={SHARED_DISK},\
+             serial={SHARED_DISK},share-rw=on"
+        ));
+    }
+
+    fn add_cables(&self, args: &mut Args) {
         for (number, bridge) in [(0, MGMT_BRIDGE), (1, VM_BRIDGE)] {
             let port = Hub::port(bridge, self.node);
             let netdev = format!("tap,id={port},ifname={port},script=no,downscript=no");
-            add(&["-netdev", &netdev]);
+            args.add(&["-netdev", &netdev]);
             let mac = self.node.mac(number);
-            add(&[
-                "-device",
-                &format!("virtio-net-pci,netdev={port},mac={mac}"),
-            ]);
+            args.device(&format!("virtio-net-pci,netdev={port},mac={mac}"));
         }
-        add(&["-device", "virtio-serial-pci"]);
-        let socket = show(&self.dir.join("conf").join(CONTROL));
-        add(&[
-            "-chardev",
-            &format!("socket,id={CONTROL},path={socket},server=on,wait=off"),
-        ]);
-        add(&[
-            "-device",
-            &format!("virtserialport,chardev={CONTROL},name={CONTROL}"),
-        ]);
-        for service in SERVICES {
-            let log = show(&logs.join(format!("{name}-{service}.log")));
-            add(&[
-                "-chardev",
-                &format!("file,id={service},path={log},append=on"),
-            ]);
-            add(&[
-                "-device",
-                &format!("virtserialport,chardev={service},name={service}"),
-            ]);
-        }
-        argv
     }
 
-    fn disks(&self) -> [(&'static str, PathBuf, &'static str); 4] {
-        let disks = self.lab.paths().disks();
+    fn add_ports(&self, args: &mut Args) {
+        args.device("virtio-serial-pci");
+        let socket = show(&self.dir.join("conf").join(CONTROL));
+        let chardev = format!("socket,id={CONTROL},path={socket},server=on,wait=off");
+        args.add(&["-chardev", &chardev]);
+        args.device(&format!("virtserialport,chardev={CONTROL},name={CONTROL}"));
+        for service in SERVICES {
+            let log = self
+                .lab
+                .logs()
+                .join(format!("{}-{service}.log", self.node.name()));
+            let chardev = format!("file,id={service},path={},append=on", show(&log));
+            args.add(&["-chardev", &chardev]);
+            args.device(&format!("virtserialport,chardev={service},name={service}"));
+        }
+    }
+
+    /// The disks that no other machine writes. The host does not crash with the node, so its page cache may hold them.
+    fn own_disks(&self) -> [(&'static str, PathBuf, &'static str); 3] {
         let read_only = "format=raw,readonly=on,file.locking=off";
-        // `none`: what one node wrote must be what another one reads, and nothing is in the host's page cache.
-        // The others: the host does not crash with the node.
-        let shared = "format=raw,cache=none,aio=threads,file.locking=off";
         [
             (
                 "root",
                 self.dir.join("root.qcow2"),
                 "format=qcow2,cache=unsafe",
             ),
-            ("bin", disks.join("bin.img"), read_only),
+            ("bin", self.lab.paths().disks().join("bin.img"), read_only),
             ("conf", self.dir.join("conf.img"), read_only),
-            (SHARED_DISK, shared_disk_path(self.lab.paths()), shared),
         ]
     }
 }
@@ -417,6 +420,8 @@ fn tree_bytes(dir: &Path) -> Result<u64> {
 const BIN: &str = "/opt/lab";
 /// Socket of a node's management controller.
 const BMC_SOCKET: &str = "bmc";
+/// Socket of a machine's monitor, in the node's directory.
+pub(crate) const MONITOR: &str = "qmp";
 /// File of a node's QEMU command line.
 const COMMAND_LINE: &str = "qemu.json";
 /// What a node runs from the disk of programs.

@@ -1,4 +1,75 @@
 //! The lab: real Kubernetes clusters on one machine, with faults to order.
+//!
+//! A lab is a small world of its own: a control plane, nodes, two networks and a disk that all nodes share. It touches
+//! neither the host's network nor its disks, needs root and nothing else that it does not install or build itself, and
+//! leaves nothing behind but its logs, whatever happens to the process that made it.
+//!
+//! # Two tiers behind one interface
+//! | | [`Tier::Native`] | [`Tier::Emulated`] |
+//! |---|---|---|
+//! | a node is | network, mount, PID, UTS, IPC and cgroup namespaces of this machine | a QEMU machine |
+//! | its PID 1 | `lab node-init`, in the namespaces | `lab node-init`, after a busybox initramfs |
+//! | its kernel | the host's | Debian's, 6.12 |
+//! | its /dev/kvm | the host's | its own (AMD-V, emulated where nesting does not work) |
+//! | its watchdog | none | IPMI, by [`bmc`] outside the machine; or i6300esb |
+//! | the shared disk | a loop device | the same raw image in every machine |
+//! | power cut | `kill -9` of PID 1 | `kill -9` of QEMU |
+//! | frozen | the freezer of the node's cgroup | the freezer of QEMU's cgroup |
+//! | two nodes are Ready after | 5 s | 70 s |
+//!
+//! # Layout
+//! ```text
+//!   network namespace bl.NAME.hub
+//!   ┌──────────────────────────────────────────────────────────────────────────────┐
+//!   │ etcd, kube-apiserver, -controller-manager, -scheduler, coredns, lab-web      │
+//!   │ mgmt   10.90.0.1/24 ──┬── m-n1 ── eth0 of n1, 10.90.0.11                     │
+//!   │                       └── m-n2 ── eth0 of n2, 10.90.0.12                     │
+//!   │ vmbr0  10.91.0.1/24 ──┬── v-n1 ── eth1 of n1, in its bridge vmbr0            │
+//!   │                       └── v-n2 ── eth1 of n2, in its bridge vmbr0            │
+//!   └──────────────────────────────────────────────────────────────────────────────┘
+//!   pods 10.92.N.0/24 of node N, routed · Services 10.93.0.0/16, kube-proxy (nftables)
+//!   guests 10.91.0.100 and up, by convention · cluster DNS 10.90.0.1
+//!   shared disk /dev/disk/by-id/virtio-shared0 on every node
+//!   cgroup bascule-lab-NAME, in every hierarchy, holds every process of the lab
+//! ```
+//!
+//! # In a test
+//! ```no_run
+//! use std::time::Duration;
+//!
+//! fn scenario() -> anyhow::Result<()> {
+//!     // Gone when dropped, and when this process is killed. BASCULE_LAB_IMAGES has Bascule's image.
+//!     let lab = bascule_lab::Lab::native(2)?;
+//!     lab.install_bascule(&["--set", "operator.replicas=1"])?;
+//!     lab.apply("apiVersion: bascule.dev/v1alpha1\nkind: SharedVolume\n# ...\n")?;
+//!     let phase = ["get", "vm", "a", "-o", "jsonpath={.status.phase}"];
+//!     lab.wait_for("the machine to run", Duration::from_secs(60), || {
+//!         let phase = lab.kubectl(&phase)?;
+//!         anyhow::ensure!(phase == "Running", "it is {phase:?}");
+//!         Ok(())
+//!     })?;
+//!     lab.node("n1")?.cut()?;
+//!     Ok(())
+//! }
+//! ```
+//! Test clients enter the hub's network by [`Lab::connect`], [`hub::Hub::enter`] or [`hub::Hub::run`]; programs on a
+//! node run by [`Node::exec`], which does not use the node's network. A failing [`Lab::wait_for`] prints the end of
+//! every log; the logs themselves are kept (`lab status` says where).
+//!
+//! # By hand
+//! `lab up --tier emulated --nodes 3 --image bascule.tar`, then `lab install`, `lab kubectl ...`, `lab exec n1 ...`,
+//! `lab cut n1`, `lab down`. `lab --help` lists everything.
+//!
+//! # What is cached
+//! `$XDG_CACHE_HOME/bascule` holds the built Kubernetes, containerd, helm, etcd and CoreDNS, the emulated nodes' disk
+//! and the guest, each keyed by what it was made from ([`cache`]). `$XDG_STATE_HOME/bascule` holds labs and logs.
+//!
+//! # Cleaning up
+//! Every process is in the lab's cgroups, every namespace has the lab's name in its own: [`lab::down()`] finds them by
+//! that, not by a list, so it works on whatever a killed run has left, and `up` begins with it. A [`guard`] process
+//! takes a test's lab down when the test is killed.
+//!
+//! Where to start reading: [`lab`], then `lab/up.rs`, [`node`], [`init`].
 
 #![forbid(unsafe_code)]
 
@@ -27,6 +98,8 @@ mod node_image;
 pub mod pki;
 pub mod process;
 pub mod progress;
+pub mod project;
+mod qmp;
 pub mod state;
 pub mod tools;
 pub mod wait;

@@ -16,6 +16,7 @@ use crate::machine::{MachineContext, NodeFiles};
 use crate::names::NodeIndex;
 use crate::native;
 use crate::process::ProcessId;
+use crate::qmp::Monitor;
 use crate::state::Tier;
 use crate::wait::wait_for;
 
@@ -139,6 +140,36 @@ impl<'a> Node<'a> {
     /// Lets it go on, back from the dead.
     pub fn thaw(&self) -> Result<()> {
         self.cgroup()?.freeze(false)
+    }
+
+    /// Makes its path to the shared disk stand still: what is submitted waits until [`Self::resume_disk`].
+    /// Emulated tier only, as the other faults of a disk.
+    pub fn stall_disk(&self) -> Result<()> {
+        self.monitor()?.stall_disk(true)
+    }
+
+    /// Ends [`Self::stall_disk`].
+    pub fn resume_disk(&self) -> Result<()> {
+        self.monitor()?.stall_disk(false)
+    }
+
+    /// Pulls the shared disk out of it: the device is gone, what is submitted fails.
+    pub fn remove_disk(&self) -> Result<()> {
+        self.monitor()?.remove_disk()
+    }
+
+    /// Puts the shared disk in again.
+    pub fn return_disk(&self) -> Result<()> {
+        self.monitor()?.return_disk(&self.lab.shared_disk())
+    }
+
+    fn monitor(&self) -> Result<Monitor> {
+        let tier = self.lab.state().tier;
+        ensure!(
+            tier == Tier::Emulated,
+            "a {tier:?} node has no hardware of its own"
+        );
+        Monitor::connect(&self.lab.paths().node(&self.name()).join(emulated::MONITOR))
     }
 
     /// Kills a service; it is started again at once, as an init system does.

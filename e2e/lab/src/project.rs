@@ -1,0 +1,206 @@
+//! Bascule itself in a lab: built, packed and installed as a user would have it.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::command::Run;
+use crate::image::{BASCULE_IMAGE, Content, Image};
+use crate::lab::Lab;
+use crate::names::VM_BRIDGE;
+use crate::progress::step;
+use crate::state::Tier;
+
+/// How the programs are compiled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Profile {
+    /// Quick to build, slow to run.
+    Dev,
+    /// As users get it.
+    Release,
+}
+
+impl Profile {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Dev => "dev",
+            Self::Release => "release",
+        }
+    }
+
+    fn directory(self) -> &'static str {
+        match self {
+            Self::Dev => "debug",
+            Self::Release => "release",
+        }
+    }
+}
+
+/// Builds every program as a static one and packs them into the image archive `out`; returns the image's digest.
+pub fn build_image(profile: Profile, out: &Path) -> Result<String> {
+    let checkout = checkout()?;
+    step("building Bascule's programs", || {
+        let packages = PACKAGES.iter().flat_map(|package| ["--package", package]);
+        Run::new("cargo")
+            .dir(&checkout)
+            .env("RUSTFLAGS", "-C target-feature=+crt-static")
+            .args([
+                "build",
+                "--locked",
+                "--bins",
+                "--target",
+                TARGET,
+                "--profile",
+                profile.name(),
+            ])
+            .args(packages)
+            .deadline(Duration::from_secs(3600))
+            .done()
+    })?;
+    let directory = target_directory(&checkout)?
+        .join(TARGET)
+        .join(profile.directory());
+    let stripped = directory.join("image");
+    strip(&directory, &stripped)?;
+    pack(BASCULE_IMAGE, &stripped, out)
+}
+
+/// Copies the programs without their line tables, which are most of them; symbols stay for backtraces.
+fn strip(from: &Path, to: &Path) -> Result<()> {
+    std::fs::create_dir_all(to).with_context(|| format!("make {}", to.display()))?;
+    PROGRAMS.iter().try_for_each(|program| {
+        let run = Run::new("strip").args(["--strip-debug", "-o"]);
+        run.arg(to.join(program)).arg(from.join(program)).done()
+    })
+}
+
+/// Packs the project's programs among those of `directory`.
+pub fn pack(name: &str, directory: &Path, out: &Path) -> Result<String> {
+    let mut image = Image::of_programs(name, directory)?;
+    image.files.retain(|file| match &file.content {
+        Content::File(path) => path
+            .file_name()
+            .is_some_and(|name| PROGRAMS.iter().any(|known| name == *known)),
+        _ => true,
+    });
+    for program in PROGRAMS {
+        let there = image
+            .files
+            .iter()
+            .any(|file| file.path == format!("usr/bin/{program}"));
+        ensure!(there, "{} has no {program}", directory.display());
+    }
+    step("packing the image", || image.write(out))
+}
+
+impl Lab {
+    /// `helm upgrade --install` of this checkout's chart with the lab's image, bridge `lan` and watchdog; waits
+    /// until everything is ready. `more` is further arguments for helm, values mostly.
+    pub fn install_bascule(&self, more: &[&str]) -> Result<()> {
+        let chart = checkout()?.join("charts/bascule");
+        let (repository, tag) = BASCULE_IMAGE
+            .rsplit_once(':')
+            .context("the image has a tag")?;
+        let watchdog = match self.state().tier {
+            Tier::Native => "",
+            Tier::Emulated => "/dev/watchdog",
+        };
+        let values = [
+            format!("image.repository={repository}"),
+            format!("image.tag={tag}"),
+            format!("node.watchdogDevice={watchdog}"),
+            format!("node.bridges.lan={VM_BRIDGE}"),
+        ];
+        let sets = values.iter().flat_map(|value| ["--set", value.as_str()]);
+        step("installing the chart", || {
+            self.helm_run()?
+                .args(["upgrade", "--install", "bascule"])
+                .arg(&chart)
+                .args([
+                    "--namespace",
+                    NAMESPACE,
+                    "--create-namespace",
+                    "--wait",
+                    "--timeout=8m",
+                ])
+                .args(sets)
+                .args(more)
+                .done()
+        })
+        .inspect_err(|_| self.print_logs())
+    }
+}
+
+/// Namespace that the chart is installed to.
+pub const NAMESPACE: &str = "bascule-system";
+
+/// The checkout that this program was built from, or the working directory's.
+fn checkout() -> Result<PathBuf> {
+    let here = std::env::current_dir().context("find the working directory")?;
+    let built_from = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut candidates = here.ancestors().chain(built_from.ancestors());
+    candidates
+        .find(|dir| dir.join("charts/bascule/Chart.yaml").is_file())
+        .map(Path::to_owned)
+        .context("run this in a checkout of Bascule")
+}
+
+fn target_directory(checkout: &Path) -> Result<PathBuf> {
+    let arguments = ["metadata", "--no-deps", "--format-version=1", "--offline"];
+    let metadata = Run::new("cargo").dir(checkout).args(arguments).text()?;
+    let metadata: serde_json::Value =
+        serde_json::from_str(&metadata).context("parse cargo's metadata")?;
+    let directory = metadata["target_directory"]
+        .as_str()
+        .context("cargo has a target directory")?;
+    Ok(PathBuf::from(directory))
+}
+
+const TARGET: &str = "x86_64-unknown-linux-gnu";
+
+const PACKAGES: &[&str] = &[
+    "bascule-node",
+    "bascule-volume",
+    "bascule-vmm",
+    "bascule-watchdog",
+    "bascule-operator",
+];
+
+const PROGRAMS: &[&str] = &[
+    "bascule-hold",
+    "bascule-import",
+    "bascule-node",
+    "bascule-operator",
+    "bascule-vm",
+    "bascule-volume",
+    "bascule-watchdog",
+];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_image_has_bascules_programs_and_nothing_else_of_the_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("image.tar");
+        for program in PROGRAMS.iter().chain(&["lab"]) {
+            std::fs::write(dir.path().join(program), program).unwrap();
+        }
+        let digest = pack("lab.bascule.dev/x:1", dir.path(), &out).unwrap();
+        std::fs::remove_file(dir.path().join("lab")).unwrap();
+        assert_eq!(
+            pack("lab.bascule.dev/x:1", dir.path(), &out).unwrap(),
+            digest
+        );
+        std::fs::remove_file(dir.path().join("bascule-vm")).unwrap();
+        let error = pack("lab.bascule.dev/x:1", dir.path(), &out).unwrap_err();
+        assert!(error.to_string().contains("bascule-vm"));
+    }
+
+    #[test]
+    fn the_chart_is_found_from_the_checkout_that_built_this() {
+        assert!(checkout().unwrap().join("e2e/lab/src/project.rs").is_file());
+    }
+}

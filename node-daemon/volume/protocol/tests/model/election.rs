@@ -85,8 +85,8 @@ impl ElectionModel {
         Self {
             rules,
             slots: 2,
-            attempts: size.pick(2, 3),
-            crashes: 1,
+            attempts: 2,
+            crashes: size.pick(1, 2),
             failures: 0,
         }
     }
@@ -317,4 +317,15 @@ fn i2_every_coordinator_epoch_has_one_winner_when_writes_fail() {
         ..ElectionModel::new(Rules::ENFORCED, Size::from_environment())
     };
     holds("election with failing writes", model);
+}
+
+#[test]
+fn i2_every_coordinator_epoch_has_one_winner_among_three() {
+    let model = ElectionModel {
+        slots: 3,
+        attempts: 1,
+        crashes: 0,
+        ..ElectionModel::new(Rules::ENFORCED, Size::Small)
+    };
+    holds("election of three", model);
 }

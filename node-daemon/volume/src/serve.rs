@@ -28,6 +28,7 @@ use bascule_volume_format::{RO_COMPAT_KNOWN, Severity, Superblock, check_volume,
 use bascule_volume_gate::{GateError, GateTakenOver, GateView, GateWriter, boot_time_now};
 use bascule_volume_protocol::{Held, LeasePhase};
 use clap::Args;
+use rustix::mm::{MlockAllFlags, mlockall};
 
 use crate::device::{Access, Device};
 use crate::node::{Node, NodeConfig, NodeParts};
@@ -74,6 +75,12 @@ pub struct ServeArgs {
 /// When the process cannot even say why it cannot serve: sockets, signals, arguments.
 pub fn serve(args: &ServeArgs) -> Result<ExitCode> {
     signal::install().context("install the signal handler")?;
+    // Memory pressure must not keep the heartbeat waiting for its own pages. Only what is touched,
+    // so that the threads' stacks cost nothing.
+    let kept = MlockAllFlags::CURRENT | MlockAllFlags::FUTURE | MlockAllFlags::ONFAULT;
+    if let Err(error) = mlockall(kept) {
+        tracing::warn!(%error, "cannot lock this process in memory");
+    }
     fs::create_dir_all(&args.run_dir)
         .with_context(|| format!("create {}", args.run_dir.display()))?;
     let sock = args.run_dir.join("volume.sock");

@@ -1,0 +1,128 @@
+//! Three nodes under a seeded storm of kills, freezes and restarts, with a client at each.
+
+use std::collections::BTreeMap;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use bascule_ipc::Connection;
+use bascule_ipc::volume::{Request, Response};
+use bascule_types::{Epoch, VmUid};
+use bascule_volume_format::change::{Answer, Change, VmRow};
+use rustix::process::Signal;
+
+use crate::lab::{Lab, Node, name};
+
+/// What was acknowledged: the last row of each VM.
+type Acknowledged = Mutex<BTreeMap<VmUid, VmRow>>;
+
+/// A client of one node: creates VMs, acquires them, and notes what was acknowledged. Everything
+/// that fails is tried again with the next VM.
+fn client(socket: &std::path::Path, n: u8, done: &AtomicBool, acknowledged: &Acknowledged) {
+    let patience = Duration::from_secs(20);
+    let mut count: u8 = 0;
+    while !done.load(Ordering::Acquire) {
+        let Ok(mut connection) = Connection::connect(socket, patience) else {
+            std::thread::park_timeout(Duration::from_millis(20));
+            continue;
+        };
+        let mut ask = |request: &Request| -> Option<Response> {
+            let (response, _) = connection.call(request).ok()?;
+            if let Response::Granted(Answer::Row(row)) = &response {
+                acknowledged.lock().unwrap().insert(row.vm, row.clone());
+            }
+            Some(response)
+        };
+        count = count.wrapping_add(1);
+        let vm = VmUid::from_bytes([n, count, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]);
+        let create = Change::CreateVm {
+            vm,
+            name: name(&format!("chaos/{n}-{count}")),
+            spec_digest: [n; 32],
+        };
+        ask(&Request::Change(create));
+        let Some(Response::Status(status)) = ask(&Request::Status) else {
+            continue;
+        };
+        if let Some(to) = status.owner {
+            let expected_epoch = Epoch(0);
+            ask(&Request::Change(Change::Acquire {
+                vm,
+                expected_epoch,
+                to,
+            }));
+        }
+    }
+}
+
+/// One blow to one node, chosen by a number.
+fn strike(lab: &Lab, nodes: &mut [Node], dice: u64) {
+    let which = usize::try_from(dice % 3).unwrap();
+    let pause = Duration::from_millis(dice / 7 % 2500);
+    let node = &mut nodes[which];
+    if dice / 3 % 2 == 0 {
+        node.kill();
+        std::thread::park_timeout(pause / 2);
+        nodes[which] = lab.launch(u8::try_from(which + 1).unwrap(), &[]);
+    } else {
+        node.signal(Signal::STOP);
+        std::thread::park_timeout(pause);
+        node.signal(Signal::CONT);
+    }
+}
+
+#[test]
+fn i3_no_acknowledged_change_is_lost_in_a_storm() {
+    // Another seed, another storm.
+    let seed: u64 = match std::env::var("BASCULE_SEED") {
+        Ok(seed) => seed.parse().unwrap(),
+        Err(_) => 20_261_123,
+    };
+    println!("seed {seed}");
+    let lab = Lab::new();
+    let mut nodes: Vec<Node> = (1..=3).map(|n| lab.start(n)).collect();
+    let (done, acknowledged) = (AtomicBool::new(false), Acknowledged::default());
+    let sockets: Vec<_> = nodes
+        .iter()
+        .map(|node| node.run_dir.join("volume.sock"))
+        .collect();
+    std::thread::scope(|scope| {
+        for (n, socket) in (1..).zip(&sockets) {
+            let (done, acknowledged) = (&done, &acknowledged);
+            scope.spawn(move || client(socket, n, done, acknowledged));
+        }
+        let mut dice = seed;
+        for _ in 0..12 {
+            // Knuth's MMIX generator.
+            dice = dice.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            strike(&lab, &mut nodes, dice >> 33);
+        }
+        done.store(true, Ordering::Release);
+    });
+    let expected = acknowledged.into_inner().unwrap();
+    assert!(
+        expected.len() > 10,
+        "only {} changes got through",
+        expected.len()
+    );
+    for node in &mut nodes {
+        node.wait_open();
+        let rows = node.rows();
+        for (vm, row) in &expected {
+            let found = rows.vms.iter().find(|found| found.vm == *vm);
+            let found = found.unwrap_or_else(|| panic!("{} is lost", row.name));
+            assert!(found.epoch >= row.epoch, "{row:?} went back to {found:?}");
+            let slot = |row: &VmRow| row.owner.map(|owner| owner.slot);
+            // Nobody takes over here: an owner stays, in whatever generation its node is now.
+            assert!(
+                row.owner.is_none() || slot(row) == slot(found),
+                "{row:?}, {found:?}"
+            );
+        }
+    }
+    for node in &mut nodes {
+        assert!(node.terminate());
+    }
+    let report = lab.check();
+    assert!(report.status.success(), "{report:?}");
+}

@@ -3,11 +3,11 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use bascule_e2e::{Console, TestCluster, TestVmSpec};
+use bascule_e2e::{Console, CpuMeter, TestCluster, TestVmSpec};
 use bascule_ipc::vm::{MigrationLimits, MigrationPhase, Request, VmState};
 use bascule_types::{AttemptId, Epoch};
 
-use crate::measure::{Load, Outcome, Said, Watch, cpu_used};
+use crate::measure::{Load, Outcome, Said, Watch};
 
 /// Boots the guest on one node of a shared volume and moves it to another.
 pub(crate) fn migrate(load: Load, memory_mib: u32, downtime: Duration) -> Result<Outcome> {
@@ -29,10 +29,7 @@ pub(crate) fn migrate(load: Load, memory_mib: u32, downtime: Duration) -> Result
     let to = second.owner()?;
 
     let watch = Watch::start(&cluster.network, console, load)?;
-    let before = [
-        source.process().cpu_time()?,
-        destination.process().cpu_time()?,
-    ];
+    let meter = CpuMeter::start(&[source.process(), destination.process()])?;
     let started = Instant::now();
     let limits = MigrationLimits {
         downtime_ms_max: u64::try_from(downtime.as_millis()).context("the limit")?,
@@ -51,17 +48,14 @@ pub(crate) fn migrate(load: Load, memory_mib: u32, downtime: Duration) -> Result
         source.log()
     );
     let total = started.elapsed();
-    let after = [
-        source.process().cpu_time()?,
-        destination.process().cpu_time()?,
-    ];
+    let cpu = meter.finish()?;
     destination.wait_state(&VmState::Running, START_TIME)?;
     let resident_kib = destination.process().resident_kib_beyond_guest()?;
     let said = Said {
         downtime: Duration::from_millis(said.downtime_ms.context("no downtime")?),
         bytes: said.bytes.0,
     };
-    let outcome = watch.finish(total, said, cpu_used(&before, &after))?;
+    let outcome = watch.finish(total, said, cpu)?;
     Ok(Outcome {
         resident_kib: Some(resident_kib),
         ..outcome

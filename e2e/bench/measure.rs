@@ -4,7 +4,7 @@ use std::fmt;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use bascule_e2e::{Console, CpuTime, Flow, GUEST, Network, Session};
+use bascule_e2e::{Console, Flow, GUEST, Network, Session};
 
 /// What the guest does while it is moved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -131,12 +131,6 @@ impl Outcome {
             resident_kib: middle(outcomes, |outcome| outcome.resident_kib)?,
         })
     }
-}
-
-/// Host time that two processes used between two looks at them.
-pub(crate) fn cpu_used(before: &[CpuTime], after: &[CpuTime]) -> Duration {
-    let sum = |times: &[CpuTime]| times.iter().map(|time| time.host).sum::<Duration>();
-    sum(after).saturating_sub(sum(before))
 }
 
 const BOOT_TIME: Duration = Duration::from_secs(30);

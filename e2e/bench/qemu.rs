@@ -3,9 +3,9 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use bascule_e2e::{Console, Network, Qemu, QemuSpec};
+use bascule_e2e::{Console, CpuMeter, Network, Qemu, QemuSpec};
 
-use crate::measure::{Load, Outcome, Said, Watch, cpu_used};
+use crate::measure::{Load, Outcome, Said, Watch};
 
 /// Boots the guest in one QEMU and moves it to another.
 pub(crate) fn migrate(load: Load, memory_mib: u32, downtime: Duration) -> Result<Outcome> {
@@ -23,20 +23,20 @@ pub(crate) fn migrate(load: Load, memory_mib: u32, downtime: Duration) -> Result
     let mut source = start("source", None)?;
     let console = Console::new();
     console.follow(source.console()?)?;
-    let destination = start("destination", Some(PORT))?;
+    let mut destination = start("destination", Some(PORT))?;
     console.follow(destination.console()?)?;
 
     let watch = Watch::start(&network, console, load)?;
-    let before = [source.cpu_time()?, destination.cpu_time()?];
+    let meter = CpuMeter::start(&[source.process(), destination.process()])?;
     let started = Instant::now();
     let said = source.migrate(PORT, downtime, MIGRATION_TIME)?;
     let total = started.elapsed();
-    let after = [source.cpu_time()?, destination.cpu_time()?];
+    let cpu = meter.finish()?;
     let said_ours = Said {
         downtime: said.downtime,
         bytes: said.bytes,
     };
-    watch.finish(total, said_ours, cpu_used(&before, &after))
+    watch.finish(total, said_ours, cpu)
 }
 
 /// On the loopback address of the run's own network.

@@ -25,7 +25,7 @@ pub use binaries::binary;
 pub use cluster::{TestCluster, TestNode, VmOnVolume};
 pub use kvm::kvm_or_skip;
 pub use network::{GATEWAY, GUEST, Network, Tap};
-pub use process::{Child, CpuTime};
+pub use process::{Child, CpuMeter};
 pub use qemu::{Qemu, QemuMigration, QemuSpec};
 pub use vm::{TestVm, TestVmSpec};
 pub use wait::wait_for;

@@ -1,11 +1,15 @@
 //! Child processes that do not outlive the test, and what they cost.
 
+use std::collections::HashMap;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 
 use crate::wait_for;
 
@@ -16,13 +20,73 @@ pub struct Child {
     inner: std::process::Child,
 }
 
-/// Processor time used so far.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct CpuTime {
-    /// By threads that run guest code.
-    pub guest: Duration,
-    /// By all others, threads that have ended included.
-    pub host: Duration,
+/// Measures the processor time that processes use beside running guest code, from when it is made
+/// until it is asked.
+///
+/// A thread that runs guest code may end in between, and takes what it used to the process's total
+/// with it. So a sampler keeps the last value seen of each of them.
+#[derive(Debug)]
+pub struct CpuMeter {
+    pids: Vec<u32>,
+    total: Duration,
+    guest: Duration,
+    running: Arc<AtomicBool>,
+    sampler: Option<JoinHandle<HashMap<PathBuf, Duration>>>,
+}
+
+impl CpuMeter {
+    /// Starts measuring.
+    ///
+    /// # Errors
+    /// When `/proc` does not say or no thread can be started.
+    pub fn start(processes: &[&Child]) -> Result<Self> {
+        let pids: Vec<u32> = processes.iter().map(|child| child.pid()).collect();
+        let mut first = HashMap::new();
+        sample_guest_threads(&pids, &mut first);
+        let running = Arc::new(AtomicBool::new(true));
+        let (sampled, sampling) = (pids.clone(), Arc::clone(&running));
+        let guest = first.values().sum();
+        let sample = move || {
+            let mut seen = first;
+            while sampling.load(Ordering::Relaxed) {
+                sample_guest_threads(&sampled, &mut seen);
+                std::thread::sleep(SAMPLE_PERIOD);
+            }
+            seen
+        };
+        let builder = std::thread::Builder::new().name("cpu-meter".into());
+        let sampler = Some(builder.spawn(sample).context("start a thread")?);
+        Ok(Self {
+            total: total_time(&pids)?,
+            pids,
+            guest,
+            running,
+            sampler,
+        })
+    }
+
+    /// What was used since, guest code left out.
+    ///
+    /// # Errors
+    /// When a process is gone.
+    pub fn finish(mut self) -> Result<Duration> {
+        let total = total_time(&self.pids)?.saturating_sub(self.total);
+        self.running.store(false, Ordering::Relaxed);
+        let seen = match self.sampler.take() {
+            Some(sampler) => sampler
+                .join()
+                .map_err(|_| anyhow!("the sampler panicked"))?,
+            None => HashMap::new(),
+        };
+        let guest = seen.values().sum::<Duration>().saturating_sub(self.guest);
+        Ok(total.saturating_sub(guest))
+    }
+}
+
+impl Drop for CpuMeter {
+    fn drop(&mut self) {
+        self.running.store(false, Ordering::Relaxed);
+    }
 }
 
 impl Child {
@@ -84,28 +148,6 @@ impl Child {
         Ok(())
     }
 
-    /// What it has used.
-    ///
-    /// # Errors
-    /// When `/proc` does not say.
-    pub fn cpu_time(&self) -> Result<CpuTime> {
-        let root = format!("/proc/{}", self.pid());
-        let (_, total) = thread_time(Path::new(&root))?;
-        let mut guest = Duration::ZERO;
-        let tasks = fs::read_dir(format!("{root}/task")).context("list threads")?;
-        for task in tasks {
-            let (name, time) = thread_time(&task.context("list threads")?.path())?;
-            // QEMU: `CPU 0/KVM`; ours: `vcpu0`.
-            if name.starts_with("CPU ") || name.starts_with("vcpu") {
-                guest += time;
-            }
-        }
-        Ok(CpuTime {
-            guest,
-            host: total.saturating_sub(guest),
-        })
-    }
-
     /// Resident memory in KiB, the mappings of guest RAM (a memfd) left out.
     ///
     /// # Errors
@@ -144,6 +186,31 @@ fn is_hex(text: &str) -> bool {
     !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
 
+fn total_time(pids: &[u32]) -> Result<Duration> {
+    pids.iter().try_fold(Duration::ZERO, |sum, pid| {
+        let (_, time) = thread_time(Path::new(&format!("/proc/{pid}")))?;
+        Ok(sum + time)
+    })
+}
+
+/// Notes what the threads that run guest code have used. One that is gone keeps its last value.
+fn sample_guest_threads(pids: &[u32], seen: &mut HashMap<PathBuf, Duration>) {
+    for pid in pids {
+        let Ok(tasks) = fs::read_dir(format!("/proc/{pid}/task")) else {
+            continue;
+        };
+        for task in tasks.flatten() {
+            let path = task.path();
+            // QEMU: `CPU 0/KVM`; ours: `vcpu0`.
+            if let Ok((name, time)) = thread_time(&path)
+                && (name.starts_with("CPU ") || name.starts_with("vcpu"))
+            {
+                seen.insert(path, time);
+            }
+        }
+    }
+}
+
 /// Name and processor time of a process or thread (proc(5), `stat`: fields 2, 14 and 15).
 fn thread_time(directory: &Path) -> Result<(String, Duration)> {
     let stat = fs::read_to_string(directory.join("stat"))
@@ -160,3 +227,6 @@ fn thread_time(directory: &Path) -> Result<(String, Duration)> {
         Duration::from_millis(ticks * 1000 / rustix::param::clock_ticks_per_second()),
     ))
 }
+
+/// The kernel counts in steps of 10 ms; a finer sample would see no more.
+const SAMPLE_PERIOD: Duration = Duration::from_millis(5);

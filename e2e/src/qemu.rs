@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
-use crate::{Child, CpuTime, Network, Tap, probe, wait_for};
+use crate::{Child, Network, Tap, probe, wait_for};
 
 /// What to run.
 #[derive(Clone, Debug)]
@@ -135,14 +135,6 @@ impl Qemu {
     /// The process.
     pub fn process(&mut self) -> &mut Child {
         &mut self.child
-    }
-
-    /// What the process has used.
-    ///
-    /// # Errors
-    /// When `/proc` does not say.
-    pub fn cpu_time(&self) -> Result<CpuTime> {
-        self.child.cpu_time()
     }
 
     /// Presses the power button.

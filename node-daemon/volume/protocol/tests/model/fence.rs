@@ -723,7 +723,7 @@ fn i1_a_softdog_and_no_watchdog_prove_nothing() {
 #[test]
 fn i1_lease_only_takes_over_on_a_word_about_this_very_generation() {
     let model = FenceModel {
-        ticks: Size::from_environment().pick(4, 7),
+        ticks: Size::from_environment().pick(4, 5),
         kind: WatchdogKind::None,
         fencing: Fencing::LeaseOnly,
         power_cut: true,

@@ -75,12 +75,7 @@ pub struct ServeArgs {
 /// When the process cannot even say why it cannot serve: sockets, signals, arguments.
 pub fn serve(args: &ServeArgs) -> Result<ExitCode> {
     signal::install().context("install the signal handler")?;
-    // Memory pressure must not keep the heartbeat waiting for its own pages. Only what is touched,
-    // so that the threads' stacks cost nothing.
-    let kept = MlockAllFlags::CURRENT | MlockAllFlags::FUTURE | MlockAllFlags::ONFAULT;
-    if let Err(error) = mlockall(kept) {
-        tracing::warn!(%error, "cannot lock this process in memory");
-    }
+    lock_in_memory();
     fs::create_dir_all(&args.run_dir)
         .with_context(|| format!("create {}", args.run_dir.display()))?;
     let sock = args.run_dir.join("volume.sock");
@@ -99,6 +94,19 @@ pub fn serve(args: &ServeArgs) -> Result<ExitCode> {
     signal::wait(|| node.is_stopping());
     stop(&node, workers);
     Ok(ExitCode::SUCCESS)
+}
+
+/// Memory pressure must not keep the heartbeat waiting for its own pages. Only what is touched, so
+/// that the threads' stacks cost nothing; and only as root, because an unprivileged process would
+/// hit its limit later, when it starts a thread.
+fn lock_in_memory() {
+    if !rustix::process::geteuid().is_root() {
+        return;
+    }
+    let kept = MlockAllFlags::CURRENT | MlockAllFlags::FUTURE | MlockAllFlags::ONFAULT;
+    if let Err(error) = mlockall(kept) {
+        tracing::warn!(%error, "cannot lock this process in memory");
+    }
 }
 
 /// A volume that is open, and the lock on its gate page.

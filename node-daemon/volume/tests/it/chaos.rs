@@ -60,7 +60,7 @@ fn strike(lab: &Lab, nodes: &mut [Node], dice: u64) {
     let which = usize::try_from(dice % 3).unwrap();
     let pause = Duration::from_millis(dice / 7 % 2500);
     let node = &mut nodes[which];
-    if dice / 3 % 2 == 0 {
+    if (dice / 3).is_multiple_of(2) {
         node.kill();
         std::thread::park_timeout(pause / 2);
         nodes[which] = lab.launch(u8::try_from(which + 1).unwrap(), &[]);

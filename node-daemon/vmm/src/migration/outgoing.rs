@@ -78,6 +78,8 @@ struct Driver<'a> {
     sent_before: Bytes,
     /// When the guest was stopped, and when it must run again if nothing was decided.
     stopped: Option<(Instant, Instant)>,
+    /// What the blackout consisted of.
+    steps: Vec<(&'static str, Duration)>,
     asked: u32,
 }
 
@@ -122,6 +124,7 @@ pub fn migrate_live(
         round_took: Duration::ZERO,
         sent_before: Bytes(0),
         stopped: None,
+        steps: Vec::new(),
         asked: 0,
         job,
         control,
@@ -307,6 +310,7 @@ impl Driver<'_> {
         let limit = Duration::from_millis(self.job.limits.downtime_ms_max);
         self.stopped = Some((now, now + limit + STOPPED_GRACE));
         self.pause()?;
+        self.step("paused");
         self.fault(FaultPoint::SourceStopped)?;
         Ok(Event::Stopped)
     }
@@ -319,10 +323,12 @@ impl Driver<'_> {
                 "the machine's state is longer than 16 MiB".to_owned(),
             ));
         }
+        self.step("saved");
         let last = self.fetch()?;
         self.pending.merge(&last);
         self.within_stop()?;
         self.copy(false, false)?;
+        self.step("memory sent");
         self.end_round(round)?;
         for piece in state.chunks(STATE_PIECE_BYTES_MAX) {
             self.within_stop()?;
@@ -339,6 +345,7 @@ impl Driver<'_> {
         self.within_stop()?;
         let event = self.receive()?;
         if event == Event::Ready {
+            self.step("destination ready");
             self.fault(FaultPoint::SourceReady)?;
             self.guest.doubt().map_err(|error| internal(error.0))?;
             if !self.control.pass_commit_point() {
@@ -397,6 +404,13 @@ impl Driver<'_> {
     fn end_round(&mut self, round: u32) -> Result<(), Abort> {
         let marks = vec![self.channel()?.sent_mark()];
         self.send(&Frame::RoundEnd(RoundEnd { round, marks }))
+    }
+
+    /// Notes how far the blackout is.
+    fn step(&mut self, what: &'static str) {
+        if let Some((stopped, _)) = self.stopped {
+            self.steps.push((what, stopped.elapsed()));
+        }
     }
 
     fn pause(&mut self) -> Result<(), Abort> {

@@ -47,6 +47,7 @@ impl Driver<'_> {
     }
 
     pub(super) fn depart(mut self, word: Committed) -> OutgoingEnd {
+        self.step("row transferred");
         // If this or the stream is lost, the destination asks its own volume.
         if self.fault(FaultPoint::SourceCommitted).is_ok() {
             self.tell_committed(word);
@@ -69,7 +70,7 @@ impl Driver<'_> {
         match channel.receive() {
             Ok(Frame::Running { resume }) => {
                 let downtime = self.stopped.map(|(stopped, _)| stopped.elapsed());
-                tracing::info!(?downtime, ?resume, "the guest runs at the destination");
+                tracing::info!(?downtime, ?resume, steps = ?self.steps, "the guest runs at the destination");
                 self.control
                     .update(|status| status.downtime_ms = downtime.map(millis));
             }

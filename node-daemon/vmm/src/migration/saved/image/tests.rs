@@ -22,7 +22,7 @@ impl WriteGate for TestGate {
 
 /// Three extents of 1 MiB, the last two out of order.
 fn area(file: &File, gate: Option<Arc<dyn WriteGate>>) -> SavedArea {
-    let run = |mib| ExtentRun {
+    let run = |mib: u64| ExtentRun {
         start: Lba(mib * 256),
         length: Bytes::mib(1),
     };
@@ -42,7 +42,7 @@ fn written(file: &File, bytes: &[u8]) -> io::Result<SavedStateSum> {
 }
 
 fn pattern(length: usize) -> Vec<u8> {
-    (0..length).map(|at| (at % 251) as u8).collect()
+    (0..=250).cycle().take(length).collect()
 }
 
 #[test]

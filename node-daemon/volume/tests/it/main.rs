@@ -9,3 +9,4 @@ mod bad_input;
 mod chaos;
 mod cluster;
 mod lab;
+mod peer;

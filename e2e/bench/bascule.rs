@@ -64,5 +64,5 @@ pub(crate) fn migrate(load: Load, memory_mib: u32, downtime: Duration) -> Result
 
 const VOLUME_MIB: u32 = 128;
 const DISK_MIB: u32 = 4;
-const START_TIME: Duration = Duration::from_secs(20);
+const START_TIME: Duration = Duration::from_secs(60);
 const MIGRATION_TIME: Duration = Duration::from_secs(120);

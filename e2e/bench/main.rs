@@ -26,6 +26,9 @@ struct Options {
     /// How often each move is made; the median of each figure is printed.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
     runs: u32,
+    /// Measure only this load.
+    #[arg(long, value_enum)]
+    load: Option<Load>,
     /// Guest RAM in MiB.
     #[arg(long, default_value_t = 2048)]
     memory_mib: u32,
@@ -49,7 +52,11 @@ fn run(options: &Options) -> Result<()> {
         return Ok(());
     }
     let downtime = Duration::from_millis(options.downtime_ms);
-    for load in [Load::Idle, Load::Rewriting] {
+    let all = [Load::Idle, Load::Rewriting];
+    for load in all
+        .into_iter()
+        .filter(|load| options.load.is_none_or(|only| only == *load))
+    {
         let (mut ours, mut theirs) = (Vec::new(), Vec::new());
         // Turn by turn, so that a machine that is busy for a while is so for both.
         for run in 1..=options.runs {

@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use bascule_e2e::{Console, Flow, GUEST, Network, Session};
 
 /// What the guest does while it is moved.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Load {
     /// Nothing but polling and ticking.
     Idle,
@@ -133,4 +133,4 @@ impl Outcome {
     }
 }
 
-const BOOT_TIME: Duration = Duration::from_secs(30);
+const BOOT_TIME: Duration = Duration::from_secs(60);

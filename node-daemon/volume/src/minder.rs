@@ -19,12 +19,23 @@ use crate::node::Node;
 /// Minds until the process stops.
 pub fn run(node: &Node) {
     while !node.is_stopping() {
-        let quiet = !node.device.is_block() || node.device.writes_in_flight() == Some(0);
+        let quiet = node.state().writers.has_gone() && is_quiet(node);
         let settle = node.superblock.timings.settle;
         node.update(|state| state.writers.reap(boot_time_now(), settle, quiet));
         refresh(node);
         node.wait_until(INTERVAL, |state| state.stopping);
     }
+}
+
+/// Whether the kernel had no write in flight on the device at some moment: a busy device is looked
+/// at several times. A file has no such count: there `settle` alone has to do, which is one reason
+/// why a file is for a lab.
+fn is_quiet(node: &Node) -> bool {
+    !node.device.is_block()
+        || (0..QUIET_LOOKS).any(|_| {
+            std::thread::park_timeout(QUIET_PAUSE);
+            node.device.writes_in_flight() == Some(0)
+        })
 }
 
 /// Tells the watchdog's owner whether to watch this volume, and notes what it says.
@@ -104,3 +115,6 @@ fn call(node: &Node, request: &Request) -> Result<Response, IpcError> {
 
 const INTERVAL: Duration = Duration::from_secs(1);
 const STEP: Duration = Duration::from_secs(1);
+/// Together a tenth of a second, once a second, while a writer is gone.
+const QUIET_LOOKS: u32 = 50;
+const QUIET_PAUSE: Duration = Duration::from_millis(2);

@@ -137,6 +137,14 @@ impl WriterTable {
         self.writers.is_drained(vm)
     }
 
+    /// Whether some process is gone without having closed.
+    #[must_use]
+    pub fn has_gone(&self) -> bool {
+        self.processes
+            .values()
+            .any(|process| process.gone.is_some())
+    }
+
     /// Whether a process of this VM lives that has not closed.
     #[must_use]
     pub fn is_held(&self, vm: VmUid) -> bool {

@@ -8,7 +8,6 @@ mod guest;
 mod objects;
 
 use std::net::Ipv4Addr;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -45,9 +44,8 @@ impl Installation {
             Tier::Native => Guest::probe(&lab)?,
             Tier::Emulated => Guest::debian(&lab)?,
         };
-        let installation = Self { lab, guest };
-        installation.helm_install()?;
-        Ok(installation)
+        lab.install_bascule(&["--set=log.format=text"])?;
+        Ok(Self { lab, guest })
     }
 
     /// The lab.
@@ -146,42 +144,6 @@ impl Installation {
             "-o",
             "wide",
         ])
-    }
-
-    fn helm_install(&self) -> Result<()> {
-        let chart = Path::new(env!("CARGO_MANIFEST_DIR")).join("../charts/bascule");
-        let chart = chart.to_str().context("the chart's path is no text")?;
-        let (repository, tag) = bascule_lab::image::BASCULE_IMAGE
-            .rsplit_once(':')
-            .context("the image has no tag")?;
-        let watchdog = match self.lab.state().tier {
-            Tier::Native => "",
-            Tier::Emulated => "/dev/watchdog",
-        };
-        let sets = [
-            format!("image.repository={repository}"),
-            format!("image.tag={tag}"),
-            "image.pullPolicy=Never".to_owned(),
-            "node.bridges.lan=vmbr0".to_owned(),
-            format!("node.watchdogDevice={watchdog}"),
-            "log.format=text".to_owned(),
-        ];
-        let mut run = self.lab.helm_run()?.args([
-            "install",
-            "bascule",
-            chart,
-            "--namespace",
-            SYSTEM_NAMESPACE,
-            "--create-namespace",
-            "--wait",
-            "--timeout=5m",
-        ]);
-        for set in sets {
-            run = run.args(["--set".to_owned(), set]);
-        }
-        run.deadline(INSTALL_LIMIT)
-            .done()
-            .inspect_err(|_| self.lab.print_logs())
     }
 }
 
@@ -304,13 +266,11 @@ impl ClusterVm<'_> {
 
 /// The namespace of scenarios' virtual machines.
 pub const NAMESPACE: &str = "default";
-/// The namespace that the chart is installed in.
-pub const SYSTEM_NAMESPACE: &str = "bascule-system";
+pub use bascule_lab::project::NAMESPACE as SYSTEM_NAMESPACE;
 /// The SharedVolume of a scenario.
 pub const VOLUME: &str = "gold";
 
 /// On emulated nodes everything is ten times slower than on real ones.
-const INSTALL_LIMIT: Duration = Duration::from_secs(360);
 const VOLUME_LIMIT: Duration = Duration::from_secs(180);
 const START_LIMIT: Duration = Duration::from_secs(240);
 const GUEST_LIMIT: Duration = Duration::from_secs(180);

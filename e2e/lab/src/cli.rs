@@ -13,10 +13,9 @@ use crate::lab::{Lab, Options, Watchdog, down, down_all};
 use crate::names::{HUB_VM_ADDRESS, LabName};
 use crate::node::Service;
 use crate::progress::say;
-use crate::project::{self, Profile};
 use crate::state::{LabPaths, State, Tier};
 use crate::tools::Tools;
-use crate::{bmc, guard, init, process, web};
+use crate::{bmc, guard, init, process, project, web};
 
 /// Real Kubernetes clusters on one machine, with faults to order.
 ///
@@ -153,7 +152,7 @@ enum Command {
     PublishGuest,
     /// Print the ends of all logs.
     Logs,
-    /// Build Bascule's container image, from this checkout or from a directory of static programs.
+    /// Build Bascule's container image, from a directory of static programs.
     Image {
         /// Directory of the programs; they are built if it is not given.
         #[arg(long)]
@@ -291,16 +290,8 @@ fn perform(cli: &Cli) -> Result<()> {
             Ok(())
         }
         Command::Prepare { emulated } => prepare(*emulated),
-        Command::Image {
-            bin_dir,
-            profile,
-            name,
-            out,
-        } => {
-            let digest = match bin_dir {
-                Some(dir) => project::pack(name, dir, out)?,
-                None => project::build_image(*profile, out)?,
-            };
+        Command::Image { bin_dir, name, out } => {
+            let digest = project::pack(name, bin_dir, out)?;
             println!("{digest}");
             Ok(())
         }

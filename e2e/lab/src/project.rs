@@ -1,79 +1,14 @@
-//! Bascule itself in a lab: built, packed and installed as a user would have it.
+//! Bascule itself in a lab: packed and installed as a user would have it. `make image` builds the programs.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::command::Run;
 use crate::image::{BASCULE_IMAGE, Content, Image};
 use crate::lab::Lab;
 use crate::names::VM_BRIDGE;
 use crate::progress::step;
 use crate::state::Tier;
-
-/// How the programs are compiled.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub enum Profile {
-    /// Quick to build, slow to run.
-    Dev,
-    /// As users get it.
-    Release,
-}
-
-impl Profile {
-    fn name(self) -> &'static str {
-        match self {
-            Self::Dev => "dev",
-            Self::Release => "release",
-        }
-    }
-
-    fn directory(self) -> &'static str {
-        match self {
-            Self::Dev => "debug",
-            Self::Release => "release",
-        }
-    }
-}
-
-/// Builds every program as a static one and packs them into the image archive `out`; returns the image's digest.
-pub fn build_image(profile: Profile, out: &Path) -> Result<String> {
-    let checkout = checkout()?;
-    step("building Bascule's programs", || {
-        let packages = PACKAGES.iter().flat_map(|package| ["--package", package]);
-        Run::new("cargo")
-            .dir(&checkout)
-            .env("RUSTFLAGS", "-C target-feature=+crt-static")
-            .args([
-                "build",
-                "--locked",
-                "--bins",
-                "--target",
-                TARGET,
-                "--profile",
-                profile.name(),
-            ])
-            .args(packages)
-            .deadline(Duration::from_secs(3600))
-            .done()
-    })?;
-    let directory = target_directory(&checkout)?
-        .join(TARGET)
-        .join(profile.directory());
-    let stripped = directory.join("image");
-    strip(&directory, &stripped)?;
-    pack(BASCULE_IMAGE, &stripped, out)
-}
-
-/// Copies the programs without their line tables, which are most of them; symbols stay for backtraces.
-fn strip(from: &Path, to: &Path) -> Result<()> {
-    std::fs::create_dir_all(to).with_context(|| format!("make {}", to.display()))?;
-    PROGRAMS.iter().try_for_each(|program| {
-        let run = Run::new("strip").args(["--strip-debug", "-o"]);
-        run.arg(to.join(program)).arg(from.join(program)).done()
-    })
-}
 
 /// Packs the project's programs among those of `directory`.
 pub fn pack(name: &str, directory: &Path, out: &Path) -> Result<String> {
@@ -145,27 +80,6 @@ fn checkout() -> Result<PathBuf> {
         .map(Path::to_owned)
         .context("run this in a checkout of Bascule")
 }
-
-fn target_directory(checkout: &Path) -> Result<PathBuf> {
-    let arguments = ["metadata", "--no-deps", "--format-version=1", "--offline"];
-    let metadata = Run::new("cargo").dir(checkout).args(arguments).text()?;
-    let metadata: serde_json::Value =
-        serde_json::from_str(&metadata).context("parse cargo's metadata")?;
-    let directory = metadata["target_directory"]
-        .as_str()
-        .context("cargo has a target directory")?;
-    Ok(PathBuf::from(directory))
-}
-
-const TARGET: &str = "x86_64-unknown-linux-gnu";
-
-const PACKAGES: &[&str] = &[
-    "bascule-node",
-    "bascule-volume",
-    "bascule-vmm",
-    "bascule-watchdog",
-    "bascule-operator",
-];
 
 const PROGRAMS: &[&str] = &[
     "bascule-hold",

@@ -65,7 +65,7 @@ impl Monitor {
         // One byte per second is as good as none.
         let bps = u8::from(stalled);
         let limits = json!({
-            "id": DISK_DEVICE, "bps": bps, "bps_rd": 0, "bps_wr": 0,
+            "device": SHARED_DISK, "bps": bps, "bps_rd": 0, "bps_wr": 0,
             "iops": 0, "iops_rd": 0, "iops_wr": 0,
         });
         self.execute("block_set_io_throttle", &limits).map(drop)

@@ -10,7 +10,7 @@ use bascule_lab::{Component, Lab, Network, Service, Side};
 const SOON: Duration = Duration::from_secs(60);
 
 #[test]
-#[ignore = "needs root; make test-native runs it"]
+#[ignore = "needs root and builds Kubernetes: run with --ignored"]
 fn pods_reach_services_by_name_across_nodes() -> Result<()> {
     let lab = Lab::native(2)?;
     lab.apply(&format!(
@@ -36,7 +36,7 @@ fn pods_reach_services_by_name_across_nodes() -> Result<()> {
 
 /// A virtual machine's process is started by a pod and must not end with it (LAB.md).
 #[test]
-#[ignore = "needs root; make test-native runs it"]
+#[ignore = "needs root and builds Kubernetes: run with --ignored"]
 fn a_process_moved_out_of_its_privileged_pod_survives_it_but_not_the_power_cut() -> Result<()> {
     let lab = Lab::native(1)?;
     let privileged = "hostPID: true, hostNetwork: true";
@@ -73,7 +73,7 @@ fn a_process_moved_out_of_its_privileged_pod_survives_it_but_not_the_power_cut()
 }
 
 #[test]
-#[ignore = "needs root; make test-native runs it"]
+#[ignore = "needs root and builds Kubernetes: run with --ignored"]
 fn faults_hit_what_they_are_aimed_at_and_heal() -> Result<()> {
     let lab = Lab::native(2)?;
     let (n1, n2) = (lab.node("n1")?, lab.node("n2")?);
@@ -124,7 +124,7 @@ fn faults_hit_what_they_are_aimed_at_and_heal() -> Result<()> {
 }
 
 #[test]
-#[ignore = "needs root; make test-native runs it"]
+#[ignore = "needs root and builds Kubernetes: run with --ignored"]
 fn nothing_is_left_of_a_lab_that_is_gone() -> Result<()> {
     let lab = Lab::native(1)?;
     let name = lab.state().name.clone();

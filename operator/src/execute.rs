@@ -422,8 +422,12 @@ impl Execution<'_> {
             other => bail!("not for a node: {}", label(other)),
         };
         self.command(node, &command).await?;
-        if matches!(action, Action::StartVm { .. }) {
-            self.memory.error = None;
+        match action {
+            Action::StartVm { .. } => self.memory.error = None,
+            Action::MigrateLive { attempt, .. } | Action::MigrateQuick { attempt, .. } => {
+                self.memory.move_begun = Some((*attempt, self.now));
+            }
+            _ => {}
         }
         Ok(())
     }

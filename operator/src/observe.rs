@@ -81,6 +81,11 @@ fn volume_view(sv: &SharedVolume, states: &BTreeMap<String, NodeState>) -> Fact<
     Fact::Known(VolumeView {
         fencing,
         file: sv.spec.backing.file.is_some(),
+        identified: sv.spec.volume_id.is_some()
+            || sv
+                .status
+                .as_ref()
+                .is_some_and(|status| status.volume_id.is_some()),
         peers: peers(&name, states),
     })
 }

@@ -81,7 +81,16 @@ pub(crate) async fn rounds(cluster: Cluster, changed: Arc<Notify>) {
             busy.insert(uid.clone());
             let (cluster, memory) = (cluster.clone(), Arc::clone(&slot.memory));
             let permits = Arc::clone(&permits);
-            let span = tracing::info_span!("vm", name = vm.name_any(), ns = vm.namespace());
+            let migration = vm
+                .status
+                .as_ref()
+                .and_then(|status| status.migration.clone());
+            let span = tracing::info_span!(
+                "vm",
+                name = vm.name_any(),
+                namespace = vm.namespace(),
+                migration
+            );
             running.spawn(
                 async move {
                     let permit = permits.acquire().await;

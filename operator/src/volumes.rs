@@ -135,6 +135,7 @@ fn observe(
     memory: &Memory,
 ) -> VolumeObserved {
     let name = volume.name_any();
+    let peers = crate::observe::peers(&name, states);
     let mut nodes: Vec<NodeOnVolume> = cluster
         .stores
         .nodes
@@ -142,9 +143,12 @@ fn observe(
         .iter()
         .filter_map(|node| {
             let state = states.get(&node.name_any())?;
+            let mut view = node_view(node, state, &name, memory);
+            // The volume remembers nodes that this operator has not heard of yet.
+            let slot = peers.iter().find(|peer| Some(peer.node) == view.uid);
+            view.owner = view.owner.or(slot.map(|peer| peer.owner));
             // A node that never ran our daemon is none of ours.
-            state.report.as_ref()?;
-            Some(node_view(node, state, &name, memory))
+            (state.report.is_some() || slot.is_some()).then_some(view)
         })
         .collect();
     nodes.sort_by(|a, b| a.name.cmp(&b.name));
@@ -223,10 +227,13 @@ async fn execute(
                     Ok(())
                 }
                 Outcome::Rejected { message, .. } => {
+                    memory.attach_errors.insert(node.clone(), message.clone());
                     let message = format!("{node} cannot format it: {message}");
                     memory.format = FormatState::Failed {
                         message: message.clone(),
                     };
+                    // Nothing was written there, so another node may try.
+                    patch_status(cluster, volume, json!({"formattingNode": null})).await?;
                     bail!("{message}")
                 }
                 other => bail!("unexpected answer {other:?}"),
@@ -244,10 +251,6 @@ async fn execute(
             let outcome = cluster.nodes.execute(node, &command).await?;
             if let Outcome::Rejected { message, .. } = outcome {
                 memory.attach_errors.insert(node.clone(), message.clone());
-                if memory.format != FormatState::NotAsked {
-                    // Something may have been put right since: blank devices are formatted again.
-                    memory.format = FormatState::NotAsked;
-                }
                 bail!("{node}: {message}");
             }
             memory.attach_errors.remove(node);
@@ -316,7 +319,7 @@ async fn patch_status(
         ("formattingNode", status.formatting_node),
         ("volumeId", status.volume_id),
     ] {
-        if fields.get(key).is_none() && value.is_some() {
+        if !fields.as_object().is_some_and(|set| set.contains_key(key)) && value.is_some() {
             fields[key] = json!(value);
         }
     }

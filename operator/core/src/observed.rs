@@ -45,6 +45,8 @@ pub struct VolumeView {
     pub fencing: FencingMode,
     /// Whether it is a file.
     pub file: bool,
+    /// Whether its identity is known. Before that no virtual machine can have been recorded on it.
+    pub identified: bool,
     /// The heartbeat of every slot, as seen by other nodes.
     pub peers: Vec<Peer>,
 }
@@ -294,6 +296,8 @@ pub struct History {
     pub power_button: Option<Moment>,
     /// When each disk's import was last begun.
     pub imports_begun: BTreeMap<DiskId, Moment>,
+    /// The attempt that a source was last asked to begin, and when.
+    pub move_begun: Option<(AttemptId, Moment)>,
     /// Where an incoming VM process said it listens.
     pub listening: Option<(AttemptId, SocketAddr)>,
     /// Why the last takeover that was asked for was refused.

@@ -160,8 +160,8 @@ pub fn plan_volume(intent: &VolumeIntent, observed: &VolumeObserved) -> VolumePl
     } else if !intent.finalizer {
         actions.push(VolumeAction::AddFinalizer);
     } else if intent.fencing.is_some() {
-        if let Some(volume) = intent.volume {
-            attach(intent, observed, volume, &mut actions);
+        if intent.volume.is_some() {
+            attach(observed, &mut actions);
         } else {
             find(intent, observed, &mut actions);
         }
@@ -189,7 +189,7 @@ fn find(intent: &VolumeIntent, observed: &VolumeObserved, actions: &mut Vec<Volu
         return actions.push(VolumeAction::RecordVolume { volume: found });
     }
     let up = |node: &&NodeOnVolume| node.stream == Stream::Up;
-    if intent.initialize && observed.format == FormatState::NotAsked {
+    if intent.initialize && observed.format != FormatState::NotBlank {
         let chosen = observed
             .nodes
             .iter()
@@ -199,8 +199,7 @@ fn find(intent: &VolumeIntent, observed: &VolumeObserved, actions: &mut Vec<Volu
             actions.push(VolumeAction::Format {
                 node: node.name.clone(),
             });
-        } else if let (None, Some(node)) = (&intent.formatting_node, observed.nodes.iter().find(up))
-        {
+        } else if let (None, Some(node)) = (&intent.formatting_node, first_able(observed)) {
             actions.push(VolumeAction::ChooseFormatter {
                 node: node.name.clone(),
             });
@@ -223,12 +222,18 @@ fn find(intent: &VolumeIntent, observed: &VolumeObserved, actions: &mut Vec<Volu
     }
 }
 
-fn attach(
-    _intent: &VolumeIntent,
-    observed: &VolumeObserved,
-    _volume: VolumeId,
-    actions: &mut Vec<VolumeAction>,
-) {
+/// The first node that answers, preferably one that had no trouble with the device yet.
+fn first_able(observed: &VolumeObserved) -> Option<&NodeOnVolume> {
+    let mut up = observed
+        .nodes
+        .iter()
+        .filter(|node| node.stream == Stream::Up);
+    up.clone()
+        .find(|node| node.reason.is_none())
+        .or_else(|| up.next())
+}
+
+fn attach(observed: &VolumeObserved, actions: &mut Vec<VolumeAction>) {
     for node in &observed.nodes {
         if node.stream == Stream::Up && !node.attached {
             actions.push(VolumeAction::Attach {

@@ -20,6 +20,9 @@ impl<'a> Planner<'a> {
         match (&self.observed.volume, &self.observed.row) {
             // Without its volume there is nothing to clean up, and nobody to ask.
             (Fact::Absent, _) | (Fact::Known(_), Fact::Absent) => self.delete_pods_then_finish(),
+            (Fact::Known(volume), Fact::Unknown) if !volume.identified => {
+                self.delete_pods_then_finish();
+            }
             (Fact::Unknown, _) | (Fact::Known(_), Fact::Unknown) => {
                 let message = format!("waiting for volume {}", self.intent.volume);
                 self.ready(

@@ -3,7 +3,7 @@
 //! The operator only asks. The volume's coordinator grants a takeover when it has a proof from its
 //! own reads, or an administrator's word; until then it is asked once a second.
 
-use bascule_api::names::reason;
+use bascule_api::names::{ANNOTATION_CONFIRM_FENCED, reason};
 use bascule_types::Owner;
 use bascule_volume_format::change::{Change, FenceProof, MissingProof, Refusal};
 
@@ -19,7 +19,7 @@ impl Planner<'_> {
             let message = format!("{node} is silent; availability.onNodeFailure is Leave");
             return self.ready(VmPhase::Unknown, false, reason::NODE_SUSPECT, message);
         }
-        let waiting = self.missing_proof(node);
+        let waiting = self.missing_proof(node, owner);
         let name = format!("{}-{}", self.intent.name, row.epoch);
         match &self.observed.failover {
             Fact::Unknown => {}
@@ -78,13 +78,15 @@ impl Planner<'_> {
     }
 
     /// What the takeover waits for, in words.
-    fn missing_proof(&self, node: &str) -> (&'static str, String) {
+    fn missing_proof(&self, node: &str, owner: Owner) -> (&'static str, String) {
         match &self.observed.history.takeover_refusal {
             Some(Refusal::NotFenced { missing, .. }) => match missing {
                 MissingProof::AdministratorsWord | MissingProof::NoWatchdog => (
                     reason::WAITING_FOR_CONFIRMATION,
                     format!(
-                        "{node} is silent: {missing}. Make sure that it is off, then confirm it"
+                        "{node} is silent: {missing}. Make sure that it is off, then run \
+                         kubectl annotate --overwrite sv {} {ANNOTATION_CONFIRM_FENCED}={node}/{}/{}",
+                        self.intent.volume, owner.slot, owner.generation
                     ),
                 ),
                 _ => (

@@ -124,6 +124,7 @@ impl<'a> Planner<'a> {
         };
         match migration.mode {
             MigrationMode::Live => self.go_live(row, node, migration, &target, to),
+            MigrationMode::Quick if self.begun_lately(migration) => {}
             MigrationMode::Quick => self.push(Action::MigrateQuick {
                 node: node.to_owned(),
                 attempt: migration.attempt,
@@ -201,6 +202,8 @@ impl<'a> Planner<'a> {
             .or_else(|| there.and_then(|process| progress_of(active, process)))
             .cloned();
         let (phase, reason, message) = if runs {
+            let arrived = format!("{}: the guest runs on {node}", active.name);
+            self.event(reason::SUCCEEDED, false, arrived);
             (
                 MigrationPhase::Succeeded,
                 reason::SUCCEEDED,
@@ -284,6 +287,7 @@ impl<'a> Planner<'a> {
                 owner: to,
                 epoch: row.epoch,
             }),
+            Some(_) if self.begun_lately(migration) => {}
             Some(peer) => {
                 let limits = self.limits(migration);
                 self.push(Action::MigrateLive {
@@ -330,6 +334,16 @@ impl<'a> Planner<'a> {
                 progress: Some(progress.clone()),
             },
         });
+    }
+
+    /// The source was asked a moment ago, and its next report will tell.
+    fn begun_lately(&self, migration: &Migration) -> bool {
+        self.observed
+            .history
+            .move_begun
+            .is_some_and(|(attempt, at)| {
+                attempt == migration.attempt && self.now.since(at) < BEGIN_AGAIN
+            })
     }
 
     fn limits(&self, migration: &Migration) -> MigrationLimits {
@@ -451,3 +465,6 @@ fn routable(process: &Process) -> Option<SocketAddr> {
         .listening
         .filter(|address| !address.ip().is_unspecified())
 }
+
+/// Reports come every second.
+const BEGIN_AGAIN: Duration = Duration::from_secs(3);

@@ -696,6 +696,15 @@ fn deletion_does_not_wait_for_a_volume_that_is_gone() {
 }
 
 #[test]
+fn deletion_does_not_wait_for_a_volume_that_was_never_found() {
+    let mut case = Case::new();
+    case.intent.deleting_since = Some(NOW);
+    case.observed.row = Fact::Unknown;
+    case.volume().identified = false;
+    assert_eq!(case.plan().actions, [Action::RemoveFinalizer]);
+}
+
+#[test]
 fn deletion_waits_while_nobody_can_say_who_owns_the_row() {
     let mut case = Case::new();
     case.intent.deleting_since = Some(NOW);

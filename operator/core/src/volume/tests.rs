@@ -159,7 +159,7 @@ fn an_attached_node_without_a_slot_is_registered_through_the_coordinator() {
     };
     let joining = NodeOnVolume {
         owner: None,
-        path: None,
+        path: Some(PathState::Paused),
         ..node("b", 1)
     };
     let plan = plan_volume(&known, &on(vec![node("a", 0), joining]));
@@ -256,4 +256,21 @@ fn a_volume_in_use_is_not_let_go() {
     );
     let plan = plan_volume(&deleting, &on(vec![fresh("a", 0)]));
     assert_eq!(plan.actions, [VolumeAction::RemoveFinalizer]);
+}
+
+#[test]
+fn a_node_that_could_not_format_is_not_chosen_again_while_another_can() {
+    let mut observed = on(vec![fresh("a", 0), fresh("b", 1)]);
+    observed.nodes[0].reason = Some("no such device".to_owned());
+    observed.format = FormatState::Failed {
+        message: "a: no such device".to_owned(),
+    };
+    let plan = plan_volume(&intent(), &observed);
+    assert_eq!(
+        plan.actions,
+        [VolumeAction::ChooseFormatter {
+            node: "b".to_owned()
+        }]
+    );
+    assert_eq!(plan.report.ready.reason, reason::NOT_FORMATTED);
 }

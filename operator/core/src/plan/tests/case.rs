@@ -69,6 +69,7 @@ impl Case {
             volume: Fact::Known(VolumeView {
                 fencing: FencingMode::Watchdog,
                 file: false,
+                identified: true,
                 peers: peers.collect(),
             }),
             nodes: nodes.collect(),

@@ -156,6 +156,7 @@ impl World {
             volume: Fact::Known(VolumeView {
                 fencing: FencingMode::Watchdog,
                 file: false,
+                identified: true,
                 peers,
             }),
             nodes,

@@ -16,6 +16,8 @@ IMAGE := $(CARGO_TARGET_DIR)/bascule-image.tar
 LAB := $(STATIC)/$(TARGET)/release/lab
 # Scenarios share one machine's /dev/kvm, bridges and time: one after the other.
 SERIAL := -- --test-threads=1
+# The probe guest is a workspace of its own; its target directory is the one that tests build it in.
+GUEST_CARGO := env CARGO_TARGET_DIR=$(CARGO_TARGET_DIR)/probe-guest cargo
 
 .PHONY: help
 help: ## This list
@@ -46,6 +48,7 @@ setup: ## Install what building and testing needs (Debian packages, cargo-deny)
 lint: ## Formatting, clippy, docs, licences, structure
 	cargo fmt --all --check
 	cargo clippy --quiet --workspace --all-targets --locked -- -D warnings
+	cd e2e/probe && cargo fmt --all --check && $(GUEST_CARGO) clippy --quiet --workspace --locked --release -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --quiet --workspace --no-deps --locked
 	cargo deny --log-level error check bans licenses sources
 	cargo test --quiet --locked -p bascule-e2e --test tidy
@@ -53,10 +56,10 @@ lint: ## Formatting, clippy, docs, licences, structure
 .PHONY: unit
 unit: ## Pure tests, models, simulations and crash enumeration: no root, no KVM
 	cargo test --quiet --locked --workspace --exclude bascule-e2e
+	cd e2e/probe && $(GUEST_CARGO) test --quiet --locked -p bascule-probe-wire
 
 .PHONY: kvm
 kvm: ## The VM process on this machine's /dev/kvm, with the probe guest
-	cargo build --quiet --locked $(foreach p,$(PACKAGES),-p $(p))
 	cargo test --quiet --locked -p bascule-e2e --lib --bins
 	for t in $(sort $(basename $(notdir $(wildcard e2e/tests/kvm_*.rs)))); do \
 	  cargo test --quiet --locked -p bascule-e2e --test $$t $(SERIAL); done
@@ -68,7 +71,8 @@ e2e: image ## Real Kubernetes: the scenarios
 
 .PHONY: bench
 bench: setup image ## The figures, beside QEMU's in the same run
-	BASCULE_LAB_IMAGES=$(IMAGE) BASCULE_LAB_BIN=$(LAB) cargo run --quiet --release -p bascule-e2e --bin bascule-bench
+	BASCULE_BIN_DIR=$(STATIC)/image BASCULE_LAB_IMAGES=$(IMAGE) BASCULE_LAB_BIN=$(LAB) \
+	  cargo run --quiet --release -p bascule-e2e --bin bascule-bench
 
 .PHONY: lab
 lab: ## The lab's command line, static, so that it runs inside its nodes too

@@ -66,10 +66,14 @@ impl TestGuest {
     }
 }
 
+fn failed(error: impl std::fmt::Display) -> GuestError {
+    GuestError(error.to_string())
+}
+
 impl Guest for TestGuest {
     fn pause(&mut self) -> Result<(), GuestError> {
         self.vm = match std::mem::replace(&mut self.vm, Owned::Between) {
-            Owned::Running(vm) => Owned::Paused(vm.pause().unwrap()),
+            Owned::Running(vm) => Owned::Paused(vm.pause().map_err(failed)?),
             _ => panic!("paused twice"),
         };
         Ok(())
@@ -79,12 +83,12 @@ impl Guest for TestGuest {
         let Owned::Paused(vm) = &self.vm else {
             panic!("saved while running");
         };
-        Ok(vm.save().unwrap().encode().unwrap())
+        vm.save().map_err(failed)?.encode().map_err(failed)
     }
 
     fn resume(&mut self) -> Result<(), GuestError> {
         self.vm = match std::mem::replace(&mut self.vm, Owned::Between) {
-            Owned::Paused(vm) => Owned::Running(vm.run().unwrap()),
+            Owned::Paused(vm) => Owned::Running(vm.run().map_err(failed)?),
             other => other,
         };
         Ok(())
@@ -101,9 +105,8 @@ impl Arrival for TestGuest {
         let Owned::Paused(vm) = &mut self.vm else {
             panic!("restored while running");
         };
-        let state = MachineState::decode(state).map_err(|error| GuestError(error.to_string()))?;
-        vm.restore(state)
-            .map_err(|error| GuestError(error.to_string()))
+        vm.restore(MachineState::decode(state).map_err(failed)?)
+            .map_err(failed)
     }
 
     fn take_over(&mut self, _owner: Owner, epoch: Epoch) -> Result<(), GuestError> {

@@ -154,17 +154,9 @@ enum Command {
     Logs,
     /// Build Bascule's container image, from a directory of static programs.
     Image {
-        /// Directory of the programs; they are built if it is not given.
+        /// Directory of the programs.
         #[arg(long)]
-        bin_dir: Option<PathBuf>,
-        /// How they are built.
-        #[arg(
-            long,
-            value_enum,
-            default_value = "release",
-            conflicts_with = "bin_dir"
-        )]
-        profile: Profile,
+        bin_dir: PathBuf,
         /// Name and tag.
         #[arg(long, default_value = crate::image::BASCULE_IMAGE)]
         name: String,

@@ -1,5 +1,11 @@
 //! `bascule-vm` as `bascule-node` uses it: a configuration file, and requests over `vm.sock`.
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "the whole file is a test, its helpers too"
+)]
 
+#[expect(dead_code, reason = "the machine's own tests use the rest")]
 #[path = "../src/testing/guests.rs"]
 mod guests;
 

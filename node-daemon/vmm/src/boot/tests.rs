@@ -9,8 +9,11 @@ use crate::testing::{COUNTER, elf};
 const RSDP: GuestAddress = GuestAddress(layout::ACPI_START);
 
 fn boot(kernel: Vec<u8>, initrd: Option<Vec<u8>>, cmdline: &str) -> Result<Entry, BootError> {
-    let memory = crate::memory::create(Bytes::mib(16)).unwrap();
-    load(&memory, source(kernel, initrd, cmdline), RSDP)
+    load(&ram(), source(kernel, initrd, cmdline), RSDP)
+}
+
+fn ram() -> std::sync::Arc<GuestMemory> {
+    crate::memory::create(Bytes::mib(16)).unwrap()
 }
 
 fn source(kernel: Vec<u8>, initrd: Option<Vec<u8>>, cmdline: &str) -> BootSource {
@@ -81,7 +84,7 @@ fn an_initrd_that_does_not_fit_is_refused_before_it_is_read() {
         length: 15 << 20,
         content: Box::new(io::empty()),
     };
-    let memory = crate::memory::create(Bytes::mib(16)).unwrap();
+    let memory = ram();
     let source = BootSource {
         initrd: Some(initrd),
         ..source(bzimage(64), None, "")
@@ -92,7 +95,7 @@ fn an_initrd_that_does_not_fit_is_refused_before_it_is_read() {
 
 #[test]
 fn a_pvh_kernel_finds_its_command_line_initrd_and_memory_map() {
-    let memory = crate::memory::create(Bytes::mib(16)).unwrap();
+    let memory = ram();
     let entry = load(
         &memory,
         source(elf(COUNTER), Some(vec![7; 5000]), "a=b"),
@@ -127,7 +130,7 @@ fn a_pvh_kernel_finds_its_command_line_initrd_and_memory_map() {
 
 #[test]
 fn a_bzimage_is_entered_at_its_64_bit_entry_with_a_filled_zero_page() {
-    let memory = crate::memory::create(Bytes::mib(16)).unwrap();
+    let memory = ram();
     let entry = load(&memory, source(bzimage(64), Some(vec![9; 100]), "ro"), RSDP).unwrap();
     assert_eq!(entry, Entry::Linux64(0x10_0200));
     let at = |offset: u64| GuestAddress(layout::ZERO_PAGE + offset);

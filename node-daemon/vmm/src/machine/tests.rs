@@ -13,7 +13,7 @@ const COUNT_AT: GuestAddress = GuestAddress(0x20_0000);
 
 fn copy_ram(from: &GuestMemory, to: &GuestMemory) {
     for region in from.iter() {
-        let mut bytes = vec![0; region.len() as usize];
+        let mut bytes = vec![0; usize::try_from(region.len()).unwrap()];
         from.read_slice(&mut bytes, region.start_addr()).unwrap();
         to.write_slice(&bytes, region.start_addr()).unwrap();
     }

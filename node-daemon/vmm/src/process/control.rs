@@ -81,7 +81,7 @@ fn serve(stream: UnixStream, owner: &OwnerHandle) -> Result<(), IpcError> {
         let (request, _) = connection.recv::<Request>()?;
         tracing::debug!(?request, "asked");
         let exit = request == Request::Exit;
-        let Ok((response, fds)) = owner.call(move |owner| owner.request(request)) else {
+        let Ok((response, fds)) = owner.call(move |owner| owner.request(&request)) else {
             return Ok(());
         };
         connection.set_timeout(Some(STEP_TIMEOUT))?;

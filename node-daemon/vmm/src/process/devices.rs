@@ -40,10 +40,13 @@ impl Devices {
     /// Tells the network once where the guest is, on every interface, even when some fail.
     ///
     /// # Errors
-    /// The last interface's that failed.
+    /// The last one's that failed.
     pub(crate) fn announce(&self) -> io::Result<()> {
-        let announced = self.interfaces.iter().map(|nic| nic.announce().map(drop));
-        announced.fold(Ok(()), |before, this| this.and(before))
+        let mut announced = Ok(());
+        for nic in &self.interfaces {
+            announced = nic.announce().map(drop).and(announced);
+        }
+        announced
     }
 }
 

@@ -25,7 +25,7 @@ pub(crate) struct LastState {
 impl RunDir {
     /// The directory that `config` is in.
     pub(crate) fn of(config: &Path) -> Self {
-        Self(config.parent().unwrap_or(Path::new(".")).to_owned())
+        Self(config.parent().unwrap_or_else(|| Path::new(".")).to_owned())
     }
 
     /// The control socket.

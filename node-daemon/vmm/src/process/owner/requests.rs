@@ -24,8 +24,8 @@ const TERMINAL_BYTES: usize = 1024;
 
 impl Owner {
     /// Answers one request.
-    pub(crate) fn request(&mut self, request: Request) -> (Response, Vec<OwnedFd>) {
-        let done = match request {
+    pub(crate) fn request(&mut self, request: &Request) -> (Response, Vec<OwnedFd>) {
+        let done = match *request {
             Request::Status => return (Response::Status(Box::new(self.status())), Vec::new()),
             Request::Console => {
                 return match self.attach_console() {

@@ -1,22 +1,21 @@
 //! Carrying a plan out: each action is one call, to the API or to a node.
 
+mod node;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use bascule_api::names::{
-    FIELD_MANAGER, LABEL_PURPOSE, LABEL_TRIGGER, LABEL_VM, TRIGGER_DRAIN, VM_FINALIZER, reason,
+    FIELD_MANAGER, LABEL_PURPOSE, LABEL_TRIGGER, LABEL_VM, TRIGGER_DRAIN, VM_FINALIZER,
 };
 use bascule_api::{
     Failover, FailoverSpec, Fingerprint, VirtualMachine, VirtualMachineMigration,
     VirtualMachineMigrationSpec,
 };
-use bascule_node_api::command::{Command, ImportSource, Outcome, VmSpec};
-use bascule_operator_core::{
-    Action, History, ImageSource, MigrationMode, Moment, Purpose, VmIntent,
-};
-use bascule_types::{AttemptId, Epoch, Owner};
-use bascule_volume_format::change::{Change, Refusal};
+use bascule_node_api::command::{Command, VmSpec};
+use bascule_operator_core::{Action, History, MigrationMode, Moment, Purpose, VmIntent};
+use bascule_types::{Epoch, Owner};
 use k8s_openapi::api::core::v1::Pod;
 use kube::api::{DeleteParams, ObjectMeta, Patch, PatchParams, PostParams, Preconditions};
 use kube::runtime::events::{Event, EventType, Recorder};
@@ -101,8 +100,6 @@ impl Execution<'_> {
             other => self.on_node(other).await,
         }
     }
-
-    // ---- the API ------------------------------------------------------------------------------
 
     fn namespaced<K>(&self) -> Api<K>
     where
@@ -271,207 +268,6 @@ impl Execution<'_> {
         if let Err(error) = self.context.recorder.publish(&event, &reference).await {
             tracing::debug!(%error, "event lost");
         }
-    }
-
-    // ---- nodes --------------------------------------------------------------------------------
-
-    async fn command(&mut self, node: &str, command: &Command) -> Result<Outcome> {
-        let outcome = self.context.nodes.execute(node, command).await?;
-        if let Outcome::Rejected {
-            reason: why,
-            message,
-        } = &outcome
-        {
-            let reason = match command {
-                Command::StartVm { .. } => reason::START_FAILED,
-                Command::Import { .. } => reason::IMPORT_FAILED,
-                _ => reason::VOLUME_REFUSED,
-            };
-            self.memory.error = Some((reason, format!("{node}: {message}")));
-            bail!("{node} rejected it ({why:?}): {message}");
-        }
-        Ok(outcome)
-    }
-
-    async fn change(&mut self, via: &str, change: &Change) -> Result<()> {
-        let command = Command::Change {
-            volume: self.intent.volume.clone(),
-            change: change.clone(),
-        };
-        let outcome = self.command(via, &command).await;
-        self.context.rows.refresh(&self.intent.volume).await;
-        match outcome? {
-            Outcome::Granted(_) | Outcome::Done => {
-                if matches!(change, Change::TakeOver { .. }) {
-                    self.memory.takeover_refusal = None;
-                    self.context.metrics.takeovers.inc();
-                }
-                Ok(())
-            }
-            Outcome::Refused(refusal) => self.refused(change, refusal),
-            Outcome::Unknown => bail!("no coordinator answered; asking again"),
-            other => bail!("unexpected answer {other:?}"),
-        }
-    }
-
-    fn refused(&mut self, change: &Change, refusal: Refusal) -> Result<()> {
-        if matches!(change, Change::TakeOver { .. }) {
-            self.memory.takeover_refusal = Some(refusal);
-            // Waiting for a proof is what a takeover does.
-            return Ok(());
-        }
-        let disk = match change {
-            Change::CreateDisk { name, .. } | Change::AttachDisk { name, .. } => name.as_str(),
-            _ => "",
-        };
-        let reason = match refusal {
-            Refusal::Full { .. } | Refusal::TableFull { .. } => reason::VOLUME_FULL,
-            Refusal::NameTaken | Refusal::DiskDiffers => reason::DISK_CLAIMED,
-            _ => reason::VOLUME_REFUSED,
-        };
-        let volume = &self.intent.volume;
-        let message = format!("volume {volume}: {disk} {refusal}").replace(":  ", ": ");
-        self.memory.error = Some((reason, message.clone()));
-        bail!("{message}")
-    }
-
-    async fn on_node(&mut self, action: &Action) -> Result<()> {
-        let vm = self.intent.uid;
-        let (node, command) = match action {
-            Action::Import {
-                node,
-                owner,
-                epoch,
-                disk,
-                source,
-            } => {
-                self.memory.imports_begun.insert(*disk, self.now);
-                let command = Command::Import {
-                    volume: self.intent.volume.clone(),
-                    vm,
-                    owner: *owner,
-                    epoch: *epoch,
-                    disk: *disk,
-                    source: import_source(source),
-                };
-                (node, command)
-            }
-            Action::StartVm {
-                node,
-                owner,
-                epoch,
-                restore,
-            } => {
-                let spec = crate::intent::vm_spec(self.vm)?;
-                let command = Command::StartVm {
-                    spec,
-                    owner: *owner,
-                    epoch: *epoch,
-                    restore: *restore,
-                };
-                (node, command)
-            }
-            Action::PrepareIncoming {
-                node,
-                attempt,
-                owner,
-                epoch,
-            } => {
-                return self.prepare(node, *attempt, *owner, *epoch).await;
-            }
-            Action::MigrateLive {
-                node,
-                attempt,
-                peer,
-                to,
-                limits,
-            } => {
-                let (attempt, peer, to, limits) = (*attempt, *peer, *to, *limits);
-                (
-                    node,
-                    Command::MigrateLive {
-                        vm,
-                        attempt,
-                        peer,
-                        to,
-                        limits,
-                    },
-                )
-            }
-            Action::MigrateQuick { node, attempt, to } => (
-                node,
-                Command::MigrateQuick {
-                    vm,
-                    attempt: *attempt,
-                    to: Some(*to),
-                },
-            ),
-            Action::CancelMigration { node, attempt } => (
-                node,
-                Command::CancelMigration {
-                    vm,
-                    attempt: *attempt,
-                },
-            ),
-            Action::PowerButton { node } => {
-                self.memory.power_button = Some(self.now);
-                (node, Command::PowerButton { vm })
-            }
-            Action::StopVm { node } => (node, Command::StopVm { vm }),
-            Action::CollectVm { node, pid } => (node, Command::CollectVm { vm, pid: *pid }),
-            other => bail!("not for a node: {}", label(other)),
-        };
-        self.command(node, &command).await?;
-        match action {
-            Action::StartVm { .. } => self.memory.error = None,
-            Action::MigrateLive { attempt, .. } | Action::MigrateQuick { attempt, .. } => {
-                self.memory.move_begun = Some((*attempt, self.now));
-            }
-            _ => {}
-        }
-        Ok(())
-    }
-
-    async fn prepare(
-        &mut self,
-        node: &str,
-        attempt: AttemptId,
-        owner: Owner,
-        epoch: Epoch,
-    ) -> Result<()> {
-        let pods = self
-            .context
-            .stores
-            .pods
-            .state_filter(|p| pod::belongs_to(p, self.vm));
-        let on_target = pods
-            .iter()
-            .filter(|p| p.spec.as_ref().and_then(|s| s.node_name.as_deref()) == Some(node))
-            .find_map(|p| pod::spec_of(p));
-        let spec = on_target.map_or_else(|| crate::intent::vm_spec(self.vm), Ok)?;
-        let command = Command::PrepareIncoming {
-            spec,
-            attempt,
-            owner,
-            epoch,
-        };
-        match self.command(node, &command).await? {
-            Outcome::Listening { address } => {
-                self.memory.listening = Some((attempt, address));
-                Ok(())
-            }
-            other => bail!("{node} does not listen: {other:?}"),
-        }
-    }
-}
-
-fn import_source(source: &ImageSource) -> ImportSource {
-    match source {
-        ImageSource::Http { url, sha256 } => ImportSource::Http {
-            url: url.clone(),
-            sha256: sha256.clone(),
-        },
-        ImageSource::HostFile { name } => ImportSource::HostFile { name: name.clone() },
     }
 }
 

@@ -45,7 +45,49 @@ pub(crate) async fn report_migration(
     if status.phase.is_some_and(MigrationPhase::is_final) {
         cluster.metrics.migration_ended(object.spec.mode, &status);
     }
-    let api: Api<VirtualMachineMigration> = Api::namespaced(cluster.client.clone(), &namespace);
+    write_migration(cluster, &namespace, name, &status).await
+}
+
+/// Refuses migrations of virtual machines that do not exist.
+pub(crate) async fn refuse_strays(cluster: &Cluster) -> Result<()> {
+    let vms = cluster.stores.vms.state();
+    let stray = |m: &VirtualMachineMigration| {
+        let open = !m
+            .status
+            .as_ref()
+            .and_then(|s| s.phase)
+            .is_some_and(MigrationPhase::is_final);
+        let exists = vms
+            .iter()
+            .any(|vm| vm.name_any() == m.spec.virtual_machine && vm.namespace() == m.namespace());
+        open && !exists
+    };
+    for object in cluster.stores.migrations.state_filter(stray) {
+        let message = format!("there is no VirtualMachine {}", object.spec.virtual_machine);
+        let update = MigrationUpdate {
+            phase: core::MigrationPhase::Failed,
+            source: None,
+            target: None,
+            source_epoch: None,
+            reason: reason::VM_NOT_FOUND,
+            message,
+            progress: None,
+        };
+        let old = object.status.clone().unwrap_or_default();
+        let status = migration_status(&old, &update, object.metadata.generation, Timestamp::now());
+        let namespace = object.namespace().unwrap_or_default();
+        write_migration(cluster, &namespace, &object.name_any(), &status).await?;
+    }
+    Ok(())
+}
+
+async fn write_migration(
+    cluster: &Cluster,
+    namespace: &str,
+    name: &str,
+    status: &VirtualMachineMigrationStatus,
+) -> Result<()> {
+    let api: Api<VirtualMachineMigration> = Api::namespaced(cluster.client.clone(), namespace);
     let patch = json!({
         "apiVersion": "bascule.dev/v1alpha1",
         "kind": "VirtualMachineMigration",

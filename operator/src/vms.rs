@@ -67,6 +67,12 @@ pub(crate) async fn rounds(cluster: Cluster, changed: Arc<Notify>) {
         let vms = cluster.stores.vms.state();
         cluster.metrics.count_vms(vms.iter().map(AsRef::as_ref));
         cluster.metrics.observe_nodes(cluster.nodes.states().iter());
+        if let Err(error) = crate::records::refuse_strays(&cluster).await {
+            tracing::warn!(
+                error = format!("{error:#}"),
+                "migrations of no virtual machine"
+            );
+        }
         slots.retain(|uid, _| vms.iter().any(|vm| vm.uid().as_ref() == Some(uid)));
         for vm in vms {
             let Some(uid) = vm.uid() else { continue };

@@ -298,6 +298,8 @@ pub struct History {
     pub imports_begun: BTreeMap<DiskId, Moment>,
     /// The attempt that a source was last asked to begin, and when.
     pub move_begun: Option<(AttemptId, Moment)>,
+    /// The attempt that a node last refused to begin, when, and why.
+    pub move_rejected: Option<(AttemptId, Moment, String)>,
     /// Where an incoming VM process said it listens.
     pub listening: Option<(AttemptId, SocketAddr)>,
     /// Why the last takeover that was asked for was refused.

@@ -119,6 +119,9 @@ impl<'a> Planner<'a> {
         if let Some(progress) = progress {
             return self.report_progress(row, node, migration, progress);
         }
+        if let Some(why) = self.rejected(migration) {
+            return self.end(migration, MigrationPhase::Failed, reason::FAILED, why);
+        }
         let Some((target, to)) = self.place_migration(row, node, migration) else {
             return;
         };
@@ -334,6 +337,13 @@ impl<'a> Planner<'a> {
                 progress: Some(progress.clone()),
             },
         });
+    }
+
+    /// Why a node refused to begin, if no report since then says that it had begun already.
+    fn rejected(&self, migration: &Migration) -> Option<String> {
+        let (attempt, at, why) = self.observed.history.move_rejected.as_ref()?;
+        let settled = self.now.since(*at) >= BEGIN_AGAIN;
+        (*attempt == migration.attempt && settled).then(|| why.clone())
     }
 
     /// The source was asked a moment ago, and its next report will tell.

@@ -502,6 +502,25 @@ fn a_committed_migration_succeeds_when_the_guest_runs_on_its_target() {
 }
 
 #[test]
+fn an_attempt_that_a_node_refuses_fails_with_the_nodes_words() {
+    let mut case = Case::running_on(1).with_migration("go", MigrationMode::Quick);
+    case.begun(0);
+    case = case.with_migration_pod("go", "node-2");
+    let why = "no bridge lan on this node".to_owned();
+    case.observed.history.move_rejected = Some((case.migration(0).attempt, NOW, why));
+    assert_eq!(
+        case.migration_end("go"),
+        None,
+        "a report may still tell that it has begun"
+    );
+    case.now = NOW.after(Duration::from_secs(3));
+    assert_eq!(
+        case.migration_end("go"),
+        Some((MigrationPhase::Failed, reason::FAILED))
+    );
+}
+
+#[test]
 fn an_attempt_without_a_target_in_time_fails() {
     let mut case = Case::running_on(1).with_migration("go", MigrationMode::Live);
     case.begun(0);

@@ -1,0 +1,231 @@
+//! The actions that a node carries out.
+
+use anyhow::{Result, bail};
+use bascule_api::names::reason;
+use bascule_node_api::command::{Command, ImportSource, Outcome, RejectReason};
+use bascule_operator_core::{Action, ImageSource};
+use bascule_types::{AttemptId, Epoch, Owner};
+use bascule_volume_format::change::{Change, Refusal};
+
+use super::{Execution, label};
+use crate::pod;
+
+impl Execution<'_> {
+    pub(super) async fn command(&mut self, node: &str, command: &Command) -> Result<Outcome> {
+        let outcome = self.context.nodes.execute(node, command).await?;
+        if let Outcome::Rejected {
+            reason: why,
+            message,
+        } = &outcome
+        {
+            let reason = match command {
+                Command::StartVm { .. } => reason::START_FAILED,
+                Command::Import { .. } => reason::IMPORT_FAILED,
+                _ => reason::VOLUME_REFUSED,
+            };
+            let attempt = match command {
+                Command::MigrateLive { attempt, .. }
+                | Command::MigrateQuick { attempt, .. }
+                | Command::PrepareIncoming { attempt, .. } => Some(*attempt),
+                _ => None,
+            };
+            if let Some(attempt) = attempt {
+                let told = format!("{node}: {message}");
+                // The first refusal counts: asking again must not put its consequence off.
+                let known = self
+                    .memory
+                    .move_rejected
+                    .as_ref()
+                    .is_some_and(|r| r.0 == attempt);
+                if !known && *why != RejectReason::ProcessUnresponsive {
+                    self.memory.move_rejected = Some((attempt, self.now, told));
+                }
+            } else {
+                self.memory.error = Some((reason, format!("{node}: {message}")));
+            }
+            bail!("{node} rejected it ({why:?}): {message}");
+        }
+        Ok(outcome)
+    }
+
+    pub(super) async fn change(&mut self, via: &str, change: &Change) -> Result<()> {
+        let command = Command::Change {
+            volume: self.intent.volume.clone(),
+            change: change.clone(),
+        };
+        let outcome = self.command(via, &command).await;
+        self.context.rows.refresh(&self.intent.volume).await;
+        match outcome? {
+            Outcome::Granted(_) | Outcome::Done => {
+                if matches!(change, Change::TakeOver { .. }) {
+                    self.memory.takeover_refusal = None;
+                    self.context.metrics.takeovers.inc();
+                }
+                Ok(())
+            }
+            Outcome::Refused(refusal) => self.refused(change, refusal),
+            Outcome::Unknown => bail!("no coordinator answered; asking again"),
+            other => bail!("unexpected answer {other:?}"),
+        }
+    }
+
+    fn refused(&mut self, change: &Change, refusal: Refusal) -> Result<()> {
+        if matches!(change, Change::TakeOver { .. }) {
+            self.memory.takeover_refusal = Some(refusal);
+            // Waiting for a proof is what a takeover does.
+            return Ok(());
+        }
+        let disk = match change {
+            Change::CreateDisk { name, .. } | Change::AttachDisk { name, .. } => name.as_str(),
+            _ => "",
+        };
+        let reason = match refusal {
+            Refusal::Full { .. } | Refusal::TableFull { .. } => reason::VOLUME_FULL,
+            Refusal::NameTaken | Refusal::DiskDiffers => reason::DISK_CLAIMED,
+            _ => reason::VOLUME_REFUSED,
+        };
+        let volume = &self.intent.volume;
+        let message = format!("volume {volume}: {disk} {refusal}").replace(":  ", ": ");
+        self.memory.error = Some((reason, message.clone()));
+        bail!("{message}")
+    }
+
+    pub(super) async fn on_node(&mut self, action: &Action) -> Result<()> {
+        let vm = self.intent.uid;
+        let (node, command) = match action {
+            Action::Import {
+                node,
+                owner,
+                epoch,
+                disk,
+                source,
+            } => {
+                self.memory.imports_begun.insert(*disk, self.now);
+                let command = Command::Import {
+                    volume: self.intent.volume.clone(),
+                    vm,
+                    owner: *owner,
+                    epoch: *epoch,
+                    disk: *disk,
+                    source: import_source(source),
+                };
+                (node, command)
+            }
+            Action::StartVm {
+                node,
+                owner,
+                epoch,
+                restore,
+            } => {
+                let spec = crate::intent::vm_spec(self.vm)?;
+                let command = Command::StartVm {
+                    spec,
+                    owner: *owner,
+                    epoch: *epoch,
+                    restore: *restore,
+                };
+                (node, command)
+            }
+            Action::PrepareIncoming {
+                node,
+                attempt,
+                owner,
+                epoch,
+            } => {
+                return self.prepare(node, *attempt, *owner, *epoch).await;
+            }
+            Action::MigrateLive {
+                node,
+                attempt,
+                peer,
+                to,
+                limits,
+            } => {
+                let (attempt, peer, to, limits) = (*attempt, *peer, *to, *limits);
+                (
+                    node,
+                    Command::MigrateLive {
+                        vm,
+                        attempt,
+                        peer,
+                        to,
+                        limits,
+                    },
+                )
+            }
+            Action::MigrateQuick { node, attempt, to } => (
+                node,
+                Command::MigrateQuick {
+                    vm,
+                    attempt: *attempt,
+                    to: Some(*to),
+                },
+            ),
+            Action::CancelMigration { node, attempt } => (
+                node,
+                Command::CancelMigration {
+                    vm,
+                    attempt: *attempt,
+                },
+            ),
+            Action::PowerButton { node } => {
+                self.memory.power_button = Some(self.now);
+                (node, Command::PowerButton { vm })
+            }
+            Action::StopVm { node } => (node, Command::StopVm { vm }),
+            Action::CollectVm { node, pid } => (node, Command::CollectVm { vm, pid: *pid }),
+            other => bail!("not for a node: {}", label(other)),
+        };
+        self.command(node, &command).await?;
+        match action {
+            Action::StartVm { .. } => self.memory.error = None,
+            Action::MigrateLive { attempt, .. } | Action::MigrateQuick { attempt, .. } => {
+                self.memory.move_begun = Some((*attempt, self.now));
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    async fn prepare(
+        &mut self,
+        node: &str,
+        attempt: AttemptId,
+        owner: Owner,
+        epoch: Epoch,
+    ) -> Result<()> {
+        let pods = self
+            .context
+            .stores
+            .pods
+            .state_filter(|p| pod::belongs_to(p, self.vm));
+        let on_target = pods
+            .iter()
+            .filter(|p| p.spec.as_ref().and_then(|s| s.node_name.as_deref()) == Some(node))
+            .find_map(|p| pod::spec_of(p));
+        let spec = on_target.map_or_else(|| crate::intent::vm_spec(self.vm), Ok)?;
+        let command = Command::PrepareIncoming {
+            spec,
+            attempt,
+            owner,
+            epoch,
+        };
+        match self.command(node, &command).await? {
+            Outcome::Listening { address } => {
+                self.memory.listening = Some((attempt, address));
+                Ok(())
+            }
+            other => bail!("{node} does not listen: {other:?}"),
+        }
+    }
+}
+
+fn import_source(source: &ImageSource) -> ImportSource {
+    match source {
+        ImageSource::Http { url, sha256 } => ImportSource::Http {
+            url: url.clone(),
+            sha256: sha256.clone(),
+        },
+        ImageSource::HostFile { name } => ImportSource::HostFile { name: name.clone() },
+    }
+}

@@ -1,0 +1,250 @@
+//! The status of a SharedVolume.
+
+use std::collections::BTreeMap;
+
+use anyhow::Result;
+use bascule_api::names::condition;
+use bascule_api::{
+    Fingerprint, KeptDisk, NodeAccess, NodeAccessState, Quantity, SharedVolume, SharedVolumeStatus,
+    UnclaimedRow, set_condition,
+};
+use bascule_ipc::volume::{PathState, Rows, WatchdogKind};
+use bascule_operator_core::{NodeOnVolume, VolumeObserved, VolumePlan};
+use bascule_types::Owner;
+use jiff::Timestamp;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use kube::api::Patch;
+use kube::{Api, ResourceExt};
+use serde_json::json;
+
+use crate::execute::{Cluster, apply};
+use crate::nodes::NodeState;
+use crate::rows::status;
+
+/// What a status is made of.
+pub(super) struct Reported<'a> {
+    pub(super) plan: &'a VolumePlan,
+    pub(super) observed: &'a VolumeObserved,
+    pub(super) states: &'a BTreeMap<String, NodeState>,
+    pub(super) rows: Option<&'a Rows>,
+}
+
+/// Writes the status, if it differs.
+pub(super) async fn report(
+    cluster: &Cluster,
+    volume: &SharedVolume,
+    known: &Reported<'_>,
+) -> Result<()> {
+    // Read again: the round itself may have written the identity down.
+    let api: Api<SharedVolume> = Api::all(cluster.client.clone());
+    let name = volume.name_any();
+    let current = cluster.stores.volumes.find(|sv| sv.name_any() == name);
+    let old = current.and_then(|sv| sv.status.clone()).unwrap_or_default();
+    let vms = cluster.stores.vms.state();
+    let claimed = |uid: &str| vms.iter().any(|vm| vm.uid().as_deref() == Some(uid));
+    let mut status = status_of(volume, &old, known, claimed, Timestamp::now());
+    if status == old {
+        return Ok(());
+    }
+    // These two are written where they are decided.
+    status.volume_id = None;
+    status.formatting_node = None;
+    let patch = json!({
+        "apiVersion": "bascule.dev/v1alpha1",
+        "kind": "SharedVolume",
+        "status": status,
+    });
+    match api
+        .patch_status(&name, &apply(), &Patch::Apply(&patch))
+        .await
+    {
+        Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
+        other => Ok(other.map(drop)?),
+    }
+}
+
+fn status_of(
+    volume: &SharedVolume,
+    old: &SharedVolumeStatus,
+    known: &Reported<'_>,
+    claimed: impl Fn(&str) -> bool,
+    now: Timestamp,
+) -> SharedVolumeStatus {
+    let name = volume.name_any();
+    let mut conditions = old.conditions.clone();
+    for (type_, new) in [
+        (condition::READY, &known.plan.report.ready),
+        (condition::FENCING_AVAILABLE, &known.plan.report.fencing),
+    ] {
+        let state = if new.status == Some(true) {
+            "True"
+        } else {
+            "False"
+        };
+        let mut new = crate::records::condition_of(type_, state, new.reason, &new.message, now);
+        new.observed_generation = volume.metadata.generation;
+        set_condition(&mut conditions, new);
+    }
+    let any = known.states.values().find_map(|state| {
+        let up = state.stream == bascule_operator_core::Stream::Up;
+        status(state, &name).filter(|_| up)
+    });
+    let nodes: Vec<NodeAccess> = known
+        .observed
+        .nodes
+        .iter()
+        .map(|node| node_access(node, known.states.get(&node.name), &name, old, now))
+        .collect();
+    let direct = nodes
+        .iter()
+        .filter(|node| node.state == NodeAccessState::Direct)
+        .count();
+    let coordinator = known.observed.nodes.iter().find(|node| node.coordinator);
+    SharedVolumeStatus {
+        observed_generation: volume.metadata.generation,
+        volume_id: old.volume_id.clone(),
+        formatting_node: old.formatting_node.clone(),
+        coordinator: coordinator.map(|node| node.name.clone()),
+        capacity: any
+            .map(|s| Quantity::from_bytes(s.capacity.0))
+            .or_else(|| old.capacity.clone()),
+        free: any
+            .map(|s| Quantity::from_bytes(s.capacity.0.saturating_sub(s.allocated.0)))
+            .or_else(|| old.free.clone()),
+        direct_nodes: i32::try_from(direct).ok(),
+        nodes,
+        kept_disks: known
+            .rows
+            .map_or_else(|| old.kept_disks.clone(), kept_disks),
+        unclaimed_rows: known.rows.map_or_else(
+            || old.unclaimed_rows.clone(),
+            |rows| unclaimed(rows, known, claimed),
+        ),
+        conditions,
+    }
+}
+
+fn node_access(
+    node: &NodeOnVolume,
+    state: Option<&NodeState>,
+    volume: &str,
+    old: &SharedVolumeStatus,
+    now: Timestamp,
+) -> NodeAccess {
+    let up = node.stream == bascule_operator_core::Stream::Up;
+    let access = match node.path {
+        Some(PathState::Direct) if up && node.owner.is_some() => NodeAccessState::Direct,
+        Some(PathState::Paused) if up => NodeAccessState::Paused,
+        _ => NodeAccessState::Unavailable,
+    };
+    let reason = match access {
+        NodeAccessState::Direct => String::new(),
+        _ if !up => "bascule-node does not answer".to_owned(),
+        _ => node
+            .reason
+            .clone()
+            .unwrap_or_else(|| "not attached".to_owned()),
+    };
+    let before = old
+        .nodes
+        .iter()
+        .find(|n| n.name == node.name && n.state == access);
+    let watchdog = state
+        .and_then(|state| status(state, volume))
+        .map(|status| status.watchdog);
+    NodeAccess {
+        name: node.name.clone(),
+        state: access,
+        reason,
+        holder: node.owner.map(|owner| Fingerprint {
+            slot: i32::from(owner.slot.0),
+            generation: owner.generation.to_string(),
+        }),
+        watchdog: watchdog == Some(WatchdogKind::Hardware),
+        since: before.and_then(|n| n.since.clone()).or(Some(Time(now))),
+    }
+}
+
+fn kept_disks(rows: &Rows) -> Vec<KeptDisk> {
+    let mut kept: Vec<KeptDisk> = rows
+        .disks
+        .iter()
+        .filter(|disk| disk.vm.is_none())
+        .filter_map(|disk| {
+            let (namespace, name) = disk.name.as_str().split_once('/')?;
+            Some(KeptDisk {
+                namespace: namespace.to_owned(),
+                name: name.to_owned(),
+                size: Quantity::from_bytes(disk.size.0),
+            })
+        })
+        .collect();
+    kept.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
+    kept.truncate(LISTED_MAX);
+    kept
+}
+
+fn unclaimed(
+    rows: &Rows,
+    known: &Reported<'_>,
+    claimed: impl Fn(&str) -> bool,
+) -> Vec<UnclaimedRow> {
+    let node = |owner: Option<Owner>| {
+        let holder = known
+            .observed
+            .nodes
+            .iter()
+            .find(|n| owner.is_some() && n.owner == owner)?;
+        Some(holder.name.clone())
+    };
+    let mut unclaimed: Vec<UnclaimedRow> = rows
+        .vms
+        .iter()
+        .filter(|row| !claimed(&row.vm.to_string()))
+        .map(|row| UnclaimedRow {
+            uid: row.vm.to_string(),
+            name: row.name.to_string(),
+            node: node(row.owner),
+        })
+        .collect();
+    unclaimed.truncate(LISTED_MAX);
+    unclaimed
+}
+
+/// What the schema allows in one list.
+const LISTED_MAX: usize = 200;
+
+#[cfg(test)]
+mod tests {
+    use bascule_types::{Bytes, DiskId, VmUid};
+    use bascule_volume_format::change::{DiskRole, DiskRow, RowName};
+
+    use super::*;
+
+    #[test]
+    fn kept_disks_are_those_that_no_virtual_machine_has() {
+        let disk = |name: &str, vm| DiskRow {
+            disk: DiskId::random(),
+            name: RowName::new(name).unwrap(),
+            vm,
+            size: Bytes::gib(1),
+            role: DiskRole::Data,
+            importing: false,
+            importer: None,
+            extents: vec![],
+        };
+        let rows = Rows {
+            disks: vec![
+                disk("shop/b.root", None),
+                disk("shop/a.root", Some(VmUid::random())),
+            ],
+            ..Rows::default()
+        };
+        let kept = kept_disks(&rows);
+        assert_eq!(kept.len(), 1);
+        assert_eq!(
+            (kept[0].namespace.as_str(), kept[0].name.as_str()),
+            ("shop", "b.root")
+        );
+    }
+}

@@ -154,7 +154,7 @@ enum Command {
     Logs,
     /// Build Bascule's container image, from a directory of static programs.
     Image {
-        /// Directory of the programs.
+        /// Directory of the programs; what is not Bascule's is left out.
         #[arg(long)]
         bin_dir: PathBuf,
         /// Name and tag.

@@ -166,6 +166,7 @@ fn bound_node(status: &TokenReviewStatus, username: &str) -> Result<BoundNode, S
 }
 
 /// The operator cannot say yes or no at present.
+#[expect(clippy::needless_pass_by_value, reason = "what map_err hands over")]
 fn away(error: kube::Error) -> Status {
     Status::unavailable(format!("the API server cannot be asked: {error}"))
 }

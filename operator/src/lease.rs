@@ -21,7 +21,7 @@ pub(crate) struct Election {
 }
 
 /// What is to be done about the Lease as it is.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Step {
     /// It is ours: renew it.
     Renew,

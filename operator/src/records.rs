@@ -38,7 +38,7 @@ pub(crate) async fn report_migration(
         return Ok(());
     }
     let mut status = migration_status(&old, update, object.metadata.generation, Timestamp::now());
-    status.reservation = reservation(cluster, vm, name).or(old.reservation.clone());
+    status.reservation = reservation(cluster, vm, name).or_else(|| old.reservation.clone());
     if status == old {
         return Ok(());
     }
@@ -181,7 +181,7 @@ fn migration_status(
         MigrationPhase::Copying | MigrationPhase::Committing | MigrationPhase::Succeeded
     );
     let begun = update.source_epoch.is_some();
-    let once = |old: &Option<Time>, when: bool| old.clone().or_else(|| when.then(|| Time(now)));
+    let once = |old: &Option<Time>, when: bool| old.clone().or_else(|| when.then_some(Time(now)));
     VirtualMachineMigrationStatus {
         observed_generation: generation,
         phase: Some(phase),

@@ -29,6 +29,7 @@ struct Slot {
 }
 
 /// Goes round for ever.
+#[expect(clippy::too_many_lines, reason = "one loop with its state")]
 pub(crate) async fn rounds(cluster: Cluster, changed: Arc<Notify>) {
     let permits = Arc::new(Semaphore::new(CONCURRENCY));
     let mut slots: HashMap<String, Slot> = HashMap::new();

@@ -144,7 +144,7 @@ fn observe(
             let mut view = node_view(node, state, &name, memory);
             // The volume remembers nodes that this operator has not heard of yet.
             let slot = peers.iter().find(|peer| Some(peer.node) == view.uid);
-            view.owner = view.owner.or(slot.map(|peer| peer.owner));
+            view.owner = view.owner.or_else(|| slot.map(|peer| peer.owner));
             // A node that never ran our daemon is none of ours.
             (state.report.is_some() || slot.is_some()).then_some(view)
         })
@@ -205,38 +205,7 @@ async fn execute(
         VolumeAction::RecordVolume { volume: id } => {
             patch_status(cluster, volume, json!({"volumeId": id.to_string()})).await
         }
-        VolumeAction::Format { node } => {
-            let command = Command::FormatVolume {
-                backing: backing(volume)?,
-                cluster: cluster_id,
-                options: options(volume)?,
-            };
-            match cluster.nodes.execute(node, &command).await? {
-                Outcome::Formatted { volume: id } => {
-                    memory.format = FormatState::NotBlank;
-                    patch_status(cluster, volume, json!({"volumeId": id.to_string()})).await
-                }
-                Outcome::Rejected {
-                    reason: RejectReason::NotBlank,
-                    message,
-                } => {
-                    tracing::info!(volume = name, node, message, "not formatted");
-                    memory.format = FormatState::NotBlank;
-                    Ok(())
-                }
-                Outcome::Rejected { message, .. } => {
-                    memory.attach_errors.insert(node.clone(), message.clone());
-                    let message = format!("{node} cannot format it: {message}");
-                    memory.format = FormatState::Failed {
-                        message: message.clone(),
-                    };
-                    // Nothing was written there, so another node may try.
-                    patch_status(cluster, volume, json!({"formattingNode": null})).await?;
-                    bail!("{message}")
-                }
-                other => bail!("unexpected answer {other:?}"),
-            }
-        }
+        VolumeAction::Format { node } => format(cluster, cluster_id, volume, memory, node).await,
         VolumeAction::Attach { node } => {
             let known = volume.spec.volume_id.clone();
             let known = known.or_else(|| volume.status.as_ref()?.volume_id.clone());
@@ -269,6 +238,49 @@ async fn execute(
             cluster.rows.refresh(&name).await;
             rejected(outcome)
         }
+    }
+}
+
+async fn format(
+    cluster: &Cluster,
+    cluster_id: ClusterId,
+    volume: &SharedVolume,
+    memory: &mut Memory,
+    node: &str,
+) -> Result<()> {
+    let name = volume.name_any();
+
+    let command = Command::FormatVolume {
+        backing: backing(volume)?,
+        cluster: cluster_id,
+        options: options(volume)?,
+    };
+    match cluster.nodes.execute(node, &command).await? {
+        Outcome::Formatted { volume: id } => {
+            memory.format = FormatState::NotBlank;
+            patch_status(cluster, volume, json!({"volumeId": id.to_string()})).await
+        }
+        Outcome::Rejected {
+            reason: RejectReason::NotBlank,
+            message,
+        } => {
+            tracing::info!(volume = name, node, message, "not formatted");
+            memory.format = FormatState::NotBlank;
+            Ok(())
+        }
+        Outcome::Rejected { message, .. } => {
+            memory
+                .attach_errors
+                .insert(node.to_owned(), message.clone());
+            let message = format!("{node} cannot format it: {message}");
+            memory.format = FormatState::Failed {
+                message: message.clone(),
+            };
+            // Nothing was written there, so another node may try.
+            patch_status(cluster, volume, json!({"formattingNode": null})).await?;
+            bail!("{message}")
+        }
+        other => bail!("unexpected answer {other:?}"),
     }
 }
 

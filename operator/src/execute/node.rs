@@ -90,6 +90,7 @@ impl Execution<'_> {
         bail!("{message}")
     }
 
+    #[expect(clippy::too_many_lines, reason = "one arm for each action")]
     pub(super) async fn on_node(&mut self, action: &Action) -> Result<()> {
         let vm = self.intent.uid;
         let (node, command) = match action {

@@ -53,15 +53,26 @@ fn main() -> ExitCode {
 }
 
 fn demo(args: &Args) -> Result<()> {
-    let (tier, nodes) = if args.native { (Tier::Native, 2) } else { (Tier::Emulated, 3) };
+    let (tier, nodes) = if args.native {
+        (Tier::Native, 2)
+    } else {
+        (Tier::Emulated, 3)
+    };
     let mut options = Options::new("demo".parse()?, tier, nodes);
     options.images = images_from_env();
     options.ephemeral = !args.keep;
     let begin = Instant::now();
     let cluster = Installation::on(Lab::up(&options)?)?;
-    step("attaching the SharedVolume on every node", || cluster.volume())?;
+    step("attaching the SharedVolume on every node", || {
+        cluster.volume()
+    })?;
     let vm = step("starting a virtual machine", || cluster.vm("web", 100))?;
-    say(&format!("{} runs on {} and answers on {}", vm.name, vm.node()?, vm.address));
+    say(&format!(
+        "{} runs on {} and answers on {}",
+        vm.name,
+        vm.node()?,
+        vm.address
+    ));
     let drained = drain(&cluster, &vm)?;
     let cut = match tier {
         Tier::Emulated => Some(power_cut(&cluster, &vm)?),
@@ -69,7 +80,10 @@ fn demo(args: &Args) -> Result<()> {
     };
     summary(&drained, cut.as_ref());
     println!("{}", cluster.overview()?);
-    say(&format!("the whole story took {:.0} s", begin.elapsed().as_secs_f64()));
+    say(&format!(
+        "the whole story took {:.0} s",
+        begin.elapsed().as_secs_f64()
+    ));
     if args.keep {
         say("the cluster stays up: `make demo-down` removes it");
     }
@@ -80,13 +94,22 @@ fn drain(cluster: &Installation, vm: &ClusterVm<'_>) -> Result<Drained> {
     let mut talk = vm.talk()?;
     let source = vm.node()?;
     let flow = vm.flow()?;
-    let took = step(&format!("kubectl drain {source}"), || cluster.drain(&source))?;
+    let took = step(&format!("kubectl drain {source}"), || {
+        cluster.drain(&source)
+    })?;
     let target = vm.wait_elsewhere(&source, Duration::from_secs(60))?;
     let seen = flow.finish()?;
-    talk.ping().context("the TCP session did not survive the move")?;
-    say(&format!("the guest is on {target}; the TCP session of before goes on"));
+    talk.ping()
+        .context("the TCP session did not survive the move")?;
+    say(&format!(
+        "the guest is on {target}; the TCP session of before goes on"
+    ));
     cluster.uncordon(&source)?;
-    Ok(Drained { took, seen, moved: vm.moves()?.pop() })
+    Ok(Drained {
+        took,
+        seen,
+        moved: vm.moves()?.pop(),
+    })
 }
 
 fn power_cut(cluster: &Installation, vm: &ClusterVm<'_>) -> Result<Cut> {
@@ -101,8 +124,14 @@ fn power_cut(cluster: &Installation, vm: &ClusterVm<'_>) -> Result<Cut> {
         Ok((vm.talk()?, plug.elapsed()))
     })?;
     let found = after.check().context("the guest's disk is damaged")?;
-    anyhow::ensure!(found >= promised, "record {promised} was flushed, and only {found} are there");
-    say(&format!("the guest is on {}; every flushed record is there", vm.node()?));
+    anyhow::ensure!(
+        found >= promised,
+        "record {promised} was flushed, and only {found} are there"
+    );
+    say(&format!(
+        "the guest is on {}; every flushed record is there",
+        vm.node()?
+    ));
     let records = cluster.lab().get(&["failover", "-n", NAMESPACE])?;
     let record = records["items"].as_array().and_then(|items| items.last());
     let status = record.map_or(Value::Null, |record| record["status"].clone());
@@ -110,23 +139,41 @@ fn power_cut(cluster: &Installation, vm: &ClusterVm<'_>) -> Result<Cut> {
     let stages = ["suspectedAt", "provedAt", "takenOverAt", "startedAt"];
     Ok(Cut {
         outage,
-        stages: stages.into_iter().map(|stage| (stage, text(stage))).collect(),
+        stages: stages
+            .into_iter()
+            .map(|stage| (stage, text(stage)))
+            .collect(),
         proof: status["proof"]["detail"].as_str().unwrap_or("-").to_owned(),
     })
 }
 
 fn summary(drained: &Drained, cut: Option<&Cut>) {
     println!("\nThe move, as the client saw it:");
-    println!("  drain took               {:.1} s", drained.took.as_secs_f64());
-    println!("  longest silence          {} ms", drained.seen.gap_max.as_millis());
-    println!("  packets lost             {} of {}", drained.seen.lost, drained.seen.sent);
+    println!(
+        "  drain took               {:.1} s",
+        drained.took.as_secs_f64()
+    );
+    println!(
+        "  longest silence          {} ms",
+        drained.seen.gap_max.as_millis()
+    );
+    println!(
+        "  packets lost             {} of {}",
+        drained.seen.lost, drained.seen.sent
+    );
     if let Some(moved) = &drained.moved {
-        println!("  blackout by our timers   {}", moved.downtime.as_deref().unwrap_or("-"));
+        println!(
+            "  blackout by our timers   {}",
+            moved.downtime.as_deref().unwrap_or("-")
+        );
         println!("  {} to {}, {}", moved.source, moved.target, moved.mode);
     }
     if let Some(cut) = cut {
         println!("The power cut:");
-        println!("  cut to guest answering   {:.1} s", cut.outage.as_secs_f64());
+        println!(
+            "  cut to guest answering   {:.1} s",
+            cut.outage.as_secs_f64()
+        );
         for (stage, at) in &cut.stages {
             println!("  {stage:<24} {at}");
         }

@@ -14,8 +14,9 @@ use bascule_lab::Lab;
 fn cluster() -> &'static Installation {
     static CLUSTER: OnceLock<Installation> = OnceLock::new();
     CLUSTER.get_or_init(|| {
-        let installation = Installation::on(Lab::emulated(3).unwrap()).unwrap();
-        installation.volume().unwrap();
+        let installation =
+            Installation::on(Lab::emulated(3).expect("a lab")).expect("Bascule on it");
+        installation.volume().expect("a SharedVolume");
         installation
     })
 }
@@ -25,9 +26,9 @@ fn with_vm(name: &str, number: u8, scenario: impl FnOnce(&Installation, &Cluster
         return;
     }
     let cluster = cluster();
-    let vm = cluster.vm(name, number).unwrap();
+    let vm = cluster.vm(name, number).expect("a virtual machine");
     scenario(cluster, &vm);
-    vm.delete().unwrap();
+    vm.delete().expect("its deletion");
 }
 
 #[test]
@@ -37,7 +38,8 @@ fn drain_moves_vm_live_and_tcp_session_survives() {
         let source = vm.node().unwrap();
         let flow = vm.flow().unwrap();
         let took = cluster.drain(&source).unwrap();
-        vm.wait_elsewhere(&source, Duration::from_secs(120)).unwrap();
+        vm.wait_elsewhere(&source, Duration::from_secs(120))
+            .unwrap();
         let seen = flow.finish().unwrap();
         talk.ping().unwrap();
         talk.check().unwrap();
@@ -58,7 +60,10 @@ fn power_cut_restarts_vm_elsewhere_with_proof() {
         vm.wait_elsewhere(&node, Duration::from_secs(420)).unwrap();
         let mut after = vm.talk().unwrap();
         let found = after.check().unwrap();
-        assert!(found >= promised, "{promised} records were flushed, {found} are there");
+        assert!(
+            found >= promised,
+            "{promised} records were flushed, {found} are there"
+        );
         let records = cluster.lab().get(&["failover", "-n", NAMESPACE]).unwrap();
         let record = records["items"].as_array().unwrap().last().unwrap();
         let status = &record["status"];

@@ -13,8 +13,8 @@ use bascule_lab::{Component, Lab};
 fn cluster() -> &'static Installation {
     static CLUSTER: OnceLock<Installation> = OnceLock::new();
     CLUSTER.get_or_init(|| {
-        let installation = Installation::on(Lab::native(2).unwrap()).unwrap();
-        installation.volume().unwrap();
+        let installation = Installation::on(Lab::native(2).expect("a lab")).expect("Bascule on it");
+        installation.volume().expect("a SharedVolume");
         installation
     })
 }
@@ -25,9 +25,9 @@ fn with_vm(name: &str, number: u8, scenario: impl FnOnce(&Installation, &Cluster
         return;
     }
     let cluster = cluster();
-    let vm = cluster.vm(name, number).unwrap();
+    let vm = cluster.vm(name, number).expect("a virtual machine");
     scenario(cluster, &vm);
-    vm.delete().unwrap();
+    vm.delete().expect("its deletion");
 }
 
 #[test]

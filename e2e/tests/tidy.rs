@@ -31,7 +31,7 @@ const LINES_MAX: usize = 800;
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .parent()
-        .unwrap()
+        .expect("the checkout")
         .to_owned()
 }
 
@@ -149,9 +149,9 @@ fn sources() -> Vec<(PathBuf, String)> {
             "*.rs",
         ])
         .output()
-        .unwrap();
+        .expect("git ls-files");
     assert!(listed.status.success(), "git ls-files failed");
-    let names = String::from_utf8(listed.stdout).unwrap();
+    let names = String::from_utf8(listed.stdout).expect("git ls-files");
     let read = |name: &str| Some((root.join(name), fs::read_to_string(root.join(name)).ok()?));
     let sources: Vec<_> = names.lines().filter_map(read).collect();
     assert!(

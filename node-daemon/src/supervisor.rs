@@ -41,6 +41,8 @@ pub(crate) struct Supervisor {
     pub(crate) allow_softdog: bool,
     /// One command at a time for each VM; two for different VMs do not wait for each other.
     locks: Mutex<BTreeMap<VmUid, std::sync::Arc<Mutex<()>>>>,
+    /// One start, end or revival of a volume's process at a time.
+    pub(crate) volumes: Mutex<()>,
     /// Processes that this daemon started, kept to be reaped.
     children: Mutex<Vec<Child>>,
 }
@@ -111,6 +113,7 @@ impl Supervisor {
             watchdog: config.watchdog.clone(),
             allow_softdog: config.allow_softdog,
             locks: Mutex::default(),
+            volumes: Mutex::default(),
             children: Mutex::default(),
         })
     }

@@ -5,6 +5,7 @@ use std::fs;
 use std::net::{SocketAddr, TcpListener};
 use std::path::Path;
 use std::process::Command;
+use std::sync::PoisonError;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -64,6 +65,7 @@ impl Supervisor {
         cluster: ClusterId,
     ) -> Result<Outcome, Rejection> {
         check_name(name)?;
+        let _alone = self.volumes.lock().unwrap_or_else(PoisonError::into_inner);
         let folder = self.paths.volume(name);
         if self.volume_is_up(name) {
             return Ok(Outcome::Done);
@@ -83,6 +85,7 @@ impl Supervisor {
 
     /// Starts again every volume process that was attached and has ended, as a crash leaves it.
     pub(crate) fn revive_volumes(&self) -> Result<()> {
+        let _alone = self.volumes.lock().unwrap_or_else(PoisonError::into_inner);
         for name in self.volume_names()? {
             if self.volume_is_up(&name) {
                 continue;
@@ -101,6 +104,7 @@ impl Supervisor {
     /// Ends a volume's process. It refuses while a VM of this node has it open.
     pub(crate) fn detach_volume(&self, name: &str) -> Result<Outcome, Rejection> {
         check_name(name)?;
+        let _alone = self.volumes.lock().unwrap_or_else(PoisonError::into_inner);
         let folder = self.paths.volume(name);
         if !folder.exists() {
             return Ok(Outcome::Done);

@@ -216,7 +216,7 @@ mod tests {
     fn only_the_block_in_flight_may_be_torn() {
         for (slot, faults) in [(11 % SLOTS, 0), (9 % SLOTS, 1)] {
             let mut disk = disk_after((1..=10).map(|seq| Block { seq, boot: 1 }));
-            disk[slot as usize][100] ^= 1;
+            disk[usize::try_from(slot).unwrap()][100] ^= 1;
             let found = survey(&disk);
             assert_eq!(found.faults(SLOTS), faults, "slot {slot}: {found:?}");
         }

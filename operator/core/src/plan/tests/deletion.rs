@@ -1,0 +1,51 @@
+//! Deleting a virtual machine.
+
+use super::*;
+
+#[test]
+fn deletion_stops_the_guest_then_removes_disks_as_asked_then_the_row() {
+    let mut case = Case::running_on(1).with_disks();
+    case.intent.deleting_since = Some(NOW);
+    assert!(case.plan().actions.contains(&Action::PowerButton {
+        node: "node-1".to_owned()
+    }));
+
+    case = case.process_is(VmState::Stopped(StopReason::Requested));
+    case.row().owner = None;
+    let deleted = case.deleted_disks();
+    assert_eq!(deleted, ["boot-kernel", "scratch"], "root is kept");
+    assert!(matches!(
+        case.changes().last(),
+        Some(Change::DeleteVm { .. })
+    ));
+
+    case.observed.row = Fact::Absent;
+    case.observed.processes.clear();
+    case.observed.pods = Fact::Known(vec![]);
+    assert_eq!(case.plan().actions, [Action::RemoveFinalizer]);
+}
+
+#[test]
+fn deletion_does_not_wait_for_a_volume_that_is_gone() {
+    let mut case = Case::new();
+    case.intent.deleting_since = Some(NOW);
+    case.observed.volume = Fact::Absent;
+    assert_eq!(case.plan().actions, [Action::RemoveFinalizer]);
+}
+
+#[test]
+fn deletion_does_not_wait_for_a_volume_that_was_never_found() {
+    let mut case = Case::new();
+    case.intent.deleting_since = Some(NOW);
+    case.observed.row = Fact::Unknown;
+    case.volume().identified = false;
+    assert_eq!(case.plan().actions, [Action::RemoveFinalizer]);
+}
+
+#[test]
+fn deletion_waits_while_nobody_can_say_who_owns_the_row() {
+    let mut case = Case::new();
+    case.intent.deleting_since = Some(NOW);
+    case.observed.row = Fact::Unknown;
+    assert_eq!(case.plan().actions, []);
+}

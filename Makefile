@@ -16,6 +16,7 @@ IMAGE := $(CARGO_TARGET_DIR)/bascule-image.tar
 LAB := $(STATIC)/$(TARGET)/release/lab
 # Scenarios share one machine's /dev/kvm, bridges and time: one after the other.
 SERIAL := -- --test-threads=1
+SCENARIOS = BASCULE_LAB_IMAGES=$(IMAGE) BASCULE_LAB_BIN=$(LAB) cargo test --quiet --locked -p bascule-e2e
 # The probe guest is a workspace of its own; its target directory is the one that tests build it in.
 GUEST_CARGO := env CARGO_TARGET_DIR=$(CARGO_TARGET_DIR)/probe-guest cargo
 
@@ -65,9 +66,13 @@ kvm: ## The VM process on this machine's /dev/kvm, with the probe guest
 	  cargo test --quiet --locked -p bascule-e2e --test $$t $(SERIAL); done
 
 .PHONY: e2e
-e2e: image ## Real Kubernetes: the scenarios
-	for t in $(sort $(basename $(notdir $(wildcard e2e/tests/cluster_*.rs)))); do \
-	  BASCULE_LAB_IMAGES=$(IMAGE) BASCULE_LAB_BIN=$(LAB) cargo test --quiet --locked -p bascule-e2e --test $$t $(SERIAL) --nocapture; done
+e2e: image ## Real Kubernetes on native nodes: the lab itself, then the scenarios with the probe guest
+	BASCULE_LAB_BIN=$(LAB) cargo test --quiet --locked -p bascule-lab --test native $(SERIAL) --ignored
+	$(SCENARIOS) --test cluster_native $(SERIAL) --nocapture
+
+.PHONY: e2e-emulated
+e2e-emulated: image ## Real Kubernetes on emulated nodes: the scenarios with an unmodified Debian guest
+	$(SCENARIOS) --test cluster_emulated $(SERIAL) --nocapture
 
 .PHONY: bench
 bench: setup image ## The figures, beside QEMU's in the same run

@@ -209,7 +209,7 @@ impl ClusterVm<'_> {
         })
     }
 
-    /// One packet a millisecond to the guest and back.
+    /// Packets to the guest and back, as many as this tier's guest bears.
     ///
     /// # Errors
     /// When there is no socket to be had.

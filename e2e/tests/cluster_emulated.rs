@@ -45,7 +45,11 @@ fn drain_moves_vm_live_and_tcp_session_survives() {
         talk.check().unwrap();
         cluster.uncordon(&source).unwrap();
         let moves = vm.moves().unwrap();
-        assert_eq!(moves.last().unwrap().phase, "Succeeded");
+        let moved = moves.last().unwrap();
+        assert_eq!(
+            (moved.mode.as_str(), moved.phase.as_str()),
+            ("Live", "Succeeded")
+        );
         println!("drain took {took:?}; seen by the client: {seen:?}; {moves:?}");
     });
 }

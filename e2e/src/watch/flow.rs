@@ -47,14 +47,15 @@ impl Flow {
     /// # Errors
     /// When there is no socket or no thread to be had.
     pub fn start(network: &Network, guest: Ipv4Addr) -> Result<Self> {
-        Self::over(network.udp(SocketAddrV4::new(guest, UDP_PORT))?)
+        Self::over(network.udp(SocketAddrV4::new(guest, UDP_PORT))?, PERIOD)
     }
 
-    /// Starts a flow over a connected socket whose peer sends back what it gets.
+    /// Starts a flow of a packet each `period` over a connected socket whose peer sends back what it
+    /// gets.
     ///
     /// # Errors
     /// When there is no thread to be had.
-    pub fn over(socket: UdpSocket) -> Result<Self> {
+    pub fn over(socket: UdpSocket, period: Duration) -> Result<Self> {
         socket
             .set_read_timeout(Some(READ_TIME))
             .context("set a time limit")?;
@@ -65,7 +66,7 @@ impl Flow {
         let send_count = Arc::clone(&sent);
         let sender = std::thread::Builder::new()
             .name("flow-send".into())
-            .spawn(move || send(&socket, &send_running, &send_count))
+            .spawn(move || send(&socket, period, &send_running, &send_count))
             .context("start a thread")?;
         let receiver = std::thread::Builder::new()
             .name("flow-receive".into())
@@ -103,13 +104,13 @@ impl Drop for Flow {
     }
 }
 
-fn send(socket: &UdpSocket, running: &AtomicBool, sent: &AtomicU64) {
+fn send(socket: &UdpSocket, period: Duration, running: &AtomicBool, sent: &AtomicU64) {
     let mut next = Instant::now();
     while running.load(Ordering::Relaxed) {
         let number = sent.fetch_add(1, Ordering::Relaxed) + 1;
         // A packet that the kernel refuses (the guest's port was unreachable) counts as lost.
         drop(socket.send(&number.to_le_bytes()));
-        next += PERIOD;
+        next += period;
         std::thread::sleep(next.saturating_duration_since(Instant::now()));
     }
 }

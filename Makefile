@@ -26,14 +26,14 @@ help: ## This list
 
 .PHONY: demo
 demo: image ## A three-node cluster, a VM on it, a drain, a power cut: the whole story, with figures
-	BASCULE_LAB_IMAGES=$(IMAGE) BASCULE_LAB_BIN=$(LAB) cargo run --quiet --release -p bascule-e2e --bin bascule-demo
+	BASCULE_LAB_IMAGES=$(IMAGE) BASCULE_LAB_BIN=$(LAB) cargo run --quiet --locked -p bascule-e2e --bin bascule-demo
 
 .PHONY: demo-down
 demo-down: lab ## Remove every trace of the demo
 	$(LAB) down --all
 
 .PHONY: test
-test: setup lint unit kvm e2e ## All set-up and all tests of all tiers
+test: setup lint unit kvm e2e ## All set-up and all tests, but for the emulated nodes of e2e-emulated
 	@echo "make test: everything passed"
 
 .PHONY: setup

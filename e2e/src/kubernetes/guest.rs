@@ -61,7 +61,7 @@ impl Guest {
                 source.url, source.sha256
             )
         };
-        let (boot, memory, disk) = match self {
+        let (boot, memory, disk, downtime) = match self {
             Self::Probe { kernel } => (
                 format!(
                     "    kernel: {}\n    cmdline: ip={address}/24 tick_ms=10 {}",
@@ -70,6 +70,7 @@ impl Guest {
                 ),
                 "128Mi",
                 "64Mi",
+                "300ms",
             ),
             Self::Debian { kernel, initrd } => (
                 format!(
@@ -80,6 +81,9 @@ impl Guest {
                 ),
                 "256Mi",
                 "128Mi",
+                // An emulated node encrypts some 4 MB/s (measured): the default of 300 ms is out of
+                // reach there.
+                "3s",
             ),
         };
         format!(
@@ -95,6 +99,7 @@ spec:
   - {{name: data, size: {disk}, deletionPolicy: Delete}}
   interfaces:
   - {{name: lan, bridge: lan}}
+  availability: {{migration: {{downtime: {downtime}}}}}
 "
         )
     }

@@ -6,6 +6,7 @@
 
 mod guest;
 mod objects;
+mod shared;
 
 use std::net::Ipv4Addr;
 use std::time::{Duration, Instant};
@@ -16,6 +17,7 @@ use serde_json::Value;
 
 pub use guest::{Guest, Talk};
 pub use objects::{Moved, condition};
+pub use shared::SharedCluster;
 
 /// A cluster with Bascule on it.
 #[derive(Debug)]

@@ -96,7 +96,8 @@ impl Lab {
         Self::for_test(Tier::Emulated, nodes)
     }
 
-    fn for_test(tier: Tier, nodes: u8) -> Result<Self> {
+    /// [`Self::native`] or [`Self::emulated`].
+    pub fn for_test(tier: Tier, nodes: u8) -> Result<Self> {
         let mut options = Options::new("test".parse()?, tier, nodes);
         options.images = images_from_env();
         options.ephemeral = true;

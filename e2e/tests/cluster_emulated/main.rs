@@ -3,37 +3,16 @@
 //!
 //! One cluster serves all of them, one after the other; each has a virtual machine of its own.
 
-use std::sync::OnceLock;
 use std::time::Duration;
 
-use bascule_e2e::kubernetes::{ClusterVm, Installation, NAMESPACE};
-use bascule_e2e::kvm_or_skip;
-use bascule_lab::Lab;
+use bascule_e2e::kubernetes::{NAMESPACE, SharedCluster};
+use bascule_lab::Tier;
 
-/// The cluster, with a volume on it. The lab ends with this process.
-fn cluster() -> &'static Installation {
-    static CLUSTER: OnceLock<Installation> = OnceLock::new();
-    CLUSTER.get_or_init(|| {
-        let installation =
-            Installation::on(Lab::emulated(3).expect("a lab")).expect("Bascule on it");
-        installation.volume().expect("a SharedVolume");
-        installation
-    })
-}
-
-fn with_vm(name: &str, number: u8, scenario: impl FnOnce(&Installation, &ClusterVm<'_>)) {
-    if !kvm_or_skip(name) {
-        return;
-    }
-    let cluster = cluster();
-    let vm = cluster.vm(name, number).expect("a virtual machine");
-    scenario(cluster, &vm);
-    vm.delete().expect("its deletion");
-}
+static CLUSTER: SharedCluster = SharedCluster::new(Tier::Emulated, 3);
 
 #[test]
 fn drain_moves_vm_live_and_tcp_session_survives() {
-    with_vm("drained", 101, |cluster, vm| {
+    CLUSTER.with_vm("drained", 101, |cluster, vm| {
         let mut talk = vm.talk().unwrap();
         let source = vm.node().unwrap();
         let flow = vm.flow().unwrap();
@@ -56,7 +35,7 @@ fn drain_moves_vm_live_and_tcp_session_survives() {
 
 #[test]
 fn power_cut_restarts_vm_elsewhere_with_proof() {
-    with_vm("cut", 102, |cluster, vm| {
+    CLUSTER.with_vm("cut", 102, |cluster, vm| {
         let mut talk = vm.talk().unwrap();
         let promised = talk.append().unwrap();
         let node = vm.node().unwrap();

@@ -2,37 +2,16 @@
 //!
 //! One cluster serves all of them, one after the other; each has a virtual machine of its own.
 
-use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-use bascule_e2e::kubernetes::{ClusterVm, Installation, SYSTEM_NAMESPACE, condition};
-use bascule_e2e::kvm_or_skip;
-use bascule_lab::{Component, Lab};
+use bascule_e2e::kubernetes::{SYSTEM_NAMESPACE, SharedCluster, condition};
+use bascule_lab::{Component, Tier};
 
-/// The cluster, with a volume on it. The lab ends with this process.
-fn cluster() -> &'static Installation {
-    static CLUSTER: OnceLock<Installation> = OnceLock::new();
-    CLUSTER.get_or_init(|| {
-        let installation = Installation::on(Lab::native(2).expect("a lab")).expect("Bascule on it");
-        installation.volume().expect("a SharedVolume");
-        installation
-    })
-}
-
-/// Runs a scenario with a virtual machine of its own, which is deleted at the end.
-fn with_vm(name: &str, number: u8, scenario: impl FnOnce(&Installation, &ClusterVm<'_>)) {
-    if !kvm_or_skip(name) {
-        return;
-    }
-    let cluster = cluster();
-    let vm = cluster.vm(name, number).expect("a virtual machine");
-    scenario(cluster, &vm);
-    vm.delete().expect("its deletion");
-}
+static CLUSTER: SharedCluster = SharedCluster::new(Tier::Native, 2);
 
 #[test]
 fn install_and_first_vm() {
-    with_vm("first", 10, |cluster, vm| {
+    CLUSTER.with_vm("first", 10, |cluster, vm| {
         let mut talk = vm.talk().unwrap();
         talk.ping().unwrap();
         talk.check().unwrap();
@@ -48,7 +27,7 @@ fn install_and_first_vm() {
 
 #[test]
 fn drain_moves_vm_live_and_tcp_session_survives() {
-    with_vm("drained", 11, |cluster, vm| {
+    CLUSTER.with_vm("drained", 11, |cluster, vm| {
         let mut talk = vm.talk().unwrap();
         talk.ping().unwrap();
         let source = vm.node().unwrap();
@@ -72,7 +51,7 @@ fn drain_moves_vm_live_and_tcp_session_survives() {
 
 #[test]
 fn quick_migration_round_trip() {
-    with_vm("quick", 12, |_, vm| {
+    CLUSTER.with_vm("quick", 12, |_, vm| {
         let mut talk = vm.talk().unwrap();
         let home = vm.node().unwrap();
         for _ in 0..2 {
@@ -87,7 +66,7 @@ fn quick_migration_round_trip() {
 
 #[test]
 fn killing_daemon_operator_apiserver_stops_no_guest() {
-    with_vm("survivor", 13, |cluster, vm| {
+    CLUSTER.with_vm("survivor", 13, |cluster, vm| {
         let mut talk = vm.talk().unwrap();
         let lab = cluster.lab();
         let system = ["-n", SYSTEM_NAMESPACE];
@@ -124,7 +103,7 @@ fn killing_daemon_operator_apiserver_stops_no_guest() {
 
 #[test]
 fn two_operators_cannot_double_start() {
-    with_vm("single", 14, |cluster, vm| {
+    CLUSTER.with_vm("single", 14, |cluster, vm| {
         let lab = cluster.lab();
         let mut talk = vm.talk().unwrap();
         let home = vm.node().unwrap();

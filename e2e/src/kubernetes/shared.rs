@@ -1,0 +1,77 @@
+//! One cluster for all scenarios of a test program: they run one after the other, each with a
+//! virtual machine of its own.
+
+use std::sync::OnceLock;
+
+use anyhow::Result;
+use bascule_lab::{Lab, Tier};
+
+use super::{ClusterVm, Installation};
+use crate::kvm_or_skip;
+
+/// Made when the first scenario asks for it. The lab ends with the process.
+#[derive(Debug)]
+pub struct SharedCluster {
+    tier: Tier,
+    nodes: u8,
+    installation: OnceLock<Installation>,
+}
+
+impl SharedCluster {
+    /// A cluster of `nodes` nodes.
+    #[must_use]
+    pub const fn new(tier: Tier, nodes: u8) -> Self {
+        Self {
+            tier,
+            nodes,
+            installation: OnceLock::new(),
+        }
+    }
+
+    /// Runs a scenario on it, with a SharedVolume that every node reaches.
+    ///
+    /// # Panics
+    /// When the cluster does not come up.
+    pub fn with(&self, name: &str, scenario: impl FnOnce(&Installation)) {
+        if kvm_or_skip(name) {
+            scenario(self.get());
+        }
+    }
+
+    /// Runs a scenario on it with a virtual machine of its own, which is deleted at the end.
+    /// `number` makes the guest's address: see [`Installation::vm`].
+    ///
+    /// # Panics
+    /// When the cluster or the virtual machine does not come up, or does not go.
+    #[expect(
+        clippy::expect_used,
+        reason = "the only way for a test to fail from a helper"
+    )]
+    pub fn with_vm(
+        &self,
+        name: &str,
+        number: u8,
+        scenario: impl FnOnce(&Installation, &ClusterVm<'_>),
+    ) {
+        self.with(name, |cluster| {
+            let vm = cluster.vm(name, number).expect("a virtual machine");
+            scenario(cluster, &vm);
+            vm.delete().expect("its deletion");
+        });
+    }
+
+    #[expect(
+        clippy::expect_used,
+        reason = "the only way for a test to fail from a helper"
+    )]
+    fn get(&self) -> &Installation {
+        self.installation
+            .get_or_init(|| self.bring_up().expect("Bascule on a cluster"))
+    }
+
+    fn bring_up(&self) -> Result<Installation> {
+        let installation = Installation::on(Lab::for_test(self.tier, self.nodes)?)?;
+        installation.volume()?;
+        Ok(installation)
+    }
+}

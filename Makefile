@@ -25,7 +25,7 @@ help: ## This list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: demo
-demo: image ## A three-node cluster, a VM on it, a drain, a power cut: the whole story, with figures
+demo: packages image ## A three-node cluster, a VM on it, a drain, a power cut: the whole story, with figures
 	BASCULE_LAB_IMAGES=$(IMAGE) BASCULE_LAB_BIN=$(LAB) cargo run --quiet --locked -p bascule-e2e --bin bascule-demo
 
 .PHONY: demo-down
@@ -33,17 +33,20 @@ demo-down: lab ## Remove every trace of the demo
 	$(LAB) down --all
 
 .PHONY: test
-test: setup lint unit kvm e2e ## All set-up and all tests, but for the emulated nodes of e2e-emulated
+test: setup lint unit kvm e2e e2e-emulated ## All set-up and all tests of all tiers
 	@echo "make test: everything passed"
 
 .PHONY: setup
-setup: ## Install what building and testing needs (Debian packages, cargo-deny)
+setup: packages ## Install what building and testing needs (Debian packages, cargo-deny)
+	@command -v cargo-deny >/dev/null || { echo "setup: installing cargo-deny (a few minutes, once)"; \
+	  CARGO_TARGET_DIR=$(CARGO_TARGET_DIR)/deny cargo install --quiet --locked cargo-deny; }
+
+.PHONY: packages
+packages:
 	@missing=(); for p in build-essential pkg-config qemu-system-x86 qemu-utils iproute2 iputils-ping nftables; do \
 	  dpkg -s $$p >/dev/null 2>&1 || missing+=($$p); done; \
 	if [ $${#missing[@]} -gt 0 ]; then echo "setup: installing $${missing[*]}"; \
 	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $${missing[*]} >/dev/null; fi
-	@command -v cargo-deny >/dev/null || { echo "setup: installing cargo-deny (a few minutes, once)"; \
-	  CARGO_TARGET_DIR=$(CARGO_TARGET_DIR)/deny cargo install --quiet --locked cargo-deny; }
 
 .PHONY: lint
 lint: ## Formatting, clippy, docs, licences, structure
@@ -75,7 +78,7 @@ e2e-emulated: image ## Real Kubernetes on emulated nodes: the scenarios with an 
 	$(SCENARIOS) --test cluster_emulated $(SERIAL) --nocapture
 
 .PHONY: bench
-bench: setup image ## The figures, beside QEMU's in the same run
+bench: packages image ## The figures, each beside a baseline of the same run
 	BASCULE_BIN_DIR=$(STATIC)/image BASCULE_LAB_IMAGES=$(IMAGE) BASCULE_LAB_BIN=$(LAB) \
 	  cargo run --quiet --release -p bascule-e2e --bin bascule-bench
 

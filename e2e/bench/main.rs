@@ -1,11 +1,12 @@
-//! `bascule-bench`: the figures of the native tier, ours beside QEMU's, in one run.
+//! `bascule-bench`: the figures, each beside a baseline of the same run.
 //!
-//! Both move the same probe guest between two processes on this machine, over the loopback address,
+//! Live migration: ours and QEMU's move the same probe guest between two processes on this machine, over the loopback address,
 //! with the same limits. The blackout is what a client sees: the longest gap between two ticks on
 //! the guest's console and between two packets of a 1 kHz flow, both over the whole move.
 #![forbid(unsafe_code)]
 
 mod bascule;
+mod cluster;
 mod measure;
 mod qemu;
 mod table;
@@ -19,14 +20,18 @@ use clap::Parser;
 
 use crate::measure::{Load, Outcome};
 
-/// Moves the probe guest live with Bascule and with QEMU and prints what each move cost.
+/// Moves the probe guest live with Bascule and with QEMU and prints what each move cost; then drains
+/// emulated nodes and pulls a plug, and prints what that cost.
 #[derive(Debug, Parser)]
 #[command(name = "bascule-bench", version)]
 struct Options {
     /// How often each move is made; the median of each figure is printed.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
     runs: u32,
-    /// Measure only this load.
+    /// Measure only this.
+    #[arg(long, value_enum)]
+    only: Option<Part>,
+    /// Measure live migration only under this load.
     #[arg(long, value_enum)]
     load: Option<Load>,
     /// Guest RAM in MiB.
@@ -35,6 +40,15 @@ struct Options {
     /// The blackout that both sides aim at, in milliseconds.
     #[arg(long, default_value_t = 300)]
     downtime_ms: u64,
+}
+
+/// What is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Part {
+    /// Live migration on this machine's /dev/kvm, beside QEMU's.
+    Migration,
+    /// Drain and power cut on a cluster of emulated nodes, beside the safe time.
+    Cluster,
 }
 
 fn main() -> ExitCode {
@@ -51,6 +65,17 @@ fn run(options: &Options) -> Result<()> {
     if !kvm_or_skip("bascule-bench") {
         return Ok(());
     }
+    let wanted = |part| options.only.is_none_or(|only| only == part);
+    if wanted(Part::Migration) {
+        migrations(options)?;
+    }
+    if wanted(Part::Cluster) {
+        cluster::run()?;
+    }
+    Ok(())
+}
+
+fn migrations(options: &Options) -> Result<()> {
     let downtime = Duration::from_millis(options.downtime_ms);
     let all = [Load::Idle, Load::Rewriting];
     for load in all

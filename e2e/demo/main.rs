@@ -4,16 +4,15 @@
 //! it. The lab is taken down at the end, also when this is interrupted, unless `--keep` is given.
 
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use anyhow::{Context, Result};
-use bascule_e2e::FlowSummary;
-use bascule_e2e::kubernetes::{ClusterVm, Installation, Moved, NAMESPACE};
+use anyhow::Result;
+use bascule_e2e::kubernetes::scenarios::{self, Drained, PowerCut};
+use bascule_e2e::kubernetes::{ClusterVm, Installation};
 use bascule_lab::lab::images_from_env;
 use bascule_lab::progress::{say, step};
 use bascule_lab::{Lab, Options, Tier};
 use clap::Parser;
-use serde_json::Value;
 
 /// Shows what Bascule does, with figures.
 #[derive(Debug, Parser)]
@@ -26,20 +25,6 @@ struct Args {
     /// the power cut, which needs a watchdog
     #[arg(long)]
     native: bool,
-}
-
-/// What the client saw of the drain.
-struct Drained {
-    took: Duration,
-    seen: FlowSummary,
-    moved: Option<Moved>,
-}
-
-/// What the client saw of the power cut.
-struct Cut {
-    outage: Duration,
-    stages: Vec<(&'static str, String)>,
-    proof: String,
 }
 
 fn main() -> ExitCode {
@@ -91,93 +76,53 @@ fn demo(args: &Args) -> Result<()> {
 }
 
 fn drain(cluster: &Installation, vm: &ClusterVm<'_>) -> Result<Drained> {
-    let mut talk = vm.talk()?;
     let source = vm.node()?;
-    let flow = vm.flow()?;
-    let took = step(&format!("kubectl drain {source}"), || {
-        cluster.drain(&source)
+    let drained = step(&format!("kubectl drain {source}"), || {
+        scenarios::drain_moves_vms_live(cluster, &source, &[vm])
     })?;
-    let target = vm.wait_elsewhere(&source, Duration::from_secs(60))?;
-    let seen = flow.finish()?;
-    talk.ping()
-        .context("the TCP session did not survive the move")?;
     say(&format!(
-        "the guest is on {target}; the TCP session of before goes on"
-    ));
-    cluster.uncordon(&source)?;
-    Ok(Drained {
-        took,
-        seen,
-        moved: vm.moves()?.pop(),
-    })
-}
-
-fn power_cut(cluster: &Installation, vm: &ClusterVm<'_>) -> Result<Cut> {
-    let mut talk = vm.talk()?;
-    let promised = talk.append().context("write a record")?;
-    let node = vm.node()?;
-    let plug = Instant::now();
-    cluster.lab().node(&node)?.cut()?;
-    say(&format!("pulled the plug of {node}"));
-    let (mut after, outage) = step("the guest answering again, elsewhere", || {
-        vm.wait_elsewhere(&node, Duration::from_secs(300))?;
-        Ok((vm.talk()?, plug.elapsed()))
-    })?;
-    let found = after.check().context("the guest's disk is damaged")?;
-    anyhow::ensure!(
-        found >= promised,
-        "record {promised} was flushed, and only {found} are there"
-    );
-    say(&format!(
-        "the guest is on {}; every flushed record is there",
+        "the guest is on {}; the TCP session of before goes on",
         vm.node()?
     ));
-    let records = cluster.lab().get(&["failover", "-n", NAMESPACE])?;
-    let record = records["items"].as_array().and_then(|items| items.last());
-    let status = record.map_or(Value::Null, |record| record["status"].clone());
-    let text = |field: &str| status[field].as_str().unwrap_or("-").to_owned();
-    let stages = ["suspectedAt", "provedAt", "takenOverAt", "startedAt"];
-    Ok(Cut {
-        outage,
-        stages: stages
-            .into_iter()
-            .map(|stage| (stage, text(stage)))
-            .collect(),
-        proof: status["proof"]["detail"].as_str().unwrap_or("-").to_owned(),
-    })
+    Ok(drained)
 }
 
-fn summary(drained: &Drained, cut: Option<&Cut>) {
+fn power_cut(cluster: &Installation, vm: &ClusterVm<'_>) -> Result<PowerCut> {
+    let what = format!(
+        "pulling the plug of {}, the guest answering elsewhere",
+        vm.node()?
+    );
+    let cut = step(&what, || scenarios::power_cut(cluster, vm))?;
+    say(&format!(
+        "the guest is on {}; every flushed record is there",
+        cut.to
+    ));
+    Ok(cut)
+}
+
+fn summary(drained: &Drained, cut: Option<&PowerCut>) {
     println!("\nThe move, as the client saw it:");
-    println!(
-        "  drain took               {:.1} s",
-        drained.took.as_secs_f64()
-    );
-    println!(
-        "  longest silence          {} ms",
-        drained.seen.gap_max.as_millis()
-    );
-    println!(
-        "  packets lost             {} of {}",
-        drained.seen.lost, drained.seen.sent
-    );
-    if let Some(moved) = &drained.moved {
-        println!(
-            "  blackout by our timers   {}",
-            moved.downtime.as_deref().unwrap_or("-")
+    let row = |what: &str, value: String| println!("  {what:<24} {value}");
+    row("drain took", format!("{:.1} s", drained.took.as_secs_f64()));
+    for guest in &drained.guests {
+        let (seen, moved) = (&guest.seen, &guest.moved);
+        row(
+            "longest silence",
+            format!("{} ms", seen.gap_max.as_millis()),
         );
-        println!("  {} to {}, {}", moved.source, moved.target, moved.mode);
+        row("packets lost", format!("{} of {}", seen.lost, seen.sent));
+        let downtime = moved.downtime.as_deref().unwrap_or("-");
+        row("blackout by our timers", downtime.to_owned());
+        row(&moved.mode, format!("{} to {}", moved.source, moved.target));
     }
     if let Some(cut) = cut {
-        println!("The power cut:");
-        println!(
-            "  cut to guest answering   {:.1} s",
-            cut.outage.as_secs_f64()
-        );
-        for (stage, at) in &cut.stages {
-            println!("  {stage:<24} {at}");
+        println!("The power cut, from the plug on:");
+        for (stage, after) in cut.takeover.stages(cut.plug) {
+            row(stage, format!("{} s", after.as_secs()));
         }
-        println!("  proof                    {}", cut.proof);
+        let outage = cut.outage.as_secs_f64();
+        row("guest answering", format!("{outage:.1} s"));
+        row("proof", cut.takeover.detail.clone());
     }
     println!();
 }

@@ -6,7 +6,11 @@
 
 mod guest;
 mod objects;
+mod records;
+pub mod scenarios;
 mod shared;
+mod takeover;
+mod writer;
 
 use std::net::Ipv4Addr;
 use std::time::{Duration, Instant};
@@ -17,7 +21,10 @@ use serde_json::Value;
 
 pub use guest::{Guest, Talk};
 pub use objects::{Moved, condition};
+pub use records::Succession;
 pub use shared::SharedCluster;
+pub use takeover::Takeover;
+pub use writer::Writer;
 
 /// A cluster with Bascule on it.
 #[derive(Debug)]
@@ -126,12 +133,59 @@ impl Installation {
         Ok(begin.elapsed())
     }
 
+    /// Lets no further pod land on a node.
+    ///
+    /// # Errors
+    /// When kubectl fails.
+    pub fn cordon(&self, node: &str) -> Result<()> {
+        self.lab.kubectl(&["cordon", node]).map(drop)
+    }
+
+    /// Waits until a node that was reset or turned on is Ready and reaches the volume again.
+    ///
+    /// # Errors
+    /// When it does not come back in time.
+    pub fn wait_back(&self, node: &str) -> Result<()> {
+        self.lab.node(node)?.wait_ready(NODE_LIMIT)?;
+        self.volume()
+    }
+
     /// Lets pods land on a node again.
     ///
     /// # Errors
     /// When kubectl fails.
     pub fn uncordon(&self, node: &str) -> Result<()> {
         self.lab.kubectl(&["uncordon", node]).map(drop)
+    }
+
+    /// Starts a pod of the lab's busybox on a node, with a program of it: no request, no limit, the
+    /// cluster's default tolerations, never started again.
+    ///
+    /// # Errors
+    /// When it does not run, or has not ended already, in time.
+    pub fn pod(&self, name: &str, node: &str, program: &[&str]) -> Result<()> {
+        self.lab.apply(&objects::pod(name, node, program))?;
+        let what = format!("the pod {name} to run");
+        self.lab.wait_for(&what, POD_LIMIT, || {
+            let pod = self.lab.get(&["pod", name, "-n", NAMESPACE])?;
+            let phase = pod["status"]["phase"].as_str().unwrap_or_default();
+            anyhow::ensure!(
+                ["Running", "Failed"].contains(&phase),
+                "it is {phase}: {}",
+                pod["status"]
+            );
+            Ok(())
+        })
+    }
+
+    /// Deletes such a pod and waits until it is gone.
+    ///
+    /// # Errors
+    /// When it does not go.
+    pub fn delete_pod(&self, name: &str) -> Result<()> {
+        let args = ["delete", "pod", name, "-n", NAMESPACE, "--grace-period=1"];
+        let run = self.lab.kubectl_run()?.args(args);
+        run.deadline(DELETE_LIMIT).done()
     }
 
     /// What a user would look at.
@@ -167,6 +221,25 @@ impl ClusterVm<'_> {
         let node = object["status"]["node"].as_str();
         node.map(str::to_owned)
             .with_context(|| format!("{} has no node", self.name))
+    }
+
+    /// The UID of the one pod that holds its place on a node.
+    ///
+    /// # Errors
+    /// When there are several, or none that stays.
+    pub fn reservation(&self) -> Result<String> {
+        let label = format!("-l{LABEL_VM}={}", self.name);
+        let pods = self.cluster.lab.get(&["pod", "-n", NAMESPACE, &label])?;
+        let pods = pods["items"].as_array().context("a list of pods")?;
+        let [pod] = pods.as_slice() else {
+            bail!("{} has {} reservations", self.name, pods.len())
+        };
+        let metadata = &pod["metadata"];
+        if metadata["deletionTimestamp"].is_string() {
+            bail!("the reservation of {} is leaving", self.name)
+        }
+        let uid = metadata["uid"].as_str().context("a pod without a UID")?;
+        Ok(uid.to_owned())
     }
 
     /// Waits until its Ready condition is true.
@@ -273,7 +346,14 @@ pub use bascule_lab::project::NAMESPACE as SYSTEM_NAMESPACE;
 pub const VOLUME: &str = "gold";
 
 /// On emulated nodes everything is ten times slower than on real ones.
+/// The label of everything that belongs to a VirtualMachine.
+const LABEL_VM: &str = "bascule.dev/virtual-machine";
+/// A coordinator's write takes milliseconds.
+const ROWS_LIMIT: Duration = Duration::from_secs(20);
+/// A node that was turned on again: its boot, its services.
+const NODE_LIMIT: Duration = Duration::from_secs(420);
 const VOLUME_LIMIT: Duration = Duration::from_secs(180);
+const POD_LIMIT: Duration = Duration::from_secs(180);
 const START_LIMIT: Duration = Duration::from_secs(240);
 const GUEST_LIMIT: Duration = Duration::from_secs(180);
 const MOVE_LIMIT: Duration = Duration::from_secs(240);

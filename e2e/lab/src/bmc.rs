@@ -16,7 +16,7 @@
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
 
@@ -31,18 +31,33 @@ pub fn serve(name: &LabName, node: &str, socket: &Path) -> Result<()> {
     for stream in listener.incoming() {
         let stream = stream.context("accept the machine")?;
         if watch(stream)? == End::Expired {
-            println!("{EXPIRED}");
             let lab = Lab::open_incomplete(name)?;
             let node = lab.node(node)?;
             node.cut().context("reset the machine")?;
+            // From here on nothing of the machine can write.
+            println!("{EXPIRED}{}", unix_millis(SystemTime::now()));
             node.boot().context("reset the machine")?;
         }
     }
     Ok(())
 }
 
-/// What the log says at a reset by the watchdog.
-pub(crate) const EXPIRED: &str = "watchdog expired: machine reset";
+/// What the log says at a reset by the watchdog, followed by the Unix time in milliseconds.
+const EXPIRED: &str = "watchdog expired: machine reset at ";
+
+/// The resets by the watchdog that a log tells of, oldest first.
+pub(crate) fn resets(log: &str) -> Vec<SystemTime> {
+    let times = log.lines().filter_map(|line| line.strip_prefix(EXPIRED));
+    times
+        .filter_map(|time| Some(UNIX_EPOCH + Duration::from_millis(time.parse().ok()?)))
+        .collect()
+}
+
+fn unix_millis(time: SystemTime) -> u128 {
+    time.duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_millis()
+}
 
 /// How a connection to a machine ended.
 #[derive(Debug, PartialEq, Eq)]
@@ -317,6 +332,13 @@ mod tests {
             ask(&mut watchdog, Instant::now(), 0x24, &[1, 2]),
             [INVALID_COMMAND]
         );
+    }
+
+    #[test]
+    fn resets_are_read_back_with_their_times() {
+        let at = UNIX_EPOCH + Duration::from_millis(1_700_000_000_123);
+        let log = format!("started\n{EXPIRED}{}\nother\n", unix_millis(at));
+        assert_eq!(resets(&log), [at]);
     }
 
     #[test]

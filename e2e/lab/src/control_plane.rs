@@ -198,6 +198,9 @@ impl ControlPlane<'_> {
                 format!("--service-cluster-ip-range={SERVICE_CIDR}"),
                 "--authorization-mode=Node,RBAC".into(),
                 "--enable-admission-plugins=NodeRestriction".into(),
+                // 300 s by default: scenarios wait for pods to be evicted from lost nodes.
+                "--default-not-ready-toleration-seconds=20".into(),
+                "--default-unreachable-toleration-seconds=20".into(),
                 "--allow-privileged=true".into(),
                 // The lab's node names are in nobody's DNS.
                 "--kubelet-preferred-address-types=InternalIP".into(),

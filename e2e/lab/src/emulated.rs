@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
+use crate::audit;
 use crate::cache::cache_dir;
 use crate::cgroup::Cgroup;
 use crate::command::Run;
@@ -254,6 +255,7 @@ impl Machine<'_> {
         args.device("virtio-rng-pci");
         self.add_watchdog(&mut args);
         self.add_disks(&mut args);
+        self.add_audit(&mut args);
         self.add_cables(&mut args);
         self.add_ports(&mut args);
         args.0
@@ -295,6 +297,16 @@ impl Machine<'_> {
             "virtio-blk-pci,id={DISK_DEVICE},bus={DISK_BUS},drive={SHARED_DISK},\
              serial={SHARED_DISK},share-rw=on"
         ));
+    }
+
+    /// See [`crate::audit`].
+    fn add_audit(&self, args: &mut Args) {
+        // QEMU puts its process id in the place of %d: each power-on has a trace of its own.
+        let trace = audit::dir(self.lab.logs()).join(format!("{}.%d", self.node.name()));
+        args.add(&["-D", &show(&trace), "-msg", "timestamp=on"]);
+        for event in audit::EVENTS {
+            args.add(&["-trace", &format!("enable={event}")]);
+        }
     }
 
     fn add_cables(&self, args: &mut Args) {

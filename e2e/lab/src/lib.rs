@@ -73,6 +73,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod audit;
 pub mod bmc;
 pub mod cache;
 pub mod cgroup;

@@ -1,7 +1,7 @@
 //! A node, and everything that can befall it.
 
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use rustix::process::Signal;
@@ -237,15 +237,12 @@ impl<'a> Node<'a> {
         })
     }
 
-    /// How often its management controller has reset it because the pets stopped.
-    pub fn watchdog_resets(&self) -> Result<usize> {
+    /// When its management controller has reset it because the pets stopped, oldest first.
+    pub fn watchdog_resets(&self) -> Result<Vec<SystemTime>> {
         let log = emulated::bmc_log(self.lab.logs(), self.index);
         let text =
             std::fs::read_to_string(&log).with_context(|| format!("read {}", log.display()))?;
-        Ok(text
-            .lines()
-            .filter(|line| *line == crate::bmc::EXPIRED)
-            .count())
+        Ok(crate::bmc::resets(&text))
     }
 
     /// Its services and their process ids on the node.

@@ -1,6 +1,7 @@
 //! The documents that scenarios apply, and what they read from the objects.
 
 use anyhow::{Context, Result, bail};
+use bascule_lab::image::PAUSE_IMAGE;
 use bascule_lab::{Hopeless, Lab};
 use serde_json::Value;
 
@@ -112,6 +113,21 @@ metadata: {{name: {name}}}
 spec:
   backing: {{device: {{path: /dev/disk/by-id/virtio-shared0}}}}
   fencing: {{mode: {fencing}}}
+"
+    )
+}
+
+pub(super) fn pod(name: &str, node: &str, program: &[&str]) -> String {
+    let command = serde_json::json!([&["/bin/busybox"], program].concat());
+    format!(
+        "apiVersion: v1
+kind: Pod
+metadata: {{name: {name}, namespace: {NAMESPACE}}}
+spec:
+  nodeName: {node}
+  restartPolicy: Never
+  containers:
+  - {{name: main, image: {PAUSE_IMAGE}, imagePullPolicy: Never, command: {command}}}
 "
     )
 }

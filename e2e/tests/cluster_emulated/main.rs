@@ -3,56 +3,46 @@
 //!
 //! One cluster serves all of them, one after the other; each has a virtual machine of its own.
 
+mod fencing;
+mod isolation;
+mod memory;
+
 use std::time::Duration;
 
-use bascule_e2e::kubernetes::{NAMESPACE, SharedCluster};
+use bascule_e2e::kubernetes::{SharedCluster, scenarios};
 use bascule_lab::Tier;
 
 static CLUSTER: SharedCluster = SharedCluster::new(Tier::Emulated, 3);
 
 #[test]
-fn drain_moves_vm_live_and_tcp_session_survives() {
-    CLUSTER.with_vm("drained", 101, |cluster, vm| {
-        let mut talk = vm.talk().unwrap();
-        let source = vm.node().unwrap();
-        let flow = vm.flow().unwrap();
-        let took = cluster.drain(&source).unwrap();
-        vm.wait_elsewhere(&source, Duration::from_secs(120))
-            .unwrap();
-        let seen = flow.finish().unwrap();
-        talk.ping().unwrap();
-        talk.check().unwrap();
-        cluster.uncordon(&source).unwrap();
-        let moves = vm.moves().unwrap();
-        let moved = moves.last().unwrap();
-        assert_eq!(
-            (moved.mode.as_str(), moved.phase.as_str()),
-            ("Live", "Succeeded")
-        );
-        println!("drain took {took:?}; seen by the client: {seen:?}; {moves:?}");
+fn install_and_first_vm() {
+    CLUSTER.with_vm("first", 100, |cluster, vm| {
+        scenarios::install_and_first_vm(cluster, vm).unwrap();
     });
 }
 
 #[test]
-fn power_cut_restarts_vm_elsewhere_with_proof() {
-    CLUSTER.with_vm("cut", 102, |cluster, vm| {
-        let mut talk = vm.talk().unwrap();
-        let promised = talk.append().unwrap();
-        let node = vm.node().unwrap();
-        cluster.lab().node(&node).unwrap().cut().unwrap();
-        vm.wait_elsewhere(&node, Duration::from_secs(420)).unwrap();
-        let mut after = vm.talk().unwrap();
-        let found = after.check().unwrap();
-        assert!(
-            found >= promised,
-            "{promised} records were flushed, {found} are there"
-        );
-        let records = cluster.lab().get(&["failover", "-n", NAMESPACE]).unwrap();
-        let record = records["items"].as_array().unwrap().last().unwrap();
-        let status = &record["status"];
-        assert_eq!(status["proof"]["kind"], "SafeTimeElapsed", "{record}");
-        assert!(status["takenOverAt"].is_string(), "{record}");
-        println!("{status:#}");
-        cluster.lab().node(&node).unwrap().boot().unwrap();
+fn drain_moves_vm_live_and_tcp_session_survives() {
+    CLUSTER.with_vm("drained", 101, |cluster, vm| {
+        let source = vm.node().unwrap();
+        let drained = scenarios::drain_moves_vms_live(cluster, &source, &[vm]).unwrap();
+        println!("{drained:?}");
     });
 }
+
+#[test]
+fn quick_migration_round_trip() {
+    CLUSTER.with_vm("quick", 102, |_, vm| {
+        scenarios::quick_migration_round_trip(vm).unwrap();
+    });
+}
+
+#[test]
+fn killing_daemon_operator_apiserver_stops_no_guest() {
+    CLUSTER.with_vm("survivor", 103, |cluster, vm| {
+        scenarios::killing_daemon_operator_apiserver_stops_no_guest(cluster, vm).unwrap();
+    });
+}
+
+/// A node and its daemon that come back under emulation.
+const BACK_LIMIT: Duration = Duration::from_secs(420);

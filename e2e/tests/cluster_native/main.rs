@@ -2,102 +2,40 @@
 //!
 //! One cluster serves all of them, one after the other; each has a virtual machine of its own.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use bascule_e2e::kubernetes::{SYSTEM_NAMESPACE, SharedCluster, condition};
-use bascule_lab::{Component, Tier};
+use bascule_e2e::kubernetes::{SYSTEM_NAMESPACE, SharedCluster, condition, scenarios};
+use bascule_lab::Tier;
 
 static CLUSTER: SharedCluster = SharedCluster::new(Tier::Native, 2);
 
 #[test]
 fn install_and_first_vm() {
     CLUSTER.with_vm("first", 10, |cluster, vm| {
-        let mut talk = vm.talk().unwrap();
-        talk.ping().unwrap();
-        talk.check().unwrap();
-        let overview = cluster.overview().unwrap();
-        for wanted in [
-            "virtualmachine.bascule.dev/first",
-            "sharedvolume.bascule.dev/gold",
-        ] {
-            assert!(overview.contains(wanted), "{overview}");
-        }
+        scenarios::install_and_first_vm(cluster, vm).unwrap();
     });
 }
 
 #[test]
 fn drain_moves_vm_live_and_tcp_session_survives() {
     CLUSTER.with_vm("drained", 11, |cluster, vm| {
-        let mut talk = vm.talk().unwrap();
-        talk.ping().unwrap();
         let source = vm.node().unwrap();
-        let flow = vm.flow().unwrap();
-        let took = cluster.drain(&source).unwrap();
-        let target = vm.wait_elsewhere(&source, Duration::from_secs(60)).unwrap();
-        let seen = flow.finish().unwrap();
-        talk.ping().unwrap();
-        talk.check().unwrap();
-        cluster.uncordon(&source).unwrap();
-        let moves = vm.moves().unwrap();
-        let moved = moves.last().unwrap();
-        assert_eq!(
-            (moved.mode.as_str(), moved.phase.as_str()),
-            ("Live", "Succeeded")
-        );
-        assert_eq!((&moved.source, &moved.target), (&source, &target));
-        println!("drain took {took:?}; seen by the client: {seen:?}; {moved:?}");
+        let drained = scenarios::drain_moves_vms_live(cluster, &source, &[vm]).unwrap();
+        println!("{drained:?}");
     });
 }
 
 #[test]
 fn quick_migration_round_trip() {
     CLUSTER.with_vm("quick", 12, |_, vm| {
-        let mut talk = vm.talk().unwrap();
-        let home = vm.node().unwrap();
-        for _ in 0..2 {
-            let moved = vm.migrate("Quick", None).unwrap();
-            assert_eq!(moved.mode, "Quick");
-            talk.ping().unwrap();
-            talk.check().unwrap();
-        }
-        assert_eq!(vm.node().unwrap(), home);
+        scenarios::quick_migration_round_trip(vm).unwrap();
     });
 }
 
 #[test]
 fn killing_daemon_operator_apiserver_stops_no_guest() {
     CLUSTER.with_vm("survivor", 13, |cluster, vm| {
-        let mut talk = vm.talk().unwrap();
-        let lab = cluster.lab();
-        let system = ["-n", SYSTEM_NAMESPACE];
-        let delete = |component: &str| {
-            let label = format!("-lapp.kubernetes.io/component={component}");
-            let args = [
-                "delete",
-                "pod",
-                "--grace-period=0",
-                "--force",
-                "--wait=false",
-                &label,
-            ];
-            lab.kubectl(&[&args[..], &system[..]].concat()).unwrap();
-        };
-        delete("node");
-        delete("operator");
-        lab.kill(Component::Apiserver).unwrap();
-        let begin = Instant::now();
-        // Longer than a volume's lease: the heartbeat goes on without any of them.
-        while begin.elapsed() < Duration::from_secs(10) {
-            talk.ping().unwrap();
-        }
-        lab.restart(Component::Apiserver).unwrap();
-        talk.ping().unwrap();
-        talk.check().unwrap();
-        vm.wait_ready(Duration::from_secs(120)).unwrap();
-        // The daemons that came back know the guest: it can be moved.
-        let moved = vm.migrate("Live", None).unwrap();
-        assert_ne!(moved.source, moved.target);
-        talk.ping().unwrap();
+        scenarios::killing_daemon_operator_apiserver_stops_no_guest(cluster, vm).unwrap();
     });
 }
 

@@ -8,6 +8,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result, ensure};
 
 use super::{Lab, Options, SHARED_DISK, Watchdog, down, nodes_of, print_logs, shared_disk_path};
+use crate::audit;
 use crate::cache::cached;
 use crate::cgroup::Cgroup;
 use crate::command::Run;
@@ -125,7 +126,8 @@ fn new_state(options: &Options, paths: &LabPaths) -> Result<State> {
         .duration_since(UNIX_EPOCH)
         .context("the clock is before 1970")?;
     let logs = paths.logs().join(since.as_millis().to_string());
-    for dir in [&paths.dir(), &paths.disks(), &paths.web(), &logs] {
+    let audit = audit::dir(&logs);
+    for dir in [&paths.dir(), &paths.disks(), &paths.web(), &logs, &audit] {
         fs::create_dir_all(dir).with_context(|| format!("make {}", dir.display()))?;
     }
     Ok(State {

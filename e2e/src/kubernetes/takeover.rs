@@ -1,0 +1,126 @@
+//! What a restart after a failure left on record.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use jiff::Timestamp;
+use serde_json::Value;
+
+use super::{ClusterVm, NAMESPACE};
+
+/// A Failover that has ended well.
+#[derive(Clone, Debug)]
+pub struct Takeover {
+    /// When the node was found silent.
+    pub suspected: Timestamp,
+    /// When the volume had its proof.
+    pub proved: Timestamp,
+    /// When the row was the new node's.
+    pub taken_over: Timestamp,
+    /// When the guest had been started.
+    pub started: Timestamp,
+    /// The proof's kind.
+    pub proof: String,
+    /// The proof in words.
+    pub detail: String,
+}
+
+impl Takeover {
+    /// The stages after a moment, with how long after it each was reached; to the second, as the API
+    /// records them.
+    #[must_use]
+    pub fn stages(&self, since: Timestamp) -> [(&'static str, Duration); 4] {
+        [
+            ("suspected", self.suspected),
+            ("proved", self.proved),
+            ("taken over", self.taken_over),
+            ("started", self.started),
+        ]
+        .map(|(stage, at)| (stage, Duration::try_from(at - since).unwrap_or_default()))
+    }
+}
+
+impl ClusterVm<'_> {
+    /// Its Failover records, oldest first.
+    ///
+    /// # Errors
+    /// When kubectl fails.
+    pub fn failovers(&self) -> Result<Vec<Value>> {
+        let sort = "--sort-by=.metadata.creationTimestamp";
+        let list = self.cluster.lab.get(&["failover", "-n", NAMESPACE, sort])?;
+        let items = list["items"].as_array().context("a list of Failovers")?;
+        let of_vm = |item: &&Value| item["spec"]["virtualMachine"] == self.name.as_str();
+        Ok(items.iter().filter(of_vm).cloned().collect())
+    }
+
+    /// That nothing was ever taken from one of its nodes.
+    ///
+    /// # Errors
+    /// When a Failover says otherwise.
+    pub fn never_taken_over(&self) -> Result<()> {
+        for record in self.failovers()? {
+            let taken = &record["status"]["takenOverAt"];
+            ensure!(taken.is_null(), "it was taken over: {record}");
+        }
+        Ok(())
+    }
+
+    /// The last of its Failovers, complete.
+    ///
+    /// # Errors
+    /// When there is none, or it does not say that it is complete in time.
+    pub fn takeover(&self) -> Result<Takeover> {
+        let what = format!("the Failover of {} to be complete", self.name);
+        self.cluster.lab.wait_for(&what, RECORD_LIMIT, || {
+            let records = self.failovers()?;
+            read(records.last().context("there is no Failover")?)
+        })
+    }
+}
+
+fn read(record: &Value) -> Result<Takeover> {
+    let status = &record["status"];
+    let time = |field: &str| -> Result<Timestamp> {
+        let text = status[field]
+            .as_str()
+            .with_context(|| format!("no {field} yet: {status}"))?;
+        text.parse().with_context(|| format!("{field}: {text:?}"))
+    };
+    let text = |field: &str| {
+        let text = status["proof"][field].as_str();
+        text.map(str::to_owned)
+            .with_context(|| format!("no {field} of a proof yet: {status}"))
+    };
+    Ok(Takeover {
+        suspected: time("suspectedAt")?,
+        proved: time("provedAt")?,
+        taken_over: time("takenOverAt")?,
+        started: time("startedAt")?,
+        proof: text("kind")?,
+        detail: text("detail")?,
+    })
+}
+
+/// The guest runs already; the record follows.
+const RECORD_LIMIT: Duration = Duration::from_secs(60);
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_record_is_complete_with_all_its_stages_and_its_proof() {
+        let mut record = json!({"status": {
+            "suspectedAt": "2026-01-01T00:00:05Z", "provedAt": "2026-01-01T00:00:27Z",
+            "takenOverAt": "2026-01-01T00:00:28Z", "startedAt": "2026-01-01T00:00:30Z",
+            "proof": {"kind": "SafeTimeElapsed", "detail": "silent for long enough"},
+        }});
+        let takeover = read(&record).unwrap();
+        let stages = takeover.stages("2026-01-01T00:00:00Z".parse().unwrap());
+        assert_eq!(stages.map(|(_, after)| after.as_secs()), [5, 27, 28, 30]);
+        record["status"]["startedAt"] = Value::Null;
+        assert!(read(&record).is_err());
+    }
+}

@@ -1,0 +1,67 @@
+//! A client that has the guest write to its disk without a pause, and counts what it was promised.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+
+use anyhow::{Context, Result, anyhow};
+
+use super::{ClusterVm, Talk};
+
+/// Appends records one after the other until it is told to stop or the session breaks; stopped when
+/// dropped.
+#[derive(Debug)]
+pub struct Writer {
+    running: Arc<AtomicBool>,
+    promised: Arc<AtomicU64>,
+    thread: JoinHandle<()>,
+}
+
+impl ClusterVm<'_> {
+    /// Starts writing.
+    ///
+    /// # Errors
+    /// When the guest does not answer.
+    pub fn writer(&self) -> Result<Writer> {
+        let mut talk = self.talk()?;
+        let running = Arc::new(AtomicBool::new(true));
+        let promised = Arc::new(AtomicU64::new(talk.append()?));
+        let (keep_on, number) = (Arc::clone(&running), Arc::clone(&promised));
+        let thread = std::thread::Builder::new()
+            .name("writer".into())
+            .spawn(move || write(&mut talk, &keep_on, &number))
+            .context("start a thread")?;
+        Ok(Writer {
+            running,
+            promised,
+            thread,
+        })
+    }
+}
+
+impl Writer {
+    /// The last record that the guest has promised to keep.
+    #[must_use]
+    pub fn promised(&self) -> u64 {
+        self.promised.load(Ordering::Acquire)
+    }
+
+    /// Stops, and says what was promised last.
+    ///
+    /// # Errors
+    /// When the thread panicked.
+    pub fn finish(self) -> Result<u64> {
+        self.running.store(false, Ordering::Relaxed);
+        let panicked = |_| anyhow!("the writer panicked");
+        self.thread.join().map_err(panicked)?;
+        Ok(self.promised.load(Ordering::Acquire))
+    }
+}
+
+fn write(talk: &mut Talk, running: &AtomicBool, promised: &AtomicU64) {
+    while running.load(Ordering::Relaxed) {
+        // A session that breaks is the end of what this client was promised.
+        let Ok(number) = talk.append() else { return };
+        promised.store(number, Ordering::Release);
+    }
+}

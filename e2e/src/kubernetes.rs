@@ -133,6 +133,27 @@ impl Installation {
         Ok(begin.elapsed())
     }
 
+    /// Deletes the node daemon's pod on a node and waits until the next one is ready.
+    ///
+    /// # Errors
+    /// When there is none, or the next one does not become ready in time.
+    pub fn restart_daemon(&self, node: &str) -> Result<()> {
+        let on = format!("--field-selector=spec.nodeName={node}");
+        let which = ["-n", SYSTEM_NAMESPACE, LABEL_DAEMON, &on];
+        let old = self.lab.get(&[&["pod"], &which[..]].concat())?;
+        let old = old["items"][0]["metadata"]["uid"].clone();
+        anyhow::ensure!(old.is_string(), "{node} runs no node daemon");
+        self.lab
+            .kubectl(&[&["delete", "pod"], &which[..]].concat())?;
+        let what = format!("the next node daemon on {node}");
+        self.lab.wait_for(&what, POD_LIMIT, || {
+            let pods = self.lab.get(&[&["pod"], &which[..]].concat())?;
+            let pods = pods["items"].as_array().context("a list of pods")?;
+            let next = pods.iter().find(|pod| pod["metadata"]["uid"] != old);
+            condition(next.context("there is none yet")?, "Ready")
+        })
+    }
+
     /// Lets no further pod land on a node.
     ///
     /// # Errors
@@ -348,6 +369,8 @@ pub const VOLUME: &str = "gold";
 /// On emulated nodes everything is ten times slower than on real ones.
 /// The label of everything that belongs to a VirtualMachine.
 const LABEL_VM: &str = "bascule.dev/virtual-machine";
+/// Selects the node daemon's pods.
+const LABEL_DAEMON: &str = "-lapp.kubernetes.io/component=node";
 /// A coordinator's write takes milliseconds.
 const ROWS_LIMIT: Duration = Duration::from_secs(20);
 /// A node that was turned on again: its boot, its services.

@@ -3,9 +3,11 @@
 //!
 //! One cluster serves all of them, one after the other; each has a virtual machine of its own.
 
+mod clock;
 mod fencing;
 mod isolation;
 mod memory;
+mod storage;
 
 use std::time::Duration;
 

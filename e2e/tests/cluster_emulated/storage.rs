@@ -1,0 +1,62 @@
+//! The backing device is gone: on all nodes for a moment, on one for good.
+
+use std::time::{Duration, SystemTime};
+
+use anyhow::ensure;
+use bascule_e2e::kubernetes::{VOLUME, scenarios};
+
+use crate::{BACK_LIMIT, CLUSTER};
+
+/// Guests stall and see no error, and nobody takes anything from anybody.
+#[test]
+fn backing_gone_on_all_nodes_for_a_moment_loses_nothing() {
+    CLUSTER.with_vm("stalled", 150, |cluster, vm| {
+        let mut talk = vm.talk().unwrap();
+        let promised = talk.append().unwrap();
+        let (_, epoch) = vm.tenure().unwrap();
+        for node in cluster.lab().nodes() {
+            node.stall_disk().unwrap();
+        }
+        // The length of the fault itself: longer than a lease, shorter than a watchdog's timeout.
+        std::thread::sleep(Duration::from_secs(5));
+        for node in cluster.lab().nodes() {
+            node.resume_disk().unwrap();
+        }
+        assert_eq!(talk.append().unwrap(), promised + 1);
+        talk.check().unwrap();
+        vm.wait_ready(BACK_LIMIT).unwrap();
+        assert_eq!(vm.tenure().unwrap().1, epoch);
+        vm.never_taken_over().unwrap();
+        cluster.volume().unwrap();
+    });
+}
+
+/// The node says which device is gone. What it cannot finish writing, nobody can: its watchdog
+/// resets it, and the guest starts elsewhere.
+#[test]
+fn backing_gone_on_one_node_restarts_vm_elsewhere() {
+    CLUSTER.with_vm("pathless", 151, |cluster, vm| {
+        let lab = cluster.lab();
+        let from = vm.node().unwrap();
+        let node = lab.node(&from).unwrap();
+        let since = SystemTime::now();
+        let writer = vm.writer().unwrap();
+        node.stall_disk().unwrap();
+        lab.wait_for("the node's loss to be shown", BACK_LIMIT, || {
+            let volume = lab.get(&["sharedvolume", VOLUME])?;
+            let nodes = volume["status"]["nodes"].as_array();
+            let access = nodes
+                .into_iter()
+                .flatten()
+                .find(|n| n["name"] == from.as_str());
+            let shown = access.is_some_and(|access| access["state"] != "Direct");
+            ensure!(shown, "it is shown as {access:?}");
+            Ok(())
+        })
+        .unwrap();
+        let (to, takeover) = scenarios::restarted_elsewhere(vm, &from, writer).unwrap();
+        println!("{}", takeover.detail);
+        vm.succession(since, &from, &to).unwrap();
+        cluster.wait_back(&from).unwrap();
+    });
+}

@@ -4,12 +4,14 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use bascule_ipc::tls::TlsIdentity;
 use bascule_pki::Authority;
 use bascule_types::{ClusterId, NodeUid};
 
 use crate::files;
 use crate::paths::Paths;
 use crate::supervisor::Identity;
+use crate::tls;
 
 /// `bascule-node cert`
 #[derive(Debug, clap::Subcommand)]
@@ -51,17 +53,18 @@ fn init(ca_dir: &Path) -> Result<()> {
     }
     let cluster = ClusterId::random();
     let (_, identity) = Authority::create(&cluster.to_string())?;
-    files::replace(&ca_dir.join("ca.key"), identity.key_pem.as_bytes(), 0o600)?;
-    files::replace(
-        &ca_dir.join("ca.crt"),
-        identity.certificate_pem.as_bytes(),
-        0o644,
-    )?;
+    // The key last: with it the authority is complete, and without it there is nothing to lose.
     files::replace(
         &ca_dir.join("cluster"),
         cluster.to_string().as_bytes(),
         0o644,
     )?;
+    files::replace(
+        &ca_dir.join("ca.crt"),
+        identity.certificate_pem.as_bytes(),
+        0o644,
+    )?;
+    files::replace(&ca_dir.join("ca.key"), identity.key_pem.as_bytes(), 0o600)?;
     println!(
         "Made the certificate authority of cluster {cluster} in {}.",
         ca_dir.display()
@@ -89,21 +92,18 @@ fn issue(ca_dir: &Path, state_dir: &Path, name: &str) -> Result<()> {
         None => NodeUid::random(),
     };
     let leaf = authority.issue_node(node)?;
-    let tls = paths.tls();
-    files::replace(&tls.join("node.key"), leaf.key_pem.as_bytes(), 0o600)?;
-    files::replace(
-        &tls.join("node.crt"),
-        leaf.certificate_pem.as_bytes(),
-        0o644,
-    )?;
-    files::replace(&tls.join("ca.crt"), ca_pem.as_bytes(), 0o644)?;
     let cluster = cluster.trim().parse().context("read the cluster's id")?;
-    Identity {
+    let identity = Identity {
         node,
         name: name.to_owned(),
         cluster,
-    }
-    .save(&paths)?;
+    };
+    let tls = TlsIdentity {
+        key: leaf.key_pem,
+        certificate: leaf.certificate_pem,
+        authorities: ca_pem,
+    };
+    tls::store(&paths, &tls, &identity)?;
     println!("Issued node {name} ({node}) into {}.", state_dir.display());
     Ok(())
 }
@@ -111,6 +111,23 @@ fn issue(ca_dir: &Path, state_dir: &Path, name: &str) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Its key used to be written first: an `init` that was cut short was then complete for the next
+    /// one, and useless for `issue`.
+    #[test]
+    fn an_authority_that_was_cut_short_while_it_was_made_is_made_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let (ca, state) = (folder.path().join("ca"), folder.path().join("state"));
+        init(&ca).unwrap();
+        for complete in [["ca.crt", "ca.key"].as_slice(), &["ca.key"]] {
+            for missing in complete {
+                fs::remove_file(ca.join(missing)).unwrap();
+            }
+            assert!(issue(&ca, &state, "n1").is_err());
+            init(&ca).unwrap();
+        }
+        issue(&ca, &state, "n1").unwrap();
+    }
 
     #[test]
     fn an_authority_is_not_overwritten_and_a_node_keeps_its_identity() {
@@ -125,5 +142,6 @@ mod tests {
         issue(&ca, &state, "n1").unwrap();
         assert_eq!(Identity::load(&paths).unwrap().unwrap(), first);
         assert!(issue(&ca, &state, "n2").is_err());
+        assert!(tls::is_current(&paths));
     }
 }

@@ -5,16 +5,16 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use bascule_ipc::tls::TlsIdentity;
 use bascule_node_api::NODE_PORT;
 use bascule_node_api::proto::JoinRequest;
 use bascule_node_api::proto::join_client::JoinClient;
-use bascule_pki::{OPERATOR_NAME, validity};
-use time::OffsetDateTime;
+use bascule_pki::OPERATOR_NAME;
 use tonic::transport::{Certificate, ClientTlsConfig, Endpoint};
 
-use crate::files;
 use crate::paths::Paths;
 use crate::supervisor::Identity;
+use crate::tls::{self, is_current, is_usable};
 
 /// How a node finds its operator.
 #[derive(Clone, Debug, clap::Args)]
@@ -37,20 +37,6 @@ pub(crate) struct JoinArgs {
     pub(crate) node_name: Option<String>,
 }
 
-/// Whether this node has an identity and a certificate that need no renewal yet.
-pub(crate) fn is_current(paths: &Paths) -> bool {
-    let certificate = std::fs::read_to_string(paths.tls().join("node.crt")).unwrap_or_default();
-    let due = validity(&certificate, OffsetDateTime::now_utc()).map_or(true, |(_, due)| due);
-    !due && matches!(Identity::load(paths), Ok(Some(_)))
-}
-
-/// Whether this node has an identity and a certificate that is still valid.
-pub(crate) fn is_usable(paths: &Paths) -> bool {
-    let certificate = std::fs::read_to_string(paths.tls().join("node.crt")).unwrap_or_default();
-    validity(&certificate, OffsetDateTime::now_utc()).is_ok_and(|(left, _)| !left.is_zero())
-        && matches!(Identity::load(paths), Ok(Some(_)))
-}
-
 /// Joins once. The key is made here and never leaves the node.
 pub(crate) async fn join(args: &JoinArgs, paths: &Paths, address: IpAddr) -> Result<Identity> {
     let operator = args
@@ -60,12 +46,12 @@ pub(crate) async fn join(args: &JoinArgs, paths: &Paths, address: IpAddr) -> Res
     let name = args.node_name.clone().context("--node-name is missing")?;
     let token = read(&args.token)?;
     let ca = read(&args.join_ca)?;
-    let tls = ClientTlsConfig::new()
+    let client = ClientTlsConfig::new()
         .ca_certificate(Certificate::from_pem(&ca))
         .domain_name(OPERATOR_NAME);
     let channel = Endpoint::from_shared(format!("https://{operator}"))
         .with_context(|| format!("--join {operator}"))?
-        .tls_config(tls)
+        .tls_config(client)
         .context("set up TLS")?
         .connect_timeout(CALL_LIMIT)
         .timeout(CALL_LIMIT)
@@ -93,15 +79,12 @@ pub(crate) async fn join(args: &JoinArgs, paths: &Paths, address: IpAddr) -> Res
         name,
         cluster: answer.cluster_id.parse().context("the cluster's id")?,
     };
-    let tls_dir = paths.tls();
-    files::replace(&tls_dir.join("node.key"), request.key_pem.as_bytes(), 0o600)?;
-    files::replace(&tls_dir.join("ca.crt"), answer.ca_pem.as_bytes(), 0o644)?;
-    files::replace(
-        &tls_dir.join("node.crt"),
-        answer.certificate_pem.as_bytes(),
-        0o644,
-    )?;
-    identity.save(paths)?;
+    let tls = TlsIdentity {
+        key: request.key_pem,
+        certificate: answer.certificate_pem,
+        authorities: answer.ca_pem,
+    };
+    tls::store(paths, &tls, &identity)?;
     tracing::info!(node = %identity.node, name = %identity.name, "joined");
     Ok(identity)
 }

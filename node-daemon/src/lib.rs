@@ -3,7 +3,7 @@
 //!
 //! | file | what it is |
 //! |---|---|
-//! | `daemon.rs`, `join.rs`, `server.rs` | the daemon: joins, serves the operator's gRPC |
+//! | `daemon.rs`, `join.rs`, `tls.rs`, `server.rs` | the daemon: joins, serves the operator's gRPC |
 //! | `execute.rs` | one command in, one outcome out |
 //! | `vms.rs`, `volumes.rs`, `imports.rs`, `tap.rs`, `reservation.rs` | what commands do |
 //! | `report.rs` | what the operator is told |
@@ -32,6 +32,7 @@ mod reservation;
 mod server;
 mod supervisor;
 mod tap;
+mod tls;
 mod vms;
 mod volumes;
 

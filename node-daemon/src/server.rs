@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use bascule_ipc::tls::TlsIdentity;
 use bascule_node_api::proto::node_server::{Node, NodeServer};
 use bascule_node_api::proto::{Command, Outcome, Report, WatchRequest};
 use bascule_node_api::report::NodeReport;
@@ -142,13 +143,10 @@ pub(crate) async fn serve(
     tls_dir: &Path,
     stop: impl Future<Output = ()>,
 ) -> Result<()> {
-    let read = |name: &str| {
-        let path = tls_dir.join(name);
-        std::fs::read(&path).with_context(|| format!("read {}", path.display()))
-    };
+    let own = TlsIdentity::read(tls_dir)?;
     let tls = ServerTlsConfig::new()
-        .identity(Identity::from_pem(read("node.crt")?, read("node.key")?))
-        .client_ca_root(Certificate::from_pem(read("ca.crt")?));
+        .identity(Identity::from_pem(own.certificate, own.key))
+        .client_ca_root(Certificate::from_pem(own.authorities));
     Server::builder()
         .tls_config(tls)
         .context("set up TLS")?

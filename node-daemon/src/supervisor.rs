@@ -82,9 +82,9 @@ impl Identity {
         }
     }
 
-    pub(crate) fn save(&self, paths: &Paths) -> Result<()> {
-        let bytes = serde_json::to_vec_pretty(self).context("write the identity")?;
-        crate::files::replace(&paths.identity(), &bytes, 0o644)
+    /// What [`Identity::load`] reads.
+    pub(crate) fn to_json(&self) -> Result<Vec<u8>> {
+        serde_json::to_vec_pretty(self).context("write the identity")
     }
 }
 
@@ -168,7 +168,8 @@ mod tests {
             name: "n1".into(),
             cluster: ClusterId::random(),
         };
-        identity.save(&paths).unwrap();
+        fs::create_dir_all(folder.path().join("state")).unwrap();
+        fs::write(paths.identity(), identity.to_json().unwrap()).unwrap();
         assert_eq!(Identity::load(&paths).unwrap(), Some(identity));
     }
 

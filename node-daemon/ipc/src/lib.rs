@@ -21,9 +21,12 @@
 //! | n | one JSON document |
 //!
 //! File descriptors travel as `SCM_RIGHTS` with the length word, at most [`FRAME_FDS_MAX`] of them.
+//!
+//! What they share as files is the node's certificate: [`tls`].
 #![forbid(unsafe_code)]
 
 mod frame;
+pub mod tls;
 pub mod vm;
 pub mod volume;
 pub mod watchdog;

@@ -30,7 +30,7 @@ pub struct VmConfig {
     pub home: Option<Home>,
     /// How it begins.
     pub start: StartMode,
-    /// PEM files `node.crt`, `node.key`, `ca.crt` for migration streams.
+    /// The folder of the node's identity ([`crate::tls`]), for migration streams.
     pub tls_dir: Option<PathBuf>,
 }
 

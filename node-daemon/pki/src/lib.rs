@@ -19,6 +19,7 @@ use rcgen::{
 use time::OffsetDateTime;
 use x509_parser::certificate::X509Certificate;
 use x509_parser::extensions::GeneralName;
+use x509_parser::pem::Pem;
 use x509_parser::prelude::FromDer;
 
 /// The certificate authority of one cluster.
@@ -198,6 +199,28 @@ pub fn has_role(certificate_der: &[u8], role: &str) -> bool {
         .any(|name| matches!(name, GeneralName::DNSName(n) if *n == role))
 }
 
+/// Whose certificate this is: the node, if the key is the certificate's and one of the authorities
+/// signed it. None for texts that do not belong together, as a renewal that was cut short may leave
+/// them.
+#[must_use]
+pub fn holder(key_pem: &str, certificate_pem: &str, authorities_pem: &str) -> Option<NodeUid> {
+    let key = KeyPair::from_pem(key_pem).ok()?;
+    let (_, pem) = x509_parser::pem::parse_x509_pem(certificate_pem.as_bytes()).ok()?;
+    let certificate = pem.parse_x509().ok()?;
+    let public = &certificate.public_key().subject_public_key.data;
+    let mut authorities = Pem::iter_from_buffer(authorities_pem.as_bytes()).flatten();
+    let signed = authorities.any(|pem| {
+        let authority = pem.parse_x509();
+        authority.is_ok_and(|authority| {
+            let key = Some(authority.public_key());
+            certificate.verify_signature(key).is_ok()
+        })
+    });
+    let fits = signed && key.public_key_raw() == &**public;
+    let name = certificate.subject().iter_common_name().next()?;
+    name.as_str().ok()?.parse().ok().filter(|_| fits)
+}
+
 /// How long a PEM certificate is still valid at `now` (zero when it has expired), and whether it
 /// should be renewed: less than a third of its life is left.
 ///
@@ -292,6 +315,30 @@ mod tests {
         assert!(authority.sign_node("garbage", NodeUid::random()).is_err());
         assert!(!has_role(b"garbage", NODE_NAME));
         assert!(validity("garbage", OffsetDateTime::now_utc()).is_err());
+    }
+
+    #[test]
+    fn a_key_a_certificate_and_an_authority_that_are_not_each_others_are_nobodys() {
+        let (authority, ca) = Authority::create("test").unwrap();
+        let (_, foreign) = Authority::create("foreign").unwrap();
+        let node = NodeUid::random();
+        let (old, new) = (
+            authority.issue_node(node).unwrap(),
+            authority.issue_node(node).unwrap(),
+        );
+        let both = format!("{}{}", foreign.certificate_pem, ca.certificate_pem);
+        assert_eq!(
+            holder(&old.key_pem, &old.certificate_pem, &both),
+            Some(node)
+        );
+        for (key, certificate, authorities) in [
+            (&new.key_pem, &old.certificate_pem, &ca.certificate_pem),
+            (&old.key_pem, &old.certificate_pem, &foreign.certificate_pem),
+            (&ca.key_pem, &ca.certificate_pem, &ca.certificate_pem),
+            (&String::new(), &old.certificate_pem, &ca.certificate_pem),
+        ] {
+            assert_eq!(holder(key, certificate, authorities), None);
+        }
     }
 
     #[test]

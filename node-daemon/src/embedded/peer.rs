@@ -4,6 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use bascule_ipc::tls::TlsIdentity;
 use bascule_node_api::command::{Command, Outcome};
 use bascule_node_api::proto::node_client::NodeClient;
 use bascule_node_api::proto::{self, WatchRequest};
@@ -21,14 +22,11 @@ pub(crate) struct Peer {
 
 impl Peer {
     pub(crate) fn connect(address: &str, tls_dir: &Path) -> Result<Self> {
-        let read = |name: &str| {
-            let path = tls_dir.join(name);
-            std::fs::read(&path)
-                .with_context(|| format!("read {} (`bascule-node cert issue`?)", path.display()))
-        };
+        let own = TlsIdentity::read(tls_dir)
+            .context("find this node's certificate (`bascule-node cert issue`?)")?;
         let tls = ClientTlsConfig::new()
-            .ca_certificate(Certificate::from_pem(read("ca.crt")?))
-            .identity(Identity::from_pem(read("node.crt")?, read("node.key")?))
+            .ca_certificate(Certificate::from_pem(own.authorities))
+            .identity(Identity::from_pem(own.certificate, own.key))
             .domain_name(NODE_NAME);
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()

@@ -18,6 +18,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bascule_ipc::Hello;
+use bascule_ipc::tls::TlsIdentity;
 use bascule_ipc::volume::Rows;
 use bascule_pki::{NODE_NAME, has_role};
 use bascule_types::{NodeUid, Owner, VolumeId};
@@ -77,11 +78,14 @@ pub enum PeerError {
     /// The connection failed or timed out.
     #[error("connection to the coordinator")]
     Io(#[from] io::Error),
+    /// A file of this node's identity is missing or not what it should be.
+    #[error("TLS set-up")]
+    Files(#[from] bascule_ipc::tls::TlsFilesError),
     /// The certificate, key or authority cannot be used.
-    #[error("TLS set-up from {path}")]
+    #[error("TLS set-up from {folder}")]
     Certificates {
-        /// The file.
-        path: PathBuf,
+        /// The folder.
+        folder: PathBuf,
         /// Why.
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
@@ -117,7 +121,7 @@ impl fmt::Debug for Tls {
 }
 
 impl Tls {
-    /// The certificates in `directory`: `node.crt`, `node.key`, `ca.crt`.
+    /// The identity in `directory` ([`bascule_ipc::tls`]).
     #[must_use]
     pub fn new(directory: &Path) -> Self {
         Self {
@@ -189,7 +193,7 @@ impl Tls {
         let verifier =
             WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider))
                 .build()
-                .map_err(|error| self.bad("ca.crt", error))?;
+                .map_err(|error| self.bad(error))?;
         Ok(ServerConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()?
             .with_client_cert_verifier(verifier)
@@ -197,25 +201,26 @@ impl Tls {
     }
 
     fn load(&self) -> Result<Identity, PeerError> {
+        let found = TlsIdentity::read(&self.directory)?;
         let mut roots = RootCertStore::empty();
-        for authority in self.certificates("ca.crt")? {
+        for authority in self.certificates(&found.authorities)? {
             roots.add(authority)?;
         }
-        let chain = self.certificates("node.crt")?;
-        let key = PrivateKeyDer::from_pem_file(self.directory.join("node.key"))
-            .map_err(|error| self.bad("node.key", error))?;
+        let chain = self.certificates(&found.certificate)?;
+        let key =
+            PrivateKeyDer::from_pem_slice(found.key.as_bytes()).map_err(|error| self.bad(error))?;
         Ok((roots, chain, key))
     }
 
-    fn certificates(&self, file: &str) -> Result<Vec<CertificateDer<'static>>, PeerError> {
-        CertificateDer::pem_file_iter(self.directory.join(file))
-            .and_then(Iterator::collect)
-            .map_err(|error| self.bad(file, error))
+    fn certificates(&self, text: &str) -> Result<Vec<CertificateDer<'static>>, PeerError> {
+        CertificateDer::pem_slice_iter(text.as_bytes())
+            .collect::<Result<_, _>>()
+            .map_err(|error| self.bad(error))
     }
 
-    fn bad(&self, file: &str, error: impl std::error::Error + Send + Sync + 'static) -> PeerError {
+    fn bad(&self, error: impl std::error::Error + Send + Sync + 'static) -> PeerError {
         PeerError::Certificates {
-            path: self.directory.join(file),
+            folder: self.directory.clone(),
             source: Box::new(error),
         }
     }

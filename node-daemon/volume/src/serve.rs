@@ -48,7 +48,7 @@ pub struct ServeArgs {
     /// The run directory of this volume; volume.sock and the gate page are in it.
     #[arg(long)]
     pub run_dir: PathBuf,
-    /// Where node.crt, node.key and ca.crt are.
+    /// Where this node's identity is: node.pem, or node.crt, node.key and ca.crt.
     #[arg(long)]
     pub tls_dir: PathBuf,
     /// Where to listen for other nodes.

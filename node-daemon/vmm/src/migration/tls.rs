@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use bascule_ipc::tls::TlsIdentity;
 use rustls::crypto::{CryptoProvider, ring};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
@@ -16,10 +17,13 @@ const NODE_NAME: &str = "node.bascule.dev";
 #[derive(Debug, thiserror::Error)]
 pub(super) enum TlsError {
     /// A file is missing or not what it should be.
-    #[error("cannot read {path}")]
-    File {
-        /// The file.
-        path: PathBuf,
+    #[error(transparent)]
+    Files(#[from] bascule_ipc::tls::TlsFilesError),
+    /// What is in the files cannot be parsed.
+    #[error("the identity in {folder} cannot be read")]
+    Pem {
+        /// The folder.
+        folder: PathBuf,
         /// What is wrong.
         #[source]
         source: rustls::pki_types::pem::Error,
@@ -32,7 +36,7 @@ pub(super) enum TlsError {
     Authority(#[from] rustls::server::VerifierBuilderError),
 }
 
-/// What a node shows and what it demands: `node.crt`, `node.key`, `ca.crt` in PEM.
+/// What a node shows and what it demands.
 struct Identity {
     chain: Vec<CertificateDer<'static>>,
     key: PrivateKeyDer<'static>,
@@ -69,23 +73,23 @@ pub(super) fn node_name() -> ServerName<'static> {
 
 impl Identity {
     fn read(directory: &Path) -> Result<Self, TlsError> {
-        let certificates = |name: &str| {
-            let path = directory.join(name);
-            CertificateDer::pem_file_iter(&path)
-                .and_then(Iterator::collect::<Result<Vec<_>, _>>)
-                .map_err(|source| TlsError::File { path, source })
+        let found = TlsIdentity::read(directory)?;
+        let unreadable = |source| TlsError::Pem {
+            folder: directory.to_owned(),
+            source,
         };
-        let chain = certificates("node.crt")?;
+        let certificates = |text: &str| {
+            CertificateDer::pem_slice_iter(text.as_bytes())
+                .collect::<Result<Vec<_>, _>>()
+                .map_err(unreadable)
+        };
         let mut roots = RootCertStore::empty();
-        for authority in certificates("ca.crt")? {
+        for authority in certificates(&found.authorities)? {
             roots.add(authority)?;
         }
-        let path = directory.join("node.key");
-        let key = PrivateKeyDer::from_pem_file(&path)
-            .map_err(|source| TlsError::File { path, source })?;
         Ok(Self {
-            chain,
-            key,
+            chain: certificates(&found.certificate)?,
+            key: PrivateKeyDer::from_pem_slice(found.key.as_bytes()).map_err(unreadable)?,
             roots: Arc::new(roots),
         })
     }

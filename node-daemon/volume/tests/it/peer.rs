@@ -91,3 +91,30 @@ fn a_peer_that_says_nothing_is_given_up() {
     assert!(matches!(served, Err(PeerError::Io(_))), "{served:?}");
     drop(silent);
 }
+
+/// The certificate is renewed while others read it: only one file can be replaced at once.
+#[test]
+fn an_identity_in_one_file_serves_and_goes_before_three_that_do_not_fit() {
+    let (authority, _) = Authority::create("test").unwrap();
+    let node = |n| authority.issue_node(NodeUid::from_bytes([n; 16])).unwrap();
+    let (one, two) = (
+        identity(&authority, &node(1)),
+        identity(&authority, &node(2)),
+    );
+    std::fs::write(one.path().join("node.key"), node(1).key_pem).unwrap();
+    let nobody = "127.0.0.1:1".parse().unwrap();
+    let asked = Tls::new(one.path()).ask(nobody, &request(), PATIENCE);
+    assert!(matches!(asked, Err(PeerError::Tls(_))), "{asked:?}");
+    let whole = node(1);
+    let bundle = bascule_ipc::tls::TlsIdentity {
+        key: whole.key_pem,
+        certificate: whole.certificate_pem,
+        authorities: authority.certificate_pem().to_owned(),
+    };
+    std::fs::write(one.path().join("node.pem"), bundle.to_bundle()).unwrap();
+    for (client, server) in [(&one, &two), (&two, &one)] {
+        let (asked, served) = meet(client.path(), server.path());
+        assert_eq!(asked.unwrap(), PeerResponse::NotCoordinator);
+        served.unwrap();
+    }
+}

@@ -1,0 +1,250 @@
+//! The node's certificate: keeping it, and judging whether it can be used.
+
+use std::path::PathBuf;
+
+use anyhow::{Result, ensure};
+use bascule_ipc::tls::{AUTHORITIES, BUNDLE, CERTIFICATE, KEY, TlsIdentity};
+use bascule_pki::{holder, validity};
+use time::OffsetDateTime;
+
+use crate::files;
+use crate::paths::Paths;
+use crate::supervisor::Identity;
+
+/// One file to replace: path, contents, mode.
+type Write = (PathBuf, Vec<u8>, u32);
+
+/// Keeps what a node is and what it proves it with.
+///
+/// # Guarantees
+/// Killed at any moment it leaves the identity from before or the new one, or a state that
+/// [`is_usable`] denies: then the node asks for a certificate again.
+pub(crate) fn store(paths: &Paths, tls: &TlsIdentity, identity: &Identity) -> Result<()> {
+    let held = holder(&tls.key, &tls.certificate, &tls.authorities);
+    ensure!(
+        held == Some(identity.node),
+        "the certificate is not one of node {} under the authority that came with it",
+        identity.node
+    );
+    for (path, contents, mode) in writes(paths, tls, identity)? {
+        files::replace(&path, &contents, mode)?;
+    }
+    Ok(())
+}
+
+/// What [`store`] writes, in its order.
+fn writes(paths: &Paths, tls: &TlsIdentity, identity: &Identity) -> Result<Vec<Write>> {
+    let folder = paths.tls();
+    let mut writes = vec![(folder.join(BUNDLE), tls.to_bundle().into_bytes(), SECRET)];
+    // Only where they lie already: for processes of a release that knows no bundle.
+    let three = [
+        (KEY, &tls.key, SECRET),
+        (AUTHORITIES, &tls.authorities, PUBLIC),
+        (CERTIFICATE, &tls.certificate, PUBLIC),
+    ];
+    for (name, text, mode) in three {
+        let path = folder.join(name);
+        if path.exists() {
+            writes.push((path, text.clone().into_bytes(), mode));
+        }
+    }
+    writes.push((paths.identity(), identity.to_json()?, PUBLIC));
+    Ok(writes)
+}
+
+/// Whether this node has an identity and a certificate that need no renewal yet.
+pub(crate) fn is_current(paths: &Paths) -> bool {
+    let now = OffsetDateTime::now_utc();
+    own_certificate(paths)
+        .is_some_and(|certificate| validity(&certificate, now).is_ok_and(|(_, due)| !due))
+}
+
+/// Whether this node has an identity and a certificate that is still valid.
+pub(crate) fn is_usable(paths: &Paths) -> bool {
+    let now = OffsetDateTime::now_utc();
+    own_certificate(paths).is_some_and(|certificate| {
+        validity(&certificate, now).is_ok_and(|(left, _)| !left.is_zero())
+    })
+}
+
+/// The certificate, if it fits its key, its authority and this node's identity.
+fn own_certificate(paths: &Paths) -> Option<String> {
+    let tls = TlsIdentity::read(&paths.tls()).ok()?;
+    let identity = Identity::load(paths).ok()??;
+    let held = holder(&tls.key, &tls.certificate, &tls.authorities)?;
+    (held == identity.node).then_some(tls.certificate)
+}
+
+const SECRET: u32 = 0o600;
+const PUBLIC: u32 = 0o644;
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::path::Path;
+
+    use bascule_pki::Authority;
+    use bascule_types::{ClusterId, NodeUid};
+
+    use super::*;
+
+    struct Case {
+        folder: tempfile::TempDir,
+        authority: Authority,
+        identity: Identity,
+    }
+
+    impl Case {
+        fn new() -> Self {
+            let identity = Identity {
+                node: NodeUid::random(),
+                name: "n1".into(),
+                cluster: ClusterId::random(),
+            };
+            Self {
+                folder: tempfile::tempdir().unwrap(),
+                authority: Authority::create("test").unwrap().0,
+                identity,
+            }
+        }
+
+        fn paths(&self) -> Paths {
+            Paths::new(Path::new("/nowhere"), self.folder.path())
+        }
+
+        fn issue(&self, node: NodeUid) -> TlsIdentity {
+            let leaf = self.authority.issue_node(node).unwrap();
+            TlsIdentity {
+                key: leaf.key_pem,
+                certificate: leaf.certificate_pem,
+                authorities: self.authority.certificate_pem().to_owned(),
+            }
+        }
+
+        /// What a release without bundles left.
+        fn write_three(&self, tls: &TlsIdentity) {
+            let folder = self.paths().tls();
+            fs::create_dir_all(&folder).unwrap();
+            for (name, text) in [
+                (KEY, &tls.key),
+                (CERTIFICATE, &tls.certificate),
+                (AUTHORITIES, &tls.authorities),
+            ] {
+                fs::write(folder.join(name), text).unwrap();
+            }
+        }
+
+        /// Stores `tls` as a process does that is killed after `count` writes, within the next one.
+        fn store_and_die(&self, tls: &TlsIdentity, identity: &Identity, count: usize) {
+            let writes = writes(&self.paths(), tls, identity).unwrap();
+            let mut left = writes.into_iter();
+            for (path, contents, mode) in left.by_ref().take(count) {
+                files::replace(&path, &contents, mode).unwrap();
+            }
+            if let Some((path, contents, _)) = left.next() {
+                let mut draft = path.into_os_string();
+                draft.push(".new");
+                fs::create_dir_all(Path::new(&draft).parent().unwrap()).unwrap();
+                fs::write(draft, &contents[..contents.len() / 2]).unwrap();
+            }
+        }
+
+        fn read(&self) -> TlsIdentity {
+            TlsIdentity::read(&self.paths().tls()).unwrap()
+        }
+    }
+
+    /// The key used to be replaced before its certificate. A daemon that was killed in between kept a
+    /// pair that did not fit, took it for current and could never serve TLS again.
+    #[test]
+    fn a_renewal_that_is_killed_after_any_write_leaves_the_old_or_the_new_identity() {
+        for old_layout in [false, true] {
+            for count in 0..=5 {
+                let case = Case::new();
+                let (old, new) = (
+                    case.issue(case.identity.node),
+                    case.issue(case.identity.node),
+                );
+                store(&case.paths(), &old, &case.identity).unwrap();
+                if old_layout {
+                    fs::remove_file(case.paths().tls().join(BUNDLE)).unwrap();
+                    case.write_three(&old);
+                }
+                case.store_and_die(&new, &case.identity, count);
+                let left = case.read();
+                assert!(left == old || left == new, "after {count} writes");
+                assert!(is_current(&case.paths()), "after {count} writes");
+                store(&case.paths(), &new, &case.identity).unwrap();
+                assert_eq!(case.read(), new);
+            }
+        }
+    }
+
+    #[test]
+    fn a_first_join_that_is_killed_after_any_write_is_made_again() {
+        for count in 0..2 {
+            let case = Case::new();
+            case.store_and_die(&case.issue(case.identity.node), &case.identity, count);
+            assert!(!is_usable(&case.paths()), "after {count} writes");
+        }
+    }
+
+    /// A node that was deleted and made anew has another UID.
+    #[test]
+    fn a_certificate_of_another_node_is_not_used() {
+        let case = Case::new();
+        store(
+            &case.paths(),
+            &case.issue(case.identity.node),
+            &case.identity,
+        )
+        .unwrap();
+        let again = Identity {
+            node: NodeUid::random(),
+            ..case.identity.clone()
+        };
+        case.store_and_die(&case.issue(again.node), &again, 1);
+        assert!(!is_usable(&case.paths()));
+        assert!(store(&case.paths(), &case.issue(case.identity.node), &again).is_err());
+    }
+
+    #[test]
+    fn a_key_that_does_not_fit_as_an_earlier_release_could_leave_it_is_not_used() {
+        let case = Case::new();
+        let (old, new) = (
+            case.issue(case.identity.node),
+            case.issue(case.identity.node),
+        );
+        case.write_three(&old);
+        fs::write(case.paths().identity(), case.identity.to_json().unwrap()).unwrap();
+        assert!(is_current(&case.paths()));
+        fs::write(case.paths().tls().join(KEY), &new.key).unwrap();
+        assert!(!is_current(&case.paths()) && !is_usable(&case.paths()));
+        store(&case.paths(), &new, &case.identity).unwrap();
+        let three = fs::read_to_string(case.paths().tls().join(CERTIFICATE)).unwrap();
+        assert_eq!(three, new.certificate, "for processes of that release");
+    }
+
+    #[test]
+    fn readers_of_a_renewal_under_way_never_see_a_mixture() {
+        let case = Case::new();
+        let identities = [
+            case.issue(case.identity.node),
+            case.issue(case.identity.node),
+        ];
+        store(&case.paths(), &identities[0], &case.identity).unwrap();
+        std::thread::scope(|scope| {
+            let renewing = scope.spawn(|| {
+                for round in 0..RENEWALS {
+                    let next = &identities[round % 2];
+                    store(&case.paths(), next, &case.identity).unwrap();
+                }
+            });
+            while !renewing.is_finished() {
+                assert!(identities.contains(&case.read()));
+            }
+        });
+    }
+
+    const RENEWALS: usize = 50;
+}

@@ -6,8 +6,8 @@
 use std::time::Duration;
 
 use bascule_e2e::{
-    Console, GUEST, Session, TestCluster, TestNode, TestVm, TestVmSpec, VmOnVolume, kvm_or_skip,
-    wait_for,
+    Console, GUEST, MovableGuest, Session, TestCluster, TestVm, TestVmSpec, TwoNodes, VmOnVolume,
+    kvm_or_skip, wait_for,
 };
 use bascule_ipc::vm::{
     MigrationLimits, MigrationPhase, Request, Response, StartMode, StopReason, VmState,
@@ -16,91 +16,18 @@ use bascule_types::{AttemptId, Epoch};
 use bascule_volume_format::change::{Answer, Change};
 
 const SOON: Duration = Duration::from_secs(60);
-const VOLUME_MIB: u32 = 512;
-const DISK_MIB: u32 = 16;
 
-struct Lab {
-    cluster: TestCluster,
-    here: TestNode,
-    there: TestNode,
-    vm: VmOnVolume,
+fn lab(options: &str) -> TwoNodes {
+    TwoNodes::new(&format!("tick_ms=5 {options}")).unwrap()
 }
 
-struct Guest {
-    vm: TestVm,
-    console: Console,
-    session: Session,
-}
-
-impl Lab {
-    fn new(options: &str) -> Self {
-        let (cluster, here) = TestCluster::new(VOLUME_MIB).unwrap();
-        let there = cluster.join(1, &here).unwrap();
-        let options = format!("ip={GUEST}/24 disk_ms=0 disk_slots=256 tick_ms=5 {options}");
-        let spec = TestVmSpec::probe().unwrap().with_options(&options);
-        let vm = cluster.install(&here, spec, DISK_MIB).unwrap();
-        Self {
-            cluster,
-            here,
-            there,
-            vm,
-        }
-    }
-
-    fn boot(&self, vm: &VmOnVolume) -> Guest {
-        let mut vm = self.cluster.boot(&self.here, vm, Epoch(0)).unwrap();
-        let console = Console::new();
-        console.follow(vm.console().unwrap()).unwrap();
-        console.wait_line("disk last=0", SOON).unwrap();
-        let session = Session::open(&self.cluster.network, GUEST, SOON).unwrap();
-        Guest {
-            vm,
-            console,
-            session,
-        }
-    }
-
-    fn epoch(&self) -> Epoch {
-        self.here.rows().unwrap().vms[0].epoch
-    }
-
-    /// Starts a destination and orders the migration to it.
-    fn begin(&self, guest: &mut Guest, vm: &VmOnVolume) -> TestVm {
-        let attempt = AttemptId::random();
-        let epoch = self.epoch();
-        let mut destination = self
-            .cluster
-            .expect(&self.there, vm, epoch, attempt)
-            .unwrap();
-        let peer = destination.wait_listening(SOON).unwrap();
-        let to = self.there.owner().unwrap();
-        let limits = MigrationLimits {
-            downtime_ms_max: 1000,
-            ..MigrationLimits::default()
-        };
-        let order = Request::MigrateLive {
-            attempt,
-            peer,
-            to,
-            limits,
-        };
-        guest.vm.must(&order).unwrap();
-        destination
-    }
-}
-
-impl Guest {
-    /// The guest goes on and finds nothing wrong with its memory, its disk and its session.
-    fn check(&mut self) {
-        self.console.wait_ticks(20, SOON).unwrap();
-        self.session.count().unwrap();
-        let before = self.session.clean_report().unwrap().disk_ack;
-        wait_for("the disk to go on", SOON, || {
-            Ok((self.session.clean_report()?.disk_ack > before).then_some(()))
-        })
-        .unwrap();
-        self.console.check().unwrap();
-    }
+/// Starts a destination and orders the migration to it.
+fn begin(lab: &TwoNodes, guest: &mut MovableGuest, vm: &VmOnVolume) -> TestVm {
+    let limits = MigrationLimits {
+        downtime_ms_max: 1000,
+        ..MigrationLimits::default()
+    };
+    lab.begin(guest, vm, limits).unwrap().0
 }
 
 #[test]
@@ -108,8 +35,8 @@ fn migration_target_dies_at_each_phase_guest_unharmed() {
     if !kvm_or_skip("migration_target_dies_at_each_phase_guest_unharmed") {
         return;
     }
-    let lab = Lab::new("dirty=8M rate=8M fill=32M");
-    let mut guest = lab.boot(&lab.vm);
+    let lab = lab("dirty=8M rate=8M fill=32M");
+    let mut guest = lab.boot(&lab.vm).unwrap();
     for point in [
         "destination-hello",
         "destination-memory",
@@ -118,7 +45,7 @@ fn migration_target_dies_at_each_phase_guest_unharmed() {
         "destination-restored",
     ] {
         let broken = lab.vm.with_fault(&format!("{point}=kill"));
-        let mut destination = lab.begin(&mut guest, &broken);
+        let mut destination = begin(&lab, &mut guest, &broken);
         let outcome = guest.vm.wait_migration(SOON).unwrap();
         assert_eq!(
             outcome.phase,
@@ -131,17 +58,21 @@ fn migration_target_dies_at_each_phase_guest_unharmed() {
             VmState::Running,
             "{point}"
         );
-        guest.check();
-        assert_eq!(lab.epoch(), Epoch(1), "{point}: nothing was transferred");
+        guest.check().unwrap();
+        assert_eq!(
+            lab.epoch().unwrap(),
+            Epoch(1),
+            "{point}: nothing was transferred"
+        );
     }
-    let mut destination = lab.begin(&mut guest, &lab.vm);
+    let mut destination = begin(&lab, &mut guest, &lab.vm);
     let outcome = guest.vm.wait_migration(SOON).unwrap();
     assert_eq!(outcome.phase, MigrationPhase::Completed, "{outcome:?}");
     guest
         .console
         .follow(destination.console().unwrap())
         .unwrap();
-    guest.check();
+    guest.check().unwrap();
 }
 
 #[test]
@@ -149,19 +80,21 @@ fn a_source_that_dies_after_the_commit_is_succeeded() {
     if !kvm_or_skip("a_source_that_dies_after_the_commit_is_succeeded") {
         return;
     }
-    let lab = Lab::new("fill=16M");
-    let mut guest = lab.boot(&lab.vm.with_fault("source-committed=kill"));
-    let mut destination = lab.begin(&mut guest, &lab.vm);
+    let lab = lab("fill=16M");
+    let mut guest = lab
+        .boot(&lab.vm.with_fault("source-committed=kill"))
+        .unwrap();
+    let mut destination = begin(&lab, &mut guest, &lab.vm);
     guest.vm.process().wait(SOON).unwrap();
     destination.wait_state(&VmState::Running, SOON).unwrap();
     guest
         .console
         .follow(destination.console().unwrap())
         .unwrap();
-    guest.check();
-    assert_eq!(lab.epoch(), Epoch(2));
-    let owner = lab.here.rows().unwrap().vms[0].owner;
-    assert_eq!(owner, Some(lab.there.owner().unwrap()));
+    guest.check().unwrap();
+    assert_eq!(lab.epoch().unwrap(), Epoch(2));
+    let owner = lab.nodes[0].rows().unwrap().vms[0].owner;
+    assert_eq!(owner, Some(lab.nodes[1].owner().unwrap()));
 }
 
 #[test]
@@ -169,9 +102,9 @@ fn a_source_that_dies_before_the_commit_keeps_its_row() {
     if !kvm_or_skip("a_source_that_dies_before_the_commit_keeps_its_row") {
         return;
     }
-    let lab = Lab::new("fill=16M");
-    let mut guest = lab.boot(&lab.vm.with_fault("source-ready=kill"));
-    let mut destination = lab.begin(&mut guest, &lab.vm);
+    let lab = lab("fill=16M");
+    let mut guest = lab.boot(&lab.vm.with_fault("source-ready=kill")).unwrap();
+    let mut destination = begin(&lab, &mut guest, &lab.vm);
     guest.vm.process().wait(SOON).unwrap();
     // The destination has everything, and may not run: the row is still the source's.
     wait_for("the destination to look for the row", SOON, || {
@@ -180,17 +113,17 @@ fn a_source_that_dies_before_the_commit_keeps_its_row() {
     })
     .unwrap();
     assert_eq!(destination.status().unwrap().state, VmState::Incoming);
-    let row = lab.here.rows().unwrap().vms.remove(0);
-    assert_eq!(row.owner, Some(lab.here.owner().unwrap()));
+    let row = lab.nodes[0].rows().unwrap().vms.remove(0);
+    assert_eq!(row.owner, Some(lab.nodes[0].owner().unwrap()));
     assert_eq!(row.epoch, Epoch(1));
     // Somebody starts the VM elsewhere: the row goes on, and the destination gives up.
     let change = Change::Release {
         vm: lab.vm.uid,
-        from: lab.here.owner().unwrap(),
+        from: lab.nodes[0].owner().unwrap(),
         epoch: Epoch(1),
     };
     wait_for("the dead source's writes to settle", SOON, || {
-        Ok(lab.here.change(change.clone()).ok())
+        Ok(lab.nodes[0].change(change.clone()).ok())
     })
     .unwrap();
     let reason = destination.wait_stopped(SOON).unwrap();
@@ -202,8 +135,8 @@ fn a_second_migration_while_one_runs_and_one_to_its_own_node_are_refused() {
     if !kvm_or_skip("a_second_migration_while_one_runs_and_one_to_its_own_node_are_refused") {
         return;
     }
-    let lab = Lab::new("fill=16M");
-    let mut guest = lab.boot(&lab.vm);
+    let lab = lab("fill=16M");
+    let mut guest = lab.boot(&lab.vm).unwrap();
     let order = |to, total_ms_max| Request::MigrateLive {
         attempt: AttemptId::random(),
         peer: "127.0.0.1:1".parse().unwrap(),
@@ -213,33 +146,19 @@ fn a_second_migration_while_one_runs_and_one_to_its_own_node_are_refused() {
             ..MigrationLimits::default()
         },
     };
-    let here = lab.here.owner().unwrap();
+    let here = lab.nodes[0].owner().unwrap();
     let answer = guest.vm.ask(&order(here, 1)).unwrap();
     let Response::Refused { reason } = answer else {
         panic!("{answer:?}");
     };
     assert_eq!(reason, "the VM runs on that node already");
-    let there = lab.there.owner().unwrap();
-    let attempt = AttemptId::random();
-    let mut destination = lab
-        .cluster
-        .expect(&lab.there, &lab.vm, lab.epoch(), attempt)
-        .unwrap();
-    let peer = destination.wait_listening(SOON).unwrap();
+    let there = lab.nodes[1].owner().unwrap();
     // Slow enough to be still there when the second one is ordered.
     let slow = MigrationLimits {
         bytes_per_second_max: Some(64 << 10),
         ..MigrationLimits::default()
     };
-    guest
-        .vm
-        .must(&Request::MigrateLive {
-            attempt,
-            peer,
-            to: there,
-            limits: slow,
-        })
-        .unwrap();
+    let (_destination, attempt) = lab.begin(&mut guest, &lab.vm, slow).unwrap();
     let answer = guest.vm.ask(&order(there, 1)).unwrap();
     let Response::Refused { reason } = answer else {
         panic!("{answer:?}");
@@ -251,7 +170,7 @@ fn a_second_migration_while_one_runs_and_one_to_its_own_node_are_refused() {
         .unwrap();
     let outcome = guest.vm.wait_migration(SOON).unwrap();
     assert_eq!(outcome.phase, MigrationPhase::Cancelled, "{outcome:?}");
-    guest.check();
+    guest.check().unwrap();
 }
 
 #[test]
@@ -259,12 +178,12 @@ fn quick_migration_round_trip() {
     if !kvm_or_skip("quick_migration_round_trip") {
         return;
     }
-    let lab = Lab::new("fill=32M");
-    let mut guest = lab.boot(&lab.vm);
+    let lab = lab("fill=32M");
+    let mut guest = lab.boot(&lab.vm).unwrap();
     let before = guest.session.clean_report().unwrap();
 
     // There: the row is given to the other node.
-    let to = Some(lab.there.owner().unwrap());
+    let to = Some(lab.nodes[1].owner().unwrap());
     let attempt = AttemptId::random();
     guest
         .vm
@@ -279,19 +198,19 @@ fn quick_migration_round_trip() {
     );
     guest.vm.wait_state(&VmState::Departed, SOON).unwrap();
     guest.vm.exit(SOON).unwrap();
-    let rows = lab.there.rows().unwrap();
+    let rows = lab.nodes[1].rows().unwrap();
     assert_eq!(rows.vms[0].epoch, Epoch(2));
     assert!(rows.saved[0].complete.is_some(), "{:?}", rows.saved);
     guest.vm = lab
         .cluster
-        .start(&lab.there, &lab.vm, Epoch(2), StartMode::Restore)
+        .start(&lab.nodes[1], &lab.vm, Epoch(2), StartMode::Restore)
         .unwrap();
     guest.console.follow(guest.vm.console().unwrap()).unwrap();
-    guest.check();
+    guest.check().unwrap();
     let after = guest.session.clean_report().unwrap();
     assert!(after.disk_ack > before.disk_ack, "{before} {after}");
     assert!(
-        lab.there.rows().unwrap().saved.is_empty(),
+        lab.nodes[1].rows().unwrap().saved.is_empty(),
         "it is restored once"
     );
 
@@ -304,13 +223,12 @@ fn quick_migration_round_trip() {
     let outcome = guest.vm.wait_migration(SOON).unwrap();
     assert_eq!(outcome.phase, MigrationPhase::Completed, "{outcome:?}");
     guest.vm.exit(SOON).unwrap();
-    assert_eq!(lab.here.rows().unwrap().vms[0].owner, None);
-    let acquired = lab
-        .here
+    assert_eq!(lab.nodes[0].rows().unwrap().vms[0].owner, None);
+    let acquired = lab.nodes[0]
         .change(Change::Acquire {
             vm: lab.vm.uid,
             expected_epoch: Epoch(2),
-            to: lab.here.owner().unwrap(),
+            to: lab.nodes[0].owner().unwrap(),
         })
         .unwrap();
     let Answer::Row(row) = acquired else {
@@ -318,10 +236,10 @@ fn quick_migration_round_trip() {
     };
     guest.vm = lab
         .cluster
-        .start(&lab.here, &lab.vm, row.epoch, StartMode::Restore)
+        .start(&lab.nodes[0], &lab.vm, row.epoch, StartMode::Restore)
         .unwrap();
     guest.console.follow(guest.vm.console().unwrap()).unwrap();
-    guest.check();
+    guest.check().unwrap();
 }
 
 #[test]
@@ -334,7 +252,7 @@ fn quick_migration_without_room_never_pauses_the_guest() {
         .unwrap()
         .with_memory_mib(256)
         .with_options(&format!("ip={GUEST}/24 disk_ms=0 disk_slots=64 tick_ms=5"));
-    let vm = cluster.install(&here, spec, DISK_MIB).unwrap();
+    let vm = cluster.install(&here, spec, 16).unwrap();
     let mut running = cluster.boot(&here, &vm, Epoch(0)).unwrap();
     let console = Console::new();
     console.follow(running.console().unwrap()).unwrap();

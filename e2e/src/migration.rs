@@ -1,0 +1,155 @@
+//! Two nodes on one volume with the probe guest on it: what tests of migrations start from.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use bascule_ipc::vm::{MigrationLimits, MigrationPhase, MigrationStatus, Request, VmState};
+use bascule_types::{AttemptId, Epoch};
+
+use crate::{
+    Console, GUEST, Session, TestCluster, TestNode, TestVm, TestVmSpec, VmOnVolume, wait_for,
+};
+
+/// Two nodes, one volume, one VM.
+#[derive(Debug)]
+pub struct TwoNodes {
+    /// What the nodes have in common.
+    pub cluster: TestCluster,
+    /// The nodes.
+    pub nodes: [TestNode; 2],
+    /// The VM.
+    pub vm: VmOnVolume,
+}
+
+/// A guest that runs on one of two nodes, and what watches it.
+#[derive(Debug)]
+pub struct MovableGuest {
+    /// The process that it runs in.
+    pub vm: TestVm,
+    /// The index of its node.
+    pub at: usize,
+    /// Its console, over all its processes.
+    pub console: Console,
+    /// A session that must not notice.
+    pub session: Session,
+}
+
+impl TwoNodes {
+    /// The nodes, and on their volume a probe guest with these options besides its address and a
+    /// disk that it writes to.
+    ///
+    /// # Errors
+    /// When anything of it fails.
+    pub fn new(options: &str) -> Result<Self> {
+        let (cluster, first) = TestCluster::new(VOLUME_MIB)?;
+        let second = cluster.join(1, &first)?;
+        let options = format!("ip={GUEST}/24 disk_ms=0 disk_slots=256 {options}");
+        let spec = TestVmSpec::probe()?.with_options(&options);
+        let vm = cluster.install(&first, spec, DISK_MIB)?;
+        Ok(Self {
+            cluster,
+            nodes: [first, second],
+            vm,
+        })
+    }
+
+    /// Boots the guest on the first node, in the process that `vm` describes.
+    ///
+    /// # Errors
+    /// When it does not boot.
+    pub fn boot(&self, vm: &VmOnVolume) -> Result<MovableGuest> {
+        let mut vm = self.cluster.boot(&self.nodes[0], vm, Epoch(0))?;
+        let console = Console::new();
+        console.follow(vm.console()?)?;
+        console.wait_line("disk last=0", SOON)?;
+        let session = Session::open(&self.cluster.network, GUEST, SOON)?;
+        Ok(MovableGuest {
+            vm,
+            at: 0,
+            console,
+            session,
+        })
+    }
+
+    /// The epoch of the VM's row.
+    ///
+    /// # Errors
+    /// When there is no coordinator or no row.
+    pub fn epoch(&self) -> Result<Epoch> {
+        let rows = self.nodes[0].rows()?;
+        Ok(rows.vms.first().context("the VM has no row")?.epoch)
+    }
+
+    /// The node that the guest is not on.
+    #[must_use]
+    pub fn other(&self, guest: &MovableGuest) -> &TestNode {
+        &self.nodes[1 - guest.at]
+    }
+
+    /// Starts a destination, in the process that `vm` describes, and orders the migration to it.
+    ///
+    /// # Errors
+    /// When either is refused.
+    pub fn begin(
+        &self,
+        guest: &mut MovableGuest,
+        vm: &VmOnVolume,
+        limits: MigrationLimits,
+    ) -> Result<(TestVm, AttemptId)> {
+        let attempt = AttemptId::random();
+        let node = self.other(guest);
+        let mut destination = self.cluster.expect(node, vm, self.epoch()?, attempt)?;
+        let peer = destination.wait_listening(SOON)?;
+        let to = node.owner()?;
+        guest.vm.must(&Request::MigrateLive {
+            attempt,
+            peer,
+            to,
+            limits,
+        })?;
+        Ok((destination, attempt))
+    }
+
+    /// Moves the guest to the other node and follows it there.
+    ///
+    /// # Errors
+    /// When it does not arrive.
+    pub fn migrate(&self, guest: &mut MovableGuest) -> Result<MigrationStatus> {
+        let (mut destination, _) = self.begin(guest, &self.vm, MigrationLimits::default())?;
+        guest.console.follow(destination.console()?)?;
+        let outcome = guest.vm.wait_migration(SOON)?;
+        ensure!(
+            outcome.phase == MigrationPhase::Completed,
+            "{outcome:?}\n{}",
+            guest.vm.log()
+        );
+        destination.wait_state(&VmState::Running, SOON)?;
+        guest.vm.wait_state(&VmState::Departed, SOON)?;
+        guest.vm.exit(SOON)?;
+        guest.vm = destination;
+        guest.at = 1 - guest.at;
+        Ok(outcome)
+    }
+}
+
+impl MovableGuest {
+    /// That the guest goes on, and finds nothing wrong with its memory, its disk and its session.
+    ///
+    /// # Errors
+    /// What is wrong.
+    pub fn check(&mut self) -> Result<()> {
+        self.console.wait_ticks(TICKS, SOON)?;
+        self.session.count()?;
+        let before = self.session.clean_report()?.disk_ack;
+        wait_for("the disk to go on", SOON, || {
+            Ok((self.session.clean_report()?.disk_ack > before).then_some(()))
+        })?;
+        self.console.check()
+    }
+}
+
+const VOLUME_MIB: u32 = 512;
+const DISK_MIB: u32 = 16;
+/// Some more than could be on their way already.
+const TICKS: usize = 20;
+const SOON: Duration = Duration::from_secs(60);

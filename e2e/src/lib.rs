@@ -11,6 +11,7 @@
 
 mod binaries;
 mod cluster;
+mod hanging;
 pub mod kubernetes;
 mod kvm;
 mod migration;
@@ -24,6 +25,7 @@ mod watch;
 
 pub use binaries::binary;
 pub use cluster::{TestCluster, TestNode, VmOnVolume};
+pub use hanging::HangingDisk;
 pub use kvm::kvm_or_skip;
 pub use migration::{MovableGuest, TwoNodes};
 pub use network::{GATEWAY, GUEST, Network, Tap};

@@ -14,6 +14,7 @@ use bascule_ipc::vm::{
 };
 use bascule_ipc::{Connection, Kind};
 use bascule_types::{Bytes, VmUid};
+use rustix::process::{Pid, Resource, Rlimit, prlimit};
 
 use crate::{Child, Network, Tap, binary, probe, wait_for};
 
@@ -141,8 +142,11 @@ impl TestVm {
         let config = directory.join("config.json");
         let text = serde_json::to_vec_pretty(&spec.config).context("write the configuration")?;
         fs::write(&config, text).context("write the configuration")?;
-        let mut command = network.command(binary("bascule-vmm", "bascule-vm")?);
+        // SIGXFSZ is ignored, so that a write beyond a limit is an error: see `Self::fail_writes`.
+        let mut command = network.command("sh");
         command
+            .args(["-c", "trap '' XFSZ; exec \"$0\" \"$@\""])
+            .arg(binary("bascule-vmm", "bascule-vm")?)
             .arg("--config")
             .arg(&config)
             .env("RUST_LOG", "debug");
@@ -153,11 +157,42 @@ impl TestVm {
         let mut child = Child::spawn("bascule-vm", &mut command, &log)?;
         let control = connect(&directory, &mut child)
             .with_context(|| format!("log: {}", fs::read_to_string(&log).unwrap_or_default()))?;
-        Ok(Self {
+        let mut vm = Self {
             child,
             control,
             directory,
+        };
+        wait_for("a machine", START_TIME, || {
+            Ok((vm.status()?.state != VmState::Starting).then_some(()))
         })
+        .with_context(|| format!("log: {}", vm.log()))?;
+        Ok(vm)
+    }
+
+    /// What the VM waits for at this moment.
+    ///
+    /// # Errors
+    /// When it does not say.
+    pub fn waits_for(&mut self) -> Result<Option<String>> {
+        match self.ask(&Request::WaitsFor)? {
+            Response::WaitsFor(what) => Ok(what),
+            other => bail!("WaitsFor was answered by {other:?}"),
+        }
+    }
+
+    /// Makes every write of the process behind `offset` of a file fail from now on, as a device does
+    /// that has broken.
+    ///
+    /// # Errors
+    /// When the kernel does not.
+    pub fn fail_writes(&self, offset: u64) -> Result<()> {
+        let pid = i32::try_from(self.child.pid()).context("process id")?;
+        let limit = Rlimit {
+            current: Some(offset),
+            maximum: None,
+        };
+        prlimit(Pid::from_raw(pid), Resource::Fsize, limit).context("limit file sizes")?;
+        Ok(())
     }
 
     /// Asks for something, and says what was answered.
@@ -335,5 +370,5 @@ const fn has_ended(phase: MigrationPhase) -> bool {
     }
 }
 
-const START_TIME: Duration = Duration::from_secs(10);
+const START_TIME: Duration = Duration::from_secs(30);
 const ANSWER_TIME: Duration = Duration::from_secs(10);

@@ -70,6 +70,14 @@ impl Supervisor {
         }
     }
 
+    /// What a VM process waits for at this moment, in words; none also when it does not say.
+    pub(crate) fn vm_waits_for(&self, vm: VmUid) -> Option<String> {
+        match vm_call(&self.paths.vm_socket(vm), &Request::WaitsFor) {
+            Ok(Response::WaitsFor(what)) => what,
+            _ => None,
+        }
+    }
+
     /// Whether a process of this VM exists here.
     pub(crate) fn vm_is_here(&self, vm: VmUid) -> bool {
         matches!(
@@ -146,7 +154,9 @@ impl Supervisor {
     /// Passes a request to a running VM process.
     pub(crate) fn vm_request(&self, vm: VmUid, request: &Request) -> Result<Outcome, Rejection> {
         match vm_call(&self.paths.vm_socket(vm), request) {
-            Ok(Response::Accepted | Response::Status(_)) => Ok(Outcome::Done),
+            Ok(Response::Accepted | Response::Status(_) | Response::WaitsFor(_)) => {
+                Ok(Outcome::Done)
+            }
             Ok(Response::Refused { reason }) => Err(wrong_state(&reason)),
             Err(error) => Err(self.unreachable(vm, &error)),
         }

@@ -117,6 +117,28 @@ impl Connection {
         self.version
     }
 
+    /// Checks that the peer knows what was new in `version`.
+    ///
+    /// # Errors
+    /// [`IpcError::Version`].
+    pub const fn require(&self, version: u32) -> Result<(), IpcError> {
+        if self.version >= version {
+            return Ok(());
+        }
+        let agreed = Hello {
+            version: self.version,
+            version_min: self.version,
+        };
+        let needed = Hello {
+            version,
+            version_min: version,
+        };
+        Err(IpcError::Version {
+            ours: needed,
+            theirs: agreed,
+        })
+    }
+
     /// Bounds each later send and receive; `None` waits for as long as it takes (a server between
     /// two requests).
     ///
@@ -288,7 +310,7 @@ mod tests {
         );
         let mut bytes = Vec::new();
         b.read_to_end(&mut bytes).unwrap();
-        assert_eq!(bytes, b"\x1d\0\0\0{\"version\":1,\"version_min\":1}");
+        assert_eq!(bytes, b"\x1d\0\0\0{\"version\":2,\"version_min\":1}");
     }
 
     #[test]
@@ -310,6 +332,19 @@ mod tests {
     }
 
     #[test]
+    fn what_is_newer_than_the_peer_is_refused_before_it_is_sent() {
+        let (mut ours, peer) = pair();
+        ours.require(2).unwrap();
+        ours.version = 1;
+        let error = ours.require(2).unwrap_err();
+        assert_eq!(error.kind(), Kind::Protocol);
+        drop(ours);
+        let mut rest = Vec::new();
+        (&peer.stream).read_to_end(&mut rest).unwrap();
+        assert!(rest.is_empty());
+    }
+
+    #[test]
     fn a_peer_from_an_incompatible_release_is_refused() {
         let newer = Hello {
             version: 9,
@@ -323,6 +358,11 @@ mod tests {
             version: 3,
             version_min: 1,
         };
-        assert_eq!(Hello::THIS.agree(next).unwrap(), 1);
+        assert_eq!(Hello::THIS.agree(next).unwrap(), 2);
+        let before = Hello {
+            version: 1,
+            version_min: 1,
+        };
+        assert_eq!(Hello::THIS.agree(before).unwrap(), 1);
     }
 }

@@ -46,8 +46,13 @@ pub struct Hello {
 
 impl Hello {
     /// What this release says.
+    ///
+    /// | version | new |
+    /// |---|---|
+    /// | 1 | |
+    /// | 2 | [`volume::Request::ReportFailure`], [`vm::Request::WaitsFor`] |
     pub const THIS: Self = Self {
-        version: 1,
+        version: 2,
         version_min: 1,
     };
 

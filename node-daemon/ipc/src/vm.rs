@@ -133,11 +133,14 @@ pub enum StartMode {
 pub enum Request {
     /// How the VM does.
     Status,
+    /// What it is that the VM waits for at this moment. Since version 2.
+    WaitsFor,
     /// Press the ACPI power button.
     PowerButton,
-    /// Stop the guest now, drain its devices, release the row.
+    /// Stop the guest now, drain its devices, release the row. Answered when that is done, or, when
+    /// a device or the volume takes long, when it has begun: [`Request::WaitsFor`] then tells more.
     Stop,
-    /// Pause the guest.
+    /// Pause the guest. Answered as [`Request::Stop`] is.
     Pause,
     /// Let a paused guest go on.
     Resume,
@@ -179,6 +182,8 @@ pub enum Request {
 pub enum Response {
     /// To [`Request::Status`].
     Status(Box<VmStatus>),
+    /// To [`Request::WaitsFor`], in words for a person; none when it waits for nothing.
+    WaitsFor(Option<String>),
     /// Begun, or done.
     Accepted,
     /// Not possible now, and why, in words for a person. Nothing was changed.

@@ -46,6 +46,25 @@ pub enum Request {
         /// Its epoch.
         epoch: Epoch,
     },
+    /// A write or a flush of a disk failed: the volume is failed on this node until it was opened
+    /// anew and verified. Since version 2.
+    ReportFailure {
+        /// The VM.
+        vm: VmUid,
+        /// What failed, in words for a person.
+        what: String,
+    },
+}
+
+impl Request {
+    /// The protocol version that knows this request first.
+    #[must_use]
+    pub const fn since(&self) -> u32 {
+        match self {
+            Self::ReportFailure { .. } => 2,
+            _ => 1,
+        }
+    }
 }
 
 /// The answer to a [`Request`].
@@ -66,6 +85,8 @@ pub enum Response {
     Opened(OpenedVm),
     /// To [`Request::CloseVm`].
     Closed,
+    /// To [`Request::ReportFailure`].
+    Noted,
     /// The volume cannot serve, and why, in words for a person.
     Unavailable {
         /// The reason.

@@ -107,7 +107,12 @@ pub(crate) fn stop_vm(args: &StopVmArgs) -> Result<()> {
             eprintln!("Stopped.");
             Ok(())
         }
-        None => bail!("the guest has not shut down; `bascule-node stop --force` stops it now"),
+        None => match node.vm_waits_for(vm) {
+            Some(what) => bail!("the guest is not off yet: it waits for {what}"),
+            None => {
+                bail!("the guest has not shut down; `bascule-node stop --force` stops it now")
+            }
+        },
     }
 }
 

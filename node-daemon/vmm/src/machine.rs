@@ -53,7 +53,11 @@ pub struct VmBuilder {
     pci: PciRoot,
     console: Console,
     on_stop: OnStop,
+    on_disk_failure: OnDiskFailure,
 }
+
+/// Told of a disk that failed, from the disk's thread.
+type OnDiskFailure = Arc<dyn Fn(DeviceFailure) + Send + Sync>;
 
 /// The machine in whichever state.
 pub(crate) struct Machine {
@@ -128,7 +132,19 @@ impl VmBuilder {
             pci: PciRoot::new(window),
             console,
             on_stop: Arc::new(on_stop),
+            on_disk_failure: Arc::new(drop),
         })
+    }
+
+    /// Has `told` told of each disk that fails; its guest goes on and sees errors. Called from the
+    /// disk's thread: it must not block. Before any device is added.
+    #[must_use]
+    pub fn with_disk_failures(
+        mut self,
+        told: impl Fn(DeviceFailure) + Send + Sync + 'static,
+    ) -> Self {
+        self.on_disk_failure = Arc::new(told);
+        self
     }
 
     /// What the devices of this machine are made with.
@@ -138,7 +154,10 @@ impl VmBuilder {
             ram: Arc::clone(&self.memory),
             msi: Arc::clone(&self.router) as Arc<dyn MsiRouter>,
             doorbells: Arc::new(Doorbells::new(Arc::clone(&self.bare.vm))),
-            failures: Arc::new(Failures(Arc::clone(&self.on_stop))),
+            failures: Arc::new(Failures {
+                on_stop: Arc::clone(&self.on_stop),
+                on_disk_failure: Arc::clone(&self.on_disk_failure),
+            }),
         }
     }
 
@@ -276,8 +295,11 @@ impl MachineHandle {
     }
 }
 
-/// Device failures that leave the guest without a device end it.
-struct Failures(OnStop);
+/// Device failures that leave the guest without a device end it; others are passed on.
+struct Failures {
+    on_stop: OnStop,
+    on_disk_failure: OnDiskFailure,
+}
 
 impl std::fmt::Debug for Failures {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -289,10 +311,11 @@ impl FailureSink for Failures {
     fn device_failed(&self, failure: DeviceFailure) {
         tracing::error!(%failure, "device failed");
         if !failure.ends_the_machine() {
+            (self.on_disk_failure)(failure);
             return;
         }
         let what = failure.to_string();
-        (self.0)(match failure {
+        (self.on_stop)(match failure {
             DeviceFailure::BadVirtqueue { .. } => StopReason::GuestFault { what },
             _ => StopReason::Failed { what },
         });

@@ -65,7 +65,12 @@ impl TestProcess {
     fn running(code: &[u8]) -> Self {
         let dir = TempDir::new().unwrap();
         let config = config(&dir, code);
-        Self::start(dir, &config)
+        let mut vm = Self::start(dir, &config);
+        let deadline = Instant::now() + PATIENCE;
+        while vm.status().state == VmState::Starting {
+            assert!(Instant::now() < deadline, "still starting");
+        }
+        vm
     }
 
     fn start(dir: TempDir, config: &VmConfig) -> Self {
@@ -176,6 +181,8 @@ fn a_guest_runs_is_paused_resumed_and_stopped_over_the_control_socket() {
     assert_eq!(vm.console_log().len(), standing);
     vm.accepted(&Request::Resume);
     vm.await_console(standing + 50);
+    let waiting = vm.ask(&Request::WaitsFor);
+    assert_eq!(waiting, Response::WaitsFor(None));
     vm.accepted(&Request::Stop);
     assert_eq!(vm.await_stopped(), StopReason::Requested);
     let state = std::fs::read_to_string(vm.dir.path().join("state.json")).unwrap();

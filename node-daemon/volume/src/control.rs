@@ -58,6 +58,11 @@ fn answer(node: &Node, request: &Request, peer: Option<u32>) -> Answered {
         } => open(node, *vm, Some((*owner, *epoch, peer.unwrap_or(*pid)))),
         Request::PeekVm { vm } => open(node, *vm, None),
         Request::CloseVm { vm, .. } => alone(close(node, *vm, peer.unwrap_or(0))),
+        Request::ReportFailure { what, .. } => {
+            // What the other VMs of this node wrote may be lost too, and nobody can tell.
+            node.fail(what);
+            alone(Response::Noted)
+        }
     }
 }
 

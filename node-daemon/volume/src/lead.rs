@@ -99,7 +99,7 @@ fn report(node: &Node, error: &LogError) {
         _ => false,
     };
     if fatal {
-        node.fail(text);
+        node.fail(&text);
     } else {
         tracing::error!(error = text, "cannot coordinate");
     }

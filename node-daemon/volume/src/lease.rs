@@ -203,12 +203,13 @@ impl Renewal<'_> {
         if let Some(held) = lease.filter(|held| joined == Some(held.owner))
             && let Err(error) = self.node.gate.publish(held.owner, held.expiry)
         {
-            self.node.fail(format!("cannot publish the lease: {error}"));
+            self.node
+                .fail(&format!("cannot publish the lease: {error}"));
         }
         if let LeasePhase::Stopped(reason) = view.phase {
             self.node.gate.close();
             if before != view.phase && reason != StopReason::Left {
-                self.node.fail(reason.to_string());
+                self.node.fail(&reason.to_string());
             }
         }
         if before != view.phase {

@@ -218,11 +218,18 @@ impl Node {
     }
 
     /// Closes the gate for good: nothing of this node is written until the volume was re-opened
-    /// and re-verified by a new process.
-    pub fn fail(&self, reason: String) {
+    /// and re-verified by a new process. The first reason is the one that is shown.
+    pub fn fail(&self, reason: &str) {
         tracing::error!(reason, "the volume is failed on this node");
         self.gate.mark_failed();
-        self.update(|state| state.failed = Some(reason));
+        let pid = std::process::id();
+        let told = format!(
+            "{reason}; nothing of this node is written until the device is sound, process {pid} has \
+             been ended, and the one that follows it has verified the volume"
+        );
+        self.update(|state| {
+            state.failed.get_or_insert(told);
+        });
     }
 
     /// Whether the process is about to end.

@@ -4,6 +4,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use serde::Serialize;
 
+use crate::disk::EngineView;
+
 /// Counters, written by the device's thread.
 #[derive(Debug, Default)]
 pub struct BlkMetrics {
@@ -14,6 +16,7 @@ pub struct BlkMetrics {
     flushes: AtomicU64,
     errors: AtomicU64,
     merges: AtomicU64,
+    in_flight: AtomicU64,
     stalled: AtomicBool,
 }
 
@@ -34,6 +37,8 @@ pub struct BlkCounts {
     pub errors: u64,
     /// Writes of parts of the device's blocks, which cost a read each.
     pub merges: u64,
+    /// Commands that the kernel works on, as of the last look.
+    pub in_flight: u64,
     /// Whether writes wait for the gate now.
     pub stalled: bool,
 }
@@ -59,6 +64,7 @@ impl BlkMetrics {
             flushes: get(&self.flushes),
             errors: get(&self.errors),
             merges: get(&self.merges),
+            in_flight: get(&self.in_flight),
             stalled: self.stalled.load(Ordering::Relaxed),
         }
     }
@@ -80,8 +86,9 @@ impl BlkMetrics {
         self.errors.fetch_add(1, Ordering::Relaxed);
     }
 
-    pub(super) fn show(&self, stalled: bool, merges: u64) {
-        self.stalled.store(stalled, Ordering::Relaxed);
-        self.merges.store(merges, Ordering::Relaxed);
+    pub(super) fn show(&self, view: EngineView) {
+        self.stalled.store(view.stalled, Ordering::Relaxed);
+        self.merges.store(view.merges, Ordering::Relaxed);
+        self.in_flight.store(view.in_flight, Ordering::Relaxed);
     }
 }

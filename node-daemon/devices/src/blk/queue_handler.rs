@@ -180,8 +180,7 @@ impl BlkHandler {
     fn progress(&mut self, active: &mut Active) -> Result<(), HandlerError> {
         let done = self.engine.progress().map_err(host)?;
         self.complete(active, done)?;
-        let view = self.engine.view();
-        self.metrics.show(view.stalled, view.merges);
+        self.metrics.show(self.engine.view());
         self.signal(active)
     }
 
@@ -289,8 +288,11 @@ impl QueueHandler for BlkHandler {
     }
 
     fn quiesce(&mut self, active: &mut Active) -> Result<(), HandlerError> {
-        let done = self.engine.drain().map_err(host)?;
-        self.complete(active, done)?;
+        // Whoever waits for this can see what it waits for.
+        self.metrics.show(self.engine.view());
+        let drained = self.engine.drain();
+        self.metrics.show(self.engine.view());
+        self.complete(active, drained.map_err(host)?)?;
         self.signal(active)
     }
 

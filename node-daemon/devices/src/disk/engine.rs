@@ -65,6 +65,8 @@ pub struct EngineView {
     pub stalled: bool,
     /// Writes of parts of blocks so far.
     pub merges: u64,
+    /// Commands that the kernel works on now.
+    pub in_flight: u64,
 }
 
 /// One disk with its requests. Used by one thread.
@@ -132,7 +134,10 @@ impl DiskEngine {
     /// Whether writes wait for the gate now, and more.
     #[must_use]
     pub fn view(&self) -> EngineView {
-        self.view
+        EngineView {
+            in_flight: u64::try_from(self.ring.in_flight()).unwrap_or(u64::MAX),
+            ..self.view
+        }
     }
 
     /// When [`DiskEngine::progress`] must be called although nothing completed: the gate may open.

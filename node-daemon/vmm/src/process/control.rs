@@ -5,18 +5,22 @@ use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::RecvTimeoutError;
 use std::time::Duration;
 
 use bascule_ipc::vm::{Request, Response};
 use bascule_ipc::{Connection, IpcError, Kind};
 
-use super::owner::{Owner, OwnerHandle};
+use super::owner::{Answer, Owner, OwnerHandle};
 use super::report::RunDir;
 
 /// Connections at a time: `bascule-node`, a person, and those of a daemon that died without notice.
 const CONNECTIONS_MAX: usize = 16;
 /// How long a client may take for its hello, and for taking an answer.
 const STEP_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long an answer waits for what was asked for to be done, rather than begun: shorter than any
+/// client waits. A drain takes milliseconds, unless a disk hangs.
+const PATIENCE: Duration = Duration::from_secs(3);
 
 /// Binds `vm.sock` and serves it from a thread of its own, for the life of the process.
 pub(super) fn listen(run_dir: &RunDir, owner: &OwnerHandle) -> io::Result<()> {
@@ -81,8 +85,14 @@ fn serve(stream: UnixStream, owner: &OwnerHandle) -> Result<(), IpcError> {
         let (request, _) = connection.recv::<Request>()?;
         tracing::debug!(?request, "asked");
         let exit = request == Request::Exit;
-        let Ok((response, fds)) = owner.call(move |owner| owner.request(&request)) else {
-            return Ok(());
+        let (response, fds) = match owner.call(move |owner| owner.request(&request)) {
+            Ok(Answer::Now(response, fds)) => (response, fds),
+            Ok(Answer::When(done)) => match done.recv_timeout(PATIENCE) {
+                Ok(Ok(())) | Err(RecvTimeoutError::Timeout) => (Response::Accepted, Vec::new()),
+                Ok(Err(reason)) => (Response::Refused { reason }, Vec::new()),
+                Err(RecvTimeoutError::Disconnected) => return Ok(()),
+            },
+            Err(_) => return Ok(()),
         };
         connection.set_timeout(Some(STEP_TIMEOUT))?;
         let borrowed: Vec<_> = fds.iter().map(AsFd::as_fd).collect();

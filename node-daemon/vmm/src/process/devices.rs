@@ -25,8 +25,8 @@ const DISK_QUEUES_MAX: u16 = 4;
 /// What the process keeps of its devices.
 #[derive(Debug, Default)]
 pub(crate) struct Devices {
-    /// Each disk's counters, in order.
-    pub(crate) disks: Vec<Arc<BlkMetrics>>,
+    /// Each disk's name and counters, in order.
+    pub(crate) disks: Vec<(String, Arc<BlkMetrics>)>,
     /// Each interface, in order.
     pub(crate) interfaces: Vec<NetHandle>,
 }
@@ -34,7 +34,17 @@ pub(crate) struct Devices {
 impl Devices {
     /// Whether some disk's writes wait for the gate.
     pub(crate) fn io_stalled(&self) -> bool {
-        self.disks.iter().any(|disk| disk.counts().stalled)
+        self.disks.iter().any(|(_, disk)| disk.counts().stalled)
+    }
+
+    /// The disks that have commands under way, in words for a person.
+    pub(crate) fn unanswered(&self) -> Option<String> {
+        let disks = self.disks.iter().filter_map(|(name, disk)| {
+            let count = disk.counts().in_flight;
+            (count > 0).then(|| format!("disk {name:?} to answer {count} commands"))
+        });
+        let words: Vec<String> = disks.collect();
+        (!words.is_empty()).then(|| words.join(", "))
     }
 
     /// Tells the network once where the guest is, on every interface, even when some fail.
@@ -73,7 +83,7 @@ pub(super) fn add(
         };
         let device = BlkDevice::new(&settings, backing, builder.device_context())?;
         builder.add_device(Box::new(device.function))?;
-        devices.disks.push(device.metrics);
+        devices.disks.push((disk.name.clone(), device.metrics));
     }
     for (index, interface) in config.interfaces.iter().enumerate() {
         let settings = NetConfig {

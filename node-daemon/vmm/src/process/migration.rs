@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
-use bascule_ipc::vm::{MigrationLimits, StartMode, StopReason};
+use bascule_ipc::vm::{MigrationLimits, StartMode, StopReason, VmConfig};
 use bascule_types::{AttemptId, Epoch, Owner as Tenant, VmUid};
 use bascule_volume_format::change::SavedStateRow;
 
@@ -18,9 +18,8 @@ use super::volume::{Opened, VolumeClient};
 use crate::migration::{
     Arrival, Guest, GuestError, Incoming, IncomingEnd, MigrationControl, Outgoing, OutgoingEnd,
     Quick, SavedArea, VolumeRow, migrate_live, migrate_quick, prefault, receive_live,
-    restore_saved,
 };
-use crate::{MachineHandle, MachineState, PausedVm};
+use crate::{MachineHandle, MachineState, PausedVm, migration};
 
 /// When an arrived guest's place is announced again: switches may still be learning the old one.
 const ANNOUNCE_AGAIN: [Duration; 3] = [
@@ -85,33 +84,12 @@ impl Owner {
         })
     }
 
-    /// Puts the saved state into the machine that was built for it.
-    pub(super) fn restore_saved(
-        &self,
-        vm: &mut PausedVm,
-        opened: Option<&Opened>,
-    ) -> anyhow::Result<()> {
-        let opened = opened.context(NO_HOME)?;
-        let tenure = self.tenure.context(NO_HOME)?;
-        let saved = opened.saved.as_ref();
-        let saved = saved.context("start: the volume has no saved state of this VM")?;
-        let area = SavedArea {
-            device: Arc::clone(&opened.device),
-            extents: saved.extents.clone(),
-            gate: None,
-        };
-        let (socket, uid) = self.home_socket()?;
-        let mut row = connect(&socket, uid).map_err(anyhow::Error::msg)?;
-        restore_saved(vm, &self.config, tenure, saved, area, &mut row)?;
-        Ok(())
-    }
-
     /// The running machine, if nothing is under way with it.
     fn movable(&self) -> anyhow::Result<MachineHandle> {
         self.no_migration()?;
         match &self.phase {
             Phase::Running(vm) => Ok(vm.handle()),
-            _ => bail!("the guest is {}", self.phase_name()),
+            _ => bail!(self.refusal()),
         }
     }
 
@@ -202,7 +180,7 @@ impl Owner {
                 thread.fail(what.clone());
                 let ended = owner.call(move |owner| {
                     if let Phase::Incoming(_) = owner.phase {
-                        owner.stop(StopReason::Failed { what });
+                        drop(owner.stop(StopReason::Failed { what }));
                     }
                 });
                 if ended.is_err() {
@@ -274,11 +252,33 @@ impl Owner {
         match end {
             IncomingEnd::Running { .. } => {}
             IncomingEnd::Discarded { failure } => {
-                self.stop(StopReason::Failed { what: failure.text })
+                drop(self.stop(StopReason::Failed { what: failure.text }));
             }
-            IncomingEnd::Broken { what } => self.stop(StopReason::Failed { what }),
+            IncomingEnd::Broken { what } => drop(self.stop(StopReason::Failed { what })),
         }
     }
+}
+
+/// Puts the saved state into the machine that was built for it.
+pub(super) fn restore_saved(
+    config: &VmConfig,
+    tenure: Option<(Tenant, Epoch)>,
+    vm: &mut PausedVm,
+    opened: Option<&Opened>,
+) -> anyhow::Result<()> {
+    let opened = opened.context(NO_HOME)?;
+    let tenure = tenure.context(NO_HOME)?;
+    let saved = opened.saved.as_ref();
+    let saved = saved.context("start: the volume has no saved state of this VM")?;
+    let area = SavedArea {
+        device: Arc::clone(&opened.device),
+        extents: saved.extents.clone(),
+        gate: None,
+    };
+    let home = config.home.as_ref().context(NO_HOME)?;
+    let mut row = connect(&home.socket, config.uid).map_err(anyhow::Error::msg)?;
+    migration::restore_saved(vm, config, tenure, saved, area, &mut row)?;
+    Ok(())
 }
 
 /// Why there is nothing to move.
@@ -315,13 +315,15 @@ impl OwnedGuest {
 
 impl Guest for OwnedGuest {
     fn pause(&mut self) -> Result<(), GuestError> {
-        self.ask(Owner::pause)
+        let done = self.ask(Owner::pause)?;
+        let paused = done.recv().map_err(|_| GuestError(GONE.to_owned()))?;
+        paused.map_err(GuestError)
     }
 
     fn save(&mut self) -> Result<Vec<u8>, GuestError> {
         self.ask(|owner| match &owner.phase {
             Phase::Paused(vm) => Ok(vm.save()?.encode()?),
-            _ => bail!("the guest is {}", owner.phase_name()),
+            _ => bail!(owner.refusal()),
         })
     }
 
@@ -340,7 +342,7 @@ impl Guest for OwnedGuest {
             }
             phase => {
                 owner.phase = phase;
-                bail!("the guest is {}", owner.phase_name())
+                bail!(owner.refusal())
             }
         })
     }
@@ -357,7 +359,7 @@ impl Arrival for OwnedArrival {
         let state = MachineState::decode(state).map_err(|error| GuestError(error.to_string()))?;
         ask(&self.owner, |owner| match &mut owner.phase {
             Phase::Incoming(vm) => Ok(vm.restore(state)?),
-            _ => bail!("the guest is {}", owner.phase_name()),
+            _ => bail!(owner.refusal()),
         })
     }
 
@@ -384,7 +386,7 @@ impl Arrival for OwnedArrival {
     fn run(&mut self) -> Result<(), GuestError> {
         ask(&self.owner, |owner| match owner.phase {
             Phase::Incoming(_) => owner.resume(),
-            _ => bail!("the guest is {}", owner.phase_name()),
+            _ => bail!(owner.refusal()),
         })
     }
 }

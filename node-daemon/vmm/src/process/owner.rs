@@ -1,31 +1,41 @@
 //! The owner of the machine: one thread, one inbox, and the only one who changes the phase.
 //!
 //! ```text
-//!             boot            pause             (migration)
-//!  Starting ───────► Running ⇄ Paused ──► InDoubt ──► Departed
-//!     │ incoming        │        │           │
-//!     └───────► Incoming┴────────┴───────────┴──► Stopped(reason)
+//!             boot     pause                    (migration)
+//!  Starting ───────► Running ─► Pausing ─► Paused ──► InDoubt ──► Departed
+//!     │ incoming        ▲          │       │ │           │
+//!     └───────► Incoming┤          │       │ │           │
+//!                  │    └──────────│───────┘ │           │
+//!                  └───────────────┴─────────┴─► Ending ─┴─► Stopped(reason)
 //! ```
 //! Other threads never touch the machine's phase: they send a closure ([`OwnerHandle::call`]) that
-//! runs here, between two other events. It must be short: status requests wait behind it.
+//! runs here, between two other events. It must be short, and wait for nothing: every request on
+//! `vm.sock` waits behind it. What takes as long as a disk, a device or the volume takes has a phase
+//! of its own (`Starting`, `Pausing`, `Ending`), in which a thread of its own does it.
 
+mod ending;
+mod failing;
 mod requests;
+mod start;
 
 use std::net::SocketAddr;
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context as _, bail};
 use bascule_devices::disk::VolumeGate;
-use bascule_ipc::vm::{StartMode, StopReason, VmConfig, VmState, VmStatus};
+use bascule_devices::failure::DeviceFailure;
+use bascule_ipc::vm::{StopReason, VmConfig, VmState, VmStatus};
 use bascule_types::{Epoch, Owner as Tenant};
 
-use super::devices::{self, Devices};
+pub(crate) use self::ending::Done;
+use self::ending::Waiters;
+pub(crate) use self::requests::Answer;
+use super::devices::Devices;
 use super::report::{LastState, RunDir};
-use super::volume::{Opened, VolumeClient};
-use super::{images, tenure};
+use super::volume::VolumeClient;
 use crate::migration::MigrationControl;
-use crate::{Console, MachineHandle, PausedVm, RunningVm, VmBuilder};
+use crate::{Console, MachineHandle, PausedVm, RunningVm};
 
 /// Events that wait for the owner: connections are bounded and each has one request out.
 const INBOX_LENGTH: usize = 64;
@@ -39,10 +49,14 @@ pub(crate) enum Phase {
     Incoming(PausedVm),
     /// The guest runs.
     Running(RunningVm),
+    /// Its processors are being parked and its devices drained.
+    Pausing(MachineHandle),
     /// The guest stands still.
     Paused(PausedVm),
     /// The commit request was sent, its outcome is unknown.
     InDoubt(PausedVm),
+    /// The guest is off; its machine is being taken apart and its row given up.
+    Ending,
     /// The guest runs elsewhere.
     Departed,
     /// The guest is off.
@@ -66,8 +80,23 @@ pub(crate) struct Owner {
     run_dir: RunDir,
     console: Console,
     handle: OwnerHandle,
-    guest_stop: Arc<Mutex<Option<StopReason>>>,
+    notices: Arc<Mutex<Notices>>,
+    /// Who waits for the guest to be paused.
+    pausing: Waiters,
+    /// Who waits for the guest to be off.
+    stopping: Waiters,
+    /// The guest is to be stopped as soon as it is built, or paused.
+    stop_wanted: Option<StopReason>,
     exit: bool,
+}
+
+/// What device and processor threads leave for the owner.
+#[derive(Debug, Default)]
+struct Notices {
+    /// Why the guest ended by itself.
+    stop: Option<StopReason>,
+    /// Disks that failed, and whose guest goes on.
+    disk_failures: Vec<DeviceFailure>,
 }
 
 /// A way to the owner, for any thread.
@@ -78,8 +107,8 @@ pub(crate) struct OwnerHandle {
 
 /// What the owner does next.
 pub(crate) enum Event {
-    /// The guest ended by itself: see [`Owner::guest_stop`].
-    GuestStopped,
+    /// There is something in [`Owner::notices`].
+    Notice,
     /// Something that another thread wants done.
     Call(Box<dyn FnOnce(&mut Owner) + Send>),
 }
@@ -103,6 +132,21 @@ impl OwnerHandle {
         }));
         self.inbox_tx.send(event).map_err(|_| OwnerGone)?;
         reply_rx.recv().map_err(|_| OwnerGone)
+    }
+
+    /// Has `call` run on the owner's thread, without waiting for it.
+    fn tell(&self, call: impl FnOnce(&mut Owner) + Send + 'static) {
+        if self.inbox_tx.send(Event::Call(Box::new(call))).is_err() {
+            tracing::debug!("the process ends anyway");
+        }
+    }
+
+    /// Has the owner look at its notices, without ever waiting: with a full inbox it is about to
+    /// look anyway.
+    fn look(&self) {
+        if let Err(TrySendError::Disconnected(_)) = self.inbox_tx.try_send(Event::Notice) {
+            tracing::debug!("noticed while the process ends");
+        }
     }
 }
 
@@ -130,7 +174,10 @@ impl Owner {
             run_dir,
             console: Console::with_log(log),
             handle: OwnerHandle { inbox_tx },
-            guest_stop: Arc::default(),
+            notices: Arc::default(),
+            pausing: Waiters::default(),
+            stopping: Waiters::default(),
+            stop_wanted: None,
             exit: false,
         };
         Ok((owner, inbox))
@@ -141,97 +188,15 @@ impl Owner {
         self.handle.clone()
     }
 
-    /// Builds the machine and begins as configured. A failure is a state, not an end: the starter
-    /// shall be able to ask why.
-    pub(crate) fn start(&mut self) {
-        if let Err(error) = self.try_start() {
-            let what = format!("{error:#}");
-            tracing::error!(what, "cannot start");
-            self.stop(StopReason::Failed { what });
-        }
-    }
-
-    fn try_start(&mut self) -> anyhow::Result<()> {
-        let mut opened = self.open_home()?;
-        self.gate = self.open_gate(opened.as_mut())?;
-        let home = opened.as_ref().zip(self.gate.as_ref());
-        let mut builder = self.builder()?;
-        self.devices = devices::add(&mut builder, &self.config, home)?;
-        match self.config.start {
-            StartMode::Boot => {
-                let source = images::open(&self.config.boot, opened.as_ref())?;
-                let vm = builder.boot(source)?.run()?;
-                tracing::info!("the guest runs");
-                self.phase = Phase::Running(vm);
-            }
-            StartMode::Incoming { .. } => {
-                let vm = builder.incoming()?;
-                let machine = vm.handle();
-                self.phase = Phase::Incoming(vm);
-                self.await_arrival(machine)?;
-            }
-            StartMode::Restore => {
-                let mut vm = builder.incoming()?;
-                self.restore_saved(&mut vm, opened.as_ref())?;
-                if let Err(error) = self.devices.announce() {
-                    tracing::warn!(%error, "the guest's place was not announced");
-                }
-                self.phase = Phase::Running(vm.run()?);
-            }
-        }
-        Ok(())
-    }
-
-    fn open_home(&mut self) -> anyhow::Result<Option<Opened>> {
-        let (Some(volume), Some(home)) = (&self.volume, &self.config.home) else {
-            return Ok(None);
-        };
-        if let StartMode::Incoming { .. } = self.config.start {
-            return volume.peek().map(Some);
-        }
-        let opened = volume.open(home.owner, home.epoch)?;
-        self.tenure = Some((home.owner, home.epoch));
-        Ok(Some(opened))
-    }
-
-    /// The home volume's gate, and the thread that watches it.
-    fn open_gate(&self, opened: Option<&mut Opened>) -> anyhow::Result<Option<Arc<VolumeGate>>> {
-        let (Some(opened), Some(volume), Some(home)) = (opened, &self.volume, &self.config.home)
-        else {
-            return Ok(None);
-        };
-        let gate = Arc::new(VolumeGate::new(Arc::new(opened.take_gate()?), home.owner));
-        tenure::watch(Arc::clone(&gate), Arc::clone(volume), self.handle())
-            .context("watch the gate")?;
-        Ok(Some(gate))
-    }
-
-    fn builder(&self) -> anyhow::Result<VmBuilder> {
-        let stop = Arc::clone(&self.guest_stop);
-        let inbox_tx = self.handle.inbox_tx.clone();
-        let on_stop = move |reason| {
-            stop.lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .get_or_insert(reason);
-            // With a full inbox the owner is about to look anyway.
-            if let Err(TrySendError::Disconnected(_)) = inbox_tx.try_send(Event::GuestStopped) {
-                tracing::debug!("the guest stopped while the process ends");
-            }
-        };
-        let cpus = u32::from(self.config.cpus);
-        let console = self.console.clone();
-        Ok(VmBuilder::new(cpus, self.config.memory, console, on_stop)?)
-    }
-
-    /// Serves the inbox until told to exit.
+    /// Serves the inbox until told to exit, and until nothing is left to be ended.
     pub(crate) fn serve(&mut self, inbox: &Receiver<Event>) {
-        while !self.exit {
+        while !(self.exit && matches!(self.phase, Phase::Stopped(_) | Phase::Departed)) {
             match inbox.recv() {
                 Ok(Event::Call(call)) => call(self),
-                Ok(Event::GuestStopped) => {}
+                Ok(Event::Notice) => {}
                 Err(_) => return,
             }
-            self.notice_guest_stop();
+            self.heed_notices();
         }
     }
 
@@ -242,37 +207,19 @@ impl Owner {
 
     /// A guest that ended by itself while it ran is stopped. One that did so in the instant in which
     /// it was paused for another reason is found stopped when it is resumed.
-    fn notice_guest_stop(&mut self) {
-        if !matches!(self.phase, Phase::Running(_)) {
-            return;
+    fn heed_notices(&mut self) {
+        let runs = matches!(self.phase, Phase::Running(_));
+        let (stop, failures) = {
+            let mut notices = lock(&self.notices);
+            let stop = notices.stop.take_if(|_| runs);
+            (stop, std::mem::take(&mut notices.disk_failures))
+        };
+        for failure in failures {
+            self.disk_failed(&failure);
         }
-        let reason = self
-            .guest_stop
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
-        if let Some(reason) = reason {
-            self.stop(reason);
+        if let Some(reason) = stop {
+            drop(self.stop(reason));
         }
-    }
-
-    /// Pauses a running guest.
-    pub(crate) fn pause(&mut self) -> anyhow::Result<()> {
-        match self.take_phase() {
-            Phase::Running(vm) => match vm.pause() {
-                Ok(vm) => self.phase = Phase::Paused(vm),
-                Err(error) => {
-                    let what = format!("pause: {error}");
-                    self.stopped(StopReason::Failed { what: what.clone() });
-                    bail!(what);
-                }
-            },
-            phase => {
-                self.phase = phase;
-                bail!("the guest is {}", self.phase_name());
-            }
-        }
-        Ok(())
     }
 
     /// Lets a guest that stands still run: paused, restored, or no longer in doubt.
@@ -288,30 +235,10 @@ impl Owner {
             },
             phase => {
                 self.phase = phase;
-                bail!("the guest is {}", self.phase_name());
+                bail!(self.refusal());
             }
         }
         Ok(())
-    }
-
-    /// Ends the machine: drains its devices, gives the row up, and stays to tell why.
-    pub(crate) fn stop(&mut self, reason: StopReason) {
-        match self.take_phase() {
-            Phase::Running(vm) => match vm.pause() {
-                Ok(vm) => vm.end(),
-                Err(error) => tracing::error!(%error, "stop"),
-            },
-            Phase::Paused(vm) | Phase::Incoming(vm) => vm.end(),
-            Phase::Starting => {}
-            // Nobody but the volume decides about a guest in doubt, and a departed or stopped one
-            // has nothing left to end.
-            phase @ (Phase::InDoubt(_) | Phase::Departed | Phase::Stopped(_)) => {
-                self.phase = phase;
-                return;
-            }
-        }
-        self.release();
-        self.stopped(reason);
     }
 
     /// The guest runs elsewhere now: ends the machine without releasing a row that is no longer ours.
@@ -334,6 +261,7 @@ impl Owner {
             state,
         });
         self.phase = Phase::Stopped(reason);
+        self.stopping.tell(&Ok(()));
     }
 
     /// Leaves `what` in `state.json`, for a process that ends without stopping its guest.
@@ -354,32 +282,58 @@ impl Owner {
     pub(crate) fn machine(&self) -> Option<MachineHandle> {
         match &self.phase {
             Phase::Running(vm) => Some(vm.handle()),
+            Phase::Pausing(machine) => Some(machine.clone()),
             Phase::Paused(vm) | Phase::Incoming(vm) | Phase::InDoubt(vm) => Some(vm.handle()),
-            Phase::Starting | Phase::Departed | Phase::Stopped(_) => None,
+            Phase::Starting | Phase::Ending | Phase::Departed | Phase::Stopped(_) => None,
         }
     }
 
-    /// What [`VmState`] it is.
+    /// What [`VmState`] it is. A phase that waits for something counts as the one before it ends.
     pub(crate) fn state(&self) -> VmState {
         match &self.phase {
             Phase::Starting => VmState::Starting,
             Phase::Incoming(_) => VmState::Incoming,
-            Phase::Running(_) => VmState::Running,
-            Phase::Paused(_) => VmState::Paused,
+            Phase::Running(_) | Phase::Pausing(_) => VmState::Running,
+            Phase::Paused(_) | Phase::Ending => VmState::Paused,
             Phase::InDoubt(_) => VmState::InDoubt,
             Phase::Departed => VmState::Departed,
             Phase::Stopped(reason) => VmState::Stopped(reason.clone()),
         }
     }
 
-    /// The phase in a word, for refusals.
-    pub(crate) const fn phase_name(&self) -> &'static str {
+    /// What the present phase waits for, in words for a person; none when it waits for nothing.
+    pub(crate) fn waits_for(&self) -> Option<String> {
+        match &self.phase {
+            Phase::Starting => Some("its volume, its kernel and its disks".to_owned()),
+            Phase::Pausing(_) => Some(
+                self.devices
+                    .unanswered()
+                    .unwrap_or_else(|| "its processors and devices".to_owned()),
+            ),
+            Phase::Ending => Some("its home volume to release its row".to_owned()),
+            _ => None,
+        }
+    }
+
+    /// Why something is not possible now.
+    pub(crate) fn refusal(&self) -> String {
+        let name = self.phase_name();
+        match self.waits_for() {
+            Some(what) => format!("the guest is {name}: it waits for {what}"),
+            None => format!("the guest is {name}"),
+        }
+    }
+
+    /// The phase in a word.
+    const fn phase_name(&self) -> &'static str {
         match self.phase {
             Phase::Starting => "starting",
             Phase::Incoming(_) => "coming in",
             Phase::Running(_) => "running",
+            Phase::Pausing(_) => "being paused",
             Phase::Paused(_) => "paused",
             Phase::InDoubt(_) => "in doubt",
+            Phase::Ending => "being stopped",
             Phase::Departed => "departed",
             Phase::Stopped(_) => "stopped",
         }
@@ -406,4 +360,8 @@ impl Owner {
             addresses: Vec::new(),
         }
     }
+}
+
+fn lock(notices: &Mutex<Notices>) -> MutexGuard<'_, Notices> {
+    notices.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -119,6 +119,15 @@ impl VolumeClient {
             .map(|(response, _)| response)
     }
 
+    /// Says that a disk failed: nothing more of this node is to be written to the volume.
+    pub(crate) fn report_failure(&self, what: &str) -> Result<(), IpcError> {
+        self.call(&Request::ReportFailure {
+            vm: self.vm,
+            what: what.to_owned(),
+        })
+        .map(drop)
+    }
+
     fn opened(&self, request: &Request) -> anyhow::Result<Opened> {
         let (response, fds) = self.call(request).context("ask the home volume")?;
         let opened = match response {
@@ -147,7 +156,8 @@ impl VolumeClient {
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         if let Some(mut connection) = slot.take() {
-            match connection.call(request) {
+            let asked = connection.require(request.since());
+            match asked.and_then(|()| connection.call(request)) {
                 Ok(answer) => {
                     *slot = Some(connection);
                     return Ok(answer);
@@ -157,6 +167,7 @@ impl VolumeClient {
             }
         }
         let mut connection = Connection::connect(&self.socket, ANSWER_TIMEOUT)?;
+        connection.require(request.since())?;
         let answer = connection.call(request)?;
         *slot = Some(connection);
         Ok(answer)

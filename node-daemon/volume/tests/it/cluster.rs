@@ -132,6 +132,68 @@ fn a_failed_metadata_write_closes_the_gate_until_a_new_process_has_verified_the_
     assert_eq!(one.rows().vms.len(), 2);
 }
 
+/// A VM process used to log it, and the other VMs of the node wrote on.
+#[test]
+fn a_disk_that_a_vm_reports_as_failed_closes_this_nodes_gate_and_no_other() {
+    let lab = Lab::new();
+    let (mut one, two) = (lab.start(1), lab.start(2));
+    let row = one.create_and_own(1);
+    let owner = row.owner.unwrap();
+    let gate = GateReader::open(one.run_dir.join("gate")).unwrap();
+    gate.check(boot_time_now(), owner).unwrap();
+    for what in ["shop/web: disk \"data\": flush failed", "a second one"] {
+        let report = Request::ReportFailure {
+            vm: row.vm,
+            what: what.to_owned(),
+        };
+        assert_eq!(one.call(&report).unwrap().0, Response::Noted);
+    }
+    let closed = gate.check(boot_time_now(), owner).unwrap_err();
+    assert_eq!(closed.reason, GateClosedReason::StickyFailed);
+    let status = one.status().unwrap();
+    assert_eq!(status.path, PathState::Unavailable);
+    let reason = status.reason.unwrap();
+    assert!(
+        reason.starts_with("shop/web: disk \"data\": flush failed;"),
+        "{reason}"
+    );
+    assert!(reason.contains("has been ended"), "{reason}");
+    two.wait_status("the other node's gate to stay open", |status| {
+        status.path == PathState::Direct
+    });
+    assert!(one.terminate());
+    let one = lab.start(1);
+    gate.check(boot_time_now(), one.owner()).unwrap();
+}
+
+#[test]
+fn heartbeats_that_cannot_be_written_let_the_lease_lapse_and_the_node_comes_back_with_its_rows() {
+    let lab = Lab::new();
+    let mut one = lab.start(1);
+    let row = one.create_and_own(1);
+    let gate = GateReader::open(one.run_dir.join("gate")).unwrap();
+    gate.check(boot_time_now(), row.owner.unwrap()).unwrap();
+    one.fail_heartbeats(&lab, true);
+    let status = one.wait_status("Unavailable", |status| {
+        status.path == PathState::Unavailable
+    });
+    let reason = status.reason.unwrap();
+    assert!(reason.contains("cannot write the heartbeat"), "{reason}");
+    let closed = gate.check(boot_time_now(), row.owner.unwrap()).unwrap_err();
+    assert!(
+        matches!(closed.reason, GateClosedReason::Expired { .. }),
+        "{closed}"
+    );
+    one.fail_heartbeats(&lab, false);
+    one.wait_open();
+    let after = one.wait(
+        "the row to be kept",
+        |one| Some(one.row(1)),
+        |after| after.owner == Some(one.owner()),
+    );
+    assert_eq!(after.epoch, row.epoch);
+}
+
 #[test]
 fn a_takeover_is_refused_before_the_safe_time_and_granted_after_it() {
     let lab = Lab::new();

@@ -118,6 +118,15 @@ impl Lab {
         }
     }
 
+    /// Where a region begins, in bytes.
+    fn region(&self, kind: RegionKind) -> u64 {
+        let file = std::fs::File::open(self.device()).unwrap();
+        let mut block = [0; 4096];
+        file.read_exact_at(&mut block, 0).unwrap();
+        let superblock = Superblock::parse_copy(&block, Lba(0)).unwrap();
+        superblock.region(kind).start.lba_to_bytes().unwrap().0
+    }
+
     fn watchdog_sock(&self) -> PathBuf {
         self.dir.path().join("watchdog.sock")
     }
@@ -342,15 +351,17 @@ impl Node {
 
     /// Makes every write behind the heartbeat, Paxos and leader blocks fail.
     pub(crate) fn limit_writes_to_heartbeats(&self, lab: &Lab) {
-        let file = std::fs::File::open(lab.device()).unwrap();
-        let mut block = [0; 4096];
-        file.read_exact_at(&mut block, 0).unwrap();
-        let superblock = Superblock::parse_copy(&block, Lba(0)).unwrap();
-        let areas = superblock.region(RegionKind::Areas).start;
-        let limit = Rlimit {
-            current: Some(areas.lba_to_bytes().unwrap().0),
-            maximum: None,
-        };
+        self.limit_writes(Some(lab.region(RegionKind::Areas)));
+    }
+
+    /// Makes every write of a heartbeat and of what lies behind fail, or no write any more.
+    pub(crate) fn fail_heartbeats(&self, lab: &Lab, fail: bool) {
+        self.limit_writes(fail.then(|| lab.region(RegionKind::Heartbeats)));
+    }
+
+    fn limit_writes(&self, current: Option<u64>) {
+        let maximum = None;
+        let limit = Rlimit { current, maximum };
         prlimit(Some(self.pid()), Resource::Fsize, limit).unwrap();
     }
 

@@ -1,0 +1,127 @@
+//! A disk that failed. Its guest sees errors; the volume that it is on is told, because what the
+//! other virtual machines of this node wrote to the same device may be lost too.
+
+use std::time::Duration;
+
+use bascule_devices::failure::DeviceFailure;
+use bascule_ipc::Kind;
+use bascule_ipc::vm::{DiskSource, VmConfig};
+
+use super::Owner;
+
+/// Between two attempts to tell a volume that does not answer.
+const PAUSE: Duration = Duration::from_secs(1);
+
+impl Owner {
+    /// Tells the home volume, until it has heard.
+    pub(super) fn disk_failed(&self, failure: &DeviceFailure) {
+        let (Some(volume), Some(what)) = (self.volume.clone(), on_volume(&self.config, failure))
+        else {
+            return;
+        };
+        let tell = move || {
+            while let Err(error) = volume.report_failure(&what) {
+                let gives_up = error.kind() == Kind::Protocol;
+                tracing::warn!(%error, gives_up, "the volume was not told of the failed disk");
+                if gives_up {
+                    return;
+                }
+                std::thread::sleep(PAUSE);
+            }
+        };
+        let builder = std::thread::Builder::new().name("disk-failed".to_owned());
+        if let Err(error) = builder.spawn(tell) {
+            tracing::error!(%error, "the volume was not told of the failed disk");
+        }
+    }
+}
+
+/// What failed, in the words of the configuration; none for what is not on the home volume.
+fn on_volume(config: &VmConfig, failure: &DeviceFailure) -> Option<String> {
+    let DeviceFailure::DiskFailed {
+        device,
+        operation,
+        reason,
+    } = failure
+    else {
+        return None;
+    };
+    let index: usize = device.strip_prefix("blk")?.parse().ok()?;
+    let disk = config.disks.get(index)?;
+    match disk.source {
+        DiskSource::Volume { .. } => Some(format!(
+            "{}: disk {:?}: {operation} failed: {reason}",
+            config.name, disk.name
+        )),
+        DiskSource::File { .. } => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use bascule_ipc::vm::{Boot, DiskConfig, ImageSource, StartMode};
+    use bascule_types::{Bytes, VmUid};
+
+    use super::*;
+
+    fn config(sources: Vec<DiskSource>) -> VmConfig {
+        let disks = sources.into_iter().zip(["root", "data"]);
+        VmConfig {
+            version: VmConfig::VERSION,
+            uid: VmUid::random(),
+            name: "shop/web".to_owned(),
+            cpus: 1,
+            memory: Bytes::mib(64),
+            boot: Boot {
+                kernel: ImageSource::File {
+                    path: PathBuf::new(),
+                },
+                initrd: None,
+                cmdline: String::new(),
+            },
+            disks: disks
+                .map(|(source, name)| DiskConfig {
+                    name: name.to_owned(),
+                    source,
+                })
+                .collect(),
+            interfaces: Vec::new(),
+            home: None,
+            start: StartMode::Boot,
+            tls_dir: None,
+        }
+    }
+
+    fn failed(device: &str) -> DeviceFailure {
+        DeviceFailure::DiskFailed {
+            device: device.to_owned(),
+            operation: "flush",
+            reason: "Input/output error".to_owned(),
+        }
+    }
+
+    #[test]
+    fn only_a_failed_disk_of_the_volume_is_told_and_by_its_own_name() {
+        let file = DiskSource::File {
+            path: PathBuf::new(),
+            read_only: false,
+        };
+        let row = DiskSource::Volume {
+            disk: "shop/web.data".to_owned(),
+        };
+        let config = config(vec![file, row]);
+        assert_eq!(on_volume(&config, &failed("blk0")), None);
+        assert_eq!(
+            on_volume(&config, &failed("blk1")).as_deref(),
+            Some("shop/web: disk \"data\": flush failed: Input/output error")
+        );
+        assert_eq!(on_volume(&config, &failed("blk2")), None);
+        let panicked = DeviceFailure::Panicked {
+            device: "blk1".to_owned(),
+            reason: String::new(),
+        };
+        assert_eq!(on_volume(&config, &panicked), None);
+    }
+}

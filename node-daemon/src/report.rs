@@ -58,7 +58,7 @@ impl Supervisor {
         let (status, alive) = match self.presence(vm) {
             Presence::Answering(status) => (*status, true),
             Presence::Silent(pid) => (self.last_known(vm, pid, VmState::Starting), is_alive(pid)),
-            Presence::Ended(Some(status)) => (*status, false),
+            Presence::Ended(Some(state)) => (self.last_known(vm, 0, state), false),
             Presence::Ended(None) | Presence::Absent => {
                 let what = "its process ended without a word (killed?)".to_owned();
                 (

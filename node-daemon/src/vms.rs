@@ -3,12 +3,13 @@
 use std::ffi::OsString;
 use std::fs;
 use std::net::SocketAddr;
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use bascule_ipc::vm::{
-    Boot, DiskConfig, DiskSource, Home, ImageSource, InterfaceConfig, Request, Response, StartMode,
-    VmConfig, VmState, VmStatus,
+    Boot, DiskConfig, DiskSource, Home, ImageSource, InterfaceConfig, LastState, Request, Response,
+    StartMode, VmConfig, VmState, VmStatus,
 };
 use bascule_ipc::{IpcError, Kind};
 use bascule_node_api::command::{Outcome, RejectReason, VmSpec};
@@ -28,8 +29,8 @@ pub(crate) enum Presence {
     Answering(Box<VmStatus>),
     /// A process that exists but does not answer: frozen, or just starting.
     Silent(u32),
-    /// The remains of a process that has ended, and what it last said of itself, if it could.
-    Ended(Option<Box<VmStatus>>),
+    /// The remains of a process that has ended, and where it last stood, if it could say so.
+    Ended(Option<VmState>),
 }
 
 /// How a VM process is to begin, and as whom.
@@ -54,11 +55,7 @@ impl Supervisor {
             .and_then(|text| text.trim().parse().ok());
         match pid {
             Some(pid) if is_alive(pid) => Presence::Silent(pid),
-            _ => Presence::Ended(
-                fs::read(folder.join("state.json"))
-                    .ok()
-                    .and_then(|bytes| serde_json::from_slice(&bytes).ok()),
-            ),
+            _ => Presence::Ended(last_state(&folder)),
         }
     }
 
@@ -328,18 +325,25 @@ impl Supervisor {
     }
 }
 
+/// Where a process that is gone last stood, as it wrote itself.
+fn last_state(folder: &Path) -> Option<VmState> {
+    let bytes = fs::read(folder.join("state.json")).ok()?;
+    let last: LastState = serde_json::from_slice(&bytes).ok()?;
+    Some(last.state)
+}
+
 /// Why no VM can run here; none when `/dev/kvm` works.
 pub(crate) fn kvm_error() -> Option<String> {
-    match fs::OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open("/dev/kvm")
-    {
-        Ok(_) => None,
-        Err(error) => Some(format!(
-            "/dev/kvm: {error}; enable virtualization on this node"
-        )),
-    }
+    why_unusable(Path::new("/dev/kvm"))
+}
+
+fn why_unusable(kvm: &Path) -> Option<String> {
+    let opened = fs::OpenOptions::new().read(true).write(true).open(kvm);
+    let error = opened.err()?;
+    let path = kvm.display();
+    Some(format!(
+        "{path}: {error}; enable virtualization on this node"
+    ))
 }
 
 /// Whether a process still has to do what it was started for: to boot, or to listen.
@@ -380,3 +384,39 @@ const START_LIMIT: Duration = Duration::from_secs(30);
 const EXIT_LIMIT: Duration = Duration::from_secs(10);
 /// How much of a dead process' log is worth repeating.
 const LAST_WORDS_LINES: usize = 3;
+
+#[cfg(test)]
+mod tests {
+    use bascule_ipc::vm::StopReason;
+
+    use super::*;
+
+    #[test]
+    fn a_node_without_kvm_says_which_device_and_what_to_do() {
+        let folder = tempfile::tempdir().unwrap();
+        let device = folder.path().join("kvm");
+        let error = why_unusable(&device).unwrap();
+        assert!(
+            error.starts_with(&*device.to_string_lossy()) && error.contains("enable"),
+            "{error}"
+        );
+        fs::write(&device, "").unwrap();
+        assert_eq!(why_unusable(&device), None);
+    }
+
+    /// It was read as a whole status, which it is not, and every process that had ended by itself was
+    /// reported as one that said nothing.
+    #[test]
+    fn what_a_process_wrote_before_it_ended_is_read() {
+        let folder = tempfile::tempdir().unwrap();
+        assert_eq!(last_state(folder.path()), None);
+        let what = "panicked".to_owned();
+        let last = LastState {
+            uid: VmUid::random(),
+            state: VmState::Stopped(StopReason::Failed { what }),
+        };
+        let json = serde_json::to_vec(&last).unwrap();
+        fs::write(folder.path().join("state.json"), json).unwrap();
+        assert_eq!(last_state(folder.path()), Some(last.state));
+    }
+}

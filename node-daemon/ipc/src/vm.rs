@@ -218,6 +218,16 @@ pub struct VmStatus {
     pub addresses: Vec<IpAddr>,
 }
 
+/// What a process that ends leaves in `state.json` of its run directory: why it is or will soon be
+/// gone.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LastState {
+    /// The VM.
+    pub uid: VmUid,
+    /// Where it stood.
+    pub state: VmState,
+}
+
 /// Where a VM process stands.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum VmState {

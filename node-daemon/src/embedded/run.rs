@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use bascule_ipc::vm::{Request as VmRequest, StopReason, VmState, VmStatus};
+use bascule_ipc::vm::{Request as VmRequest, StopReason, VmState};
 use bascule_ipc::volume::{Request, Rows};
 use bascule_node_api::command::{Backing, Outcome};
 use bascule_node_api::report::ImportState;
@@ -70,6 +70,7 @@ pub(crate) fn run_vm(args: &RunVmArgs) -> Result<()> {
         let epoch = acquire(&node, &document, owner)?;
         import_all(&node, &document, Tenure { owner, epoch })?;
         node.start_vm(&document.spec, Tenure { owner, epoch }, false)?;
+        check_started(&node, vm)?;
     }
     eprintln!(
         "{} runs here. Ctrl-] leaves the console; the VM goes on.",
@@ -244,7 +245,7 @@ fn import_all(node: &Supervisor, document: &Document, tenure: Tenure) -> Result<
                     name: wanted.row.clone(),
                     vm: document.spec.uid,
                 };
-                disk_of(granted(node.change(&document.spec.volume, change))?)?
+                ask_for(node, document, wanted, change)?
             }
             Some((size, _)) => {
                 let change = Change::CreateDisk {
@@ -254,7 +255,7 @@ fn import_all(node: &Supervisor, document: &Document, tenure: Tenure) -> Result<
                     role: wanted.role,
                     importing: true,
                 };
-                disk_of(granted(node.change(&document.spec.volume, change))?)?
+                ask_for(node, document, wanted, change)?
             }
         };
         if disk.importing {
@@ -282,7 +283,8 @@ fn import_one(
         epoch: tenure.epoch,
         disk,
         source,
-    })?;
+    })
+    .with_context(|| wanted.row.to_string())?;
     let state = wait_for(IMPORT_LIMIT, || {
         node.reap();
         let report = node
@@ -302,19 +304,32 @@ fn import_one(
     }
 }
 
+/// A process whose guest could not be started stays to say why.
+fn check_started(node: &Supervisor, vm: VmUid) -> Result<()> {
+    match node.vm_status(vm).map(|status| (status.pid, status.state)) {
+        Some((pid, VmState::Stopped(StopReason::Failed { what }))) => {
+            node.collect_vm(vm, pid)?;
+            bail!("the guest does not start: {what}")
+        }
+        _ => Ok(()),
+    }
+}
+
 fn say_how_it_ended(node: &Supervisor, vm: VmUid) -> Result<()> {
-    let status: Option<VmStatus> = wait_for(LAST_STATUS_LIMIT, || match node.presence(vm) {
-        Presence::Answering(status) if is_over(&status.state) => Some(Some(*status)),
-        Presence::Ended(status) => Some(status.map(|status| *status)),
+    let last = wait_for(LAST_STATUS_LIMIT, || match node.presence(vm) {
+        Presence::Answering(status) if is_over(&status.state) => {
+            Some(Some((status.pid, status.state)))
+        }
+        Presence::Ended(state) => Some(state.map(|state| (0, state))),
         Presence::Absent => Some(None),
         Presence::Answering(_) | Presence::Silent(_) => None,
     })
     .flatten();
-    let Some(status) = status else {
+    let Some((pid, state)) = last else {
         bail!("the VM's process ended without a word")
     };
-    node.collect_vm(vm, status.pid)?;
-    match status.state {
+    node.collect_vm(vm, pid)?;
+    match state {
         VmState::Stopped(StopReason::GuestShutdown | StopReason::Requested) => {
             eprintln!("\r\nThe guest is off.");
             Ok(())
@@ -357,10 +372,17 @@ pub(super) fn granted(outcome: Result<Outcome, Rejection>) -> Result<Answer> {
     }
 }
 
-fn disk_of(answer: Answer) -> Result<DiskRow> {
-    match answer {
+/// Asks for a disk of the document, by a change that is answered with its row.
+fn ask_for(
+    node: &Supervisor,
+    document: &Document,
+    wanted: &WantedDisk,
+    change: Change,
+) -> Result<DiskRow> {
+    let answer = granted(node.change(&document.spec.volume, change));
+    match answer.with_context(|| format!("disk {}", wanted.row))? {
         Answer::Disk(row) => Ok(row),
-        other => bail!("the volume answered {other:?}"),
+        other => bail!("disk {}: the volume answered {other:?}", wanted.row),
     }
 }
 

@@ -542,13 +542,17 @@ fn a_cancelled_migration_leaves_the_guest_where_it_was() {
 }
 
 #[test]
-fn a_peer_without_a_certificate_of_the_cluster_is_turned_away() {
+fn a_peer_that_speaks_garbage_or_has_no_certificate_of_the_cluster_is_turned_away() {
     if !kvm_or_skip() {
         return;
     }
     let mut order = Move::new();
     let ((mut here, here_test), (there, _)) = (source(), destination());
     let arrives = order.listen(there);
+    for garbage in [[0xFF; 512].as_slice(), b"\x16\x03\x01\x02\x00"] {
+        let mut peer = std::net::TcpStream::connect(order.outgoing.peer).unwrap();
+        std::io::Write::write_all(&mut peer, garbage).unwrap();
+    }
     let foreign = certificates();
     order.outgoing.tls_dir = foreign.path().to_owned();
     let end = order.send(&mut here);

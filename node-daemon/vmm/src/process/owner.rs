@@ -25,14 +25,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use anyhow::{Context as _, bail};
 use bascule_devices::disk::VolumeGate;
 use bascule_devices::failure::DeviceFailure;
-use bascule_ipc::vm::{StopReason, VmConfig, VmState, VmStatus};
+use bascule_ipc::vm::{LastState, StopReason, VmConfig, VmState, VmStatus};
 use bascule_types::{Epoch, Owner as Tenant};
 
 pub(crate) use self::ending::Done;
 use self::ending::Waiters;
 pub(crate) use self::requests::Answer;
 use super::devices::Devices;
-use super::report::{LastState, RunDir};
+use super::report::RunDir;
 use super::volume::VolumeClient;
 use crate::migration::MigrationControl;
 use crate::{Console, MachineHandle, PausedVm, RunningVm};

@@ -5,22 +5,12 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
-use bascule_ipc::vm::{StopReason, VmState};
+use bascule_ipc::vm::{LastState, StopReason, VmState};
 use bascule_types::VmUid;
-use serde::{Deserialize, Serialize};
 
 /// The directory of the configuration file.
 #[derive(Clone, Debug)]
 pub(crate) struct RunDir(PathBuf);
-
-/// What `state.json` holds: why the process is or will soon be gone.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct LastState {
-    /// The VM.
-    pub uid: VmUid,
-    /// Where it stood.
-    pub state: VmState,
-}
 
 impl RunDir {
     /// The directory that `config` is in.

@@ -111,6 +111,45 @@ fn serve_says_which_volume_was_expected_and_recovers_when_it_is_there() {
     node.wait_open();
 }
 
+/// A superblock copy of a later release at `lba`: the checksum holds, an incompat flag is unknown.
+fn make_newer(lab: &Lab, lba: u64) {
+    let file = std::fs::File::open(lab.device()).unwrap();
+    let mut block = [0; 512];
+    file.read_exact_at(&mut block, lba * 4096).unwrap();
+    block[60] = 1;
+    block[8..12].fill(0);
+    let crc = crc32c::crc32c(&block);
+    block[8..12].copy_from_slice(&crc.to_le_bytes());
+    write_at(lab, lba * 4096, &block);
+}
+
+#[test]
+fn serve_says_that_the_format_is_newer_and_that_the_metadata_is_damaged() {
+    let lab = Lab::new();
+    make_newer(&lab, 0);
+    make_newer(&lab, 255);
+    let node = lab.launch(1, &[]);
+    node.wait("the reason", reason, |reason| {
+        reason.contains("volume.img") && reason.contains("newer than this release knows")
+    });
+    drop(node);
+    assert_eq!(lab.check().status.code(), Some(4));
+
+    assert!(lab.format(&["--force"]).status.success());
+    let file = std::fs::File::open(lab.device()).unwrap();
+    let mut bytes = vec![0; 8 << 20];
+    file.read_exact_at(&mut bytes, 0).unwrap();
+    let head = (256..2048)
+        .find(|lba| bytes[lba * 4096..].starts_with(b"BSCL\x05\0"))
+        .unwrap();
+    write_at(&lab, head as u64 * 4096 + 60, &[1]);
+    let node = lab.launch(1, &[]);
+    let damaged = format!("block {head} is damaged");
+    node.wait("the reason", reason, |reason| {
+        reason.contains("the metadata is damaged") && reason.contains(&damaged)
+    });
+}
+
 #[test]
 fn a_backing_that_goes_away_is_named_and_the_node_joins_again_when_it_is_back() {
     let lab = Lab::new();

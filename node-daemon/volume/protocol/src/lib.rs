@@ -13,8 +13,10 @@
 //! | [`fence`] | the coordinator | what proves that a silent owner will not write again |
 //! | [`Election`] | a node that wants to coordinate | Disk Paxos; leader block before old journal |
 //! | [`Coordinator`] | the coordinator | an answer needs a durable record and a later re-read |
-//! | [`HandOver`] | the source of a migration | after the commit request only an answer decides |
 //! | [`Writers`], [`watchdog`] | every attached node | pets, and when a volume may be withdrawn |
+//!
+//! The source of a migration has a machine too, `bascule_migrate::commit`; the models here hold it
+//! against the volume's real metadata.
 //!
 //! # Guarantees
 //! With the assumptions of the format (one block is written atomically, a submitted write takes
@@ -29,7 +31,6 @@ mod coordinator;
 mod drift;
 mod election;
 pub mod fence;
-mod handover;
 mod lease;
 mod rejoin;
 mod rules;
@@ -42,7 +43,6 @@ pub use drift::Drift;
 pub use election::{
     Election, ElectionCommand, ElectionConfig, ElectionEvent, ElectionOutcome, ElectionPhase,
 };
-pub use handover::{HandOver, HandOverCommand, HandOverEvent, HandOverPhase, HandOverRequest};
 pub use lease::{
     Held, LeaseCommand, LeaseConfig, LeaseEvent, LeaseHolder, LeasePhase, OwnRecord,
     OwnRecordFound, StopReason,

@@ -105,8 +105,8 @@ pub enum Mutation {
     WithdrawBeforeDrain,
     /// A transfer is not conditional on the epoch that the source owned.
     TransferIgnoresEpoch,
-    /// A repeated attempt is decided anew.
-    AttemptNotIdempotent,
+    /// A row does not say which attempt made its tenure.
+    AttemptForgotten,
     /// The source resumes when a commit request gets no answer.
     ResumeOnNoAnswer,
     /// The source resumes on a refusal, though a copy of its request may still be under way.

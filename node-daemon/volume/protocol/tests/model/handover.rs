@@ -1,24 +1,25 @@
 //! One migration's commit: the source's machine, the real metadata, a coordinator that dies with
 //! its answers, and a network that loses, delays, repeats and reorders.
 //!
-//! The destination runs when it sees its tenure. The source's node may go on in a new generation
-//! meanwhile, the destination's lease may look lapsed, and the source may want to give up.
+//! The source has one request out at a time, and hears nothing of an earlier one any more; but any
+//! copy of it may still be decided. The destination runs when it sees its tenure. The source's node
+//! may go on in a new generation meanwhile, the destination's lease may look lapsed, and the source
+//! may want to give up.
 
 use std::collections::BTreeMap;
 
+use bascule_migrate::commit::{Commit, Question, Reply, RowSeen, Terms};
 use bascule_types::{AttemptId, Epoch, SlotId};
 use bascule_volume_format::Fencing;
-use bascule_volume_format::change::{Answer, Change, MissingProof, Refusal, VmRow};
-use bascule_volume_protocol::{
-    HandOver, HandOverCommand, HandOverEvent, HandOverPhase, HandOverRequest, Rules,
-};
+use bascule_volume_format::change::{Answer, Change, MissingProof};
+use bascule_volume_protocol::{Mutation, Rules};
 use stateright::{Model, Property};
 
 use crate::check::{Size, holds};
 use crate::table::{Sight, Table, Tenure, VM, owner, rejoin};
 
 const ATTEMPT: AttemptId = AttemptId::from_bytes([1; 16]);
-const RECLAIM: AttemptId = AttemptId::from_bytes([2; 16]);
+const RETRACTION: AttemptId = AttemptId::from_bytes([2; 16]);
 const SOURCE: u16 = 0;
 const DESTINATION: u16 = 1;
 
@@ -32,12 +33,13 @@ pub(crate) struct HandOverModel {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct State {
     table: Table,
-    source: HandOver,
+    source: Source,
     /// Requests under way, sorted.
     requests: Vec<Message>,
-    /// Answers under way, sorted.
-    answers: Vec<Reply>,
-    requests_left: u8,
+    /// The answer under way to the last request, if there is one.
+    answer: Option<Outcome>,
+    /// How many requests were made.
+    asked: u8,
     losses_left: u8,
     destination_alive: bool,
     destination_runs: bool,
@@ -46,28 +48,43 @@ pub(crate) struct State {
     two_owners: bool,
 }
 
-/// A transfer to the destination, or back to the source.
+/// Where the source stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Source {
+    /// The guest is stopped; nothing was asked.
+    Paused,
+    /// It runs: nothing was ever asked.
+    Unasked,
+    Committing(Commit),
+    /// It runs, against a rule that is broken.
+    Broken,
+}
+
+/// A request, and which one it was.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct Message {
-    attempt: AttemptId,
+    serial: u8,
+    retracts: bool,
     generation: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct Reply {
-    attempt: AttemptId,
-    outcome: Result<Tenure, Refusal>,
+enum Outcome {
+    Granted(Tenure),
+    Refused,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Action {
     Ask,
+    /// A saved state was declared complete, and is not to count after all.
+    GiveUp,
     Cancel,
     NoAnswer,
     Decide(usize),
     LoseRequest(usize),
-    Answer(usize),
-    LoseAnswer(usize),
+    Answer,
+    LoseAnswer,
     DestinationLooks,
     DestinationSeemsDead,
     DestinationSeemsAlive,
@@ -83,33 +100,38 @@ impl HandOverModel {
         }
     }
 
-    fn source(state: &mut State, event: HandOverEvent) {
-        let (source, command) = state.source.clone().next(event);
-        state.source = source;
-        let Some(HandOverCommand::Request(Change::Transfer { attempt, from, .. })) = command else {
+    /// Puts the source's present question on its way; an earlier one is no longer listened for.
+    fn ask(state: &mut State) {
+        let Source::Committing(commit) = state.source else {
             return;
         };
-        state.requests_left = state.requests_left.saturating_sub(1);
+        let (retracts, transfer) = match commit.question() {
+            Some(Question::Transfer(transfer)) => (false, transfer),
+            Some(Question::Retract(transfer)) => (true, transfer),
+            None => return,
+        };
+        assert_eq!(transfer.epoch, Epoch(1));
+        state.asked += 1;
+        state.answer = None;
         state.requests.push(Message {
-            attempt,
-            generation: from.generation.0,
+            serial: state.asked,
+            retracts,
+            generation: transfer.from.generation.0,
         });
         state.requests.sort_unstable();
     }
 
     fn decide(&self, state: &mut State, index: usize) {
-        let Message {
-            attempt,
-            generation,
-        } = state.requests.remove(index);
-        let to = if attempt == RECLAIM {
-            owner(SOURCE, generation)
+        let message = state.requests.remove(index);
+        let from = owner(SOURCE, message.generation);
+        let (to, attempt) = if message.retracts {
+            (from, RETRACTION)
         } else {
-            owner(DESTINATION, 1)
+            (owner(DESTINATION, 1), ATTEMPT)
         };
         let change = Change::Transfer {
             vm: VM,
-            from: owner(SOURCE, generation),
+            from,
             epoch: Epoch(1),
             to,
             attempt,
@@ -120,38 +142,68 @@ impl HandOverModel {
             proof: |_| Err(MissingProof::Alive),
         };
         let asker = (owner(SOURCE, state.table.generation(SOURCE)), 1);
-        let answer = state.table.ask(&change, asker, &sight, self.rules);
-        let outcome = answer.map(|answer| match answer {
-            Answer::Row(row) => Tenure {
+        let outcome = match state.table.ask(&change, asker, &sight, self.rules) {
+            Ok(Answer::Row(row)) => Outcome::Granted(Tenure {
                 owner: row.owner,
                 epoch: row.epoch,
                 attempt: row.attempt,
-            },
-            other => panic!("a transfer was answered by {other:?}"),
-        });
-        state.answers.push(Reply { attempt, outcome });
+            }),
+            Ok(other) => panic!("a transfer was answered by {other:?}"),
+            Err(_) => Outcome::Refused,
+        };
+        if message.serial == state.asked {
+            state.answer = Some(outcome);
+        }
         state.note_tenure();
     }
 
-    fn answer(state: &mut State, index: usize) {
-        let Reply { attempt, outcome } = state.answers.remove(index);
-        let event = match outcome {
-            Ok(tenure) => HandOverEvent::Granted(attempt, tenure.row()),
-            Err(refusal) => HandOverEvent::Refused(attempt, refusal),
+    /// The answer arrives; after a refusal the row is read, which shows it as it is then.
+    fn answer(&self, state: &mut State) {
+        let Some(outcome) = state.answer.take() else {
+            return;
         };
-        Self::source(state, event);
+        let Source::Committing(commit) = state.source else {
+            return;
+        };
+        let reply = match outcome {
+            Outcome::Granted(tenure) => Reply::Granted(tenure.seen()),
+            Outcome::Refused => Reply::Refused(state.table.tenure().seen()),
+        };
+        if let Reply::Refused(row) = reply
+            && self.rules.breaks(Mutation::ResumeOnRefusal)
+            && !terms().transferred(&row)
+        {
+            state.source = Source::Broken;
+            return;
+        }
+        state.source = Source::Committing(commit.next(reply));
+    }
+
+    fn no_answer(&self, state: &mut State) {
+        if self.rules.breaks(Mutation::ResumeOnNoAnswer) {
+            state.source = Source::Broken;
+        } else if let Source::Committing(commit) = state.source {
+            state.source = Source::Committing(commit.next(Reply::NoAnswer));
+            Self::ask(state);
+        }
+    }
+}
+
+fn terms() -> Terms {
+    Terms {
+        source: owner(SOURCE, 1),
+        epoch: Epoch(1),
+        destination: owner(DESTINATION, 1),
+        attempt: ATTEMPT,
     }
 }
 
 impl Tenure {
-    fn row(self) -> VmRow {
-        VmRow {
-            vm: VM,
-            name: bascule_volume_format::change::RowName::new("default/web").unwrap(),
+    fn seen(self) -> RowSeen {
+        RowSeen {
             owner: self.owner,
             epoch: self.epoch,
             attempt: self.attempt,
-            spec_digest: [0; 32],
         }
     }
 }
@@ -166,7 +218,25 @@ impl State {
     }
 
     fn source_runs(&self) -> bool {
-        matches!(self.source.phase(), HandOverPhase::MayResume(_))
+        matches!(
+            self.source,
+            Source::Unasked | Source::Broken | Source::Committing(Commit::Resumed { .. })
+        )
+    }
+
+    /// The source will never run again.
+    fn source_is_gone(&self) -> bool {
+        matches!(
+            self.source,
+            Source::Committing(Commit::Committed { .. } | Commit::Lost)
+        )
+    }
+
+    fn has_question(&self) -> bool {
+        match self.source {
+            Source::Committing(commit) => commit.question().is_some(),
+            _ => false,
+        }
     }
 
     fn committed(&self) -> bool {
@@ -179,21 +249,12 @@ impl Model for HandOverModel {
     type Action = Action;
 
     fn init_states(&self) -> Vec<State> {
-        let request = HandOverRequest {
-            vm: VM,
-            from: owner(SOURCE, 1),
-            epoch: Epoch(1),
-            to: owner(DESTINATION, 1),
-            attempt: ATTEMPT,
-            reclaim: RECLAIM,
-            rules: self.rules,
-        };
         let mut state = State {
             table: Table::new(2, Fencing::Watchdog),
-            source: HandOver::new(request),
+            source: Source::Paused,
             requests: Vec::new(),
-            answers: Vec::new(),
-            requests_left: self.requests,
+            answer: None,
+            asked: 0,
             losses_left: self.losses,
             destination_alive: true,
             destination_runs: false,
@@ -205,22 +266,21 @@ impl Model for HandOverModel {
     }
 
     fn actions(&self, state: &State, actions: &mut Vec<Action>) {
-        let phase = state.source.phase();
-        if phase == HandOverPhase::Paused {
-            actions.extend([Action::Ask, Action::Cancel]);
+        if state.source == Source::Paused {
+            actions.extend([Action::Ask, Action::GiveUp, Action::Cancel]);
         }
-        if state.requests_left > 0 {
-            match phase {
-                HandOverPhase::Asked => actions.extend([Action::NoAnswer, Action::Cancel]),
-                HandOverPhase::Reclaiming => actions.push(Action::NoAnswer),
-                _ => {}
-            }
+        if state.has_question() && state.asked < self.requests {
+            actions.push(Action::NoAnswer);
         }
         actions.extend((0..state.requests.len()).map(Action::Decide));
-        actions.extend((0..state.answers.len()).map(Action::Answer));
+        if state.answer.is_some() {
+            actions.push(Action::Answer);
+        }
         if state.losses_left > 0 {
             actions.extend((0..state.requests.len()).map(Action::LoseRequest));
-            actions.extend((0..state.answers.len()).map(Action::LoseAnswer));
+            if state.answer.is_some() {
+                actions.push(Action::LoseAnswer);
+            }
         }
         if !state.destination_runs {
             actions.push(Action::DestinationLooks);
@@ -238,18 +298,30 @@ impl Model for HandOverModel {
     fn next_state(&self, last: &State, action: Action) -> Option<State> {
         let mut state = last.clone();
         match action {
-            Action::Ask => Self::source(&mut state, HandOverEvent::Ask),
-            Action::Cancel => Self::source(&mut state, HandOverEvent::Cancel),
-            Action::NoAnswer => Self::source(&mut state, HandOverEvent::NoAnswer),
+            Action::Ask => {
+                state.source = Source::Committing(Commit::begin(terms(), RETRACTION));
+                Self::ask(&mut state);
+            }
+            Action::GiveUp => {
+                state.source = Source::Committing(Commit::give_up(terms(), RETRACTION));
+                Self::ask(&mut state);
+            }
+            Action::Cancel => state.source = Source::Unasked,
+            Action::NoAnswer => self.no_answer(&mut state),
             Action::Decide(index) => self.decide(&mut state, index),
             Action::LoseRequest(index) => {
                 state.losses_left -= 1;
                 state.requests.remove(index);
             }
-            Action::Answer(index) => Self::answer(&mut state, index),
-            Action::LoseAnswer(index) => {
+            Action::Answer => {
+                self.answer(&mut state);
+                if state.asked < self.requests {
+                    Self::ask(&mut state);
+                }
+            }
+            Action::LoseAnswer => {
                 state.losses_left -= 1;
-                state.answers.remove(index);
+                state.answer = None;
             }
             Action::DestinationLooks => {
                 let tenure = state.table.tenure();
@@ -282,16 +354,22 @@ impl Model for HandOverModel {
             }),
             Property::always(ONE_OWNER, |_, state: &State| !state.two_owners),
             Property::always(NOT_LOST, |_, state: &State| {
-                state.source.phase() != HandOverPhase::Gone || state.committed()
+                !state.source_is_gone() || state.committed()
             }),
             Property::sometimes("the guest goes over", |_, state: &State| {
-                state.destination_runs && state.source.phase() == HandOverPhase::Gone
+                state.destination_runs && state.source_is_gone()
             }),
             Property::sometimes("the guest stays, unasked", |_, state: &State| {
-                state.source.phase() == HandOverPhase::MayResume(Epoch(1))
+                state.source == Source::Unasked
             }),
             Property::sometimes("the guest is taken back", |_, state: &State| {
-                state.source.phase() == HandOverPhase::MayResume(Epoch(2))
+                matches!(
+                    state.source,
+                    Source::Committing(Commit::Resumed {
+                        epoch: Epoch(2),
+                        ..
+                    })
+                )
             }),
         ]
     }

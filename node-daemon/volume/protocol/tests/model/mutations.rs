@@ -127,8 +127,8 @@ fn a_transfer_that_is_not_bound_to_its_epoch_is_noticed() {
 }
 
 #[test]
-fn an_attempt_that_is_decided_twice_is_noticed() {
-    handover_notices(Mutation::AttemptNotIdempotent, handover::NOT_LOST);
+fn a_row_that_forgets_its_attempt_is_noticed() {
+    handover_notices(Mutation::AttemptForgotten, handover::NOT_LOST);
 }
 
 fn fence_notices(mutation: Mutation, property: &'static str, adapt: impl FnOnce(&mut FenceModel)) {

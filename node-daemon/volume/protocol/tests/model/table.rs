@@ -152,12 +152,6 @@ impl Table {
                 *from = row.owner.unwrap_or(*from);
                 *epoch = row.epoch;
             }
-            (Change::Transfer { attempt, .. }, Some(row))
-                if rules.breaks(Mutation::AttemptNotIdempotent)
-                    && row.attempt == Some(*attempt) =>
-            {
-                *attempt = AttemptId::from_bytes([0xFF; 16]);
-            }
             (Change::ConfirmFenced { victim, .. }, _)
                 if rules.breaks(Mutation::WordForAnyGeneration) =>
             {
@@ -175,6 +169,7 @@ impl Table {
             MetaRecord::Vm(row) if rules.breaks(Mutation::TakeOverKeepsEpoch) => {
                 row.epoch = Epoch(row.epoch.0.min(1));
             }
+            MetaRecord::Vm(row) if rules.breaks(Mutation::AttemptForgotten) => row.attempt = None,
             MetaRecord::Rejoin { keep, .. } if rules.breaks(Mutation::RejoinKeepsFencedRows) => {
                 *keep = true;
             }

@@ -9,9 +9,10 @@ mod map;
 mod pvh;
 mod registers;
 
-use std::io::{self, Read};
+use std::io::{self, Cursor, Read};
 
 use kvm_ioctls::VcpuFd;
+use linux_loader::loader::{KernelLoader, KernelLoaderResult};
 use vm_memory::{Bytes as _, GuestAddress};
 
 use crate::kvm::KvmError;
@@ -158,6 +159,21 @@ fn write_reset_vector(memory: &GuestMemory) -> Result<(), BootError> {
     ];
     let vector = GuestAddress(layout::RESET_VECTOR);
     memory.write_slice(&code, vector).map_err(BootError::Memory)
+}
+
+/// Puts a kernel of `L`'s kind where kernels go.
+fn place<L: KernelLoader>(
+    memory: &GuestMemory,
+    kernel: &[u8],
+) -> Result<KernelLoaderResult, BootError> {
+    let himem = Some(GuestAddress(layout::HIMEM_START));
+    L::load(memory, None, &mut Cursor::new(kernel), himem).map_err(BootError::Load)
+}
+
+/// Guest memory ends before a boot structure.
+fn no_memory_at(address: u64) -> BootError {
+    let at = GuestAddress(address);
+    BootError::Memory(vm_memory::GuestMemoryError::InvalidGuestAddress(at))
 }
 
 /// Writes the command line, at most `max` bytes and a NUL.

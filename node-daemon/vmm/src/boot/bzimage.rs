@@ -1,15 +1,13 @@
 //! The Linux 64-bit boot protocol (Documentation/arch/x86/boot.rst).
 
-use std::io::Cursor;
-
 use linux_loader::configurator::linux::LinuxBootConfigurator;
 use linux_loader::configurator::{BootConfigurator, BootParams};
+use linux_loader::loader::KernelLoaderResult;
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
 use linux_loader::loader::bzimage::BzImage;
-use linux_loader::loader::{KernelLoader, KernelLoaderResult};
 use vm_memory::{Address, GuestAddress};
 
-use super::{BootError, BootSource, Entry, load_initrd, map, write_cmdline};
+use super::{BootError, BootSource, Entry, load_initrd, map, no_memory_at, place, write_cmdline};
 use crate::layout;
 use crate::memory::GuestMemory;
 
@@ -31,9 +29,7 @@ pub(super) fn load(
     source: BootSource,
     rsdp: GuestAddress,
 ) -> Result<Entry, BootError> {
-    let mut image = Cursor::new(source.kernel.as_slice());
-    let himem = Some(GuestAddress(layout::HIMEM_START));
-    let loaded = BzImage::load(memory, None, &mut image, himem).map_err(BootError::Load)?;
+    let loaded = place::<BzImage>(memory, &source.kernel)?;
     let Some(header) = loaded.setup_header else {
         return Err(BootError::NotAKernel);
     };
@@ -49,10 +45,8 @@ pub(super) fn load(
     let initrd = load_initrd(memory, source.initrd, kernel_end, limit)?;
     let params = zero_page(memory, header, initrd, rsdp);
     let params = BootParams::new(&params, GuestAddress(layout::ZERO_PAGE));
-    LinuxBootConfigurator::write_bootparams(&params, memory).map_err(|_| {
-        let at = GuestAddress(layout::ZERO_PAGE);
-        BootError::Memory(vm_memory::GuestMemoryError::InvalidGuestAddress(at))
-    })?;
+    LinuxBootConfigurator::write_bootparams(&params, memory)
+        .map_err(|_| no_memory_at(layout::ZERO_PAGE))?;
     Ok(Entry::Linux64(
         loaded.kernel_load.raw_value() + ENTRY_64_OFFSET,
     ))

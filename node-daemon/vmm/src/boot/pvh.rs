@@ -1,17 +1,14 @@
 //! The PVH boot protocol (Xen, docs/misc/pvh.pandoc).
 
-use std::io::Cursor;
-
 use linux_loader::configurator::pvh::PvhBootConfigurator;
 use linux_loader::configurator::{BootConfigurator, BootParams};
-use linux_loader::loader::KernelLoader;
 use linux_loader::loader::elf::start_info::{
     hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info,
 };
 use linux_loader::loader::elf::{Elf, PvhBootCapability};
 use vm_memory::{Address, GuestAddress};
 
-use super::{BootError, BootSource, Entry, load_initrd, map, write_cmdline};
+use super::{BootError, BootSource, Entry, load_initrd, map, no_memory_at, place, write_cmdline};
 use crate::layout;
 use crate::memory::GuestMemory;
 
@@ -25,9 +22,7 @@ pub(super) fn load(
     source: BootSource,
     rsdp: GuestAddress,
 ) -> Result<Entry, BootError> {
-    let mut image = Cursor::new(source.kernel.as_slice());
-    let himem = Some(GuestAddress(layout::HIMEM_START));
-    let loaded = Elf::load(memory, None, &mut image, himem).map_err(BootError::Load)?;
+    let loaded = place::<Elf>(memory, &source.kernel)?;
     let PvhBootCapability::PvhEntryPresent(entry) = loaded.pvh_boot_cap else {
         return Err(BootError::NoPvhEntry);
     };
@@ -68,10 +63,7 @@ pub(super) fn load(
     let mut params = BootParams::new(&start_info, GuestAddress(layout::PVH_START_INFO));
     params.set_sections(&memmap, GuestAddress(layout::PVH_MEMMAP));
     params.set_modules(&modules, GuestAddress(layout::PVH_MODULES));
-    PvhBootConfigurator::write_bootparams(&params, memory).map_err(|_| {
-        BootError::Memory(vm_memory::GuestMemoryError::InvalidGuestAddress(
-            GuestAddress(layout::PVH_START_INFO),
-        ))
-    })?;
+    PvhBootConfigurator::write_bootparams(&params, memory)
+        .map_err(|_| no_memory_at(layout::PVH_START_INFO))?;
     Ok(Entry::Pvh(entry.raw_value()))
 }

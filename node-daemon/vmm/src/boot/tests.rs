@@ -1,5 +1,3 @@
-use std::io::Cursor;
-
 use bascule_types::Bytes;
 use vm_memory::{Bytes as _, GuestAddress};
 

@@ -22,12 +22,16 @@ use bascule_ipc::{Connection, Kind};
 use bascule_types::{Bytes, VmUid};
 use tempfile::TempDir;
 
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Between two looks: asking without a pause takes the time from whoever is asked.
+const POLL: Duration = Duration::from_millis(2);
 
 struct TestProcess {
     child: Child,
     control: Connection,
     dir: TempDir,
+    /// The states in which it was seen before it stopped.
+    shown: Vec<VmState>,
 }
 
 impl Drop for TestProcess {
@@ -69,6 +73,7 @@ impl TestProcess {
         let deadline = Instant::now() + PATIENCE;
         while vm.status().state == VmState::Starting {
             assert!(Instant::now() < deadline, "still starting");
+            std::thread::park_timeout(POLL);
         }
         vm
     }
@@ -99,6 +104,7 @@ impl TestProcess {
             child,
             control,
             dir,
+            shown: Vec::new(),
         }
     }
 
@@ -131,7 +137,9 @@ impl TestProcess {
             if let VmState::Stopped(reason) = status.state {
                 return reason;
             }
+            self.shown.push(status.state.clone());
             assert!(Instant::now() < deadline, "still {:?}", status.state);
+            std::thread::park_timeout(POLL);
         }
     }
 
@@ -309,6 +317,9 @@ fn what_cannot_be_built_is_told_by_name_and_the_process_stays_to_tell() {
             StopReason::Failed { what } => assert!(what.starts_with(expected), "{what}"),
             other => panic!("{other:?}"),
         }
+        // Whoever waits for it to come up must not take anything else for success.
+        vm.shown.retain(|state| *state != VmState::Starting);
+        assert_eq!(vm.shown, []);
         vm.exits();
     }
 }

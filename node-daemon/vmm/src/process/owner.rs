@@ -55,8 +55,9 @@ pub(crate) enum Phase {
     Paused(PausedVm),
     /// The commit request was sent, its outcome is unknown.
     InDoubt(PausedVm),
-    /// The guest is off; its machine is being taken apart and its row given up.
-    Ending,
+    /// The guest is off; its machine is being taken apart and its row given up. Until that is done
+    /// it shows as what it was.
+    Ending(VmState),
     /// The guest runs elsewhere.
     Departed,
     /// The guest is off.
@@ -284,17 +285,18 @@ impl Owner {
             Phase::Running(vm) => Some(vm.handle()),
             Phase::Pausing(machine) => Some(machine.clone()),
             Phase::Paused(vm) | Phase::Incoming(vm) | Phase::InDoubt(vm) => Some(vm.handle()),
-            Phase::Starting | Phase::Ending | Phase::Departed | Phase::Stopped(_) => None,
+            Phase::Starting | Phase::Ending(_) | Phase::Departed | Phase::Stopped(_) => None,
         }
     }
 
-    /// What [`VmState`] it is. A phase that waits for something counts as the one before it ends.
+    /// What [`VmState`] it is. A phase that waits for something counts as the one before.
     pub(crate) fn state(&self) -> VmState {
         match &self.phase {
             Phase::Starting => VmState::Starting,
             Phase::Incoming(_) => VmState::Incoming,
             Phase::Running(_) | Phase::Pausing(_) => VmState::Running,
-            Phase::Paused(_) | Phase::Ending => VmState::Paused,
+            Phase::Paused(_) => VmState::Paused,
+            Phase::Ending(shown) => shown.clone(),
             Phase::InDoubt(_) => VmState::InDoubt,
             Phase::Departed => VmState::Departed,
             Phase::Stopped(reason) => VmState::Stopped(reason.clone()),
@@ -310,7 +312,7 @@ impl Owner {
                     .unanswered()
                     .unwrap_or_else(|| "its processors and devices".to_owned()),
             ),
-            Phase::Ending => Some("its home volume to release its row".to_owned()),
+            Phase::Ending(_) => Some("its home volume to release its row".to_owned()),
             _ => None,
         }
     }
@@ -333,7 +335,7 @@ impl Owner {
             Phase::Pausing(_) => "being paused",
             Phase::Paused(_) => "paused",
             Phase::InDoubt(_) => "in doubt",
-            Phase::Ending => "being stopped",
+            Phase::Ending(_) => "being stopped",
             Phase::Departed => "departed",
             Phase::Stopped(_) => "stopped",
         }

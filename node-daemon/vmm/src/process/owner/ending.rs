@@ -10,7 +10,7 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
-use bascule_ipc::vm::StopReason;
+use bascule_ipc::vm::{StopReason, VmState};
 use bascule_ipc::volume::Response as VolumeResponse;
 use bascule_types::{Epoch, Owner as Tenant, VmUid};
 use bascule_volume_format::change::Change;
@@ -80,13 +80,13 @@ impl Owner {
             }
             (Ok(vm), Some(reason)) => {
                 self.pausing.tell(&Err("the guest was stopped".to_owned()));
-                self.end(Some(vm), reason);
+                self.end(Some(vm), VmState::Running, reason);
             }
             (Err(error), _) => {
                 let what = format!("pause: {error}");
                 tracing::error!(what, "the machine is lost");
                 self.pausing.tell(&Err(what.clone()));
-                self.end(None, StopReason::Failed { what });
+                self.end(None, VmState::Running, StopReason::Failed { what });
             }
         }
     }
@@ -95,17 +95,18 @@ impl Owner {
     /// tell why.
     pub(crate) fn stop(&mut self, reason: StopReason) -> Done {
         let done = self.stopping.join();
+        let shown = self.state();
         match self.take_phase() {
             Phase::Running(vm) => {
                 self.stop_wanted = Some(reason);
                 self.park(vm);
             }
-            Phase::Paused(vm) | Phase::Incoming(vm) => self.end(Some(vm), reason),
+            Phase::Paused(vm) | Phase::Incoming(vm) => self.end(Some(vm), shown, reason),
             phase @ (Phase::Starting | Phase::Pausing(_)) => {
                 self.phase = phase;
                 self.stop_wanted.get_or_insert(reason);
             }
-            phase @ Phase::Ending => self.phase = phase,
+            phase @ Phase::Ending(_) => self.phase = phase,
             // Nobody but the volume decides about a guest in doubt, and a departed or stopped one
             // has nothing left to end.
             phase @ (Phase::InDoubt(_) | Phase::Departed | Phase::Stopped(_)) => {
@@ -118,8 +119,8 @@ impl Owner {
 
     /// Takes apart what there is of the machine, tells the volume that this tenure's writes are over,
     /// and gives the row up.
-    pub(super) fn end(&mut self, machine: Option<PausedVm>, reason: StopReason) {
-        self.phase = Phase::Ending;
+    pub(super) fn end(&mut self, machine: Option<PausedVm>, shown: VmState, reason: StopReason) {
+        self.phase = Phase::Ending(shown);
         let (uid, volume, tenure) = (self.config.uid, self.volume.clone(), self.tenure.take());
         self.aside("end", move |owner| {
             if let Some(machine) = machine {

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use anyhow::Context as _;
 use bascule_devices::disk::VolumeGate;
-use bascule_ipc::vm::{StartMode, StopReason, VmConfig};
+use bascule_ipc::vm::{StartMode, StopReason, VmConfig, VmState};
 use bascule_types::{Epoch, Owner as Tenant};
 
 use super::{Notices, Owner, OwnerHandle, Phase, lock};
@@ -54,7 +54,7 @@ impl Owner {
         self.tenure = tenure;
         let begun = match (built, self.stop_wanted.take()) {
             (Ok(built), Some(reason)) => {
-                self.end(Some(built.vm), reason);
+                self.end(Some(built.vm), VmState::Starting, reason);
                 return;
             }
             (built, _) => built.and_then(|built| self.begin(built)),
@@ -62,11 +62,12 @@ impl Owner {
         if let Err(error) = begun {
             let what = format!("{error:#}");
             tracing::error!(what, "cannot start");
+            let shown = self.state();
             let vm = match self.take_phase() {
                 Phase::Incoming(vm) => Some(vm),
                 _ => None,
             };
-            self.end(vm, StopReason::Failed { what });
+            self.end(vm, shown, StopReason::Failed { what });
         }
     }
 

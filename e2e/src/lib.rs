@@ -11,6 +11,7 @@
 
 mod binaries;
 mod cluster;
+mod embedded;
 mod hanging;
 pub mod kubernetes;
 mod kvm;
@@ -25,6 +26,7 @@ mod watch;
 
 pub use binaries::binary;
 pub use cluster::{TestCluster, TestNode, VmOnVolume};
+pub use embedded::{EmbeddedHost, EmbeddedHosts, RunningCommand};
 pub use hanging::HangingDisk;
 pub use kvm::kvm_or_skip;
 pub use migration::{MovableGuest, TwoNodes};

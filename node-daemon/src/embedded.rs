@@ -5,6 +5,7 @@ mod console;
 mod migrate;
 mod peer;
 mod run;
+mod schema;
 mod spec;
 mod volume;
 

@@ -40,6 +40,10 @@ impl Paths {
         self.run.join("volumes")
     }
 
+    pub(crate) fn volumes_lock(&self) -> PathBuf {
+        self.run.join("volumes.lock")
+    }
+
     pub(crate) fn volume(&self, name: &str) -> PathBuf {
         self.volumes().join(name)
     }

@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::fs;
+use std::io;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::time::Duration;
@@ -53,9 +54,11 @@ impl Supervisor {
         let pid = fs::read_to_string(folder.join("pid"))
             .ok()
             .and_then(|text| text.trim().parse().ok());
-        match pid {
-            Some(pid) if is_alive(pid) => Presence::Silent(pid),
-            _ => Presence::Ended(last_state(&folder)),
+        match (pid, last_state(&folder)) {
+            (Some(pid), _) if is_alive(pid) => Presence::Silent(pid),
+            // Collected while this looked.
+            (None, None) if !folder.exists() => Presence::Absent,
+            (_, last) => Presence::Ended(last),
         }
     }
 
@@ -194,7 +197,13 @@ impl Supervisor {
                 tap::remove(&interface.tap)?;
             }
         }
-        fs::remove_dir_all(&folder).with_context(|| format!("remove {}", folder.display()))?;
+        // At once: in embedded mode two commands may notice one guest's end, and neither may find
+        // half a folder.
+        let grave = self.paths.vms().join(format!("{vm}.gone"));
+        let gone = remove_folder(&grave)
+            .and_then(|()| unless_missing(fs::rename(&folder, &grave)))
+            .and_then(|()| remove_folder(&grave));
+        gone.with_context(|| format!("remove {}", folder.display()))?;
         Ok(())
     }
 
@@ -322,6 +331,17 @@ impl Supervisor {
             }
             Presence::Answering(_) => Rejection::new(RejectReason::Failed, error.to_string()),
         }
+    }
+}
+
+fn remove_folder(path: &Path) -> io::Result<()> {
+    unless_missing(fs::remove_dir_all(path))
+}
+
+fn unless_missing(done: io::Result<()>) -> io::Result<()> {
+    match done {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
     }
 }
 

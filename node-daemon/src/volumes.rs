@@ -5,7 +5,7 @@ use std::fs;
 use std::net::{SocketAddr, TcpListener};
 use std::path::Path;
 use std::process::Command;
-use std::sync::PoisonError;
+use std::sync::{MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -15,6 +15,7 @@ use bascule_node_api::VOLUME_PORT_FIRST;
 use bascule_node_api::command::{Backing, FormatOptions, Outcome, RejectReason};
 use bascule_types::{ClusterId, VolumeId};
 use bascule_volume_format::change::Change;
+use rustix::fs::{FlockOperation, flock};
 
 use crate::files;
 use crate::local::{volume_call, wait_for};
@@ -65,7 +66,7 @@ impl Supervisor {
         cluster: ClusterId,
     ) -> Result<Outcome, Rejection> {
         check_name(name)?;
-        let _alone = self.volumes.lock().unwrap_or_else(PoisonError::into_inner);
+        let _alone = self.volumes_alone()?;
         let folder = self.paths.volume(name);
         if self.volume_is_up(name) {
             return Ok(Outcome::Done);
@@ -85,7 +86,7 @@ impl Supervisor {
 
     /// Starts again every volume process that was attached and has ended, as a crash leaves it.
     pub(crate) fn revive_volumes(&self) -> Result<()> {
-        let _alone = self.volumes.lock().unwrap_or_else(PoisonError::into_inner);
+        let _alone = self.volumes_alone()?;
         for name in self.volume_names()? {
             if self.volume_is_up(&name) {
                 continue;
@@ -104,7 +105,7 @@ impl Supervisor {
     /// Ends a volume's process. It refuses while a VM of this node has it open.
     pub(crate) fn detach_volume(&self, name: &str) -> Result<Outcome, Rejection> {
         check_name(name)?;
-        let _alone = self.volumes.lock().unwrap_or_else(PoisonError::into_inner);
+        let _alone = self.volumes_alone()?;
         let folder = self.paths.volume(name);
         if !folder.exists() {
             return Ok(Outcome::Done);
@@ -175,6 +176,20 @@ impl Supervisor {
 
     pub(crate) fn volume_names(&self) -> Result<Vec<String>> {
         names_in(&self.paths.volumes())
+    }
+
+    /// Keeps others from starting and ending volumes' processes: threads of this one, and in embedded
+    /// mode the other commands of this node beside its daemon.
+    fn volumes_alone(&self) -> Result<VolumesGuard<'_>> {
+        let threads = self.volumes.lock().unwrap_or_else(PoisonError::into_inner);
+        let path = self.paths.volumes_lock();
+        let file = fs::File::create(&path).with_context(|| format!("open {}", path.display()))?;
+        flock(&file, FlockOperation::LockExclusive)
+            .with_context(|| format!("lock {}", path.display()))?;
+        Ok(VolumesGuard {
+            _threads: threads,
+            _processes: file,
+        })
     }
 
     fn launch_volume(&self, name: &str, attachment: &Attachment) -> Result<(), Rejection> {
@@ -264,6 +279,13 @@ impl Supervisor {
             .iter()
             .any(|report| report.volume == name && report.alive))
     }
+}
+
+/// Held while a volume's process is started or ended.
+struct VolumesGuard<'a> {
+    _threads: MutexGuard<'a, ()>,
+    /// Its lock goes with the descriptor.
+    _processes: fs::File,
 }
 
 /// What a volume was attached with, in its run directory.

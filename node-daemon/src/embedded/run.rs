@@ -317,16 +317,19 @@ fn check_started(node: &Supervisor, vm: VmUid) -> Result<()> {
 
 fn say_how_it_ended(node: &Supervisor, vm: VmUid) -> Result<()> {
     let last = wait_for(LAST_STATUS_LIMIT, || match node.presence(vm) {
-        Presence::Answering(status) if is_over(&status.state) => {
-            Some(Some((status.pid, status.state)))
-        }
-        Presence::Ended(state) => Some(state.map(|state| (0, state))),
-        Presence::Absent => Some(None),
+        Presence::Answering(status) if is_over(&status.state) => Some(Presence::Answering(status)),
         Presence::Answering(_) | Presence::Silent(_) => None,
-    })
-    .flatten();
-    let Some((pid, state)) = last else {
-        bail!("the VM's process ended without a word")
+        gone => Some(gone),
+    });
+    let (pid, state) = match last {
+        Some(Presence::Answering(status)) => (status.pid, status.state),
+        Some(Presence::Ended(Some(state))) => (0, state),
+        // `stop` and `migrate` forget it themselves.
+        Some(Presence::Absent) => {
+            eprintln!("\r\nThe guest is no longer on this node.");
+            return Ok(());
+        }
+        _ => bail!("the VM's process ended without a word"),
     };
     node.collect_vm(vm, pid)?;
     match state {

@@ -10,6 +10,8 @@ use bascule_types::{Bytes, VmUid};
 use bascule_volume_format::change::{DiskRole, RowName};
 use sha2::{Digest, Sha256};
 
+use super::schema::check_fields;
+
 /// A disk that the VM needs on its volume.
 #[derive(Debug)]
 pub(crate) struct WantedDisk {
@@ -37,6 +39,7 @@ impl Document {
 
     fn parse(text: &str) -> Result<Self> {
         let vm: VirtualMachine = serde_saphyr::from_str(text).context("not a VirtualMachine")?;
+        check_fields(&serde_saphyr::from_str(text).context("not a document")?)?;
         if let Err(errors) = vm.spec.check(&vm.metadata) {
             let lines: Vec<String> = errors.iter().map(|error| format!("  {error}")).collect();
             bail!("the document cannot be carried out:\n{}", lines.join("\n"));

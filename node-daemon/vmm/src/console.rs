@@ -6,8 +6,9 @@ use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use rustix::io::Errno;
-use rustix::net::SendFlags;
+use self::terminal::Terminal;
+
+mod terminal;
 
 /// What a newly attached terminal is shown of the past.
 const RING_BYTES: usize = 64 << 10;
@@ -25,8 +26,7 @@ struct Sinks {
     ring: VecDeque<u8>,
     log: Option<File>,
     log_bytes: u64,
-    attached: Option<UnixStream>,
-    stalled: bool,
+    attached: Option<Terminal>,
 }
 
 impl Console {
@@ -45,12 +45,11 @@ impl Console {
     }
 
     /// Sends all further output to `stream` too, in place of an earlier one, after the last 64 KiB
-    /// of the past. A terminal that does not keep up loses bytes: the guest never waits for it.
+    /// of the past. A terminal that does not keep up loses lines: the guest never waits for it.
     pub fn attach(&self, stream: UnixStream) {
         let mut sinks = self.lock();
         let past: Vec<u8> = sinks.ring.iter().copied().collect();
-        sinks.attached = Some(stream);
-        sinks.stalled = false;
+        sinks.attached = Some(Terminal::new(stream));
         sinks.show(&past);
     }
 
@@ -106,20 +105,10 @@ impl Sinks {
     }
 
     fn show(&mut self, bytes: &[u8]) {
-        let Some(stream) = &self.attached else {
-            return;
-        };
-        // The socket itself stays blocking: its other clone is read from.
-        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
-        match rustix::io::retry_on_intr(|| rustix::net::send(stream, bytes, flags)) {
-            Ok(sent) if sent == bytes.len() => self.stalled = false,
-            Ok(_) | Err(Errno::AGAIN) => {
-                if !self.stalled {
-                    tracing::info!("the attached terminal does not keep up: output is dropped");
-                }
-                self.stalled = true;
-            }
-            Err(_) => self.attached = None,
+        if let Some(terminal) = &self.attached
+            && !terminal.show(bytes)
+        {
+            self.attached = None;
         }
     }
 }

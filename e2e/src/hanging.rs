@@ -12,8 +12,13 @@ use anyhow::{Context, Result, ensure};
 #[derive(Debug)]
 pub struct HangingDisk {
     directory: tempfile::TempDir,
-    hangs: bool,
 }
+
+/// While it lives, every write to the disk hangs. To be made after, and so dropped before, the
+/// processes that write: one that waits for a hanging write cannot even be killed.
+#[derive(Debug)]
+#[must_use]
+pub struct HangGuard<'a>(&'a HangingDisk);
 
 impl HangingDisk {
     /// A disk of `mib`, all of it written once.
@@ -33,10 +38,7 @@ impl HangingDisk {
             .args(["-o", "loop"])
             .arg(&image)
             .arg(&mount))?;
-        let disk = Self {
-            directory,
-            hangs: false,
-        };
+        let disk = Self { directory };
         let mut file = File::create(disk.path()).context("make the disk")?;
         let piece = vec![0; 1 << 20];
         for _ in 0..mib {
@@ -52,15 +54,17 @@ impl HangingDisk {
         self.mount().join("disk")
     }
 
-    /// Lets every write hang, or lets them all go on.
+    /// Lets every write hang, as long as the guard lives.
     ///
     /// # Errors
     /// When the kernel does not.
-    pub fn hang(&mut self, hang: bool) -> Result<()> {
-        let how = if hang { "--freeze" } else { "--unfreeze" };
-        run(Command::new("fsfreeze").arg(how).arg(self.mount()))?;
-        self.hangs = hang;
-        Ok(())
+    pub fn hang(&self) -> Result<HangGuard<'_>> {
+        self.freeze("--freeze")?;
+        Ok(HangGuard(self))
+    }
+
+    fn freeze(&self, how: &str) -> Result<()> {
+        run(Command::new("fsfreeze").arg(how).arg(self.mount()))
     }
 
     fn mount(&self) -> PathBuf {
@@ -68,13 +72,16 @@ impl HangingDisk {
     }
 }
 
-impl Drop for HangingDisk {
+impl Drop for HangGuard<'_> {
     fn drop(&mut self) {
-        if self.hangs
-            && let Err(error) = self.hang(false)
-        {
+        if let Err(error) = self.0.freeze("--unfreeze") {
             eprintln!("{error:#}");
         }
+    }
+}
+
+impl Drop for HangingDisk {
+    fn drop(&mut self) {
         // Lazily: a process that still has the disk open may end after this.
         if let Err(error) = run(Command::new("umount").arg("--lazy").arg(self.mount())) {
             eprintln!("{error:#}");

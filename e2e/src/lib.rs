@@ -27,7 +27,7 @@ mod watch;
 pub use binaries::binary;
 pub use cluster::{TestCluster, TestNode, VmOnVolume};
 pub use embedded::{EmbeddedHost, EmbeddedHosts, RunningCommand};
-pub use hanging::HangingDisk;
+pub use hanging::{HangGuard, HangingDisk};
 pub use kvm::kvm_or_skip;
 pub use migration::{MovableGuest, TwoNodes};
 pub use network::{GATEWAY, GUEST, Network, Tap};

@@ -50,7 +50,7 @@ fn a_hanging_disk_keeps_nobody_from_asking_and_says_what_is_waited_for() {
     if !kvm_or_skip("a_hanging_disk_keeps_nobody_from_asking_and_says_what_is_waited_for") {
         return;
     }
-    let mut disk = HangingDisk::new(16).unwrap();
+    let disk = HangingDisk::new(16).unwrap();
     let network = Network::new().unwrap();
     let run_dir = tempfile::tempdir().unwrap();
     let spec = TestVmSpec::probe()
@@ -66,7 +66,7 @@ fn a_hanging_disk_keeps_nobody_from_asking_and_says_what_is_waited_for() {
     assert_eq!(vm.waits_for().unwrap(), None);
 
     // A pause that hangs is told, and comes about when the device is back.
-    disk.hang(true).unwrap();
+    let hanging = disk.hang().unwrap();
     wait_standstill(&mut session, &console);
     vm.must(&Request::Pause).unwrap();
     assert_eq!(vm.status().unwrap().state, VmState::Running);
@@ -77,7 +77,7 @@ fn a_hanging_disk_keeps_nobody_from_asking_and_says_what_is_waited_for() {
         reason.contains("being paused") && reason.contains(&waits),
         "{reason}"
     );
-    disk.hang(false).unwrap();
+    drop(hanging);
     vm.wait_state(&VmState::Paused, SOON).unwrap();
     assert_eq!(vm.waits_for().unwrap(), None);
     vm.must(&Request::Resume).unwrap();
@@ -85,7 +85,7 @@ fn a_hanging_disk_keeps_nobody_from_asking_and_says_what_is_waited_for() {
     console.check().unwrap();
 
     // So does a stop, which may not forget a write that may still land.
-    disk.hang(true).unwrap();
+    let hanging = disk.hang().unwrap();
     wait_standstill(&mut session, &console);
     vm.must(&Request::Stop).unwrap();
     vm.reconnect().unwrap();
@@ -93,7 +93,7 @@ fn a_hanging_disk_keeps_nobody_from_asking_and_says_what_is_waited_for() {
     let waits = vm.waits_for().unwrap().unwrap();
     assert!(waits.contains("disk \"data\""), "{waits}");
     refusal(&mut vm, &Request::Exit);
-    disk.hang(false).unwrap();
+    drop(hanging);
     assert_eq!(vm.wait_stopped(SOON).unwrap(), StopReason::Requested);
     assert!(vm.exit(SOON).unwrap().success());
 }

@@ -1,6 +1,8 @@
 //! The Join service: trades a node-bound token for a node certificate.
 
+use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context;
 use bascule_api::names::JOIN_AUDIENCE;
@@ -12,15 +14,18 @@ use k8s_openapi::api::authentication::v1::{TokenReview, TokenReviewSpec, TokenRe
 use k8s_openapi::api::core::v1::Node;
 use kube::api::PostParams;
 use kube::{Api, Client};
+use tokio::sync::oneshot;
+use tokio_stream::wrappers::TcpListenerStream;
 use tonic::transport::{Identity, Server, ServerTlsConfig};
 use tonic::{Request, Response, Status};
 
 use crate::cli::Args;
+use crate::identity::OwnIdentity;
 
 /// Lets nodes in.
 pub(crate) struct JoinService {
     client: Client,
-    authority: Arc<Authority>,
+    identity: OwnIdentity,
     cluster: ClusterId,
     /// `system:serviceaccount:<namespace>:<name>`.
     username: String,
@@ -39,31 +44,77 @@ impl JoinService {
         );
         Self {
             client,
-            authority,
+            identity: OwnIdentity::new(authority, vec![OPERATOR_NAME.to_owned()]),
             cluster,
             username,
         }
     }
 
     /// Serves for ever.
-    pub(crate) async fn serve(self, listen: std::net::SocketAddr) -> anyhow::Result<()> {
-        let identity = self
-            .authority
-            .issue_operator(&[OPERATOR_NAME.to_owned()])
-            .context("issue the operator's certificate")?;
+    pub(crate) async fn serve(self, listen: SocketAddr) -> anyhow::Result<()> {
+        let listener =
+            TcpListener::bind(listen).with_context(|| format!("listen on {listen} for Join"))?;
+        Arc::new(self).serve_on(listener, RENEWAL_CHECK).await
+    }
+
+    /// Serves on a socket that stays open while one server takes over from the other, each with a
+    /// certificate of its own: whoever connects in between waits in the socket's queue.
+    async fn serve_on(
+        self: Arc<Self>,
+        listener: TcpListener,
+        check: Duration,
+    ) -> anyhow::Result<()> {
+        listener
+            .set_nonblocking(true)
+            .context("set up the socket")?;
+        loop {
+            let identity = self.identity.get()?;
+            let (end_tx, end_rx) = oneshot::channel::<()>();
+            let socket = listener.try_clone().context("share the socket")?;
+            let mut server =
+                tokio::spawn(Arc::clone(&self).serve_as(identity.clone(), socket, end_rx));
+            loop {
+                tokio::select! {
+                    ended = &mut server => ended.context("serve Join")??,
+                    () = tokio::time::sleep(check) => {}
+                }
+                if server.is_finished() {
+                    anyhow::bail!("the Join server ended");
+                }
+                if self.identity.is_due(&identity)? {
+                    break;
+                }
+            }
+            // It answers what it has been asked, and accepts nothing more.
+            drop(end_tx);
+            let rest = async move { tokio::time::timeout(CALL_LIMIT * 2, server).await.map(drop) };
+            tokio::spawn(rest);
+        }
+    }
+
+    async fn serve_as(
+        self: Arc<Self>,
+        identity: bascule_pki::Identity,
+        socket: TcpListener,
+        end_rx: oneshot::Receiver<()>,
+    ) -> anyhow::Result<()> {
         let tls = ServerTlsConfig::new().identity(Identity::from_pem(
             &identity.certificate_pem,
             &identity.key_pem,
         ));
+        let socket = tokio::net::TcpListener::from_std(socket).context("set up the socket")?;
         Server::builder()
             .tls_config(tls)
             .context("set up TLS")?
             .timeout(CALL_LIMIT)
             .concurrency_limit_per_connection(4)
-            .add_service(JoinServer::new(self))
-            .serve(listen)
+            .add_service(JoinServer::from_arc(self))
+            .serve_with_incoming_shutdown(TcpListenerStream::new(socket), async move {
+                // Dropped or sent, it means the same.
+                drop(end_rx.await);
+            })
             .await
-            .with_context(|| format!("serve Join on {listen}"))
+            .context("serve Join")
     }
 
     async fn review(&self, token: String) -> Result<TokenReviewStatus, Status> {
@@ -110,14 +161,14 @@ impl Join for JoinService {
         let node: NodeUid = uid
             .parse()
             .map_err(|_| Status::internal("the node's UID is not a UUID"))?;
-        let certificate_pem = self
-            .authority
+        let authority = self.identity.authority();
+        let certificate_pem = authority
             .sign_node(&request.csr_pem, node)
             .map_err(|error| Status::invalid_argument(error.to_string()))?;
         tracing::info!(node = bound.name, uid, "joined");
         Ok(Response::new(JoinResponse {
             certificate_pem,
-            ca_pem: self.authority.certificate_pem().to_owned(),
+            ca_pem: authority.certificate_pem().to_owned(),
             node_uid: uid,
             cluster_id: self.cluster.to_string(),
         }))
@@ -180,7 +231,9 @@ const TOKEN_BYTES_MAX: usize = 16 << 10;
 /// Requests for an elliptic-curve key are less than 1 KiB.
 const CSR_BYTES_MAX: usize = 16 << 10;
 /// Two calls to the API server.
-const CALL_LIMIT: std::time::Duration = std::time::Duration::from_secs(15);
+const CALL_LIMIT: Duration = Duration::from_secs(15);
+/// A certificate has a month left when it is due.
+const RENEWAL_CHECK: Duration = Duration::from_secs(3600);
 
 #[cfg(test)]
 mod tests {
@@ -239,5 +292,89 @@ mod tests {
         unbound.user.as_mut().unwrap().extra = None;
         let status = refused(&unbound);
         assert!(status.message().contains("1.33"), "{status}");
+    }
+
+    /// What a server shows to whoever connects.
+    fn shown(address: SocketAddr, authority_pem: &str) -> Vec<u8> {
+        use rustls::pki_types::pem::PemObject;
+        use rustls::pki_types::{CertificateDer, ServerName};
+
+        let mut roots = rustls::RootCertStore::empty();
+        roots
+            .add(CertificateDer::from_pem_slice(authority_pem.as_bytes()).unwrap())
+            .unwrap();
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let mut config = rustls::ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        config.alpn_protocols = vec![b"h2".to_vec()];
+        let name = ServerName::try_from(OPERATOR_NAME).unwrap();
+        let mut client = rustls::ClientConnection::new(Arc::new(config), name).unwrap();
+        let mut stream = std::net::TcpStream::connect(address).unwrap();
+        while client.is_handshaking() {
+            client.complete_io(&mut stream).unwrap();
+        }
+        client.peer_certificates().unwrap()[0].to_vec()
+    }
+
+    async fn shown_now(address: SocketAddr, authority_pem: &str) -> Vec<u8> {
+        let pem = authority_pem.to_owned();
+        tokio::task::spawn_blocking(move || shown(address, &pem))
+            .await
+            .unwrap()
+    }
+
+    /// The Join service's certificate was made once and expired 90 days later, unless the operator
+    /// was restarted before.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn the_certificate_is_renewed_in_time_and_nobody_is_turned_away() {
+        let (identity, days) = crate::identity::tests::with_days_ahead();
+        let authority_pem = identity.authority().certificate_pem().to_owned();
+        let (service, _) = tower_test::mock::pair::<
+            http::Request<kube::client::Body>,
+            http::Response<kube::client::Body>,
+        >();
+        let join = Arc::new(JoinService {
+            client: Client::new(service, "default"),
+            identity,
+            cluster: ClusterId::random(),
+            username: USER.to_owned(),
+        });
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let server = tokio::spawn(join.serve_on(listener, Duration::from_millis(1)));
+        let first = shown_now(address, &authority_pem).await;
+        let tls = tonic::transport::ClientTlsConfig::new()
+            .ca_certificate(tonic::transport::Certificate::from_pem(&authority_pem))
+            .domain_name(OPERATOR_NAME);
+        let channel = tonic::transport::Endpoint::from_shared(format!("https://{address}"))
+            .unwrap()
+            .tls_config(tls)
+            .unwrap()
+            .connect()
+            .await
+            .unwrap();
+        let mut caller = bascule_node_api::proto::join_client::JoinClient::new(channel);
+        // Refused before the API server is asked, which there is none of here.
+        let mut call = async || {
+            let request = JoinRequest {
+                token: "x".repeat(TOKEN_BYTES_MAX + 1),
+                ..JoinRequest::default()
+            };
+            caller.join(request).await.unwrap_err().code()
+        };
+        assert_eq!(call().await, Code::InvalidArgument);
+        assert_eq!(shown_now(address, &authority_pem).await, first);
+
+        days.store(61, std::sync::atomic::Ordering::Relaxed);
+        while shown_now(address, &authority_pem).await == first {
+            tokio::task::yield_now().await;
+        }
+        days.store(0, std::sync::atomic::Ordering::Relaxed);
+        assert_eq!(call().await, Code::InvalidArgument, "the caller goes on");
+        assert!(!server.is_finished());
+        server.abort();
     }
 }

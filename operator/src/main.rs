@@ -10,6 +10,7 @@ mod authority;
 mod cli;
 mod execute;
 mod http;
+mod identity;
 mod intent;
 mod join;
 mod lease;

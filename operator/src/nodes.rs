@@ -17,6 +17,7 @@ use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 
+use crate::identity::OwnIdentity;
 use crate::run::now;
 
 /// All nodes.
@@ -27,8 +28,7 @@ pub(crate) struct Nodes {
 
 #[derive(Debug)]
 struct Shared {
-    authority: Arc<Authority>,
-    tls: Mutex<Option<ClientTlsConfig>>,
+    identity: OwnIdentity,
     entries: Mutex<HashMap<String, Entry>>,
     changed: Arc<Notify>,
 }
@@ -63,8 +63,7 @@ pub(crate) struct NodeState {
 impl Nodes {
     pub(crate) fn new(authority: Arc<Authority>, changed: Arc<Notify>) -> Self {
         let shared = Shared {
-            authority,
-            tls: Mutex::new(None),
+            identity: OwnIdentity::new(authority, vec![]),
             entries: Mutex::new(HashMap::new()),
             changed,
         };
@@ -152,29 +151,14 @@ impl Shared {
         }
     }
 
-    /// The operator's own certificate, made again before it expires.
+    /// What the operator shows to a node, and expects of it.
     fn tls(&self) -> Result<ClientTlsConfig> {
-        let mut cached = self.tls.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(tls) = &*cached {
-            return Ok(tls.clone());
-        }
-        let identity = self
-            .authority
-            .issue_operator(&[])
-            .context("issue a certificate")?;
-        let tls = ClientTlsConfig::new()
-            .ca_certificate(Certificate::from_pem(self.authority.certificate_pem()))
-            .identity(Identity::from_pem(
-                &identity.certificate_pem,
-                &identity.key_pem,
-            ))
-            .domain_name(NODE_TLS_NAME);
-        *cached = Some(tls.clone());
-        Ok(tls)
-    }
-
-    fn forget_tls(&self) {
-        *self.tls.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        let own = self.identity.get()?;
+        let authority = self.identity.authority().certificate_pem();
+        Ok(ClientTlsConfig::new()
+            .ca_certificate(Certificate::from_pem(authority))
+            .identity(Identity::from_pem(&own.certificate_pem, &own.key_pem))
+            .domain_name(NODE_TLS_NAME))
     }
 }
 
@@ -201,8 +185,8 @@ async fn follow_node(shared: Arc<Shared>, name: String, address: IpAddr, uid: St
             was_up || failures == 1
         });
         if failures.is_multiple_of(CERTIFICATE_SUSPECT_AFTER) {
-            // Ours may have expired while the operator was suspended, or the authority changed.
-            shared.forget_tls();
+            // Perhaps it is ours: clocks jump.
+            shared.identity.forget();
         }
         tokio::time::sleep(RECONNECT).await;
     }

@@ -287,7 +287,7 @@ fn exists_is_fine<K>(outcome: kube::Result<K>) -> Result<()> {
 }
 
 /// What is gone needs no deletion.
-fn not_found_is_fine<K>(outcome: kube::Result<K>) -> Result<()> {
+pub(crate) fn not_found_is_fine<K>(outcome: kube::Result<K>) -> Result<()> {
     match outcome {
         Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
         other => Ok(other.map(drop)?),

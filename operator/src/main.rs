@@ -2,7 +2,8 @@
 //!
 //! `stores` and `nodes` observe (the API's watches, the daemons' reports), `rows` asks the volumes;
 //! `observe` and `intent` make of all that what the core understands; `execute` does what the core
-//! says; `vms` and `volumes` go round. `join` lets nodes in. Only the leader plans; every replica
+//! says; `vms` and `volumes` go round. `prune` deletes old
+//! records. `join` lets nodes in. Only the leader plans; every replica
 //! serves Join. The operator keeps nothing that it could not learn again.
 #![forbid(unsafe_code)]
 
@@ -19,6 +20,7 @@ mod metrics;
 mod nodes;
 mod observe;
 mod pod;
+mod prune;
 mod records;
 mod report;
 mod rows;

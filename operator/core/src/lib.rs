@@ -20,6 +20,7 @@ mod fact;
 mod intent;
 mod observed;
 mod plan;
+mod records;
 #[cfg(test)]
 mod sim;
 mod verdict;
@@ -38,6 +39,7 @@ pub use observed::{
     Observed, Peer, Pod, PodPhase, Process, RowView, Stream, VolumeView,
 };
 pub use plan::plan;
+pub use records::{ClosedRecord, RECORDS_KEPT, RecordKind, surplus};
 pub use verdict::{Verdict, verdict};
 pub use volume::{
     FormatState, NodeOnVolume, VolumeAction, VolumeIntent, VolumeObserved, VolumePlan,

@@ -1,0 +1,98 @@
+//! The rounds that delete old records. Which go is decided by the core.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use bascule_api::{Failover, FailoverPhase, MigrationPhase, VirtualMachineMigration};
+use bascule_operator_core::{ClosedRecord, RecordKind, surplus};
+use k8s_openapi::NamespaceResourceScope;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use kube::api::{DeleteParams, Preconditions};
+use kube::{Api, Resource};
+use serde::de::DeserializeOwned;
+
+use crate::execute::{Cluster, not_found_is_fine};
+use crate::intent::moment;
+
+/// Goes round for ever.
+pub(crate) async fn rounds(cluster: Cluster) {
+    loop {
+        tokio::time::sleep(ROUND).await;
+        for record in surplus(closed(&cluster)).into_iter().take(DELETIONS_MAX) {
+            if let Err(error) = delete(&cluster, &record).await {
+                tracing::warn!(
+                    namespace = record.namespace,
+                    name = record.name,
+                    error = format!("{error:#}"),
+                    "an old record cannot be deleted"
+                );
+                break;
+            }
+            tracing::debug!(?record, "deleted");
+        }
+    }
+}
+
+/// All records that have come to their end.
+fn closed(cluster: &Cluster) -> Vec<ClosedRecord> {
+    let vms = cluster.stores.vms.state();
+    let exists = |namespace: &Option<String>, name: &str| {
+        vms.iter().any(|vm| {
+            vm.metadata.namespace == *namespace && vm.metadata.name.as_deref() == Some(name)
+        })
+    };
+    let record = |kind, metadata: &ObjectMeta, vm: &str| ClosedRecord {
+        kind,
+        namespace: metadata.namespace.clone().unwrap_or_default(),
+        name: metadata.name.clone().unwrap_or_default(),
+        uid: metadata.uid.clone().unwrap_or_default(),
+        vm: exists(&metadata.namespace, vm).then(|| vm.to_owned()),
+        created: metadata
+            .creation_timestamp
+            .as_ref()
+            .map(|at| moment(&at.0))
+            .unwrap_or_default(),
+    };
+    let migrations = cluster.stores.migrations.state();
+    let migrations = migrations.iter().filter(|m| {
+        let phase = m.status.as_ref().and_then(|status| status.phase);
+        phase.is_some_and(MigrationPhase::is_final)
+    });
+    let failovers = cluster.stores.failovers.state();
+    let failovers = failovers.iter().filter(|f| {
+        let phase = f.status.as_ref().and_then(|status| status.phase);
+        phase.is_some_and(FailoverPhase::is_final)
+    });
+    migrations
+        .map(|m| record(RecordKind::Migration, &m.metadata, &m.spec.virtual_machine))
+        .chain(
+            failovers.map(|f| record(RecordKind::Failover, &f.metadata, &f.spec.virtual_machine)),
+        )
+        .collect()
+}
+
+async fn delete(cluster: &Cluster, record: &ClosedRecord) -> Result<()> {
+    match record.kind {
+        RecordKind::Migration => delete_as::<VirtualMachineMigration>(cluster, record).await,
+        RecordKind::Failover => delete_as::<Failover>(cluster, record).await,
+    }
+}
+
+async fn delete_as<K>(cluster: &Cluster, record: &ClosedRecord) -> Result<()>
+where
+    K: Resource<Scope = NamespaceResourceScope, DynamicType = ()> + Clone + DeserializeOwned,
+    K: std::fmt::Debug,
+{
+    let api: Api<K> = Api::namespaced(cluster.client.clone(), &record.namespace);
+    // Another record of that name stays.
+    let params = DeleteParams::default().preconditions(Preconditions {
+        uid: Some(record.uid.clone()),
+        resource_version: None,
+    });
+    not_found_is_fine(api.delete(&record.name, &params).await).context("delete it")
+}
+
+/// Nobody waits for it.
+const ROUND: Duration = Duration::from_secs(30);
+/// A cluster with a backlog of years is not to be flooded with calls.
+const DELETIONS_MAX: usize = 200;

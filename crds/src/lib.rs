@@ -25,6 +25,7 @@ mod quantity;
 mod shared_volume;
 #[cfg(feature = "kinds")]
 mod virtual_machine;
+mod words;
 
 #[cfg(feature = "kinds")]
 pub use common::{Fingerprint, ProofKind, condition_is, set_condition};
@@ -36,8 +37,8 @@ pub use duration::{Duration, DurationError};
 pub use failover::{Failover, FailoverPhase, FailoverSpec, FailoverStatus, FencingProof};
 #[cfg(feature = "kinds")]
 pub use migration::{
-    MigrationMode, MigrationPhase, MigrationProgress, VirtualMachineMigration,
-    VirtualMachineMigrationSpec, VirtualMachineMigrationStatus,
+    MigrationProgress, VirtualMachineMigration, VirtualMachineMigrationSpec,
+    VirtualMachineMigrationStatus,
 };
 #[cfg(feature = "kinds")]
 pub use quantity::{Quantity, QuantityError};
@@ -48,8 +49,9 @@ pub use shared_volume::{
 };
 #[cfg(feature = "kinds")]
 pub use virtual_machine::{
-    Availability, Boot, Cpu, DeletionPolicy, Disk, DiskState, DiskStatus, DrainPolicy,
-    ExistingDisk, FailurePolicy, FieldError, HostFileSource, HttpSource, Interface,
-    InterfaceStatus, MigrationLimits, Ownership, Phase, Placement, RestartLimits, RunPolicy,
-    Source, SourceKind, VirtualMachine, VirtualMachineSpec, VirtualMachineStatus, mac_address,
+    Availability, Boot, Cpu, DeletionPolicy, Disk, DiskState, DiskStatus, ExistingDisk, FieldError,
+    HostFileSource, HttpSource, Interface, InterfaceStatus, MigrationLimits, Ownership, Placement,
+    RestartLimits, Source, SourceKind, VirtualMachine, VirtualMachineSpec, VirtualMachineStatus,
+    mac_address,
 };
+pub use words::{DrainPolicy, FailurePolicy, MigrationMode, MigrationPhase, Phase, RunPolicy};

@@ -10,7 +10,7 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::{Duration, Quantity};
+use crate::{Duration, MigrationMode, MigrationPhase, Quantity};
 
 /// What is asked of the move.
 #[derive(CustomResource, KubeSchema, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -118,16 +118,6 @@ pub struct VirtualMachineMigrationSpec {
     pub cancel: bool,
 }
 
-/// How to move.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
-pub enum MigrationMode {
-    /// While it runs.
-    #[default]
-    Live,
-    /// Paused, through the volume.
-    Quick,
-}
-
 /// What is known of the move.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
@@ -167,47 +157,6 @@ pub struct VirtualMachineMigrationStatus {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
     pub conditions: Vec<Condition>,
-}
-
-/// How far a migration is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
-pub enum MigrationPhase {
-    /// It waits for its turn.
-    Pending,
-    /// The scheduler looks for a target.
-    Placing,
-    /// Memory is being copied.
-    Copying,
-    /// Ownership is being handed over.
-    Committing,
-    /// The guest runs on the target.
-    Succeeded,
-    /// It failed; the guest is where it was.
-    Failed,
-    /// It was cancelled; the guest is where it was.
-    Cancelled,
-}
-
-impl MigrationPhase {
-    /// Whether the attempt has come to its end.
-    #[must_use]
-    pub const fn is_final(self) -> bool {
-        matches!(self, Self::Succeeded | Self::Failed | Self::Cancelled)
-    }
-
-    /// The word.
-    #[must_use]
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Pending => "Pending",
-            Self::Placing => "Placing",
-            Self::Copying => "Copying",
-            Self::Committing => "Committing",
-            Self::Succeeded => "Succeeded",
-            Self::Failed => "Failed",
-            Self::Cancelled => "Cancelled",
-        }
-    }
 }
 
 /// How the copying goes.

@@ -102,6 +102,10 @@ pub mod reason {
     pub const DELETING: &str = "Deleting";
     /// The spec cannot be carried out, for the reason in the message.
     pub const INVALID_SPEC: &str = "InvalidSpec";
+    /// The spec has changed since the guest was started.
+    pub const SPEC_CHANGED: &str = "SpecChanged";
+    /// The guest runs as its spec says.
+    pub const UP_TO_DATE: &str = "UpToDate";
     /// Nothing is known yet.
     pub const UNKNOWN: &str = "Unknown";
 
@@ -130,6 +134,8 @@ pub mod reason {
     pub const NOT_ATTACHED: &str = "NotAttached";
     /// The volume is not formatted, and `initialize` is Never.
     pub const NOT_FORMATTED: &str = "NotFormatted";
+    /// The device holds something, and no volume that can be used here was found on it.
+    pub const NOT_BLANK: &str = "NotBlank";
     /// The volume is being formatted.
     pub const FORMATTING: &str = "Formatting";
     /// VirtualMachines still live on the volume.
@@ -161,6 +167,9 @@ pub mod reason {
     pub const NO_TARGET: &str = "NoTarget";
     /// A migration did not end within its time limit.
     pub const TIMED_OUT: &str = "TimedOut";
+    /// A live migration was given up: the guest changes its memory faster than it can be copied
+    /// within the limits.
+    pub const NOT_CONVERGING: &str = "NotConverging";
     /// The VM was deleted or stopped in the meantime.
     pub const SUPERSEDED: &str = "Superseded";
     /// The suspected node came back before it was proved dead.
@@ -169,6 +178,10 @@ pub mod reason {
     pub const TAKEN_OVER: &str = "TakenOver";
     /// A reservation pod was lost and made again.
     pub const RESERVATION_LOST: &str = "ReservationLost";
+    /// Event on a Node: no guest can run there, for the reason in the message.
+    pub const KVM_UNAVAILABLE: &str = "KvmUnavailable";
+    /// Event on a Node: guests can run there again.
+    pub const KVM_AVAILABLE: &str = "KvmAvailable";
     /// A row on the volume has no VirtualMachine.
     pub const UNCLAIMED_ROW: &str = "UnclaimedRow";
 }

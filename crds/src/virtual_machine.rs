@@ -6,8 +6,8 @@ mod status;
 
 pub use check::{FieldError, mac_address};
 pub use spec::{
-    Availability, Boot, Cpu, DeletionPolicy, Disk, DrainPolicy, ExistingDisk, FailurePolicy,
-    HostFileSource, HttpSource, Interface, MigrationLimits, Placement, RestartLimits, RunPolicy,
-    Source, SourceKind, VirtualMachine, VirtualMachineSpec,
+    Availability, Boot, Cpu, DeletionPolicy, Disk, ExistingDisk, HostFileSource, HttpSource,
+    Interface, MigrationLimits, Placement, RestartLimits, Source, SourceKind, VirtualMachine,
+    VirtualMachineSpec,
 };
-pub use status::{DiskState, DiskStatus, InterfaceStatus, Ownership, Phase, VirtualMachineStatus};
+pub use status::{DiskState, DiskStatus, InterfaceStatus, Ownership, VirtualMachineStatus};

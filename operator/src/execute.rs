@@ -10,8 +10,7 @@ use bascule_api::names::{
     FIELD_MANAGER, LABEL_PURPOSE, LABEL_TRIGGER, LABEL_VM, TRIGGER_DRAIN, VM_FINALIZER,
 };
 use bascule_api::{
-    Failover, FailoverSpec, Fingerprint, VirtualMachine, VirtualMachineMigration,
-    VirtualMachineMigrationSpec,
+    Failover, FailoverSpec, VirtualMachine, VirtualMachineMigration, VirtualMachineMigrationSpec,
 };
 use bascule_node_api::command::{Command, VmSpec};
 use bascule_operator_core::{Action, History, MigrationMode, Moment, Purpose, VmIntent};
@@ -29,6 +28,12 @@ use crate::pod::{self, Reservation};
 use crate::records;
 use crate::rows::RowsCache;
 use crate::stores::Stores;
+
+/// A node or a volume said no. That is an answer, and conditions tell it to people; the operator's
+/// log does not cry for help over it.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct Refused(pub(crate) String);
 
 /// What every execution needs.
 #[derive(Clone)]
@@ -196,10 +201,7 @@ impl Execution<'_> {
     async fn create_migration(&self, name: &str, mode: MigrationMode) -> Result<()> {
         let spec = VirtualMachineMigrationSpec {
             virtual_machine: self.intent.name.clone(),
-            mode: match mode {
-                MigrationMode::Live => bascule_api::MigrationMode::Live,
-                MigrationMode::Quick => bascule_api::MigrationMode::Quick,
-            },
+            mode,
             target: None,
             downtime: None,
             timeout: None,
@@ -228,10 +230,7 @@ impl Execution<'_> {
             uid: self.intent.uid.to_string(),
             node: node.to_owned(),
             volume: self.intent.volume.clone(),
-            owner: Fingerprint {
-                slot: i32::from(owner.slot.0),
-                generation: owner.generation.to_string(),
-            },
+            owner: records::fingerprint(owner),
             epoch: epoch.to_string(),
         };
         let failover = Failover {

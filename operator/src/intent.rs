@@ -3,14 +3,10 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use bascule_api::{
-    DeletionPolicy, Disk, DrainPolicy, FailurePolicy, RunPolicy, Source, SourceKind,
-    VirtualMachine, mac_address,
-};
+use bascule_api::{DeletionPolicy, Disk, Source, SourceKind, VirtualMachine, mac_address};
 use bascule_node_api::command::{DiskRef, Interface, VmSpec};
 use bascule_operator_core::{
-    self as core, Budgets, DiskIntent, ImageSource, Moment, Origin, RestartBudget, SpecDigest,
-    VmIntent,
+    Budgets, DiskIntent, ImageSource, Moment, Origin, RestartBudget, SpecDigest, VmIntent,
 };
 use bascule_types::Bytes;
 use bascule_volume_format::change::{DiskRole, RowName};
@@ -35,11 +31,7 @@ pub(crate) fn intent(vm: &VirtualMachine) -> Result<VmIntent> {
             .context("metadata.uid")?,
         row: RowName::new(format!("{namespace}/{name}")).context("metadata.name")?,
         volume: vm.spec.volume.clone(),
-        run: match vm.spec.run_policy {
-            RunPolicy::Always => core::RunPolicy::Always,
-            RunPolicy::OnFailure => core::RunPolicy::OnFailure,
-            RunPolicy::Stopped => core::RunPolicy::Stopped,
-        },
+        run: vm.spec.run_policy,
         deleting_since: vm
             .metadata
             .deletion_timestamp
@@ -48,15 +40,8 @@ pub(crate) fn intent(vm: &VirtualMachine) -> Result<VmIntent> {
         finalizer: has_finalizer(vm),
         digest: digest(vm)?,
         disks: disks(vm, &namespace, &name)?,
-        on_drain: match vm.spec.availability.on_drain {
-            DrainPolicy::LiveMigrate => core::DrainPolicy::LiveMigrate,
-            DrainPolicy::QuickMigrate => core::DrainPolicy::QuickMigrate,
-            DrainPolicy::Shutdown => core::DrainPolicy::Shutdown,
-        },
-        on_failure: match vm.spec.availability.on_node_failure {
-            FailurePolicy::Restart => core::FailurePolicy::Restart,
-            FailurePolicy::Leave => core::FailurePolicy::Leave,
-        },
+        on_drain: vm.spec.availability.on_drain,
+        on_failure: vm.spec.availability.on_node_failure,
         budgets: Budgets {
             downtime: limits.downtime.to_std()?,
             live: limits.live_timeout.to_std()?,

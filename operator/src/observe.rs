@@ -4,14 +4,13 @@ use std::collections::BTreeMap;
 
 use bascule_api::names::{LABEL_TRIGGER, TRIGGER_DRAIN};
 use bascule_api::{
-    Failover, MigrationMode, MigrationPhase, Phase, SharedVolume, VirtualMachine,
-    VirtualMachineMigration,
+    Failover, MigrationPhase, SharedVolume, VirtualMachine, VirtualMachineMigration,
 };
 use bascule_ipc::volume::{FencingMode, PathState, Rows};
 use bascule_node_api::report::ImportState;
 use bascule_operator_core::{
     self as core, Access, Fact, FailoverView, History, ImportPhase, ImportView, Moment, NodeView,
-    Observed, Peer, Process, RowView, Stream, VolumeView,
+    Observed, Peer, Process, Reported, RowView, Stream, VolumeView,
 };
 use bascule_types::{Epoch, Generation, Owner, SlotId, VmUid};
 use k8s_openapi::api::core::v1::Node;
@@ -216,10 +215,7 @@ fn migration_view(m: &VirtualMachineMigration) -> Option<core::Migration> {
         name: m.name_any(),
         attempt: m.uid()?.parse().ok()?,
         created: created.map(|at| moment(&at.0)).unwrap_or_default(),
-        mode: match m.spec.mode {
-            MigrationMode::Live => core::MigrationMode::Live,
-            MigrationMode::Quick => core::MigrationMode::Quick,
-        },
+        mode: m.spec.mode,
         target: m.spec.target.clone(),
         downtime: m.spec.downtime.as_ref().and_then(|d| d.to_std().ok()),
         timeout: m.spec.timeout.as_ref().and_then(|d| d.to_std().ok()),
@@ -229,15 +225,7 @@ fn migration_view(m: &VirtualMachineMigration) -> Option<core::Migration> {
             .labels()
             .get(LABEL_TRIGGER)
             .is_some_and(|trigger| trigger == TRIGGER_DRAIN),
-        phase: match status.phase.unwrap_or(MigrationPhase::Pending) {
-            MigrationPhase::Pending => core::MigrationPhase::Pending,
-            MigrationPhase::Placing => core::MigrationPhase::Placing,
-            MigrationPhase::Copying => core::MigrationPhase::Copying,
-            MigrationPhase::Committing => core::MigrationPhase::Committing,
-            MigrationPhase::Succeeded => core::MigrationPhase::Succeeded,
-            MigrationPhase::Failed => core::MigrationPhase::Failed,
-            MigrationPhase::Cancelled => core::MigrationPhase::Cancelled,
-        },
+        phase: status.phase.unwrap_or(MigrationPhase::Pending),
         started: status.started_at.as_ref().map(|at| moment(&at.0)),
         source: status.source.clone(),
         source_epoch: status.source_epoch.as_deref().and_then(parse).map(Epoch),
@@ -273,12 +261,6 @@ fn open_failover(vm: &VirtualMachine, stores: &Stores) -> Fact<FailoverView> {
 
 fn history(vm: &VirtualMachine, memory: &History) -> History {
     let status = vm.status.clone().unwrap_or_default();
-    let running = [
-        Phase::Running,
-        Phase::Migrating,
-        Phase::FailingOver,
-        Phase::Unknown,
-    ];
     History {
         restarts: status
             .recent_restarts
@@ -287,7 +269,10 @@ fn history(vm: &VirtualMachine, memory: &History) -> History {
             .collect(),
         stopping_since: status.stopping_since.as_ref().map(|at| moment(&at.0)),
         completed: status.completed,
-        was_running: status.phase.is_some_and(|phase| running.contains(&phase)),
+        reported: status.phase.map(|phase| Reported {
+            phase,
+            node: status.node.clone(),
+        }),
         ..memory.clone()
     }
 }

@@ -3,12 +3,13 @@
 use anyhow::Result;
 use bascule_api::names::{condition, reason};
 use bascule_api::{
-    Duration, Failover, FailoverPhase, FailoverStatus, FencingProof, MigrationPhase,
+    Duration, Failover, FailoverPhase, FailoverStatus, FencingProof, Fingerprint, MigrationPhase,
     MigrationProgress, ProofKind, Quantity, VirtualMachine, VirtualMachineMigration,
     VirtualMachineMigrationStatus, set_condition,
 };
 use bascule_ipc::vm::{self, MigrationStatus};
 use bascule_operator_core::{self as core, FailoverUpdate, MigrationUpdate, Purpose};
+use bascule_types::Owner;
 use bascule_volume_format::change::{AdministratorsWord, FenceProof};
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
@@ -65,7 +66,7 @@ pub(crate) async fn refuse_strays(cluster: &Cluster) -> Result<()> {
     for object in cluster.stores.migrations.state_filter(stray) {
         let message = format!("there is no VirtualMachine {}", object.spec.virtual_machine);
         let update = MigrationUpdate {
-            phase: core::MigrationPhase::Failed,
+            phase: MigrationPhase::Failed,
             source: None,
             target: None,
             source_epoch: None,
@@ -152,15 +153,7 @@ fn migration_status(
     generation: Option<i64>,
     now: Timestamp,
 ) -> VirtualMachineMigrationStatus {
-    let phase = match update.phase {
-        core::MigrationPhase::Pending => MigrationPhase::Pending,
-        core::MigrationPhase::Placing => MigrationPhase::Placing,
-        core::MigrationPhase::Copying => MigrationPhase::Copying,
-        core::MigrationPhase::Committing => MigrationPhase::Committing,
-        core::MigrationPhase::Succeeded => MigrationPhase::Succeeded,
-        core::MigrationPhase::Failed => MigrationPhase::Failed,
-        core::MigrationPhase::Cancelled => MigrationPhase::Cancelled,
-    };
+    let phase = update.phase;
     let mut conditions = old.conditions.clone();
     let complete = match phase {
         MigrationPhase::Succeeded => "True",
@@ -315,6 +308,23 @@ fn proof_of(proof: FenceProof) -> FencingProof {
     FencingProof { kind, detail }
 }
 
+/// A slot and generation, as documents write them.
+pub(crate) fn fingerprint(owner: Owner) -> Fingerprint {
+    Fingerprint {
+        slot: i32::from(owner.slot.0),
+        generation: owner.generation.to_string(),
+    }
+}
+
+/// A condition's status.
+pub(crate) const fn word(status: Option<bool>) -> &'static str {
+    match status {
+        Some(true) => "True",
+        Some(false) => "False",
+        None => "Unknown",
+    }
+}
+
 /// A condition.
 pub(crate) fn condition_of(
     type_: &str,
@@ -339,7 +349,7 @@ mod tests {
 
     use super::*;
 
-    fn update(phase: core::MigrationPhase) -> MigrationUpdate {
+    fn update(phase: MigrationPhase) -> MigrationUpdate {
         MigrationUpdate {
             phase,
             source: Some("a".to_owned()),
@@ -373,24 +383,13 @@ mod tests {
     #[test]
     fn stages_are_stamped_once() {
         let old = VirtualMachineMigrationStatus::default();
-        let placing =
-            migration_status(&old, &update(core::MigrationPhase::Placing), Some(1), at(1));
+        let placing = migration_status(&old, &update(MigrationPhase::Placing), Some(1), at(1));
         assert_eq!(
             (placing.started_at.is_some(), placing.placed_at.is_some()),
             (true, false)
         );
-        let copying = migration_status(
-            &placing,
-            &update(core::MigrationPhase::Copying),
-            Some(1),
-            at(2),
-        );
-        let done = migration_status(
-            &copying,
-            &update(core::MigrationPhase::Succeeded),
-            Some(1),
-            at(9),
-        );
+        let copying = migration_status(&placing, &update(MigrationPhase::Copying), Some(1), at(2));
+        let done = migration_status(&copying, &update(MigrationPhase::Succeeded), Some(1), at(9));
         assert_eq!(done.started_at, placing.started_at);
         assert_eq!(done.placed_at.unwrap().0, at(2));
         assert_eq!(done.finished_at.unwrap().0, at(9));
@@ -399,19 +398,14 @@ mod tests {
 
     #[test]
     fn progress_reads_in_percent_and_is_complete_only_at_the_end() {
-        let mut running = update(core::MigrationPhase::Copying);
+        let mut running = update(MigrationPhase::Copying);
         running.progress = Some(copying());
         let old = VirtualMachineMigrationStatus::default();
         let status = migration_status(&old, &running, Some(1), at(1));
         let shown = status.progress.clone().unwrap();
         assert_eq!(shown.percent.as_deref(), Some("75%"));
         assert_eq!(shown.measured_downtime.unwrap().as_str(), "12ms");
-        let done = migration_status(
-            &status,
-            &update(core::MigrationPhase::Succeeded),
-            Some(1),
-            at(2),
-        );
+        let done = migration_status(&status, &update(MigrationPhase::Succeeded), Some(1), at(2));
         let shown = done.progress.unwrap();
         assert_eq!(shown.percent.as_deref(), Some("100%"));
         assert_eq!(

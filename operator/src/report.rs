@@ -1,17 +1,17 @@
 //! The status of a VirtualMachine.
 
-use bascule_api::names::condition;
+use bascule_api::names::{condition, reason};
 use bascule_api::{
-    DiskState, DiskStatus, Fingerprint, InterfaceStatus, Ownership, Phase, Quantity,
-    VirtualMachine, VirtualMachineStatus, mac_address, set_condition,
+    DiskState, DiskStatus, InterfaceStatus, Ownership, Phase, Quantity, VirtualMachine,
+    VirtualMachineStatus, mac_address, set_condition,
 };
 use bascule_operator_core::{
-    Condition, Fact, ImportPhase, Moment, Observed, VmIntent, VmPhase, VmReport,
+    Condition, Fact, ImportPhase, Moment, Observed, RowView, VmIntent, VmReport,
 };
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
-use crate::records::condition_of;
+use crate::records::{condition_of, fingerprint, word};
 
 /// The status that a plan's report and what was observed make.
 pub(crate) fn status(
@@ -22,32 +22,31 @@ pub(crate) fn status(
     now: Timestamp,
 ) -> VirtualMachineStatus {
     let old = vm.status.clone().unwrap_or_default();
+    if report.keep {
+        return old;
+    }
     let mut conditions = old.conditions.clone();
     let mut put = |type_: &str, new: &Condition| {
-        let state = match new.status {
-            Some(true) => "True",
-            Some(false) => "False",
-            None => "Unknown",
-        };
-        let mut new = condition_of(type_, state, new.reason, &new.message, now);
+        let mut new = condition_of(type_, word(new.status), new.reason, &new.message, now);
         new.observed_generation = vm.metadata.generation;
         set_condition(&mut conditions, new);
     };
     put(condition::READY, &report.ready);
     put(condition::PROTECTED, &report.protected);
     put(condition::IMPORTED, &report.imported);
-    let restart = if report.restart_required {
-        Condition::new(
-            Some(true),
-            "SpecChanged",
-            "the change takes effect at the next start",
-        )
-    } else {
-        Condition::new(Some(false), "UpToDate", "")
-    };
-    put(condition::RESTART_REQUIRED, &restart);
-    let phase = phase(report.phase);
-    let row = observed.row.known();
+    match report.restart_required {
+        Some(true) => {
+            let message = "the change takes effect at the next start";
+            let restart = Condition::new(Some(true), reason::SPEC_CHANGED, message);
+            put(condition::RESTART_REQUIRED, &restart);
+        }
+        Some(false) => {
+            let restart = Condition::new(Some(false), reason::UP_TO_DATE, "");
+            put(condition::RESTART_REQUIRED, &restart);
+        }
+        None => {}
+    }
+    let phase = report.phase;
     let started = phase == Phase::Running
         && !matches!(
             old.phase,
@@ -57,13 +56,11 @@ pub(crate) fn status(
         observed_generation: vm.metadata.generation,
         phase: Some(phase),
         node: report.node.clone(),
-        ownership: row.map(|row| Ownership {
-            owner: row.owner.map(|owner| Fingerprint {
-                slot: i32::from(owner.slot.0),
-                generation: owner.generation.to_string(),
-            }),
-            epoch: row.epoch.to_string(),
-        }),
+        ownership: match &observed.row {
+            Fact::Known(row) => Some(ownership(row)),
+            Fact::Unknown => old.ownership,
+            Fact::Absent => None,
+        },
         migration: report.migration.clone(),
         started_at: if started {
             Some(Time(now))
@@ -80,20 +77,10 @@ pub(crate) fn status(
     }
 }
 
-/// The API's word for a phase.
-pub(crate) const fn phase(phase: VmPhase) -> Phase {
-    match phase {
-        VmPhase::Pending => Phase::Pending,
-        VmPhase::Importing => Phase::Importing,
-        VmPhase::Starting => Phase::Starting,
-        VmPhase::Running => Phase::Running,
-        VmPhase::Migrating => Phase::Migrating,
-        VmPhase::FailingOver => Phase::FailingOver,
-        VmPhase::Stopping => Phase::Stopping,
-        VmPhase::Stopped => Phase::Stopped,
-        VmPhase::Failed => Phase::Failed,
-        VmPhase::Deleting => Phase::Deleting,
-        VmPhase::Unknown => Phase::Unknown,
+fn ownership(row: &RowView) -> Ownership {
+    Ownership {
+        owner: row.owner.map(fingerprint),
+        epoch: row.epoch.to_string(),
     }
 }
 
@@ -156,4 +143,87 @@ fn time(at: Moment) -> Option<Time> {
             // The API keeps whole seconds.
             Time(Timestamp::from_second(at.as_second()).unwrap_or(at))
         })
+}
+
+#[cfg(test)]
+mod tests {
+    use bascule_api::condition_is;
+    use bascule_operator_core::{Reported, VolumeView, plan};
+    use serde_json::json;
+
+    use super::*;
+
+    fn at(second: i64) -> Timestamp {
+        Timestamp::from_second(second).unwrap()
+    }
+
+    /// It ran on n1 as the last leader saw it.
+    fn vm() -> VirtualMachine {
+        serde_json::from_value(json!({
+            "apiVersion": "bascule.dev/v1alpha1",
+            "kind": "VirtualMachine",
+            "metadata": {
+                "name": "web", "namespace": "shop", "generation": 3,
+                "uid": "6fa459ea-ee8a-4ca4-894e-db77e160355e",
+                "finalizers": ["bascule.dev/virtual-machine"],
+            },
+            "spec": {
+                "memory": "512Mi", "volume": "san", "boot": {"kernel": {"hostFile": {"name": "k"}}},
+            },
+            "status": {
+                "observedGeneration": 3, "phase": "Running", "node": "n1",
+                "ownership": {"owner": {"slot": 1, "generation": "7"}, "epoch": "5"},
+                "conditions": [
+                    {"type": "Ready", "status": "True", "reason": "Running", "message": "",
+                     "lastTransitionTime": "1970-01-01T00:00:05Z"},
+                    {"type": "Protected", "status": "True", "reason": "Protected", "message": "",
+                     "lastTransitionTime": "1970-01-01T00:00:06Z"},
+                    {"type": "RestartRequired", "status": "True", "reason": "SpecChanged",
+                     "message": "", "lastTransitionTime": "1970-01-01T00:00:07Z"},
+                ],
+            },
+        }))
+        .unwrap()
+    }
+
+    fn nothing_heard_since(since: u64) -> Observed {
+        let mut observed = Observed {
+            volume: Fact::Known(VolumeView {
+                fencing: bascule_ipc::volume::FencingMode::Watchdog,
+                file: false,
+                identified: true,
+                peers: vec![],
+            }),
+            ..Observed::default()
+        };
+        observed.history.reported = Some(Reported {
+            phase: Phase::Running,
+            node: Some("n1".to_owned()),
+        });
+        observed.history.unknown_since = Some(Moment(since));
+        observed
+    }
+
+    fn status_at(now: u64) -> VirtualMachineStatus {
+        let (vm, observed) = (vm(), nothing_heard_since(1_000_000));
+        let intent = crate::intent::intent(&vm).unwrap();
+        let report = plan(&intent, &observed, Moment(now)).report;
+        status(&vm, &intent, &observed, &report, at(2_000))
+    }
+
+    #[test]
+    fn a_status_that_nobody_can_add_to_is_left_as_it_is() {
+        assert_eq!(Some(status_at(1_000_000)), vm().status);
+    }
+
+    #[test]
+    fn lasting_silence_takes_back_what_depends_on_it_and_nothing_else() {
+        let (old, new) = (vm().status.unwrap(), status_at(1_060_000));
+        assert_eq!(new.phase, Some(Phase::Unknown));
+        assert_eq!((new.node, new.ownership), (old.node, old.ownership));
+        let ready = new.conditions.iter().find(|c| c.type_ == "Ready").unwrap();
+        assert_eq!(ready.status, "Unknown");
+        assert_eq!(ready.last_transition_time.0, at(2_000));
+        assert!(condition_is(&new.conditions, "RestartRequired"));
+    }
 }

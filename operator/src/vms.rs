@@ -18,7 +18,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tracing::Instrument;
 
-use crate::execute::{Cluster, Execution, apply};
+use crate::execute::{Cluster, Execution, Refused, apply};
 use crate::run::now;
 
 /// What the operator remembers of one virtual machine, and when it looks at it next.
@@ -149,16 +149,22 @@ async fn look_at(cluster: &Cluster, vm: &VirtualMachine, memory: &Mutex<History>
     if executed.is_ok() && plan.report.ready.status == Some(true) {
         history.error = None;
     }
+    history.unknown_since = plan.report.unknown_since;
+    let told_before = observed.history.error == history.error;
     *memory.lock().unwrap_or_else(PoisonError::into_inner) = history;
     let mut requeue = plan.requeue;
     if let Err(error) = executed {
-        cluster.metrics.plan_failures.inc();
-        tracing::warn!(
-            error = format!("{error:#}"),
-            actions,
-            "the plan was not carried out"
-        );
         requeue = requeue.min(RETRY);
+        let refused = error.is::<Refused>();
+        let error = format!("{error:#}");
+        if !refused {
+            cluster.metrics.plan_failures.inc();
+            tracing::warn!(error, actions, "the plan was not carried out");
+        } else if told_before {
+            tracing::debug!(error, "refused again");
+        } else {
+            tracing::info!(error, "refused");
+        }
     }
     let status = crate::report::status(vm, &intent, &observed, &plan.report, Timestamp::now());
     if vm.status.as_ref() != Some(&status)

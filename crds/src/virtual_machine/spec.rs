@@ -12,7 +12,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::status::VirtualMachineStatus;
-use crate::{Duration, Quantity};
+use crate::{DrainPolicy, Duration, FailurePolicy, Quantity, RunPolicy};
 
 /// What is asked of the virtual machine.
 #[derive(CustomResource, KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -79,18 +79,6 @@ pub struct VirtualMachineSpec {
     /// for it. A change takes effect with the next reservation.
     #[serde(default)]
     pub placement: Placement,
-}
-
-/// Whether the guest should run.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-pub enum RunPolicy {
-    /// It should run, always.
-    #[default]
-    Always,
-    /// It should run until it shuts itself down.
-    OnFailure,
-    /// It should be stopped.
-    Stopped,
 }
 
 /// Virtual processors.
@@ -258,28 +246,6 @@ pub struct Availability {
     /// How often a guest that ends by itself is started again.
     #[serde(default)]
     pub restart: RestartLimits,
-}
-
-/// What happens on a drain.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-pub enum DrainPolicy {
-    /// Move it while it runs.
-    #[default]
-    LiveMigrate,
-    /// Pause, save, go on elsewhere.
-    QuickMigrate,
-    /// Shut down, start elsewhere.
-    Shutdown,
-}
-
-/// What happens when the node is lost.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-pub enum FailurePolicy {
-    /// Start it elsewhere.
-    #[default]
-    Restart,
-    /// Wait for the node.
-    Leave,
 }
 
 /// Limits of a move. The reservation pod's termination grace period is the sum of the three

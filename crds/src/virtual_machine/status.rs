@@ -4,7 +4,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::{Fingerprint, Quantity};
+use crate::{Fingerprint, Phase, Quantity};
 
 /// What is known of the virtual machine. The volume's own records are right about who may run it;
 /// this is a report of them.
@@ -57,68 +57,6 @@ pub struct VirtualMachineStatus {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
     pub conditions: Vec<Condition>,
-}
-
-/// What a virtual machine is doing, for people.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
-pub enum Phase {
-    /// It waits for something that the Ready condition names.
-    Pending,
-    /// Images are being copied to the volume.
-    Importing,
-    /// It is about to start.
-    Starting,
-    /// It runs.
-    Running,
-    /// It runs, and is on its way to another node.
-    Migrating,
-    /// Its node is silent; it is about to be started elsewhere.
-    FailingOver,
-    /// It was asked to shut down.
-    Stopping,
-    /// It is stopped.
-    Stopped,
-    /// It ended or could not be started, and waits or has given up.
-    Failed,
-    /// It is being deleted.
-    Deleting,
-    /// Nobody can say at present. The guest may well be running.
-    Unknown,
-}
-
-impl Phase {
-    /// All phases, for metrics that report every one of them.
-    pub const ALL: [Self; 11] = [
-        Self::Pending,
-        Self::Importing,
-        Self::Starting,
-        Self::Running,
-        Self::Migrating,
-        Self::FailingOver,
-        Self::Stopping,
-        Self::Stopped,
-        Self::Failed,
-        Self::Deleting,
-        Self::Unknown,
-    ];
-
-    /// The word.
-    #[must_use]
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Pending => "Pending",
-            Self::Importing => "Importing",
-            Self::Starting => "Starting",
-            Self::Running => "Running",
-            Self::Migrating => "Migrating",
-            Self::FailingOver => "FailingOver",
-            Self::Stopping => "Stopping",
-            Self::Stopped => "Stopped",
-            Self::Failed => "Failed",
-            Self::Deleting => "Deleting",
-            Self::Unknown => "Unknown",
-        }
-    }
 }
 
 /// Who owns a virtual machine on its volume.

@@ -3,12 +3,12 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use bascule_api::{MigrationMode, MigrationPhase, Phase};
 use bascule_ipc::vm::{MigrationLimits, MigrationStatus};
 use bascule_types::{AttemptId, DiskId, Epoch, Owner};
 use bascule_volume_format::change::{Change, FenceProof};
 
-use crate::observed::MigrationPhase;
-use crate::{ImageSource, MigrationMode, Moment};
+use crate::{ImageSource, Moment};
 
 /// One thing to do. All are idempotent.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -129,6 +129,8 @@ pub enum Action {
     MigrateLive {
         /// The source.
         node: String,
+        /// Its process.
+        pid: u32,
         /// The attempt.
         attempt: AttemptId,
         /// Where the destination listens.
@@ -142,6 +144,8 @@ pub enum Action {
     MigrateQuick {
         /// The source.
         node: String,
+        /// Its process.
+        pid: u32,
         /// The attempt.
         attempt: AttemptId,
         /// Who will own the row.
@@ -257,8 +261,13 @@ pub struct Plan {
 /// A VirtualMachine's status.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VmReport {
+    /// Nothing is known at present, and it has not been for long: what the status says stays as it
+    /// is, and nothing below counts.
+    pub keep: bool,
+    /// Since when nothing has been known: for the next plan to remember.
+    pub unknown_since: Option<Moment>,
     /// One word.
-    pub phase: VmPhase,
+    pub phase: Phase,
     /// The node that it runs on.
     pub node: Option<String>,
     /// The summary.
@@ -267,8 +276,8 @@ pub struct VmReport {
     pub protected: Condition,
     /// Whether its disks are there.
     pub imported: Condition,
-    /// Whether the running guest differs from the spec.
-    pub restart_required: bool,
+    /// Whether the running guest differs from the spec; none when nothing says so.
+    pub restart_required: Option<bool>,
     /// The migration that is under way.
     pub migration: Option<String>,
     /// Since when it has been asked to shut down.
@@ -302,31 +311,4 @@ impl Condition {
             message: message.into(),
         }
     }
-}
-
-/// What a virtual machine is doing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum VmPhase {
-    /// It waits.
-    Pending,
-    /// Images are being copied.
-    Importing,
-    /// It is about to start.
-    Starting,
-    /// It runs.
-    Running,
-    /// It runs and is on its way.
-    Migrating,
-    /// Its node is silent.
-    FailingOver,
-    /// It was asked to shut down.
-    Stopping,
-    /// It is stopped.
-    Stopped,
-    /// It ended, and waits or has given up.
-    Failed,
-    /// It is being deleted.
-    Deleting,
-    /// Nobody can say.
-    Unknown,
 }

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use bascule_api::{DrainPolicy, FailurePolicy, RunPolicy};
 use bascule_types::{Bytes, VmUid};
 use bascule_volume_format::change::{DiskRole, RowName};
 
@@ -59,6 +60,21 @@ pub struct DiskIntent {
     pub delete_with_vm: bool,
 }
 
+impl DiskIntent {
+    /// The field of the document that asks for it, for messages.
+    #[must_use]
+    pub fn field(&self) -> String {
+        match (self.role, &self.origin) {
+            (DiskRole::Kernel, _) => "spec.boot.kernel".to_owned(),
+            (DiskRole::Initrd, _) => "spec.boot.initrd".to_owned(),
+            (DiskRole::Data, Origin::Existing) => {
+                format!("spec.disks[{}].existing.name", self.name)
+            }
+            (DiskRole::Data, _) => format!("spec.disks[{}]", self.name),
+        }
+    }
+}
+
 /// How a disk comes to be.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Origin {
@@ -93,46 +109,6 @@ pub enum ImageSource {
         /// Its name there.
         name: String,
     },
-}
-
-/// Whether a guest should run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RunPolicy {
-    /// Always.
-    Always,
-    /// Until it shuts itself down.
-    OnFailure,
-    /// Not.
-    Stopped,
-}
-
-/// What happens on a drain.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum DrainPolicy {
-    /// Live, then quick, then shutdown.
-    LiveMigrate,
-    /// Quick, then shutdown.
-    QuickMigrate,
-    /// Shutdown.
-    Shutdown,
-}
-
-/// What happens when a node is lost.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum FailurePolicy {
-    /// Start it elsewhere.
-    Restart,
-    /// Wait.
-    Leave,
-}
-
-/// How to move.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum MigrationMode {
-    /// While it runs.
-    Live,
-    /// Through the volume.
-    Quick,
 }
 
 /// How long moves may take.

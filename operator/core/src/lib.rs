@@ -26,17 +26,15 @@ mod sim;
 mod verdict;
 mod volume;
 
-pub use action::{
-    Action, Condition, FailoverUpdate, MigrationUpdate, Plan, Purpose, VmPhase, VmReport,
+pub use action::{Action, Condition, FailoverUpdate, MigrationUpdate, Plan, Purpose, VmReport};
+pub use bascule_api::{
+    DrainPolicy, FailurePolicy, MigrationMode, MigrationPhase, Phase, RunPolicy,
 };
 pub use fact::{Fact, Moment};
-pub use intent::{
-    Budgets, DiskIntent, DrainPolicy, FailurePolicy, ImageSource, MigrationMode, Origin,
-    RestartBudget, RunPolicy, SpecDigest, VmIntent,
-};
+pub use intent::{Budgets, DiskIntent, ImageSource, Origin, RestartBudget, SpecDigest, VmIntent};
 pub use observed::{
-    Access, FailoverView, History, ImportPhase, ImportView, Migration, MigrationPhase, NodeView,
-    Observed, Peer, Pod, PodPhase, Process, RowView, Stream, VolumeView,
+    Access, FailoverView, History, ImportPhase, ImportView, Migration, NodeView, Observed, Peer,
+    Pod, PodPhase, Process, Reported, RowView, Stream, VolumeView,
 };
 pub use plan::plan;
 pub use records::{ClosedRecord, RECORDS_KEPT, RecordKind, surplus};

@@ -7,13 +7,14 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
+use bascule_api::{MigrationMode, MigrationPhase, Phase};
 use bascule_ipc::vm::VmStatus;
 use bascule_ipc::volume::{FencingMode, PathState, WatchdogKind};
 use bascule_types::{AttemptId, Bytes, DiskId, Epoch, NodeUid, Owner};
 use bascule_volume_format::change::{DiskRow, FenceRow, Refusal};
 
 use crate::action::Purpose;
-use crate::{Fact, MigrationMode, Moment, SpecDigest};
+use crate::{Fact, Moment, SpecDigest};
 
 /// Everything that a plan looks at.
 #[derive(Clone, Debug, Default)]
@@ -197,33 +198,6 @@ pub struct Migration {
     pub reason: Option<String>,
 }
 
-/// Where a migration stands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum MigrationPhase {
-    /// It waits.
-    Pending,
-    /// It waits for the scheduler.
-    Placing,
-    /// Memory is being copied.
-    Copying,
-    /// Ownership is being handed over.
-    Committing,
-    /// Done.
-    Succeeded,
-    /// Failed; the guest is where it was.
-    Failed,
-    /// Cancelled; the guest is where it was.
-    Cancelled,
-}
-
-impl MigrationPhase {
-    /// Whether it has ended.
-    #[must_use]
-    pub const fn is_final(self) -> bool {
-        matches!(self, Self::Succeeded | Self::Failed | Self::Cancelled)
-    }
-}
-
 /// An open Failover record.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FailoverView {
@@ -280,6 +254,15 @@ pub enum ImportPhase {
     },
 }
 
+/// What a status says, whoever wrote it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Reported {
+    /// What the virtual machine was doing.
+    pub phase: Phase,
+    /// Where.
+    pub node: Option<String>,
+}
+
 /// What was done before: from the status, or from the operator's memory. All of it may be lost; then
 /// something is done once more.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -290,14 +273,16 @@ pub struct History {
     pub stopping_since: Option<Moment>,
     /// Whether the guest shut itself down and is to stay down.
     pub completed: bool,
-    /// Whether the guest was running when last seen.
-    pub was_running: bool,
+    /// What the status says.
+    pub reported: Option<Reported>,
+    /// Since when this operator has known nothing of the virtual machine.
+    pub unknown_since: Option<Moment>,
     /// When the power button was last pressed.
     pub power_button: Option<Moment>,
     /// When each disk's import was last begun.
     pub imports_begun: BTreeMap<DiskId, Moment>,
-    /// The attempt that a source was last asked to begin, and when.
-    pub move_begun: Option<(AttemptId, Moment)>,
+    /// The attempt that a source was last asked to begin, and its process, which said yes.
+    pub move_begun: Option<(AttemptId, u32)>,
     /// The attempt that a node last refused to begin, when, and why.
     pub move_rejected: Option<(AttemptId, Moment, String)>,
     /// Where an incoming VM process said it listens.

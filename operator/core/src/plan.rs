@@ -31,10 +31,11 @@ mod tests;
 use std::time::Duration;
 
 use bascule_api::names::reason;
+use bascule_ipc::vm::VmState;
 use bascule_volume_format::change::Change;
 
 use crate::observed::RowView;
-use crate::{Action, Condition, Fact, Moment, Observed, Plan, Pod, VmIntent, VmPhase, VmReport};
+use crate::{Action, Condition, Fact, Moment, Observed, Phase, Plan, Pod, VmIntent, VmReport};
 
 /// What to do next for one virtual machine. See the crate's documentation.
 #[must_use]
@@ -76,9 +77,12 @@ impl<'a> Planner<'a> {
         match &self.observed.volume {
             Fact::Absent => {
                 let message = format!("SharedVolume {} does not exist", self.intent.volume);
-                return self.ready(VmPhase::Pending, false, reason::VOLUME_MISSING, message);
+                return self.ready(Phase::Pending, false, reason::VOLUME_MISSING, message);
             }
-            Fact::Unknown => return,
+            Fact::Unknown => {
+                let message = format!("nothing is known of volume {}", self.intent.volume);
+                return self.not_known(reason::UNKNOWN, message);
+            }
             Fact::Known(_) => {}
         }
         match &self.observed.row {
@@ -90,25 +94,35 @@ impl<'a> Planner<'a> {
 
     /// No node can say who owns the virtual machine.
     fn row_unknown(&mut self) {
-        let reached = self.via().is_some();
-        let message = if reached {
-            format!(
-                "the coordinator of volume {} does not answer",
-                self.intent.volume
-            )
-        } else {
-            format!("no node reaches volume {}", self.intent.volume)
-        };
-        self.ready(VmPhase::Unknown, false, reason::VOLUME_UNAVAILABLE, message);
-        if !self.observed.history.was_running {
-            self.report.phase = VmPhase::Pending;
+        let volume = &self.intent.volume;
+        if self.via().is_some() {
+            let message = format!("the coordinator of volume {volume} does not answer");
+            return self.not_known(reason::VOLUME_UNAVAILABLE, message);
         }
-        self.soon();
+        let complaints = self.path_complaints();
+        let message = if complaints.is_empty() {
+            format!("no node reaches volume {volume}: kubectl describe sv {volume} says why")
+        } else {
+            format!("no node reaches volume {volume}: {}", complaints.join("; "))
+        };
+        let here = self.observed.processes.iter().find(|process| {
+            process.alive && matches!(process.status.state, VmState::Running | VmState::Paused)
+        });
+        match here {
+            // That the disks of a guest wait is known without its row.
+            Some(process) if !complaints.is_empty() => {
+                self.report.node = Some(process.node.clone());
+                self.report.protected = self.protection(&process.node);
+                self.ready(Phase::Running, false, reason::STORAGE_LOST, message);
+                self.soon();
+            }
+            _ => self.not_known(reason::VOLUME_UNAVAILABLE, message),
+        }
     }
 
     fn create_row(&mut self) {
         self.ready(
-            VmPhase::Pending,
+            Phase::Pending,
             false,
             reason::STARTING,
             "being recorded on the volume",
@@ -129,7 +143,7 @@ impl<'a> Planner<'a> {
         let (Fact::Known(pods), Fact::Known(_)) = (&self.observed.pods, &self.observed.migrations)
         else {
             // The API is away or its caches are not filled: whatever runs goes on running.
-            return self.soon();
+            return self.not_known(reason::UNKNOWN, "the API server has not been heard of");
         };
         self.end_left_reservations(row, pods);
         self.finish_committed_migration(row);
@@ -146,8 +160,7 @@ impl<'a> Planner<'a> {
             }
             place::Place::Stranger { owner } => {
                 let message = format!("owned by {owner}, which no known node holds");
-                self.ready(VmPhase::Unknown, false, reason::NODE_UNREACHABLE, message);
-                self.soon();
+                self.not_known(reason::NODE_UNREACHABLE, message);
             }
         }
     }
@@ -166,7 +179,7 @@ impl<'a> Planner<'a> {
 
     fn ready(
         &mut self,
-        phase: VmPhase,
+        phase: Phase,
         ready: bool,
         reason: &'static str,
         message: impl Into<String>,

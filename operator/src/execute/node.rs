@@ -1,13 +1,13 @@
 //! The actions that a node carries out.
 
-use anyhow::{Result, bail};
+use anyhow::{Result, anyhow, bail};
 use bascule_api::names::reason;
 use bascule_node_api::command::{Command, ImportSource, Outcome, RejectReason};
 use bascule_operator_core::{Action, ImageSource};
 use bascule_types::{AttemptId, Epoch, Owner};
 use bascule_volume_format::change::{Change, Refusal};
 
-use super::{Execution, label};
+use super::{Execution, Refused, label};
 use crate::pod;
 
 impl Execution<'_> {
@@ -43,7 +43,12 @@ impl Execution<'_> {
             } else {
                 self.memory.error = Some((reason, format!("{node}: {message}")));
             }
-            bail!("{node} rejected it ({why:?}): {message}");
+            let told = format!("{node} rejected it ({why:?}): {message}");
+            return Err(match why {
+                // Nobody decided that: something there does not work.
+                RejectReason::ProcessUnresponsive => anyhow!(told),
+                _ => Refused(told).into(),
+            });
         }
         Ok(outcome)
     }
@@ -64,7 +69,8 @@ impl Execution<'_> {
                 Ok(())
             }
             Outcome::Refused(refusal) => self.refused(change, refusal),
-            Outcome::Unknown => bail!("no coordinator answered; asking again"),
+            // The next one is being elected.
+            Outcome::Unknown => Err(Refused("no coordinator answered; asking again".into()).into()),
             other => bail!("unexpected answer {other:?}"),
         }
     }
@@ -76,18 +82,28 @@ impl Execution<'_> {
             return Ok(());
         }
         let disk = match change {
-            Change::CreateDisk { name, .. } | Change::AttachDisk { name, .. } => name.as_str(),
-            _ => "",
+            Change::CreateDisk { name, .. } | Change::AttachDisk { name, .. } => Some(name),
+            _ => None,
         };
+        let asked = self
+            .intent
+            .disks
+            .iter()
+            .find(|asked| Some(&asked.row) == disk);
+        let field = asked.map(|disk| format!("{}: ", disk.field()));
         let reason = match refusal {
             Refusal::Full { .. } | Refusal::TableFull { .. } => reason::VOLUME_FULL,
             Refusal::NameTaken | Refusal::DiskDiffers => reason::DISK_CLAIMED,
             _ => reason::VOLUME_REFUSED,
         };
         let volume = &self.intent.volume;
-        let message = format!("volume {volume}: {disk} {refusal}").replace(":  ", ": ");
+        let row = disk.map(|row| format!("{row}: ")).unwrap_or_default();
+        let message = format!(
+            "{}volume {volume}: {row}{refusal}",
+            field.unwrap_or_default()
+        );
         self.memory.error = Some((reason, message.clone()));
-        bail!("{message}")
+        Err(Refused(message).into())
     }
 
     #[expect(clippy::too_many_lines, reason = "one arm for each action")]
@@ -141,6 +157,7 @@ impl Execution<'_> {
                 peer,
                 to,
                 limits,
+                ..
             } => {
                 let (attempt, peer, to, limits) = (*attempt, *peer, *to, *limits);
                 (
@@ -154,7 +171,9 @@ impl Execution<'_> {
                     },
                 )
             }
-            Action::MigrateQuick { node, attempt, to } => (
+            Action::MigrateQuick {
+                node, attempt, to, ..
+            } => (
                 node,
                 Command::MigrateQuick {
                     vm,
@@ -180,8 +199,9 @@ impl Execution<'_> {
         self.command(node, &command).await?;
         match action {
             Action::StartVm { .. } => self.memory.error = None,
-            Action::MigrateLive { attempt, .. } | Action::MigrateQuick { attempt, .. } => {
-                self.memory.move_begun = Some((*attempt, self.now));
+            Action::MigrateLive { attempt, pid, .. }
+            | Action::MigrateQuick { attempt, pid, .. } => {
+                self.memory.move_begun = Some((*attempt, *pid));
             }
             _ => {}
         }

@@ -8,11 +8,11 @@ use bascule_volume_format::change::Change;
 use super::Planner;
 use super::place::Place;
 use crate::observed::RowView;
-use crate::{Action, Fact, Origin, Verdict, VmPhase};
+use crate::{Action, Fact, Origin, Phase, Verdict};
 
 impl<'a> Planner<'a> {
     pub(super) fn delete(&mut self) {
-        self.ready(VmPhase::Deleting, false, reason::DELETING, "being deleted");
+        self.ready(Phase::Deleting, false, reason::DELETING, "being deleted");
         if !self.intent.finalizer {
             return;
         }
@@ -25,12 +25,7 @@ impl<'a> Planner<'a> {
             }
             (Fact::Unknown, _) | (Fact::Known(_), Fact::Unknown) => {
                 let message = format!("waiting for volume {}", self.intent.volume);
-                self.ready(
-                    VmPhase::Deleting,
-                    false,
-                    reason::VOLUME_UNAVAILABLE,
-                    message,
-                );
+                self.ready(Phase::Deleting, false, reason::VOLUME_UNAVAILABLE, message);
             }
             (Fact::Known(_), Fact::Known(row)) => self.delete_row(row),
         }
@@ -58,11 +53,11 @@ impl<'a> Planner<'a> {
             }
             Place::On { node, .. } => {
                 let message = format!("waiting for node {node}, which owns it");
-                self.ready(VmPhase::Deleting, false, reason::NODE_UNREACHABLE, message);
+                self.ready(Phase::Deleting, false, reason::NODE_UNREACHABLE, message);
             }
             Place::Stranger { owner } => {
                 let message = format!("owned by {owner}, which no known node holds");
-                self.ready(VmPhase::Deleting, false, reason::NODE_UNREACHABLE, message);
+                self.ready(Phase::Deleting, false, reason::NODE_UNREACHABLE, message);
             }
         }
     }
@@ -83,7 +78,7 @@ impl<'a> Planner<'a> {
             VmState::Running | VmState::Paused => {
                 self.stop(node);
                 self.ready(
-                    VmPhase::Deleting,
+                    Phase::Deleting,
                     false,
                     reason::STOPPING,
                     "asked to shut down",
@@ -100,7 +95,7 @@ impl<'a> Planner<'a> {
     /// A row cannot be deleted while it has an owner, and this one will never release it.
     fn take_over_to_delete(&mut self, row: &RowView, node: &str, owner: Owner) {
         let message = format!("{node} is silent; asking the volume for a proof");
-        self.ready(VmPhase::Deleting, false, reason::NODE_SUSPECT, message);
+        self.ready(Phase::Deleting, false, reason::NODE_SUSPECT, message);
         let Some(via) = self.via() else { return };
         if let Ok(to) = self.usable(&via) {
             let change = Change::TakeOver {

@@ -6,8 +6,8 @@
 use bascule_api::names::reason;
 
 use super::Planner;
-use crate::observed::MigrationPhase;
-use crate::{Action, DrainPolicy, Migration, MigrationMode, Moment, Pod, VmPhase};
+use crate::MigrationPhase;
+use crate::{Action, DrainPolicy, Migration, MigrationMode, Moment, Phase, Pod};
 
 impl Planner<'_> {
     /// No migration is under way. Begins the next stage.
@@ -26,7 +26,10 @@ impl Planner<'_> {
         let live_makes_no_sense = tried.iter().any(|m| {
             m.mode == MigrationMode::Live
                 && m.phase == MigrationPhase::Failed
-                && m.reason.as_deref() == Some(reason::TIMED_OUT)
+                && matches!(
+                    m.reason.as_deref(),
+                    Some(reason::TIMED_OUT | reason::NOT_CONVERGING)
+                )
         });
         let live_tries = count(MigrationMode::Live);
         let quick_tries = count(MigrationMode::Quick);
@@ -46,7 +49,7 @@ impl Planner<'_> {
             return self.stop(node);
         };
         self.ready(
-            VmPhase::Running,
+            Phase::Running,
             true,
             reason::MIGRATING,
             format!("leaving {node}"),

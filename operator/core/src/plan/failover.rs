@@ -10,14 +10,14 @@ use bascule_volume_format::change::{Change, FenceProof, MissingProof, Refusal};
 use super::Planner;
 use crate::action::FailoverUpdate;
 use crate::observed::RowView;
-use crate::{Action, Fact, FailurePolicy, Purpose, VmPhase};
+use crate::{Action, Fact, FailurePolicy, Phase, Purpose};
 
 impl Planner<'_> {
     pub(super) fn failover(&mut self, row: &RowView, node: &str, owner: Owner) {
         self.soon();
         if self.intent.on_failure == FailurePolicy::Leave {
             let message = format!("{node} is silent; availability.onNodeFailure is Leave");
-            return self.ready(VmPhase::Unknown, false, reason::NODE_SUSPECT, message);
+            return self.ready(Phase::Unknown, false, reason::NODE_SUSPECT, message);
         }
         let waiting = self.missing_proof(node, owner);
         let name = format!("{}-{}", self.intent.name, row.epoch);
@@ -43,14 +43,14 @@ impl Planner<'_> {
                 });
             }
         }
-        self.ready(VmPhase::FailingOver, false, waiting.0, waiting.1);
+        self.ready(Phase::FailingOver, false, waiting.0, waiting.1);
         let Some(pod) = self.candidate(Some(node)) else {
             return self.create_reservation(row, Purpose::Current, None, vec![node.to_owned()]);
         };
         let Some(target) = &pod.node else {
             if let Some(why) = &pod.unschedulable {
                 let message = format!("{node} is silent; no other node has room: {why}");
-                self.ready(VmPhase::FailingOver, false, reason::UNSCHEDULABLE, message);
+                self.ready(Phase::FailingOver, false, reason::UNSCHEDULABLE, message);
             }
             if self.is_outdated(pod, Some(node)) {
                 self.delete_reservation(pod, false);

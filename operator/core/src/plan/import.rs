@@ -8,7 +8,7 @@ use bascule_volume_format::change::{Change, DiskRow};
 
 use super::Planner;
 use crate::observed::{ImportPhase, RowView};
-use crate::{Action, Condition, DiskIntent, Origin, VmPhase};
+use crate::{Action, Condition, DiskIntent, ImageSource, Origin, Phase};
 
 impl Planner<'_> {
     /// Whether every disk is there, complete, and this virtual machine's.
@@ -31,12 +31,7 @@ impl Planner<'_> {
     /// The next step for every disk that is not there yet. `node` owns the row.
     pub(super) fn import(&mut self, row: &RowView, node: &str, owner: Owner) {
         let message = format!("images are being copied to volume {}", self.intent.volume);
-        self.ready(
-            VmPhase::Importing,
-            false,
-            reason::IMPORTING,
-            message.clone(),
-        );
+        self.ready(Phase::Importing, false, reason::IMPORTING, message.clone());
         self.report.imported = Condition::new(Some(false), reason::IMPORTING, message);
         self.soon();
         for disk in &self.intent.disks {
@@ -114,9 +109,9 @@ impl Planner<'_> {
                 false
             }
             Some(ImportPhase::Failed { message }) => {
-                let message = format!("{}: {message}", disk.name);
+                let message = complaint(disk, source, message);
                 self.ready(
-                    VmPhase::Importing,
+                    Phase::Importing,
                     false,
                     reason::IMPORT_FAILED,
                     message.clone(),
@@ -139,6 +134,20 @@ impl Planner<'_> {
 
     fn disk_row<'r>(&self, row: &'r RowView, disk: &DiskIntent) -> Option<&'r DiskRow> {
         row.disks.iter().find(|r| r.name == disk.row)
+    }
+}
+
+/// Names the field and where its image should come from.
+fn complaint(disk: &DiskIntent, source: &ImageSource, message: &str) -> String {
+    let place = match source {
+        ImageSource::Http { url, .. } => url,
+        ImageSource::HostFile { name } => name,
+    };
+    let field = disk.field();
+    if message.contains(place.as_str()) {
+        format!("{field}: {message}")
+    } else {
+        format!("{field}: {place}: {message}")
     }
 }
 

@@ -8,7 +8,7 @@ use bascule_volume_format::change::Change;
 use super::Planner;
 use super::reservation::leaving;
 use crate::observed::RowView;
-use crate::{Action, Process, Purpose, RunPolicy, Verdict, VmPhase};
+use crate::{Action, Phase, Process, Purpose, RunPolicy, Verdict};
 
 /// What the processes that have ended mean for the next start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,6 +22,7 @@ enum Ended {
 impl<'a> Planner<'a> {
     /// Nobody owns the row.
     pub(super) fn unowned(&mut self, row: &'a RowView) {
+        self.report.restart_required = Some(false);
         self.refuse_migrations(row);
         let ended = self.ended_processes(row);
         if !self.wanted() {
@@ -32,7 +33,7 @@ impl<'a> Planner<'a> {
         }
         if let Some((node, owner)) = self.startable_place(row, None) {
             self.ready(
-                VmPhase::Starting,
+                Phase::Starting,
                 false,
                 reason::STARTING,
                 format!("starting on {node}"),
@@ -48,20 +49,21 @@ impl<'a> Planner<'a> {
             Verdict::Healthy => {}
             Verdict::Suspect => return self.failover(row, node, owner),
             Verdict::StorageLost => {
+                self.report.protected = self.protection(node);
                 let message = format!("{node} has lost its path to the volume; the guest waits");
-                self.ready(VmPhase::Running, false, reason::STORAGE_LOST, message);
+                self.ready(Phase::Running, false, reason::STORAGE_LOST, message);
                 return self.soon();
             }
             Verdict::Isolated => {
+                self.report.protected = self.protection(node);
                 let message =
                     format!("bascule-node on {node} does not answer; the guest runs on there");
-                self.ready(VmPhase::Running, false, reason::NODE_UNREACHABLE, message);
+                self.ready(Phase::Running, false, reason::NODE_UNREACHABLE, message);
                 return self.soon();
             }
             Verdict::Undetermined => {
                 let message = format!("nothing is heard of {node}");
-                self.ready(VmPhase::Unknown, false, reason::NODE_UNREACHABLE, message);
-                return self.soon();
+                return self.not_known(reason::NODE_UNREACHABLE, message);
             }
         }
         match self.process_of(row, node) {
@@ -77,13 +79,13 @@ impl<'a> Planner<'a> {
                 }
                 VmState::Starting | VmState::Incoming => {
                     let message = format!("starting on {node}");
-                    self.ready(VmPhase::Starting, false, reason::STARTING, message);
+                    self.ready(Phase::Starting, false, reason::STARTING, message);
                     self.soon();
                 }
                 // A row that still names a node which the guest has left is a stale one.
                 VmState::InDoubt | VmState::Departed => {
                     let message = "waiting for the volume to say which side the guest is on";
-                    self.ready(VmPhase::Migrating, false, reason::MIGRATING, message);
+                    self.ready(Phase::Migrating, false, reason::MIGRATING, message);
                     self.soon();
                 }
                 VmState::Stopped(_) => self.idle(row, node, owner),
@@ -94,13 +96,14 @@ impl<'a> Planner<'a> {
 
     /// A healthy node owns the row, and no guest runs there.
     fn idle(&mut self, row: &RowView, node: &str, owner: Owner) {
+        self.report.restart_required = Some(false);
         self.refuse_migrations(row);
         let ended = self.ended_processes(row);
         if !self.imported(row) {
             return self.import(row, node, owner);
         }
         if !self.wanted() {
-            self.ready(VmPhase::Stopped, true, reason::STOPPED, "stopped, as asked");
+            self.ready(Phase::Stopped, true, reason::STOPPED, "stopped, as asked");
             return self.release(row, node, owner);
         }
         if ended == Ended::MayNot {
@@ -110,7 +113,7 @@ impl<'a> Planner<'a> {
             return;
         };
         self.ready(
-            VmPhase::Starting,
+            Phase::Starting,
             false,
             reason::STARTING,
             format!("starting on {place}"),
@@ -146,7 +149,7 @@ impl<'a> Planner<'a> {
         } else {
             (reason::STOPPED, "stopped, as asked")
         };
-        self.ready(VmPhase::Stopped, true, reason, message);
+        self.ready(Phase::Stopped, true, reason, message);
         self.delete_other_reservations(&[]);
         if self.imported(row) {
             return;
@@ -155,7 +158,7 @@ impl<'a> Planner<'a> {
             .via()
             .and_then(|node| self.usable(&node).ok().map(|o| (node, o)));
         self.ready(
-            VmPhase::Importing,
+            Phase::Importing,
             false,
             reason::IMPORTING,
             "images are being copied",
@@ -240,13 +243,13 @@ impl<'a> Planner<'a> {
             Some(at) => {
                 let wait = at.since(self.now);
                 let message = format!("{what}; restarting in {} s", wait.as_secs() + 1);
-                self.ready(VmPhase::Failed, false, reason::BACKING_OFF, message);
+                self.ready(Phase::Failed, false, reason::BACKING_OFF, message);
                 self.within(wait);
                 Ended::MayNot
             }
             None => {
                 let message = format!("{what}; restarted {} times already", restarts.len());
-                self.ready(VmPhase::Failed, false, reason::RESTARTS_EXHAUSTED, message);
+                self.ready(Phase::Failed, false, reason::RESTARTS_EXHAUSTED, message);
                 Ended::MayNot
             }
         }
@@ -291,7 +294,7 @@ impl<'a> Planner<'a> {
                 Some((node.clone(), owner))
             }
             Err(why) => {
-                self.ready(VmPhase::Pending, false, reason::VOLUME_UNAVAILABLE, why);
+                self.ready(Phase::Pending, false, reason::VOLUME_UNAVAILABLE, why);
                 if self.others_are_usable(node) {
                     self.delete_reservation(pod, false);
                 }

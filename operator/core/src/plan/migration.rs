@@ -21,9 +21,10 @@ use bascule_ipc::vm::{self, MigrationLimits, MigrationStatus, VmState};
 use bascule_types::Owner;
 
 use super::Planner;
+use crate::MigrationPhase;
 use crate::action::MigrationUpdate;
-use crate::observed::{MigrationPhase, RowView};
-use crate::{Action, Migration, MigrationMode, Process, Purpose, VmPhase};
+use crate::observed::RowView;
+use crate::{Action, Migration, MigrationMode, Phase, Process, Purpose};
 
 impl<'a> Planner<'a> {
     /// The migration that is under way, or whose turn it is. Those that come too early are refused.
@@ -111,7 +112,7 @@ impl<'a> Planner<'a> {
             return self.give_up_migration(row, node, process, migration, reason);
         }
         self.ready(
-            VmPhase::Migrating,
+            Phase::Migrating,
             true,
             reason::MIGRATING,
             format!("leaving {node}"),
@@ -126,10 +127,11 @@ impl<'a> Planner<'a> {
             return;
         };
         match migration.mode {
-            MigrationMode::Live => self.go_live(row, node, migration, &target, to),
-            MigrationMode::Quick if self.begun_lately(migration) => {}
+            MigrationMode::Live => self.go_live(row, process, migration, &target, to),
+            MigrationMode::Quick if self.has_begun(migration, process) => {}
             MigrationMode::Quick => self.push(Action::MigrateQuick {
                 node: node.to_owned(),
+                pid: process.status.pid,
                 attempt: migration.attempt,
                 to,
             }),
@@ -252,7 +254,7 @@ impl<'a> Planner<'a> {
     fn go_live(
         &mut self,
         row: &RowView,
-        node: &str,
+        source: &Process,
         migration: &Migration,
         target: &str,
         to: Owner,
@@ -275,7 +277,7 @@ impl<'a> Planner<'a> {
             name: migration.name.clone(),
             update: MigrationUpdate {
                 phase: MigrationPhase::Copying,
-                source: Some(node.to_owned()),
+                source: Some(source.node.clone()),
                 target: Some(target.to_owned()),
                 source_epoch: migration.source_epoch,
                 reason: reason::IN_PROGRESS,
@@ -290,11 +292,12 @@ impl<'a> Planner<'a> {
                 owner: to,
                 epoch: row.epoch,
             }),
-            Some(_) if self.begun_lately(migration) => {}
+            Some(_) if self.has_begun(migration, source) => {}
             Some(peer) => {
                 let limits = self.limits(migration);
                 self.push(Action::MigrateLive {
-                    node: node.to_owned(),
+                    node: source.node.clone(),
+                    pid: source.status.pid,
                     attempt,
                     peer,
                     to,
@@ -342,18 +345,14 @@ impl<'a> Planner<'a> {
     /// Why a node refused to begin, if no report since then says that it had begun already.
     fn rejected(&self, migration: &Migration) -> Option<String> {
         let (attempt, at, why) = self.observed.history.move_rejected.as_ref()?;
-        let settled = self.now.since(*at) >= BEGIN_AGAIN;
+        let settled = self.now.since(*at) >= REFUSAL_SETTLES;
         (*attempt == migration.attempt && settled).then(|| why.clone())
     }
 
-    /// The source was asked a moment ago, and its next report will tell.
-    fn begun_lately(&self, migration: &Migration) -> bool {
-        self.observed
-            .history
-            .move_begun
-            .is_some_and(|(attempt, at)| {
-                attempt == migration.attempt && self.now.since(at) < BEGIN_AGAIN
-            })
+    /// This very process has said that it has begun, and its next report will tell how it goes.
+    /// However long that report takes, asking again would only be refused.
+    fn has_begun(&self, migration: &Migration, source: &Process) -> bool {
+        self.observed.history.move_begun == Some((migration.attempt, source.status.pid))
     }
 
     fn limits(&self, migration: &Migration) -> MigrationLimits {
@@ -462,7 +461,7 @@ fn outcome(progress: &MigrationStatus) -> Option<(MigrationPhase, &'static str, 
         )),
         vm::MigrationPhase::NotConverging => Some((
             MigrationPhase::Failed,
-            reason::TIMED_OUT,
+            reason::NOT_CONVERGING,
             why("the guest changes its memory faster than it can be copied within the limits"),
         )),
         _ => None,
@@ -476,5 +475,5 @@ fn routable(process: &Process) -> Option<SocketAddr> {
         .filter(|address| !address.ip().is_unspecified())
 }
 
-/// Reports come every second.
-const BEGIN_AGAIN: Duration = Duration::from_secs(3);
+/// Reports come every second: by then one has told if the attempt had begun after all.
+const REFUSAL_SETTLES: Duration = Duration::from_secs(3);

@@ -138,6 +138,20 @@ impl Planner<'_> {
         }
     }
 
+    /// Why nodes that answer do not reach the volume.
+    pub(super) fn path_complaints(&self) -> Vec<String> {
+        let nodes = self.observed.nodes.iter();
+        let answering = nodes.filter(|(_, node)| node.stream == Stream::Up);
+        answering
+            .filter_map(|(name, node)| {
+                let access = node.access.as_ref()?;
+                let why = access.reason.as_deref().unwrap_or("no reason given");
+                (access.path != PathState::Direct).then(|| format!("{name}: {why}"))
+            })
+            .take(COMPLAINTS_MAX)
+            .collect()
+    }
+
     /// The known nodes on which a guest could not be started now.
     pub(super) fn unusable_nodes(&self) -> Vec<String> {
         self.observed
@@ -148,3 +162,6 @@ impl Planner<'_> {
             .collect()
     }
 }
+
+/// What fits a condition that people read.
+pub(super) const COMPLAINTS_MAX: usize = 5;

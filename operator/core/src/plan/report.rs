@@ -1,23 +1,14 @@
-//! The status before anything is known: what was known before.
+//! The status before anything is known, and when nothing is.
+
+use std::time::Duration;
 
 use bascule_api::names::reason;
 
-use crate::{Condition, Fact, Moment, Observed, VmIntent, VmPhase, VmReport};
+use super::Planner;
+use crate::{Condition, Fact, Moment, Observed, Phase, VmIntent, VmReport};
 
 /// The report that the chapters fill in.
 pub(super) fn initial(intent: &VmIntent, observed: &Observed, now: Moment) -> VmReport {
-    let (phase, ready) = if observed.history.was_running {
-        let message = "nothing is known at present; the guest may well be running";
-        (
-            VmPhase::Unknown,
-            Condition::new(None, reason::UNKNOWN, message),
-        )
-    } else {
-        (
-            VmPhase::Pending,
-            Condition::new(Some(false), reason::STARTING, "being looked at"),
-        )
-    };
     let imported = match &observed.row {
         Fact::Known(row) => {
             let complete = intent.disks.iter().all(|disk| {
@@ -39,12 +30,14 @@ pub(super) fn initial(intent: &VmIntent, observed: &Observed, now: Moment) -> Vm
         _ => Condition::new(None, reason::UNKNOWN, "the volume has not been asked yet"),
     };
     VmReport {
-        phase,
+        keep: false,
+        unknown_since: None,
+        phase: Phase::Pending,
         node: None,
-        ready,
+        ready: Condition::new(Some(false), reason::STARTING, "being looked at"),
         protected: Condition::new(Some(false), reason::NOT_RUNNING, "the guest does not run"),
         imported,
-        restart_required: false,
+        restart_required: None,
         migration: None,
         stopping_since: observed.history.stopping_since,
         completed: observed.history.completed && intent.run == crate::RunPolicy::OnFailure,
@@ -52,3 +45,30 @@ pub(super) fn initial(intent: &VmIntent, observed: &Observed, now: Moment) -> Vm
         stop_reason: None,
     }
 }
+
+impl Planner<'_> {
+    /// Too little is known to say anything. What was reported before stays for a while: a new leader
+    /// has not heard from the nodes yet, and that is no news about the virtual machine.
+    pub(super) fn not_known(&mut self, reason: &'static str, message: impl Into<String>) {
+        self.soon();
+        let reported = self.observed.history.reported.as_ref();
+        let Some(reported) = reported.filter(|reported| reported.phase != Phase::Pending) else {
+            return self.ready(Phase::Pending, false, reason, message);
+        };
+        let since = self.observed.history.unknown_since.unwrap_or(self.now);
+        self.report.unknown_since = Some(since);
+        self.report.keep = self.now.since(since) < UNKNOWN_AFTER;
+        self.report.phase = Phase::Unknown;
+        if self.report.node.is_none() {
+            self.report.node.clone_from(&reported.node);
+        }
+        let message = format!("{}; the guest may well be running", message.into());
+        self.report.ready = Condition::new(None, reason, message);
+        let message = "nothing is known of the guest at present";
+        self.report.protected = Condition::new(None, reason::UNKNOWN, message);
+    }
+}
+
+/// A new leader hears from every node within a few seconds; a node that does not answer is noticed
+/// after three. Longer than that, silence is what people should read.
+const UNKNOWN_AFTER: Duration = Duration::from_secs(30);

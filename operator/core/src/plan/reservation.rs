@@ -3,8 +3,9 @@
 use bascule_api::names::reason;
 
 use super::Planner;
+use super::place::COMPLAINTS_MAX;
 use crate::observed::RowView;
-use crate::{Action, Pod, PodPhase, Purpose, VmPhase};
+use crate::{Action, Phase, Pod, PodPhase, Purpose};
 
 impl<'a> Planner<'a> {
     /// Pods that are to leave and whose guest has left: their hold processes are ended, so that a
@@ -142,14 +143,30 @@ impl<'a> Planner<'a> {
     pub(super) fn report_unbound(&mut self, pod: Option<&Pod>) {
         match pod.and_then(|pod| pod.unschedulable.as_ref()) {
             Some(why) => {
-                let message = format!("no node has room or fits the placement: {why}");
-                self.ready(VmPhase::Pending, false, reason::UNSCHEDULABLE, message);
+                let mut message = format!("no node has room or fits the placement: {why}");
+                for why in self.ruled_out(pod) {
+                    message = format!("{message} {why}.");
+                }
+                self.ready(Phase::Pending, false, reason::UNSCHEDULABLE, message);
             }
             None => {
                 let message = "waiting for the scheduler to choose a node";
-                self.ready(VmPhase::Pending, false, reason::SCHEDULING, message);
+                self.ready(Phase::Pending, false, reason::SCHEDULING, message);
             }
         }
+    }
+
+    /// Why the nodes that a pod was told to avoid cannot take the guest: the scheduler only knows
+    /// that they do not fit.
+    fn ruled_out(&self, pod: Option<&Pod>) -> Vec<String> {
+        let avoided = pod.map_or(&[][..], |pod| &pod.avoid);
+        let known = avoided
+            .iter()
+            .filter(|name| self.observed.nodes.contains_key(*name));
+        known
+            .filter_map(|name| self.usable(name).err())
+            .take(COMPLAINTS_MAX)
+            .collect()
     }
 
     /// A running guest's place in the scheduler's books: made again where the guest is when it was

@@ -10,25 +10,25 @@ use super::Planner;
 use super::reservation::leaving;
 use crate::observed::RowView;
 use crate::{
-    Action, Condition, FailurePolicy, Migration, PodPhase, Process, Purpose, RunPolicy, VmPhase,
+    Action, Condition, FailurePolicy, Migration, Phase, PodPhase, Process, Purpose, RunPolicy,
 };
 
 impl<'a> Planner<'a> {
     pub(super) fn running(&mut self, row: &'a RowView, node: &str, process: &Process) {
         self.ready(
-            VmPhase::Running,
+            Phase::Running,
             true,
             reason::RUNNING,
             format!("running on {node}"),
         );
         if process.status.io_stalled {
             let message = format!("the disks of the guest on {node} wait for the node's lease");
-            self.ready(VmPhase::Running, false, reason::STORAGE_LOST, message);
+            self.ready(Phase::Running, false, reason::STORAGE_LOST, message);
             self.soon();
         }
         self.report.protected = self.protection(node);
         let pod = self.pod_on(node);
-        self.report.restart_required = pod.is_some_and(|pod| pod.digest != self.intent.digest);
+        self.report.restart_required = pod.map(|pod| pod.digest != self.intent.digest);
         let active = self.arrange_migrations();
         self.drop_stray_reservations(node, active);
         if self.intent.run == RunPolicy::Stopped {
@@ -81,7 +81,7 @@ impl<'a> Planner<'a> {
         let patience = self.intent.budgets.shutdown;
         let waited = self.now.since(since);
         self.ready(
-            VmPhase::Stopping,
+            Phase::Stopping,
             false,
             reason::STOPPING,
             "asked to shut down",
@@ -135,7 +135,7 @@ impl<'a> Planner<'a> {
     }
 
     /// Whether the guest would survive the loss of `node`, and if not why (I8).
-    fn protection(&self, node: &str) -> Condition {
+    pub(super) fn protection(&self, node: &str) -> Condition {
         let not = |reason, message: String| Condition::new(Some(false), reason, message);
         let Some(volume) = self.observed.volume.known() else {
             return Condition::new(None, reason::UNKNOWN, "the volume is not known");
@@ -160,7 +160,11 @@ impl<'a> Planner<'a> {
             .nodes
             .get(node)
             .and_then(|view| view.access.as_ref());
-        if access.is_none_or(|access| access.watchdog == WatchdogKind::None) {
+        let Some(access) = access else {
+            let message = format!("it is not known how {node} reaches the volume");
+            return Condition::new(None, reason::UNKNOWN, message);
+        };
+        if access.watchdog == WatchdogKind::None {
             let message = format!("node {node} has no watchdog: {NEEDS_A_WORD}");
             return not(reason::NO_WATCHDOG, message);
         }

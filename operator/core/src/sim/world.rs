@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use crate::{
     Access, Fact, FailoverView, History, Migration, MigrationMode, MigrationPhase, Moment,
-    NodeView, Observed, Pod, PodPhase, Process, Purpose, RowView, RunPolicy, Stream, VmReport,
+    NodeView, Observed, Phase, Pod, PodPhase, Process, Purpose, RowView, RunPolicy, Stream,
+    VmReport,
 };
 use bascule_ipc::vm::{self, MigrationStatus, VmState, VmStatus};
 use bascule_ipc::volume::{PathState, WatchdogKind};
@@ -210,6 +211,10 @@ impl World {
         if pod.node.as_ref() != Some(node) || pod.deleting || pod.purpose != Purpose::Current {
             return Err(format!("guest on {node}, pod {pod:?}"));
         }
+        let said = self.status.as_ref();
+        if said.is_none_or(|s| s.phase != Phase::Running || s.node.as_ref() != Some(node)) {
+            return Err(format!("guest on {node}, status {said:?}"));
+        }
         if self.open_migrations() > 0 {
             return Err(format!("migrations: {:?}", self.migrations));
         }
@@ -389,13 +394,9 @@ fn guest(
     }
 }
 
-fn begin(running: Option<&mut Guest>, attempt: AttemptId, to: Owner, quick: bool) {
-    if let Some(guest) = running
-        && guest
-            .moving
-            .as_ref()
-            .is_none_or(|moving| moving.attempt != attempt)
-    {
+fn begin(guest: &mut Guest, attempt: AttemptId, to: Owner, quick: bool) {
+    let other = |moving: &Move| moving.attempt != attempt;
+    if guest.moving.as_ref().is_none_or(other) {
         let phase = vm::MigrationPhase::Preparing;
         guest.moving = Some(Move {
             attempt,

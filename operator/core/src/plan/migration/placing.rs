@@ -4,8 +4,9 @@ use bascule_api::names::reason;
 use bascule_types::Owner;
 
 use super::Planner;
+use crate::MigrationPhase;
 use crate::action::MigrationUpdate;
-use crate::observed::{MigrationPhase, RowView};
+use crate::observed::RowView;
 use crate::plan::reservation::leaving;
 use crate::{Action, Migration, Pod, Purpose};
 

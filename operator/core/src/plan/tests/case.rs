@@ -7,7 +7,7 @@ use bascule_ipc::volume::{FencingMode, PathState, WatchdogKind};
 use bascule_types::{AttemptId, Bytes, DiskId, Epoch, Generation, NodeUid, Owner, SlotId, VmUid};
 use bascule_volume_format::change::{Change, DiskRole, DiskRow, FenceProof, FenceRow, RowName};
 
-use crate::observed::MigrationPhase;
+use crate::MigrationPhase;
 use crate::{
     Access, Action, Budgets, DiskIntent, DrainPolicy, Fact, FailoverView, FailurePolicy,
     ImageSource, Migration, MigrationMode, Moment, NodeView, Observed, Origin, Peer, Plan, Pod,

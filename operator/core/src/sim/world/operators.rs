@@ -10,7 +10,8 @@ use bascule_volume_format::change::{Change, FenceProof, FenceRow, MissingProof, 
 use super::{SAFE, SILENT, World, begin, guest, process, view};
 use crate::{
     Action, Budgets, DrainPolicy, Fact, FailoverUpdate, FailoverView, FailurePolicy, History,
-    Observed, Peer, Pod, PodPhase, Purpose, RestartBudget, SpecDigest, VmIntent, VolumeView, plan,
+    Observed, Peer, Pod, PodPhase, Purpose, Reported, RestartBudget, SpecDigest, VmIntent,
+    VolumeView, plan,
 };
 use bascule_types::Owner;
 
@@ -81,7 +82,8 @@ impl World {
                     break;
                 }
             }
-            if self.api_away_for == 0 {
+            self.operators[which].history.unknown_since = plan.report.unknown_since;
+            if self.api_away_for == 0 && !plan.report.keep {
                 self.status = Some(plan.report);
             }
         }
@@ -93,6 +95,10 @@ impl World {
             observed.history.restarts = status.restarts.clone();
             observed.history.stopping_since = status.stopping_since;
             observed.history.completed = status.completed;
+            observed.history.reported = Some(Reported {
+                phase: status.phase,
+                node: status.node.clone(),
+            });
         }
     }
 
@@ -413,8 +419,19 @@ impl World {
                 let address = "10.0.0.1:7000".parse().unwrap();
                 self.operators[which].history.listening = Some((attempt, address));
             }
-            Action::MigrateLive { attempt, to, .. } => begin(running, attempt, to, false),
-            Action::MigrateQuick { attempt, to, .. } => begin(running, attempt, to, true),
+            Action::MigrateLive {
+                pid, attempt, to, ..
+            }
+            | Action::MigrateQuick {
+                pid, attempt, to, ..
+            } => {
+                let quick = matches!(action, Action::MigrateQuick { .. });
+                let Some(guest) = running.filter(|guest| guest.pid == pid) else {
+                    return false;
+                };
+                begin(guest, attempt, to, quick);
+                self.operators[which].history.move_begun = Some((attempt, pid));
+            }
             Action::CancelMigration { attempt, .. } => {
                 for guest in &mut node.processes {
                     if let Some(moving) = &mut guest.moving

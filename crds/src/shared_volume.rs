@@ -222,6 +222,10 @@ pub struct NodeAccess {
     /// Whether a hardware watchdog vouches for it.
     #[serde(default)]
     pub watchdog: bool,
+    /// Why no guest can run on it although it reaches the volume, for example because /dev/kvm is
+    /// missing there.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub kvm_error: String,
     /// Since when it has been in this state.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub since: Option<Time>,

@@ -2,8 +2,8 @@
 //!
 //! `stores` and `nodes` observe (the API's watches, the daemons' reports), `rows` asks the volumes;
 //! `observe` and `intent` make of all that what the core understands; `execute` does what the core
-//! says; `vms` and `volumes` go round. `prune` deletes old
-//! records. `join` lets nodes in. Only the leader plans; every replica
+//! says; `vms` and `volumes` go round, `prune` deletes old records, `kvm` speaks up about nodes that
+//! cannot run guests. `join` lets nodes in. Only the leader plans; every replica
 //! serves Join. The operator keeps nothing that it could not learn again.
 #![forbid(unsafe_code)]
 
@@ -14,6 +14,7 @@ mod http;
 mod identity;
 mod intent;
 mod join;
+mod kvm;
 mod lease;
 mod logging;
 mod metrics;

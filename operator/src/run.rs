@@ -26,7 +26,7 @@ use crate::metrics::Metrics;
 use crate::nodes::Nodes;
 use crate::rows::RowsCache;
 use crate::stores::Stores;
-use crate::{authority, http, prune, vms, volumes};
+use crate::{authority, http, kvm, prune, vms, volumes};
 
 /// Runs until told to end.
 pub(crate) fn main(args: &Args) -> Result<()> {
@@ -159,6 +159,7 @@ async fn lead(
     }));
     tasks.spawn(volumes::rounds(cluster.clone(), cluster_id));
     tasks.spawn(prune::rounds(cluster.clone()));
+    tasks.spawn(kvm::rounds(cluster.clone()));
     tasks.spawn(vms::rounds(cluster, changed));
     match tasks.join_next().await {
         Some(Err(error)) => Err(error).context("a task of the leader"),

@@ -12,7 +12,8 @@ use bascule_api::{Initialize, SharedVolume};
 use bascule_ipc::volume::{FencingMode, Rows};
 use bascule_node_api::command::{Backing, Command, FormatOptions, Outcome, RejectReason};
 use bascule_operator_core::{
-    FormatState, NodeOnVolume, VolumeAction, VolumeIntent, VolumeObserved, plan_volume,
+    FormatState, Moment, NodeOnVolume, Stream, VolumeAction, VolumeIntent, VolumeObserved,
+    plan_volume,
 };
 use bascule_types::{Bytes, ClusterId, Generation, Owner, SlotId};
 use k8s_openapi::api::core::v1::Node;
@@ -21,9 +22,10 @@ use kube::{Api, ResourceExt};
 use serde_json::json;
 
 use self::report::{Reported, report};
-use crate::execute::Cluster;
+use crate::execute::{Cluster, Refused};
 use crate::nodes::NodeState;
 use crate::rows::{coordinates, status};
+use crate::run::now;
 
 /// What the operator remembers of one volume.
 #[derive(Debug, Default)]
@@ -31,6 +33,10 @@ struct Memory {
     format: FormatState,
     /// Why attaching failed, by node.
     attach_errors: BTreeMap<String, String>,
+    /// The refusal that was logged last.
+    refused: Option<String>,
+    /// Since when no node has been heard of.
+    silent_since: Option<Moment>,
 }
 
 /// Goes round for ever.
@@ -57,20 +63,19 @@ async fn look_at(
     let states = cluster.nodes.states();
     let rows = cluster.rows.get(&volume.name_any());
     let intent = intent(volume);
-    let observed = observe(cluster, volume, &states, rows.as_deref(), memory);
+    let mut observed = observe(cluster, volume, &states, rows.as_deref(), memory);
+    let heard = observed.nodes.iter().any(|node| node.stream == Stream::Up);
+    memory.silent_since = match heard {
+        true => None,
+        false => Some(memory.silent_since.unwrap_or_else(now)),
+    };
+    observed.silent_for = memory.silent_since.map(|since| now().since(since));
     let plan = plan_volume(&intent, &observed);
     for action in &plan.actions {
         tracing::debug!(volume = intent.name, ?action, "execute");
         let executed = execute(cluster, cluster_id, volume, memory, action).await;
         if let Err(error) = executed {
-            cluster.metrics.plan_failures.inc();
-            let error = format!("{error:#}");
-            tracing::warn!(
-                volume = intent.name,
-                ?action,
-                error,
-                "the plan was not carried out"
-            );
+            log_failure(cluster, &intent.name, memory, action, &error);
         }
     }
     let known = Reported {
@@ -83,6 +88,31 @@ async fn look_at(
         tracing::warn!(volume = intent.name, error = format!("{error:#}"), "status");
     }
     plan.requeue
+}
+
+/// A refusal is an answer, and told once; anything else calls for somebody.
+fn log_failure(
+    cluster: &Cluster,
+    volume: &str,
+    memory: &mut Memory,
+    action: &VolumeAction,
+    error: &anyhow::Error,
+) {
+    let text = format!("{error:#}");
+    if !error.is::<Refused>() {
+        cluster.metrics.plan_failures.inc();
+        tracing::warn!(
+            volume,
+            ?action,
+            error = text,
+            "the plan was not carried out"
+        );
+    } else if memory.refused.as_ref() == Some(&text) {
+        tracing::debug!(volume, ?action, error = text, "refused again");
+    } else {
+        tracing::info!(volume, ?action, error = text, "refused");
+        memory.refused = Some(text);
+    }
 }
 
 fn intent(volume: &SharedVolume) -> VolumeIntent {
@@ -134,6 +164,10 @@ fn observe(
 ) -> VolumeObserved {
     let name = volume.name_any();
     let peers = crate::observe::peers(&name, states);
+    let before = volume
+        .status
+        .as_ref()
+        .map_or(&[][..], |status| &status.nodes);
     let mut nodes: Vec<NodeOnVolume> = cluster
         .stores
         .nodes
@@ -146,7 +180,8 @@ fn observe(
             let slot = peers.iter().find(|peer| Some(peer.node) == view.uid);
             view.owner = view.owner.or_else(|| slot.map(|peer| peer.owner));
             // A node that never ran our daemon is none of ours.
-            (state.report.is_some() || slot.is_some()).then_some(view)
+            let known = before.iter().any(|old| old.name == view.name);
+            (state.report.is_some() || slot.is_some() || known).then_some(view)
         })
         .collect();
     nodes.sort_by(|a, b| a.name.cmp(&b.name));
@@ -158,6 +193,7 @@ fn observe(
         fenced: rows
             .map(|rows| rows.fences.iter().map(|f| f.victim).collect())
             .unwrap_or_default(),
+        silent_for: None,
     }
 }
 
@@ -218,7 +254,7 @@ async fn execute(
             let outcome = cluster.nodes.execute(node, &command).await?;
             if let Outcome::Rejected { message, .. } = outcome {
                 memory.attach_errors.insert(node.clone(), message.clone());
-                bail!("{node}: {message}");
+                return Err(Refused(format!("{node}: {message}")).into());
             }
             memory.attach_errors.remove(node);
             Ok(())
@@ -278,19 +314,20 @@ async fn format(
             };
             // Nothing was written there, so another node may try.
             patch_status(cluster, volume, json!({"formattingNode": null})).await?;
-            bail!("{message}")
+            Err(Refused(message).into())
         }
         other => bail!("unexpected answer {other:?}"),
     }
 }
 
 fn rejected(outcome: Outcome) -> Result<()> {
-    match outcome {
-        Outcome::Rejected { message, .. } => bail!("{message}"),
-        Outcome::Refused(refusal) => bail!("{refusal}"),
-        Outcome::Unknown => bail!("no coordinator answered"),
-        _ => Ok(()),
-    }
+    let message = match outcome {
+        Outcome::Rejected { message, .. } => message,
+        Outcome::Refused(refusal) => refusal.to_string(),
+        Outcome::Unknown => "no coordinator answered".to_owned(),
+        _ => return Ok(()),
+    };
+    Err(Refused(message).into())
 }
 
 async fn finalizer(cluster: &Cluster, volume: &SharedVolume, wanted: bool) -> Result<()> {

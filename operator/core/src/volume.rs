@@ -47,6 +47,8 @@ pub struct VolumeObserved {
     pub in_use: bool,
     /// The owners that are on record as fenced.
     pub fenced: Vec<Owner>,
+    /// For how long no node has been heard of; none when one is.
+    pub silent_for: Option<Duration>,
 }
 
 /// What became of formatting, as far as this operator remembers.
@@ -145,6 +147,9 @@ pub struct VolumePlan {
 /// A SharedVolume's conditions.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VolumeReport {
+    /// Nothing is known at present, and it has not been for long: what the status says stays as it
+    /// is, and nothing below counts.
+    pub keep: bool,
     /// The summary.
     pub ready: Condition,
     /// Whether the fencing that was asked for is in force.
@@ -172,6 +177,11 @@ pub fn plan_volume(intent: &VolumeIntent, observed: &VolumeObserved) -> VolumePl
     VolumePlan {
         actions,
         report: VolumeReport {
+            keep: !intent.deleting
+                && intent.volume.is_some()
+                && observed
+                    .silent_for
+                    .is_some_and(|silent| silent < SILENT_AFTER),
             ready: ready(intent, observed),
             fencing: fencing(intent),
         },
@@ -248,7 +258,7 @@ fn register(observed: &VolumeObserved, actions: &mut Vec<VolumeAction>) {
     for node in observed
         .nodes
         .iter()
-        .filter(|node| node.attached && node.owner.is_none())
+        .filter(|node| node.attached && node.volume.is_some() && node.owner.is_none())
     {
         let Some(uid) = node.uid else { continue };
         let via = reachable(observed).unwrap_or(&node.name);
@@ -338,6 +348,10 @@ fn ready(intent: &VolumeIntent, observed: &VolumeObserved) -> Condition {
         );
         return Condition::new(Some(true), reason::ATTACHED, message);
     }
+    if intent.volume.is_some() && observed.silent_for.is_some() {
+        let message = "no node has been heard of; guests may well be running";
+        return Condition::new(None, reason::UNKNOWN, message);
+    }
     let mut complaints: Vec<String> = observed
         .nodes
         .iter()
@@ -357,6 +371,11 @@ fn ready(intent: &VolumeIntent, observed: &VolumeObserved) -> Condition {
             reason::FORMATTING,
             format!("being formatted. {why}").trim_end().to_owned(),
         );
+    }
+    if intent.volume.is_none() && observed.format == FormatState::NotBlank {
+        let message =
+            format!("the device holds something that is no volume of this cluster. {why}");
+        return no(reason::NOT_BLANK, message.trim_end().to_owned());
     }
     if intent.volume.is_none() {
         let message = format!("no volume was found on the device, and it is not formatted. {why}");
@@ -388,5 +407,7 @@ fn fencing(intent: &VolumeIntent) -> Condition {
 
 const NOT_IMPLEMENTED: &str =
     "fencing PersistentReservation does not exist yet: use Watchdog or LeaseOnly";
+/// As for virtual machines: see `UNKNOWN_AFTER` of the plan's report.
+const SILENT_AFTER: Duration = Duration::from_secs(30);
 /// What fits a condition that people read.
 const COMPLAINTS_MAX: usize = 5;

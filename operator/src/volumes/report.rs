@@ -5,11 +5,11 @@ use std::collections::BTreeMap;
 use anyhow::Result;
 use bascule_api::names::condition;
 use bascule_api::{
-    Fingerprint, KeptDisk, NodeAccess, NodeAccessState, Quantity, SharedVolume, SharedVolumeStatus,
+    KeptDisk, NodeAccess, NodeAccessState, Quantity, SharedVolume, SharedVolumeStatus,
     UnclaimedRow, set_condition,
 };
 use bascule_ipc::volume::{PathState, Rows, WatchdogKind};
-use bascule_operator_core::{NodeOnVolume, VolumeObserved, VolumePlan};
+use bascule_operator_core::{NodeOnVolume, Stream, VolumeObserved, VolumePlan};
 use bascule_types::Owner;
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
@@ -19,6 +19,7 @@ use serde_json::json;
 
 use crate::execute::{Cluster, apply};
 use crate::nodes::NodeState;
+use crate::records::fingerprint;
 use crate::rows::status;
 
 /// What a status is made of.
@@ -35,6 +36,9 @@ pub(super) async fn report(
     volume: &SharedVolume,
     known: &Reported<'_>,
 ) -> Result<()> {
+    if known.plan.report.keep {
+        return Ok(());
+    }
     // Read again: the round itself may have written the identity down.
     let api: Api<SharedVolume> = Api::all(cluster.client.clone());
     let name = volume.name_any();
@@ -76,17 +80,13 @@ fn status_of(
         (condition::READY, &known.plan.report.ready),
         (condition::FENCING_AVAILABLE, &known.plan.report.fencing),
     ] {
-        let state = if new.status == Some(true) {
-            "True"
-        } else {
-            "False"
-        };
+        let state = crate::records::word(new.status);
         let mut new = crate::records::condition_of(type_, state, new.reason, &new.message, now);
         new.observed_generation = volume.metadata.generation;
         set_condition(&mut conditions, new);
     }
     let any = known.states.values().find_map(|state| {
-        let up = state.stream == bascule_operator_core::Stream::Up;
+        let up = state.stream == Stream::Up;
         status(state, &name).filter(|_| up)
     });
     let nodes: Vec<NodeAccess> = known
@@ -131,7 +131,12 @@ fn node_access(
     old: &SharedVolumeStatus,
     now: Timestamp,
 ) -> NodeAccess {
-    let up = node.stream == bascule_operator_core::Stream::Up;
+    let earlier = old.nodes.iter().find(|n| n.name == node.name);
+    if let (Stream::Unknown, Some(earlier)) = (node.stream, earlier) {
+        // It has not been asked yet.
+        return earlier.clone();
+    }
+    let up = node.stream == Stream::Up;
     let access = match node.path {
         Some(PathState::Direct) if up && node.owner.is_some() => NodeAccessState::Direct,
         Some(PathState::Paused) if up => NodeAccessState::Paused,
@@ -145,10 +150,7 @@ fn node_access(
             .clone()
             .unwrap_or_else(|| "not attached".to_owned()),
     };
-    let before = old
-        .nodes
-        .iter()
-        .find(|n| n.name == node.name && n.state == access);
+    let before = earlier.filter(|n| n.state == access);
     let watchdog = state
         .and_then(|state| status(state, volume))
         .map(|status| status.watchdog);
@@ -156,11 +158,15 @@ fn node_access(
         name: node.name.clone(),
         state: access,
         reason,
-        holder: node.owner.map(|owner| Fingerprint {
-            slot: i32::from(owner.slot.0),
-            generation: owner.generation.to_string(),
-        }),
+        holder: node
+            .owner
+            .map(fingerprint)
+            .or_else(|| earlier.filter(|_| !up)?.holder.clone()),
         watchdog: watchdog == Some(WatchdogKind::Hardware),
+        kvm_error: state
+            .and_then(|state| state.report.as_ref())
+            .and_then(|report| report.kvm_error.clone())
+            .unwrap_or_default(),
         since: before.and_then(|n| n.since.clone()).or(Some(Time(now))),
     }
 }

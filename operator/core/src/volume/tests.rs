@@ -274,3 +274,87 @@ fn a_node_that_could_not_format_is_not_chosen_again_while_another_can() {
     );
     assert_eq!(plan.report.ready.reason, reason::NOT_FORMATTED);
 }
+
+fn known() -> VolumeIntent {
+    VolumeIntent {
+        volume: Some(VolumeId::from_bytes([3; 16])),
+        ..intent()
+    }
+}
+
+/// With an empty list of nodes every slot and generation vanished from the status, which are what an
+/// administrator has to name when a node is dead.
+#[test]
+fn a_new_leader_leaves_the_status_alone_until_a_node_has_reported() {
+    let mut observed = on(vec![]);
+    observed.silent_for = Some(Duration::from_secs(2));
+    assert!(plan_volume(&known(), &observed).report.keep);
+    observed.silent_for = Some(Duration::from_secs(30));
+    let report = plan_volume(&known(), &observed).report;
+    assert!(!report.keep);
+    assert_eq!(
+        (report.ready.status, report.ready.reason),
+        (None, reason::UNKNOWN)
+    );
+    let report = plan_volume(&known(), &on(vec![node("a", 0)])).report;
+    assert!(!report.keep);
+    assert_eq!(report.ready.status, Some(true));
+}
+
+#[test]
+fn a_volume_that_was_never_found_has_nothing_to_keep() {
+    let mut observed = on(vec![]);
+    observed.silent_for = Some(Duration::ZERO);
+    let report = plan_volume(&intent(), &observed).report;
+    assert!(!report.keep);
+    assert_eq!(report.ready.reason, reason::FORMATTING);
+}
+
+#[test]
+fn whatever_is_wrong_with_a_device_is_in_the_condition_with_its_node() {
+    for why in [
+        "/dev/disk/by-id/lun: No such file or directory",
+        "the device holds no Bascule volume (magic missing in both superblocks)",
+        "/dev/disk/by-id/lun: volume 7 is bound to cluster a, not b",
+        "the volume's format is newer than this release knows",
+    ] {
+        let mut broken = fresh("a", 0);
+        broken.reason = Some(why.to_owned());
+        let mut observed = on(vec![broken]);
+        observed.format = FormatState::NotBlank;
+        let never_seen = plan_volume(&intent(), &observed).report.ready;
+        assert_eq!(never_seen.reason, reason::NOT_BLANK);
+        let seen_before = plan_volume(&known(), &observed).report.ready;
+        assert_eq!(seen_before.reason, reason::NOT_ATTACHED);
+        for ready in [never_seen, seen_before] {
+            assert_eq!(ready.status, Some(false));
+            assert!(
+                ready.message.contains(&format!("a: {why}")),
+                "{}",
+                ready.message
+            );
+        }
+    }
+}
+
+#[test]
+fn a_device_that_is_too_small_is_named() {
+    let mut observed = on(vec![fresh("a", 0)]);
+    observed.format = FormatState::Failed {
+        message: "a cannot format it: /dev/disk/by-id/lun is too small".to_owned(),
+    };
+    let ready = plan_volume(&intent(), &observed).report.ready;
+    assert_eq!(ready.reason, reason::NOT_FORMATTED);
+    assert!(ready.message.contains("is too small"), "{}", ready.message);
+}
+
+/// A process that could not open its volume was asked for a slot every two seconds.
+#[test]
+fn a_node_that_has_not_found_the_volume_is_given_no_slot() {
+    let broken = NodeOnVolume {
+        attached: true,
+        reason: Some("no such device".to_owned()),
+        ..fresh("a", 0)
+    };
+    assert_eq!(plan_volume(&known(), &on(vec![broken])).actions, []);
+}

@@ -369,9 +369,15 @@ mod tests {
         assert_eq!(shown_now(address, &authority_pem).await, first);
 
         days.store(61, std::sync::atomic::Ordering::Relaxed);
-        while shown_now(address, &authority_pem).await == first {
-            tokio::task::yield_now().await;
-        }
+        let renewed = async {
+            while shown_now(address, &authority_pem).await == first {
+                tokio::task::yield_now().await;
+            }
+        };
+        let limit = Duration::from_secs(60);
+        tokio::time::timeout(limit, renewed)
+            .await
+            .expect("another certificate");
         days.store(0, std::sync::atomic::Ordering::Relaxed);
         assert_eq!(call().await, Code::InvalidArgument, "the caller goes on");
         assert!(!server.is_finished());

@@ -351,6 +351,18 @@ spec:
             ("name: web", "name: Web", "metadata.name"),
             ("512Mi", "-1", "spec.memory"),
             ("512Mi", "1Mi", "spec.memory"),
+            ("512Mi", "'0'", "spec.memory"),
+            ("512Mi", "99999999Ti", "spec.memory"),
+            (
+                "memory: 512Mi",
+                "memory: 512Mi\n  cpu: {cores: -4}",
+                "spec.cpu.cores",
+            ),
+            (
+                "memory: 512Mi",
+                "memory: 512Mi\n  cpu: {cores: 100000}",
+                "spec.cpu.cores",
+            ),
             ("512Mi", "17Mi", "spec.memory"),
             ("512Mi", "5Ti", "spec.memory"),
             (

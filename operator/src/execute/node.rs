@@ -3,7 +3,7 @@
 use anyhow::{Result, anyhow, bail};
 use bascule_api::names::reason;
 use bascule_node_api::command::{Command, ImportSource, Outcome, RejectReason};
-use bascule_operator_core::{Action, ImageSource};
+use bascule_operator_core::{Action, ImageSource, VmIntent};
 use bascule_types::{AttemptId, Epoch, Owner};
 use bascule_volume_format::change::{Change, Refusal};
 
@@ -81,27 +81,7 @@ impl Execution<'_> {
             // Waiting for a proof is what a takeover does.
             return Ok(());
         }
-        let disk = match change {
-            Change::CreateDisk { name, .. } | Change::AttachDisk { name, .. } => Some(name),
-            _ => None,
-        };
-        let asked = self
-            .intent
-            .disks
-            .iter()
-            .find(|asked| Some(&asked.row) == disk);
-        let field = asked.map(|disk| format!("{}: ", disk.field()));
-        let reason = match refusal {
-            Refusal::Full { .. } | Refusal::TableFull { .. } => reason::VOLUME_FULL,
-            Refusal::NameTaken | Refusal::DiskDiffers => reason::DISK_CLAIMED,
-            _ => reason::VOLUME_REFUSED,
-        };
-        let volume = &self.intent.volume;
-        let row = disk.map(|row| format!("{row}: ")).unwrap_or_default();
-        let message = format!(
-            "{}volume {volume}: {row}{refusal}",
-            field.unwrap_or_default()
-        );
+        let (reason, message) = complaint(self.intent, change, &refusal);
         self.memory.error = Some((reason, message.clone()));
         Err(Refused(message).into())
     }
@@ -241,6 +221,30 @@ impl Execution<'_> {
     }
 }
 
+/// What to tell people about a change that the volume refused: the reason, and the field that asked
+/// for it.
+fn complaint(intent: &VmIntent, change: &Change, refusal: &Refusal) -> (&'static str, String) {
+    let reason = match refusal {
+        Refusal::Full { .. } | Refusal::TableFull { .. } => reason::VOLUME_FULL,
+        Refusal::NameTaken | Refusal::DiskDiffers => reason::DISK_CLAIMED,
+        _ => reason::VOLUME_REFUSED,
+    };
+    let row = match change {
+        Change::CreateDisk { name, .. } | Change::AttachDisk { name, .. } => Some(name),
+        _ => None,
+    };
+    let asked = intent.disks.iter().find(|disk| Some(&disk.row) == row);
+    let field = asked.map(|disk| format!("{}: ", disk.field()));
+    let row = row.map(|row| format!("{row}: "));
+    let message = format!(
+        "{}volume {}: {}{refusal}",
+        field.unwrap_or_default(),
+        intent.volume,
+        row.unwrap_or_default()
+    );
+    (reason, message)
+}
+
 fn import_source(source: &ImageSource) -> ImportSource {
     match source {
         ImageSource::Http { url, sha256 } => ImportSource::Http {
@@ -248,5 +252,70 @@ fn import_source(source: &ImageSource) -> ImportSource {
             sha256: sha256.clone(),
         },
         ImageSource::HostFile { name } => ImportSource::HostFile { name: name.clone() },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bascule_types::Bytes;
+
+    use super::*;
+
+    fn intent() -> VmIntent {
+        let vm = serde_json::from_value(serde_json::json!({
+            "apiVersion": "bascule.dev/v1alpha1",
+            "kind": "VirtualMachine",
+            "metadata": {
+                "name": "web", "namespace": "shop",
+                "uid": "6fa459ea-ee8a-4ca4-894e-db77e160355e",
+            },
+            "spec": {
+                "memory": "512Mi", "volume": "san", "boot": {"kernel": {"hostFile": {"name": "k"}}},
+                "disks": [
+                    {"name": "root", "size": "1Gi"},
+                    {"name": "data", "existing": {"name": "old.data"}},
+                ],
+            },
+        }))
+        .unwrap();
+        crate::intent::intent(&vm).unwrap()
+    }
+
+    #[test]
+    fn a_disk_that_another_virtual_machine_has_is_named_with_the_field_that_asks_for_it() {
+        let intent = intent();
+        let name = intent.disks[2].row.clone();
+        let change = Change::AttachDisk {
+            name,
+            vm: intent.uid,
+        };
+        let (reason, message) = complaint(&intent, &change, &Refusal::NameTaken);
+        assert_eq!(reason, reason::DISK_CLAIMED);
+        assert!(
+            message.starts_with("spec.disks[data].existing.name: volume san: shop/old.data: "),
+            "{message}"
+        );
+    }
+
+    #[test]
+    fn a_disk_for_which_there_is_no_room_is_named() {
+        let intent = intent();
+        let change = Change::CreateDisk {
+            vm: intent.uid,
+            name: intent.disks[1].row.clone(),
+            size: Bytes::gib(1),
+            role: intent.disks[1].role,
+            importing: false,
+        };
+        let full = Refusal::Full {
+            free: Bytes::mib(5),
+            needed: Bytes::gib(1),
+        };
+        let (reason, message) = complaint(&intent, &change, &full);
+        assert_eq!(reason, reason::VOLUME_FULL);
+        assert!(
+            message.starts_with("spec.disks[root]: volume san: "),
+            "{message}"
+        );
     }
 }

@@ -8,7 +8,7 @@ use bascule_volume_format::change::Change;
 use super::Planner;
 use super::place::Place;
 use crate::observed::RowView;
-use crate::{Action, Fact, Origin, Phase, Verdict};
+use crate::{Action, Fact, Phase, Verdict};
 
 impl<'a> Planner<'a> {
     pub(super) fn delete(&mut self) {
@@ -122,9 +122,7 @@ impl<'a> Planner<'a> {
                 .iter()
                 .find(|intent| intent.row == disk.name);
             // A half-filled disk is of no use to anybody.
-            let goes = disk.importing
-                || intent.is_some_and(|i| i.delete_with_vm && i.origin != Origin::Existing)
-                || intent.is_some_and(|i| i.delete_with_vm);
+            let goes = disk.importing || intent.is_some_and(|intent| intent.delete_with_vm);
             if goes {
                 let change = Change::DeleteDisk { disk: disk.disk };
                 self.push(Action::Change {

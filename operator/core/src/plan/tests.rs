@@ -1,6 +1,7 @@
 //! Decisions, one sentence each. [`Case`] is a cluster of three healthy nodes on which a test says
 //! what is different.
 
+mod bad_input;
 mod case;
 mod deletion;
 mod moves;

@@ -1,0 +1,124 @@
+//! What is wrong with a document or a node is said where its author looks, in words that name it.
+
+use super::*;
+use crate::{ImageSource, ImportPhase, ImportView, Origin};
+
+#[test]
+fn a_node_without_kvm_is_named_when_the_scheduler_finds_no_other() {
+    let mut case = Case::new().with_pod("node-1");
+    case.node("node-2").kvm_error = Some("/dev/kvm: No such file or directory".to_owned());
+    let pod = case.pod(0);
+    pod.node = None;
+    pod.phase = PodPhase::Pending;
+    pod.avoid = vec!["node-2".to_owned()];
+    pod.unschedulable = Some("0/3 nodes are available.".to_owned());
+    let ready = case.plan().report.ready;
+    assert_eq!(ready.reason, reason::UNSCHEDULABLE);
+    assert!(ready.message.contains("0/3 nodes"), "{}", ready.message);
+    assert!(
+        ready
+            .message
+            .contains("node node-2 cannot run guests: /dev/kvm"),
+        "{}",
+        ready.message
+    );
+}
+
+#[test]
+fn a_guest_is_not_started_on_a_node_without_kvm() {
+    let mut case = Case::new().with_pod("node-1");
+    case.node("node-1").kvm_error = Some("/dev/kvm: No such file or directory".to_owned());
+    let plan = case.plan();
+    assert!(
+        !plan
+            .actions
+            .iter()
+            .any(|a| matches!(a, Action::Change { .. }))
+    );
+    assert!(
+        plan.actions
+            .iter()
+            .any(|a| matches!(a, Action::DeleteReservation { .. })),
+        "the scheduler is asked for another node"
+    );
+}
+
+/// A bridge that is not allowed, a kernel that is none: the node says so, and so does the status.
+#[test]
+fn what_a_node_says_against_a_start_is_the_condition() {
+    let mut case = Case::new().owned_by(1).with_pod("node-1");
+    let why = "node-1: interfaces[0].bridge: no bridge \"wan\" is allowed on this node";
+    case.observed.history.error = Some((reason::START_FAILED, why.to_owned()));
+    let ready = case.plan().report.ready;
+    assert_eq!(
+        (ready.status, ready.reason, ready.message.as_str()),
+        (Some(false), reason::START_FAILED, why)
+    );
+}
+
+#[test]
+fn a_disk_that_somebody_else_has_is_the_condition() {
+    let mut case = Case::new().owned_by(1).with_pod("node-1").with_disks();
+    case.row().disks[1].vm = None;
+    let why = "spec.disks[root].existing.name: volume san: shop/old.root: belongs to another";
+    case.observed.history.error = Some((reason::DISK_CLAIMED, why.to_owned()));
+    let plan = case.plan();
+    assert_eq!(
+        (plan.report.ready.reason, plan.report.ready.message.as_str()),
+        (reason::DISK_CLAIMED, why)
+    );
+    assert!(
+        !plan
+            .actions
+            .iter()
+            .any(|a| matches!(a, Action::StartVm { .. }))
+    );
+}
+
+#[test]
+fn a_failed_import_names_the_field_and_the_place_that_it_should_come_from() {
+    let failing = |source: ImageSource, message: &str| {
+        let mut case = Case::new().owned_by(1).with_pod("node-1").with_disks();
+        if let Origin::Image { source: old, .. } = &mut case.intent.disks[0].origin {
+            *old = source;
+        }
+        case.row().disks[0].importing = true;
+        let disk = case.row().disks[0].disk;
+        case.observed.imports = vec![ImportView {
+            node: "node-1".to_owned(),
+            disk,
+            written: bascule_types::Bytes(0),
+            phase: ImportPhase::Failed {
+                message: message.to_owned(),
+            },
+        }];
+        case.observed.history.imports_begun.insert(disk, NOW);
+        let plan = case.plan();
+        assert_eq!(
+            plan.actions,
+            [],
+            "a server that is down is not asked every second"
+        );
+        assert_eq!(plan.report.imported.reason, reason::IMPORT_FAILED);
+        assert_eq!(plan.report.ready.reason, reason::IMPORT_FAILED);
+        plan.report.ready.message
+    };
+    let url = "https://images.example/vmlinuz".to_owned();
+    let sha256 = "0".repeat(64);
+    let http = ImageSource::Http { url, sha256 };
+    assert_eq!(
+        failing(http.clone(), "http status: 404"),
+        "spec.boot.kernel: https://images.example/vmlinuz: http status: 404"
+    );
+    assert_eq!(
+        failing(http, "https://images.example/vmlinuz: its SHA-256 is 1"),
+        "spec.boot.kernel: https://images.example/vmlinuz: its SHA-256 is 1"
+    );
+    let file = ImageSource::HostFile {
+        name: "debian".to_owned(),
+    };
+    assert_eq!(
+        failing(file, "cannot be opened"),
+        "spec.boot.kernel: debian: cannot be opened"
+    );
+}

@@ -1,6 +1,8 @@
 //! The Join service: trades a node-bound token for a node certificate.
 
-use std::net::{SocketAddr, TcpListener};
+mod tls;
+
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,9 +16,8 @@ use k8s_openapi::api::authentication::v1::{TokenReview, TokenReviewSpec, TokenRe
 use k8s_openapi::api::core::v1::Node;
 use kube::api::PostParams;
 use kube::{Api, Client};
-use tokio::sync::oneshot;
-use tokio_stream::wrappers::TcpListenerStream;
-use tonic::transport::{Identity, Server, ServerTlsConfig};
+use tokio::net::TcpListener;
+use tonic::transport::Server;
 use tonic::{Request, Response, Status};
 
 use crate::cli::Args;
@@ -25,7 +26,7 @@ use crate::identity::OwnIdentity;
 /// Lets nodes in.
 pub(crate) struct JoinService {
     client: Client,
-    identity: OwnIdentity,
+    identity: Arc<OwnIdentity>,
     cluster: ClusterId,
     /// `system:serviceaccount:<namespace>:<name>`.
     username: String,
@@ -44,7 +45,7 @@ impl JoinService {
         );
         Self {
             client,
-            identity: OwnIdentity::new(authority, vec![OPERATOR_NAME.to_owned()]),
+            identity: Arc::new(OwnIdentity::new(authority, vec![OPERATOR_NAME.to_owned()])),
             cluster,
             username,
         }
@@ -52,67 +53,19 @@ impl JoinService {
 
     /// Serves for ever.
     pub(crate) async fn serve(self, listen: SocketAddr) -> anyhow::Result<()> {
-        let listener =
-            TcpListener::bind(listen).with_context(|| format!("listen on {listen} for Join"))?;
-        Arc::new(self).serve_on(listener, RENEWAL_CHECK).await
+        let listener = TcpListener::bind(listen)
+            .await
+            .with_context(|| format!("listen on {listen} for Join"))?;
+        self.serve_on(listener).await
     }
 
-    /// Serves on a socket that stays open while one server takes over from the other, each with a
-    /// certificate of its own: whoever connects in between waits in the socket's queue.
-    async fn serve_on(
-        self: Arc<Self>,
-        listener: TcpListener,
-        check: Duration,
-    ) -> anyhow::Result<()> {
-        listener
-            .set_nonblocking(true)
-            .context("set up the socket")?;
-        loop {
-            let identity = self.identity.get()?;
-            let (end_tx, end_rx) = oneshot::channel::<()>();
-            let socket = listener.try_clone().context("share the socket")?;
-            let mut server =
-                tokio::spawn(Arc::clone(&self).serve_as(identity.clone(), socket, end_rx));
-            loop {
-                tokio::select! {
-                    ended = &mut server => ended.context("serve Join")??,
-                    () = tokio::time::sleep(check) => {}
-                }
-                if server.is_finished() {
-                    anyhow::bail!("the Join server ended");
-                }
-                if self.identity.is_due(&identity)? {
-                    break;
-                }
-            }
-            // It answers what it has been asked, and accepts nothing more.
-            drop(end_tx);
-            let rest = async move { tokio::time::timeout(CALL_LIMIT * 2, server).await.map(drop) };
-            tokio::spawn(rest);
-        }
-    }
-
-    async fn serve_as(
-        self: Arc<Self>,
-        identity: bascule_pki::Identity,
-        socket: TcpListener,
-        end_rx: oneshot::Receiver<()>,
-    ) -> anyhow::Result<()> {
-        let tls = ServerTlsConfig::new().identity(Identity::from_pem(
-            &identity.certificate_pem,
-            &identity.key_pem,
-        ));
-        let socket = tokio::net::TcpListener::from_std(socket).context("set up the socket")?;
+    async fn serve_on(self, listener: TcpListener) -> anyhow::Result<()> {
+        let incoming = tls::incoming(listener, Arc::clone(&self.identity))?;
         Server::builder()
-            .tls_config(tls)
-            .context("set up TLS")?
             .timeout(CALL_LIMIT)
             .concurrency_limit_per_connection(4)
-            .add_service(JoinServer::from_arc(self))
-            .serve_with_incoming_shutdown(TcpListenerStream::new(socket), async move {
-                // Dropped or sent, it means the same.
-                drop(end_rx.await);
-            })
+            .add_service(JoinServer::new(self))
+            .serve_with_incoming(incoming)
             .await
             .context("serve Join")
     }
@@ -232,8 +185,6 @@ const TOKEN_BYTES_MAX: usize = 16 << 10;
 const CSR_BYTES_MAX: usize = 16 << 10;
 /// Two calls to the API server.
 const CALL_LIMIT: Duration = Duration::from_secs(15);
-/// A certificate has a month left when it is due.
-const RENEWAL_CHECK: Duration = Duration::from_secs(3600);
 
 #[cfg(test)]
 mod tests {
@@ -336,15 +287,15 @@ mod tests {
             http::Request<kube::client::Body>,
             http::Response<kube::client::Body>,
         >();
-        let join = Arc::new(JoinService {
+        let join = JoinService {
             client: Client::new(service, "default"),
-            identity,
+            identity: Arc::new(identity),
             cluster: ClusterId::random(),
             username: USER.to_owned(),
-        });
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        };
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let server = tokio::spawn(join.serve_on(listener, Duration::from_millis(1)));
+        let server = tokio::spawn(join.serve_on(listener));
         let first = shown_now(address, &authority_pem).await;
         let tls = tonic::transport::ClientTlsConfig::new()
             .ca_certificate(tonic::transport::Certificate::from_pem(&authority_pem))
@@ -369,16 +320,7 @@ mod tests {
         assert_eq!(shown_now(address, &authority_pem).await, first);
 
         days.store(61, std::sync::atomic::Ordering::Relaxed);
-        let renewed = async {
-            while shown_now(address, &authority_pem).await == first {
-                tokio::task::yield_now().await;
-            }
-        };
-        let limit = Duration::from_secs(60);
-        tokio::time::timeout(limit, renewed)
-            .await
-            .expect("another certificate");
-        days.store(0, std::sync::atomic::Ordering::Relaxed);
+        assert_ne!(shown_now(address, &authority_pem).await, first);
         assert_eq!(call().await, Code::InvalidArgument, "the caller goes on");
         assert!(!server.is_finished());
         server.abort();

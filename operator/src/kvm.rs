@@ -65,7 +65,11 @@ async fn publish(cluster: &Cluster, node: &str, event: &Event) {
         .nodes
         .find(|object| object.name_any() == node);
     let Some(object) = object else { return };
-    tracing::warn!(node, reason = event.reason, note = event.note, "event");
+    if event.reason == reason::KVM_UNAVAILABLE {
+        tracing::warn!(node, note = event.note, "a node cannot run guests");
+    } else {
+        tracing::info!(node, note = event.note, "a node can run guests again");
+    }
     if let Err(error) = cluster
         .recorder
         .publish(event, &object.object_ref(&()))

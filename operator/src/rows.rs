@@ -62,7 +62,12 @@ impl RowsCache {
     /// Asks for ever.
     pub(crate) async fn poll(self, names: impl Fn() -> Vec<String>) {
         loop {
-            let refreshes = names().into_iter().map(|name| {
+            let names = names();
+            self.volumes
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .retain(|name, _| names.contains(name));
+            let refreshes = names.into_iter().map(|name| {
                 let cache = self.clone();
                 async move { cache.refresh(&name).await }
             });

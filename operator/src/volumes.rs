@@ -44,7 +44,13 @@ pub(crate) async fn rounds(cluster: Cluster, cluster_id: ClusterId) {
     let mut memories: HashMap<String, Memory> = HashMap::new();
     loop {
         let mut requeue = REQUEUE_MAX;
-        for volume in cluster.stores.volumes.state() {
+        let volumes = cluster.stores.volumes.state();
+        memories.retain(|uid, _| {
+            volumes
+                .iter()
+                .any(|volume| volume.uid().as_ref() == Some(uid))
+        });
+        for volume in volumes {
             let memory = memories
                 .entry(volume.uid().unwrap_or_default())
                 .or_default();

@@ -62,7 +62,15 @@ impl Execution<'_> {
     pub(crate) async fn run(&mut self, actions: &[Action]) -> Result<()> {
         for action in actions {
             tracing::debug!(?action, "execute");
-            self.execute(action).await.with_context(|| label(action))?;
+            let executed = self.execute(action).await.with_context(|| label(action));
+            if let Err(error) = &executed
+                && error.downcast_ref().is_some_and(namespace_is_ending)
+            {
+                self.memory.namespace_ending = true;
+                let why = "the namespace is being deleted".to_owned();
+                return Err(anyhow::Error::new(Refused(why)).context(label(action)));
+            }
+            executed?;
         }
         Ok(())
     }
@@ -285,6 +293,17 @@ fn exists_is_fine<K>(outcome: kube::Result<K>) -> Result<()> {
     }
 }
 
+/// Whether the API server lets nothing into the namespace because it is being deleted.
+fn namespace_is_ending(error: &kube::Error) -> bool {
+    let kube::Error::Api(status) = error else {
+        return false;
+    };
+    let causes = status.details.as_ref().map_or(&[][..], |d| &d.causes);
+    causes
+        .iter()
+        .any(|cause| cause.reason == NAMESPACE_TERMINATING)
+}
+
 /// What is gone needs no deletion.
 pub(crate) fn not_found_is_fine<K>(outcome: kube::Result<K>) -> Result<()> {
     match outcome {
@@ -298,5 +317,27 @@ pub(crate) fn apply() -> PatchParams {
     PatchParams::apply(FIELD_MANAGER).force()
 }
 
+/// `k8s.io/api/core/v1`: NamespaceTerminatingCause.
+const NAMESPACE_TERMINATING: &str = "NamespaceTerminating";
 /// The API refuses longer notes.
 const EVENT_CHARS_MAX: usize = 1000;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(causes: &serde_json::Value) -> kube::Error {
+        let status = json!({
+            "status": "Failure", "code": 403, "reason": "Forbidden", "message": "no",
+            "details": {"causes": causes},
+        });
+        kube::Error::Api(serde_json::from_value(status).unwrap())
+    }
+
+    #[test]
+    fn the_end_of_a_namespace_is_told_from_missing_rights() {
+        let ending = json!([{"reason": "NamespaceTerminating", "message": "", "field": ""}]);
+        assert!(namespace_is_ending(&refused(&ending)));
+        assert!(!namespace_is_ending(&refused(&json!([]))));
+    }
+}

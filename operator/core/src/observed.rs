@@ -281,6 +281,8 @@ pub struct History {
     pub power_button: Option<Moment>,
     /// When each disk's import was last begun.
     pub imports_begun: BTreeMap<DiskId, Moment>,
+    /// Whether the API server has said that the namespace is being deleted.
+    pub namespace_ending: bool,
     /// The attempt that a source was last asked to begin, and its process, which said yes.
     pub move_begun: Option<(AttemptId, u32)>,
     /// The attempt that a node last refused to begin, when, and why.

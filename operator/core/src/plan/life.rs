@@ -135,6 +135,8 @@ impl<'a> Planner<'a> {
     /// Whether the guest should run.
     pub(super) fn wanted(&self) -> bool {
         match self.intent.run {
+            // Its pods go first, and the object only after them.
+            _ if self.observed.history.namespace_ending => false,
             RunPolicy::Always => true,
             RunPolicy::OnFailure => !self.report.completed,
             RunPolicy::Stopped => false,

@@ -31,11 +31,16 @@ impl<'a> Planner<'a> {
         self.report.restart_required = pod.map(|pod| pod.digest != self.intent.digest);
         let active = self.arrange_migrations();
         self.drop_stray_reservations(node, active);
-        if self.intent.run == RunPolicy::Stopped {
+        let ending = self.observed.history.namespace_ending;
+        if self.intent.run == RunPolicy::Stopped || ending {
             if let Some(migration) = active {
                 self.give_up_migration(row, node, process, migration, reason::SUPERSEDED);
             }
-            return self.stop(node);
+            self.stop(node);
+            if ending {
+                self.ready(Phase::Stopping, false, reason::DELETING, NAMESPACE_ENDS);
+            }
+            return;
         }
         let evacuate = pod.and_then(|pod| pod.leaving_since);
         if let Some(migration) = active {
@@ -186,5 +191,6 @@ impl<'a> Planner<'a> {
 }
 
 const NEEDS_A_WORD: &str = "a restart elsewhere needs an administrator's word";
+const NAMESPACE_ENDS: &str = "its namespace is being deleted: asked to shut down";
 /// A guest that is busy booting does not hear the first press.
 const POWER_BUTTON_AGAIN: Duration = Duration::from_secs(15);

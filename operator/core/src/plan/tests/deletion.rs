@@ -49,3 +49,38 @@ fn deletion_waits_while_nobody_can_say_who_owns_the_row() {
     case.observed.row = Fact::Unknown;
     assert_eq!(case.plan().actions, []);
 }
+
+/// A namespace that is being deleted loses its pods first, and waits for them before it deletes
+/// anything else; the reservation waited for the guest, and the guest for a migration that nobody
+/// may create there any more.
+#[test]
+fn a_guest_in_a_namespace_that_is_being_deleted_is_shut_down_and_lets_its_pod_go() {
+    let mut case = Case::running_on(1).draining();
+    case.observed.history.namespace_ending = true;
+    let plan = case.plan();
+    assert!(plan.actions.contains(&Action::PowerButton {
+        node: "node-1".to_owned()
+    }));
+    assert!(
+        !plan
+            .actions
+            .iter()
+            .any(|a| matches!(a, Action::CreateMigration { .. }))
+    );
+    assert_eq!(plan.report.ready.reason, reason::DELETING);
+
+    case = case.process_is(VmState::Stopped(StopReason::GuestShutdown));
+    case.observed.history.stopping_since = Some(NOW);
+    let actions = case.plan().actions;
+    assert!(
+        actions
+            .iter()
+            .any(|a| matches!(a, Action::EndReservation { .. }))
+    );
+    assert!(
+        !actions
+            .iter()
+            .any(|a| matches!(a, Action::CreateReservation { .. } | Action::StartVm { .. })),
+        "{actions:?}"
+    );
+}

@@ -74,6 +74,14 @@ impl Installation {
             Tier::Emulated => "Watchdog",
         };
         self.lab.apply(&objects::shared_volume(VOLUME, mode))?;
+        self.wait_volume()
+    }
+
+    /// Waits until every node reaches the volume, as after a node's return.
+    ///
+    /// # Errors
+    /// When one does not in time.
+    pub fn wait_volume(&self) -> Result<()> {
         self.lab
             .wait_for("the SharedVolume on every node", VOLUME_LIMIT, || {
                 let volume = self.lab.get(&["sharedvolume", VOLUME])?;
@@ -100,16 +108,27 @@ impl Installation {
     /// # Errors
     /// When it does not become ready, or its guest does not answer.
     pub fn vm(&self, name: &str, number: u8) -> Result<ClusterVm<'_>> {
-        let address = Ipv4Addr::new(10, 91, 0, number);
-        self.lab.apply(&self.guest.document(name, address))?;
-        let vm = ClusterVm {
-            cluster: self,
-            name: name.to_owned(),
-            address,
-        };
+        self.lab.apply(&self.document(name, number))?;
+        let vm = self.handle(name, number);
         vm.wait_ready(START_LIMIT)?;
         vm.talk()?;
         Ok(vm)
+    }
+
+    /// The VirtualMachine that [`Self::vm`] applies.
+    #[must_use]
+    pub fn document(&self, name: &str, number: u8) -> String {
+        self.guest.document(name, address(number))
+    }
+
+    /// A virtual machine that is there, or is about to be.
+    #[must_use]
+    pub fn handle(&self, name: &str, number: u8) -> ClusterVm<'_> {
+        ClusterVm {
+            cluster: self,
+            name: name.to_owned(),
+            address: address(number),
+        }
     }
 
     /// Drains a node as an administrator does; returns when kubectl has exited with 0.
@@ -358,6 +377,10 @@ impl ClusterVm<'_> {
             .done()
             .inspect_err(|_| self.cluster.lab.print_logs())
     }
+}
+
+const fn address(number: u8) -> Ipv4Addr {
+    Ipv4Addr::new(10, 91, 0, number)
 }
 
 /// The namespace of scenarios' virtual machines.

@@ -2,9 +2,13 @@
 //!
 //! One cluster serves all of them, one after the other; each has a virtual machine of its own.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod bad_input;
+
 use std::time::Duration;
 
-use bascule_e2e::kubernetes::{SYSTEM_NAMESPACE, SharedCluster, condition, scenarios};
+use bascule_e2e::kubernetes::{ClusterVm, SYSTEM_NAMESPACE, SharedCluster, condition, scenarios};
 use bascule_lab::Tier;
 
 static CLUSTER: SharedCluster = SharedCluster::new(Tier::Native, 2);
@@ -45,12 +49,14 @@ fn two_operators_cannot_double_start() {
         let lab = cluster.lab();
         let mut talk = vm.talk().unwrap();
         let home = vm.node().unwrap();
+        let since = ready_since(vm);
         // Without its Lease both replicas believe that they may lead.
         let args = ["-n", SYSTEM_NAMESPACE, "delete", "lease", "--all"];
         for _ in 0..3 {
             lab.kubectl(&args).unwrap();
             talk.ping().unwrap();
-            // A new leader knows nothing until the nodes have reported to it.
+            // What a new leader does not know yet it does not deny.
+            condition(&vm.object().unwrap(), "Ready").unwrap();
             lab.wait_for(
                 "the new leader to find the guest where it is",
                 LEADER_LIMIT,
@@ -63,6 +69,7 @@ fn two_operators_cannot_double_start() {
             .unwrap();
         }
         talk.check().unwrap();
+        assert_eq!(ready_since(vm), since, "it was never said not to be ready");
         let processes: usize = lab
             .nodes()
             .map(|node| {
@@ -76,6 +83,14 @@ fn two_operators_cannot_double_start() {
             "one virtual machine, one process on all nodes"
         );
     });
+}
+
+/// Since when the virtual machine is ready.
+fn ready_since(vm: &ClusterVm<'_>) -> String {
+    let object = vm.object().unwrap();
+    let conditions = object["status"]["conditions"].as_array().unwrap();
+    let ready = conditions.iter().find(|c| c["type"] == "Ready").unwrap();
+    ready["lastTransitionTime"].to_string()
 }
 
 /// A Lease of 15 s that was lost, and the nodes' streams.

@@ -106,13 +106,15 @@ fn read(object: &Value) -> Result<Moved> {
 }
 
 pub(super) fn shared_volume(name: &str, fencing: &str) -> String {
+    // Where a word is needed anyway, the taint may be one.
+    let taint = fencing == "LeaseOnly";
     format!(
         "apiVersion: bascule.dev/v1alpha1
 kind: SharedVolume
 metadata: {{name: {name}}}
 spec:
   backing: {{device: {{path: /dev/disk/by-id/virtio-shared0}}}}
-  fencing: {{mode: {fencing}}}
+  fencing: {{mode: {fencing}, trustOutOfServiceTaint: {taint}}}
 "
     )
 }

@@ -5,6 +5,8 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod bad_input;
+mod drain;
+mod lost_node;
 
 use std::time::Duration;
 

@@ -15,7 +15,7 @@ mod writer;
 use std::net::Ipv4Addr;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use bascule_lab::{Lab, Tier};
 use serde_json::Value;
 
@@ -86,19 +86,19 @@ impl Installation {
             .wait_for("the SharedVolume on every node", VOLUME_LIMIT, || {
                 let volume = self.lab.get(&["sharedvolume", VOLUME])?;
                 condition(&volume, "Ready")?;
-                let nodes = volume["status"]["nodes"].as_array().map_or(0, Vec::len);
-                let direct = volume["status"]["nodes"]
-                    .as_array()
+                let nodes = volume["status"]["nodes"].as_array();
+                let (direct, others): (Vec<_>, Vec<_>) = nodes
                     .into_iter()
                     .flatten()
-                    .filter(|node| node["state"] == "Direct")
-                    .count();
+                    .partition(|node| node["state"] == "Direct");
                 let wanted = self.lab.state().nodes.len();
-                if direct == wanted {
-                    Ok(())
-                } else {
-                    bail!("{direct} of {nodes} listed nodes reach it directly, {wanted} are wanted")
-                }
+                ensure!(
+                    direct.len() == wanted,
+                    "{} of {wanted} nodes reach it directly; the others: {}",
+                    direct.len(),
+                    Value::from_iter(others.into_iter().cloned())
+                );
+                Ok(())
             })
     }
 
@@ -161,7 +161,7 @@ impl Installation {
         let which = ["-n", SYSTEM_NAMESPACE, LABEL_DAEMON, &on];
         let old = self.lab.get(&[&["pod"], &which[..]].concat())?;
         let old = old["items"][0]["metadata"]["uid"].clone();
-        anyhow::ensure!(old.is_string(), "{node} runs no node daemon");
+        ensure!(old.is_string(), "{node} runs no node daemon");
         self.lab
             .kubectl(&[&["delete", "pod"], &which[..]].concat())?;
         let what = format!("the next node daemon on {node}");
@@ -187,7 +187,7 @@ impl Installation {
     /// When it does not come back in time.
     pub fn wait_back(&self, node: &str) -> Result<()> {
         self.lab.node(node)?.wait_ready(NODE_LIMIT)?;
-        self.volume()
+        self.wait_volume()
     }
 
     /// Lets pods land on a node again.
@@ -209,7 +209,7 @@ impl Installation {
         self.lab.wait_for(&what, POD_LIMIT, || {
             let pod = self.lab.get(&["pod", name, "-n", NAMESPACE])?;
             let phase = pod["status"]["phase"].as_str().unwrap_or_default();
-            anyhow::ensure!(
+            ensure!(
                 ["Running", "Failed"].contains(&phase),
                 "it is {phase}: {}",
                 pod["status"]
@@ -398,7 +398,7 @@ const LABEL_DAEMON: &str = "-lapp.kubernetes.io/component=node";
 const ROWS_LIMIT: Duration = Duration::from_secs(20);
 /// A node that was turned on again: its boot, its services.
 const NODE_LIMIT: Duration = Duration::from_secs(420);
-const VOLUME_LIMIT: Duration = Duration::from_secs(180);
+const VOLUME_LIMIT: Duration = Duration::from_secs(300);
 const POD_LIMIT: Duration = Duration::from_secs(180);
 const START_LIMIT: Duration = Duration::from_secs(240);
 const GUEST_LIMIT: Duration = Duration::from_secs(180);

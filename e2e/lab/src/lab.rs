@@ -282,9 +282,10 @@ impl Lab {
         self.control_plane().running(component)
     }
 
-    /// Prints the ends of all logs on standard error.
+    /// Prints the ends of all logs on standard error, those of Bascule's own pods last.
     pub fn print_logs(&self) {
         print_logs(&self.state.logs);
+        self.print_bascule();
     }
 
     pub(crate) fn control_plane(&self) -> ControlPlane<'_> {

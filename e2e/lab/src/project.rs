@@ -67,6 +67,26 @@ impl Lab {
     }
 }
 
+impl Lab {
+    /// Prints what Bascule says of itself on standard error, as far as the API server answers.
+    pub(crate) fn print_bascule(&self) {
+        let show = [
+            "get",
+            "vm,sv,vmm,failover,pod,node",
+            "--all-namespaces",
+            "-o",
+            "wide",
+        ];
+        let pods = "-lapp.kubernetes.io/name=bascule";
+        let logs = ["logs", "-n", NAMESPACE, pods, "--prefix", "--tail=60"];
+        for args in [&show[..], &logs[..]] {
+            let said = self.kubectl(args);
+            let said = said.unwrap_or_else(|error| format!("{error:#}"));
+            eprintln!("==> kubectl {} <==\n{said}", args.join(" "));
+        }
+    }
+}
+
 /// Namespace that the chart is installed to.
 pub const NAMESPACE: &str = "bascule-system";
 

@@ -27,7 +27,7 @@ fn backing_gone_on_all_nodes_for_a_moment_loses_nothing() {
         vm.wait_ready(BACK_LIMIT).unwrap();
         assert_eq!(vm.tenure().unwrap().1, epoch);
         vm.never_taken_over().unwrap();
-        cluster.volume().unwrap();
+        cluster.wait_volume().unwrap();
     });
 }
 

@@ -533,6 +533,19 @@ fn an_attempt_without_a_target_in_time_fails() {
     assert_eq!(case.migration_end("go"), expected);
 }
 
+/// Found on emulated nodes: an attempt ended because the target's stream was lost for a second.
+#[test]
+fn a_target_that_is_silent_for_a_moment_is_waited_for() {
+    let mut case = Case::running_on(1).with_migration("go", MigrationMode::Live);
+    case.begun(0);
+    case = case.with_migration_pod("go", "node-2");
+    case.node("node-2").stream = Stream::Down { since: NOW };
+    assert_eq!(case.migration_end("go"), None);
+    case.now = NOW.after(Duration::from_secs(30));
+    let expected = Some((MigrationPhase::Failed, reason::NO_TARGET));
+    assert_eq!(case.migration_end("go"), expected);
+}
+
 // ---- failure -----------------------------------------------------------------------------------
 
 #[test]

@@ -1,5 +1,7 @@
 //! The beginning of an attempt: refusals, and the reservation on the target.
 
+use std::time::Duration;
+
 use bascule_api::names::reason;
 use bascule_types::Owner;
 
@@ -8,7 +10,7 @@ use crate::MigrationPhase;
 use crate::action::MigrationUpdate;
 use crate::observed::RowView;
 use crate::plan::reservation::leaving;
-use crate::{Action, Migration, Pod, Purpose};
+use crate::{Action, Migration, Pod, Purpose, Stream};
 
 impl Planner<'_> {
     pub(super) fn begin_migration(&mut self, row: &RowView, node: &str, migration: &Migration) {
@@ -26,6 +28,8 @@ impl Planner<'_> {
                     reason::TARGET_CORDONED,
                     format!("node {target} is cordoned"),
                 )),
+                // One that is silent for a moment is waited for once it has been placed.
+                Some(_) if self.silent_for_a_moment(target) => None,
                 Some(_) => self
                     .usable(target)
                     .err()
@@ -93,11 +97,47 @@ impl Planner<'_> {
         let target = self.bound_target(node, migration, pod)?;
         match self.usable(&target) {
             Ok(owner) => Some((target, owner)),
+            Err(why) if self.silent_for_a_moment(&target) => {
+                self.report_placing(node, migration, Some(target), why);
+                None
+            }
             Err(why) => {
                 self.end(migration, MigrationPhase::Failed, reason::NO_TARGET, why);
                 None
             }
         }
+    }
+
+    /// Whether the node's stream is lost, and may well be back before an attempt's time is up: a busy
+    /// network or a restart of the daemon is no reason to end it.
+    fn silent_for_a_moment(&self, node: &str) -> bool {
+        let stream = self.observed.nodes.get(node).map(|view| view.stream);
+        match stream {
+            Some(Stream::Down { since }) => self.now.since(since) < TARGET_PATIENCE,
+            Some(Stream::Unknown) => true,
+            Some(Stream::Up) | None => false,
+        }
+    }
+
+    fn report_placing(
+        &mut self,
+        node: &str,
+        migration: &Migration,
+        target: Option<String>,
+        message: String,
+    ) {
+        self.push(Action::ReportMigration {
+            name: migration.name.clone(),
+            update: MigrationUpdate {
+                phase: MigrationPhase::Placing,
+                source: Some(node.to_owned()),
+                target,
+                source_epoch: migration.source_epoch,
+                reason: reason::PLACING,
+                message,
+                progress: None,
+            },
+        });
     }
 
     fn bound_target(&mut self, node: &str, migration: &Migration, pod: &Pod) -> Option<String> {
@@ -108,18 +148,10 @@ impl Planner<'_> {
             Some(why) => format!("no node has room or fits the placement: {why}"),
             None => "waiting for the scheduler to choose a node".to_owned(),
         };
-        self.push(Action::ReportMigration {
-            name: migration.name.clone(),
-            update: MigrationUpdate {
-                phase: MigrationPhase::Placing,
-                source: Some(node.to_owned()),
-                target: migration.target.clone(),
-                source_epoch: migration.source_epoch,
-                reason: reason::PLACING,
-                message,
-                progress: None,
-            },
-        });
+        self.report_placing(node, migration, migration.target.clone(), message);
         None
     }
 }
+
+/// As long as a daemon takes to start anew.
+const TARGET_PATIENCE: Duration = Duration::from_secs(30);

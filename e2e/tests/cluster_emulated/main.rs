@@ -1,7 +1,7 @@
 //! The scenarios on emulated nodes: real Kubernetes, AMD-V, an unmodified Debian kernel in the
 //! guest, a watchdog outside the machine.
 //!
-//! One cluster serves all of them, one after the other; each has a virtual machine of its own.
+//! One cluster serves all of them, one after the other, and one virtual machine most of them.
 
 mod clock;
 mod fencing;
@@ -25,7 +25,7 @@ fn install_and_first_vm() {
 
 #[test]
 fn drain_moves_vm_live_and_tcp_session_survives() {
-    CLUSTER.with_vm("drained", 101, |cluster, vm| {
+    CLUSTER.with_resident("drained", |cluster, vm| {
         let source = vm.node().unwrap();
         let drained = scenarios::drain_moves_vms_live(cluster, &source, &[vm]).unwrap();
         println!("{drained:?}");
@@ -34,14 +34,14 @@ fn drain_moves_vm_live_and_tcp_session_survives() {
 
 #[test]
 fn quick_migration_round_trip() {
-    CLUSTER.with_vm("quick", 102, |_, vm| {
+    CLUSTER.with_resident("quick", |_, vm| {
         scenarios::quick_migration_round_trip(vm).unwrap();
     });
 }
 
 #[test]
 fn killing_daemon_operator_apiserver_stops_no_guest() {
-    CLUSTER.with_vm("survivor", 103, |cluster, vm| {
+    CLUSTER.with_resident("survivor", |cluster, vm| {
         scenarios::killing_daemon_operator_apiserver_stops_no_guest(cluster, vm).unwrap();
     });
 }

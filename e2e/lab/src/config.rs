@@ -30,7 +30,7 @@ pub fn kubelet() -> Value {
         "failSwapOn": false,
         // The host's disk is not the lab's to judge; memory pressure must be possible.
         "evictionHard": {
-            "memory.available": "100Mi",
+            "memory.available": "300Mi",
             "nodefs.available": "1%",
             "nodefs.inodesFree": "1%",
             "imagefs.available": "1%",

@@ -18,7 +18,7 @@ fn node_memory_pressure_spares_the_guest() {
         let tenure = vm.tenure().unwrap();
         let taken = vm.times_taken_over().unwrap();
         let mut talk = vm.talk().unwrap();
-        for (pod, beyond_mib, ends) in [("pressing", -50_i64, "Evicted"), ("bursting", 300, "")] {
+        for (pod, beyond_mib, ends) in [("pressing", -150_i64, "Evicted"), ("bursting", 300, "")] {
             let size_mib = available_mib(&node).unwrap() + beyond_mib;
             let hog = format!("bs={size_mib}M");
             let dd = ["dd", "if=/dev/zero", "of=/dev/null", hog.as_str()];

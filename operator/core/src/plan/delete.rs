@@ -3,12 +3,12 @@
 use bascule_api::names::reason;
 use bascule_ipc::vm::VmState;
 use bascule_types::Owner;
-use bascule_volume_format::change::Change;
+use bascule_volume_format::change::{Change, DiskRow};
 
 use super::Planner;
 use super::place::Place;
 use crate::observed::RowView;
-use crate::{Action, Fact, Phase, Verdict};
+use crate::{Action, Fact, Phase, Stream, Verdict};
 
 impl<'a> Planner<'a> {
     pub(super) fn delete(&mut self) {
@@ -125,16 +125,25 @@ impl<'a> Planner<'a> {
             let goes = disk.importing || intent.is_some_and(|intent| intent.delete_with_vm);
             if goes {
                 let change = Change::DeleteDisk { disk: disk.disk };
-                self.push(Action::Change {
-                    via: via.clone(),
-                    change,
-                });
+                let via = self.importer_of(disk).unwrap_or_else(|| via.clone());
+                self.push(Action::Change { via, change });
             }
         }
         let change = Change::DeleteVm {
             vm: self.intent.uid,
         };
         self.push(Action::Change { via, change });
+    }
+
+    /// The node that was filling a disk: while it lives, the volume lets nobody else delete it.
+    fn importer_of(&self, disk: &DiskRow) -> Option<String> {
+        let importer = disk.importer?;
+        let mut nodes = self.observed.nodes.iter();
+        let found = nodes.find(|(_, node)| {
+            let owner = node.access.as_ref().and_then(|access| access.owner);
+            node.stream == Stream::Up && owner == Some(importer)
+        });
+        found.map(|(name, _)| name.clone())
     }
 
     fn delete_pods_then_finish(&mut self) {
@@ -147,7 +156,7 @@ impl<'a> Planner<'a> {
                 self.observed
                     .nodes
                     .get(node)
-                    .is_some_and(|n| n.stream == crate::Stream::Up)
+                    .is_some_and(|n| n.stream == Stream::Up)
             });
             // No guest stands behind it any more, so nobody needs to wait for its kubelet.
             self.delete_reservation(pod, pod.node.is_some() && !answers);

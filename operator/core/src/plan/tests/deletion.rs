@@ -84,3 +84,29 @@ fn a_guest_in_a_namespace_that_is_being_deleted_is_shut_down_and_lets_its_pod_go
         "{actions:?}"
     );
 }
+
+/// Found on a cluster: the volume refused the coordinator's node for ever, because the import had
+/// failed on the other one.
+#[test]
+fn a_half_filled_disk_is_deleted_through_the_node_that_was_filling_it() {
+    let mut case = Case::new().with_disks();
+    case.intent.deleting_since = Some(NOW);
+    case.row().disks[0].importing = true;
+    case.row().disks[0].importer = Some(node_owner(2));
+    let half_filled = case.row().disks[0].disk;
+    let through = |case: &Case| {
+        case.plan()
+            .actions
+            .into_iter()
+            .find_map(|action| match action {
+                Action::Change {
+                    via,
+                    change: Change::DeleteDisk { disk },
+                } if disk == half_filled => Some(via),
+                _ => None,
+            })
+    };
+    assert_eq!(through(&case).as_deref(), Some("node-2"));
+    case.node("node-2").stream = Stream::Down { since: NOW };
+    assert_eq!(through(&case).as_deref(), Some("node-0"), "the coordinator");
+}

@@ -6,7 +6,9 @@ use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::Command;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
+
+use crate::network::run;
 
 /// A file that can be made to hang; removed when dropped.
 #[derive(Debug)]
@@ -87,19 +89,6 @@ impl Drop for HangingDisk {
             eprintln!("{error:#}");
         }
     }
-}
-
-fn run(command: &mut Command) -> Result<()> {
-    let output = command
-        .output()
-        .with_context(|| format!("run {command:?}"))?;
-    let said = String::from_utf8_lossy(&output.stderr);
-    ensure!(
-        output.status.success(),
-        "{command:?} fails: {}",
-        said.trim()
-    );
-    Ok(())
 }
 
 /// A journal and the tables of a small ext4.

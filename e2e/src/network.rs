@@ -168,7 +168,8 @@ fn remove_leftovers() -> Result<()> {
     Ok(())
 }
 
-fn run(command: &mut Command) -> Result<()> {
+/// Runs a program of the host; its error says what it wrote.
+pub(crate) fn run(command: &mut Command) -> Result<()> {
     let output = command
         .output()
         .with_context(|| format!("run {command:?}"))?;

@@ -40,12 +40,6 @@ impl ClusterVm<'_> {
 }
 
 impl Writer {
-    /// The last record that the guest has promised to keep.
-    #[must_use]
-    pub fn promised(&self) -> u64 {
-        self.promised.load(Ordering::Acquire)
-    }
-
     /// Stops, and says what was promised last.
     ///
     /// # Errors

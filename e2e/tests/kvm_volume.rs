@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use bascule_e2e::{Console, GUEST, Session, TestCluster, TestVmSpec, kvm_or_skip};
+use bascule_e2e::{Console, GUEST, Session, TestCluster, TestVmSpec, kvm_or_skip, wait_for};
 use bascule_ipc::vm::{StopReason, VmState};
 use bascule_types::Epoch;
 
@@ -30,11 +30,13 @@ fn a_guest_boots_from_the_volume_and_releases_its_row_at_the_end() {
     console.wait_line("disk last=0", SOON).unwrap();
     let mut session = Session::open(&cluster.network, GUEST, SOON).unwrap();
     session.count().unwrap();
-    console.wait_ticks(20, SOON).unwrap();
     let owner = node.rows().unwrap().vms[0].owner;
     assert_eq!(owner, Some(node.owner().unwrap()));
-    let written = session.clean_report().unwrap().disk_ack;
-    assert!(written > 0);
+    let written = wait_for("the guest's first acknowledged writes", SOON, || {
+        let acknowledged = session.clean_report()?.disk_ack;
+        Ok((acknowledged > 0).then_some(acknowledged))
+    })
+    .unwrap();
     session.command("poweroff").unwrap();
     assert_eq!(
         running.wait_stopped(SOON).unwrap(),
@@ -50,6 +52,10 @@ fn a_guest_boots_from_the_volume_and_releases_its_row_at_the_end() {
     let epoch = node.rows().unwrap().vms[0].epoch;
     let mut again = cluster.boot(&node, &vm, epoch).unwrap();
     assert_eq!(again.status().unwrap().state, VmState::Running);
+    // The guest answers before it has looked through its disk.
+    let console = Console::new();
+    console.follow(again.console().unwrap()).unwrap();
+    console.wait_line("disk last=", SOON).unwrap();
     let report = Session::open(&cluster.network, GUEST, SOON)
         .unwrap()
         .clean_report()
@@ -73,7 +79,7 @@ fn a_dead_volume_process_stalls_the_guest_and_its_return_lets_it_go_on() {
     let mut session = Session::open(&cluster.network, GUEST, SOON).unwrap();
     console.wait_ticks(20, SOON).unwrap();
     node.volume_process().kill().unwrap();
-    bascule_e2e::wait_for("the guest's writes to stall", SOON, || {
+    wait_for("the guest's writes to stall", SOON, || {
         let before = session.clean_report()?.disk_ack;
         console.wait_ticks(50, SOON)?;
         Ok((session.clean_report()?.disk_ack == before).then_some(()))
@@ -83,7 +89,7 @@ fn a_dead_volume_process_stalls_the_guest_and_its_return_lets_it_go_on() {
     let stalled_at = session.clean_report().unwrap().disk_ack;
 
     cluster.restart_volume(&mut node).unwrap();
-    bascule_e2e::wait_for("the guest's writes to go on", SOON, || {
+    wait_for("the guest's writes to go on", SOON, || {
         Ok((session.clean_report()?.disk_ack > stalled_at).then_some(()))
     })
     .unwrap();

@@ -82,6 +82,8 @@ pub mod reason {
     pub const START_FAILED: &str = "StartFailed";
     /// The guest ended without being asked to.
     pub const GUEST_FAILED: &str = "GuestFailed";
+    /// The memory that a quick migration had saved could not be used any more.
+    pub const SAVED_STATE_OUTDATED: &str = "SavedStateOutdated";
     /// The guest shut itself down.
     pub const GUEST_SHUT_DOWN: &str = "GuestShutDown";
     /// Restarted too often; waiting before the next attempt.

@@ -115,6 +115,7 @@ impl TwoNodes {
     /// # Errors
     /// When it does not arrive.
     pub fn migrate(&self, guest: &mut MovableGuest) -> Result<MigrationStatus> {
+        let epoch = self.epoch()?;
         let (mut destination, _) = self.begin(guest, &self.vm, MigrationLimits::default())?;
         guest.console.follow(destination.console()?)?;
         let outcome = guest.vm.wait_migration(SOON)?;
@@ -125,6 +126,9 @@ impl TwoNodes {
         );
         destination.wait_state(&VmState::Running, SOON)?;
         guest.vm.wait_state(&VmState::Departed, SOON)?;
+        // Not the one that its process was started in, if the guest had come by a migration.
+        let left = guest.vm.status()?.epoch;
+        ensure!(left == epoch, "it left in {epoch}, and says {left}");
         guest.vm.exit(SOON)?;
         guest.vm = destination;
         guest.at = 1 - guest.at;

@@ -4,7 +4,7 @@
 use std::time::{Duration, Instant};
 
 use bascule_e2e::{Flow, GUEST, TwoNodes, kvm_or_skip};
-use bascule_ipc::vm::{MigrationLimits, MigrationPhase, VmState};
+use bascule_ipc::vm::{MigrationLimits, MigrationPhase, StopReason, VmState};
 use bascule_types::Epoch;
 
 const SOON: Duration = Duration::from_secs(30);
@@ -31,6 +31,12 @@ fn a_guest_moves_live_and_its_session_goes_on() {
     assert_eq!(lab.epoch().unwrap(), before.next());
     let row = lab.nodes[0].rows().unwrap().vms.remove(0);
     assert_eq!(row.owner, Some(lab.nodes[1].owner().unwrap()));
+
+    // How it ends is said of the tenure in which it ran last.
+    guest.session.command("poweroff").unwrap();
+    let reason = guest.vm.wait_stopped(SOON).unwrap();
+    assert_eq!(reason, StopReason::GuestShutdown);
+    assert_eq!(guest.vm.status().unwrap().epoch, before.next());
 }
 
 #[test]

@@ -137,17 +137,14 @@ fn a_second_migration_while_one_runs_and_one_to_its_own_node_are_refused() {
     }
     let lab = lab("fill=16M");
     let mut guest = lab.boot(&lab.vm).unwrap();
-    let order = |to, total_ms_max| Request::MigrateLive {
-        attempt: AttemptId::random(),
+    let order = |attempt, to| Request::MigrateLive {
+        attempt,
         peer: "127.0.0.1:1".parse().unwrap(),
         to,
-        limits: MigrationLimits {
-            total_ms_max,
-            ..MigrationLimits::default()
-        },
+        limits: MigrationLimits::default(),
     };
     let here = lab.nodes[0].owner().unwrap();
-    let answer = guest.vm.ask(&order(here, 1)).unwrap();
+    let answer = guest.vm.ask(&order(AttemptId::random(), here)).unwrap();
     let Response::Refused { reason } = answer else {
         panic!("{answer:?}");
     };
@@ -159,11 +156,13 @@ fn a_second_migration_while_one_runs_and_one_to_its_own_node_are_refused() {
         ..MigrationLimits::default()
     };
     let (_destination, attempt) = lab.begin(&mut guest, &lab.vm, slow).unwrap();
-    let answer = guest.vm.ask(&order(there, 1)).unwrap();
+    let answer = guest.vm.ask(&order(AttemptId::random(), there)).unwrap();
     let Response::Refused { reason } = answer else {
         panic!("{answer:?}");
     };
     assert_eq!(reason, "a migration is under way");
+    // The same one again, as a new leader orders it, is the one that runs.
+    guest.vm.must(&order(attempt, there)).unwrap();
     guest
         .vm
         .must(&Request::CancelMigration { attempt })

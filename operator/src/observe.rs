@@ -10,7 +10,7 @@ use bascule_ipc::volume::{FencingMode, PathState, Rows};
 use bascule_node_api::report::ImportState;
 use bascule_operator_core::{
     self as core, Access, Fact, FailoverView, History, ImportPhase, ImportView, Moment, NodeView,
-    Observed, Peer, Process, Reported, RowView, Stream, VolumeView,
+    Observed, Peer, Process, Reported, RowView, SavedView, Stream, VolumeView,
 };
 use bascule_types::{Epoch, Generation, Owner, SlotId, VmUid};
 use k8s_openapi::api::core::v1::Node;
@@ -164,7 +164,11 @@ fn row_view(uid: Option<VmUid>, rows: Option<&Rows>) -> Fact<RowView> {
         saved: rows
             .saved
             .iter()
-            .any(|saved| saved.vm == uid && saved.complete.is_some()),
+            .find(|saved| saved.vm == uid)
+            .map(|saved| SavedView {
+                epoch: saved.epoch,
+                complete: saved.complete.is_some(),
+            }),
         fences: rows.fences.clone(),
     })
 }

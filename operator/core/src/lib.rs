@@ -34,7 +34,7 @@ pub use fact::{Fact, Moment};
 pub use intent::{Budgets, DiskIntent, ImageSource, Origin, RestartBudget, SpecDigest, VmIntent};
 pub use observed::{
     Access, FailoverView, History, ImportPhase, ImportView, Migration, NodeView, Observed, Peer,
-    Pod, PodPhase, Process, Reported, RowView, Stream, VolumeView,
+    Pod, PodPhase, Process, Reported, RowView, SavedView, Stream, VolumeView,
 };
 pub use plan::plan;
 pub use records::{ClosedRecord, RECORDS_KEPT, RecordKind, surplus};

@@ -119,10 +119,28 @@ pub struct RowView {
     pub epoch: Epoch,
     /// Its disks, and the kept ones of the volume.
     pub disks: Vec<DiskRow>,
-    /// Whether there is a complete saved state.
-    pub saved: bool,
+    /// The memory of a guest, saved by a quick migration or left by one that broke off.
+    pub saved: Option<SavedView>,
     /// Who is fenced on the volume.
     pub fences: Vec<FenceRow>,
+}
+
+/// A saved state on the volume.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SavedView {
+    /// The tenure that saved it.
+    pub epoch: Epoch,
+    /// Whether all of it is there.
+    pub complete: bool,
+}
+
+impl SavedView {
+    /// Whether a guest may be restored from it in tenure `epoch`: only in the very next one, or
+    /// somebody may have written the disks since.
+    #[must_use]
+    pub fn is_restorable(self, epoch: Epoch) -> bool {
+        self.complete && self.epoch.next() == epoch
+    }
 }
 
 /// A reservation pod.

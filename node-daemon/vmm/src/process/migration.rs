@@ -36,6 +36,9 @@ impl Owner {
         (peer, to): (SocketAddr, Tenant),
         limits: MigrationLimits,
     ) -> anyhow::Result<()> {
+        if self.is_under_way(attempt) {
+            return Ok(());
+        }
         let (machine, job, control) = self.prepare(attempt, (peer, to), limits)?;
         let guest = OwnedGuest(self.handle());
         let (socket, uid) = self.home_socket()?;
@@ -57,6 +60,9 @@ impl Owner {
         attempt: AttemptId,
         to: Option<Tenant>,
     ) -> anyhow::Result<()> {
+        if self.is_under_way(attempt) {
+            return Ok(());
+        }
         let machine = self.movable()?;
         let tenure = self.tenure.context(NO_HOME)?;
         let gate = self.gate.clone().context(NO_HOME)?;
@@ -103,6 +109,13 @@ impl Owner {
         let tenure = self.tenure.context(NO_HOME)?;
         let job = Outgoing::new(&self.config, tenure, (attempt, peer, to), limits)?;
         Ok((machine, job, Arc::new(MigrationControl::new(attempt))))
+    }
+
+    /// Whether this very attempt runs: whoever orders it again, as an operator does that took over
+    /// from another, has what it wants.
+    fn is_under_way(&self, attempt: AttemptId) -> bool {
+        let mut present = self.migration.iter();
+        present.any(|control| !control.has_ended() && control.status().attempt == attempt)
     }
 
     /// Refuses what a migration under way forbids.
@@ -216,7 +229,7 @@ impl Owner {
                 self.close_in_background(tenure);
             }
             OutgoingEnd::Lost => {
-                let tenure = self.tenure.take();
+                let tenure = self.end_tenure();
                 drop(self.take_phase());
                 let what = "the VM's row is somebody else's".to_owned();
                 self.stopped(StopReason::Failed { what });

@@ -72,6 +72,8 @@ pub(crate) struct Owner {
     pub(crate) volume: Option<Arc<VolumeClient>>,
     /// The tenure in which this process is the VM's writer on the volume.
     pub(crate) tenure: Option<(Tenant, Epoch)>,
+    /// The last one in which it was. What is said of a guest that has left or ended is said of it.
+    last_tenure: Option<(Tenant, Epoch)>,
     /// The present or last migration.
     pub(crate) migration: Option<Arc<MigrationControl>>,
     pub(crate) listening: Option<SocketAddr>,
@@ -168,6 +170,7 @@ impl Owner {
             phase: Phase::Starting,
             volume,
             tenure: None,
+            last_tenure: None,
             migration: None,
             listening: None,
             gate: None,
@@ -245,13 +248,19 @@ impl Owner {
     /// The guest runs elsewhere now: ends the machine without releasing a row that is no longer ours.
     pub(crate) fn depart(&mut self) {
         drop(self.take_phase());
-        self.tenure = None;
+        self.end_tenure();
         self.phase = Phase::Departed;
         self.run_dir.write_state(&LastState {
             uid: self.config.uid,
             state: VmState::Departed,
         });
         tracing::info!("departed");
+    }
+
+    /// This process is the VM's writer no more; returns the tenure that has ended.
+    pub(crate) fn end_tenure(&mut self) -> Option<(Tenant, Epoch)> {
+        self.last_tenure = self.tenure.or(self.last_tenure);
+        self.tenure.take()
     }
 
     pub(crate) fn stopped(&mut self, reason: StopReason) {
@@ -343,7 +352,7 @@ impl Owner {
 
     /// The whole status.
     pub(crate) fn status(&self) -> VmStatus {
-        let tenure = self.tenure.or_else(|| {
+        let tenure = self.tenure.or(self.last_tenure).or_else(|| {
             self.config
                 .home
                 .as_ref()

@@ -7,7 +7,7 @@ use bascule_volume_format::change::Change;
 
 use super::Planner;
 use super::reservation::leaving;
-use crate::observed::RowView;
+use crate::observed::{RowView, SavedView};
 use crate::{Action, Phase, Process, Purpose, RunPolicy, Verdict};
 
 /// What the processes that have ended mean for the next start.
@@ -121,15 +121,40 @@ impl<'a> Planner<'a> {
         if place != node {
             return self.release(row, node, owner);
         }
+        let saved = row.saved;
+        if saved.is_some_and(|saved| saved.is_restorable(row.epoch.next())) {
+            // Its process died between the end of saving and the transfer: the next tenure has it.
+            return self.release(row, node, owner);
+        }
+        let restore = saved.is_some_and(|saved| saved.is_restorable(row.epoch));
+        if let Some(saved) = saved.filter(|_| !restore) {
+            self.drop_saved(node, owner, saved);
+        }
         self.report_error();
         self.report.stopping_since = None;
         self.push(Action::StartVm {
             node: place,
             owner,
             epoch: row.epoch,
-            restore: row.saved,
+            restore,
         });
         self.soon();
+    }
+
+    /// Gives the room of a saved state back that nobody may be restored from.
+    fn drop_saved(&mut self, node: &str, owner: Owner, saved: SavedView) {
+        if saved.complete {
+            let message = "its saved memory is older than its last owner; it boots from its disks";
+            self.event(reason::SAVED_STATE_OUTDATED, true, message);
+        }
+        let change = Change::DropSavedState {
+            vm: self.intent.uid,
+            from: owner,
+        };
+        self.push(Action::Change {
+            via: node.to_owned(),
+            change,
+        });
     }
 
     /// Whether the guest should run.

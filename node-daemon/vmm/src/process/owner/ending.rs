@@ -121,7 +121,7 @@ impl Owner {
     /// and gives the row up.
     pub(super) fn end(&mut self, machine: Option<PausedVm>, shown: VmState, reason: StopReason) {
         self.phase = Phase::Ending(shown);
-        let (uid, volume, tenure) = (self.config.uid, self.volume.clone(), self.tenure.take());
+        let (uid, volume, tenure) = (self.config.uid, self.volume.clone(), self.end_tenure());
         self.aside("end", move |owner| {
             if let Some(machine) = machine {
                 machine.end();

@@ -3,6 +3,8 @@
 use bascule_ipc::vm::{self, StopReason, VmState};
 use bascule_types::{Epoch, Generation, Owner};
 
+use crate::SavedView;
+
 use super::{Guest, Move, Node, SILENT, WATCHDOG, World};
 
 impl World {
@@ -166,7 +168,10 @@ impl World {
         }
         row.owner = Some(moving.to);
         row.epoch = row.epoch.next();
-        row.saved = moving.quick;
+        row.saved = moving.quick.then_some(SavedView {
+            epoch: guest.epoch,
+            complete: true,
+        });
         let epoch = row.epoch;
         guest.state = VmState::Departed;
         self.note(format!(

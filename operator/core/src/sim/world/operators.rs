@@ -321,6 +321,9 @@ impl World {
                 }
                 self.release(from, epoch);
             }
+            Change::DropSavedState { from, .. } if row.owner == Some(from) => {
+                self.row.as_mut().unwrap().saved = None;
+            }
             Change::TakeOver {
                 from, epoch, to, ..
             } => {
@@ -397,14 +400,28 @@ impl World {
             .find(|p| p.alive && p.owner == node.owner);
         let running = mine.filter(|p| matches!(p.state, VmState::Running));
         match action {
-            Action::StartVm { owner, epoch, .. } => {
+            Action::StartVm {
+                owner,
+                epoch,
+                restore,
+                ..
+            } => {
                 let exists = node.processes.iter().any(|p| p.alive && p.epoch == epoch);
                 if exists || row.owner != Some(owner) || row.epoch != epoch || !storage {
                     return false;
                 }
+                let restorable = row.saved.is_some_and(|saved| saved.is_restorable(epoch));
+                assert!(
+                    restore == restorable,
+                    "restore: {restore}, of {:?}\n{}",
+                    row.saved,
+                    self.trace()
+                );
                 node.processes
                     .push(guest(pid, VmState::Starting, epoch, owner, None));
-                self.row.as_mut().unwrap().saved = false;
+                if restore {
+                    self.row.as_mut().unwrap().saved = None;
+                }
             }
             Action::PrepareIncoming {
                 attempt,

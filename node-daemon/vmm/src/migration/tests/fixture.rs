@@ -1,0 +1,319 @@
+//! Both sides of a migration in this process, and the volume between them.
+
+use super::*;
+
+pub(super) const HERE: Owner = owner(1);
+pub(super) const THERE: Owner = owner(2);
+pub(super) const VM: VmUid = VmUid::from_bytes([1; 16]);
+
+pub(super) const fn owner(slot: u16) -> Owner {
+    Owner {
+        slot: SlotId(slot),
+        generation: Generation(1),
+    }
+}
+
+/// The machine, as a process owns it.
+pub(super) enum Owned {
+    Running(RunningVm),
+    Paused(PausedVm),
+    Between,
+}
+
+pub(super) struct TestGuest {
+    pub(super) vm: Owned,
+    pub(super) doubted: bool,
+    pub(super) announced: u32,
+    pub(super) taken_over: Option<Epoch>,
+}
+
+impl TestGuest {
+    pub(super) fn new(vm: Owned) -> Self {
+        Self {
+            vm,
+            doubted: false,
+            announced: 0,
+            taken_over: None,
+        }
+    }
+
+    pub(super) fn machine(&self) -> MachineHandle {
+        match &self.vm {
+            Owned::Running(vm) => vm.handle(),
+            Owned::Paused(vm) => vm.handle(),
+            Owned::Between => panic!("no machine"),
+        }
+    }
+
+    pub(super) fn is_running(&self) -> bool {
+        matches!(self.vm, Owned::Running(_))
+    }
+}
+
+pub(super) fn failed(error: impl std::fmt::Display) -> GuestError {
+    GuestError(error.to_string())
+}
+
+impl Guest for TestGuest {
+    fn pause(&mut self) -> Result<(), GuestError> {
+        self.vm = match std::mem::replace(&mut self.vm, Owned::Between) {
+            Owned::Running(vm) => Owned::Paused(vm.pause().map_err(failed)?),
+            _ => panic!("paused twice"),
+        };
+        Ok(())
+    }
+
+    fn save(&mut self) -> Result<Vec<u8>, GuestError> {
+        let Owned::Paused(vm) = &self.vm else {
+            panic!("saved while running");
+        };
+        vm.save().map_err(failed)?.encode().map_err(failed)
+    }
+
+    fn resume(&mut self) -> Result<(), GuestError> {
+        self.vm = match std::mem::replace(&mut self.vm, Owned::Between) {
+            Owned::Paused(vm) => Owned::Running(vm.run().map_err(failed)?),
+            other => other,
+        };
+        Ok(())
+    }
+
+    fn doubt(&mut self) -> Result<(), GuestError> {
+        self.doubted = true;
+        Ok(())
+    }
+}
+
+impl Arrival for TestGuest {
+    fn restore(&mut self, state: &[u8]) -> Result<(), GuestError> {
+        let Owned::Paused(vm) = &mut self.vm else {
+            panic!("restored while running");
+        };
+        vm.restore(MachineState::decode(state).map_err(failed)?)
+            .map_err(failed)
+    }
+
+    fn take_over(&mut self, _owner: Owner, epoch: Epoch) -> Result<(), GuestError> {
+        self.taken_over = Some(epoch);
+        Ok(())
+    }
+
+    fn announce(&mut self) {
+        self.announced += 1;
+    }
+
+    fn run(&mut self) -> Result<(), GuestError> {
+        assert!(self.announced > 0, "announced before the first instruction");
+        self.resume()
+    }
+}
+
+/// A row, and how its volume misbehaves.
+pub(super) struct Row {
+    pub(super) seen: RowSeen,
+    /// Answers that get lost after they were decided.
+    pub(super) lost_answers: u32,
+    /// Transfers to the destination are refused.
+    pub(super) refuse: bool,
+}
+
+#[derive(Clone)]
+pub(super) struct TestVolume(pub(super) Arc<Mutex<Row>>);
+
+impl TestVolume {
+    pub(super) fn new() -> Self {
+        Self(Arc::new(Mutex::new(Row {
+            seen: RowSeen {
+                owner: Some(HERE),
+                epoch: Epoch(4),
+                attempt: None,
+            },
+            lost_answers: 0,
+            refuse: false,
+        })))
+    }
+
+    pub(super) fn seen(&self) -> RowSeen {
+        self.0.lock().unwrap().seen
+    }
+}
+
+impl RowAuthority for TestVolume {
+    fn volume(&self) -> VolumeId {
+        VolumeId::from_bytes([7; 16])
+    }
+
+    fn ask(&mut self, question: &Question) -> Reply {
+        let mut row = self.0.lock().unwrap();
+        let (Question::Transfer(transfer) | Question::Retract(transfer)) = *question;
+        let seen = row.seen;
+        let done = seen.attempt == Some(transfer.attempt) && seen.epoch == transfer.epoch.next();
+        let fits = seen.owner == Some(transfer.from) && seen.epoch == transfer.epoch;
+        let allowed = !(row.refuse && transfer.to != transfer.from);
+        if !done && fits && allowed {
+            row.seen = RowSeen {
+                owner: Some(transfer.to),
+                epoch: transfer.epoch.next(),
+                attempt: Some(transfer.attempt),
+            };
+        }
+        if row.lost_answers > 0 {
+            row.lost_answers -= 1;
+            return Reply::NoAnswer;
+        }
+        if done || (fits && allowed) {
+            Reply::Granted(row.seen)
+        } else {
+            Reply::Refused(row.seen)
+        }
+    }
+
+    fn row(&mut self) -> RowAnswer {
+        RowAnswer::Row(self.seen())
+    }
+}
+
+pub(super) fn certificates() -> tempfile::TempDir {
+    let directory = tempfile::tempdir().unwrap();
+    let (authority, _) = bascule_pki::Authority::create("test").unwrap();
+    let node = authority.issue_node(NodeUid::random()).unwrap();
+    for (name, text) in [
+        ("node.crt", node.certificate_pem.as_str()),
+        ("node.key", node.key_pem.as_str()),
+        ("ca.crt", authority.certificate_pem()),
+    ] {
+        std::fs::write(directory.path().join(name), text).unwrap();
+    }
+    directory
+}
+
+pub(super) const LIMITS: MigrationLimits = MigrationLimits {
+    // An interpreted guest on a busy machine.
+    downtime_ms_max: 2_000,
+    total_ms_max: 60_000,
+    bytes_per_second_max: None,
+};
+
+/// One attempt, with both sides' orders.
+pub(super) struct Move {
+    pub(super) outgoing: Outgoing,
+    pub(super) incoming: Incoming,
+    pub(super) volume: TestVolume,
+    pub(super) source_control: Arc<MigrationControl>,
+    pub(super) destination_control: Arc<MigrationControl>,
+    _tls: tempfile::TempDir,
+}
+
+impl Move {
+    pub(super) fn new() -> Self {
+        let tls = certificates();
+        let attempt = AttemptId::random();
+        let description = b"test".to_vec();
+        Self {
+            outgoing: Outgoing {
+                vm: VM,
+                attempt,
+                peer: SocketAddr::from(([127, 0, 0, 1], 0)),
+                from: HERE,
+                epoch: Epoch(4),
+                to: THERE,
+                limits: LIMITS,
+                tls_dir: tls.path().to_owned(),
+                cpus: 1,
+                description: description.clone(),
+                faults: Faults::NONE,
+            },
+            incoming: Incoming {
+                vm: VM,
+                attempt,
+                owner: THERE,
+                tls_dir: tls.path().to_owned(),
+                cpus: 1,
+                description,
+                patience: Duration::from_secs(20),
+                faults: Faults::NONE,
+            },
+            volume: TestVolume::new(),
+            source_control: Arc::new(MigrationControl::new(attempt)),
+            destination_control: Arc::new(MigrationControl::new(attempt)),
+            _tls: tls,
+        }
+    }
+
+    /// Starts the destination and points the source at it.
+    pub(super) fn listen(
+        &mut self,
+        mut arrival: TestGuest,
+    ) -> JoinHandle<(IncomingEnd, TestGuest)> {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        self.outgoing.peer = listener.local_addr().unwrap();
+        let (job, mut volume) = (self.incoming.clone(), self.volume.clone());
+        let control = Arc::clone(&self.destination_control);
+        spawn("destination", move || {
+            let machine = arrival.machine();
+            let end = receive_live(
+                &listener,
+                &mut arrival,
+                &machine,
+                &job,
+                &mut volume,
+                &control,
+            );
+            (end, arrival)
+        })
+    }
+
+    pub(super) fn send(&self, guest: &mut TestGuest) -> OutgoingEnd {
+        let machine = guest.machine();
+        let mut volume = self.volume.clone();
+        let control = &self.source_control;
+        migrate_live(guest, machine, &self.outgoing, &mut volume, control)
+    }
+
+    pub(super) fn status(&self) -> MigrationStatus {
+        self.source_control.status()
+    }
+}
+
+pub(super) fn spawn<T: Send + 'static>(
+    name: &str,
+    run: impl FnOnce() -> T + Send + 'static,
+) -> JoinHandle<T> {
+    std::thread::Builder::new()
+        .name(name.to_owned())
+        .spawn(run)
+        .unwrap()
+}
+
+pub(super) fn source() -> (TestGuest, TestVm) {
+    let (builder, test) = TestVm::builder(1);
+    let source = BootSource {
+        kernel: elf(COUNTER),
+        initrd: None,
+        cmdline: String::new(),
+    };
+    let vm = builder.boot(source).unwrap().run().unwrap();
+    test.await_output(20);
+    (TestGuest::new(Owned::Running(vm)), test)
+}
+
+pub(super) fn destination() -> (TestGuest, TestVm) {
+    let (builder, test) = TestVm::builder(1);
+    let vm = builder.incoming().unwrap();
+    (TestGuest::new(Owned::Paused(vm)), test)
+}
+
+/// The counter's letters go on in order, from `before` through `after`.
+pub(super) fn assert_uninterrupted(before: &[u8], after: &[u8]) {
+    let all: Vec<u8> = before.iter().chain(after).copied().collect();
+    for pair in all.windows(2) {
+        let next = if pair[0] == b'p' { b'a' } else { pair[0] + 1 };
+        assert_eq!(pair[1], next, "{}", String::from_utf8_lossy(&all));
+    }
+}
+
+pub(super) fn assert_goes_on(guest: &TestGuest, test: &TestVm) {
+    assert!(guest.is_running());
+    let now = test.console.recent().len();
+    test.await_output(now + 20);
+}

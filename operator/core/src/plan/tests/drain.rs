@@ -1,0 +1,114 @@
+//! Reservations, and what becomes of the guest when one goes.
+
+use super::*;
+
+#[test]
+fn a_vanished_reservation_is_made_again_where_the_guest_is() {
+    let mut case = Case::running_on(1);
+    case.observed.pods = Fact::Known(vec![]);
+    assert!(case.plan().actions.iter().any(|action| matches!(
+        action,
+        Action::CreateReservation { pin: Some(node), .. } if node == "node-1"
+    )));
+}
+
+#[test]
+fn a_failed_reservation_is_made_again_but_an_evicted_one_moves_the_guest() {
+    let mut case = Case::running_on(1);
+    case.pod(0).phase = PodPhase::Failed;
+    let actions = case.plan().actions;
+    assert!(
+        actions
+            .iter()
+            .any(|a| matches!(a, Action::CreateReservation { pin: Some(_), .. }))
+    );
+    assert!(
+        !actions
+            .iter()
+            .any(|a| matches!(a, Action::CreateMigration { .. }))
+    );
+
+    case.pod(0).phase = PodPhase::Evicted;
+    case.pod(0).leaving_since = Some(NOW);
+    let actions = case.plan().actions;
+    assert!(
+        actions
+            .iter()
+            .any(|a| matches!(a, Action::CreateMigration { .. }))
+    );
+    assert!(
+        !actions
+            .iter()
+            .any(|a| matches!(a, Action::CreateReservation { .. }))
+    );
+}
+
+#[test]
+fn a_hold_process_is_ended_only_after_its_guest_has_left() {
+    let mut case = Case::running_on(1).draining();
+    let ends = |case: &Case| {
+        case.plan()
+            .actions
+            .iter()
+            .any(|a| matches!(a, Action::EndReservation { .. }))
+    };
+    assert!(!ends(&case));
+    case = case.owned_by(2);
+    assert!(
+        !ends(&case),
+        "its process has not reported that it departed"
+    );
+    case = case.process_is(VmState::Departed);
+    assert!(ends(&case));
+}
+
+#[test]
+fn a_drain_moves_the_guest_live_then_quick_then_shuts_it_down() {
+    let mut case = Case::running_on(1).draining();
+    assert_eq!(case.created_migration(), Some(MigrationMode::Live));
+
+    for n in 0..3 {
+        case = case.with_drain_migration(MigrationMode::Live, n, MigrationPhase::Failed);
+    }
+    assert_eq!(case.created_migration(), Some(MigrationMode::Quick));
+
+    case = case.with_drain_migration(MigrationMode::Quick, 0, MigrationPhase::Failed);
+    assert_eq!(case.created_migration(), None);
+    assert!(case.plan().actions.contains(&Action::PowerButton {
+        node: "node-1".to_owned()
+    }));
+}
+
+#[test]
+fn a_drain_whose_live_budget_is_spent_goes_on_with_quick() {
+    let mut case = Case::running_on(1).draining();
+    case.now = NOW.after(case.intent.budgets.live);
+    assert_eq!(case.created_migration(), Some(MigrationMode::Quick));
+    case.now = NOW.after(case.intent.budgets.live + case.intent.budgets.quick);
+    assert!(case.plan().actions.contains(&Action::PowerButton {
+        node: "node-1".to_owned()
+    }));
+}
+
+#[test]
+fn a_drain_follows_the_policy() {
+    for (policy, expected) in [
+        (DrainPolicy::LiveMigrate, Some(MigrationMode::Live)),
+        (DrainPolicy::QuickMigrate, Some(MigrationMode::Quick)),
+        (DrainPolicy::Shutdown, None),
+    ] {
+        let mut case = Case::running_on(1).draining();
+        case.intent.on_drain = policy;
+        assert_eq!(case.created_migration(), expected, "{policy:?}");
+    }
+}
+
+#[test]
+fn two_operators_choose_the_same_name_for_a_drains_migration() {
+    let case = Case::running_on(1).draining();
+    assert_eq!(case.plan().actions, case.plan().actions);
+    let named = case.plan().actions.iter().any(
+        |a| matches!(a, Action::CreateMigration { name, .. } if name.starts_with("web-drain-")),
+    );
+    assert!(named);
+}

@@ -1,0 +1,150 @@
+//! Nodes that are lost, and who is protected against that.
+
+use super::*;
+
+#[test]
+fn an_isolated_node_keeps_its_guests_and_their_reservations() {
+    let mut case = Case::running_on(1);
+    case.node("node-1").stream = Stream::Down { since: NOW };
+    case.now = NOW.after(Duration::from_secs(3600));
+    let plan = case.plan();
+    assert_eq!(plan.actions, []);
+    assert_eq!(plan.report.ready.reason, reason::NODE_UNREACHABLE);
+}
+
+#[test]
+fn a_node_that_lost_its_storage_is_not_taken_over() {
+    let plan = Case::running_on(1).heartbeat(1, false).plan();
+    assert_eq!(plan.actions, []);
+    assert_eq!(plan.report.ready.reason, reason::STORAGE_LOST);
+}
+
+#[test]
+fn a_silent_kubelet_changes_nothing() {
+    let mut case = Case::running_on(1);
+    case.node("node-1").kubelet_ready = Fact::Known(false);
+    assert_eq!(case.plan().actions, []);
+}
+
+#[test]
+fn a_silent_node_is_recorded_and_the_volume_asked_until_it_grants() {
+    let mut case = Case::running_on(1).silent(1);
+    let actions = case.plan().actions;
+    assert!(actions.iter().any(|a| matches!(
+        a,
+        Action::CreateFailover {
+            epoch: Epoch(5),
+            ..
+        }
+    )));
+    assert!(actions.iter().any(|action| matches!(
+        action,
+        Action::CreateReservation { avoid, pin: None, .. } if avoid.contains(&"node-1".to_owned())
+    )));
+
+    case = case.with_pod("node-2");
+    let expected = node_owner(2);
+    assert!(matches!(
+        &case.changes()[..],
+        [Change::TakeOver { to, epoch: Epoch(5), .. }] if *to == expected
+    ));
+    assert!(
+        !case
+            .plan()
+            .actions
+            .iter()
+            .any(|a| matches!(a, Action::StartVm { .. }))
+    );
+}
+
+#[test]
+fn a_takeover_that_waits_for_a_person_says_so() {
+    let mut case = Case::running_on(1).silent(1).with_pod("node-2");
+    case.observed.history.takeover_refusal = Some(Refusal::NotFenced {
+        victim: node_owner(1),
+        missing: MissingProof::AdministratorsWord,
+    });
+    let report = case.plan().report;
+    assert_eq!(report.phase, Phase::FailingOver);
+    assert_eq!(report.ready.reason, reason::WAITING_FOR_CONFIRMATION);
+}
+
+#[test]
+fn policy_leave_waits_for_the_node() {
+    let mut case = Case::running_on(1).silent(1);
+    case.intent.on_failure = FailurePolicy::Leave;
+    assert_eq!(case.plan().actions, []);
+}
+
+#[test]
+fn a_node_that_comes_back_in_time_closes_the_record() {
+    let case = Case::running_on(1).with_failover(Epoch(5));
+    assert!(matches!(
+        &case.plan().actions[..],
+        [Action::ReportFailover {
+            update: FailoverUpdate::Withdrawn { .. },
+            ..
+        }]
+    ));
+}
+
+#[test]
+fn a_takeover_is_on_record_with_its_proof_once_the_guest_runs() {
+    let mut case = Case::running_on(2).with_failover(Epoch(4)).fenced(1);
+    case.observed.processes[0].status.epoch = Epoch(5);
+    let actions = case.plan().actions;
+    assert!(
+        actions.iter().any(|action| matches!(
+            action,
+            Action::ReportFailover {
+                update: FailoverUpdate::Succeeded {
+                    proof: Some(_),
+                    epoch: Epoch(5),
+                    ..
+                },
+                ..
+            }
+        )),
+        "{actions:?}"
+    );
+}
+
+#[test]
+fn i8_every_unprotected_virtual_machine_says_why() {
+    let check = |what: fn(&mut Case), expected| {
+        let mut case = Case::running_on(1);
+        what(&mut case);
+        let protected = case.plan().report.protected;
+        assert_eq!(
+            (protected.status, protected.reason),
+            (Some(false), expected)
+        );
+        assert!(!protected.message.is_empty());
+    };
+    check(
+        |case| case.intent.on_failure = FailurePolicy::Leave,
+        reason::POLICY_LEAVE,
+    );
+    check(|case| case.volume().file = true, reason::FILE_BACKING);
+    check(
+        |case| case.volume().fencing = FencingMode::LeaseOnly,
+        reason::FENCING_MANUAL,
+    );
+    check(
+        |case| case.access("node-1").watchdog = WatchdogKind::None,
+        reason::NO_WATCHDOG,
+    );
+    check(
+        |case| {
+            case.access("node-0").path = PathState::Unavailable;
+            case.node("node-2").kvm_error = Some("no /dev/kvm".to_owned());
+        },
+        reason::NO_OTHER_NODE,
+    );
+    check(|case| case.observed.row = Fact::Absent, reason::NOT_RUNNING);
+    let protected = Case::running_on(1).plan().report.protected;
+    assert_eq!(
+        (protected.status, protected.reason),
+        (Some(true), reason::PROTECTED)
+    );
+}

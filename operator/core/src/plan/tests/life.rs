@@ -1,0 +1,224 @@
+//! From creation to running, and stopping: no node is lost.
+
+use super::*;
+
+#[test]
+fn the_finalizer_comes_first() {
+    let mut case = Case::new();
+    case.intent.finalizer = false;
+    assert_eq!(case.plan().actions, [Action::AddFinalizer]);
+}
+
+#[test]
+fn a_missing_volume_is_named() {
+    let mut case = Case::new();
+    case.observed.volume = Fact::Absent;
+    let plan = case.plan();
+    assert_eq!(plan.report.ready.reason, reason::VOLUME_MISSING);
+    assert!(plan.report.ready.message.contains("san"));
+    assert_eq!(plan.actions, []);
+}
+
+#[test]
+fn a_row_is_created_only_when_it_is_certain_that_there_is_none() {
+    let mut case = Case::new();
+    case.observed.row = Fact::Unknown;
+    assert_eq!(case.plan().actions, []);
+    case.observed.row = Fact::Absent;
+    assert!(matches!(&case.changes()[..], [Change::CreateVm { .. }]));
+}
+
+#[test]
+fn an_unowned_virtual_machine_asks_the_scheduler_first() {
+    let plan = Case::new().plan();
+    assert!(matches!(
+        &plan.actions[..],
+        [Action::CreateReservation {
+            purpose: Purpose::Current,
+            pin: None,
+            ..
+        }]
+    ));
+    assert_eq!(plan.report.phase, Phase::Pending);
+}
+
+#[test]
+fn nodes_that_cannot_run_it_are_avoided() {
+    let mut case = Case::new();
+    case.node("node-1").kvm_error = Some("/dev/kvm is missing".to_owned());
+    case.node("node-2").access = None;
+    let plan = case.plan();
+    let [Action::CreateReservation { avoid, .. }] = &plan.actions[..] else {
+        panic!("{:?}", plan.actions)
+    };
+    assert_eq!(avoid, &["node-1", "node-2"]);
+}
+
+#[test]
+fn a_bound_reservation_is_followed_by_acquire_then_start() {
+    let mut case = Case::new().with_pod("node-1");
+    let owner = node_owner(1);
+    assert!(matches!(
+        &case.changes()[..],
+        [Change::Acquire { expected_epoch: Epoch(4), to, .. }] if *to == owner
+    ));
+    case = case.owned_by(1);
+    assert!(case.plan().actions.contains(&Action::StartVm {
+        node: "node-1".to_owned(),
+        owner,
+        epoch: Epoch(5),
+        restore: false,
+    }));
+}
+
+#[test]
+fn memory_larger_than_any_node_is_pending_with_the_schedulers_words() {
+    let mut case = Case::new().with_pod("node-1");
+    let pod = case.pod(0);
+    pod.node = None;
+    pod.phase = PodPhase::Pending;
+    pod.unschedulable = Some("0/3 nodes are available: 3 Insufficient memory.".to_owned());
+    let report = case.plan().report;
+    assert_eq!(
+        (report.phase, report.ready.reason),
+        (Phase::Pending, reason::UNSCHEDULABLE)
+    );
+    assert!(report.ready.message.contains("Insufficient memory"));
+}
+
+#[test]
+fn an_owner_without_process_gives_the_row_up_when_the_reservation_is_elsewhere() {
+    let case = Case::new().owned_by(0).with_pod("node-1");
+    assert!(matches!(&case.changes()[..], [Change::Release { .. }]));
+}
+
+#[test]
+fn a_running_guest_in_its_place_needs_nothing() {
+    let plan = Case::running_on(1).plan();
+    assert_eq!(plan.actions, []);
+    assert_eq!(plan.report.phase, Phase::Running);
+    assert_eq!(plan.report.ready.status, Some(true));
+    assert_eq!(plan.report.node.as_deref(), Some("node-1"));
+}
+
+#[test]
+fn nothing_is_done_while_the_api_is_away() {
+    let mut case = Case::running_on(1);
+    case.observed.pods = Fact::Unknown;
+    assert_eq!(case.plan().actions, []);
+}
+
+#[test]
+fn stop_presses_the_power_button_and_forces_off_after_the_grace() {
+    let mut case = Case::running_on(1);
+    case.intent.run = RunPolicy::Stopped;
+    let plan = case.plan();
+    assert!(plan.actions.contains(&Action::PowerButton {
+        node: "node-1".to_owned()
+    }));
+    assert_eq!(plan.report.stopping_since, Some(NOW));
+    assert_eq!(plan.report.phase, Phase::Stopping);
+
+    case.observed.history.stopping_since = Some(NOW);
+    case.observed.history.power_button = Some(NOW);
+    case.now = NOW.after(Duration::from_secs(2));
+    assert_eq!(case.plan().actions, [], "one press is enough for now");
+    case.now = NOW.after(case.intent.budgets.shutdown);
+    assert!(case.plan().actions.contains(&Action::StopVm {
+        node: "node-1".to_owned()
+    }));
+}
+
+#[test]
+fn a_guest_that_shuts_itself_down_stays_down_only_on_failure_policy() {
+    let mut case = Case::running_on(1).process_is(VmState::Stopped(StopReason::GuestShutdown));
+    case.row().owner = None;
+    case.intent.run = RunPolicy::OnFailure;
+    let report = case.plan().report;
+    assert!(report.completed);
+    assert_eq!(
+        (report.phase, report.ready.reason),
+        (Phase::Stopped, reason::GUEST_SHUT_DOWN)
+    );
+
+    case.intent.run = RunPolicy::Always;
+    let report = case.plan().report;
+    assert!(!report.completed);
+    assert_eq!(report.restarts, [NOW]);
+}
+
+#[test]
+fn a_guest_that_keeps_failing_waits_longer_and_then_gives_up() {
+    let fault = StopReason::GuestFault {
+        what: "triple fault".to_owned(),
+    };
+    let mut case = Case::running_on(1).process_is(VmState::Stopped(fault));
+    case.row().owner = None;
+    case.observed.history.restarts = vec![NOW];
+    let plan = case.plan();
+    assert_eq!(plan.report.ready.reason, reason::BACKING_OFF);
+    assert!(plan.report.ready.message.contains("triple fault"));
+    assert!(plan.actions.is_empty(), "{:?}", plan.actions);
+
+    case.observed.history.restarts = vec![NOW; case.intent.restart.attempts_max];
+    assert_eq!(case.plan().report.ready.reason, reason::RESTARTS_EXHAUSTED);
+}
+
+#[test]
+fn a_killed_process_is_collected_and_started_again_in_the_same_tenure() {
+    let mut case = Case::running_on(1);
+    case.observed.processes[0].alive = false;
+    let actions = case.plan().actions;
+    assert!(actions.contains(&Action::CollectVm {
+        node: "node-1".to_owned(),
+        pid: 100
+    }));
+    assert!(actions.iter().any(|a| matches!(
+        a,
+        Action::StartVm {
+            epoch: Epoch(5),
+            ..
+        }
+    )));
+}
+
+#[test]
+fn a_guest_reboot_costs_no_restart() {
+    let mut case = Case::running_on(1).process_is(VmState::Stopped(StopReason::GuestReset));
+    case.row().owner = None;
+    let plan = case.plan();
+    assert_eq!(plan.report.restarts, []);
+    assert!(
+        plan.actions
+            .iter()
+            .any(|a| matches!(a, Action::CollectVm { .. }))
+    );
+}
+
+#[test]
+fn images_are_on_the_volume_before_the_guest_starts() {
+    let mut case = Case::new().owned_by(1).with_pod("node-1").with_disks();
+    case.row().disks.clear();
+    assert_eq!(case.changes().len(), 3, "one CreateDisk each");
+    assert!(
+        case.changes()
+            .iter()
+            .all(|c| matches!(c, Change::CreateDisk { .. }))
+    );
+    assert!(
+        !case
+            .plan()
+            .actions
+            .iter()
+            .any(|a| matches!(a, Action::StartVm { .. }))
+    );
+
+    case = case.with_disks();
+    case.row().disks[0].importing = true;
+    let actions = case.plan().actions;
+    assert!(
+        actions.iter().any(|a| matches!(a, Action::Import { .. })),
+        "{actions:?}"
+    );
+    assert_eq!(case.plan().report.phase, Phase::Importing);
+}

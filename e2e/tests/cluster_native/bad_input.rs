@@ -84,7 +84,11 @@ fn what_cannot_be_done_is_said_in_a_condition_and_hurts_nobody_else() {
                 "StartFailed",
                 "interfaces[0].bridge: no bridge \"wan\"",
             ),
-            ("nourl", "ImportFailed", "spec.boot.kernel: "),
+            (
+                "nourl",
+                "ImportFailed",
+                "could not be fetched: fetch http://",
+            ),
             ("wronghash", "ImportFailed", "its SHA-256 is"),
             ("thief", "DiskClaimed", "spec.disks[data].existing.name: "),
             ("novolume", "VolumeMissing", "silver"),

@@ -177,19 +177,32 @@ fn start_fetcher(url: &str, allow: &[String]) -> Result<Child> {
         .env_clear()
         .current_dir("/")
         .stdin(Stdio::null())
-        .stdout(Stdio::piped());
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
     if rustix::process::geteuid().is_root() {
         command.uid(NOBODY).gid(NOBODY);
     }
     command.spawn().context("start the fetcher")
 }
 
+/// The fetcher has closed its pipe. Why it failed is the last that it says.
 fn await_fetcher(fetcher: &mut Child) -> Result<()> {
+    let mut said = Vec::new();
+    if let Some(errors) = fetcher.stderr.take() {
+        let mut errors = errors.take(FETCHER_SAYS_MAX);
+        errors.read_to_end(&mut said).context("hear the fetcher")?;
+    }
     let status = fetcher.wait().context("wait for the fetcher")?;
     if status.success() {
-        Ok(())
-    } else {
-        bail!("the image could not be fetched; see the log")
+        return Ok(());
+    }
+    let said = String::from_utf8_lossy(&said);
+    match said.lines().rfind(|line| !line.trim().is_empty()) {
+        Some(why) => {
+            let why = why.trim_start_matches("error: ").trim();
+            bail!("the image could not be fetched: {why}")
+        }
+        None => bail!("the image could not be fetched: its fetcher ended with {status}"),
     }
 }
 
@@ -237,6 +250,8 @@ fn report(job: &ImportJob, written: Bytes, total: Option<Bytes>, state: ImportSt
 
 /// The user and group `nobody` of every distribution's default.
 const NOBODY: u32 = 65534;
+/// In bytes: a line or two are expected.
+const FETCHER_SAYS_MAX: u64 = 4096;
 const HELLO_LIMIT: Duration = Duration::from_secs(5);
 /// The volume may have to find a coordinator first.
 const VOLUME_LIMIT: Duration = Duration::from_secs(60);
@@ -262,6 +277,23 @@ mod tests {
             sha256: right.into(),
         };
         assert!(check_hash(&source, Sha256::new()).is_ok());
+    }
+
+    #[test]
+    fn a_failed_fetch_says_why() {
+        let fetcher = |script: &str| {
+            let mut command = Command::new("sh");
+            command.args(["-c", script]).stderr(Stdio::piped());
+            await_fetcher(&mut command.spawn().unwrap())
+        };
+        let error = fetcher("echo 'error: fetch http://images/k: http status: 404' >&2; exit 1");
+        assert_eq!(
+            error.unwrap_err().to_string(),
+            "the image could not be fetched: fetch http://images/k: http status: 404"
+        );
+        let error = fetcher("exit 3").unwrap_err().to_string();
+        assert!(error.contains("exit status: 3"), "{error}");
+        fetcher("echo 'warning: slow' >&2").unwrap();
     }
 
     #[test]

@@ -157,7 +157,13 @@ fn load_late_modules(spec: &NodeSpec, supervisor: &Supervisor) -> Result<()> {
     })
 }
 
+/// Once in a node's life: it still has them when it comes back.
 fn import(supervisor: &Supervisor, image: &Path) -> Result<()> {
+    let name = image.file_name().context("an archive has a name")?;
+    let mark = Path::new(IMPORTED).join(name);
+    if mark.exists() {
+        return Ok(());
+    }
     let image = image.to_string_lossy().into_owned();
     wait_for(&format!("the import of {image}"), IMPORT_DEADLINE, || {
         let argv =
@@ -170,8 +176,15 @@ fn import(supervisor: &Supervisor, image: &Path) -> Result<()> {
             outcome.stderr
         );
         Ok(())
-    })
+    })?;
+    // A power cut must not keep the mark and lose the image.
+    rustix::fs::sync();
+    fs::create_dir_all(IMPORTED).with_context(|| format!("make {IMPORTED}"))?;
+    fs::write(&mark, []).with_context(|| format!("write {}", mark.display()))
 }
+
+/// On the node's own disk: the archives that containerd has.
+const IMPORTED: &str = "/var/lib/bascule-lab/imported";
 
 /// 25 s were measured for a management controller's.
 const MODULE_DEADLINE: Duration = Duration::from_secs(180);

@@ -119,8 +119,13 @@ spec:
     )
 }
 
-pub(super) fn pod(name: &str, node: &str, program: &[&str]) -> String {
+/// `memory` is what it requests, if anything.
+pub(super) fn pod(name: &str, node: &str, program: &[&str], memory: Option<&str>) -> String {
     let command = serde_json::json!([&["/bin/busybox"], program].concat());
+    let resources = match memory {
+        Some(memory) => serde_json::json!({"requests": {"memory": memory}}),
+        None => serde_json::json!({}),
+    };
     format!(
         "apiVersion: v1
 kind: Pod
@@ -129,7 +134,8 @@ spec:
   nodeName: {node}
   restartPolicy: Never
   containers:
-  - {{name: main, image: {PAUSE_IMAGE}, imagePullPolicy: Never, command: {command}}}
+  - {{name: main, image: {PAUSE_IMAGE}, imagePullPolicy: Never, command: {command},
+     resources: {resources}}}
 "
     )
 }

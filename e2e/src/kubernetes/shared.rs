@@ -1,9 +1,10 @@
 //! One cluster for all scenarios of a test program: they run one after the other.
 
 use std::sync::OnceLock;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
+use bascule_lab::progress::say;
 use bascule_lab::{Lab, Tier};
 
 use super::{ClusterVm, Installation};
@@ -35,9 +36,17 @@ impl SharedCluster {
     /// # Panics
     /// When the cluster does not come up.
     pub fn with(&self, name: &str, scenario: impl FnOnce(&Installation)) {
-        if kvm_or_skip(name) {
-            scenario(self.get());
+        if !kvm_or_skip(name) {
+            return;
         }
+        let cluster = self.get();
+        let begin = Instant::now();
+        say(&format!("scenario {name} ..."));
+        scenario(cluster);
+        say(&format!(
+            "scenario {name}: done in {:.1} s",
+            begin.elapsed().as_secs_f64()
+        ));
     }
 
     /// Runs a scenario on it with a virtual machine of its own, which is deleted at the end.
@@ -62,15 +71,15 @@ impl SharedCluster {
         });
     }
 
-    #[expect(
-        clippy::expect_used,
-        reason = "the only way for a test to fail from a helper"
-    )]
     /// Runs a scenario on it with the one virtual machine that stays from scenario to scenario, on
     /// whichever node the last one left it: where a start takes a minute, that is half of the time.
     ///
     /// # Panics
     /// When the cluster or the virtual machine does not come up.
+    #[expect(
+        clippy::expect_used,
+        reason = "the only way for a test to fail from a helper"
+    )]
     pub fn with_resident(
         &'static self,
         name: &str,

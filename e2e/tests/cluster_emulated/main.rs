@@ -18,7 +18,7 @@ static CLUSTER: SharedCluster = SharedCluster::new(Tier::Emulated, 3);
 
 #[test]
 fn install_and_first_vm() {
-    CLUSTER.with_vm("first", 100, |cluster, vm| {
+    CLUSTER.with_resident("first", |cluster, vm| {
         scenarios::install_and_first_vm(cluster, vm).unwrap();
     });
 }

@@ -167,12 +167,22 @@ impl<'a> Planner<'a> {
             MigrationPhase::Failed
         };
         let message = match why {
-            reason::NO_TARGET => "no node could take the guest in time",
-            reason::TIMED_OUT => "it did not end in time",
-            reason::SUPERSEDED => "the virtual machine is being stopped",
-            _ => "given up, as asked",
+            reason::NO_TARGET => self.no_target(migration),
+            reason::TIMED_OUT => "it did not end in time".to_owned(),
+            reason::SUPERSEDED => "the virtual machine is being stopped".to_owned(),
+            _ => "given up, as asked".to_owned(),
         };
         self.end(migration, phase, why, message);
+    }
+
+    /// Why no node took the guest, in the scheduler's words if it had any.
+    fn no_target(&self, migration: &Migration) -> String {
+        let purpose = Purpose::Migration(migration.name.clone());
+        let mut mine = self.pods().iter().filter(|pod| pod.purpose == purpose);
+        match mine.find_map(|pod| pod.unschedulable.as_ref()) {
+            Some(why) => format!("no node could take the guest in time: {why}"),
+            None => "no node could take the guest in time".to_owned(),
+        }
     }
 
     /// A migration in flight whose row has changed hands.

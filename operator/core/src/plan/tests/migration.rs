@@ -238,6 +238,19 @@ fn an_attempt_without_a_target_in_time_fails() {
     case.now = NOW.after(case.intent.budgets.live);
     let expected = Some((MigrationPhase::Failed, reason::NO_TARGET));
     assert_eq!(case.migration_end("go"), expected);
+
+    // And says what the scheduler says.
+    case = case.with_migration_pod("go", "node-2");
+    let pod = case.pod(1);
+    pod.node = None;
+    pod.phase = PodPhase::Pending;
+    pod.unschedulable = Some("3 node(s) had untolerated taints".to_owned());
+    assert_eq!(case.migration_end("go"), expected);
+    let actions = format!("{:?}", case.plan().actions);
+    assert!(
+        actions.contains("in time: 3 node(s) had untolerated"),
+        "{actions}"
+    );
 }
 
 /// Found on emulated nodes: an attempt ended because the target's stream was lost for a second.

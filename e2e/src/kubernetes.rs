@@ -198,20 +198,13 @@ impl Installation {
         self.lab.kubectl(&["uncordon", node]).map(drop)
     }
 
-    /// Starts a pod of the lab's busybox on a node, with a program of it: no limit, no request but for
-    /// `memory`, the cluster's default tolerations, never started again.
+    /// Starts a pod of the lab's busybox on a node, with a program of it: no request, no limit, the
+    /// cluster's default tolerations, never started again.
     ///
     /// # Errors
     /// When it does not run, or has not ended already, in time.
-    pub fn pod(
-        &self,
-        name: &str,
-        node: &str,
-        program: &[&str],
-        memory: Option<&str>,
-    ) -> Result<()> {
-        let document = objects::pod(name, node, program, memory);
-        self.lab.apply(&document)?;
+    pub fn pod(&self, name: &str, node: &str, program: &[&str]) -> Result<()> {
+        self.lab.apply(&objects::pod(name, node, program))?;
         let what = format!("the pod {name} to run");
         self.lab.wait_for(&what, POD_LIMIT, || {
             let pod = self.lab.get(&["pod", name, "-n", NAMESPACE])?;

@@ -5,9 +5,9 @@
 //! standard streams (a container whose streams are still open hangs in Terminating), and becomes
 //! the program. Nothing here decides anything; `supervisor` says what runs.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, OpenOptions};
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -79,7 +79,6 @@ pub(crate) fn launch(args: &LaunchArgs) -> Result<()> {
     let log = open_log(&args.stderr)?;
     let outcome = become_program(args, &log);
     if let Err(error) = &outcome {
-        use std::io::Write;
         writeln!(&log, "bascule-node launch: {error:#}").context("write the log")?;
     }
     outcome
@@ -94,6 +93,7 @@ fn become_program(args: &LaunchArgs, log: &File) -> Result<()> {
     if let Some(name) = &args.cgroup {
         join_cgroups(name)?;
     }
+    set_oom_score(Path::new(program), log)?;
     rustix::process::setsid().context("begin a session of its own")?;
     let log = log.try_clone().context("duplicate the log")?;
     let error = Command::new(program)
@@ -104,6 +104,21 @@ fn become_program(args: &LaunchArgs, log: &File) -> Result<()> {
         .stderr(Stdio::from(log))
         .exec();
     Err(error).with_context(|| format!("execute {}", program.display()))
+}
+
+/// When the node runs out of memory, the kernel takes pods first: what a guest has is requested by its
+/// reservation, and a dead watchdog's owner would take the whole node along. It is only logged where
+/// the daemon may not ask for that, as without root.
+fn set_oom_score(program: &Path, mut log: &File) -> Result<()> {
+    let adjustment = match program.file_name().and_then(OsStr::to_str) {
+        Some("bascule-watchdog" | "bascule-volume") => OOM_SCORE_OF_NODE,
+        Some("bascule-vm") => OOM_SCORE_OF_GUARANTEED,
+        _ => return Ok(()),
+    };
+    if let Err(error) = fs::write("/proc/self/oom_score_adj", adjustment) {
+        writeln!(log, "bascule-node launch: oom_score_adj: {error}").context("write the log")?;
+    }
+    Ok(())
 }
 
 fn open_log(path: &Path) -> Result<File> {
@@ -256,7 +271,7 @@ pub(crate) fn install_programs(from: &Path, into: &Path) -> Result<PathBuf> {
 
 struct HashWriter<'a>(&'a mut Sha256);
 
-impl io::Write for HashWriter<'_> {
+impl Write for HashWriter<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.0.update(bytes);
         Ok(bytes.len())
@@ -275,6 +290,11 @@ const PROGRAMS: [&str; 5] = [
     "bascule-watchdog",
     "bascule-import",
 ];
+/// As the kubelet has for itself (`oom_score_adj` in proc_pid_oom_score_adj(5); Kubernetes, "Node
+/// out of memory behavior").
+const OOM_SCORE_OF_NODE: &str = "-999";
+/// As the kubelet gives to pods whose memory is all requested.
+const OOM_SCORE_OF_GUARANTEED: &str = "-997";
 /// The mark of a folder into which all programs were copied.
 const COMPLETE: &str = ".complete";
 

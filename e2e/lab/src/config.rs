@@ -35,6 +35,8 @@ pub fn kubelet() -> Value {
             "nodefs.inodesFree": "1%",
             "imagefs.available": "1%",
         },
+        // What comes after a scenario of memory pressure does not wait five minutes for its end.
+        "evictionPressureTransitionPeriod": "10s",
         "imageGCHighThresholdPercent": 100,
         "imageGCLowThresholdPercent": 99,
         "resolvConf": "",

@@ -119,13 +119,8 @@ spec:
     )
 }
 
-/// `memory` is what it requests, if anything.
-pub(super) fn pod(name: &str, node: &str, program: &[&str], memory: Option<&str>) -> String {
+pub(super) fn pod(name: &str, node: &str, program: &[&str]) -> String {
     let command = serde_json::json!([&["/bin/busybox"], program].concat());
-    let resources = match memory {
-        Some(memory) => serde_json::json!({"requests": {"memory": memory}}),
-        None => serde_json::json!({}),
-    };
     format!(
         "apiVersion: v1
 kind: Pod
@@ -134,8 +129,7 @@ spec:
   nodeName: {node}
   restartPolicy: Never
   containers:
-  - {{name: main, image: {PAUSE_IMAGE}, imagePullPolicy: Never, command: {command},
-     resources: {resources}}}
+  - {{name: main, image: {PAUSE_IMAGE}, imagePullPolicy: Never, command: {command}}}
 "
     )
 }

@@ -20,7 +20,7 @@ fn isolated_node_keeps_its_guests() {
         let moves = vm.moves().unwrap();
         let mut talk = vm.talk().unwrap();
         cluster
-            .pod("control", &name, &["sleep", "infinity"], None)
+            .pod("control", &name, &["sleep", "infinity"])
             .unwrap();
         lab.isolate(node.index()).unwrap();
         lab.wait_for("the control pod to be evicted", EVICTION_LIMIT, || {

@@ -207,12 +207,16 @@ impl<'a> Planner<'a> {
         }
         let there = self.process_of(row, &node).filter(|process| process.alive);
         let runs = there.is_some_and(|process| process.status.state == VmState::Running);
-        // The source knows the figures; its process stays until it is collected.
-        let progress = self
-            .observed
-            .processes
-            .iter()
-            .filter(|process| Some(&process.node) == active.source.as_ref())
+        // The source knows the figures, the last of them a moment after the guest runs; its process
+        // stays until it is collected.
+        let mut sources = (self.observed.processes.iter())
+            .filter(|process| Some(&process.node) == active.source.as_ref());
+        let measures = |process: &Process| {
+            let progress = progress_of(active, process).map(|progress| progress.phase);
+            process.alive && progress == Some(vm::MigrationPhase::Committing)
+        };
+        let runs = runs && (!sources.clone().any(measures) || self.out_of_time(active));
+        let progress = sources
             .find_map(|process| progress_of(active, process))
             .or_else(|| there.and_then(|process| progress_of(active, process)))
             .cloned();

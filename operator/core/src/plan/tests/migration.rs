@@ -192,6 +192,10 @@ fn a_committed_migration_succeeds_when_the_guest_runs_on_its_target() {
     case.row().epoch = Epoch(6);
     case = case.with_process(2, VmState::Running, Epoch(6));
     let expected = Some((MigrationPhase::Succeeded, reason::SUCCEEDED));
+    // Found in the demo: the record was closed before the source had said how long the guest stood.
+    case = case.copying(Copy::Committing);
+    assert_eq!(case.migration_end("go"), None);
+    case = case.copying(Copy::Completed);
     assert_eq!(case.migration_end("go"), expected);
     case.migration(0).phase = MigrationPhase::Succeeded;
     let actions = case.plan().actions;

@@ -70,7 +70,8 @@ impl Guest {
                 ),
                 "128Mi",
                 "64Mi",
-                "300ms",
+                // Many times what a quiet machine takes: that a busy one is slower is no failure.
+                "2s",
             ),
             Self::Debian { kernel, initrd } => (
                 format!(

@@ -126,29 +126,26 @@ impl Supervisor {
     ) -> Result<Outcome, Rejection> {
         match self.presence(spec.uid) {
             Presence::Answering(status) if !is_over(&status.state) => {
-                let same = status.state == VmState::Incoming
-                    && status
-                        .migration
-                        .as_ref()
-                        .is_some_and(|m| m.attempt == attempt);
-                return match status.listening {
-                    Some(address) if same => Ok(Outcome::Listening { address }),
-                    _ => Err(wrong_state("the VM is here already")),
-                };
+                let start = self.start_mode(spec.uid);
+                if !start.is_some_and(|start| awaits(&start, &status.state, attempt)) {
+                    return Err(wrong_state("the VM is here already"));
+                }
+                // Ordered again: a busy node may have taken too long to build it.
+                return listening(&self.await_start(spec.uid, status.pid)?);
             }
             Presence::Silent(pid) => return Err(unresponsive(pid)),
             Presence::Answering(_) | Presence::Ended(_) => self.collect(spec.uid)?,
             Presence::Absent => {}
         }
         let listen = SocketAddr::new(self.address, 0);
-        let status = self.launch_vm(spec, tenure, StartMode::Incoming { listen, attempt })?;
-        match status.listening {
-            Some(address) => Ok(Outcome::Listening { address }),
-            None => Err(Rejection::new(
-                RejectReason::Failed,
-                format!("the VM process does not listen: {:?}", status.state),
-            )),
-        }
+        listening(&self.launch_vm(spec, tenure, StartMode::Incoming { listen, attempt })?)
+    }
+
+    /// What a VM's process was started for.
+    fn start_mode(&self, vm: VmUid) -> Option<StartMode> {
+        let bytes = fs::read(self.paths.vm(vm).join("config.json")).ok()?;
+        let config: VmConfig = serde_json::from_slice(&bytes).ok()?;
+        Some(config.start)
     }
 
     /// Passes a request to a running VM process.
@@ -366,6 +363,22 @@ fn why_unusable(kvm: &Path) -> Option<String> {
     ))
 }
 
+/// Whether a process that was started so, and stands so, is the destination of `attempt`.
+fn awaits(start: &StartMode, state: &VmState, attempt: AttemptId) -> bool {
+    let of_attempt = matches!(start, StartMode::Incoming { attempt: of, .. } if *of == attempt);
+    of_attempt && matches!(state, VmState::Starting | VmState::Incoming)
+}
+
+fn listening(status: &VmStatus) -> Result<Outcome, Rejection> {
+    let address = status.listening.ok_or_else(|| {
+        Rejection::new(
+            RejectReason::Failed,
+            format!("the VM process does not listen: {:?}", status.state),
+        )
+    })?;
+    Ok(Outcome::Listening { address })
+}
+
 /// Whether a process still has to do what it was started for: to boot, or to listen.
 fn is_coming_up(status: &VmStatus) -> bool {
     match status.state {
@@ -410,6 +423,21 @@ mod tests {
     use bascule_ipc::vm::StopReason;
 
     use super::*;
+
+    /// Found when three guests left an emulated node: the second order came while the machine was
+    /// still being built, and was refused as one for a VM that runs there.
+    #[test]
+    fn a_destination_that_is_still_being_built_is_that_of_its_attempt() {
+        let attempt = AttemptId::random();
+        let listen = "127.0.0.1:0".parse().unwrap();
+        let start = StartMode::Incoming { listen, attempt };
+        for state in [VmState::Starting, VmState::Incoming] {
+            assert!(awaits(&start, &state, attempt));
+            assert!(!awaits(&start, &state, AttemptId::random()));
+            assert!(!awaits(&StartMode::Boot, &state, attempt));
+        }
+        assert!(!awaits(&start, &VmState::Running, attempt));
+    }
 
     #[test]
     fn a_node_without_kvm_says_which_device_and_what_to_do() {

@@ -1,10 +1,10 @@
 //! One cluster for all scenarios of a test program: they run one after the other.
 
 use std::sync::OnceLock;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::Result;
-use bascule_lab::progress::say;
+use bascule_lab::progress::step;
 use bascule_lab::{Lab, Tier};
 
 use super::{ClusterVm, Installation};
@@ -35,18 +35,20 @@ impl SharedCluster {
     ///
     /// # Panics
     /// When the cluster does not come up.
+    #[expect(
+        clippy::expect_used,
+        reason = "the only way for a test to fail from a helper"
+    )]
     pub fn with(&self, name: &str, scenario: impl FnOnce(&Installation)) {
         if !kvm_or_skip(name) {
             return;
         }
         let cluster = self.get();
-        let begin = Instant::now();
-        say(&format!("scenario {name} ..."));
-        scenario(cluster);
-        say(&format!(
-            "scenario {name}: done in {:.1} s",
-            begin.elapsed().as_secs_f64()
-        ));
+        let done = step(&format!("scenario {name}"), || {
+            scenario(cluster);
+            Ok(())
+        });
+        done.expect("a scenario fails by panicking");
     }
 
     /// Runs a scenario on it with a virtual machine of its own, which is deleted at the end.

@@ -101,6 +101,11 @@ impl Case {
         plan(&self.intent, &self.observed, self.now)
     }
 
+    /// Whether the plan has such an action.
+    pub(super) fn plans(&self, such: impl Fn(&Action) -> bool) -> bool {
+        self.plan().actions.iter().any(such)
+    }
+
     pub(super) fn changes(&self) -> Vec<Change> {
         self.plan()
             .actions

@@ -6,7 +6,7 @@ use super::*;
 fn a_vanished_reservation_is_made_again_where_the_guest_is() {
     let mut case = Case::running_on(1);
     case.observed.pods = Fact::Known(vec![]);
-    assert!(case.plan().actions.iter().any(|action| matches!(
+    assert!(case.plans(|action| matches!(
         action,
         Action::CreateReservation { pin: Some(node), .. } if node == "node-1"
     )));
@@ -46,12 +46,7 @@ fn a_failed_reservation_is_made_again_but_an_evicted_one_moves_the_guest() {
 #[test]
 fn a_hold_process_is_ended_only_after_its_guest_has_left() {
     let mut case = Case::running_on(1).draining();
-    let ends = |case: &Case| {
-        case.plan()
-            .actions
-            .iter()
-            .any(|a| matches!(a, Action::EndReservation { .. }))
-    };
+    let ends = |case: &Case| case.plans(|a| matches!(a, Action::EndReservation { .. }));
     assert!(!ends(&case));
     case = case.owned_by(2);
     assert!(
@@ -107,7 +102,7 @@ fn a_drain_follows_the_policy() {
 fn two_operators_choose_the_same_name_for_a_drains_migration() {
     let case = Case::running_on(1).draining();
     assert_eq!(case.plan().actions, case.plan().actions);
-    let named = case.plan().actions.iter().any(
+    let named = case.plans(
         |a| matches!(a, Action::CreateMigration { name, .. } if name.starts_with("web-drain-")),
     );
     assert!(named);

@@ -48,13 +48,7 @@ fn a_silent_node_is_recorded_and_the_volume_asked_until_it_grants() {
         &case.changes()[..],
         [Change::TakeOver { to, epoch: Epoch(5), .. }] if *to == expected
     ));
-    assert!(
-        !case
-            .plan()
-            .actions
-            .iter()
-            .any(|a| matches!(a, Action::StartVm { .. }))
-    );
+    assert!(!case.plans(|a| matches!(a, Action::StartVm { .. })));
 }
 
 #[test]

@@ -205,13 +205,7 @@ fn images_are_on_the_volume_before_the_guest_starts() {
             .iter()
             .all(|c| matches!(c, Change::CreateDisk { .. }))
     );
-    assert!(
-        !case
-            .plan()
-            .actions
-            .iter()
-            .any(|a| matches!(a, Action::StartVm { .. }))
-    );
+    assert!(!case.plans(|a| matches!(a, Action::StartVm { .. })));
 
     case = case.with_disks();
     case.row().disks[0].importing = true;

@@ -74,12 +74,7 @@ fn a_quick_migration_is_restored_on_its_target() {
     let mut case = Case::running_on(1).with_migration("go", MigrationMode::Quick);
     case.begun(0);
     case = case.with_migration_pod("go", "node-2");
-    assert!(
-        case.plan()
-            .actions
-            .iter()
-            .any(|a| matches!(a, Action::MigrateQuick { .. }))
-    );
+    assert!(case.plans(|a| matches!(a, Action::MigrateQuick { .. })));
 
     case = case.process_is(VmState::Departed).owned_by(2);
     case.row().epoch = Epoch(6);
@@ -151,13 +146,7 @@ fn a_failed_copy_ends_the_attempt_and_leaves_the_guest() {
         case.begun(0);
         case = case.with_migration_pod("go", "node-2").copying(copy);
         assert_eq!(case.migration_end("go"), Some((phase, expected)));
-        assert!(
-            !case
-                .plan()
-                .actions
-                .iter()
-                .any(|a| matches!(a, Action::StopVm { .. }))
-        );
+        assert!(!case.plans(|a| matches!(a, Action::StopVm { .. })));
     }
 }
 
@@ -169,12 +158,7 @@ fn cancel_asks_the_source_and_waits_for_its_word() {
     case = case
         .with_migration_pod("go", "node-2")
         .copying(Copy::PreCopy);
-    assert!(
-        case.plan()
-            .actions
-            .iter()
-            .any(|a| matches!(a, Action::CancelMigration { .. }))
-    );
+    assert!(case.plans(|a| matches!(a, Action::CancelMigration { .. })));
     assert_eq!(case.migration_end("go"), None);
     case = case.copying(Copy::Cancelled);
     let expected = Some((MigrationPhase::Cancelled, reason::CANCELLED));

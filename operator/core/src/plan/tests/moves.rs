@@ -9,7 +9,7 @@ fn asks(case: &Case) -> bool {
             Action::MigrateLive { .. } | Action::MigrateQuick { .. }
         )
     };
-    case.plan().actions.iter().any(asks)
+    case.plans(asks)
 }
 
 /// A drain on a busy node logged "a migration is under way" as a failure: the source's first report

@@ -33,6 +33,7 @@ mod server;
 mod supervisor;
 mod tap;
 mod tls;
+mod turns;
 mod vms;
 mod volumes;
 

@@ -36,6 +36,16 @@ impl Paths {
         self.vm(vm).join("vm.sock")
     }
 
+    pub(crate) fn vm_locks(&self) -> PathBuf {
+        self.run.join("vm-locks")
+    }
+
+    /// One of 256: they are never removed, and two VMs that share one only wait for each other.
+    pub(crate) fn vm_lock(&self, vm: VmUid) -> PathBuf {
+        let [first, ..] = vm.to_bytes();
+        self.vm_locks().join(format!("{first:02x}"))
+    }
+
     pub(crate) fn volumes(&self) -> PathBuf {
         self.run.join("volumes")
     }

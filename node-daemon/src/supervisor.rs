@@ -11,7 +11,7 @@ use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result};
 use bascule_node_api::command::RejectReason;
-use bascule_types::{ClusterId, NodeUid, VmUid};
+use bascule_types::{ClusterId, NodeUid};
 use serde::{Deserialize, Serialize};
 
 use crate::launch::Launcher;
@@ -39,10 +39,6 @@ pub(crate) struct Supervisor {
     pub(crate) allow_sources: Vec<String>,
     pub(crate) watchdog: Option<PathBuf>,
     pub(crate) allow_softdog: bool,
-    /// One command at a time for each VM; two for different VMs do not wait for each other.
-    locks: Mutex<BTreeMap<VmUid, std::sync::Arc<Mutex<()>>>>,
-    /// One start, end or revival of a volume's process at a time.
-    pub(crate) volumes: Mutex<()>,
     /// Processes that this daemon started, kept to be reaped.
     children: Mutex<Vec<Child>>,
 }
@@ -99,7 +95,14 @@ pub(crate) struct Parts {
 impl Supervisor {
     pub(crate) fn new(config: &crate::config::NodeConfig, parts: Parts) -> Result<Self> {
         let paths = Paths::new(&config.run_dir, &config.state_dir);
-        for folder in [paths.vms(), paths.volumes(), paths.imports(), paths.logs()] {
+        let folders = [
+            paths.vms(),
+            paths.vm_locks(),
+            paths.volumes(),
+            paths.imports(),
+            paths.logs(),
+        ];
+        for folder in folders {
             fs::create_dir_all(&folder).with_context(|| format!("create {}", folder.display()))?;
         }
         Ok(Self {
@@ -112,21 +115,8 @@ impl Supervisor {
             allow_sources: config.allow_sources.clone(),
             watchdog: config.watchdog.clone(),
             allow_softdog: config.allow_softdog,
-            locks: Mutex::default(),
-            volumes: Mutex::default(),
             children: Mutex::default(),
         })
-    }
-
-    /// Runs `work` while no other command for this VM runs.
-    pub(crate) fn exclusively<T>(&self, vm: VmUid, work: impl FnOnce() -> T) -> T {
-        let lock = {
-            let mut locks = self.locks.lock().unwrap_or_else(PoisonError::into_inner);
-            locks.retain(|_, lock| std::sync::Arc::strong_count(lock) > 1);
-            std::sync::Arc::clone(locks.entry(vm).or_default())
-        };
-        let _guard = lock.lock().unwrap_or_else(PoisonError::into_inner);
-        work()
     }
 
     pub(crate) fn adopt_child(&self, child: Child) {

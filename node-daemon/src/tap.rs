@@ -56,12 +56,10 @@ pub(crate) fn remove(tap: &str) -> Result<()> {
     on_rtnetlink(async |handle| match find(handle, tap).await? {
         Some(link) => {
             let index = link.header.index;
-            handle
-                .link()
-                .del(index)
-                .execute()
-                .await
-                .with_context(|| format!("remove {tap}"))
+            match handle.link().del(index).execute().await {
+                Err(error) if says_gone(&error) => Ok(()),
+                done => done.with_context(|| format!("remove {tap}")),
+            }
         }
         None => Ok(()),
     })
@@ -91,13 +89,16 @@ async fn find(handle: &Handle, name: &str) -> Result<Option<LinkMessage>> {
         .await
     {
         Ok(link) => Ok(link),
-        Err(rtnetlink::Error::NetlinkError(message))
-            if message.to_io().raw_os_error() == Some(rustix::io::Errno::NODEV.raw_os_error()) =>
-        {
-            Ok(None)
-        }
+        Err(error) if says_gone(&error) => Ok(None),
         Err(error) => Err(error).with_context(|| format!("look up interface {name}")),
     }
+}
+
+/// Whether the kernel's answer is that there is no such interface (any more).
+fn says_gone(error: &rtnetlink::Error) -> bool {
+    let gone = rustix::io::Errno::NODEV.raw_os_error();
+    matches!(error, rtnetlink::Error::NetlinkError(message)
+        if message.to_io().raw_os_error() == Some(gone))
 }
 
 fn is_bridge(link: &LinkMessage) -> bool {
@@ -179,6 +180,19 @@ mod tests {
         assert!(name(one, vm, 15).len() <= 15);
         assert_ne!(name(one, vm, 0), name(other, vm, 0));
         assert_ne!(name(one, vm, 0), name(one, vm, 1));
+    }
+
+    /// Two commands forgot one guest, and the later one ended with "No such device".
+    #[test]
+    fn a_tap_that_somebody_else_removed_is_gone_and_other_errors_are_none_of_it() {
+        let answer = |code: i32| {
+            let mut message = rtnetlink::packet_core::ErrorMessage::default();
+            message.code = std::num::NonZeroI32::new(code);
+            rtnetlink::Error::NetlinkError(message)
+        };
+        assert!(says_gone(&answer(-19)), "ENODEV");
+        assert!(!says_gone(&answer(-1)), "EPERM");
+        assert!(!says_gone(&rtnetlink::Error::RequestFailed));
     }
 
     #[test]

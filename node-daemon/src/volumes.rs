@@ -5,7 +5,6 @@ use std::fs;
 use std::net::{SocketAddr, TcpListener};
 use std::path::Path;
 use std::process::Command;
-use std::sync::{MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -15,7 +14,6 @@ use bascule_node_api::VOLUME_PORT_FIRST;
 use bascule_node_api::command::{Backing, FormatOptions, Outcome, RejectReason};
 use bascule_types::{ClusterId, VolumeId};
 use bascule_volume_format::change::Change;
-use rustix::fs::{FlockOperation, flock};
 
 use crate::files;
 use crate::local::{volume_call, wait_for};
@@ -178,20 +176,6 @@ impl Supervisor {
         names_in(&self.paths.volumes())
     }
 
-    /// Keeps others from starting and ending volumes' processes: threads of this one, and in embedded
-    /// mode the other commands of this node beside its daemon.
-    fn volumes_alone(&self) -> Result<VolumesGuard<'_>> {
-        let threads = self.volumes.lock().unwrap_or_else(PoisonError::into_inner);
-        let path = self.paths.volumes_lock();
-        let file = fs::File::create(&path).with_context(|| format!("open {}", path.display()))?;
-        flock(&file, FlockOperation::LockExclusive)
-            .with_context(|| format!("lock {}", path.display()))?;
-        Ok(VolumesGuard {
-            _threads: threads,
-            _processes: file,
-        })
-    }
-
     fn launch_volume(&self, name: &str, attachment: &Attachment) -> Result<(), Rejection> {
         let folder = self.paths.volume(name);
         let listen = free_address(self.address.to_string().as_str())?;
@@ -279,13 +263,6 @@ impl Supervisor {
             .iter()
             .any(|report| report.volume == name && report.alive))
     }
-}
-
-/// Held while a volume's process is started or ended.
-struct VolumesGuard<'a> {
-    _threads: MutexGuard<'a, ()>,
-    /// Its lock goes with the descriptor.
-    _processes: fs::File,
 }
 
 /// What a volume was attached with, in its run directory.

@@ -10,7 +10,7 @@ use bascule_node_api::command::{Command, Outcome, VmSpec};
 use bascule_types::{AttemptId, Owner, VmUid};
 
 use super::peer::Peer;
-use super::run::{find, rows, supervisor, vm_row};
+use super::run::{find, forget, rows, supervisor, vm_row};
 use crate::config::NodeConfig;
 use crate::local::wait_for;
 use crate::supervisor::Supervisor;
@@ -59,6 +59,8 @@ pub(crate) fn migrate(args: &MigrateArgs) -> Result<()> {
         total_ms_max: args.timeout_s * 1000,
         bytes_per_second_max: args.bandwidth,
     };
+    // Its console's terminal, too, forgets a guest that has moved.
+    let watch = node.watch(vm)?;
     node.vm_request(
         vm,
         &Request::MigrateLive {
@@ -78,7 +80,8 @@ pub(crate) fn migrate(args: &MigrateArgs) -> Result<()> {
         forget_incoming(&mut peer, vm)?;
     }
     let (pid, status) = outcome?;
-    node.collect_vm(vm, pid)?;
+    drop(watch);
+    forget(&node, vm, pid)?;
     say(&status, &args.to);
     Ok(())
 }

@@ -62,16 +62,7 @@ pub(crate) fn run_vm(args: &RunVmArgs) -> Result<()> {
     let vm = document.spec.uid;
     attach(&node, &document.spec.volume, args.backing.as_deref())?;
     let owner = own_slot(&node, &document.spec.volume)?;
-    if node
-        .vm_status(vm)
-        .is_none_or(|status| is_over(&status.state))
-    {
-        create(&node, &document)?;
-        let epoch = acquire(&node, &document, owner)?;
-        import_all(&node, &document, Tenure { owner, epoch })?;
-        node.start_vm(&document.spec, Tenure { owner, epoch }, false)?;
-        check_started(&node, vm)?;
-    }
+    node.exclusively(vm, || start_unless_here(&node, &document, owner))?;
     eprintln!(
         "{} runs here. Ctrl-] leaves the console; the VM goes on.",
         document.row
@@ -91,20 +82,40 @@ pub(crate) fn run_vm(args: &RunVmArgs) -> Result<()> {
     }
 }
 
+fn start_unless_here(node: &Supervisor, document: &Document, owner: Owner) -> Result<()> {
+    let vm = document.spec.uid;
+    if let Some(status) = node.vm_status(vm)
+        && !is_over(&status.state)
+    {
+        return Ok(());
+    }
+    create(node, document)?;
+    let epoch = acquire(node, document, owner)?;
+    import_all(node, document, Tenure { owner, epoch })?;
+    node.start_vm(&document.spec, Tenure { owner, epoch }, false)?;
+    check_started(node, vm)
+}
+
 /// Stops a VM of this node and forgets its process.
 pub(crate) fn stop_vm(args: &StopVmArgs) -> Result<()> {
     let node = supervisor(&args.config, IpAddr::V4(Ipv4Addr::LOCALHOST), true)?;
     let vm = find(&node, &args.name)?;
+    let watch = node.watch(vm)?;
     if args.force {
         node.vm_request(vm, &VmRequest::Stop)?;
     } else {
         node.vm_request(vm, &VmRequest::PowerButton)?;
         eprintln!("Pressed the power button; waiting for the guest to shut down.");
     }
-    let over = || node.vm_status(vm).filter(|status| is_over(&status.state));
+    let over = || match node.presence(vm) {
+        Presence::Answering(status) if is_over(&status.state) => Some(status.pid),
+        Presence::Answering(_) | Presence::Silent(_) => None,
+        Presence::Ended(_) | Presence::Absent => Some(0),
+    };
     match wait_for(SHUTDOWN_LIMIT, over) {
-        Some(status) => {
-            node.collect_vm(vm, status.pid)?;
+        Some(pid) => {
+            drop(watch);
+            forget(&node, vm, pid)?;
             eprintln!("Stopped.");
             Ok(())
         }
@@ -331,7 +342,7 @@ fn say_how_it_ended(node: &Supervisor, vm: VmUid) -> Result<()> {
         }
         _ => bail!("the VM's process ended without a word"),
     };
-    node.collect_vm(vm, pid)?;
+    forget(node, vm, pid)?;
     match state {
         VmState::Stopped(StopReason::GuestShutdown | StopReason::Requested) => {
             eprintln!("\r\nThe guest is off.");
@@ -343,6 +354,12 @@ fn say_how_it_ended(node: &Supervisor, vm: VmUid) -> Result<()> {
         }
         state => bail!("the guest ended: {state:?}"),
     }
+}
+
+/// Forgets a VM process whose run is over, or finds that another command has.
+pub(super) fn forget(node: &Supervisor, vm: VmUid, pid: u32) -> Result<()> {
+    node.exclusively(vm, || node.collect_vm(vm, pid))?;
+    Ok(())
 }
 
 /// The volume's rows.

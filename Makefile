@@ -48,8 +48,16 @@ packages:
 	if [ $${#missing[@]} -gt 0 ]; then echo "setup: installing $${missing[*]}"; \
 	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $${missing[*]} >/dev/null; fi
 
+# Cargo tells two checkouts that share a target directory apart by their files' times alone, and takes
+# results of the other one for its own when these are the newer ones.
+.PHONY: checkout
+checkout:
+	@mkdir -p $(CARGO_TARGET_DIR); stamp=$(CARGO_TARGET_DIR)/checkout; \
+	[ "$$(cat $$stamp 2>/dev/null)" = "$(CURDIR)" ] || { \
+	  find . \( -name '*.rs' -o -name Cargo.toml \) -exec touch {} +; echo "$(CURDIR)" >$$stamp; }
+
 .PHONY: lint
-lint: ## Formatting, clippy, docs, licences, structure
+lint: checkout ## Formatting, clippy, docs, licences, structure
 	cargo fmt --all --check
 	cargo clippy --quiet --workspace --all-targets --locked -- -D warnings
 	cd e2e/probe && cargo fmt --all --check && $(GUEST_CARGO) clippy --quiet --workspace --locked --release -- -D warnings
@@ -58,12 +66,12 @@ lint: ## Formatting, clippy, docs, licences, structure
 	cargo test --quiet --locked -p bascule-e2e --test tidy
 
 .PHONY: unit
-unit: ## Pure tests, models, simulations and crash enumeration: no root, no KVM
+unit: checkout ## Pure tests, models, simulations and crash enumeration: no root, no KVM
 	cargo test --quiet --locked --workspace --exclude bascule-e2e
 	cd e2e/probe && $(GUEST_CARGO) test --quiet --locked -p bascule-probe-wire
 
 .PHONY: kvm
-kvm: ## The VM process on this machine's /dev/kvm, with the probe guest
+kvm: checkout ## The VM process on this machine's /dev/kvm, with the probe guest
 	cargo test --quiet --locked -p bascule-e2e --lib --bins
 	for t in $(sort $(basename $(notdir $(wildcard e2e/tests/kvm_*.rs)))); do \
 	  cargo test --quiet --locked -p bascule-e2e --test $$t $(SERIAL); done
@@ -83,7 +91,7 @@ bench: packages image ## The figures, each beside a baseline of the same run
 	  cargo run --quiet --release -p bascule-e2e --bin bascule-bench
 
 .PHONY: lab
-lab: ## The lab's command line, static, so that it runs inside its nodes too
+lab: checkout ## The lab's command line, static, so that it runs inside its nodes too
 	@$(call static_build,-p bascule-lab)
 
 .PHONY: image
@@ -94,7 +102,7 @@ image: lab ## One static OCI image of all programs, without a container daemon
 	$(LAB) image --bin-dir $(STATIC)/image --out $(IMAGE)
 
 .PHONY: crds
-crds: ## Write the CustomResourceDefinitions into the chart
+crds: checkout ## Write the CustomResourceDefinitions into the chart
 	cargo run --quiet -p bascule-api --bin bascule-crds
 
 define static_build

@@ -133,6 +133,9 @@ impl TwoNodes {
         // Not the one that its process was started in, if the guest had come by a migration.
         let left = guest.vm.status()?.epoch;
         ensure!(left == epoch, "it left in {epoch}, and says {left}");
+        let written = destination.written_tenure()?.epoch;
+        let came = epoch.next();
+        ensure!(written == came, "it came in {came}, and wrote {written}");
         guest.vm.exit(SOON)?;
         guest.vm = destination;
         guest.at = 1 - guest.at;

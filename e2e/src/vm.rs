@@ -11,6 +11,7 @@ use anyhow::{Context, Result, bail, ensure};
 use bascule_ipc::vm::{
     Boot, DiskConfig, DiskSource, Home, ImageSource, InterfaceConfig, MigrationPhase,
     MigrationStatus, Request, Response, StartMode, StopReason, VmConfig, VmState, VmStatus,
+    WrittenTenure,
 };
 use bascule_ipc::{Connection, Kind};
 use bascule_types::{Bytes, VmUid};
@@ -337,6 +338,16 @@ impl TestVm {
     #[must_use]
     pub fn directory(&self) -> &Path {
         &self.directory
+    }
+
+    /// As whom the process writes, as it has left it for whoever finds it silent.
+    ///
+    /// # Errors
+    /// When it has written none.
+    pub fn written_tenure(&self) -> Result<WrittenTenure> {
+        let path = self.directory.join("tenure.json");
+        let json = fs::read(&path).with_context(|| format!("read {}", path.display()))?;
+        serde_json::from_slice(&json).with_context(|| format!("read {}", path.display()))
     }
 
     /// What the process wrote to its standard streams and to its log.

@@ -8,6 +8,7 @@
 
 mod blocks;
 mod fetch;
+mod fetcher;
 mod writer;
 
 use std::path::PathBuf;

@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use bascule_ipc::tls::TlsIdentity;
-use bascule_node_api::NODE_PORT;
 use bascule_node_api::proto::JoinRequest;
 use bascule_node_api::proto::join_client::JoinClient;
+use bascule_node_api::{NODE_PORT, connect};
 use bascule_pki::OPERATOR_NAME;
 use tonic::transport::{Certificate, ClientTlsConfig, Endpoint};
 
@@ -49,13 +49,12 @@ pub(crate) async fn join(args: &JoinArgs, paths: &Paths, address: IpAddr) -> Res
     let client = ClientTlsConfig::new()
         .ca_certificate(Certificate::from_pem(&ca))
         .domain_name(OPERATOR_NAME);
-    let channel = Endpoint::from_shared(format!("https://{operator}"))
+    let endpoint = Endpoint::from_shared(format!("https://{operator}"))
         .with_context(|| format!("--join {operator}"))?
         .tls_config(client)
         .context("set up TLS")?
-        .connect_timeout(CALL_LIMIT)
-        .timeout(CALL_LIMIT)
-        .connect()
+        .timeout(CALL_LIMIT);
+    let channel = connect(&endpoint, CALL_LIMIT)
         .await
         .with_context(|| format!("reach the operator at {operator}"))?;
     let request = bascule_pki::Request::generate().context("make a key")?;

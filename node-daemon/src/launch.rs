@@ -125,11 +125,16 @@ fn open_log(path: &Path) -> Result<File> {
     if let Some(folder) = path.parent() {
         fs::create_dir_all(folder).with_context(|| format!("create {}", folder.display()))?;
     }
-    OpenOptions::new()
+    let log = OpenOptions::new()
         .create(true)
         .append(true)
         .open(path)
-        .with_context(|| format!("open {}", path.display()))
+        .with_context(|| format!("open {}", path.display()))?;
+    let length = log.metadata().context("measure the log")?.len();
+    if length > LOG_BYTES_MAX {
+        log.set_len(0).context("begin the log anew")?;
+    }
+    Ok(log)
 }
 
 fn join_host(name: &str, kind: LinkNameSpaceType) -> Result<()> {
@@ -290,6 +295,8 @@ const PROGRAMS: [&str; 5] = [
     "bascule-watchdog",
     "bascule-import",
 ];
+/// A program that is started again and again must not fill the node's memory with its log.
+const LOG_BYTES_MAX: u64 = 1 << 20;
 /// As the kubelet has for itself (`oom_score_adj` in proc_pid_oom_score_adj(5); Kubernetes, "Node
 /// out of memory behavior").
 const OOM_SCORE_OF_NODE: &str = "-999";
@@ -313,6 +320,19 @@ mod tests {
                 (String::new(), "/init.scope".to_owned()),
             ]
         );
+    }
+
+    #[test]
+    fn a_long_log_is_begun_anew_at_the_next_start() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("logs/volume.log");
+        open_log(&path).unwrap().write_all(b"old ").unwrap();
+        open_log(&path).unwrap().write_all(b"new").unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"old new");
+        let long = vec![b'x'; usize::try_from(LOG_BYTES_MAX).unwrap() + 1];
+        fs::write(&path, long).unwrap();
+        open_log(&path).unwrap().write_all(b"short").unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"short");
     }
 
     #[test]

@@ -14,6 +14,7 @@
 //! The daemon decides nothing about who may run what: the volume's rows do. It holds no state that a
 //! restart could lose.
 
+mod asking;
 mod cert;
 mod cli;
 mod config;
@@ -29,6 +30,7 @@ mod local;
 mod paths;
 mod report;
 mod reservation;
+mod revival;
 mod server;
 mod supervisor;
 mod tap;

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::path::Path;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -20,6 +20,7 @@ use tokio_stream::wrappers::WatchStream;
 use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
 use tonic::{Request, Response, Status};
 
+use crate::report::Reporter;
 use crate::supervisor::Supervisor;
 
 /// The service of one node.
@@ -113,10 +114,15 @@ pub(crate) async fn publish_reports(
     let mut ticks = tokio::time::interval(REPORT_INTERVAL);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut since_sent = 0;
+    let reporter = Arc::new(Mutex::new(Reporter::new(supervisor)));
     loop {
         ticks.tick().await;
-        let source = Arc::clone(&supervisor);
-        let observed = tokio::task::spawn_blocking(move || source.report()).await;
+        let source = Arc::clone(&reporter);
+        let observed = tokio::task::spawn_blocking(move || {
+            let mut reporter = source.lock().unwrap_or_else(PoisonError::into_inner);
+            reporter.report()
+        });
+        let observed = observed.await;
         match observed {
             Ok(Ok(report)) => {
                 since_sent += 1;
@@ -150,6 +156,7 @@ pub(crate) async fn serve(
     Server::builder()
         .tls_config(tls)
         .context("set up TLS")?
+        .tcp_keepalive(Some(KEEPALIVE))
         .http2_keepalive_interval(Some(KEEPALIVE))
         .http2_keepalive_timeout(Some(KEEPALIVE))
         .add_service(NodeServer::new(service).max_decoding_message_size(MESSAGE_BYTES_MAX))

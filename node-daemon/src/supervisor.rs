@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::launch::Launcher;
 use crate::paths::Paths;
+use crate::revival::Revivals;
 
 /// Who this node is, as the operator or `cert issue` said. Kept in the state directory, so that the
 /// node starts without the API server.
@@ -39,6 +40,8 @@ pub(crate) struct Supervisor {
     pub(crate) allow_sources: Vec<String>,
     pub(crate) watchdog: Option<PathBuf>,
     pub(crate) allow_softdog: bool,
+    /// Volume processes that were started again.
+    pub(crate) revivals: Mutex<Revivals>,
     /// Processes that this daemon started, kept to be reaped.
     children: Mutex<Vec<Child>>,
 }
@@ -115,6 +118,7 @@ impl Supervisor {
             allow_sources: config.allow_sources.clone(),
             watchdog: config.watchdog.clone(),
             allow_softdog: config.allow_softdog,
+            revivals: Mutex::default(),
             children: Mutex::default(),
         })
     }

@@ -51,6 +51,12 @@ impl Supervisor {
         if let Ok(Response::Status(status)) = vm_call(&self.paths.vm_socket(vm), &Request::Status) {
             return Presence::Answering(status);
         }
+        self.presence_unasked(vm)
+    }
+
+    /// The same of a process that is not asked, for it takes its time.
+    pub(crate) fn presence_unasked(&self, vm: VmUid) -> Presence {
+        let folder = self.paths.vm(vm);
         let pid = fs::read_to_string(folder.join("pid"))
             .ok()
             .and_then(|text| text.trim().parse().ok());

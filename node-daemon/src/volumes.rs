@@ -5,7 +5,8 @@ use std::fs;
 use std::net::{SocketAddr, TcpListener};
 use std::path::Path;
 use std::process::Command;
-use std::time::Duration;
+use std::sync::PoisonError;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use bascule_ipc::volume::{FencingMode, Request, Response, VolumeStatus};
@@ -82,21 +83,32 @@ impl Supervisor {
         Ok(Outcome::Done)
     }
 
-    /// Starts again every volume process that was attached and has ended, as a crash leaves it.
+    /// Starts again every volume process that was attached and has ended, as a crash leaves it. One
+    /// that cannot be started keeps no other waiting.
     pub(crate) fn revive_volumes(&self) -> Result<()> {
         let _alone = self.volumes_alone()?;
+        let mut revivals = (self.revivals.lock()).unwrap_or_else(PoisonError::into_inner);
         for name in self.volume_names()? {
             if self.volume_is_up(&name) {
                 continue;
             }
             let path = self.paths.volume(&name).join("attachment.json");
             let Ok(bytes) = fs::read(&path) else { continue };
-            let attachment: Attachment = serde_json::from_slice(&bytes)
-                .with_context(|| format!("read {}", path.display()))?;
+            if !revivals.is_due(&name, Instant::now()) {
+                continue;
+            }
             tracing::warn!(volume = %name, "the volume's process has ended; starting it again");
-            self.ensure_watchdog()?;
-            self.launch_volume(&name, &attachment)?;
+            if let Err(error) = self.revive(&name, &bytes) {
+                tracing::error!(volume = %name, error = format!("{error:#}"), "not started");
+            }
         }
+        Ok(())
+    }
+
+    fn revive(&self, name: &str, attachment: &[u8]) -> Result<()> {
+        let attachment = serde_json::from_slice(attachment).context("read attachment.json")?;
+        self.ensure_watchdog()?;
+        self.launch_volume(name, &attachment)?;
         Ok(())
     }
 

@@ -10,7 +10,7 @@ use bascule_node_api::command::{Command, Outcome};
 use bascule_node_api::proto;
 use bascule_node_api::proto::node_client::NodeClient;
 use bascule_node_api::report::NodeReport;
-use bascule_node_api::{NODE_PORT, NODE_TLS_NAME, VERSION, VERSION_MIN, agree};
+use bascule_node_api::{NODE_PORT, NODE_TLS_NAME, VERSION, VERSION_MIN, agree, connect};
 use bascule_operator_core::Stream;
 use bascule_pki::Authority;
 use tokio::sync::Notify;
@@ -203,16 +203,13 @@ async fn watch(
         IpAddr::V4(v4) => v4.to_string(),
         IpAddr::V6(v6) => format!("[{v6}]"),
     };
-    let channel = Endpoint::from_shared(format!("https://{host}:{NODE_PORT}"))
+    let endpoint = Endpoint::from_shared(format!("https://{host}:{NODE_PORT}"))
         .context("the node's address")?
         .tls_config(shared.tls()?)
         .context("set up TLS")?
-        .connect_timeout(CONNECT_LIMIT)
         .http2_keep_alive_interval(SILENCE_LIMIT)
-        .keep_alive_timeout(SILENCE_LIMIT)
-        .connect()
-        .await
-        .context("connect")?;
+        .keep_alive_timeout(SILENCE_LIMIT);
+    let channel = connect(&endpoint, CONNECT_LIMIT).await.context("connect")?;
     let request = proto::WatchRequest {
         version: VERSION,
         version_min: VERSION_MIN,
@@ -283,8 +280,8 @@ fn alike(old: &NodeReport, new: &NodeReport) -> bool {
     still(old) == still(new)
 }
 
-/// A node that is alive accepts at once.
-const CONNECT_LIMIT: Duration = Duration::from_secs(2);
+/// A node that is alive accepts at once; TLS takes a busy one a moment.
+const CONNECT_LIMIT: Duration = Duration::from_secs(3);
 /// Three reports missed.
 const SILENCE_LIMIT: Duration = Duration::from_secs(3);
 /// Soon enough to notice a daemon's restart before anybody else does.

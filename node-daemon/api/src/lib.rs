@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 pub mod command;
+mod connect;
 pub mod report;
 
 /// The generated gRPC types and services.
@@ -19,6 +20,8 @@ pub mod report;
 pub mod proto {
     tonic::include_proto!("bascule.node.v1");
 }
+
+pub use connect::{ConnectError, connect};
 
 /// The highest version of this API that this release speaks.
 pub const VERSION: u32 = 1;

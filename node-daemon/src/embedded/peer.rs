@@ -9,7 +9,7 @@ use bascule_node_api::command::{Command, Outcome};
 use bascule_node_api::proto::node_client::NodeClient;
 use bascule_node_api::proto::{self, WatchRequest};
 use bascule_node_api::report::NodeReport;
-use bascule_node_api::{VERSION, VERSION_MIN};
+use bascule_node_api::{VERSION, VERSION_MIN, connect};
 use bascule_pki::NODE_NAME;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 
@@ -33,13 +33,12 @@ impl Peer {
             .build()
             .context("start the runtime")?;
         let channel = runtime.block_on(async {
-            Endpoint::from_shared(format!("https://{address}"))
+            let endpoint = Endpoint::from_shared(format!("https://{address}"))
                 .with_context(|| format!("{address} is not host:port"))?
                 .tls_config(tls)
                 .context("set up TLS")?
-                .connect_timeout(CONNECT_LIMIT)
-                .timeout(CALL_LIMIT)
-                .connect()
+                .timeout(CALL_LIMIT);
+            connect(&endpoint, CONNECT_LIMIT)
                 .await
                 .with_context(|| format!("reach the node at {address}"))
         })?;

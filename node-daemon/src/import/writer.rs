@@ -2,9 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read};
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -17,6 +15,7 @@ use bascule_volume_gate::GateReader;
 use sha2::{Digest, Sha256};
 
 use super::blocks::{AlignedBuffer, Target};
+use super::fetcher::Fetcher;
 use super::{ImportJob, JobSource};
 use crate::imports::write_report;
 
@@ -91,7 +90,7 @@ fn open(job: &ImportJob, volume: &mut Connection) -> Result<(Target, DiskRow)> {
 
 /// Fills the disk; says how long the image was.
 fn fill(job: &ImportJob, target: &Target, row: &DiskRow) -> Result<Bytes> {
-    let (mut source, mut fetcher) = open_source(job)?;
+    let (mut source, fetcher) = open_source(job)?;
     let mut hash = Sha256::new();
     let mut buffer = AlignedBuffer::new();
     let mut written = 0u64;
@@ -111,8 +110,8 @@ fn fill(job: &ImportJob, target: &Target, row: &DiskRow) -> Result<Bytes> {
         written += read as u64;
         report(job, Bytes(written), None, ImportState::Running)?;
     }
-    if let Some(fetcher) = &mut fetcher {
-        await_fetcher(fetcher)?;
+    if let Some(fetcher) = fetcher {
+        fetcher.finish()?;
     }
     check_hash(&job.source, hash)?;
     let covered = written.next_multiple_of(super::blocks::CHUNK_BYTES as u64);
@@ -150,7 +149,7 @@ fn finish(job: &ImportJob, volume: &mut Connection, length: Bytes) -> Result<()>
     }
 }
 
-fn open_source(job: &ImportJob) -> Result<(Box<dyn Read>, Option<Child>)> {
+fn open_source(job: &ImportJob) -> Result<(Box<dyn Read>, Option<Fetcher>)> {
     match &job.source {
         JobSource::Blank => Ok((Box::new(io::empty()), None)),
         JobSource::File { path } => {
@@ -158,51 +157,9 @@ fn open_source(job: &ImportJob) -> Result<(Box<dyn Read>, Option<Child>)> {
             Ok((Box::new(file), None))
         }
         JobSource::Http { url, .. } => {
-            let mut fetcher = start_fetcher(url, &job.allow_sources)?;
-            let pipe = fetcher.stdout.take().context("the fetcher's pipe")?;
-            Ok((Box::new(pipe), Some(fetcher)))
+            let (image, fetcher) = Fetcher::start(url, &job.allow_sources)?;
+            Ok((Box::new(image), Some(fetcher)))
         }
-    }
-}
-
-/// The fetcher runs this same program, as nobody, with nothing but the pipe.
-fn start_fetcher(url: &str, allow: &[String]) -> Result<Child> {
-    let program = std::env::current_exe().context("find this program")?;
-    let mut command = Command::new(program);
-    command.args(["fetch", "--url", url]);
-    for range in allow {
-        command.args(["--allow", range]);
-    }
-    command
-        .env_clear()
-        .current_dir("/")
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
-    if rustix::process::geteuid().is_root() {
-        command.uid(NOBODY).gid(NOBODY);
-    }
-    command.spawn().context("start the fetcher")
-}
-
-/// The fetcher has closed its pipe. Why it failed is the last that it says.
-fn await_fetcher(fetcher: &mut Child) -> Result<()> {
-    let mut said = Vec::new();
-    if let Some(errors) = fetcher.stderr.take() {
-        let mut errors = errors.take(FETCHER_SAYS_MAX);
-        errors.read_to_end(&mut said).context("hear the fetcher")?;
-    }
-    let status = fetcher.wait().context("wait for the fetcher")?;
-    if status.success() {
-        return Ok(());
-    }
-    let said = String::from_utf8_lossy(&said);
-    match said.lines().rfind(|line| !line.trim().is_empty()) {
-        Some(why) => {
-            let why = why.trim_start_matches("error: ").trim();
-            bail!("the image could not be fetched: {why}")
-        }
-        None => bail!("the image could not be fetched: its fetcher ended with {status}"),
     }
 }
 
@@ -248,10 +205,6 @@ fn report(job: &ImportJob, written: Bytes, total: Option<Bytes>, state: ImportSt
     write_report(path, &report)
 }
 
-/// The user and group `nobody` of every distribution's default.
-const NOBODY: u32 = 65534;
-/// In bytes: a line or two are expected.
-const FETCHER_SAYS_MAX: u64 = 4096;
 const HELLO_LIMIT: Duration = Duration::from_secs(5);
 /// The volume may have to find a coordinator first.
 const VOLUME_LIMIT: Duration = Duration::from_secs(60);
@@ -277,23 +230,6 @@ mod tests {
             sha256: right.into(),
         };
         assert!(check_hash(&source, Sha256::new()).is_ok());
-    }
-
-    #[test]
-    fn a_failed_fetch_says_why() {
-        let fetcher = |script: &str| {
-            let mut command = Command::new("sh");
-            command.args(["-c", script]).stderr(Stdio::piped());
-            await_fetcher(&mut command.spawn().unwrap())
-        };
-        let error = fetcher("echo 'error: fetch http://images/k: http status: 404' >&2; exit 1");
-        assert_eq!(
-            error.unwrap_err().to_string(),
-            "the image could not be fetched: fetch http://images/k: http status: 404"
-        );
-        let error = fetcher("exit 3").unwrap_err().to_string();
-        assert!(error.contains("exit status: 3"), "{error}");
-        fetcher("echo 'warning: slow' >&2").unwrap();
     }
 
     #[test]

@@ -144,7 +144,10 @@ fn node_access(
     };
     let reason = match access {
         NodeAccessState::Direct => String::new(),
-        _ if !up => "bascule-node does not answer".to_owned(),
+        _ if !up => match state.and_then(|state| state.error.as_deref()) {
+            Some(why) => format!("bascule-node does not answer: {why}"),
+            None => "bascule-node does not answer".to_owned(),
+        },
         _ => node
             .reason
             .clone()

@@ -217,7 +217,7 @@ impl Owner {
         match end {
             OutgoingEnd::Kept { tenure, .. } => {
                 if let Some((owner, epoch)) = *tenure {
-                    self.tenure = Some((owner, epoch));
+                    self.begin_tenure((owner, epoch));
                     if let Some(gate) = &self.gate {
                         gate.set_owner(owner);
                     }
@@ -381,10 +381,10 @@ impl Arrival for OwnedArrival {
             .open(tenant, epoch)
             .map_err(|error| GuestError(format!("{error:#}")))?;
         ask(&self.owner, move |owner| {
-            owner.tenure = Some((tenant, epoch));
             if let Some(gate) = &owner.gate {
                 gate.set_owner(tenant);
             }
+            owner.begin_tenure((tenant, epoch));
             Ok(())
         })
     }

@@ -1,12 +1,13 @@
-//! The files of a VM's run directory: log, console log, and its last state.
+//! The files of a VM's run directory: log, console log, its tenure and its last state.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
-use bascule_ipc::vm::{LastState, StopReason, VmState};
+use bascule_ipc::vm::{LastState, StopReason, VmState, WrittenTenure};
 use bascule_types::VmUid;
+use serde::Serialize;
 
 /// The directory of the configuration file.
 #[derive(Clone, Debug)]
@@ -41,15 +42,25 @@ impl RunDir {
         logger.map_err(io::Error::other)
     }
 
-    /// Replaces `state.json`. A failure is only logged: nobody's life hangs on it.
+    /// Replaces `state.json`.
     pub(crate) fn write_state(&self, last: &LastState) {
-        let (next, path) = (self.0.join("state.json.new"), self.0.join("state.json"));
-        let written = serde_json::to_vec(last)
+        self.replace("state.json", last);
+    }
+
+    /// Replaces `tenure.json`.
+    pub(crate) fn write_tenure(&self, tenure: &WrittenTenure) {
+        self.replace("tenure.json", tenure);
+    }
+
+    /// A failure is only logged: nobody's life hangs on these.
+    fn replace(&self, name: &str, content: &impl Serialize) {
+        let (next, path) = (self.0.join(format!("{name}.new")), self.0.join(name));
+        let written = serde_json::to_vec(content)
             .map_err(io::Error::from)
             .and_then(|text| std::fs::write(&next, text))
             .and_then(|()| std::fs::rename(&next, &path));
         if let Err(error) = written {
-            tracing::warn!(%error, "cannot write state.json");
+            tracing::warn!(%error, "cannot write {name}");
         }
     }
 

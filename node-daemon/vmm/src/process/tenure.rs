@@ -62,7 +62,7 @@ fn rejoin(
             let adopted = owner.call(move |owner| {
                 let still_ours = owner.tenure.is_some_and(|(_, mine)| mine == epoch);
                 if still_ours {
-                    owner.tenure = Some((tenant, epoch));
+                    owner.begin_tenure((tenant, epoch));
                 }
                 still_ours
             });

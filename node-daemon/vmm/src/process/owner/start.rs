@@ -51,7 +51,9 @@ impl Owner {
     }
 
     fn built(&mut self, tenure: Option<(Tenant, Epoch)>, built: anyhow::Result<Built>) {
-        self.tenure = tenure;
+        if let Some(tenure) = tenure {
+            self.begin_tenure(tenure);
+        }
         let begun = match (built, self.stop_wanted.take()) {
             (Ok(built), Some(reason)) => {
                 self.end(Some(built.vm), VmState::Starting, reason);

@@ -1,0 +1,54 @@
+//! Connecting in bounded time.
+
+use std::time::Duration;
+
+use tonic::transport::{Channel, Endpoint};
+
+/// Why there is no connection.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConnectError {
+    /// Refused, unreachable, or the wrong certificate.
+    #[error(transparent)]
+    Transport(#[from] tonic::transport::Error),
+    /// The other side does not go on.
+    #[error("no connection within {0:?}")]
+    TooLong(Duration),
+}
+
+/// Connects within `limit`, TLS included. `Endpoint::connect_timeout` bounds TCP alone: whoever is cut
+/// off right after that would be waited for for ever.
+///
+/// # Errors
+/// [`ConnectError`].
+pub async fn connect(endpoint: &Endpoint, limit: Duration) -> Result<Channel, ConnectError> {
+    match tokio::time::timeout(limit, endpoint.connect()).await {
+        Ok(connected) => Ok(connected?),
+        Err(_) => Err(ConnectError::TooLong(limit)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use tonic::transport::ClientTlsConfig;
+
+    use super::*;
+
+    /// A node was reset between TCP and TLS, and the operator never asked for it again.
+    #[tokio::test]
+    async fn a_peer_that_never_agrees_on_tls_is_given_up() {
+        // The kernel accepts for it.
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let endpoint = Endpoint::from_shared(format!("https://{address}"))
+            .unwrap()
+            .tls_config(ClientTlsConfig::new().domain_name("nobody"))
+            .unwrap();
+        let limit = Duration::from_millis(100);
+        let connecting = connect(&endpoint, limit);
+        let outcome = tokio::time::timeout(Duration::from_secs(60), connecting).await;
+        assert!(matches!(outcome, Ok(Err(ConnectError::TooLong(_)))));
+    }
+}

@@ -4,19 +4,39 @@ use std::io::{self, Read};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, ChildStderr, ChildStdout, Command, Stdio};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use rustix::event::{PollFd, PollFlags, poll};
 
-/// A fetcher at work.
+/// A fetcher at work; killed when dropped.
 pub(super) struct Fetcher {
     process: Child,
     /// Hears what it says all the time: a full pipe would hold the image up.
-    hearing: JoinHandle<Vec<u8>>,
+    hearing: Option<JoinHandle<Vec<u8>>>,
+}
+
+/// The image, as it comes. A source that was cut off says nothing for ever: reading gives up then.
+pub(super) struct Image {
+    pipe: ChildStdout,
+    patience: Duration,
+}
+
+impl Read for Image {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        let mut pipe = [PollFd::new(&self.pipe, PollFlags::IN)];
+        let patience = self.patience.try_into().map_err(io::Error::other)?;
+        if poll(&mut pipe, Some(&patience))? == 0 {
+            let message = format!("nothing came from the source for {:?}", self.patience);
+            return Err(io::Error::new(io::ErrorKind::TimedOut, message));
+        }
+        self.pipe.read(into)
+    }
 }
 
 impl Fetcher {
     /// It runs this same program, as nobody, with nothing but its pipes.
-    pub(super) fn start(url: &str, allow: &[String]) -> Result<(ChildStdout, Self)> {
+    pub(super) fn start(url: &str, allow: &[String]) -> Result<(Image, Self)> {
         let program = std::env::current_exe().context("find this program")?;
         let mut command = Command::new(program);
         command.args(["fetch", "--url", url]);
@@ -27,22 +47,27 @@ impl Fetcher {
         if rustix::process::geteuid().is_root() {
             command.uid(NOBODY).gid(NOBODY);
         }
-        Self::spawn(&mut command)
+        Self::spawn(&mut command, PATIENCE)
     }
 
-    fn spawn(command: &mut Command) -> Result<(ChildStdout, Self)> {
+    fn spawn(command: &mut Command, patience: Duration) -> Result<(Image, Self)> {
         command
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
         let mut process = command.spawn().context("start the fetcher")?;
-        let image = process.stdout.take().context("the fetcher's pipe")?;
+        let pipe = process.stdout.take().context("the fetcher's pipe")?;
         let errors = process.stderr.take().context("the fetcher's errors")?;
         let hearing = std::thread::Builder::new()
             .name("fetcher".to_owned())
             .spawn(move || hear(errors))
             .context("start a thread")?;
-        Ok((image, Self { process, hearing }))
+        let image = Image { pipe, patience };
+        let fetcher = Self {
+            process,
+            hearing: Some(hearing),
+        };
+        Ok((image, fetcher))
     }
 
     /// Waits for its end, after all of the image has come. Why it failed is the last that it says.
@@ -51,7 +76,8 @@ impl Fetcher {
         if status.success() {
             return Ok(());
         }
-        let said = self.hearing.join().unwrap_or_default();
+        let hearing = self.hearing.take().map(JoinHandle::join);
+        let said = hearing.and_then(Result::ok).unwrap_or_default();
         let said = String::from_utf8_lossy(&said);
         match said.lines().rfind(|line| !line.trim().is_empty()) {
             Some(why) => {
@@ -60,6 +86,14 @@ impl Fetcher {
             }
             None => bail!("the image could not be fetched: its fetcher ended with {status}"),
         }
+    }
+}
+
+impl Drop for Fetcher {
+    fn drop(&mut self) {
+        // It may have ended long ago.
+        drop(self.process.kill());
+        drop(self.process.wait());
     }
 }
 
@@ -78,6 +112,8 @@ fn hear(mut errors: ChildStderr) -> Vec<u8> {
 
 /// The user and group `nobody` of every distribution's default.
 const NOBODY: u32 = 65534;
+/// Longer than it waits for a connection and for an answer, together.
+const PATIENCE: Duration = Duration::from_secs(120);
 /// In bytes: a line or two are expected.
 const SAID_MAX: u64 = 4096;
 
@@ -87,7 +123,7 @@ mod tests {
 
     fn fetch(script: &str) -> (Vec<u8>, Result<()>) {
         let mut command = Command::new("sh");
-        let (mut image, fetcher) = Fetcher::spawn(command.args(["-c", script])).unwrap();
+        let (mut image, fetcher) = Fetcher::spawn(command.args(["-c", script]), PATIENCE).unwrap();
         let mut bytes = Vec::new();
         image.read_to_end(&mut bytes).unwrap();
         (bytes, fetcher.finish())
@@ -103,6 +139,21 @@ mod tests {
         let error = fetch("exit 3").1.unwrap_err().to_string();
         assert!(error.contains("exit status: 3"), "{error}");
         fetch("echo 'warning: slow' >&2").1.unwrap();
+    }
+
+    #[test]
+    fn a_source_that_falls_silent_is_given_up_and_its_fetcher_killed() {
+        let mut command = Command::new("sh");
+        let command = command.args(["-c", "echo image; exec sleep 1000"]);
+        let (mut image, fetcher) = Fetcher::spawn(command, Duration::from_millis(100)).unwrap();
+        let mut begun = [0; 6];
+        while image.read_exact(&mut begun).is_err() {}
+        assert_eq!(&begun, b"image\n");
+        let error = image.read(&mut begun).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut, "{error}");
+        let pid = fetcher.process.id();
+        drop(fetcher);
+        assert!(!std::path::Path::new(&format!("/proc/{pid}")).exists());
     }
 
     /// More than a pipe holds (64 KiB, pipe(7)) before the image: nobody listened until its end.

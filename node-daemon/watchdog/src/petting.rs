@@ -26,7 +26,9 @@ pub struct State {
     pub kind: Kind,
     /// The device's timeout.
     pub timeout: Duration,
-    /// Somebody asked to disarm and end.
+    /// Disarming was granted: no volume is enlisted any more.
+    pub leaving: bool,
+    /// It was also answered: the device is disarmed now, and this process ends.
     pub ending: bool,
     withheld: Option<VolumeId>,
 }
@@ -40,6 +42,7 @@ impl Shared {
                 registry,
                 kind: device.kind(),
                 timeout: device.timeout(),
+                leaving: false,
                 ending: false,
                 withheld: None,
             }),
@@ -54,9 +57,15 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Wake the loop after `ending` was set.
+    /// Wake the loop: something is enlisted or withdrawn.
     pub fn wake(&self) {
         self.changed.notify_all();
+    }
+
+    /// Let the loop disarm the device and end.
+    pub fn end(&self) {
+        self.lock().ending = true;
+        self.wake();
     }
 }
 

@@ -67,9 +67,15 @@ fn converse(stream: UnixStream, shared: &Shared) {
         connection.set_timeout(None)?;
         loop {
             let (request, _) = connection.recv::<Request>()?;
+            let disarm = matches!(request, Request::Disarm);
             let response = answer(request, &mut shared.lock());
-            connection.send(&response, &[])?;
+            let sent = connection.send(&response, &[]);
+            // Not before it is answered: this process ends with it.
+            if disarm && matches!(response, Response::Status { .. }) {
+                shared.end();
+            }
             shared.wake();
+            sent?;
         }
     });
     match ended {
@@ -82,6 +88,9 @@ fn converse(stream: UnixStream, shared: &Shared) {
 fn answer(request: Request, state: &mut State) -> Response {
     let done = match request {
         Request::Status => Ok(()),
+        Request::Enlist { .. } if state.leaving => {
+            Err("this watchdog was told to disarm its device and ends".to_owned())
+        }
         Request::Enlist { volume, gate_page } => {
             let enlisted = state.registry.enlist(volume, &gate_page);
             enlisted.map_err(|error| describe(&error))
@@ -91,7 +100,7 @@ fn answer(request: Request, state: &mut State) -> Response {
             withdrawn.map_err(|error| describe(&error))
         }
         Request::Disarm if state.registry.volumes().is_empty() => {
-            state.ending = true;
+            state.leaving = true;
             Ok(())
         }
         Request::Disarm => Err("a volume with open writers is enlisted".to_owned()),
@@ -137,3 +146,34 @@ impl Drop for OpenGuard {
 const CONNECTIONS_MAX: usize = 64;
 /// For the hellos: the peer is on this host.
 const TIMEOUT: Duration = Duration::from_secs(5);
+
+#[cfg(test)]
+mod tests {
+    use bascule_types::VolumeId;
+
+    use super::*;
+    use crate::device::NoDevice;
+    use crate::persist::Store;
+    use crate::registry::Registry;
+
+    /// The loop could end the process, by its own timer, before the answer was sent; and a volume that
+    /// was enlisted in between lost its watchdog.
+    #[test]
+    fn i1_once_disarming_is_granted_nobody_is_enlisted_and_the_end_waits_for_the_answer() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::new(dir.path().join("watchdog.json")).unwrap();
+        let shared = Shared::new(&NoDevice, Registry::load(store).unwrap());
+        let mut state = shared.lock();
+        let granted = answer(Request::Disarm, &mut state);
+        assert!(matches!(granted, Response::Status { .. }), "{granted:?}");
+        assert!(!state.ending);
+        let enlist = Request::Enlist {
+            volume: VolumeId::from_bytes([1; 16]),
+            gate_page: dir.path().join("gate"),
+        };
+        let Response::Refused { reason } = answer(enlist, &mut state) else {
+            panic!("enlisted");
+        };
+        assert!(reason.contains("ends"), "{reason}");
+    }
+}

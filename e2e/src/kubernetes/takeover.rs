@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use jiff::Timestamp;
 use serde_json::Value;
 
@@ -37,6 +37,22 @@ impl Takeover {
             ("started", self.started),
         ]
         .map(|(stage, at)| (stage, Duration::try_from(at - since).unwrap_or_default()))
+    }
+
+    /// How long the node had been silent by the coordinator's own clock, and how long it had to be.
+    ///
+    /// # Errors
+    /// When the proof does not say.
+    pub fn silence(&self) -> Result<(Duration, Duration)> {
+        let words = self.detail.split(' ').filter_map(|word| word.parse().ok());
+        let numbers: Vec<u64> = words.collect();
+        let [silent, required] = numbers[..] else {
+            bail!("the proof has no two times: {}", self.detail);
+        };
+        Ok((
+            Duration::from_millis(silent),
+            Duration::from_millis(required),
+        ))
     }
 }
 
@@ -113,11 +129,13 @@ mod tests {
         let mut record = json!({"status": {
             "suspectedAt": "2026-01-01T00:00:05Z", "provedAt": "2026-01-01T00:00:27Z",
             "takenOverAt": "2026-01-01T00:00:28Z", "startedAt": "2026-01-01T00:00:30Z",
-            "proof": {"kind": "SafeTimeElapsed", "detail": "silent for long enough"},
+            "proof": {"kind": "SafeTimeElapsed", "detail": "silent for 27024 ms of the 27000 ms required"},
         }});
         let takeover = read(&record).unwrap();
         let stages = takeover.stages("2026-01-01T00:00:00Z".parse().unwrap());
         assert_eq!(stages.map(|(_, after)| after.as_secs()), [5, 27, 28, 30]);
+        let (silent, required) = takeover.silence().unwrap();
+        assert_eq!((silent.as_millis(), required.as_millis()), (27_024, 27_000));
         record["status"]["startedAt"] = Value::Null;
         assert!(read(&record).is_err());
     }

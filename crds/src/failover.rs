@@ -24,7 +24,7 @@ use crate::{Fingerprint, ProofKind};
     namespaced,
     status = "FailoverStatus",
     derive = "PartialEq",
-    doc = "The record of one restart of a virtual machine after the loss of its node: what happened when, and the proof that the lost node would not write any more. The operator writes these; nobody else needs to.",
+    doc = "The record of one restart of a virtual machine after the loss of its node: what happened when, and the proof that the lost node would not write any more. A node that comes back before anything was taken from it leaves one that says Withdrawn. The operator writes these; nobody else needs to.",
     printcolumn(name = "VM", type_ = "string", json_path = ".spec.virtualMachine"),
     printcolumn(
         name = "From",

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use bascule_api::names::{LABEL_TRIGGER, TRIGGER_DRAIN};
 use bascule_api::{
-    Failover, MigrationPhase, SharedVolume, VirtualMachine, VirtualMachineMigration,
+    Failover, FailoverPhase, MigrationPhase, SharedVolume, VirtualMachine, VirtualMachineMigration,
 };
 use bascule_ipc::volume::{FencingMode, PathState, Rows};
 use bascule_node_api::report::ImportState;
@@ -61,7 +61,7 @@ pub(crate) fn observe(
                 .filter_map(|m| migration_view(m))
                 .collect(),
         ),
-        failover: open_failover(vm, stores),
+        failovers: Fact::Known(failovers(vm, stores)),
         processes: processes(uid, states),
         imports: imports(volume, states),
         history: history(vm, memory),
@@ -237,30 +237,25 @@ fn migration_view(m: &VirtualMachineMigration) -> Option<core::Migration> {
     })
 }
 
-fn open_failover(vm: &VirtualMachine, stores: &Stores) -> Fact<FailoverView> {
+fn failovers(vm: &VirtualMachine, stores: &Stores) -> Vec<FailoverView> {
     let uid = vm.uid().unwrap_or_default();
-    let open = |f: &Failover| {
-        let phase = f.status.as_ref().and_then(|status| status.phase);
-        f.spec.uid == uid && !phase.is_some_and(bascule_api::FailoverPhase::is_final)
-    };
-    let mut records = stores.failovers.state_filter(open);
-    records.sort_by_key(|f| parse(&f.spec.epoch));
-    let view = records.last().and_then(|f| {
-        Some(FailoverView {
-            name: f.name_any(),
-            node: f.spec.node.clone(),
-            owner: Owner {
-                slot: SlotId(u16::try_from(f.spec.owner.slot).ok()?),
-                generation: Generation(parse(&f.spec.owner.generation)?),
-            },
-            epoch: Epoch(parse(&f.spec.epoch)?),
-            taken_over: f
-                .status
-                .as_ref()
-                .is_some_and(|status| status.taken_over_at.is_some()),
-        })
-    });
-    view.map_or(Fact::Absent, Fact::Known)
+    let records = stores.failovers.state_filter(|f| f.spec.uid == uid);
+    records.iter().filter_map(|f| failover_view(f)).collect()
+}
+
+fn failover_view(f: &Failover) -> Option<FailoverView> {
+    let status = f.status.clone().unwrap_or_default();
+    Some(FailoverView {
+        name: f.name_any(),
+        node: f.spec.node.clone(),
+        owner: Owner {
+            slot: SlotId(u16::try_from(f.spec.owner.slot).ok()?),
+            generation: Generation(parse(&f.spec.owner.generation)?),
+        },
+        epoch: Epoch(parse(&f.spec.epoch)?),
+        taken_over: status.taken_over_at.is_some(),
+        closed: status.phase.is_some_and(FailoverPhase::is_final),
+    })
 }
 
 fn history(vm: &VirtualMachine, memory: &History) -> History {

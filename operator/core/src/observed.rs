@@ -29,8 +29,8 @@ pub struct Observed {
     pub pods: Fact<Vec<Pod>>,
     /// Its migrations, finished ones too.
     pub migrations: Fact<Vec<Migration>>,
-    /// Its open Failover record.
-    pub failover: Fact<FailoverView>,
+    /// Its Failover records, closed ones too.
+    pub failovers: Fact<Vec<FailoverView>>,
     /// Its processes, as last reported by each node.
     pub processes: Vec<Process>,
     /// The imports of its disks.
@@ -216,7 +216,7 @@ pub struct Migration {
     pub reason: Option<String>,
 }
 
-/// An open Failover record.
+/// A Failover record.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FailoverView {
     /// Its name.
@@ -229,6 +229,8 @@ pub struct FailoverView {
     pub epoch: Epoch,
     /// Whether the takeover is on record.
     pub taken_over: bool,
+    /// Whether it has come to its end.
+    pub closed: bool,
 }
 
 /// A VM process, as its node reported it.

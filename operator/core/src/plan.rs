@@ -147,7 +147,7 @@ impl<'a> Planner<'a> {
         };
         self.end_left_reservations(row, pods);
         self.finish_committed_migration(row);
-        self.follow_failover(row);
+        self.follow_failovers(row);
         match self.place(row) {
             place::Place::Nowhere => self.unowned(row),
             place::Place::On {

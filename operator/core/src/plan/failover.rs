@@ -4,13 +4,13 @@
 //! own reads, or an administrator's word; until then it is asked once a second.
 
 use bascule_api::names::{ANNOTATION_CONFIRM_FENCED, reason};
-use bascule_types::Owner;
+use bascule_types::{Epoch, Owner};
 use bascule_volume_format::change::{Change, FenceProof, MissingProof, Refusal};
 
 use super::Planner;
 use crate::action::FailoverUpdate;
 use crate::observed::RowView;
-use crate::{Action, Fact, FailurePolicy, Phase, Purpose};
+use crate::{Action, Fact, FailoverView, FailurePolicy, Phase, Purpose, Verdict};
 
 impl Planner<'_> {
     pub(super) fn failover(&mut self, row: &RowView, node: &str, owner: Owner) {
@@ -20,29 +20,7 @@ impl Planner<'_> {
             return self.ready(Phase::Unknown, false, reason::NODE_SUSPECT, message);
         }
         let waiting = self.missing_proof(node, owner);
-        let name = format!("{}-{}", self.intent.name, row.epoch);
-        match &self.observed.failover {
-            Fact::Unknown => {}
-            Fact::Known(open) if open.epoch == row.epoch => {
-                let update = FailoverUpdate::Suspected {
-                    message: waiting.1.clone(),
-                };
-                self.push(Action::ReportFailover {
-                    name: open.name.clone(),
-                    update,
-                });
-            }
-            Fact::Absent | Fact::Known(_) => {
-                let suspect = format!("{node} is silent on the network and on the volume");
-                self.event(reason::NODE_SUSPECT, true, suspect);
-                self.push(Action::CreateFailover {
-                    name,
-                    node: node.to_owned(),
-                    owner,
-                    epoch: row.epoch,
-                });
-            }
-        }
+        self.record_silence(row.epoch, node, owner, &waiting.1);
         self.ready(Phase::FailingOver, false, waiting.0, waiting.1);
         let Some(pod) = self.candidate(Some(node)) else {
             return self.create_reservation(row, Purpose::Current, None, vec![node.to_owned()]);
@@ -77,6 +55,32 @@ impl Planner<'_> {
         }
     }
 
+    /// Every silence has a record of its own: a node that came back in time and falls silent once
+    /// more in the same tenure is another one.
+    fn record_silence(&mut self, epoch: Epoch, node: &str, owner: Owner, waits_for: &str) {
+        let Fact::Known(records) = &self.observed.failovers else {
+            return;
+        };
+        let of_this = |record: &&FailoverView| record.epoch == epoch && record.owner == owner;
+        if let Some(open) = open(records).find(of_this) {
+            let update = FailoverUpdate::Suspected {
+                message: waits_for.to_owned(),
+            };
+            return self.push(Action::ReportFailover {
+                name: open.name.clone(),
+                update,
+            });
+        }
+        let suspect = format!("{node} is silent on the network and on the volume");
+        self.event(reason::NODE_SUSPECT, true, suspect);
+        self.push(Action::CreateFailover {
+            name: next_name(&self.intent.name, epoch, records),
+            node: node.to_owned(),
+            owner,
+            epoch,
+        });
+    }
+
     /// What the takeover waits for, in words.
     fn missing_proof(&self, node: &str, owner: Owner) -> (&'static str, String) {
         match &self.observed.history.takeover_refusal {
@@ -105,54 +109,53 @@ impl Planner<'_> {
         }
     }
 
-    /// Keeps an open record in step with what became of the virtual machine.
-    pub(super) fn follow_failover(&mut self, row: &RowView) {
-        let Fact::Known(open) = &self.observed.failover else {
-            return;
-        };
+    /// Keeps open records in step with what became of the virtual machine.
+    pub(super) fn follow_failovers(&mut self, row: &RowView) {
+        let records = self.observed.failovers.known();
         let place = match self.place(row) {
             super::place::Place::On { node, verdict, .. } => Some((node, verdict)),
             _ => None,
         };
-        if row.epoch == open.epoch {
-            let returned = place
-                .as_ref()
-                .is_some_and(|(_, v)| *v == crate::Verdict::Healthy);
-            if row.owner != Some(open.owner) || returned {
-                let message = if returned {
-                    format!("{} came back before anything was taken from it", open.node)
-                } else {
-                    format!("{} gave the virtual machine up by itself", open.node)
-                };
-                let update = FailoverUpdate::Withdrawn { message };
-                self.push(Action::ReportFailover {
-                    name: open.name.clone(),
-                    update,
-                });
+        for record in open(records.map_or(&[][..], Vec::as_slice)) {
+            if row.epoch == record.epoch {
+                let healthy = place.as_ref().is_some_and(|(_, v)| *v == Verdict::Healthy);
+                self.withdraw(record, row.owner, healthy);
+            } else if let Some((target, _)) = &place {
+                let fence = row.fences.iter().find(|f| f.victim == record.owner);
+                let proof = fence.map(|f| f.proof);
+                self.report_takeover(row, target.clone(), record, proof);
             }
-            return;
         }
-        let proof = row
-            .fences
-            .iter()
-            .find(|f| f.victim == open.owner)
-            .map(|f| f.proof);
-        let Some((target, _)) = place else { return };
-        self.report_takeover(row, target, &open.name, open.taken_over, proof);
+    }
+
+    /// Closes the record of a silence after which nothing was taken, once that is over.
+    fn withdraw(&mut self, record: &FailoverView, owner: Option<Owner>, healthy: bool) {
+        let node = &record.node;
+        let message = match owner {
+            Some(owner) if owner == record.owner && !healthy => return,
+            // After its lease had run out it came back in the next generation of its slot.
+            Some(owner) if owner.slot == record.owner.slot => {
+                format!("{node} came back before anything was taken from it")
+            }
+            Some(_) | None => format!("{node} gave the virtual machine up by itself"),
+        };
+        self.push(Action::ReportFailover {
+            name: record.name.clone(),
+            update: FailoverUpdate::Withdrawn { message },
+        });
     }
 
     fn report_takeover(
         &mut self,
         row: &RowView,
         target: String,
-        record: &str,
-        known: bool,
+        record: &FailoverView,
         proof: Option<FenceProof>,
     ) {
         let runs = self.process_of(row, &target).is_some_and(|process| {
             process.alive && process.status.state == bascule_ipc::vm::VmState::Running
         });
-        if !known {
+        if !record.taken_over {
             let message = format!("taken over by {target} in epoch {}", row.epoch);
             self.event(reason::TAKEN_OVER, true, message);
             let update = FailoverUpdate::TakenOver {
@@ -161,7 +164,7 @@ impl Planner<'_> {
                 proof,
             };
             self.push(Action::ReportFailover {
-                name: record.to_owned(),
+                name: record.name.clone(),
                 update,
             });
         }
@@ -172,9 +175,29 @@ impl Planner<'_> {
                 proof,
             };
             self.push(Action::ReportFailover {
-                name: record.to_owned(),
+                name: record.name.clone(),
                 update,
             });
         }
+    }
+}
+
+/// The records that have not come to their end.
+fn open(records: &[FailoverView]) -> impl Iterator<Item = &FailoverView> {
+    records.iter().filter(|record| !record.closed)
+}
+
+/// The name of an epoch's next record: `web-5`, and after that `web-5.2`. Whoever sees the same
+/// records chooses the same name, so that two operators make one; and a name of a virtual machine has
+/// no dot in it, so that no two of them choose the same.
+fn next_name(vm: &str, epoch: Epoch, records: &[FailoverView]) -> String {
+    let first = format!("{vm}-{epoch}");
+    let ordinal = |record: &FailoverView| match record.name.strip_prefix(&first)? {
+        "" => Some(1),
+        rest => rest.strip_prefix('.')?.parse::<u64>().ok(),
+    };
+    match records.iter().filter_map(ordinal).max() {
+        None => first,
+        Some(last) => format!("{first}.{}", last.saturating_add(1)),
     }
 }

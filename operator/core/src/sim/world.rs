@@ -71,7 +71,8 @@ pub(super) struct World {
     pods: Vec<Pod>,
     bindings: BTreeMap<String, (Option<String>, Vec<String>)>,
     migrations: Vec<Migration>,
-    failovers: Vec<(FailoverView, bool)>,
+    failovers: Vec<FailoverView>,
+    takeovers: Vec<(Owner, Epoch)>,
     operators: [Operator; 2],
     status: Option<VmReport>,
     run: RunPolicy,
@@ -110,6 +111,7 @@ impl World {
             bindings: BTreeMap::new(),
             migrations: vec![],
             failovers: vec![],
+            takeovers: vec![],
             operators: [Operator::default(), Operator::default()],
             status: None,
             run: RunPolicy::Always,
@@ -218,8 +220,15 @@ impl World {
         if self.open_migrations() > 0 {
             return Err(format!("migrations: {:?}", self.migrations));
         }
-        if self.failovers.iter().any(|(_, closed)| !closed) {
+        if self.failovers.iter().any(|f| !f.closed) {
             return Err(format!("failovers: {}", self.failovers.len()));
+        }
+        let recorded = |&(owner, epoch): &(Owner, Epoch)| {
+            let mut records = self.failovers.iter();
+            records.any(|f| f.owner == owner && f.epoch == epoch && f.taken_over)
+        };
+        if !self.takeovers.iter().all(recorded) {
+            return Err(format!("{:?}: {:?}", self.takeovers, self.failovers));
         }
         let idle = |p: &Guest| p.state == VmState::Running;
         if !self.nodes.values().flat_map(|n| &n.processes).all(idle) {
@@ -316,7 +325,20 @@ impl World {
         said
     }
 
+    /// Most freezes are shorter than a proof takes.
+    fn thaw(&mut self) {
+        let frozen = |node: &&mut Node| node.powered && !node.network && !node.storage;
+        for node in self.nodes.values_mut().filter(frozen) {
+            if node.silent_steps > SILENT {
+                (node.network, node.storage) = (true, true);
+            }
+        }
+    }
+
     fn fault(&mut self) {
+        if self.chance(2) {
+            self.thaw();
+        }
         let name = self.any_node();
         let what = self.random(40);
         let mut said = None;
@@ -354,6 +376,10 @@ impl World {
                         pod.leaving_since.get_or_insert(now);
                     }
                     said = Some("drain");
+                }
+                26 | 27 => {
+                    (node.network, node.storage) = (false, false);
+                    said = Some("frozen");
                 }
                 12 | 13 => (node.cordoned, said) = (false, Some("uncordon")),
                 _ => {}

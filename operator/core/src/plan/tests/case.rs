@@ -18,6 +18,18 @@ use crate::{
 pub(super) const NOW: Moment = Moment(1_000_000_000);
 const VM: VmUid = VmUid::from_bytes([7; 16]);
 
+/// The open record of node-1's silence.
+pub(super) fn failover(epoch: Epoch) -> FailoverView {
+    FailoverView {
+        name: format!("web-{epoch}"),
+        node: "node-1".to_owned(),
+        owner: node_owner(1),
+        epoch,
+        taken_over: false,
+        closed: false,
+    }
+}
+
 pub(super) fn node_owner(slot: u16) -> Owner {
     Owner {
         slot: SlotId(slot),
@@ -79,7 +91,7 @@ impl Case {
             }),
             pods: Fact::Known(vec![]),
             migrations: Fact::Known(vec![]),
-            failover: Fact::Absent,
+            failovers: Fact::Known(vec![]),
             ..Observed::default()
         };
         Self {
@@ -351,14 +363,12 @@ impl Case {
         self.heartbeat(slot, false)
     }
 
-    pub(super) fn with_failover(mut self, epoch: Epoch) -> Self {
-        self.observed.failover = Fact::Known(FailoverView {
-            name: format!("web-{epoch}"),
-            node: "node-1".to_owned(),
-            owner: node_owner(1),
-            epoch,
-            taken_over: false,
-        });
+    pub(super) fn with_failover(self, epoch: Epoch) -> Self {
+        self.with_failovers(vec![failover(epoch)])
+    }
+
+    pub(super) fn with_failovers(mut self, records: Vec<FailoverView>) -> Self {
+        self.observed.failovers = Fact::Known(records);
         self
     }
 

@@ -82,6 +82,66 @@ fn a_node_that_comes_back_in_time_closes_the_record() {
     ));
 }
 
+/// Its lease ran out, nobody took anything, and it joined again.
+#[test]
+fn a_node_that_comes_back_in_its_next_generation_has_come_back() {
+    let mut case = Case::running_on(1).with_failover(Epoch(5));
+    let mut next = node_owner(1);
+    next.generation = next.generation.next();
+    case.row().owner = Some(next);
+    let said = |case: &Case, words: &str| {
+        case.plans(|action| {
+            matches!(action, Action::ReportFailover {
+                update: FailoverUpdate::Withdrawn { message }, ..
+            } if message.contains(words))
+        })
+    };
+    assert!(said(&case, "node-1 came back"));
+    case.row().owner = None;
+    assert!(said(&case, "node-1 gave the virtual machine up by itself"));
+}
+
+fn created_failover(case: &Case) -> Option<String> {
+    let actions = case.plan().actions;
+    actions.into_iter().find_map(|action| match action {
+        Action::CreateFailover { name, .. } => Some(name),
+        _ => None,
+    })
+}
+
+#[test]
+fn every_silence_of_a_tenure_has_a_record_of_its_own() {
+    let closed = |name: &str| FailoverView {
+        name: name.to_owned(),
+        closed: true,
+        ..failover(Epoch(5))
+    };
+    let silent = |records| {
+        let case = Case::running_on(1).silent(1).with_failovers(records);
+        created_failover(&case)
+    };
+    assert_eq!(silent(vec![]).as_deref(), Some("web-5"));
+    assert_eq!(silent(vec![closed("web-5")]).as_deref(), Some("web-5.2"));
+    // The first ones are deleted in time.
+    let late = vec![closed("web-5.10"), closed("web-5.9"), closed("web-50.99")];
+    assert_eq!(silent(late).as_deref(), Some("web-5.11"));
+    assert_eq!(silent(vec![closed("web-4"), failover(Epoch(5))]), None);
+}
+
+/// The record of a generation that is over is closed, and does not stand for the next one's.
+#[test]
+fn a_silence_of_the_next_generation_is_another_one() {
+    let mut earlier = failover(Epoch(5));
+    earlier.owner.generation = Generation(0);
+    let case = Case::running_on(1).silent(1).with_failovers(vec![earlier]);
+    assert_eq!(created_failover(&case).as_deref(), Some("web-5.2"));
+    let reports = |update: fn(&FailoverUpdate) -> bool| {
+        case.plans(|a| matches!(a, Action::ReportFailover { update: u, .. } if update(u)))
+    };
+    assert!(reports(|u| matches!(u, FailoverUpdate::Withdrawn { .. })));
+    assert!(!reports(|u| matches!(u, FailoverUpdate::Suspected { .. })));
+}
+
 #[test]
 fn a_takeover_is_on_record_with_its_proof_once_the_guest_runs() {
     let mut case = Case::running_on(2).with_failover(Epoch(4)).fenced(1);

@@ -146,6 +146,11 @@ impl World {
                 guest.state = VmState::InDoubt;
                 vm::MigrationPhase::Committing
             }
+            // The volume gives nothing to a generation that is over.
+            vm::MigrationPhase::Committing if target.is_none() => {
+                guest.state = VmState::Running;
+                vm::MigrationPhase::Failed
+            }
             vm::MigrationPhase::Committing => {
                 self.commit(name, guest, &moving);
                 if guest.state == VmState::Departed {

@@ -157,7 +157,6 @@ impl World {
             .filter(|(_, n)| n.powered && n.network)
             .flat_map(|(name, n)| n.processes.iter().map(|p| process(name, p)))
             .collect();
-        let open = self.failovers.iter().find(|(_, closed)| !closed);
         Observed {
             volume: Fact::Known(VolumeView {
                 fencing: FencingMode::Watchdog,
@@ -173,7 +172,7 @@ impl World {
             },
             pods: Fact::Known(self.pods.clone()),
             migrations: Fact::Known(self.migrations.clone()),
-            failover: open.map_or(Fact::Absent, |(record, _)| Fact::Known(record.clone())),
+            failovers: Fact::Known(self.failovers.clone()),
             processes,
             imports: vec![],
             history: History::default(),
@@ -250,29 +249,27 @@ impl World {
                 owner,
                 epoch,
             } if api => {
-                if self.failovers.iter().all(|(f, _)| f.name != name) {
-                    let view = FailoverView {
+                if self.failovers.iter().all(|f| f.name != name) {
+                    self.failovers.push(FailoverView {
                         name,
                         node,
                         owner,
                         epoch,
                         taken_over: false,
-                    };
-                    self.failovers.push((view, false));
+                        closed: false,
+                    });
                 }
             }
             Action::ReportFailover { name, update } if api => {
-                let (view, closed) = self
-                    .failovers
-                    .iter_mut()
-                    .find(|(f, _)| f.name == name)
-                    .unwrap();
+                let record = self.failovers.iter_mut().find(|f| f.name == name).unwrap();
                 match update {
                     FailoverUpdate::Suspected { .. } => {}
-                    FailoverUpdate::TakenOver { .. } => view.taken_over = true,
-                    FailoverUpdate::Succeeded { .. } | FailoverUpdate::Withdrawn { .. } => {
-                        *closed = true;
+                    FailoverUpdate::TakenOver { .. } => record.taken_over = true,
+                    FailoverUpdate::Succeeded { .. } => {
+                        record.taken_over = true;
+                        record.closed = true;
                     }
+                    FailoverUpdate::Withdrawn { .. } => record.closed = true,
                 }
             }
             Action::Change { via, change } => return self.change(which, &via, change),
@@ -354,6 +351,7 @@ impl World {
                     victim: from,
                     proof,
                 });
+                self.takeovers.push((from, epoch));
                 self.own(to);
             }
             other => panic!("not asked of this world: {other:?}"),
@@ -411,12 +409,18 @@ impl World {
                     return false;
                 }
                 let restorable = row.saved.is_some_and(|saved| saved.is_restorable(epoch));
+                if restore && !restorable {
+                    // By a stale view: it was restored already, and the process looks before it does.
+                    return false;
+                }
                 assert!(
-                    restore == restorable,
-                    "restore: {restore}, of {:?}\n{}",
+                    restore || !restorable,
+                    "boots in spite of {:?}\n{}",
                     row.saved,
                     self.trace()
                 );
+                // What is left of an ended one is cleared away.
+                node.processes.retain(|p| p.alive);
                 node.processes
                     .push(guest(pid, VmState::Starting, epoch, owner, None));
                 if restore {

@@ -16,7 +16,8 @@ IMAGE := $(CARGO_TARGET_DIR)/bascule-image.tar
 LAB := $(STATIC)/$(TARGET)/release/lab
 # Scenarios share one machine's /dev/kvm, bridges and time: one after the other.
 SERIAL := -- --test-threads=1
-SCENARIOS = BASCULE_LAB_IMAGES=$(IMAGE) BASCULE_LAB_BIN=$(LAB) cargo test --quiet --locked -p bascule-e2e
+# Their errors say what was waited for; stack traces only push that and the logs out of sight.
+SCENARIOS = RUST_BACKTRACE=0 BASCULE_LAB_IMAGES=$(IMAGE) BASCULE_LAB_BIN=$(LAB) cargo test --quiet --locked -p bascule-e2e
 # The probe guest is a workspace of its own; its target directory is the one that tests build it in.
 GUEST_CARGO := env CARGO_TARGET_DIR=$(CARGO_TARGET_DIR)/probe-guest cargo
 

@@ -158,7 +158,8 @@ impl Installation {
     /// When there is none, or the next one does not become ready in time.
     pub fn restart_daemon(&self, node: &str) -> Result<()> {
         let on = format!("--field-selector=spec.nodeName={node}");
-        let which = ["-n", SYSTEM_NAMESPACE, LABEL_DAEMON, &on];
+        let label = label_of("node");
+        let which = ["-n", SYSTEM_NAMESPACE, &label, &on];
         let old = self.lab.get(&[&["pod"], &which[..]].concat())?;
         let old = old["items"][0]["metadata"]["uid"].clone();
         ensure!(old.is_string(), "{node} runs no node daemon");
@@ -170,6 +171,39 @@ impl Installation {
             let pods = pods["items"].as_array().context("a list of pods")?;
             let next = pods.iter().find(|pod| pod["metadata"]["uid"] != old);
             condition(next.context("there is none yet")?, "Ready")
+        })
+    }
+
+    /// Kills all pods of a component (`node`, `operator`). Returns their UIDs, for
+    /// [`Self::wait_replaced`].
+    ///
+    /// # Errors
+    /// When kubectl fails.
+    pub fn kill_pods(&self, component: &str) -> Result<Vec<Value>> {
+        let label = label_of(component);
+        let which = ["-n", SYSTEM_NAMESPACE, &label];
+        let pods = self.lab.get(&[&["pod"], &which[..]].concat())?;
+        let pods = pods["items"].as_array().context("a list of pods")?;
+        let delete = ["delete", "pod", "--grace-period=0", "--force"];
+        let delete = [&delete[..], &["--wait=false"], &which[..]].concat();
+        self.lab.kubectl(&delete)?;
+        Ok(pods.iter().map(uid).collect())
+    }
+
+    /// Waits until a component has as many other pods, all ready.
+    ///
+    /// # Errors
+    /// When it has not in time.
+    pub fn wait_replaced(&self, component: &str, old: &[Value]) -> Result<()> {
+        let label = label_of(component);
+        let what = format!("the next {} pods of {component}", old.len());
+        self.lab.wait_for(&what, REPLACED_LIMIT, || {
+            let pods = self.lab.get(&["pod", "-n", SYSTEM_NAMESPACE, &label])?;
+            let pods = pods["items"].as_array().context("a list of pods")?;
+            let next = pods.iter().filter(|pod| !old.contains(&uid(pod)));
+            let ready = next.filter(|pod| condition(pod, "Ready").is_ok()).count();
+            ensure!(ready == old.len(), "{ready} are ready");
+            Ok(())
         })
     }
 
@@ -379,6 +413,14 @@ impl ClusterVm<'_> {
     }
 }
 
+fn label_of(component: &str) -> String {
+    format!("-lapp.kubernetes.io/component={component}")
+}
+
+fn uid(object: &Value) -> Value {
+    object["metadata"]["uid"].clone()
+}
+
 const fn address(number: u8) -> Ipv4Addr {
     Ipv4Addr::new(10, 91, 0, number)
 }
@@ -392,14 +434,14 @@ pub const VOLUME: &str = "gold";
 /// On emulated nodes everything is ten times slower than on real ones.
 /// The label of everything that belongs to a VirtualMachine.
 const LABEL_VM: &str = "bascule.dev/virtual-machine";
-/// Selects the node daemon's pods.
-const LABEL_DAEMON: &str = "-lapp.kubernetes.io/component=node";
 /// A coordinator's write takes milliseconds.
 const ROWS_LIMIT: Duration = Duration::from_secs(20);
 /// A node that was turned on again: its boot, its services.
 const NODE_LIMIT: Duration = Duration::from_secs(420);
 const VOLUME_LIMIT: Duration = Duration::from_secs(300);
 const POD_LIMIT: Duration = Duration::from_secs(180);
+/// Several on each node at once.
+const REPLACED_LIMIT: Duration = Duration::from_secs(300);
 const START_LIMIT: Duration = Duration::from_secs(240);
 const GUEST_LIMIT: Duration = Duration::from_secs(180);
 const MOVE_LIMIT: Duration = Duration::from_secs(240);

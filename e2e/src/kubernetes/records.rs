@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 use std::time::SystemTime;
 
 use anyhow::{Context, Result, ensure};
-use bascule_types::{Epoch, Lba, Owner};
+use bascule_types::{Epoch, Lba, SlotId};
 use bascule_volume_format::change::{DiskRow, VmRow};
 use bascule_volume_format::{BLOCK_BYTES_U64, BlockStore, Metadata, Severity, check_volume};
 
@@ -54,14 +54,15 @@ impl ClusterVm<'_> {
             .with_context(|| format!("the volume has no row {name}"))
     }
 
-    /// Who owns it on the volume, and in which epoch.
+    /// Whose it is on the volume, and in which epoch. The generation is left out: a node that stood
+    /// still for longer than its lease joins again in the next one, with everything that nobody took.
     ///
     /// # Errors
-    /// When nobody does.
-    pub fn tenure(&self) -> Result<(Owner, Epoch)> {
+    /// When it is nobody's.
+    pub fn tenure(&self) -> Result<(SlotId, Epoch)> {
         let row = self.row()?;
         let owner = row.owner.context("nobody owns the row")?;
-        Ok((owner, row.epoch))
+        Ok((owner.slot, row.epoch))
     }
 
     /// Audits its disk: after `since`, `old` wrote to it, then `new` did, and nothing of `old` came

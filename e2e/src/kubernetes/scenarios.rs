@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use bascule_lab::Component;
 use jiff::Timestamp;
 
-use super::{ClusterVm, Installation, Moved, SYSTEM_NAMESPACE, Takeover, Writer};
+use super::{ClusterVm, Installation, Moved, Takeover, Writer};
 use crate::FlowSummary;
 
 /// What a drain cost, as administrator and clients saw it.
@@ -181,12 +181,8 @@ pub fn killing_daemon_operator_apiserver_stops_no_guest(
     let mut talk = vm.talk()?;
     let lab = cluster.lab();
     let tenure = vm.tenure()?;
-    for component in ["node", "operator"] {
-        let label = format!("-lapp.kubernetes.io/component={component}");
-        let delete = ["delete", "pod", "--grace-period=0", "--force"];
-        let which = ["--wait=false", &label, "-n", SYSTEM_NAMESPACE];
-        lab.kubectl(&[&delete[..], &which[..]].concat())?;
-    }
+    let daemons = cluster.kill_pods("node")?;
+    let operators = cluster.kill_pods("operator")?;
     lab.kill(Component::Apiserver)?;
     let begin = Instant::now();
     while begin.elapsed() < WITHOUT_ANYBODY {
@@ -196,6 +192,9 @@ pub fn killing_daemon_operator_apiserver_stops_no_guest(
     lab.restart(Component::Apiserver)?;
     talk.ping()?;
     talk.check()?;
+    // The VirtualMachine's status is one of before until an operator is back.
+    cluster.wait_replaced("node", &daemons)?;
+    cluster.wait_replaced("operator", &operators)?;
     vm.wait_ready(BACK_LIMIT)?;
     ensure!(vm.tenure()? == tenure, "it changed hands meanwhile");
     // The daemons that came back know the guest.

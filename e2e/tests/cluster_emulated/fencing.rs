@@ -26,10 +26,13 @@ fn power_cut_restarts_vm_elsewhere_with_proof() {
 #[test]
 fn frozen_node_never_writes_after_takeover() {
     CLUSTER.with_resident("frozen", |cluster, vm| {
-        let freeze = |node: &Node<'_>| node.freeze();
-        let thaw = |node: &Node<'_>| node.thaw();
-        frozen_for_less_than_the_timeout(cluster, vm, freeze, thaw).unwrap();
-        frozen_for_longer(cluster, vm, freeze).unwrap();
+        let for_a_while = |node: &Node<'_>| {
+            node.freeze()?;
+            std::thread::sleep(SHORT_FREEZE);
+            node.thaw()
+        };
+        frozen_for_less_than_the_timeout(cluster, vm, for_a_while).unwrap();
+        frozen_for_longer(cluster, vm, |node| node.freeze()).unwrap();
     });
 }
 
@@ -37,16 +40,14 @@ fn frozen_node_never_writes_after_takeover() {
 #[test]
 fn frozen_node_never_writes_after_takeover_with_only_our_processes_frozen() {
     CLUSTER.with_resident("stopped", |cluster, vm| {
-        let signal = |node: &Node<'_>, signal: &str| {
-            for program in ["bascule-volume", "bascule-vm"] {
-                node.exec(&["pkill", signal, "-x", program])?;
-            }
-            Ok(())
-        };
-        let stop = |node: &Node<'_>| signal(node, "-STOP");
-        let go_on = |node: &Node<'_>| signal(node, "-CONT");
-        frozen_for_less_than_the_timeout(cluster, vm, stop, go_on).unwrap();
-        frozen_for_longer(cluster, vm, stop).unwrap();
+        let run = |node: &Node<'_>, script: &str| node.exec(&["sh", "-c", script]).map(drop);
+        let stop = "pkill -STOP -x bascule-volume && pkill -STOP -x bascule-vm";
+        let go_on = "pkill -CONT -x bascule-volume && pkill -CONT -x bascule-vm";
+        // All of it in one order: the way to a busy node may take seconds each time.
+        let while_it_sleeps = format!("{stop} && sleep {} && {go_on}", SHORT_FREEZE.as_secs());
+        let for_a_while = |node: &Node<'_>| run(node, &while_it_sleeps);
+        frozen_for_less_than_the_timeout(cluster, vm, for_a_while).unwrap();
+        frozen_for_longer(cluster, vm, |node| run(node, stop)).unwrap();
     });
 }
 
@@ -54,8 +55,7 @@ fn frozen_node_never_writes_after_takeover_with_only_our_processes_frozen() {
 fn frozen_for_less_than_the_timeout(
     cluster: &Installation,
     vm: &ClusterVm<'_>,
-    freeze: impl Fn(&Node<'_>) -> Result<()>,
-    thaw: impl Fn(&Node<'_>) -> Result<()>,
+    freeze_for_a_while: impl Fn(&Node<'_>) -> Result<()>,
 ) -> Result<()> {
     let name = vm.node()?;
     let node = cluster.lab().node(&name)?;
@@ -64,10 +64,7 @@ fn frozen_for_less_than_the_timeout(
     let taken = vm.times_taken_over()?;
     let mut talk = vm.talk()?;
     let promised = talk.append()?;
-    freeze(&node)?;
-    // The length of the fault itself: nothing is waited for.
-    std::thread::sleep(SHORT_FREEZE);
-    thaw(&node)?;
+    freeze_for_a_while(&node)?;
     talk.ping()?;
     ensure!(talk.append()? == promised + 1);
     talk.check()?;
@@ -110,7 +107,8 @@ fn frozen_for_longer(
     cluster.wait_back(&from)
 }
 
-/// Longer than a lease (4 s), shorter than the watchdog's timeout (8 s).
+/// The length of the fault itself, longer than a lease (4 s) and shorter than the watchdog's timeout
+/// (8 s): nothing is waited for.
 const SHORT_FREEZE: Duration = Duration::from_secs(5);
 /// The watchdog's timeout, and the machine's death.
 const RESET_LIMIT: Duration = Duration::from_secs(60);

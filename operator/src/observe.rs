@@ -7,7 +7,7 @@ use bascule_api::{
     Failover, FailoverPhase, MigrationPhase, SharedVolume, VirtualMachine, VirtualMachineMigration,
 };
 use bascule_ipc::volume::{FencingMode, PathState, Rows};
-use bascule_node_api::report::ImportState;
+use bascule_node_api::report::{ImportState, NodeReport};
 use bascule_operator_core::{
     self as core, Access, Fact, FailoverView, History, ImportPhase, ImportView, Moment, NodeView,
     Observed, Peer, Process, Reported, RowView, SavedView, Stream, VolumeView,
@@ -129,7 +129,6 @@ fn node_view(node: &Node, state: Option<&NodeState>, volume: &str) -> NodeView {
         found.map_or(Fact::Unknown, |c| Fact::Known(c.status == "True"))
     };
     let report = state.and_then(|state| state.report.as_ref());
-    let attached = state.and_then(|state| status(state, volume));
     NodeView {
         uid: node.uid().and_then(|uid| uid.parse().ok()),
         cordoned: node
@@ -140,14 +139,24 @@ fn node_view(node: &Node, state: Option<&NodeState>, volume: &str) -> NodeView {
         kubelet_ready: condition("Ready"),
         stream: state.map(|state| state.stream).unwrap_or_default(),
         kvm_error: report.and_then(|report| report.kvm_error.clone()),
-        access: attached.map(|status| Access {
-            path: status.path,
-            reason: status.reason.clone(),
-            owner: status.owner,
-            watchdog: status.watchdog,
-            coordinator: coordinates(status),
-        }),
+        access: report.map_or(Fact::Unknown, |report| access(report, volume)),
     }
+}
+
+fn access(report: &NodeReport, volume: &str) -> Fact<Access> {
+    let Some(attached) = report.volumes.iter().find(|v| v.name == volume) else {
+        return Fact::Absent;
+    };
+    let Ok(status) = &attached.status else {
+        return Fact::Unknown;
+    };
+    Fact::Known(Access {
+        path: status.path,
+        reason: status.reason.clone(),
+        owner: status.owner,
+        watchdog: status.watchdog,
+        coordinator: coordinates(status),
+    })
 }
 
 fn row_view(uid: Option<VmUid>, rows: Option<&Rows>) -> Fact<RowView> {
@@ -278,4 +287,32 @@ fn history(vm: &VirtualMachine, memory: &History) -> History {
 
 fn parse(text: &str) -> Option<u64> {
     text.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use bascule_node_api::report::VolumeReport;
+    use bascule_types::NodeUid;
+
+    use super::*;
+
+    /// It was taken for one that is not attached, which ended migrations to a busy node.
+    #[test]
+    fn a_volume_whose_process_does_not_answer_is_attached_all_the_same() {
+        let report = NodeReport {
+            node: NodeUid::from_bytes([1; 16]),
+            name: "node-1".to_owned(),
+            release: "0".to_owned(),
+            boot_id: String::new(),
+            kvm_error: None,
+            volumes: vec![VolumeReport {
+                name: "gold".to_owned(),
+                status: Err("it does not answer".to_owned()),
+            }],
+            vms: vec![],
+            imports: vec![],
+        };
+        assert_eq!(access(&report, "gold"), Fact::Unknown);
+        assert_eq!(access(&report, "silver"), Fact::Absent);
+    }
 }

@@ -150,6 +150,7 @@ async fn look_at(cluster: &Cluster, vm: &VirtualMachine, memory: &Mutex<History>
         history.error = None;
     }
     history.unknown_since = plan.report.unknown_since;
+    history.target_lost = plan.report.target_lost;
     let told_before = observed.history.error == history.error;
     *memory.lock().unwrap_or_else(PoisonError::into_inner) = history;
     let mut requeue = plan.requeue;

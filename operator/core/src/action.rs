@@ -266,6 +266,8 @@ pub struct VmReport {
     pub keep: bool,
     /// Since when nothing has been known: for the next plan to remember.
     pub unknown_since: Option<Moment>,
+    /// The attempt whose target cannot take the guest, and since when. Not part of any status.
+    pub target_lost: Option<(AttemptId, Moment)>,
     /// One word.
     pub phase: Phase,
     /// The node that it runs on.

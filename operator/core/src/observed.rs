@@ -76,8 +76,9 @@ pub struct NodeView {
     pub stream: Stream,
     /// Why it cannot run guests.
     pub kvm_error: Option<String>,
-    /// How it reaches this virtual machine's volume; none when that is not attached there.
-    pub access: Option<Access>,
+    /// How it reaches this virtual machine's volume: absent when that is not attached there, unknown
+    /// while the volume's process there does not say.
+    pub access: Fact<Access>,
 }
 
 /// The stream of reports from a daemon.
@@ -307,6 +308,8 @@ pub struct History {
     pub move_begun: Option<(AttemptId, u32)>,
     /// The attempt that a node last refused to begin, when, and why.
     pub move_rejected: Option<(AttemptId, Moment, String)>,
+    /// The attempt whose target could not take the guest at the last look, and since when.
+    pub target_lost: Option<(AttemptId, Moment)>,
     /// Where an incoming VM process said it listens.
     pub listening: Option<(AttemptId, SocketAddr)>,
     /// Why the last takeover that was asked for was refused.

@@ -140,7 +140,7 @@ impl<'a> Planner<'a> {
         let importer = disk.importer?;
         let mut nodes = self.observed.nodes.iter();
         let found = nodes.find(|(_, node)| {
-            let owner = node.access.as_ref().and_then(|access| access.owner);
+            let owner = node.access.known().and_then(|access| access.owner);
             node.stream == Stream::Up && owner == Some(importer)
         });
         found.map(|(name, _)| name.clone())

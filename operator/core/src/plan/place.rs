@@ -34,7 +34,7 @@ impl Planner<'_> {
         };
         let by_own_word =
             self.observed.nodes.iter().find(|(_, node)| {
-                node.access.as_ref().and_then(|access| access.owner) == Some(owner)
+                node.access.known().and_then(|access| access.owner) == Some(owner)
             });
         if let Some((name, node)) = by_own_word {
             let verdict = self.verdict_on(node, owner);
@@ -98,10 +98,10 @@ impl Planner<'_> {
             node.stream == Stream::Up
                 && node
                     .access
-                    .as_ref()
+                    .known()
                     .is_some_and(|a| a.path == PathState::Direct)
         };
-        let coordinator = |node: &NodeView| node.access.as_ref().is_some_and(|a| a.coordinator);
+        let coordinator = |node: &NodeView| node.access.known().is_some_and(|a| a.coordinator);
         let mut nodes = self
             .observed
             .nodes
@@ -127,15 +127,26 @@ impl Planner<'_> {
         }
         let volume = &self.intent.volume;
         match &node.access {
-            Some(access) if access.path == PathState::Direct => access
+            Fact::Known(access) if access.path == PathState::Direct => access
                 .owner
                 .ok_or_else(|| format!("node {name} is joining volume {volume}")),
-            Some(access) => {
+            Fact::Known(access) => {
                 let why = access.reason.as_deref().unwrap_or("no reason given");
                 Err(format!("node {name} does not reach volume {volume}: {why}"))
             }
-            None => Err(format!("volume {volume} is not attached on node {name}")),
+            Fact::Unknown => Err(format!(
+                "bascule-volume on {name} does not say how it reaches volume {volume}"
+            )),
+            Fact::Absent => Err(format!("volume {volume} is not attached on node {name}")),
         }
+    }
+
+    /// Whether what keeps a guest from being started there may pass by itself: a node that is busy is
+    /// silent for some seconds, or loses its lease and takes another.
+    pub(super) fn may_recover(&self, name: &str) -> bool {
+        self.observed.nodes.get(name).is_some_and(|node| {
+            node.stream != Stream::Up || (node.kvm_error.is_none() && node.access != Fact::Absent)
+        })
     }
 
     /// Why nodes that answer do not reach the volume.
@@ -144,7 +155,7 @@ impl Planner<'_> {
         let answering = nodes.filter(|(_, node)| node.stream == Stream::Up);
         answering
             .filter_map(|(name, node)| {
-                let access = node.access.as_ref()?;
+                let access = node.access.known()?;
                 let why = access.reason.as_deref().unwrap_or("no reason given");
                 (access.path != PathState::Direct).then(|| format!("{name}: {why}"))
             })

@@ -32,6 +32,7 @@ pub(super) fn initial(intent: &VmIntent, observed: &Observed, now: Moment) -> Vm
     VmReport {
         keep: false,
         unknown_since: None,
+        target_lost: None,
         phase: Phase::Pending,
         node: None,
         ready: Condition::new(Some(false), reason::STARTING, "being looked at"),

@@ -164,7 +164,7 @@ impl<'a> Planner<'a> {
             .observed
             .nodes
             .get(node)
-            .and_then(|view| view.access.as_ref());
+            .and_then(|view| view.access.known());
         let Some(access) = access else {
             let message = format!("it is not known how {node} reaches the volume");
             return Condition::new(None, reason::UNKNOWN, message);

@@ -16,15 +16,15 @@ use std::time::Duration;
 use bascule_api::names::reason;
 use bascule_ipc::vm::{MigrationPhase as Copy, StopReason, VmState};
 use bascule_ipc::volume::{FencingMode, PathState, WatchdogKind};
-use bascule_types::{Epoch, Generation};
+use bascule_types::{AttemptId, Epoch, Generation};
 use bascule_volume_format::change::{Change, MissingProof, Refusal};
 use proptest::prelude::*;
 
 use self::case::{Case, NOW, failover, node_owner};
 use crate::MigrationPhase;
 use crate::{
-    Action, DrainPolicy, Fact, FailoverUpdate, FailoverView, FailurePolicy, MigrationMode, Phase,
-    PodPhase, Purpose, RunPolicy, SavedView, Stream,
+    Action, DrainPolicy, Fact, FailoverUpdate, FailoverView, FailurePolicy, MigrationMode, Moment,
+    Phase, PodPhase, Purpose, RunPolicy, SavedView, Stream,
 };
 
 proptest! {

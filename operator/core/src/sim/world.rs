@@ -451,7 +451,7 @@ fn view(node: &Node, now: Moment) -> NodeView {
             Stream::Down { since: now }
         },
         kvm_error: None,
-        access: Some(Access {
+        access: Fact::Known(Access {
             path,
             reason: None,
             owner: Some(node.owner),

@@ -10,7 +10,7 @@ use crate::MigrationPhase;
 use crate::action::MigrationUpdate;
 use crate::observed::RowView;
 use crate::plan::reservation::leaving;
-use crate::{Action, Migration, Pod, Purpose, Stream};
+use crate::{Action, Fact, Migration, Moment, NodeView, Pod, Purpose, Stream};
 
 impl Planner<'_> {
     pub(super) fn begin_migration(&mut self, row: &RowView, node: &str, migration: &Migration) {
@@ -29,7 +29,7 @@ impl Planner<'_> {
                     format!("node {target} is cordoned"),
                 )),
                 // One that is silent for a moment is waited for once it has been placed.
-                Some(_) if self.silent_for_a_moment(target) => None,
+                Some(view) if silent_for_a_moment(view, self.now) => None,
                 Some(_) => self
                     .usable(target)
                     .err()
@@ -97,7 +97,7 @@ impl Planner<'_> {
         let target = self.bound_target(node, migration, pod)?;
         match self.usable(&target) {
             Ok(owner) => Some((target, owner)),
-            Err(why) if self.silent_for_a_moment(&target) => {
+            Err(why) if self.is_waited_for(&target, migration) => {
                 self.report_placing(node, migration, Some(target), why);
                 None
             }
@@ -108,15 +108,18 @@ impl Planner<'_> {
         }
     }
 
-    /// Whether the node's stream is lost, and may well be back before an attempt's time is up: a busy
-    /// network or a restart of the daemon is no reason to end it.
-    fn silent_for_a_moment(&self, node: &str) -> bool {
-        let stream = self.observed.nodes.get(node).map(|view| view.stream);
-        match stream {
-            Some(Stream::Down { since }) => self.now.since(since) < TARGET_PATIENCE,
-            Some(Stream::Unknown) => true,
-            Some(Stream::Up) | None => false,
+    /// Whether a target that cannot take the guest just now is given some time: an attempt that has
+    /// got as far as this is not ended because a node is busy or its daemon starts anew.
+    fn is_waited_for(&mut self, target: &str, migration: &Migration) -> bool {
+        if !self.may_recover(target) {
+            return false;
         }
+        let lost = self.observed.history.target_lost;
+        let since = lost
+            .filter(|(attempt, _)| *attempt == migration.attempt)
+            .map_or(self.now, |(_, since)| since);
+        self.report.target_lost = Some((migration.attempt, since));
+        self.now.since(since) < TARGET_PATIENCE
     }
 
     fn report_placing(
@@ -150,6 +153,16 @@ impl Planner<'_> {
         };
         self.report_placing(node, migration, migration.target.clone(), message);
         None
+    }
+}
+
+/// Whether a node or its volume's process does not answer, and may well do so before an attempt's time
+/// is up.
+fn silent_for_a_moment(node: &NodeView, now: Moment) -> bool {
+    match node.stream {
+        Stream::Down { since } => now.since(since) < TARGET_PATIENCE,
+        Stream::Unknown => true,
+        Stream::Up => node.access == Fact::Unknown && node.kvm_error.is_none(),
     }
 }
 

@@ -67,7 +67,7 @@ impl Case {
                 uid: Some(node_uid(slot)),
                 kubelet_ready: Fact::Known(true),
                 stream: Stream::Up,
-                access: Some(access),
+                access: Fact::Known(access),
                 ..NodeView::default()
             };
             (format!("node-{slot}"), view)
@@ -178,7 +178,10 @@ impl Case {
     }
 
     pub(super) fn access(&mut self, name: &str) -> &mut Access {
-        self.node(name).access.as_mut().unwrap()
+        match &mut self.node(name).access {
+            Fact::Known(access) => access,
+            other => panic!("{other:?}"),
+        }
     }
 
     pub(super) fn volume(&mut self) -> &mut VolumeView {

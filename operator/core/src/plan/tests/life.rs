@@ -46,7 +46,7 @@ fn an_unowned_virtual_machine_asks_the_scheduler_first() {
 fn nodes_that_cannot_run_it_are_avoided() {
     let mut case = Case::new();
     case.node("node-1").kvm_error = Some("/dev/kvm is missing".to_owned());
-    case.node("node-2").access = None;
+    case.node("node-2").access = Fact::Absent;
     let plan = case.plan();
     let [Action::CreateReservation { avoid, .. }] = &plan.actions[..] else {
         panic!("{:?}", plan.actions)

@@ -241,15 +241,72 @@ fn an_attempt_without_a_target_in_time_fails() {
     );
 }
 
-/// Found on emulated nodes: an attempt ended because the target's stream was lost for a second.
-#[test]
-fn a_target_that_is_silent_for_a_moment_is_waited_for() {
+/// What is to be made of an attempt whose reserved target has this trouble, at once and half a minute
+/// later.
+fn ends_with(trouble: fn(&mut Case)) -> [Option<(MigrationPhase, &'static str)>; 2] {
     let mut case = Case::running_on(1).with_migration("go", MigrationMode::Live);
     case.begun(0);
     case = case.with_migration_pod("go", "node-2");
-    case.node("node-2").stream = Stream::Down { since: NOW };
-    assert_eq!(case.migration_end("go"), None);
+    trouble(&mut case);
+    let at_once = case.migration_end("go");
+    case.observed.history.target_lost = case.plan().report.target_lost;
     case.now = NOW.after(Duration::from_secs(30));
+    [at_once, case.migration_end("go")]
+}
+
+/// Found on emulated nodes: an attempt ended because the target's stream was lost for a second, and
+/// another because the volume's process there was slow to answer.
+#[test]
+fn a_target_that_is_in_trouble_for_a_moment_is_waited_for() {
+    let expected = [None, Some((MigrationPhase::Failed, reason::NO_TARGET))];
+    let silent: fn(&mut Case) = |case| case.node("node-2").stream = Stream::Down { since: NOW };
+    assert_eq!(ends_with(silent), expected);
+    assert_eq!(
+        ends_with(|case| case.node("node-2").access = Fact::Unknown),
+        expected
+    );
+    assert_eq!(
+        ends_with(|case| case.access("node-2").path = PathState::Paused),
+        expected
+    );
+    assert_eq!(
+        ends_with(|case| case.access("node-2").owner = None),
+        expected
+    );
+}
+
+#[test]
+fn a_target_that_can_never_take_the_guest_ends_the_attempt() {
+    let expected = Some((MigrationPhase::Failed, reason::NO_TARGET));
+    for trouble in [
+        (|case| case.node("node-2").access = Fact::Absent) as fn(&mut Case),
+        |case| case.node("node-2").kvm_error = Some("no /dev/kvm".to_owned()),
+    ] {
+        assert_eq!(ends_with(trouble)[0], expected);
+    }
+}
+
+/// The next attempt has its own patience, and so has one whose target was well in between.
+#[test]
+fn patience_with_a_target_begins_anew_with_each_trouble() {
+    let mut case = Case::running_on(1).with_migration("go", MigrationMode::Live);
+    case.begun(0);
+    case = case.with_migration_pod("go", "node-2");
+    assert_eq!(case.plan().report.target_lost, None);
+    case.node("node-2").access = Fact::Unknown;
+    case.observed.history.target_lost = Some((AttemptId::from_bytes([42; 16]), Moment(0)));
+    assert_eq!(case.migration_end("go"), None);
+    let lost = case.plan().report.target_lost;
+    assert_eq!(lost, Some((case.migration(0).attempt, NOW)));
+}
+
+#[test]
+fn a_target_whose_volume_is_silent_for_a_moment_is_not_refused() {
+    let mut case = Case::running_on(1).with_migration("go", MigrationMode::Live);
+    case.migration(0).target = Some("node-2".to_owned());
+    case.node("node-2").access = Fact::Unknown;
+    assert_eq!(case.migration_end("go"), None);
+    case.node("node-2").access = Fact::Absent;
     let expected = Some((MigrationPhase::Failed, reason::NO_TARGET));
     assert_eq!(case.migration_end("go"), expected);
 }

@@ -11,7 +11,7 @@ fn new_leader() -> Case {
     for slot in 0..3 {
         let node = case.node(&format!("node-{slot}"));
         node.stream = Stream::Unknown;
-        node.access = None;
+        node.access = Fact::Unknown;
     }
     case.volume().peers.clear();
     case.observed.history.reported = Some(Reported {

@@ -83,6 +83,7 @@ impl World {
                 }
             }
             self.operators[which].history.unknown_since = plan.report.unknown_since;
+            self.operators[which].history.target_lost = plan.report.target_lost;
             if self.api_away_for == 0 && !plan.report.keep {
                 self.status = Some(plan.report);
             }

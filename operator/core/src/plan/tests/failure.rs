@@ -202,3 +202,16 @@ fn i8_every_unprotected_virtual_machine_says_why() {
         (Some(true), reason::PROTECTED)
     );
 }
+
+#[test]
+fn i8_nobody_is_called_protected_on_a_node_whose_volume_says_nothing() {
+    for access in [Fact::Unknown, Fact::Absent] {
+        let mut case = Case::running_on(1);
+        case.node("node-1").access = access;
+        let protected = case.plan().report.protected;
+        assert_eq!(
+            (protected.status, protected.reason),
+            (None, reason::UNKNOWN)
+        );
+    }
+}

@@ -104,7 +104,7 @@ image: lab ## One static OCI image of all programs, without a container daemon
 
 .PHONY: crds
 crds: checkout ## Write the CustomResourceDefinitions into the chart
-	cargo run --quiet -p bascule-api --bin bascule-crds
+	cargo run --quiet -p bascule-crds --bin bascule-crds
 
 define static_build
 RUSTFLAGS="-C target-feature=+crt-static" cargo build --quiet --locked --release --target $(TARGET) --target-dir $(STATIC) $(1)

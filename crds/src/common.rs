@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 /// A slot and generation on a SharedVolume: one life of a node there.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
-pub struct Fingerprint {
+pub struct Owner {
     /// The index of the node's heartbeat slot on the volume.
     pub slot: i32,
     /// How often the slot's holder has begun anew. Written as text because it may exceed what

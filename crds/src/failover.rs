@@ -10,7 +10,7 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::{Fingerprint, ProofKind};
+use crate::{Owner, ProofKind};
 
 /// Who was lost. Written once.
 #[derive(CustomResource, KubeSchema, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -90,7 +90,7 @@ pub struct FailoverSpec {
     #[schemars(length(max = 253))]
     pub volume: String,
     /// The slot and generation there that owned the virtual machine.
-    pub owner: Fingerprint,
+    pub owner: Owner,
     /// The epoch in which they owned it, as text.
     #[schemars(length(max = 20))]
     pub epoch: String,

@@ -19,16 +19,17 @@ mod failover;
 #[cfg(feature = "kinds")]
 mod migration;
 pub mod names;
+mod phase;
+mod policy;
 #[cfg(feature = "kinds")]
 mod quantity;
 #[cfg(feature = "kinds")]
 mod shared_volume;
 #[cfg(feature = "kinds")]
 mod virtual_machine;
-mod words;
 
 #[cfg(feature = "kinds")]
-pub use common::{Fingerprint, ProofKind, condition_is, set_condition};
+pub use common::{Owner, ProofKind, condition_is, set_condition};
 #[cfg(feature = "kinds")]
 pub use crd::{crds, to_yaml};
 #[cfg(feature = "kinds")]
@@ -40,6 +41,8 @@ pub use migration::{
     MigrationProgress, VirtualMachineMigration, VirtualMachineMigrationSpec,
     VirtualMachineMigrationStatus,
 };
+pub use phase::{MigrationPhase, Phase};
+pub use policy::{DrainPolicy, FailurePolicy, MigrationMode, RunPolicy};
 #[cfg(feature = "kinds")]
 pub use quantity::{Quantity, QuantityError};
 #[cfg(feature = "kinds")]
@@ -54,4 +57,3 @@ pub use virtual_machine::{
     RestartLimits, Source, SourceKind, VirtualMachine, VirtualMachineSpec, VirtualMachineStatus,
     mac_address,
 };
-pub use words::{DrainPolicy, FailurePolicy, MigrationMode, MigrationPhase, Phase, RunPolicy};

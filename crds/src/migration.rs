@@ -20,7 +20,7 @@ use crate::{Duration, MigrationMode, MigrationPhase, Quantity};
     version = "v1alpha1",
     kind = "VirtualMachineMigration",
     plural = "virtualmachinemigrations",
-    shortname = "vmm",
+    shortname = "vmmig",
     category = "bascule",
     namespaced,
     status = "VirtualMachineMigrationStatus",

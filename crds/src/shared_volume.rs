@@ -9,7 +9,7 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::{Duration, Fingerprint, Quantity};
+use crate::{Duration, Owner, Quantity};
 
 /// What is asked of the volume.
 #[derive(CustomResource, KubeSchema, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -123,7 +123,7 @@ pub struct Fencing {
     /// is for labs.
     #[serde(default)]
     pub allow_softdog: bool,
-    /// Take the taint node.kubernetes.io/out-of-service on a node as an administrator's word that
+    /// Take the taint node.kubernetes.io/out-of-service on a node as an administrator's fencing confirmation that
     /// the node is off.
     #[serde(default)]
     pub trust_out_of_service_taint: bool,
@@ -135,7 +135,7 @@ pub enum FencingMode {
     /// Hardware watchdogs.
     #[default]
     Watchdog,
-    /// Nothing but leases and an administrator's word.
+    /// Nothing but leases and an administrator's fencing confirmation.
     LeaseOnly,
     /// SCSI-3 persistent reservations; refused for now.
     PersistentReservation,
@@ -218,7 +218,7 @@ pub struct NodeAccess {
     pub reason: String,
     /// Its slot and generation: what an administrator names when confirming that it is dead.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub holder: Option<Fingerprint>,
+    pub holder: Option<Owner>,
     /// Whether a hardware watchdog vouches for it.
     #[serde(default)]
     pub watchdog: bool,

@@ -13,8 +13,10 @@ use bascule_ipc::Connection;
 use bascule_ipc::vm::{DiskConfig, DiskSource, Home, ImageSource, StartMode};
 use bascule_ipc::volume::{Request, Response, Rows, VolumeStatus};
 use bascule_pki::Authority;
-use bascule_types::{AttemptId, Bytes, ClusterId, Epoch, NodeUid, Owner, VmUid};
-use bascule_volume_format::change::{Answer, Change, DiskRole, DiskRow, RowName};
+use bascule_types::{
+    Answer, AttemptId, Bytes, Change, ClusterId, DiskRole, DiskRow, Epoch, NodeUid, Owner, RowName,
+    VmUid,
+};
 
 use crate::{Child, Network, TestVm, TestVmSpec, binary, probe, wait_for};
 

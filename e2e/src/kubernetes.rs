@@ -269,7 +269,7 @@ impl Installation {
     pub fn overview(&self) -> Result<String> {
         self.lab.kubectl(&[
             "get",
-            "vm,sv,vmm,failover",
+            "vm,sv,vmmig,failover",
             "--all-namespaces",
             "-o",
             "wide",
@@ -385,7 +385,7 @@ impl ClusterVm<'_> {
             .apply(&objects::migration(&name, &self.name, mode, target))?;
         let what = format!("VirtualMachineMigration {name} to end");
         self.cluster.lab.wait_for(&what, MOVE_LIMIT, || {
-            let object = self.cluster.lab.get(&["vmm", &name, "-n", NAMESPACE])?;
+            let object = self.cluster.lab.get(&["vmmig", &name, "-n", NAMESPACE])?;
             objects::ended(&object)
         })
     }

@@ -11,10 +11,9 @@ use anyhow::{Context, Result, bail, ensure};
 use bascule_ipc::vm::{
     Boot, DiskConfig, DiskSource, Home, ImageSource, InterfaceConfig, MigrationPhase,
     MigrationStatus, Request, Response, StartMode, StopReason, VmConfig, VmState, VmStatus,
-    WrittenTenure,
 };
 use bascule_ipc::{Connection, Kind};
-use bascule_types::{Bytes, VmUid};
+use bascule_types::{Bytes, Ownership, VmUid};
 use rustix::process::{Pid, Resource, Rlimit, prlimit};
 
 use crate::{Child, Network, Tap, binary, probe, wait_for};
@@ -344,7 +343,7 @@ impl TestVm {
     ///
     /// # Errors
     /// When it has written none.
-    pub fn written_tenure(&self) -> Result<WrittenTenure> {
+    pub fn written_tenure(&self) -> Result<Ownership> {
         let path = self.directory.join("tenure.json");
         let json = fs::read(&path).with_context(|| format!("read {}", path.display()))?;
         serde_json::from_slice(&json).with_context(|| format!("read {}", path.display()))

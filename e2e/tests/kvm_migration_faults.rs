@@ -12,8 +12,7 @@ use bascule_e2e::{
 use bascule_ipc::vm::{
     MigrationLimits, MigrationPhase, Request, Response, StartMode, StopReason, VmState,
 };
-use bascule_types::{AttemptId, Epoch};
-use bascule_volume_format::change::{Answer, Change};
+use bascule_types::{Answer, AttemptId, Change, Epoch};
 
 const SOON: Duration = Duration::from_secs(60);
 

@@ -3,12 +3,11 @@
 use bascule_ipc::vm::Request as VmRequest;
 use bascule_ipc::volume::Request as VolumeRequest;
 use bascule_node_api::command::{Command, Outcome, RejectReason};
-use bascule_types::VmUid;
+use bascule_types::{Ownership, VmUid};
 
 use crate::imports::ImportOrder;
 use crate::reservation;
 use crate::supervisor::{Rejection, Supervisor};
-use crate::vms::Tenure;
 
 impl Supervisor {
     /// Executes one command.
@@ -61,7 +60,7 @@ impl Supervisor {
                 restore,
             } => self.start_vm(
                 spec,
-                Tenure {
+                Ownership {
                     owner: *owner,
                     epoch: *epoch,
                 },
@@ -75,7 +74,7 @@ impl Supervisor {
             } => self.prepare_incoming(
                 spec,
                 *attempt,
-                Tenure {
+                Ownership {
                     owner: *owner,
                     epoch: *epoch,
                 },

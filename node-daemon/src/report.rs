@@ -7,11 +7,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Result;
-use bascule_ipc::vm::{Home, StopReason, VmConfig, VmState, VmStatus, WrittenTenure};
+use bascule_ipc::vm::{Home, StopReason, VmConfig, VmState, VmStatus};
 use bascule_ipc::volume::VolumeStatus;
 use bascule_node_api::command::VmSpec;
 use bascule_node_api::report::{ImportReport, NodeReport, VmReport, VolumeReport};
-use bascule_types::{Bytes, VmUid};
+use bascule_types::{Bytes, Ownership, VmUid};
 
 use crate::asking::Asker;
 use crate::supervisor::{Supervisor, is_alive};
@@ -134,14 +134,16 @@ impl Supervisor {
 
     /// A status for a process that gives none.
     fn last_known(&self, vm: VmUid, pid: u32, state: VmState) -> VmStatus {
-        let tenure = last_tenure(&self.paths.vm(vm));
+        let ownership = last_ownership(&self.paths.vm(vm));
         VmStatus {
             uid: vm,
             release: String::new(),
             pid,
             state,
-            owner: tenure.map(|tenure| tenure.owner),
-            epoch: tenure.map(|tenure| tenure.epoch).unwrap_or_default(),
+            owner: ownership.map(|ownership| ownership.owner),
+            epoch: ownership
+                .map(|ownership| ownership.epoch)
+                .unwrap_or_default(),
             listening: None,
             migration: None,
             io_stalled: false,
@@ -173,14 +175,14 @@ fn by_name(mut reports: Vec<VmReport>) -> Vec<VmReport> {
     reports
 }
 
-/// The tenure of the process in `folder`: as it wrote itself, or else the one it was started for.
-fn last_tenure(folder: &Path) -> Option<WrittenTenure> {
+/// The ownership of the process in `folder`: as it wrote itself, or else the one it was started for.
+fn last_ownership(folder: &Path) -> Option<Ownership> {
     let read = |name: &str| fs::read(folder.join(name)).ok();
-    let written = read("tenure.json").and_then(|bytes| serde_json::from_slice(&bytes).ok());
+    let written = read("ownership.json").and_then(|bytes| serde_json::from_slice(&bytes).ok());
     let started = || {
         let config: VmConfig = serde_json::from_slice(&read("config.json")?).ok()?;
         let Home { owner, epoch, .. } = config.home?;
-        Some(WrittenTenure { owner, epoch })
+        Some(Ownership { owner, epoch })
     };
     written.or_else(started)
 }
@@ -217,20 +219,20 @@ mod tests {
 
     use super::*;
 
-    /// One that had come by a live migration was reported in the tenure of the node that it came from
+    /// One that had come by a live migration was reported in the ownership of the node that it came from
     /// when it was killed, or did not answer for a moment.
     #[test]
     fn a_silent_process_is_reported_in_the_tenure_that_it_has_written() {
         let folder = tempfile::tempdir().unwrap();
-        assert_eq!(last_tenure(folder.path()), None);
-        let tenure = |epoch| WrittenTenure {
+        assert_eq!(last_ownership(folder.path()), None);
+        let ownership = |epoch| Ownership {
             owner: Owner {
                 slot: SlotId(1),
                 generation: Generation(7),
             },
             epoch: Epoch(epoch),
         };
-        let started = tenure(3);
+        let started = ownership(3);
         let config = VmConfig {
             version: VmConfig::VERSION,
             uid: VmUid::random(),
@@ -254,9 +256,9 @@ mod tests {
         };
         let put = |name: &str, json: Vec<u8>| fs::write(folder.path().join(name), json).unwrap();
         put("config.json", serde_json::to_vec(&config).unwrap());
-        assert_eq!(last_tenure(folder.path()), Some(started));
-        put("tenure.json", serde_json::to_vec(&tenure(4)).unwrap());
-        assert_eq!(last_tenure(folder.path()), Some(tenure(4)));
+        assert_eq!(last_ownership(folder.path()), Some(started));
+        put("ownership.json", serde_json::to_vec(&ownership(4)).unwrap());
+        assert_eq!(last_ownership(folder.path()), Some(ownership(4)));
     }
 
     #[test]

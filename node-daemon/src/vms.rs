@@ -14,7 +14,7 @@ use bascule_ipc::vm::{
 };
 use bascule_ipc::{IpcError, Kind};
 use bascule_node_api::command::{Outcome, RejectReason, VmSpec};
-use bascule_types::{AttemptId, Epoch, Owner, VmUid};
+use bascule_types::{AttemptId, Ownership, VmUid};
 
 use crate::files;
 use crate::local::{vm_call, wait_for};
@@ -32,13 +32,6 @@ pub(crate) enum Presence {
     Silent(u32),
     /// The remains of a process that has ended, and where it last stood, if it could say so.
     Ended(Option<VmState>),
-}
-
-/// How a VM process is to begin, and as whom.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Tenure {
-    pub(crate) owner: Owner,
-    pub(crate) epoch: Epoch,
 }
 
 impl Supervisor {
@@ -96,12 +89,12 @@ impl Supervisor {
     pub(crate) fn start_vm(
         &self,
         spec: &VmSpec,
-        tenure: Tenure,
+        ownership: Ownership,
         restore: bool,
     ) -> Result<Outcome, Rejection> {
         match self.presence(spec.uid) {
             Presence::Answering(status) if !is_over(&status.state) => {
-                return if status.owner == Some(tenure.owner) && status.epoch == tenure.epoch {
+                return if status.owner == Some(ownership.owner) && status.epoch == ownership.epoch {
                     Ok(Outcome::Done)
                 } else {
                     Err(wrong_state(&format!(
@@ -119,7 +112,7 @@ impl Supervisor {
         } else {
             StartMode::Boot
         };
-        self.launch_vm(spec, tenure, start)?;
+        self.launch_vm(spec, ownership, start)?;
         Ok(Outcome::Done)
     }
 
@@ -128,7 +121,7 @@ impl Supervisor {
         &self,
         spec: &VmSpec,
         attempt: AttemptId,
-        tenure: Tenure,
+        ownership: Ownership,
     ) -> Result<Outcome, Rejection> {
         match self.presence(spec.uid) {
             Presence::Answering(status) if !is_over(&status.state) => {
@@ -144,7 +137,7 @@ impl Supervisor {
             Presence::Absent => {}
         }
         let listen = SocketAddr::new(self.address, 0);
-        listening(&self.launch_vm(spec, tenure, StartMode::Incoming { listen, attempt })?)
+        listening(&self.launch_vm(spec, ownership, StartMode::Incoming { listen, attempt })?)
     }
 
     /// What a VM's process was started for.
@@ -213,7 +206,7 @@ impl Supervisor {
     fn launch_vm(
         &self,
         spec: &VmSpec,
-        tenure: Tenure,
+        ownership: Ownership,
         start: StartMode,
     ) -> Result<VmStatus, Rejection> {
         if let Some(message) = kvm_error() {
@@ -221,7 +214,7 @@ impl Supervisor {
         }
         let folder = self.paths.vm(spec.uid);
         fs::create_dir_all(&folder).with_context(|| format!("create {}", folder.display()))?;
-        let config = self.resolve(spec, tenure, start)?;
+        let config = self.resolve(spec, ownership, start)?;
         let json = serde_json::to_vec_pretty(&config).context("write config.json")?;
         files::replace(&folder.join("config.json"), &json, 0o600)?;
         let json = serde_json::to_vec_pretty(spec).context("write spec.json")?;
@@ -236,7 +229,7 @@ impl Supervisor {
         let pid = child.id();
         self.adopt_child(child);
         files::replace(&folder.join("pid"), pid.to_string().as_bytes(), 0o644)?;
-        tracing::info!(vm = %spec.uid, name = %config.name, epoch = %tenure.epoch, pid, "VM process started");
+        tracing::info!(vm = %spec.uid, name = %config.name, epoch = %ownership.epoch, pid, "VM process started");
         self.await_start(spec.uid, pid)
     }
 
@@ -268,7 +261,7 @@ impl Supervisor {
     fn resolve(
         &self,
         spec: &VmSpec,
-        tenure: Tenure,
+        ownership: Ownership,
         start: StartMode,
     ) -> Result<VmConfig, Rejection> {
         let mut interfaces = Vec::new();
@@ -315,8 +308,8 @@ impl Supervisor {
             interfaces,
             home: Some(Home {
                 socket: self.paths.volume_socket(&spec.volume),
-                owner: tenure.owner,
-                epoch: tenure.epoch,
+                owner: ownership.owner,
+                epoch: ownership.epoch,
             }),
             start,
             tls_dir: Some(self.paths.tls()),

@@ -13,8 +13,7 @@ use bascule_ipc::volume::{FencingMode, Request, Response, VolumeStatus};
 use bascule_ipc::{Kind, watchdog};
 use bascule_node_api::VOLUME_PORT_FIRST;
 use bascule_node_api::command::{Backing, FormatOptions, Outcome, RejectReason};
-use bascule_types::{ClusterId, VolumeId};
-use bascule_volume_format::change::Change;
+use bascule_types::{Change, ClusterId, VolumeId};
 
 use crate::files;
 use crate::local::{volume_call, wait_for};

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context, Result};
-use bascule_api::names::FIELD_MANAGER;
+use bascule_crds::names::FIELD_MANAGER;
 use bascule_pki::{Authority, Identity};
 use k8s_openapi::ByteString;
 use k8s_openapi::api::core::v1::{ConfigMap, Secret};

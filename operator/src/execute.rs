@@ -6,10 +6,10 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use bascule_api::names::{
+use bascule_crds::names::{
     FIELD_MANAGER, LABEL_PURPOSE, LABEL_TRIGGER, LABEL_VM, TRIGGER_DRAIN, VM_FINALIZER,
 };
-use bascule_api::{
+use bascule_crds::{
     Failover, FailoverSpec, VirtualMachine, VirtualMachineMigration, VirtualMachineMigrationSpec,
 };
 use bascule_node_api::command::{Command, VmSpec};
@@ -238,7 +238,7 @@ impl Execution<'_> {
             uid: self.intent.uid.to_string(),
             node: node.to_owned(),
             volume: self.intent.volume.clone(),
-            owner: records::fingerprint(owner),
+            owner: records::owner_status(owner),
             epoch: epoch.to_string(),
         };
         let failover = Failover {

@@ -3,13 +3,12 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use bascule_api::{DeletionPolicy, Disk, Source, SourceKind, VirtualMachine, mac_address};
+use bascule_crds::{DeletionPolicy, Disk, Source, SourceKind, VirtualMachine, mac_address};
 use bascule_node_api::command::{DiskRef, Interface, VmSpec};
 use bascule_operator_core::{
     Budgets, DiskIntent, ImageSource, Moment, Origin, RestartBudget, SpecDigest, VmIntent,
 };
-use bascule_types::Bytes;
-use bascule_volume_format::change::{DiskRole, RowName};
+use bascule_types::{Bytes, DiskRole, RowName};
 use sha2::{Digest, Sha256};
 
 /// What the core is to bring about.
@@ -50,7 +49,7 @@ pub(crate) fn intent(vm: &VirtualMachine) -> Result<VmIntent> {
             bandwidth: limits
                 .bandwidth
                 .as_ref()
-                .map(bascule_api::Quantity::to_bytes)
+                .map(bascule_crds::Quantity::to_bytes)
                 .transpose()?,
         },
         restart: RestartBudget {
@@ -128,7 +127,7 @@ pub(crate) fn moment(at: &jiff::Timestamp) -> Moment {
 }
 
 fn has_finalizer(vm: &VirtualMachine) -> bool {
-    let ours = |finalizer: &String| finalizer == bascule_api::names::VM_FINALIZER;
+    let ours = |finalizer: &String| finalizer == bascule_crds::names::VM_FINALIZER;
     vm.metadata.finalizers.iter().flatten().any(ours)
 }
 

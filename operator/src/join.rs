@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use bascule_api::names::JOIN_AUDIENCE;
+use bascule_crds::names::JOIN_AUDIENCE;
 use bascule_node_api::proto::join_server::{Join, JoinServer};
 use bascule_node_api::proto::{JoinRequest, JoinResponse};
 use bascule_pki::{Authority, OPERATOR_NAME};

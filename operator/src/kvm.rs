@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use bascule_api::names::reason;
+use bascule_crds::names::reason;
 use kube::runtime::events::{Event, EventType};
 use kube::{Resource, ResourceExt};
 

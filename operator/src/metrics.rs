@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicI64, AtomicU64};
 
-use bascule_api::{
+use bascule_crds::{
     MigrationMode, MigrationPhase, Phase, VirtualMachine, VirtualMachineMigrationStatus,
 };
 use prometheus_client::encoding::{EncodeLabelSet, text};
@@ -191,7 +191,7 @@ impl Metrics {
             .progress
             .as_ref()
             .and_then(|p| p.measured_downtime.as_ref());
-        if let Some(Ok(downtime)) = measured.map(bascule_api::Duration::to_std) {
+        if let Some(Ok(downtime)) = measured.map(bascule_crds::Duration::to_std) {
             self.downtime.observe(downtime.as_secs_f64());
         }
     }

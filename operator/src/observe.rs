@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use bascule_api::names::{LABEL_TRIGGER, TRIGGER_DRAIN};
-use bascule_api::{
+use bascule_crds::names::{LABEL_TRIGGER, TRIGGER_DRAIN};
+use bascule_crds::{
     Failover, FailoverPhase, MigrationPhase, SharedVolume, VirtualMachine, VirtualMachineMigration,
 };
 use bascule_ipc::volume::{FencingMode, PathState, Rows};
@@ -71,9 +71,9 @@ pub(crate) fn observe(
 fn volume_view(sv: &SharedVolume, states: &BTreeMap<String, NodeState>) -> Fact<VolumeView> {
     let name = sv.name_any();
     let fencing = match sv.spec.fencing.mode {
-        bascule_api::FencingMode::LeaseOnly => FencingMode::LeaseOnly,
+        bascule_crds::FencingMode::LeaseOnly => FencingMode::LeaseOnly,
         // One that is refused is never attached.
-        bascule_api::FencingMode::Watchdog | bascule_api::FencingMode::PersistentReservation => {
+        bascule_crds::FencingMode::Watchdog | bascule_crds::FencingMode::PersistentReservation => {
             FencingMode::Watchdog
         }
     };

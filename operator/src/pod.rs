@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context, Result};
-use bascule_api::VirtualMachine;
-use bascule_api::names::{
+use bascule_crds::VirtualMachine;
+use bascule_crds::names::{
     ANNOTATION_SPEC_DIGEST, LABEL_PURPOSE, LABEL_ROLE, LABEL_VM, ROLE_RESERVATION,
 };
 use bascule_node_api::command::VmSpec;

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use bascule_api::{Failover, FailoverPhase, MigrationPhase, VirtualMachineMigration};
+use bascule_crds::{Failover, FailoverPhase, MigrationPhase, VirtualMachineMigration};
 use bascule_operator_core::{ClosedRecord, RecordKind, surplus};
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;

@@ -1,16 +1,15 @@
 //! The statuses of VirtualMachineMigrations and Failovers.
 
 use anyhow::Result;
-use bascule_api::names::{condition, reason};
-use bascule_api::{
-    Duration, Failover, FailoverPhase, FailoverStatus, FencingProof, Fingerprint, MigrationPhase,
+use bascule_crds::names::{condition, reason};
+use bascule_crds::{
+    Duration, Failover, FailoverPhase, FailoverStatus, FencingProof, MigrationPhase,
     MigrationProgress, ProofKind, Quantity, VirtualMachine, VirtualMachineMigration,
     VirtualMachineMigrationStatus, set_condition,
 };
 use bascule_ipc::vm::{self, MigrationStatus};
 use bascule_operator_core::{self as core, FailoverUpdate, MigrationUpdate, Purpose};
-use bascule_types::Owner;
-use bascule_volume_format::change::{AdministratorsWord, FenceProof};
+use bascule_types::{AdminConfirmation, FenceProof, Owner};
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::api::Patch;
@@ -296,10 +295,10 @@ fn proof_of(proof: FenceProof) -> FencingProof {
             ProofKind::SafeTimeElapsed,
             format!("silent for {watched_ms} ms of the {required_ms} ms required"),
         ),
-        FenceProof::Administrator(AdministratorsWord::Confirmed) => {
+        FenceProof::Administrator(AdminConfirmation::Confirmed) => {
             (ProofKind::Administrator, "confirmed".to_owned())
         }
-        FenceProof::Administrator(AdministratorsWord::OutOfServiceTaint) => (
+        FenceProof::Administrator(AdminConfirmation::OutOfServiceTaint) => (
             ProofKind::OutOfServiceTaint,
             "node.kubernetes.io/out-of-service".to_owned(),
         ),
@@ -309,8 +308,8 @@ fn proof_of(proof: FenceProof) -> FencingProof {
 }
 
 /// A slot and generation, as documents write them.
-pub(crate) fn fingerprint(owner: Owner) -> Fingerprint {
-    Fingerprint {
+pub(crate) fn owner_status(owner: Owner) -> bascule_crds::Owner {
+    bascule_crds::Owner {
         slot: i32::from(owner.slot.0),
         generation: owner.generation.to_string(),
     }

@@ -1,7 +1,7 @@
 //! The status of a VirtualMachine.
 
-use bascule_api::names::{condition, reason};
-use bascule_api::{
+use bascule_crds::names::{condition, reason};
+use bascule_crds::{
     DiskState, DiskStatus, InterfaceStatus, Ownership, Phase, Quantity, VirtualMachine,
     VirtualMachineStatus, mac_address, set_condition,
 };
@@ -11,7 +11,7 @@ use bascule_operator_core::{
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
-use crate::records::{condition_of, fingerprint, word};
+use crate::records::{condition_of, owner_status, word};
 
 /// The status that a plan's report and what was observed make.
 pub(crate) fn status(
@@ -79,7 +79,7 @@ pub(crate) fn status(
 
 fn ownership(row: &RowView) -> Ownership {
     Ownership {
-        owner: row.owner.map(fingerprint),
+        owner: row.owner.map(owner_status),
         epoch: row.epoch.to_string(),
     }
 }
@@ -147,7 +147,7 @@ fn time(at: Moment) -> Option<Time> {
 
 #[cfg(test)]
 mod tests {
-    use bascule_api::condition_is;
+    use bascule_crds::condition_is;
     use bascule_operator_core::{Reported, VolumeView, plan};
     use serde_json::json;
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use bascule_api::names::FIELD_MANAGER;
+use bascule_crds::names::FIELD_MANAGER;
 use bascule_operator_core::Moment;
 use bascule_types::ClusterId;
 use jiff::Timestamp;

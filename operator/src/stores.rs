@@ -5,8 +5,8 @@ use std::hash::Hash;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use bascule_api::names::{LABEL_ROLE, ROLE_RESERVATION};
-use bascule_api::{Failover, SharedVolume, VirtualMachine, VirtualMachineMigration};
+use bascule_crds::names::{LABEL_ROLE, ROLE_RESERVATION};
+use bascule_crds::{Failover, SharedVolume, VirtualMachine, VirtualMachineMigration};
 use futures::StreamExt;
 use k8s_openapi::api::core::v1::{Node, Pod};
 use kube::runtime::reflector::{self, Store};

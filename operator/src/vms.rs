@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::Result;
-use bascule_api::VirtualMachine;
-use bascule_api::names::{condition, reason};
+use bascule_crds::VirtualMachine;
+use bascule_crds::names::{condition, reason};
 use bascule_operator_core::{History, plan};
 use jiff::Timestamp;
 use kube::api::Patch;
@@ -187,7 +187,7 @@ async fn report_invalid(cluster: &Cluster, vm: &VirtualMachine, message: &str) -
         Timestamp::now(),
     );
     ready.observed_generation = vm.metadata.generation;
-    bascule_api::set_condition(&mut status.conditions, ready);
+    bascule_crds::set_condition(&mut status.conditions, ready);
     if vm.status.as_ref() == Some(&status) {
         return Ok(());
     }

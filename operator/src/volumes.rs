@@ -7,8 +7,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use bascule_api::names::{ANNOTATION_CONFIRM_FENCED, FIELD_MANAGER, VOLUME_FINALIZER};
-use bascule_api::{Initialize, SharedVolume};
+use bascule_crds::names::{ANNOTATION_CONFIRM_FENCED, FIELD_MANAGER, VOLUME_FINALIZER};
+use bascule_crds::{Initialize, SharedVolume};
 use bascule_ipc::volume::{FencingMode, Rows};
 use bascule_node_api::command::{Backing, Command, FormatOptions, Outcome, RejectReason};
 use bascule_operator_core::{
@@ -147,9 +147,9 @@ fn intent(volume: &SharedVolume) -> VolumeIntent {
 
 const fn fencing(volume: &SharedVolume) -> Option<FencingMode> {
     match volume.spec.fencing.mode {
-        bascule_api::FencingMode::Watchdog => Some(FencingMode::Watchdog),
-        bascule_api::FencingMode::LeaseOnly => Some(FencingMode::LeaseOnly),
-        bascule_api::FencingMode::PersistentReservation => None,
+        bascule_crds::FencingMode::Watchdog => Some(FencingMode::Watchdog),
+        bascule_crds::FencingMode::LeaseOnly => Some(FencingMode::LeaseOnly),
+        bascule_crds::FencingMode::PersistentReservation => None,
     }
 }
 
@@ -191,7 +191,7 @@ fn observe(
         })
         .collect();
     nodes.sort_by(|a, b| a.name.cmp(&b.name));
-    let uses = |vm: &bascule_api::VirtualMachine| vm.spec.volume == name;
+    let uses = |vm: &bascule_crds::VirtualMachine| vm.spec.volume == name;
     VolumeObserved {
         nodes,
         format: memory.format.clone(),
@@ -407,7 +407,7 @@ fn backing(volume: &SharedVolume) -> Result<Backing> {
 
 fn options(volume: &SharedVolume) -> Result<FormatOptions> {
     let timing = &volume.spec.timing;
-    let ms = |duration: &bascule_api::Duration| -> Result<u64> {
+    let ms = |duration: &bascule_crds::Duration| -> Result<u64> {
         u64::try_from(duration.to_std()?.as_millis()).context("spec.timing")
     };
     let lease = ms(&timing.lease)?;

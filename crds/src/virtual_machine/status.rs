@@ -4,7 +4,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::{Fingerprint, Phase, Quantity};
+use crate::{Owner, Phase, Quantity};
 
 /// What is known of the virtual machine. The volume's own records are right about who may run it;
 /// this is a report of them.
@@ -65,7 +65,7 @@ pub struct VirtualMachineStatus {
 pub struct Ownership {
     /// The owner; none when the virtual machine is stopped.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub owner: Option<Fingerprint>,
+    pub owner: Option<Owner>,
     /// How often the ownership has changed hands, as text because it may exceed what JSON numbers
     /// hold exactly.
     pub epoch: String,

@@ -72,7 +72,7 @@ impl Lab {
     pub(crate) fn print_bascule(&self) {
         let show = [
             "get",
-            "vm,sv,vmm,failover,pod,node",
+            "vm,sv,vmmig,failover,pod,node",
             "--all-namespaces",
             "-o",
             "wide",

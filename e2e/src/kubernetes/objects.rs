@@ -75,7 +75,7 @@ pub(super) fn ended(object: &Value) -> Result<Moved> {
 
 pub(super) fn moves(lab: &Lab, vm: &str) -> Result<Vec<Moved>> {
     let list = lab.get(&[
-        "vmm",
+        "vmmig",
         "-n",
         NAMESPACE,
         "--sort-by=.metadata.creationTimestamp",

@@ -7,8 +7,7 @@ use std::os::unix::fs::FileExt;
 use std::time::SystemTime;
 
 use anyhow::{Context, Result, ensure};
-use bascule_types::{Epoch, Lba, SlotId};
-use bascule_volume_format::change::{DiskRow, VmRow};
+use bascule_types::{DiskRow, Epoch, Lba, SlotId, VmRow};
 use bascule_volume_format::{BLOCK_BYTES_U64, BlockStore, Metadata, Severity, check_volume};
 
 use super::{ClusterVm, Installation, NAMESPACE};
@@ -137,8 +136,7 @@ impl BlockStore for ReadOnly {
 
 #[cfg(test)]
 mod tests {
-    use bascule_types::{Bytes, DiskId};
-    use bascule_volume_format::change::{DiskRole, ExtentRun, RowName};
+    use bascule_types::{Bytes, DiskId, DiskRole, ExtentRun, RowName};
 
     use super::*;
 

@@ -170,7 +170,7 @@ fn a_migration_that_makes_no_sense_is_refused_with_its_reason() {
         // Nothing can take it while the other node is cordoned: the first waits, the second is told.
         ask("first", "mover", "");
         lab.wait_for("the first to be under way", SAID_LIMIT, || {
-            let first = lab.get(&["vmm", "first", "-n", NAMESPACE])?;
+            let first = lab.get(&["vmmig", "first", "-n", NAMESPACE])?;
             ensure!(first["status"]["phase"] == "Placing", "{}", first["status"]);
             Ok(())
         })
@@ -369,7 +369,7 @@ fn await_ready_says(cluster: &Installation, object: &[&str], reason: &str, words
 fn await_refusal(cluster: &Installation, migration: &str, reason: &str) {
     let what = format!("migration {migration} to be refused as {reason}");
     let said = cluster.lab().wait_for(&what, SAID_LIMIT, || {
-        let object = cluster.lab().get(&["vmm", migration, "-n", NAMESPACE])?;
+        let object = cluster.lab().get(&["vmmig", migration, "-n", NAMESPACE])?;
         let told = complaint(&object, "Complete")?;
         ensure!(told.starts_with(&format!("{reason}: ")), "it says {told}");
         ensure!(

@@ -45,7 +45,9 @@ fn a_guest_that_does_not_converge_leaves_by_quick_migration_at_once() {
             [("Live", "Failed"), ("Quick", "Succeeded")],
             "{moves:?}"
         );
-        let live = lab.get(&["vmm", &moves[0].name, "-n", NAMESPACE]).unwrap();
+        let live = lab
+            .get(&["vmmig", &moves[0].name, "-n", NAMESPACE])
+            .unwrap();
         let reason = &live["status"]["conditions"][0]["reason"];
         assert_eq!(reason, "NotConverging", "{live}");
     });

@@ -5,8 +5,9 @@ use std::path::PathBuf;
 
 use bascule_ipc::vm::MigrationLimits;
 use bascule_ipc::volume::{FencingMode, Rows};
-use bascule_types::{AttemptId, Bytes, ClusterId, DiskId, Epoch, Owner, VmUid, VolumeId};
-use bascule_volume_format::change::{Answer, Change, Refusal};
+use bascule_types::{
+    Answer, AttemptId, Bytes, Change, ClusterId, DiskId, Epoch, Owner, Refusal, VmUid, VolumeId,
+};
 use serde::{Deserialize, Serialize};
 
 /// One command. All are idempotent.
@@ -240,7 +241,7 @@ pub struct FormatOptions {
     /// Let the kernel's software watchdog count as one.
     #[serde(default)]
     pub allow_software_watchdog: bool,
-    /// Let the out-of-service taint count as an administrator's word.
+    /// Let the out-of-service taint count as an administrator's fencing confirmation.
     #[serde(default)]
     pub allow_out_of_service_taint: bool,
 }

@@ -25,8 +25,7 @@ mod slab;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use bascule_types::Bytes;
-use bascule_volume_format::change::ExtentRun;
+use bascule_types::{Bytes, ExtentRun};
 
 pub use engine::{Completion, DiskEngine, DiskRequest, EngineView, Operation};
 pub use extent::{ExtentError, ExtentMap};

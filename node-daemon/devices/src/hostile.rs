@@ -5,8 +5,7 @@
 use std::os::unix::net::UnixDatagram;
 use std::sync::Arc;
 
-use bascule_types::{Bytes as ByteCount, Lba};
-use bascule_volume_format::change::ExtentRun;
+use bascule_types::{Bytes as ByteCount, ExtentRun, Lba};
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress};
 

@@ -228,16 +228,6 @@ pub struct LastState {
     pub state: VmState,
 }
 
-/// What a process leaves in `tenure.json` of its run directory when it becomes the VM's writer: as whom.
-/// After a live migration that is not the tenure of its [`VmConfig`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct WrittenTenure {
-    /// The owner of the VM's row.
-    pub owner: Owner,
-    /// The row's epoch.
-    pub epoch: Epoch,
-}
-
 /// Where a VM process stands.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum VmState {

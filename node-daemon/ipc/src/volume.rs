@@ -2,9 +2,9 @@
 
 use std::net::SocketAddr;
 
-use bascule_types::{Bytes, ClusterId, Epoch, NodeUid, Owner, SlotId, VmUid, VolumeId};
-use bascule_volume_format::change::{
-    Answer, Change, DiskRow, FenceRow, Refusal, SavedStateRow, VmRow,
+use bascule_types::{
+    Answer, Bytes, Change, ClusterId, DiskRow, Epoch, FenceRow, NodeUid, Owner, Refusal,
+    SavedStateRow, SlotId, VmRow, VmUid, VolumeId,
 };
 use serde::{Deserialize, Serialize};
 
@@ -143,7 +143,7 @@ pub enum PathState {
 pub enum FencingMode {
     /// A hardware watchdog resets a node that cannot renew its lease.
     Watchdog,
-    /// Nothing resets a node: only an administrator's word fences it.
+    /// Nothing resets a node: only an administrator's fencing confirmation fences it.
     LeaseOnly,
 }
 

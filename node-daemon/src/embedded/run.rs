@@ -9,8 +9,9 @@ use bascule_ipc::vm::{Request as VmRequest, StopReason, VmState};
 use bascule_ipc::volume::{Request, Rows};
 use bascule_node_api::command::{Backing, Outcome};
 use bascule_node_api::report::ImportState;
-use bascule_types::{DiskId, Epoch, Owner, VmUid};
-use bascule_volume_format::change::{Answer, Change, DiskRow, Refusal, VmRow};
+use bascule_types::{
+    Answer, Change, DiskId, DiskRow, Epoch, Owner, Ownership, Refusal, VmRow, VmUid,
+};
 
 use super::console::{self, Left};
 use super::spec::{Document, WantedDisk};
@@ -20,7 +21,7 @@ use crate::imports::ImportOrder;
 use crate::local::wait_for;
 use crate::paths::Paths;
 use crate::supervisor::{Identity, Parts, Rejection, Supervisor};
-use crate::vms::{Presence, Tenure, is_over};
+use crate::vms::{Presence, is_over};
 
 /// `bascule-node run`
 #[derive(Debug, clap::Args)]
@@ -91,8 +92,8 @@ fn start_unless_here(node: &Supervisor, document: &Document, owner: Owner) -> Re
     }
     create(node, document)?;
     let epoch = acquire(node, document, owner)?;
-    import_all(node, document, Tenure { owner, epoch })?;
-    node.start_vm(&document.spec, Tenure { owner, epoch }, false)?;
+    import_all(node, document, Ownership { owner, epoch })?;
+    node.start_vm(&document.spec, Ownership { owner, epoch }, false)?;
     check_started(node, vm)
 }
 
@@ -248,7 +249,7 @@ fn acquire(node: &Supervisor, document: &Document, owner: Owner) -> Result<Epoch
     }
 }
 
-fn import_all(node: &Supervisor, document: &Document, tenure: Tenure) -> Result<()> {
+fn import_all(node: &Supervisor, document: &Document, ownership: Ownership) -> Result<()> {
     for wanted in &document.disks {
         let disk = match &wanted.fill {
             None => {
@@ -270,7 +271,7 @@ fn import_all(node: &Supervisor, document: &Document, tenure: Tenure) -> Result<
             }
         };
         if disk.importing {
-            import_one(node, document, tenure, wanted, disk.disk)?;
+            import_one(node, document, ownership, wanted, disk.disk)?;
         }
     }
     Ok(())
@@ -279,7 +280,7 @@ fn import_all(node: &Supervisor, document: &Document, tenure: Tenure) -> Result<
 fn import_one(
     node: &Supervisor,
     document: &Document,
-    tenure: Tenure,
+    ownership: Ownership,
     wanted: &WantedDisk,
     disk: DiskId,
 ) -> Result<()> {
@@ -290,8 +291,8 @@ fn import_one(
     node.import(&ImportOrder {
         volume: &document.spec.volume,
         vm: document.spec.uid,
-        owner: tenure.owner,
-        epoch: tenure.epoch,
+        owner: ownership.owner,
+        epoch: ownership.epoch,
         disk,
         source,
     })

@@ -6,7 +6,7 @@ use serde_json::Value;
 
 /// Checks that every field of a VirtualMachine document is one of the kind's.
 pub(super) fn check_fields(document: &Value) -> Result<()> {
-    let kinds = bascule_api::crds();
+    let kinds = bascule_crds::crds();
     let kind = kinds.first().context("the API has no kinds")?;
     let kind = serde_json::to_value(kind).context("write the kind's schema")?;
     let schema = kind.pointer("/spec/versions/0/schema/openAPIV3Schema/properties/spec");

@@ -4,10 +4,9 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
-use bascule_api::{Source, VirtualMachine};
+use bascule_crds::{Source, VirtualMachine};
 use bascule_node_api::command::{DiskRef, ImportSource, Interface, VmSpec};
-use bascule_types::{Bytes, VmUid};
-use bascule_volume_format::change::{DiskRole, RowName};
+use bascule_types::{Bytes, DiskRole, RowName, VmUid};
 use sha2::{Digest, Sha256};
 
 use super::schema::check_fields;

@@ -6,8 +6,7 @@ use std::path::PathBuf;
 use anyhow::{Result, bail};
 use bascule_ipc::volume::FencingMode;
 use bascule_node_api::command::{Backing, Command, FormatOptions, Outcome};
-use bascule_types::{Bytes, Generation, Owner, SlotId};
-use bascule_volume_format::change::{AdministratorsWord, Change};
+use bascule_types::{AdminConfirmation, Bytes, Change, Generation, Owner, SlotId};
 
 use super::peer::Peer;
 use super::run::{attach, granted, own_slot, rows, supervisor};
@@ -194,7 +193,7 @@ fn confirm(args: &ConfirmArgs) -> Result<()> {
     };
     let change = Change::ConfirmFenced {
         victim,
-        word: AdministratorsWord::Confirmed,
+        word: AdminConfirmation::Confirmed,
     };
     let answer = granted(node.change(&args.name, change))?;
     println!("Recorded: {answer:?}. Its VMs can be started elsewhere now.");

@@ -5,8 +5,7 @@ use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use bascule_types::Owner;
-use bascule_volume_format::change::ExtentRun;
+use bascule_types::{ExtentRun, Owner};
 use bascule_volume_gate::{GateReader, boot_time_now};
 use rustix::fs::{FallocateFlags, fallocate};
 

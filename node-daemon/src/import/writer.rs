@@ -9,8 +9,7 @@ use anyhow::{Context, Result, bail};
 use bascule_ipc::Connection;
 use bascule_ipc::volume::{Request, Response};
 use bascule_node_api::report::{ImportReport, ImportState};
-use bascule_types::Bytes;
-use bascule_volume_format::change::{Change, DiskRow};
+use bascule_types::{Bytes, Change, DiskRow};
 use bascule_volume_gate::GateReader;
 use sha2::{Digest, Sha256};
 

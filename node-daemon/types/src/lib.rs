@@ -1,13 +1,23 @@
-//! The vocabulary that all of Bascule's crates share: identities, units and ownership.
+//! The types that all of Bascule's crates share: identities, units, ownership, and the requests,
+//! rows and refusals of a volume's metadata.
 //!
 //! This crate holds plain values only. It must not know Kubernetes, KVM, sockets or files.
-//! Read next: `bascule-volume-format` (how these values lie on a disk) and `bascule-ipc` (how they
+//! Read next: [`Change`] (every request to a volume), `bascule-volume-format` (how these values lie on a disk) and `bascule-ipc` (how they
 //! travel between a node's processes).
 
 mod id;
 mod owner;
+mod refusals;
+mod requests;
+mod rows;
 mod units;
 
 pub use id::{AttemptId, ClusterId, DiskId, NodeUid, ParseIdError, VmUid, VolumeId};
-pub use owner::{Epoch, Generation, Owner, SlotId};
+pub use owner::{Epoch, Generation, Owner, Ownership, SlotId};
+pub use refusals::{MissingProof, Refusal, Table};
+pub use requests::{Answer, Change};
+pub use rows::{
+    AdminConfirmation, DiskRole, DiskRow, ExtentRun, FenceProof, FenceRow, RowName, SavedStateRow,
+    SavedStateSum, VmRow,
+};
 pub use units::{BootTime, Bytes, Lba, Sectors, UnitError};

@@ -46,7 +46,8 @@ counter!(
     Generation(u64)
 );
 counter!(
-    /// One tenure over a virtual machine's disks. Rises on the volume before a new owner writes.
+    /// The number of an ownership of a virtual machine. The coordinator raises it on the volume before a
+    /// new owner may write.
     Epoch(u64)
 );
 
@@ -63,5 +64,29 @@ pub struct Owner {
 impl fmt::Display for Owner {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "slot {} generation {}", self.slot, self.generation)
+    }
+}
+
+/// The right to write a virtual machine's disks: its owner and the epoch of this ownership. At most
+/// one [`Ownership`] of a virtual machine is current; a later one always has a higher epoch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Ownership {
+    /// The slot and generation that may write.
+    pub owner: Owner,
+    /// The epoch that began with this ownership.
+    pub epoch: Epoch,
+}
+
+impl Ownership {
+    /// The ownership of `owner` in `epoch`.
+    #[must_use]
+    pub const fn new(owner: Owner, epoch: Epoch) -> Self {
+        Self { owner, epoch }
+    }
+}
+
+impl fmt::Display for Ownership {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} in epoch {}", self.owner, self.epoch)
     }
 }

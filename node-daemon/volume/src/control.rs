@@ -6,8 +6,7 @@ use std::time::Duration;
 
 use bascule_ipc::volume::{OpenedVm, Request, Response};
 use bascule_ipc::{Connection, IpcError, Kind};
-use bascule_types::{Bytes, Epoch, Lba, Owner, VmUid};
-use bascule_volume_format::change::{Answer, Change, DiskRow, Refusal};
+use bascule_types::{Answer, Bytes, Change, DiskRow, Epoch, Lba, Owner, Refusal, VmUid};
 use bascule_volume_format::{BlockStore, WatchdogKind};
 use bascule_volume_gate::boot_time_now;
 

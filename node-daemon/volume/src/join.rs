@@ -10,8 +10,7 @@
 
 use std::time::Duration;
 
-use bascule_types::Owner;
-use bascule_volume_format::change::{Answer, Change};
+use bascule_types::{Answer, Change, Owner};
 use bascule_volume_format::{LogError, SlotRow, recover};
 use bascule_volume_protocol::LeasePhase;
 

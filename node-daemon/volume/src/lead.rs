@@ -9,8 +9,7 @@
 use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 
 use bascule_ipc::volume::Rows;
-use bascule_types::{BootTime, DiskId, Epoch, Owner};
-use bascule_volume_format::change::{Change, FenceProof, MissingProof, Refusal};
+use bascule_types::{BootTime, Change, DiskId, Epoch, FenceProof, MissingProof, Owner, Refusal};
 use bascule_volume_format::{
     Asker, Context, CoordinatorEpoch, Decision, LeaderBlock, Log, LogError, MetaRecord, Metadata,
     Recovered, Witness, recover,

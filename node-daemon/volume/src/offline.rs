@@ -47,7 +47,7 @@ pub struct FormatArgs {
     /// Let a software watchdog (softdog) count. It hangs with the kernel that it should reset.
     #[arg(long)]
     allow_software_watchdog: bool,
-    /// Let the taint node.kubernetes.io/out-of-service count as an administrator's word.
+    /// Let the taint node.kubernetes.io/out-of-service count as an administrator's fencing confirmation.
     #[arg(long)]
     allow_out_of_service_taint: bool,
     /// How many nodes can attach the volume.
@@ -97,7 +97,7 @@ struct TimingArgs {
 enum FencingArg {
     /// The safe time elapsed under a hardware watchdog.
     Watchdog,
-    /// Only an administrator's word.
+    /// Manual fencing confirmation only.
     LeaseOnly,
     /// Not supported yet: refused.
     PersistentReservation,

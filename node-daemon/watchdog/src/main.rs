@@ -21,7 +21,7 @@ struct Arguments {
     #[arg(long, default_value = "/dev/watchdog", conflicts_with = "none")]
     device: PathBuf,
     /// This node has no watchdog. Volumes with fencing Watchdog then take over this node's virtual
-    /// machines only on an administrator's word.
+    /// machines only on an administrator's fencing confirmation.
     #[arg(long)]
     none: bool,
     /// Accept the kernel's softdog, which does not fire when its kernel hangs.

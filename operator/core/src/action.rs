@@ -3,10 +3,9 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use bascule_api::{MigrationMode, MigrationPhase, Phase};
+use bascule_crds::{MigrationMode, MigrationPhase, Phase};
 use bascule_ipc::vm::{MigrationLimits, MigrationStatus};
-use bascule_types::{AttemptId, DiskId, Epoch, Owner};
-use bascule_volume_format::change::{Change, FenceProof};
+use bascule_types::{AttemptId, Change, DiskId, Epoch, FenceProof, Owner};
 
 use crate::{ImageSource, Moment};
 

@@ -2,9 +2,8 @@
 
 use std::time::Duration;
 
-use bascule_api::{DrainPolicy, FailurePolicy, RunPolicy};
-use bascule_types::{Bytes, VmUid};
-use bascule_volume_format::change::{DiskRole, RowName};
+use bascule_crds::{DrainPolicy, FailurePolicy, RunPolicy};
+use bascule_types::{Bytes, DiskRole, RowName, VmUid};
 
 use crate::Moment;
 

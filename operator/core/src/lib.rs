@@ -27,7 +27,7 @@ mod verdict;
 mod volume;
 
 pub use action::{Action, Condition, FailoverUpdate, MigrationUpdate, Plan, Purpose, VmReport};
-pub use bascule_api::{
+pub use bascule_crds::{
     DrainPolicy, FailurePolicy, MigrationMode, MigrationPhase, Phase, RunPolicy,
 };
 pub use fact::{Fact, Moment};

@@ -7,11 +7,10 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
-use bascule_api::{MigrationMode, MigrationPhase, Phase};
+use bascule_crds::{MigrationMode, MigrationPhase, Phase};
 use bascule_ipc::vm::VmStatus;
 use bascule_ipc::volume::{FencingMode, PathState, WatchdogKind};
-use bascule_types::{AttemptId, Bytes, DiskId, Epoch, NodeUid, Owner};
-use bascule_volume_format::change::{DiskRow, FenceRow, Refusal};
+use bascule_types::{AttemptId, Bytes, DiskId, DiskRow, Epoch, FenceRow, NodeUid, Owner, Refusal};
 
 use crate::action::Purpose;
 use crate::{Fact, Moment, SpecDigest};

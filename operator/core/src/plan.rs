@@ -30,9 +30,9 @@ mod tests;
 
 use std::time::Duration;
 
-use bascule_api::names::reason;
+use bascule_crds::names::reason;
 use bascule_ipc::vm::VmState;
-use bascule_volume_format::change::Change;
+use bascule_types::Change;
 
 use crate::observed::RowView;
 use crate::{Action, Condition, Fact, Moment, Observed, Phase, Plan, Pod, VmIntent, VmReport};

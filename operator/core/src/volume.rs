@@ -1,12 +1,11 @@
 //! What to do next for one SharedVolume: see that it is formatted once, attached everywhere, and
-//! that an administrator's word reaches it.
+//! that an administrator's fencing confirmation reaches it.
 
 use std::time::Duration;
 
-use bascule_api::names::reason;
+use bascule_crds::names::reason;
 use bascule_ipc::volume::{FencingMode, PathState};
-use bascule_types::{NodeUid, Owner, VolumeId};
-use bascule_volume_format::change::{AdministratorsWord, Change};
+use bascule_types::{AdminConfirmation, Change, NodeUid, Owner, VolumeId};
 
 use crate::{Condition, Stream};
 
@@ -270,7 +269,7 @@ fn register(observed: &VolumeObserved, actions: &mut Vec<VolumeAction>) {
     }
 }
 
-/// An administrator's word, from the annotation or the taint, goes to the coordinator once.
+/// An administrator's fencing confirmation, from the annotation or the taint, goes to the coordinator once.
 fn confirm(intent: &VolumeIntent, observed: &VolumeObserved, actions: &mut Vec<VolumeAction>) {
     let Some(via) = reachable(observed) else {
         return;
@@ -282,11 +281,11 @@ fn confirm(intent: &VolumeIntent, observed: &VolumeObserved, actions: &mut Vec<V
     let words = intent
         .confirmed
         .iter()
-        .map(|owner| (*owner, AdministratorsWord::Confirmed))
+        .map(|owner| (*owner, AdminConfirmation::Confirmed))
         .chain(
             by_taint
                 .filter_map(|node| node.owner)
-                .map(|owner| (owner, AdministratorsWord::OutOfServiceTaint)),
+                .map(|owner| (owner, AdminConfirmation::OutOfServiceTaint)),
         );
     for (victim, word) in words.filter(|(victim, _)| !observed.fenced.contains(victim)) {
         let change = Change::ConfirmFenced { victim, word };
@@ -399,7 +398,7 @@ fn fencing(intent: &VolumeIntent) -> Condition {
             Condition::new(Some(true), reason::FENCING_IN_FORCE, message)
         }
         Some(FencingMode::LeaseOnly) => {
-            let message = "a takeover needs an administrator's word";
+            let message = "a takeover needs an administrator's fencing confirmation";
             Condition::new(Some(true), reason::FENCING_MANUAL, message)
         }
     }

@@ -1,11 +1,10 @@
 //! The actions that a node carries out.
 
 use anyhow::{Result, anyhow, bail};
-use bascule_api::names::reason;
+use bascule_crds::names::reason;
 use bascule_node_api::command::{Command, ImportSource, Outcome, RejectReason};
 use bascule_operator_core::{Action, ImageSource, VmIntent};
-use bascule_types::{AttemptId, Epoch, Owner};
-use bascule_volume_format::change::{Change, Refusal};
+use bascule_types::{AttemptId, Change, Epoch, Owner, Refusal};
 
 use super::{Execution, Refused, label};
 use crate::pod;

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 
 use anyhow::Result;
-use bascule_api::names::condition;
-use bascule_api::{
+use bascule_crds::names::condition;
+use bascule_crds::{
     KeptDisk, NodeAccess, NodeAccessState, Quantity, SharedVolume, SharedVolumeStatus,
     UnclaimedRow, set_condition,
 };
@@ -19,7 +19,7 @@ use serde_json::json;
 
 use crate::execute::{Cluster, apply};
 use crate::nodes::NodeState;
-use crate::records::fingerprint;
+use crate::records::owner_status;
 use crate::rows::status;
 
 /// What a status is made of.
@@ -163,7 +163,7 @@ fn node_access(
         reason,
         holder: node
             .owner
-            .map(fingerprint)
+            .map(owner_status)
             .or_else(|| earlier.filter(|_| !up)?.holder.clone()),
         watchdog: watchdog == Some(WatchdogKind::Hardware),
         kvm_error: state
@@ -225,8 +225,7 @@ const LISTED_MAX: usize = 200;
 
 #[cfg(test)]
 mod tests {
-    use bascule_types::{Bytes, DiskId, VmUid};
-    use bascule_volume_format::change::{DiskRole, DiskRow, RowName};
+    use bascule_types::{Bytes, DiskId, DiskRole, DiskRow, RowName, VmUid};
 
     use super::*;
 

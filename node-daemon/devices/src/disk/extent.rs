@@ -2,8 +2,7 @@
 
 use std::io;
 
-use bascule_types::Bytes;
-use bascule_volume_format::change::ExtentRun;
+use bascule_types::{Bytes, ExtentRun};
 
 /// A disk's bytes as runs of its volume, ordered by their place on the disk.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -7,8 +7,7 @@ use bascule_ipc::Connection;
 use bascule_ipc::volume::{Request, Response};
 use bascule_migrate::RowSeen;
 use bascule_migrate::commit::{Question, Reply, Transfer};
-use bascule_types::{VmUid, VolumeId};
-use bascule_volume_format::change::{Answer, Change, Refusal, VmRow};
+use bascule_types::{Answer, Change, Refusal, VmRow, VmUid, VolumeId};
 
 /// Whoever can transfer a machine's row, and read it.
 pub trait RowAuthority: Send {

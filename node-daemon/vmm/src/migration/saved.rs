@@ -26,8 +26,9 @@ use bascule_ipc::volume::{Request, Response};
 use bascule_migrate::commit::{Commit, Question, RowSeen, Terms};
 use bascule_migrate::source::ask_again_after;
 use bascule_migrate::wire::{Abort, AbortReason, Config, Features, Hello, VERSION_MAX};
-use bascule_types::{AttemptId, Bytes, Epoch, Owner, VmUid};
-use bascule_volume_format::change::{Answer, Change, SavedStateRow, SavedStateSum};
+use bascule_types::{
+    Answer, AttemptId, Bytes, Change, Epoch, Owner, SavedStateRow, SavedStateSum, VmUid,
+};
 
 use super::apply::layout_of;
 use super::control::MigrationControl;

@@ -13,8 +13,7 @@ use bascule_devices::disk::{AlwaysOpen, Disk, VolumeGate, WriteGate};
 use bascule_devices::net::{MacAddress, NetConfig, NetDevice, NetHandle, TapFd};
 use bascule_devices::rng::{RngConfig, RngDevice};
 use bascule_ipc::vm::{DiskConfig, DiskSource, VmConfig};
-use bascule_types::{Bytes, Lba};
-use bascule_volume_format::change::{DiskRole, DiskRow, ExtentRun};
+use bascule_types::{Bytes, DiskRole, DiskRow, ExtentRun, Lba};
 
 use super::volume::Opened;
 use crate::VmBuilder;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, bail, ensure};
 use bascule_ipc::vm::{Boot, ImageSource};
-use bascule_volume_format::change::{DiskRow, ExtentRun};
+use bascule_types::{DiskRow, ExtentRun};
 
 use super::volume::Opened;
 use crate::boot::{BootSource, Initrd};
@@ -140,8 +140,7 @@ impl Read for ExtentReader {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use bascule_types::{Bytes, DiskId, Lba};
-    use bascule_volume_format::change::DiskRole;
+    use bascule_types::{Bytes, DiskId, DiskRole, Lba};
     use std::io::Write;
 
     fn row(size: Bytes, extents: Vec<ExtentRun>) -> DiskRow {

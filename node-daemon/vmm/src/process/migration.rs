@@ -10,8 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use bascule_ipc::vm::{MigrationLimits, StartMode, StopReason, VmConfig};
-use bascule_types::{AttemptId, Epoch, Owner as Tenant, VmUid};
-use bascule_volume_format::change::SavedStateRow;
+use bascule_types::{AttemptId, Epoch, Owner as Tenant, SavedStateRow, VmUid};
 
 use super::owner::{Owner, OwnerHandle, Phase};
 use super::volume::{Opened, VolumeClient};

@@ -25,8 +25,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use anyhow::{Context as _, bail};
 use bascule_devices::disk::VolumeGate;
 use bascule_devices::failure::DeviceFailure;
-use bascule_ipc::vm::{LastState, StopReason, VmConfig, VmState, VmStatus, WrittenTenure};
-use bascule_types::{Epoch, Owner as Tenant};
+use bascule_ipc::vm::{LastState, StopReason, VmConfig, VmState, VmStatus};
+use bascule_types::{Epoch, Owner as Tenant, Ownership};
 
 pub(crate) use self::ending::Done;
 use self::ending::Waiters;
@@ -260,7 +260,7 @@ impl Owner {
     /// This process is the VM's writer from now on. Whoever finds it silent, or killed, shall know so.
     pub(crate) fn begin_tenure(&mut self, (owner, epoch): (Tenant, Epoch)) {
         self.tenure = Some((owner, epoch));
-        self.run_dir.write_tenure(&WrittenTenure { owner, epoch });
+        self.run_dir.write_tenure(&Ownership { owner, epoch });
     }
 
     /// This process is the VM's writer no more; returns the tenure that has ended.

@@ -5,8 +5,8 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
-use bascule_ipc::vm::{LastState, StopReason, VmState, WrittenTenure};
-use bascule_types::VmUid;
+use bascule_ipc::vm::{LastState, StopReason, VmState};
+use bascule_types::{Ownership, VmUid};
 use serde::Serialize;
 
 /// The directory of the configuration file.
@@ -48,7 +48,7 @@ impl RunDir {
     }
 
     /// Replaces `tenure.json`.
-    pub(crate) fn write_tenure(&self, tenure: &WrittenTenure) {
+    pub(crate) fn write_tenure(&self, tenure: &Ownership) {
         self.replace("tenure.json", tenure);
     }
 

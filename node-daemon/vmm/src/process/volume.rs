@@ -9,8 +9,7 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use bascule_ipc::volume::{Request, Response};
 use bascule_ipc::{Connection, IpcError, Kind};
-use bascule_types::{Epoch, Owner, VmUid};
-use bascule_volume_format::change::{Change, DiskRow, SavedStateRow};
+use bascule_types::{Change, DiskRow, Epoch, Owner, SavedStateRow, VmUid};
 use bascule_volume_gate::GateReader;
 
 /// Longest wait for an answer: longer than `bascule-volume` itself waits for a coordinator.

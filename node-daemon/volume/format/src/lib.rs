@@ -38,7 +38,6 @@
 #![forbid(unsafe_code)]
 
 pub mod block;
-pub mod change;
 mod check;
 pub mod election;
 pub mod heartbeat;

@@ -10,9 +10,11 @@ mod ownership;
 
 use std::collections::BTreeMap;
 
-use bascule_types::{Bytes, DiskId, NodeUid, Owner, SlotId, VmUid};
+use bascule_types::{
+    Bytes, DiskId, DiskRow, ExtentRun, FenceRow, NodeUid, Owner, Refusal, RowName, SavedStateRow,
+    SlotId, VmRow, VmUid,
+};
 
-use crate::change::{DiskRow, ExtentRun, FenceRow, Refusal, RowName, SavedStateRow, VmRow};
 use crate::record::{MetaRecord, SlotRow};
 use crate::space::Space;
 use crate::superblock::{Fencing, FencingPolicy, Superblock};
@@ -284,7 +286,7 @@ impl Metadata {
 
     fn room_for(&self, rows: u64) -> Result<(), Refusal> {
         if self.row_count() + rows > self.rows_max {
-            let what = crate::change::Table::Rows;
+            let what = bascule_types::Table::Rows;
             return Err(Refusal::TableFull { what });
         }
         Ok(())

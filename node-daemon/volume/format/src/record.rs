@@ -22,15 +22,13 @@
 //! ```
 
 use bascule_types::{
-    AttemptId, Bytes, DiskId, Epoch, Generation, Lba, NodeUid, Owner, SlotId, VmUid,
+    AdminConfirmation, AttemptId, Bytes, DiskId, DiskRole, DiskRow, Epoch, ExtentRun, FenceProof,
+    FenceRow, Generation, Lba, NodeUid, Owner, RowName, SavedStateRow, SavedStateSum, SlotId,
+    VmRow, VmUid,
 };
 
 use crate::FormatError;
 use crate::block::{BodyReader, BodyWriter};
-use crate::change::{
-    AdministratorsWord, DiskRole, DiskRow, ExtentRun, FenceProof, FenceRow, RowName, SavedStateRow,
-    SavedStateSum, VmRow,
-};
 
 /// The most runs of extents that one row has room for.
 pub const RUNS_MAX: usize = 24;
@@ -246,8 +244,8 @@ fn encode_fence(row: &FenceRow, body: &mut BodyWriter<'_>) {
             watched_ms,
             required_ms,
         } => (1, watched_ms, required_ms),
-        FenceProof::Administrator(AdministratorsWord::Confirmed) => (2, 0, 0),
-        FenceProof::Administrator(AdministratorsWord::OutOfServiceTaint) => (3, 0, 0),
+        FenceProof::Administrator(AdminConfirmation::Confirmed) => (2, 0, 0),
+        FenceProof::Administrator(AdminConfirmation::OutOfServiceTaint) => (3, 0, 0),
         FenceProof::Rebooted => (4, 0, 0),
     };
     body.u8(code);
@@ -263,8 +261,8 @@ fn parse_fence(body: &mut BodyReader<'_>) -> Result<FenceRow, FormatError> {
             watched_ms,
             required_ms,
         },
-        2 => FenceProof::Administrator(AdministratorsWord::Confirmed),
-        3 => FenceProof::Administrator(AdministratorsWord::OutOfServiceTaint),
+        2 => FenceProof::Administrator(AdminConfirmation::Confirmed),
+        3 => FenceProof::Administrator(AdminConfirmation::OutOfServiceTaint),
         4 => FenceProof::Rebooted,
         _ => return Err(FormatError::Field("fence proof")),
     };

@@ -3,9 +3,8 @@
 
 use std::collections::BTreeMap;
 
-use bascule_types::{Bytes, Lba};
+use bascule_types::{Bytes, ExtentRun, Lba, Refusal, Table};
 
-use crate::change::{ExtentRun, Refusal, Table};
 use crate::layout::BLOCK_BYTES_U64;
 use crate::record::RUNS_MAX;
 use crate::superblock::{RegionKind, Superblock};

@@ -77,7 +77,7 @@ pub struct FeatureFlags {
 pub enum Fencing {
     /// The safe time elapsed under a hardware watchdog.
     Watchdog,
-    /// Only an administrator's word.
+    /// Manual fencing confirmation only.
     LeaseOnly,
     /// A SCSI-3 reservation key was preempted. Declared; refused until it exists.
     PersistentReservation,
@@ -88,7 +88,7 @@ pub enum Fencing {
 pub struct FencingPolicy {
     /// A software watchdog counts as one.
     pub software_watchdog: bool,
-    /// The out-of-service taint counts as an administrator's word.
+    /// The out-of-service taint counts as an administrator's fencing confirmation.
     pub out_of_service_taint: bool,
 }
 

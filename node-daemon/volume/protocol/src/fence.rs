@@ -8,12 +8,12 @@
 //!
 //! The coordinator verifies this proof from its own reads; what the operator says about a node's
 //! death is not evidence. The other proofs need no reads: a clean release leaves a row without
-//! owner, and an administrator's word is a journaled change, bound to one (slot, generation). Every
+//! owner, and an administrator's fencing confirmation is a journaled change, bound to one (slot, generation). Every
 //! proof is journaled before a row moves.
 
 use std::time::Duration;
 
-use bascule_volume_format::change::{FenceProof, MissingProof};
+use bascule_types::{FenceProof, MissingProof};
 use bascule_volume_format::{Fencing, FencingPolicy, Timings, WatchdogKind};
 
 use crate::rules::{Rules, broken};
@@ -38,11 +38,11 @@ pub fn verify(policy: FencePolicy, evidence: &Evidence) -> Result<FenceProof, Mi
     let watchdog_mode =
         policy.mode == Fencing::Watchdog || broken!(policy.rules, LeaseOnlyWithoutWord);
     if !watchdog_mode {
-        return Err(MissingProof::AdministratorsWord);
+        return Err(MissingProof::AdminConfirmation);
     }
     let Some(record) = evidence.record else {
         // A generation that never wrote a record: nothing says how it would be reset.
-        return Err(MissingProof::AdministratorsWord);
+        return Err(MissingProof::AdminConfirmation);
     };
     if evidence.standing == Standing::Unknown {
         return Err(MissingProof::Alive);

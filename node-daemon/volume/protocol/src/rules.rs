@@ -87,9 +87,9 @@ pub enum Mutation {
     SafeTimeWithoutSettle,
     /// The software watchdog counts as a hardware one.
     SoftwareWatchdogCounts,
-    /// LeaseOnly takes over without an administrator's word.
+    /// LeaseOnly takes over without an administrator's fencing confirmation.
     LeaseOnlyWithoutWord,
-    /// An administrator's word for one generation is taken for a later one.
+    /// An administrator's fencing confirmation for one generation is taken for a later one.
     WordForAnyGeneration,
     /// A fenced node's rows go over to its next generation.
     RejoinKeepsFencedRows,

@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 
 use crate::lab::{Lab, Node, vm};
 use bascule_ipc::volume::{PathState, Request, Response};
-use bascule_volume_format::change::{Change, Refusal};
+use bascule_types::{Change, Refusal};
 
 fn reason(node: &Node) -> Option<String> {
     match node.call(&Request::Status)?.0 {
@@ -174,7 +174,7 @@ fn a_full_volume_refuses_a_disk_with_the_numbers() {
         vm: vm(1),
         name: crate::lab::name("shop/huge"),
         size: bascule_types::Bytes::gib(1),
-        role: bascule_volume_format::change::DiskRole::Data,
+        role: bascule_types::DiskRole::Data,
         importing: false,
     };
     let refused = node.ask(&huge);

@@ -7,8 +7,7 @@ use std::time::Duration;
 
 use bascule_ipc::Connection;
 use bascule_ipc::volume::{Request, Response};
-use bascule_types::{Epoch, VmUid};
-use bascule_volume_format::change::{Answer, Change, VmRow};
+use bascule_types::{Answer, Change, Epoch, VmRow, VmUid};
 use rustix::process::Signal;
 
 use crate::lab::{Lab, Node, name};

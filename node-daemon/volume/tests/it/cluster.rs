@@ -5,14 +5,13 @@ use std::time::Instant;
 
 use crate::lab::{Lab, Node, name, vm};
 use bascule_ipc::volume::{PathState, Request, Response};
-use bascule_types::{AttemptId, Epoch};
-use bascule_volume_format::change::{
-    AdministratorsWord, Answer, Change, FenceProof, MissingProof, Refusal,
+use bascule_types::{
+    AdminConfirmation, Answer, AttemptId, Change, Epoch, FenceProof, MissingProof, Refusal,
 };
 use bascule_volume_gate::{GateClosedReason, GateReader, boot_time_now};
 use rustix::process::Signal;
 
-fn take_over(victim: &bascule_volume_format::change::VmRow, by: &Node) -> Change {
+fn take_over(victim: &bascule_types::VmRow, by: &Node) -> Change {
     Change::TakeOver {
         vm: victim.vm,
         from: victim.owner.unwrap(),
@@ -260,15 +259,15 @@ fn lease_only_takes_over_only_on_an_administrators_word() {
     });
     let refused = Response::Refused(Refusal::NotFenced {
         victim,
-        missing: MissingProof::AdministratorsWord,
+        missing: MissingProof::AdminConfirmation,
     });
     assert_eq!(two.ask(&ask), refused);
     let taint = Change::ConfirmFenced {
         victim,
-        word: AdministratorsWord::OutOfServiceTaint,
+        word: AdminConfirmation::OutOfServiceTaint,
     };
     assert_eq!(two.ask(&taint), Response::Refused(Refusal::NotAllowed));
-    let word = AdministratorsWord::Confirmed;
+    let word = AdminConfirmation::Confirmed;
     two.grant(&Change::ConfirmFenced { victim, word });
     two.grant(&ask);
     assert_eq!(two.row(1).owner, Some(two.owner()));
@@ -372,7 +371,7 @@ fn a_vm_is_opened_by_its_owner_only_and_its_new_disk_reads_as_zeroes() {
     let disk = one.create_disk(1, "shop/first", 2);
     let start = disk.extents[0].start.lba_to_bytes().unwrap().0;
     file.write_all_at(&[0xEE; 8192], start).unwrap();
-    let stale = one.open_vm(&bascule_volume_format::change::VmRow {
+    let stale = one.open_vm(&bascule_types::VmRow {
         epoch: Epoch(7),
         ..row.clone()
     });

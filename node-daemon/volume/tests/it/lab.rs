@@ -10,8 +10,9 @@ use std::time::{Duration, Instant};
 use bascule_ipc::volume::{PathState, Request, Response, Rows, VolumeStatus, WatchdogKind};
 use bascule_ipc::{Connection, watchdog};
 use bascule_pki::Authority;
-use bascule_types::{ClusterId, Epoch, Lba, NodeUid, Owner, VmUid};
-use bascule_volume_format::change::{Answer, Change, DiskRole, DiskRow, RowName, VmRow};
+use bascule_types::{
+    Answer, Change, ClusterId, DiskRole, DiskRow, Epoch, Lba, NodeUid, Owner, RowName, VmRow, VmUid,
+};
 use bascule_volume_format::{RegionKind, Superblock};
 use rustix::process::{Pid, Resource, Rlimit, Signal, kill_process, prlimit};
 

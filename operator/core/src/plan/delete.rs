@@ -1,9 +1,8 @@
 //! A virtual machine that is being deleted: guest down, disks away as asked, row away, pods away.
 
-use bascule_api::names::reason;
+use bascule_crds::names::reason;
 use bascule_ipc::vm::VmState;
-use bascule_types::Owner;
-use bascule_volume_format::change::{Change, DiskRow};
+use bascule_types::{Change, DiskRow, Owner};
 
 use super::Planner;
 use super::place::Place;

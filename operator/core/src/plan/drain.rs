@@ -3,7 +3,7 @@
 //! The pod's grace period is the sum of the three budgets and a margin, so that each stage has its
 //! time: live migration (several tries, because a target may die), quick migration, shutdown.
 
-use bascule_api::names::reason;
+use bascule_crds::names::reason;
 
 use super::Planner;
 use crate::MigrationPhase;

@@ -1,11 +1,10 @@
 //! The owner's node is silent both ways: obtain a proof, take the row, start elsewhere.
 //!
 //! The operator only asks. The volume's coordinator grants a takeover when it has a proof from its
-//! own reads, or an administrator's word; until then it is asked once a second.
+//! own reads, or an administrator's fencing confirmation; until then it is asked once a second.
 
-use bascule_api::names::{ANNOTATION_CONFIRM_FENCED, reason};
-use bascule_types::{Epoch, Owner};
-use bascule_volume_format::change::{Change, FenceProof, MissingProof, Refusal};
+use bascule_crds::names::{ANNOTATION_CONFIRM_FENCED, reason};
+use bascule_types::{Change, Epoch, FenceProof, MissingProof, Owner, Refusal};
 
 use super::Planner;
 use crate::action::FailoverUpdate;
@@ -85,7 +84,7 @@ impl Planner<'_> {
     fn missing_proof(&self, node: &str, owner: Owner) -> (&'static str, String) {
         match &self.observed.history.takeover_refusal {
             Some(Refusal::NotFenced { missing, .. }) => match missing {
-                MissingProof::AdministratorsWord | MissingProof::NoWatchdog => (
+                MissingProof::AdminConfirmation | MissingProof::NoWatchdog => (
                     reason::WAITING_FOR_CONFIRMATION,
                     format!(
                         "{node} is silent: {missing}. Make sure that it is off, then run \

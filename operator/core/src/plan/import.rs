@@ -2,9 +2,8 @@
 
 use std::time::Duration;
 
-use bascule_api::names::reason;
-use bascule_types::Owner;
-use bascule_volume_format::change::{Change, DiskRow};
+use bascule_crds::names::reason;
+use bascule_types::{Change, DiskRow, Owner};
 
 use super::Planner;
 use crate::observed::{ImportPhase, RowView};

@@ -1,9 +1,8 @@
 //! A virtual machine that does not run: start it, or leave it stopped.
 
-use bascule_api::names::reason;
+use bascule_crds::names::reason;
 use bascule_ipc::vm::{StopReason, VmState};
-use bascule_types::Owner;
-use bascule_volume_format::change::Change;
+use bascule_types::{Change, Owner};
 
 use super::Planner;
 use super::reservation::leaving;

@@ -16,7 +16,7 @@ mod placing;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use bascule_api::names::reason;
+use bascule_crds::names::reason;
 use bascule_ipc::vm::{self, MigrationLimits, MigrationStatus, VmState};
 use bascule_types::Owner;
 

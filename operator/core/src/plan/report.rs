@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use bascule_api::names::reason;
+use bascule_crds::names::reason;
 
 use super::Planner;
 use crate::{Condition, Fact, Moment, Observed, Phase, VmIntent, VmReport};

@@ -1,6 +1,6 @@
 //! Reservation pods: where the scheduler lets the virtual machine be.
 
-use bascule_api::names::reason;
+use bascule_crds::names::reason;
 
 use super::Planner;
 use super::place::COMPLAINTS_MAX;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use bascule_api::names::reason;
+use bascule_crds::names::reason;
 use bascule_ipc::vm::VmState;
 use bascule_ipc::volume::{FencingMode, WatchdogKind};
 
@@ -155,7 +155,7 @@ impl<'a> Planner<'a> {
         }
         if volume.fencing == FencingMode::LeaseOnly {
             let message = format!(
-                "volume {} has fencing LeaseOnly: a restart elsewhere needs an administrator's word",
+                "volume {} has fencing LeaseOnly: a restart elsewhere needs an administrator's fencing confirmation",
                 self.intent.volume
             );
             return not(reason::FENCING_MANUAL, message);
@@ -170,7 +170,7 @@ impl<'a> Planner<'a> {
             return Condition::new(None, reason::UNKNOWN, message);
         };
         if access.watchdog == WatchdogKind::None {
-            let message = format!("node {node} has no watchdog: {NEEDS_A_WORD}");
+            let message = format!("node {node} has no watchdog: {NEEDS_CONFIRMATION}");
             return not(reason::NO_WATCHDOG, message);
         }
         if !self
@@ -190,7 +190,8 @@ impl<'a> Planner<'a> {
     }
 }
 
-const NEEDS_A_WORD: &str = "a restart elsewhere needs an administrator's word";
+const NEEDS_CONFIRMATION: &str =
+    "a restart elsewhere needs an administrator's fencing confirmation";
 const NAMESPACE_ENDS: &str = "its namespace is being deleted: asked to shut down";
 /// A guest that is busy booting does not hear the first press.
 const POWER_BUTTON_AGAIN: Duration = Duration::from_secs(15);

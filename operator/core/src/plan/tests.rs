@@ -13,11 +13,10 @@ mod unknown;
 
 use std::time::Duration;
 
-use bascule_api::names::reason;
+use bascule_crds::names::reason;
 use bascule_ipc::vm::{MigrationPhase as Copy, StopReason, VmState};
 use bascule_ipc::volume::{FencingMode, PathState, WatchdogKind};
-use bascule_types::{AttemptId, Epoch, Generation};
-use bascule_volume_format::change::{Change, MissingProof, Refusal};
+use bascule_types::{AttemptId, Change, Epoch, Generation, MissingProof, Refusal};
 use proptest::prelude::*;
 
 use self::case::{Case, NOW, failover, node_owner};

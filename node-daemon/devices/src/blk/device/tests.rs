@@ -2,8 +2,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use bascule_types::{Bytes as ByteCount, Lba};
-use bascule_volume_format::change::ExtentRun;
+use bascule_types::{Bytes as ByteCount, ExtentRun, Lba};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;

@@ -2,8 +2,7 @@ use std::fs::File;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use bascule_types::{Bytes as ByteCount, Lba};
-use bascule_volume_format::change::ExtentRun;
+use bascule_types::{Bytes as ByteCount, ExtentRun, Lba};
 use proptest::prelude::*;
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};

@@ -10,8 +10,7 @@ use bascule_migrate::wire::{
     BatchBuilder, Config, Hello, RoundEnd, STATE_PIECE_BYTES_MAX, StateEnd, StreamId,
 };
 use bascule_migrate::{Frame, FrameWriter};
-use bascule_types::Bytes;
-use bascule_volume_format::change::{ExtentRun, SavedStateSum};
+use bascule_types::{Bytes, ExtentRun, SavedStateSum};
 
 use crate::dirty::DirtyBitmap;
 use crate::memory::GuestMemory;

@@ -4,8 +4,7 @@ use bascule_ipc::vm::VmConfig;
 use bascule_migrate::destination::{ExpectConfig, Machine, MemoryStep, StateStep};
 use bascule_migrate::wire::{Abort, StreamId};
 use bascule_migrate::{FrameBuffer, WireError};
-use bascule_types::{Epoch, Owner};
-use bascule_volume_format::change::{Change, SavedStateRow};
+use bascule_types::{Change, Epoch, Owner, SavedStateRow};
 
 use super::granted;
 use super::image::{ImageReader, SavedArea};

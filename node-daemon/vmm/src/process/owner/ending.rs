@@ -12,8 +12,7 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use bascule_ipc::vm::{StopReason, VmState};
 use bascule_ipc::volume::Response as VolumeResponse;
-use bascule_types::{Epoch, Owner as Tenant, VmUid};
-use bascule_volume_format::change::Change;
+use bascule_types::{Change, Epoch, Owner as Tenant, VmUid};
 
 use super::{Owner, OwnerHandle, Phase};
 use crate::kvm::KvmError;

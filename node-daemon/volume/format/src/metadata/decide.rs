@@ -1,9 +1,8 @@
 //! A change, decided: which records it takes, or why it is refused. Pure; alters nothing.
 
-use bascule_types::{DiskId, NodeUid, Owner};
+use bascule_types::{Answer, Change, DiskId, FenceProof, MissingProof, NodeUid, Owner, Refusal};
 
 use super::Metadata;
-use crate::change::{Answer, Change, FenceProof, MissingProof, Refusal};
 use crate::record::MetaRecord;
 
 /// What the coordinator knows beyond the rows, all of it from its own reads of the volume.

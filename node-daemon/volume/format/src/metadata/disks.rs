@@ -4,14 +4,14 @@
 //! `importing`, bound to the node that fills it; that node writes an image and zeroes the rest, or
 //! zeroes all of it, and only then finishes the import. Until then nobody can open it.
 
-use bascule_types::{Bytes, DiskId, Owner, VmUid};
+use bascule_types::{
+    Answer, Bytes, DiskId, DiskRole, DiskRow, Owner, Refusal, RowName, SavedStateRow,
+    SavedStateSum, VmRow, VmUid,
+};
 
 use super::Metadata;
 use super::decide::{Context, Decision};
 use super::ownership::not_owned;
-use crate::change::{
-    Answer, DiskRole, DiskRow, Refusal, RowName, SavedStateRow, SavedStateSum, VmRow,
-};
 use crate::record::MetaRecord;
 
 impl Metadata {

@@ -1,12 +1,12 @@
 //! Decisions about nodes: registration, generations, fences.
 
-use bascule_types::{Generation, NodeUid, Owner, SlotId};
+use bascule_types::{
+    AdminConfirmation, Answer, FenceProof, FenceRow, Generation, MissingProof, NodeUid, Owner,
+    Refusal, SlotId, Table, VmRow,
+};
 
 use super::decide::{Context, Decision};
 use super::{Metadata, SlotRow};
-use crate::change::{
-    AdministratorsWord, Answer, FenceProof, FenceRow, MissingProof, Refusal, Table, VmRow,
-};
 use crate::record::MetaRecord;
 
 impl Metadata {
@@ -80,15 +80,15 @@ impl Metadata {
     pub(super) fn confirm_fenced(
         &self,
         victim: Owner,
-        word: AdministratorsWord,
+        word: AdminConfirmation,
         context: &Context<'_>,
     ) -> Result<Decision, Refusal> {
         if let Some(fence) = self.fence(victim) {
             return Ok(Decision::already(Answer::Fenced(*fence)));
         }
         let allowed = match word {
-            AdministratorsWord::Confirmed => true,
-            AdministratorsWord::OutOfServiceTaint => self.policy.out_of_service_taint,
+            AdminConfirmation::Confirmed => true,
+            AdminConfirmation::OutOfServiceTaint => self.policy.out_of_service_taint,
         };
         if !allowed {
             return Err(Refusal::NotAllowed);

@@ -4,8 +4,8 @@ use bascule_types::{AttemptId, Epoch, Owner, VmUid};
 
 use super::Metadata;
 use super::decide::{Context, Decision};
-use crate::change::{Answer, FenceRow, Refusal, RowName, VmRow};
 use crate::record::MetaRecord;
+use bascule_types::{Answer, FenceRow, Refusal, RowName, VmRow};
 
 impl Metadata {
     pub(super) fn create_vm(

@@ -5,11 +5,9 @@ use std::time::Duration;
 
 use crate::fixture::{formatted, owner, request};
 use bascule_types::{
-    AttemptId, Bytes, ClusterId, DiskId, Epoch, Generation, Lba, NodeUid, SlotId, VmUid, VolumeId,
-};
-use bascule_volume_format::change::{
-    AdministratorsWord, DiskRole, DiskRow, ExtentRun, FenceProof, FenceRow, RowName, SavedStateRow,
-    SavedStateSum, VmRow,
+    AdminConfirmation, AttemptId, Bytes, ClusterId, DiskId, DiskRole, DiskRow, Epoch, ExtentRun,
+    FenceProof, FenceRow, Generation, Lba, NodeUid, RowName, SavedStateRow, SavedStateSum, SlotId,
+    VmRow, VmUid, VolumeId,
 };
 use bascule_volume_format::{
     Accepted, BlockStore, CheckpointHead, CheckpointId, CheckpointRow, CoordinatorEpoch,
@@ -175,7 +173,7 @@ fn every_record() -> Vec<MetaRecord> {
         victim: owner(3, 7),
         proof,
     };
-    let word = FenceProof::Administrator(AdministratorsWord::OutOfServiceTaint);
+    let word = FenceProof::Administrator(AdminConfirmation::OutOfServiceTaint);
     vec![
         MetaRecord::Slot(SlotRow {
             slot: SlotId(3),

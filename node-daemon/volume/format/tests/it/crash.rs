@@ -2,8 +2,7 @@
 //! exactly the acknowledged changes, plus at most the one in flight.
 
 use crate::fixture::{Cluster, DEVICE_BYTES, formatted, name, node, owner, request, vm};
-use bascule_types::{Bytes, Epoch, SlotId};
-use bascule_volume_format::change::{Change, DiskRole};
+use bascule_types::{Bytes, Change, DiskRole, Epoch, SlotId};
 use bascule_volume_format::{
     CoordinatorEpoch, Log, LogError, MemStore, MetaRecord, Metadata, Superblock, check_volume,
     make_volume, read_superblock, recover,

@@ -3,10 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use bascule_types::{
-    ClusterId, DiskId, Epoch, Generation, NodeUid, Owner, SlotId, VmUid, VolumeId,
-};
-use bascule_volume_format::change::{
-    Answer, Change, FenceProof, MissingProof, Refusal, RowName, VmRow,
+    Answer, Change, ClusterId, DiskId, Epoch, FenceProof, Generation, MissingProof, NodeUid, Owner,
+    Refusal, RowName, SlotId, VmRow, VmUid, VolumeId,
 };
 use bascule_volume_format::{
     Asker, Context, Fencing, FencingPolicy, FormatRequest, MemStore, Metadata, Superblock, Timings,

@@ -1,9 +1,9 @@
 //! What the coordinator grants and refuses.
 
 use crate::fixture::{Cluster, name, node, owner, vm};
-use bascule_types::{AttemptId, Bytes, DiskId, Epoch};
-use bascule_volume_format::change::{
-    AdministratorsWord, Answer, Change, DiskRole, DiskRow, FenceProof, MissingProof, Refusal, Table,
+use bascule_types::{
+    AdminConfirmation, Answer, AttemptId, Bytes, Change, DiskId, DiskRole, DiskRow, Epoch,
+    FenceProof, MissingProof, Refusal, Table,
 };
 
 const PROOF: FenceProof = FenceProof::SafeTimeElapsed {
@@ -157,7 +157,7 @@ fn a_fenced_node_takes_nothing_along_and_cannot_commit_a_migration() {
     let mut cluster = Cluster::with_two_nodes().with_running_vm();
     let victim = owner(0, 1);
     cluster.seen.alive.remove(&victim);
-    let word = AdministratorsWord::Confirmed;
+    let word = AdminConfirmation::Confirmed;
     let confirm = Change::ConfirmFenced { victim, word };
     cluster.ask(2, &confirm).unwrap();
     let refused = cluster.ask(1, &transfer(1));
@@ -173,7 +173,7 @@ fn a_fenced_node_takes_nothing_along_and_cannot_commit_a_migration() {
 #[test]
 fn a_word_is_refused_while_the_heartbeat_is_alive_and_binds_one_generation() {
     let mut cluster = Cluster::with_two_nodes().with_running_vm();
-    let word = AdministratorsWord::Confirmed;
+    let word = AdminConfirmation::Confirmed;
     let victim = owner(0, 1);
     let confirm = Change::ConfirmFenced { victim, word };
     let missing = MissingProof::Alive;
@@ -187,7 +187,7 @@ fn a_word_is_refused_while_the_heartbeat_is_alive_and_binds_one_generation() {
         cluster.ask(2, &confirm),
         Err(Refusal::StaleOwner { owner: victim })
     );
-    let word = AdministratorsWord::OutOfServiceTaint;
+    let word = AdminConfirmation::OutOfServiceTaint;
     let confirm = Change::ConfirmFenced { victim, word };
     assert_eq!(cluster.ask(2, &confirm), Err(Refusal::NotAllowed));
 }
@@ -222,7 +222,7 @@ fn a_disk_is_filled_by_one_node_at_a_time() {
     let victim = owner(0, 1);
     cluster.seen.alive.remove(&victim);
     assert_eq!(cluster.ask(2, &create), Err(elsewhere));
-    let word = AdministratorsWord::Confirmed;
+    let word = AdminConfirmation::Confirmed;
     cluster
         .ask(2, &Change::ConfirmFenced { victim, word })
         .unwrap();

@@ -76,7 +76,7 @@ fn i1_a_softdog_proves_nothing_unless_it_was_allowed() {
 fn i1_lease_only_and_reservations_to_come_need_an_administrators_word() {
     for mode in [Fencing::LeaseOnly, Fencing::PersistentReservation] {
         let verdict = verify(policy(mode), &evidence(WatchdogKind::Hardware, 99_000));
-        assert_eq!(verdict, Err(MissingProof::AdministratorsWord), "{mode:?}");
+        assert_eq!(verdict, Err(MissingProof::AdminConfirmation), "{mode:?}");
     }
 }
 
@@ -88,7 +88,7 @@ fn a_victim_that_no_record_tells_of_needs_an_administrators_word() {
         ..evidence(WatchdogKind::Hardware, 99_000)
     };
     let verdict = verify(policy(Fencing::Watchdog), &unknown);
-    assert_eq!(verdict, Err(MissingProof::AdministratorsWord));
+    assert_eq!(verdict, Err(MissingProof::AdminConfirmation));
 }
 
 #[test]

@@ -8,8 +8,10 @@
 
 use std::time::Duration;
 
-use bascule_types::{BootTime, Epoch, Generation, NodeUid, Owner, SlotId, VolumeId};
-use bascule_volume_format::change::{AdministratorsWord, Change, Refusal};
+use bascule_types::{
+    AdminConfirmation, BootTime, Change, Epoch, Generation, NodeUid, Owner, Refusal, SlotId,
+    VolumeId,
+};
 use bascule_volume_format::{Fencing, FencingPolicy, Timings, WatchdogKind};
 use bascule_volume_protocol::fence::{self, FencePolicy};
 use bascule_volume_protocol::watchdog::{Decision, Enlisted, timeout_fits};
@@ -58,7 +60,7 @@ pub(crate) struct State {
     watcher: Watcher,
     /// The epoch in which B wrote.
     b_wrote: Option<Epoch>,
-    /// An administrator's word on its way, about this generation of A.
+    /// An administrator's fencing confirmation on its way, about this generation of A.
     word: Option<u64>,
     /// What it was about.
     word_given: Option<u64>,
@@ -550,7 +552,7 @@ impl Model for FenceModel {
             }
             Action::WordArrives => {
                 let victim = owner(A, state.word.take()?);
-                let word = AdministratorsWord::Confirmed;
+                let word = AdminConfirmation::Confirmed;
                 self.b_asks(&mut state, &Change::ConfirmFenced { victim, word });
             }
             Action::NewGeneration

@@ -9,9 +9,8 @@
 use std::collections::BTreeMap;
 
 use bascule_migrate::commit::{Commit, Question, Reply, RowSeen, Terms};
-use bascule_types::{AttemptId, Epoch, SlotId};
+use bascule_types::{Answer, AttemptId, Change, Epoch, MissingProof, SlotId};
 use bascule_volume_format::Fencing;
-use bascule_volume_format::change::{Answer, Change, MissingProof};
 use bascule_volume_protocol::{Mutation, Rules};
 use stateright::{Model, Property};
 

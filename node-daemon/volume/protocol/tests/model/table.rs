@@ -2,9 +2,10 @@
 
 use std::hash::{Hash, Hasher};
 
-use bascule_types::{AttemptId, ClusterId, DiskId, Epoch, Generation, NodeUid, Owner, SlotId};
-use bascule_types::{VmUid, VolumeId};
-use bascule_volume_format::change::{Answer, Change, FenceProof, MissingProof, Refusal, RowName};
+use bascule_types::{
+    Answer, AttemptId, Change, ClusterId, DiskId, Epoch, FenceProof, Generation, MissingProof,
+    NodeUid, Owner, Refusal, RowName, SlotId, VmUid, VolumeId,
+};
 use bascule_volume_format::{
     Asker, Context, Fencing, FencingPolicy, FormatRequest, MetaRecord, Metadata, Timings, Witness,
 };

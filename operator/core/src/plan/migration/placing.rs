@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use bascule_api::names::reason;
+use bascule_crds::names::reason;
 use bascule_types::Owner;
 
 use super::Planner;

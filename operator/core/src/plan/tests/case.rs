@@ -4,8 +4,10 @@ use std::time::Duration;
 
 use bascule_ipc::vm::{MigrationPhase as Copy, MigrationStatus, VmState, VmStatus};
 use bascule_ipc::volume::{FencingMode, PathState, WatchdogKind};
-use bascule_types::{AttemptId, Bytes, DiskId, Epoch, Generation, NodeUid, Owner, SlotId, VmUid};
-use bascule_volume_format::change::{Change, DiskRole, DiskRow, FenceProof, FenceRow, RowName};
+use bascule_types::{
+    AttemptId, Bytes, Change, DiskId, DiskRole, DiskRow, Epoch, FenceProof, FenceRow, Generation,
+    NodeUid, Owner, RowName, SlotId, VmUid,
+};
 
 use crate::MigrationPhase;
 use crate::{

@@ -56,7 +56,7 @@ fn a_takeover_that_waits_for_a_person_says_so() {
     let mut case = Case::running_on(1).silent(1).with_pod("node-2");
     case.observed.history.takeover_refusal = Some(Refusal::NotFenced {
         victim: node_owner(1),
-        missing: MissingProof::AdministratorsWord,
+        missing: MissingProof::AdminConfirmation,
     });
     let report = case.plan().report;
     assert_eq!(report.phase, Phase::FailingOver);

@@ -4,8 +4,7 @@ use std::time::Duration;
 
 use bascule_ipc::vm::{self, StopReason, VmState};
 use bascule_ipc::volume::FencingMode;
-use bascule_types::VmUid;
-use bascule_volume_format::change::{Change, FenceProof, FenceRow, MissingProof, Refusal, RowName};
+use bascule_types::{Change, FenceProof, FenceRow, MissingProof, Owner, Refusal, RowName, VmUid};
 
 use super::{SAFE, SILENT, World, begin, guest, process, view};
 use crate::{
@@ -13,7 +12,6 @@ use crate::{
     Observed, Peer, Pod, PodPhase, Purpose, Reported, RestartBudget, SpecDigest, VmIntent,
     VolumeView, plan,
 };
-use bascule_types::Owner;
 
 impl World {
     pub(super) fn schedule(&mut self) {

@@ -19,9 +19,9 @@ fn main() -> ExitCode {
 
 fn write(folder: &std::path::Path) -> Result<(), Box<dyn std::error::Error>> {
     std::fs::create_dir_all(folder)?;
-    for crd in bascule_api::crds() {
+    for crd in bascule_crds::crds() {
         let path = folder.join(format!("{}.yaml", crd.spec.names.plural));
-        std::fs::write(&path, bascule_api::to_yaml(&crd)?)?;
+        std::fs::write(&path, bascule_crds::to_yaml(&crd)?)?;
         println!("{}", path.display());
     }
     Ok(())

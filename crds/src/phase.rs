@@ -1,59 +1,11 @@
-//! The words that documents and decisions share: what may be asked for, and where things stand.
+//! The phase of a virtual machine and of a migration, as `kubectl get` prints it.
 //!
-//! They need no Kubernetes library, so that `bascule-operator-core` speaks them too.
+//! These enums need no Kubernetes library, so `bascule-operator-core` uses them too.
 
 #[cfg(feature = "kinds")]
 use schemars::JsonSchema;
 #[cfg(feature = "kinds")]
 use serde::{Deserialize, Serialize};
-
-/// Whether the guest should run.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[cfg_attr(feature = "kinds", derive(Serialize, Deserialize, JsonSchema))]
-pub enum RunPolicy {
-    /// It should run, always.
-    #[default]
-    Always,
-    /// It should run until it shuts itself down.
-    OnFailure,
-    /// It should be stopped.
-    Stopped,
-}
-
-/// What happens on a drain.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[cfg_attr(feature = "kinds", derive(Serialize, Deserialize, JsonSchema))]
-pub enum DrainPolicy {
-    /// Move it while it runs.
-    #[default]
-    LiveMigrate,
-    /// Pause, save, go on elsewhere.
-    QuickMigrate,
-    /// Shut down, start elsewhere.
-    Shutdown,
-}
-
-/// What happens when the node is lost.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[cfg_attr(feature = "kinds", derive(Serialize, Deserialize, JsonSchema))]
-pub enum FailurePolicy {
-    /// Start it elsewhere.
-    #[default]
-    Restart,
-    /// Wait for the node.
-    Leave,
-}
-
-/// How to move.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-#[cfg_attr(feature = "kinds", derive(Serialize, Deserialize, JsonSchema))]
-pub enum MigrationMode {
-    /// While it runs.
-    #[default]
-    Live,
-    /// Paused, through the volume.
-    Quick,
-}
 
 /// How far a migration is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

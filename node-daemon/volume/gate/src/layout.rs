@@ -42,7 +42,7 @@ pub(crate) const VOLUME: usize = 24;
 /// Offset of `boot_id`.
 pub(crate) const BOOT_ID: usize = 40;
 /// Offset of `tenure`.
-pub(crate) const TENURE: usize = 64;
+pub(crate) const OWNER: usize = 64;
 /// Offset of `expiry`.
 pub(crate) const EXPIRY: usize = 72;
 /// Offset of `failed`.

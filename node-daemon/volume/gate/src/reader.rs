@@ -9,7 +9,7 @@ use rustix::fs::{Mode, OFlags, fstat};
 
 use crate::error::GateError;
 use crate::layout::{
-    BOOT_ID, EXPIRY, FAILED, LAYOUT_VERSION, MAGIC, MAGIC_VALUE, PAGE_BYTES, SEQUENCE_SENT, TENURE,
+    BOOT_ID, EXPIRY, FAILED, LAYOUT_VERSION, MAGIC, MAGIC_VALUE, OWNER, PAGE_BYTES, SEQUENCE_SENT,
     VERSION_READER_MIN, VOLUME,
 };
 use crate::page::Page;
@@ -130,16 +130,16 @@ impl GateReader {
     /// # Errors
     /// [`GateClosed`] with the reason.
     pub fn check(&self, now: BootTime, owner: Owner) -> Result<(), GateClosed> {
-        let before = self.page.load(TENURE);
+        let before = self.page.load(OWNER);
         let expiry = BootTime(self.page.load(EXPIRY));
-        let after = self.page.load(TENURE);
+        let after = self.page.load(OWNER);
         let failed = self.page.load(FAILED) != 0;
-        let mine = tenure_word(owner).ok();
+        let mine = word_from_owner(owner).ok();
         let reason = if failed {
             GateClosedReason::StickyFailed
         } else if mine != Some(before) || before != after {
             GateClosedReason::OtherOwner {
-                shown: tenure_owner(after),
+                shown: owner_from_word(after),
             }
         } else if now >= expiry {
             GateClosedReason::Expired { expiry }
@@ -159,11 +159,11 @@ impl GateReader {
 
 /// What `page` shows.
 pub(crate) fn view(page: &Page) -> GateView {
-    let before = page.load(TENURE);
+    let before = page.load(OWNER);
     let expiry = page.load(EXPIRY);
-    let after = page.load(TENURE);
+    let after = page.load(OWNER);
     GateView {
-        owner: tenure_owner(after),
+        owner: owner_from_word(after),
         expiry: BootTime(if before == after { expiry } else { 0 }),
         failed: page.load(FAILED) != 0,
         sequence_sent: page.load(SEQUENCE_SENT),
@@ -206,9 +206,9 @@ pub(crate) fn boot_id() -> Result<[u8; 16], GateError> {
 }
 
 /// An owner as one word: generation << 16 | slot.
-pub(crate) fn tenure_word(owner: Owner) -> Result<u64, GateError> {
-    if owner.generation.0 >> TENURE_GENERATION_BITS == 0 {
-        Ok(owner.generation.0 << TENURE_SLOT_BITS | u64::from(owner.slot.0))
+pub(crate) fn word_from_owner(owner: Owner) -> Result<u64, GateError> {
+    if owner.generation.0 >> OWNER_GENERATION_BITS == 0 {
+        Ok(owner.generation.0 << OWNER_SLOT_BITS | u64::from(owner.slot.0))
     } else {
         Err(GateError::GenerationTooLarge {
             generation: owner.generation,
@@ -217,9 +217,9 @@ pub(crate) fn tenure_word(owner: Owner) -> Result<u64, GateError> {
 }
 
 /// The owner in a word; generation 0 is nobody.
-pub(crate) fn tenure_owner(word: u64) -> Option<Owner> {
+pub(crate) fn owner_from_word(word: u64) -> Option<Owner> {
     let slot = u16::try_from(word & u64::from(u16::MAX)).ok()?;
-    let generation = Generation(word >> TENURE_SLOT_BITS);
+    let generation = Generation(word >> OWNER_SLOT_BITS);
     (generation != Generation(0)).then_some(Owner {
         slot: SlotId(slot),
         generation,
@@ -236,6 +236,6 @@ pub(crate) fn io_error(action: &'static str, path: &Path, source: rustix::io::Er
 }
 
 /// Low bits of a tenure word that hold the slot.
-const TENURE_SLOT_BITS: u32 = 16;
+const OWNER_SLOT_BITS: u32 = 16;
 /// Bits that are left for the generation.
-const TENURE_GENERATION_BITS: u32 = 48;
+const OWNER_GENERATION_BITS: u32 = 48;

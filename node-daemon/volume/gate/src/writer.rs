@@ -9,11 +9,11 @@ use rustix::io::Errno;
 
 use crate::error::GateError;
 use crate::layout::{
-    BOOT_ID, EXPIRY, FAILED, LAYOUT_VERSION, MAGIC, MAGIC_VALUE, PAGE_BYTES, SEQUENCE_SENT, TENURE,
+    BOOT_ID, EXPIRY, FAILED, LAYOUT_VERSION, MAGIC, MAGIC_VALUE, OWNER, PAGE_BYTES, SEQUENCE_SENT,
     VERSION, VERSION_READER_MIN, VOLUME,
 };
 use crate::page::Page;
-use crate::reader::{GateView, boot_id, io_error, tenure_owner, tenure_word, verify, view};
+use crate::reader::{GateView, boot_id, io_error, owner_from_word, verify, view, word_from_owner};
 
 /// The gate page, held for writing. Dropping it gives the lock up and leaves the page as it is.
 #[derive(Debug)]
@@ -88,7 +88,7 @@ impl GateWriter {
         let page = &self.page;
         page.store(MAGIC, 0);
         page.store(EXPIRY, 0);
-        page.store(TENURE, 0);
+        page.store(OWNER, 0);
         page.store(FAILED, 0);
         page.store(SEQUENCE_SENT, 0);
         page.store_16(VOLUME, volume.to_bytes());
@@ -106,9 +106,9 @@ impl GateWriter {
     /// [`GateError::NotNewer`] for an older generation or another slot: a page serves one slot
     /// for its whole life. Nothing is changed then.
     pub fn publish(&self, owner: Owner, expiry: BootTime) -> Result<(), GateError> {
-        let asked = tenure_word(owner)?;
-        let shown = self.page.load(TENURE);
-        if let Some(shown_owner) = tenure_owner(shown)
+        let asked = word_from_owner(owner)?;
+        let shown = self.page.load(OWNER);
+        if let Some(shown_owner) = owner_from_word(shown)
             && (shown_owner.slot != owner.slot || shown_owner.generation > owner.generation)
         {
             return Err(GateError::NotNewer {
@@ -118,7 +118,7 @@ impl GateWriter {
         }
         if shown != asked {
             self.page.store(EXPIRY, 0);
-            self.page.store(TENURE, asked);
+            self.page.store(OWNER, asked);
         }
         self.page.store(EXPIRY, expiry.0);
         Ok(())

@@ -39,7 +39,7 @@ pub enum Response {
         /// Its kind.
         kind: WatchdogKind,
         /// After how long without a pet it resets the machine, in milliseconds. Whether that is
-        /// short enough for a volume: `bascule_volume_protocol::watchdog::timeout_fits`.
+        /// short enough for a volume: `bascule_volume_protocol::watchdog_policy::timeout_fits`.
         timeout_ms: u64,
         /// The volumes that are enlisted.
         enlisted: Vec<VolumeId>,

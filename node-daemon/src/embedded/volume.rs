@@ -193,7 +193,7 @@ fn confirm(args: &ConfirmArgs) -> Result<()> {
     };
     let change = Change::ConfirmFenced {
         victim,
-        word: AdminConfirmation::Confirmed,
+        confirmation: AdminConfirmation::Confirmed,
     };
     let answer = granted(node.change(&args.name, change))?;
     println!("Recorded: {answer:?}. Its VMs can be started elsewhere now.");

@@ -6,14 +6,14 @@
 //! travel between a node's processes).
 
 mod id;
-mod owner;
+mod ownership;
 mod refusals;
 mod requests;
 mod rows;
 mod units;
 
 pub use id::{AttemptId, ClusterId, DiskId, NodeUid, ParseIdError, VmUid, VolumeId};
-pub use owner::{Epoch, Generation, Owner, Ownership, SlotId};
+pub use ownership::{Epoch, Generation, Owner, Ownership, SlotId};
 pub use refusals::{MissingProof, Refusal, Table};
 pub use requests::{Answer, Change};
 pub use rows::{

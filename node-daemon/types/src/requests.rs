@@ -134,7 +134,7 @@ pub enum Change {
         /// Who is dead.
         victim: Owner,
         /// Where the word comes from.
-        word: AdminConfirmation,
+        confirmation: AdminConfirmation,
     },
     /// Reserve space for a saved VM (quick migration), before the guest is paused.
     ReserveSavedState {

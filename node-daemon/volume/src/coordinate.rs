@@ -106,7 +106,7 @@ fn vacancy(state: &State, node: &Node, now: BootTime) -> Option<Owner> {
     let gone = leader.slot == me.slot
         || record.is_none_or(|record| record.owner != leader || record.detached);
     let lease = node.superblock.timings.lease;
-    let silent = state.watcher.evidence(leader).silent_for >= lease;
+    let silent = state.watcher.evidence(leader).unchanged_for >= lease;
     let unreachable = state
         .unreachable_since
         .is_some_and(|since| now.since(since) >= lease * 2);

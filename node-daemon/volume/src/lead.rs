@@ -11,8 +11,8 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use bascule_ipc::volume::Rows;
 use bascule_types::{BootTime, Change, DiskId, Epoch, FenceProof, MissingProof, Owner, Refusal};
 use bascule_volume_format::{
-    Asker, Context, CoordinatorEpoch, Decision, LeaderBlock, Log, LogError, MetaRecord, Metadata,
-    Recovered, Witness, recover,
+    Context, CoordinatorEpoch, Decision, LeaderBlock, Log, LogError, MetaRecord, Metadata,
+    Recovered, Requester, Witness, recover,
 };
 use bascule_volume_gate::boot_time_now;
 use bascule_volume_protocol::fence::{self, FencePolicy};
@@ -168,7 +168,7 @@ impl Tenure<'_> {
     ) -> Result<Decision, Refusal> {
         let view = View::of(self.node);
         let context = Context {
-            asker: Asker {
+            requester: Requester {
                 node: request.node,
                 owner: request.owner,
                 boot: request.boot,

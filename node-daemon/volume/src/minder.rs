@@ -12,7 +12,7 @@ use bascule_ipc::{Connection, IpcError};
 use bascule_volume_format::{Fencing, WatchdogKind};
 use bascule_volume_gate::boot_time_now;
 use bascule_volume_protocol::Rules;
-use bascule_volume_protocol::watchdog::timeout_fits;
+use bascule_volume_protocol::watchdog_policy::timeout_fits;
 
 use crate::node::Node;
 

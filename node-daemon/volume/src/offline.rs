@@ -170,7 +170,7 @@ pub fn format(args: &FormatArgs) -> Result<ExitCode> {
             let made = serde_json::json!({
                 "volume": superblock.volume,
                 "cluster": superblock.cluster,
-                "safe_time_ms": superblock.timings.t_safe().as_millis().to_string(),
+                "safe_time_ms": superblock.timings.safe_time().as_millis().to_string(),
             });
             println!("{made}");
             Ok(ExitCode::SUCCESS)
@@ -334,7 +334,7 @@ fn describe(superblock: &Superblock) -> String {
     let (slots, extent_mib) = (superblock.slot_count, superblock.extent_mib);
     let (disks_mib, fencing) = (extents.blocks / MIB_BLOCKS, superblock.fencing);
     let (lease, watch, watchdog) = (timings.lease, timings.watch, timings.watchdog);
-    let (settle, safe) = (timings.settle, timings.t_safe());
+    let (settle, safe) = (timings.settle, timings.safe_time());
     format!(
         "volume {volume}\ncluster {cluster}\n\
          format 1, {slots} slots, extents of {extent_mib} MiB, {disks_mib} MiB for disks\n\

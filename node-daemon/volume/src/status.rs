@@ -42,7 +42,7 @@ pub fn status(node: &Node) -> VolumeStatus {
             Fencing::LeaseOnly => FencingMode::LeaseOnly,
             Fencing::Watchdog | Fencing::PersistentReservation => FencingMode::Watchdog,
         },
-        safe_time_ms: u64::try_from(superblock.timings.t_safe().as_millis()).unwrap_or(u64::MAX),
+        safe_time_ms: u64::try_from(superblock.timings.safe_time().as_millis()).unwrap_or(u64::MAX),
         watchdog: match state.watchdog {
             FormatKind::Hardware => WatchdogKind::Hardware,
             FormatKind::Software => WatchdogKind::Soft,
@@ -70,7 +70,7 @@ fn peers(state: &State, now: BootTime) -> Vec<PeerStatus> {
     let peer = |row: &SlotRow| {
         let owner = row.owner();
         let record = state.heartbeats.get(&row.slot);
-        let silent = state.watcher.evidence(owner).silent_for.as_millis();
+        let silent = state.watcher.evidence(owner).unchanged_for.as_millis();
         PeerStatus {
             owner,
             node: row.node,

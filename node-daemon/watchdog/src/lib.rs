@@ -15,7 +15,7 @@
 //!   ends in any other way the device counts on.
 //! - The kernel's softdog is refused unless it was allowed: it hangs with its kernel.
 //!
-//! The decision itself is [`bascule_volume_protocol::watchdog`]. Read next: [`Registry`], then
+//! The decision itself is [`bascule_volume_protocol::watchdog_policy`]. Read next: [`Registry`], then
 //! [`petting`] and [`server`].
 
 mod device;

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use bascule_types::VolumeId;
 use bascule_volume_gate::boot_time_now;
-use bascule_volume_protocol::watchdog::Decision;
+use bascule_volume_protocol::watchdog_policy::Decision;
 
 use crate::device::{Kind, WatchdogDevice};
 use crate::registry::Registry;
@@ -74,7 +74,7 @@ impl Shared {
 /// # Ordering
 /// The moment is taken before the gate pages are read, and the pet follows at once. If this process
 /// is frozen in between, the pet is late by at most one timeout: see
-/// [`bascule_volume_protocol::watchdog::timeout_fits`].
+/// [`bascule_volume_protocol::watchdog_policy::timeout_fits`].
 pub fn run(mut device: impl WatchdogDevice, shared: &Shared) {
     let interval = interval(device.timeout());
     let mut state = shared.lock();

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use bascule_types::{BootTime, VolumeId};
 use bascule_volume_gate::{GateError, GateReader, boot_time_now};
 use bascule_volume_protocol::Rules;
-use bascule_volume_protocol::watchdog::{Decision, Enlisted};
+use bascule_volume_protocol::watchdog_policy::{Decision, Enlisted};
 
 use crate::persist::{PersistError, Store};
 

@@ -278,7 +278,7 @@ fn confirm(intent: &VolumeIntent, observed: &VolumeObserved, actions: &mut Vec<V
         // A node that still answers is not out of service, whatever its taint says.
         intent.trust_taint && node.out_of_service && node.stream != Stream::Up
     });
-    let words = intent
+    let confirmations = intent
         .confirmed
         .iter()
         .map(|owner| (*owner, AdminConfirmation::Confirmed))
@@ -287,8 +287,13 @@ fn confirm(intent: &VolumeIntent, observed: &VolumeObserved, actions: &mut Vec<V
                 .filter_map(|node| node.owner)
                 .map(|owner| (owner, AdminConfirmation::OutOfServiceTaint)),
         );
-    for (victim, word) in words.filter(|(victim, _)| !observed.fenced.contains(victim)) {
-        let change = Change::ConfirmFenced { victim, word };
+    for (victim, confirmation) in
+        confirmations.filter(|(victim, _)| !observed.fenced.contains(victim))
+    {
+        let change = Change::ConfirmFenced {
+            victim,
+            confirmation,
+        };
         actions.push(VolumeAction::Change {
             via: via.to_owned(),
             change,

@@ -17,9 +17,9 @@
 //! whose address is its block's.
 
 use crate::FormatError;
-use crate::block::{BodyReader, BodyWriter, Kind, Record};
-use crate::election::CoordinatorEpoch;
-use crate::record::MetaRecord;
+use crate::election_blocks::CoordinatorEpoch;
+use crate::envelope::{BodyReader, BodyWriter, Kind, Record};
+use crate::metadata_records::MetaRecord;
 
 /// Which checkpoint: ordered by coordinator epoch, then number.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use bascule_types::Lba;
 
-use crate::block::BLOCK_BYTES;
+use crate::envelope::BLOCK_BYTES;
 
 /// A device of 4096-byte blocks.
 ///

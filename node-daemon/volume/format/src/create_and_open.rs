@@ -4,13 +4,13 @@ use std::io;
 
 use bascule_types::{Lba, NodeUid};
 
-use crate::block::{BLOCK_BYTES, FormatError, seal_block};
-use crate::layout::{FormatRequest, LayoutError};
-use crate::log::{Log, LogError};
+use crate::block_store::BlockStore;
+use crate::envelope::{BLOCK_BYTES, FormatError, seal_block};
 use crate::metadata::{Contradiction, Metadata};
-use crate::record::{MetaRecord, SlotRow};
-use crate::store::BlockStore;
+use crate::metadata_log::{Log, LogError};
+use crate::metadata_records::{MetaRecord, SlotRow};
 use crate::superblock::{RegionKind, SUPERBLOCK_LBAS, Superblock};
+use crate::volume_layout::{FormatRequest, LayoutError};
 
 /// Why a volume could not be made.
 #[derive(Debug, thiserror::Error)]

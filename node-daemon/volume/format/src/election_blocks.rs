@@ -35,7 +35,7 @@ use bascule_types::{Generation, Owner, SlotId};
 use serde::{Deserialize, Serialize};
 
 use crate::FormatError;
-use crate::block::{BodyReader, BodyWriter, Kind, Record};
+use crate::envelope::{BodyReader, BodyWriter, Kind, Record};
 
 /// Paxos blocks per slot.
 pub const PAXOS_SUBSECTORS: u64 = 8;

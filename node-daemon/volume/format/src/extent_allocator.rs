@@ -5,13 +5,13 @@ use std::collections::BTreeMap;
 
 use bascule_types::{Bytes, ExtentRun, Lba, Refusal, Table};
 
-use crate::layout::BLOCK_BYTES_U64;
-use crate::record::RUNS_MAX;
+use crate::metadata_records::RUNS_MAX;
 use crate::superblock::{RegionKind, Superblock};
+use crate::volume_layout::BLOCK_BYTES_U64;
 
 /// Free extents, as runs of extent numbers.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Space {
+pub(crate) struct ExtentAllocator {
     extent_blocks: u64,
     first: u64,
     total: u64,
@@ -19,7 +19,7 @@ pub(crate) struct Space {
     free: BTreeMap<u64, u64>,
 }
 
-impl Space {
+impl ExtentAllocator {
     pub(crate) fn new(superblock: &Superblock) -> Self {
         let region = superblock.region(RegionKind::Extents);
         let extent_blocks = superblock.extent_bytes().0 / BLOCK_BYTES_U64;

@@ -20,7 +20,7 @@
 use bascule_types::{Generation, NodeUid, Owner, SlotId};
 
 use crate::FormatError;
-use crate::block::{BodyReader, BodyWriter, Kind, Record};
+use crate::envelope::{BodyReader, BodyWriter, Kind, Record};
 use crate::timing::Timings;
 
 /// Blocks per heartbeat slot.

@@ -37,37 +37,39 @@
 //! Read next: `log` (recovery and the coordinator's journal), then `metadata` (what is decided).
 #![forbid(unsafe_code)]
 
-pub mod block;
-mod check;
-pub mod election;
+pub mod area_blocks;
+mod block_store;
+mod create_and_open;
+pub mod election_blocks;
+pub mod envelope;
+mod extent_allocator;
 pub mod heartbeat;
-pub mod journal;
-pub mod layout;
-pub mod log;
 pub mod metadata;
-pub mod record;
-mod space;
-mod store;
+pub mod metadata_log;
+pub mod metadata_records;
+mod offline_check;
 pub mod superblock;
 pub mod timing;
-mod volume;
+pub mod volume_layout;
 
-pub use block::{
+pub use area_blocks::{CheckpointHead, CheckpointId, CheckpointRow, JournalBlock};
+pub use block_store::{BlockStore, MemStore};
+pub use create_and_open::{MakeError, OpenError, make_volume, read_copy, read_superblock};
+pub use election_blocks::{Accepted, CoordinatorEpoch, LeaderBlock, PAXOS_SUBSECTORS, PaxosBlock};
+pub use envelope::{
     BLOCK_BYTES, BODY_BYTES, BodyReader, BodyWriter, FormatError, Kind, Place, RECORD_BYTES,
     Record, open, seal, seal_block,
 };
-pub use check::{Finding, Report, Severity, check_volume};
-pub use election::{Accepted, CoordinatorEpoch, LeaderBlock, PAXOS_SUBSECTORS, PaxosBlock};
 pub use heartbeat::{ADDRESS_BYTES_MAX, HEARTBEAT_RECORDS, HeartbeatRecord, WatchdogKind};
-pub use journal::{CheckpointHead, CheckpointId, CheckpointRow, JournalBlock};
-pub use layout::{Area, AreaId, BLOCK_BYTES_U64, FormatRequest, LayoutError, RECORDS_PER_BLOCK};
-pub use log::{GROUP_MAX, Log, LogError, Recovered, recover};
-pub use metadata::{Asker, Context, Contradiction, Decision, Metadata, Witness};
-pub use record::{MetaRecord, RUNS_MAX, SlotRow};
-pub use store::{BlockStore, MemStore};
+pub use metadata::{Context, Contradiction, Decision, Metadata, Requester, Witness};
+pub use metadata_log::{GROUP_MAX, Log, LogError, Recovered, recover};
+pub use metadata_records::{MetaRecord, RUNS_MAX, SlotRow};
+pub use offline_check::{Finding, Report, Severity, check_volume};
 pub use superblock::{
     FORMAT_VERSION, FeatureFlags, Fencing, FencingPolicy, INCOMPAT_KNOWN, RO_COMPAT_KNOWN, Region,
     RegionKind, SLOTS_MAX, SUPERBLOCK_LBAS, Superblock,
 };
 pub use timing::{RHO_INVERSE, TimingError, Timings};
-pub use volume::{MakeError, OpenError, make_volume, read_copy, read_superblock};
+pub use volume_layout::{
+    Area, AreaId, BLOCK_BYTES_U64, FormatRequest, LayoutError, RECORDS_PER_BLOCK,
+};

@@ -4,9 +4,9 @@
 //! checkpoint, or [`Metadata::decide`] after they were made durable.
 
 mod decide;
-mod disks;
-mod nodes;
-mod ownership;
+mod disk_changes;
+mod ownership_changes;
+mod slot_changes;
 
 use std::collections::BTreeMap;
 
@@ -15,11 +15,11 @@ use bascule_types::{
     SlotId, VmRow, VmUid,
 };
 
-use crate::record::{MetaRecord, SlotRow};
-use crate::space::Space;
+use crate::extent_allocator::ExtentAllocator;
+use crate::metadata_records::{MetaRecord, SlotRow};
 use crate::superblock::{Fencing, FencingPolicy, Superblock};
 
-pub use decide::{Asker, Context, Decision, Witness};
+pub use decide::{Context, Decision, Requester, Witness};
 
 /// Every row of a volume.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,7 +34,7 @@ pub struct Metadata {
     disks_by_name: BTreeMap<RowName, DiskId>,
     saved: BTreeMap<VmUid, SavedStateRow>,
     fences: BTreeMap<Owner, FenceRow>,
-    space: Space,
+    space: ExtentAllocator,
 }
 
 /// A record contradicts the rows that it should alter: the metadata is damaged.
@@ -73,7 +73,7 @@ impl Metadata {
             disks_by_name: BTreeMap::new(),
             saved: BTreeMap::new(),
             fences: BTreeMap::new(),
-            space: Space::new(superblock),
+            space: ExtentAllocator::new(superblock),
         }
     }
 

@@ -21,14 +21,14 @@ use std::io;
 
 use bascule_types::{Lba, SlotId};
 
-use crate::block::{BLOCK_BYTES, FormatError, RECORD_BYTES, open, seal, seal_block};
-use crate::election::CoordinatorEpoch;
-use crate::journal::{CheckpointHead, CheckpointId, CheckpointRow, JournalBlock};
-use crate::layout::{Area, AreaId};
+use crate::area_blocks::{CheckpointHead, CheckpointId, CheckpointRow, JournalBlock};
+use crate::block_store::BlockStore;
+use crate::election_blocks::CoordinatorEpoch;
+use crate::envelope::{BLOCK_BYTES, FormatError, RECORD_BYTES, open, seal, seal_block};
 use crate::metadata::{Contradiction, Metadata};
-use crate::record::MetaRecord;
-use crate::store::BlockStore;
+use crate::metadata_records::MetaRecord;
 use crate::superblock::Superblock;
+use crate::volume_layout::{Area, AreaId};
 
 /// The most records that one change takes.
 pub const GROUP_MAX: usize = 8;

@@ -28,7 +28,7 @@ use bascule_types::{
 };
 
 use crate::FormatError;
-use crate::block::{BodyReader, BodyWriter};
+use crate::envelope::{BodyReader, BodyWriter};
 
 /// The most runs of extents that one row has room for.
 pub const RUNS_MAX: usize = 24;

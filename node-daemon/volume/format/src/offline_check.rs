@@ -5,13 +5,13 @@ use std::io;
 
 use bascule_types::{Lba, SlotId};
 
-use crate::block::{BLOCK_BYTES, FormatError, Record, open};
-use crate::election::{CoordinatorEpoch, LeaderBlock, PAXOS_SUBSECTORS, PaxosBlock};
+use crate::block_store::BlockStore;
+use crate::create_and_open::{OpenError, read_copy, read_superblock};
+use crate::election_blocks::{CoordinatorEpoch, LeaderBlock, PAXOS_SUBSECTORS, PaxosBlock};
+use crate::envelope::{BLOCK_BYTES, FormatError, Record, open};
 use crate::heartbeat::{HEARTBEAT_RECORDS, HeartbeatRecord};
-use crate::log::{Recovered, recover};
-use crate::store::BlockStore;
+use crate::metadata_log::{Recovered, recover};
 use crate::superblock::{SUPERBLOCK_LBAS, Superblock};
-use crate::volume::{OpenError, read_copy, read_superblock};
 
 /// What the checker found.
 #[derive(Clone, Debug, Default)]

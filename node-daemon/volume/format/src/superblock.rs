@@ -22,7 +22,7 @@ use bascule_types::{Bytes, ClusterId, Lba};
 use serde::{Deserialize, Serialize};
 
 use crate::FormatError;
-use crate::block::{BLOCK_BYTES, BodyReader, BodyWriter, Kind, Record, open_envelope};
+use crate::envelope::{BLOCK_BYTES, BodyReader, BodyWriter, Kind, Record, open_envelope};
 use crate::timing::Timings;
 
 /// The format that this release writes.

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use crate::FormatError;
-use crate::block::{BodyReader, BodyWriter};
+use crate::envelope::{BodyReader, BodyWriter};
 
 /// The clock rate error that is allowed for: 10⁻³, written as its inverse.
 pub const RHO_INVERSE: u32 = 1000;
@@ -69,7 +69,7 @@ impl Timings {
 
     /// T_safe: from the last sign of life until nothing of a silent node can write any more.
     #[must_use]
-    pub fn t_safe(&self) -> Duration {
+    pub fn safe_time(&self) -> Duration {
         self.watch + self.watchdog + self.settle
     }
 

@@ -13,8 +13,8 @@
 
 use bascule_types::{ClusterId, Lba, SlotId, VolumeId};
 
-use crate::block::{BLOCK_BYTES, Place, RECORD_BYTES};
-use crate::election::PAXOS_SUBSECTORS;
+use crate::election_blocks::PAXOS_SUBSECTORS;
+use crate::envelope::{BLOCK_BYTES, Place, RECORD_BYTES};
 use crate::heartbeat::HEARTBEAT_RECORDS;
 use crate::superblock::{
     FeatureFlags, Fencing, FencingPolicy, Region, RegionKind, SLOTS_MAX, Superblock,

@@ -36,7 +36,7 @@ pub struct FencePolicy {
 /// What is missing.
 pub fn verify(policy: FencePolicy, evidence: &Evidence) -> Result<FenceProof, MissingProof> {
     let watchdog_mode =
-        policy.mode == Fencing::Watchdog || broken!(policy.rules, LeaseOnlyWithoutWord);
+        policy.mode == Fencing::Watchdog || broken!(policy.rules, LeaseOnlyWithoutConfirmation);
     if !watchdog_mode {
         return Err(MissingProof::AdminConfirmation);
     }
@@ -51,7 +51,7 @@ pub fn verify(policy: FencePolicy, evidence: &Evidence) -> Result<FenceProof, Mi
         return Err(MissingProof::NoWatchdog);
     }
     let required = safe_time(policy.rules, &record.timings);
-    let watched = evidence.silent_for;
+    let watched = evidence.unchanged_for;
     if watched >= required {
         Ok(FenceProof::SafeTimeElapsed {
             watched_ms: whole_ms(watched),
@@ -73,7 +73,7 @@ fn watchdog_counts(policy: FencePolicy, record: HeartbeatSeen) -> bool {
         WatchdogKind::Software => {
             policy.allowed.software_watchdog || broken!(policy.rules, SoftwareWatchdogCounts)
         }
-        WatchdogKind::None => broken!(policy.rules, LeaseOnlyWithoutWord),
+        WatchdogKind::None => broken!(policy.rules, LeaseOnlyWithoutConfirmation),
     }
 }
 
@@ -85,7 +85,7 @@ fn safe_time(rules: Rules, timings: &Timings) -> Duration {
     if broken!(rules, SafeTimeWithoutSettle) {
         return timings.watch + timings.watchdog;
     }
-    timings.t_safe()
+    timings.safe_time()
 }
 
 fn whole_ms(time: Duration) -> u64 {

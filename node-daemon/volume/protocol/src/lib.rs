@@ -27,29 +27,29 @@
 //! Read next: [`LeaseHolder`], then [`Watcher`] and [`fence`].
 #![forbid(unsafe_code)]
 
-mod coordinator;
+mod coordinator_answers;
+mod disk_paxos;
 mod drift;
-mod election;
 pub mod fence;
+mod join_claim;
 mod lease;
-mod rejoin;
+mod open_writers;
 mod rules;
-pub mod watchdog;
+pub mod watchdog_policy;
 mod watcher;
-mod writers;
 
-pub use coordinator::{Coordinator, CoordinatorCommand, CoordinatorEvent, Ticket};
-pub use drift::Drift;
-pub use election::{
+pub use coordinator_answers::{Coordinator, CoordinatorCommand, CoordinatorEvent, Ticket};
+pub use disk_paxos::{
     Election, ElectionCommand, ElectionConfig, ElectionEvent, ElectionOutcome, ElectionPhase,
 };
+pub use drift::Drift;
+pub use join_claim::{JoinClaim, OwnSlot, join_claim};
 pub use lease::{
     Held, LeaseCommand, LeaseConfig, LeaseEvent, LeaseHolder, LeasePhase, OwnRecord,
     OwnRecordFound, StopReason,
 };
-pub use rejoin::{JoinClaim, OwnSlot, join_claim};
+pub use open_writers::{WriterEvent, Writers};
 #[cfg(feature = "fault-injection")]
 pub use rules::Mutation;
 pub use rules::Rules;
 pub use watcher::{Evidence, HeartbeatSeen, Standing, WatchEvent, Watcher};
-pub use writers::{WriterEvent, Writers};

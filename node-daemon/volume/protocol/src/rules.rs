@@ -88,9 +88,9 @@ pub enum Mutation {
     /// The software watchdog counts as a hardware one.
     SoftwareWatchdogCounts,
     /// LeaseOnly takes over without an administrator's fencing confirmation.
-    LeaseOnlyWithoutWord,
+    LeaseOnlyWithoutConfirmation,
     /// An administrator's fencing confirmation for one generation is taken for a later one.
-    WordForAnyGeneration,
+    ConfirmationForAnyGeneration,
     /// A fenced node's rows go over to its next generation.
     RejoinKeepsFencedRows,
     /// A taken row keeps its epoch.

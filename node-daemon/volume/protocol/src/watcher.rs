@@ -100,7 +100,7 @@ pub struct Evidence {
     /// [`Standing::GrantedOnly`], of a later one when it is [`Standing::Superseded`].
     pub record: Option<HeartbeatSeen>,
     /// For how long, by R4 and R5, no sign of life was seen.
-    pub silent_for: Duration,
+    pub unchanged_for: Duration,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -195,7 +195,7 @@ impl Watcher {
             victim,
             standing: Standing::Unknown,
             record: None,
-            silent_for: Duration::ZERO,
+            unchanged_for: Duration::ZERO,
         };
         let Some(watch) = self.slots.get(&victim.slot) else {
             return unknown;
@@ -208,7 +208,7 @@ impl Watcher {
             Some(_) => Standing::GrantedOnly,
             None => Standing::Unknown,
         };
-        let silent_for = match standing {
+        let unchanged_for = match standing {
             Standing::Unknown => Duration::ZERO,
             Standing::Shown | Standing::GrantedOnly | Standing::Superseded => watch
                 .confirmed
@@ -217,7 +217,7 @@ impl Watcher {
         Evidence {
             standing,
             record: watch.shown,
-            silent_for,
+            unchanged_for,
             ..unknown
         }
     }
@@ -250,7 +250,7 @@ impl Evidence {
         self.standing != Standing::Unknown
             && self
                 .record
-                .is_some_and(|record| self.silent_for >= record.timings.watch)
+                .is_some_and(|record| self.unchanged_for >= record.timings.watch)
     }
 }
 

@@ -264,11 +264,14 @@ fn lease_only_takes_over_only_on_an_administrators_word() {
     assert_eq!(two.ask(&ask), refused);
     let taint = Change::ConfirmFenced {
         victim,
-        word: AdminConfirmation::OutOfServiceTaint,
+        confirmation: AdminConfirmation::OutOfServiceTaint,
     };
     assert_eq!(two.ask(&taint), Response::Refused(Refusal::NotAllowed));
-    let word = AdminConfirmation::Confirmed;
-    two.grant(&Change::ConfirmFenced { victim, word });
+    let confirmation = AdminConfirmation::Confirmed;
+    two.grant(&Change::ConfirmFenced {
+        victim,
+        confirmation,
+    });
     two.grant(&ask);
     assert_eq!(two.row(1).owner, Some(two.owner()));
 }

@@ -201,7 +201,7 @@ fn an_administrators_word_reaches_the_coordinator_once() {
     let plan = plan_volume(&said, &observed);
     let change = Change::ConfirmFenced {
         victim,
-        word: AdminConfirmation::Confirmed,
+        confirmation: AdminConfirmation::Confirmed,
     };
     assert_eq!(
         plan.actions,

@@ -1,9 +1,11 @@
 //! A change, decided: which records it takes, or why it is refused. Pure; alters nothing.
 
-use bascule_types::{Answer, Change, DiskId, FenceProof, MissingProof, NodeUid, Owner, Refusal};
+use bascule_types::{
+    Answer, Change, DiskId, FenceProof, MissingProof, NodeUid, Owner, Ownership, Refusal,
+};
 
 use super::Metadata;
-use crate::record::MetaRecord;
+use crate::metadata_records::MetaRecord;
 
 /// What the coordinator knows beyond the rows, all of it from its own reads of the volume.
 pub trait Witness {
@@ -21,7 +23,7 @@ pub trait Witness {
 
 /// Who asks: the node whose `bascule-volume` sent the change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Asker {
+pub struct Requester {
     /// The node.
     pub node: NodeUid,
     /// The slot and generation in its heartbeat; none before it has a slot.
@@ -37,7 +39,7 @@ pub struct Asker {
 )]
 pub struct Context<'a> {
     /// Who asks.
-    pub asker: Asker,
+    pub requester: Requester,
     /// What the coordinator saw on the volume.
     pub witness: &'a dyn Witness,
     /// The identity of a disk, should one be created.
@@ -80,7 +82,10 @@ impl Metadata {
                 from,
                 rebooted,
             } => self.rejoin(*node, *from, *rebooted, context),
-            Change::ConfirmFenced { victim, word } => self.confirm_fenced(*victim, *word, context),
+            Change::ConfirmFenced {
+                victim,
+                confirmation,
+            } => self.confirm_fenced(*victim, *confirmation, context),
             Change::CreateVm {
                 vm,
                 name,
@@ -92,20 +97,22 @@ impl Metadata {
                 expected_epoch,
                 to,
             } => self.acquire(*vm, *expected_epoch, *to, context),
-            Change::Release { vm, from, epoch } => self.release(*vm, *from, *epoch, context),
+            Change::Release { vm, from, epoch } => {
+                self.release(*vm, Ownership::new(*from, *epoch), context)
+            }
             Change::Transfer {
                 vm,
                 from,
                 epoch,
                 to,
                 attempt,
-            } => self.transfer(*vm, (*from, *epoch), *to, *attempt, context),
+            } => self.transfer(*vm, Ownership::new(*from, *epoch), *to, *attempt, context),
             Change::TakeOver {
                 vm,
                 from,
                 epoch,
                 to,
-            } => self.take_over(*vm, (*from, *epoch), *to, context),
+            } => self.take_over(*vm, Ownership::new(*from, *epoch), *to, context),
             _ => self.decide_storage(change, context),
         }
     }

@@ -5,14 +5,14 @@
 //! zeroes all of it, and only then finishes the import. Until then nobody can open it.
 
 use bascule_types::{
-    Answer, Bytes, DiskId, DiskRole, DiskRow, Owner, Refusal, RowName, SavedStateRow,
+    Answer, Bytes, DiskId, DiskRole, DiskRow, Owner, Ownership, Refusal, RowName, SavedStateRow,
     SavedStateSum, VmRow, VmUid,
 };
 
 use super::Metadata;
 use super::decide::{Context, Decision};
-use super::ownership::not_owned;
-use crate::record::MetaRecord;
+use super::ownership_changes::{check_not_owned, check_owned};
+use crate::metadata_records::MetaRecord;
 
 impl Metadata {
     pub(super) fn create_disk(
@@ -24,7 +24,7 @@ impl Metadata {
         context: &Context<'_>,
     ) -> Result<Decision, Refusal> {
         self.vm(vm).ok_or(Refusal::NoSuchVm)?;
-        let importer = context.asker.owner;
+        let importer = context.requester.owner;
         if let Some(row) = self.disk_named(name) {
             if row.vm != Some(vm) {
                 return Err(Refusal::NameTaken);
@@ -98,8 +98,10 @@ impl Metadata {
         if !row.importing {
             return Ok(Decision::already(Answer::Disk(row.clone())));
         }
-        match (row.importer, context.asker.owner) {
-            (Some(owner), Some(asker)) if owner == asker => self.check_new_owner(owner, context)?,
+        match (row.importer, context.requester.owner) {
+            (Some(owner), Some(requester)) if owner == requester => {
+                self.check_new_owner(owner, context)?
+            }
             (Some(owner), _) => return Err(Refusal::ImportedElsewhere { owner }),
             (None, _) => return Err(Refusal::Importing),
         }
@@ -159,9 +161,9 @@ impl Metadata {
             return Ok(Decision::already(Answer::Gone));
         };
         if let Some(home) = row.vm.and_then(|vm| self.vm(vm)) {
-            not_owned(home)?;
+            check_not_owned(home)?;
         }
-        if row.importer != context.asker.owner {
+        if row.importer != context.requester.owner {
             self.check_abandoned(row)?;
         }
         let records = vec![MetaRecord::DeleteDisk(disk)];
@@ -231,7 +233,7 @@ impl Metadata {
 
     fn owned_vm(&self, vm: VmUid, from: Owner) -> Result<&VmRow, Refusal> {
         let row = self.vm(vm).ok_or(Refusal::NoSuchVm)?;
-        super::ownership::owned(row, from, row.epoch)?;
+        check_owned(row, Ownership::new(from, row.epoch))?;
         if self.fence(from).is_some() {
             return Err(Refusal::Fenced { owner: from });
         }

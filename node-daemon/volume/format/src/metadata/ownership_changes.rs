@@ -1,11 +1,12 @@
 //! Decisions about who may run a VM.
 
-use bascule_types::{AttemptId, Epoch, Owner, VmUid};
+use bascule_types::{
+    Answer, AttemptId, Epoch, FenceRow, Owner, Ownership, Refusal, RowName, VmRow, VmUid,
+};
 
 use super::Metadata;
 use super::decide::{Context, Decision};
-use crate::record::MetaRecord;
-use bascule_types::{Answer, FenceRow, Refusal, RowName, VmRow};
+use crate::metadata_records::MetaRecord;
 
 impl Metadata {
     pub(super) fn create_vm(
@@ -32,7 +33,7 @@ impl Metadata {
         let Some(row) = self.vm(vm) else {
             return Ok(Decision::already(Answer::Gone));
         };
-        not_owned(row)?;
+        check_not_owned(row)?;
         let records = vec![MetaRecord::DeleteVm(vm)];
         Ok(Decision::new(records, Answer::Gone))
     }
@@ -49,27 +50,26 @@ impl Metadata {
         if granted && row.epoch == expected.next() {
             return Ok(Decision::already(Answer::Row(row.clone())));
         }
-        not_owned(row)?;
+        check_not_owned(row)?;
         if row.epoch != expected {
             return Err(Refusal::EpochIs { epoch: row.epoch });
         }
         self.check_new_owner(to, context)?;
-        Ok(put(tenure(row, to, None)))
+        Ok(put(next_ownership(row, to, None)))
     }
 
     pub(super) fn release(
         &self,
         vm: VmUid,
-        from: Owner,
-        epoch: Epoch,
+        from: Ownership,
         context: &Context<'_>,
     ) -> Result<Decision, Refusal> {
         let row = self.vm(vm).ok_or(Refusal::NoSuchVm)?;
-        if row.owner.is_none() && row.epoch == epoch {
+        if row.owner.is_none() && row.epoch == from.epoch {
             return Ok(Decision::already(Answer::Row(row.clone())));
         }
-        owned(row, from, epoch)?;
-        self.check_asker(from, context)?;
+        check_owned(row, from)?;
+        self.check_requester(from.owner, context)?;
         Ok(put(VmRow {
             owner: None,
             ..row.clone()
@@ -81,41 +81,41 @@ impl Metadata {
     pub(super) fn transfer(
         &self,
         vm: VmUid,
-        (from, epoch): (Owner, Epoch),
+        from: Ownership,
         to: Owner,
         attempt: AttemptId,
         context: &Context<'_>,
     ) -> Result<Decision, Refusal> {
         let row = self.vm(vm).ok_or(Refusal::NoSuchVm)?;
-        if row.attempt == Some(attempt) && row.epoch == epoch.next() {
+        if row.attempt == Some(attempt) && row.epoch == from.epoch.next() {
             return Ok(Decision::already(Answer::Row(row.clone())));
         }
-        owned(row, from, epoch)?;
-        if self.fence(from).is_some() {
-            return Err(Refusal::Fenced { owner: from });
+        check_owned(row, from)?;
+        if self.fence(from.owner).is_some() {
+            return Err(Refusal::Fenced { owner: from.owner });
         }
-        self.check_asker(from, context)?;
+        self.check_requester(from.owner, context)?;
         self.check_new_owner(to, context)?;
-        Ok(put(tenure(row, to, Some(attempt))))
+        Ok(put(next_ownership(row, to, Some(attempt))))
     }
 
     pub(super) fn take_over(
         &self,
         vm: VmUid,
-        (from, epoch): (Owner, Epoch),
+        from: Ownership,
         to: Owner,
         context: &Context<'_>,
     ) -> Result<Decision, Refusal> {
         let row = self.vm(vm).ok_or(Refusal::NoSuchVm)?;
         let granted = row.owner == Some(to) && row.attempt.is_none();
-        if granted && row.epoch == epoch.next() && to != from {
+        if granted && row.epoch == from.epoch.next() && to != from.owner {
             return Ok(Decision::already(Answer::Row(row.clone())));
         }
-        owned(row, from, epoch)?;
+        check_owned(row, from)?;
         self.check_new_owner(to, context)?;
         let mut records = Vec::new();
-        if self.fence(from).is_none() {
-            let victim = from;
+        let victim = from.owner;
+        if self.fence(victim).is_none() {
             let proof = context
                 .witness
                 .proof(victim)
@@ -125,15 +125,15 @@ impl Metadata {
         }
         let half_saved = self.saved(vm).filter(|saved| saved.complete.is_none());
         records.extend(half_saved.map(|saved| MetaRecord::DeleteSaved(saved.vm)));
-        let row = tenure(row, to, None);
+        let row = next_ownership(row, to, None);
         records.push(MetaRecord::Vm(row.clone()));
         Ok(Decision::new(records, Answer::Row(row)))
     }
 
     /// Only the owner's node knows whether its guest is stopped and its writes have completed.
-    fn check_asker(&self, owner: Owner, context: &Context<'_>) -> Result<(), Refusal> {
+    fn check_requester(&self, owner: Owner, context: &Context<'_>) -> Result<(), Refusal> {
         let holder = self.slot(owner.slot).map(|row| row.node);
-        if holder == Some(context.asker.node) {
+        if holder == Some(context.requester.node) {
             Ok(())
         } else {
             Err(Refusal::OwnersNodeOnly { owner })
@@ -141,8 +141,8 @@ impl Metadata {
     }
 }
 
-/// The row in its next tenure.
-fn tenure(row: &VmRow, to: Owner, attempt: Option<AttemptId>) -> VmRow {
+/// The row in its next epoch, owned by `to`.
+fn next_ownership(row: &VmRow, to: Owner, attempt: Option<AttemptId>) -> VmRow {
     VmRow {
         owner: Some(to),
         epoch: row.epoch.next(),
@@ -155,7 +155,7 @@ fn put(row: VmRow) -> Decision {
     Decision::new(vec![MetaRecord::Vm(row.clone())], Answer::Row(row))
 }
 
-pub(super) fn not_owned(row: &VmRow) -> Result<(), Refusal> {
+pub(super) fn check_not_owned(row: &VmRow) -> Result<(), Refusal> {
     match row.owner {
         None => Ok(()),
         Some(owner) => Err(Refusal::OwnedBy {
@@ -165,9 +165,9 @@ pub(super) fn not_owned(row: &VmRow) -> Result<(), Refusal> {
     }
 }
 
-pub(super) fn owned(row: &VmRow, from: Owner, epoch: Epoch) -> Result<(), Refusal> {
+pub(super) fn check_owned(row: &VmRow, by: Ownership) -> Result<(), Refusal> {
     match row.owner {
-        Some(owner) if owner == from && row.epoch == epoch => Ok(()),
+        Some(owner) if Ownership::new(owner, row.epoch) == by => Ok(()),
         Some(owner) => Err(Refusal::OwnedBy {
             owner,
             epoch: row.epoch,

@@ -7,7 +7,7 @@ use bascule_types::{
 
 use super::decide::{Context, Decision};
 use super::{Metadata, SlotRow};
-use crate::record::MetaRecord;
+use crate::metadata_records::MetaRecord;
 
 impl Metadata {
     pub(super) fn register_node(&self, node: NodeUid) -> Result<Decision, Refusal> {
@@ -30,7 +30,7 @@ impl Metadata {
         Ok(Decision::new(vec![MetaRecord::Slot(row)], answer))
     }
 
-    /// The asker's heartbeat already shows the new generation; from the answer on it counts.
+    /// The requester's heartbeat already shows the new generation; from the answer on it counts.
     pub(super) fn rejoin(
         &self,
         node: NodeUid,
@@ -39,9 +39,9 @@ impl Metadata {
         context: &Context<'_>,
     ) -> Result<Decision, Refusal> {
         let stale = Refusal::StaleOwner { owner: from };
-        let to = context.asker.owner.ok_or(stale)?;
+        let to = context.requester.owner.ok_or(stale)?;
         let row = self.slot(from.slot).ok_or(stale)?;
-        if row.node != node || context.asker.node != node || to.slot != from.slot {
+        if row.node != node || context.requester.node != node || to.slot != from.slot {
             return Err(stale);
         }
         if row.generation == to.generation {
@@ -50,14 +50,14 @@ impl Metadata {
         if row.generation != from.generation || to.generation < from.generation {
             return Err(Refusal::StaleOwner { owner: to });
         }
-        // The row's own boot id decides, not the asker's word: a generation of an earlier boot has
+        // The row's own boot id decides, not the requester's word: a generation of an earlier boot has
         // no process left.
-        let rebooted = rebooted || row.boot != context.asker.boot;
+        let rebooted = rebooted || row.boot != context.requester.boot;
         let keep = !rebooted && self.fence(from).is_none();
         let mut records = vec![MetaRecord::Rejoin {
             from,
             to,
-            boot: context.asker.boot,
+            boot: context.requester.boot,
             keep,
         }];
         // A fence row stays for as long as some row could still name its victim.
@@ -80,13 +80,13 @@ impl Metadata {
     pub(super) fn confirm_fenced(
         &self,
         victim: Owner,
-        word: AdminConfirmation,
+        confirmation: AdminConfirmation,
         context: &Context<'_>,
     ) -> Result<Decision, Refusal> {
         if let Some(fence) = self.fence(victim) {
             return Ok(Decision::already(Answer::Fenced(*fence)));
         }
-        let allowed = match word {
+        let allowed = match confirmation {
             AdminConfirmation::Confirmed => true,
             AdminConfirmation::OutOfServiceTaint => self.policy.out_of_service_taint,
         };
@@ -104,7 +104,7 @@ impl Metadata {
         self.room_for(1)?;
         let fence = FenceRow {
             victim,
-            proof: FenceProof::Administrator(word),
+            proof: FenceProof::Administrator(confirmation),
         };
         let answer = Answer::Fenced(fence);
         Ok(Decision::new(vec![MetaRecord::Fence(fence)], answer))

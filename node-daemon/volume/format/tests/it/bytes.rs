@@ -173,7 +173,7 @@ fn every_record() -> Vec<MetaRecord> {
         victim: owner(3, 7),
         proof,
     };
-    let word = FenceProof::Administrator(AdminConfirmation::OutOfServiceTaint);
+    let confirmation = FenceProof::Administrator(AdminConfirmation::OutOfServiceTaint);
     vec![
         MetaRecord::Slot(SlotRow {
             slot: SlotId(3),
@@ -186,7 +186,7 @@ fn every_record() -> Vec<MetaRecord> {
         MetaRecord::Saved(saved),
         MetaRecord::Fence(fence),
         MetaRecord::Fence(FenceRow {
-            proof: word,
+            proof: confirmation,
             ..fence
         }),
         MetaRecord::Rejoin {
@@ -315,7 +315,7 @@ fn a_device_too_small_is_refused_with_what_is_needed() {
 #[test]
 fn the_default_safe_time_is_within_thirty_seconds() {
     assert!(Timings::DEFAULT.validate().is_ok());
-    assert!(Timings::DEFAULT.t_safe() <= Duration::from_secs(30));
+    assert!(Timings::DEFAULT.safe_time() <= Duration::from_secs(30));
 }
 
 /// Seals any body with a valid envelope, so that the parsers behind the checksum see it.

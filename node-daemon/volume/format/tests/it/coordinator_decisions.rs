@@ -157,8 +157,11 @@ fn a_fenced_node_takes_nothing_along_and_cannot_commit_a_migration() {
     let mut cluster = Cluster::with_two_nodes().with_running_vm();
     let victim = owner(0, 1);
     cluster.seen.alive.remove(&victim);
-    let word = AdminConfirmation::Confirmed;
-    let confirm = Change::ConfirmFenced { victim, word };
+    let confirmation = AdminConfirmation::Confirmed;
+    let confirm = Change::ConfirmFenced {
+        victim,
+        confirmation,
+    };
     cluster.ask(2, &confirm).unwrap();
     let refused = cluster.ask(1, &transfer(1));
     assert_eq!(refused, Err(Refusal::Fenced { owner: victim }));
@@ -173,22 +176,31 @@ fn a_fenced_node_takes_nothing_along_and_cannot_commit_a_migration() {
 #[test]
 fn a_word_is_refused_while_the_heartbeat_is_alive_and_binds_one_generation() {
     let mut cluster = Cluster::with_two_nodes().with_running_vm();
-    let word = AdminConfirmation::Confirmed;
+    let confirmation = AdminConfirmation::Confirmed;
     let victim = owner(0, 1);
-    let confirm = Change::ConfirmFenced { victim, word };
+    let confirm = Change::ConfirmFenced {
+        victim,
+        confirmation,
+    };
     let missing = MissingProof::Alive;
     assert_eq!(
         cluster.ask(2, &confirm),
         Err(Refusal::NotFenced { victim, missing })
     );
     let victim = owner(0, 9);
-    let confirm = Change::ConfirmFenced { victim, word };
+    let confirm = Change::ConfirmFenced {
+        victim,
+        confirmation,
+    };
     assert_eq!(
         cluster.ask(2, &confirm),
         Err(Refusal::StaleOwner { owner: victim })
     );
-    let word = AdminConfirmation::OutOfServiceTaint;
-    let confirm = Change::ConfirmFenced { victim, word };
+    let confirmation = AdminConfirmation::OutOfServiceTaint;
+    let confirm = Change::ConfirmFenced {
+        victim,
+        confirmation,
+    };
     assert_eq!(cluster.ask(2, &confirm), Err(Refusal::NotAllowed));
 }
 
@@ -222,9 +234,15 @@ fn a_disk_is_filled_by_one_node_at_a_time() {
     let victim = owner(0, 1);
     cluster.seen.alive.remove(&victim);
     assert_eq!(cluster.ask(2, &create), Err(elsewhere));
-    let word = AdminConfirmation::Confirmed;
+    let confirmation = AdminConfirmation::Confirmed;
     cluster
-        .ask(2, &Change::ConfirmFenced { victim, word })
+        .ask(
+            2,
+            &Change::ConfirmFenced {
+                victim,
+                confirmation,
+            },
+        )
         .unwrap();
     cluster.ask(2, &create).unwrap();
     let done = disk_of(cluster.ask(2, &finish).unwrap());

@@ -7,8 +7,8 @@ use bascule_types::{
     Refusal, RowName, SlotId, VmRow, VmUid, VolumeId,
 };
 use bascule_volume_format::{
-    Asker, Context, Fencing, FencingPolicy, FormatRequest, MemStore, Metadata, Superblock, Timings,
-    Witness, make_volume,
+    Context, Fencing, FencingPolicy, FormatRequest, MemStore, Metadata, Requester, Superblock,
+    Timings, Witness, make_volume,
 };
 
 pub(crate) const DEVICE_BYTES: u64 = 64 << 20;
@@ -112,7 +112,7 @@ impl Cluster {
         let slot = SlotId(u16::from(n - 1));
         let mine = self.seen.alive.iter().filter(|owner| owner.slot == slot);
         let context = Context {
-            asker: Asker {
+            requester: Requester {
                 node: node(n),
                 owner: mine.max().copied(),
                 boot: [n; 16],

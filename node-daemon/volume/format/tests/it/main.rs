@@ -7,6 +7,6 @@
 )]
 
 mod bytes;
+mod coordinator_decisions;
 mod crash;
 mod fixture;
-mod metadata;

@@ -27,7 +27,7 @@ fn evidence(kind: WatchdogKind, silent_ms: u64) -> Evidence {
             detached: false,
             timings: Timings::DEFAULT,
         }),
-        silent_for: Duration::from_millis(silent_ms),
+        unchanged_for: Duration::from_millis(silent_ms),
     }
 }
 

@@ -44,15 +44,15 @@ fn watching(record: HeartbeatSeen) -> Watcher {
 #[test]
 fn r4_r5_silence_lasts_from_a_completed_read_to_an_issued_one() {
     let watcher = watching(seen(1, 1));
-    assert_eq!(watcher.evidence(owner(1)).silent_for, Duration::ZERO);
+    assert_eq!(watcher.evidence(owner(1)).unchanged_for, Duration::ZERO);
     let watcher = read(watcher, 1100, 5000, seen(1, 1));
-    assert_eq!(watcher.evidence(owner(1)).silent_for, ms(1000));
+    assert_eq!(watcher.evidence(owner(1)).unchanged_for, ms(1000));
 }
 
 #[test]
 fn r5_a_read_that_was_issued_before_the_value_was_first_seen_confirms_nothing() {
     let watcher = read(watching(seen(1, 1)), 50, 9000, seen(1, 1));
-    assert_eq!(watcher.evidence(owner(1)).silent_for, Duration::ZERO);
+    assert_eq!(watcher.evidence(owner(1)).unchanged_for, Duration::ZERO);
 }
 
 #[test]
@@ -104,7 +104,7 @@ fn a_generation_that_the_journal_names_is_watched_from_that_moment() {
     let watcher = read(watcher, 30_000, 30_000, seen(1, 1));
     let evidence = watcher.evidence(owner(2));
     assert_eq!(evidence.standing, Standing::GrantedOnly);
-    assert_eq!(evidence.silent_for, ms(10_000));
+    assert_eq!(evidence.unchanged_for, ms(10_000));
 }
 
 #[test]

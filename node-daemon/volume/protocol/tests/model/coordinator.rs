@@ -14,7 +14,7 @@ use bascule_volume_protocol::{
 };
 use stateright::{Model, Property};
 
-use crate::check::{Size, holds};
+use crate::checker::{Size, holds};
 
 #[derive(Clone, Debug)]
 pub(crate) struct CoordinatorModel {

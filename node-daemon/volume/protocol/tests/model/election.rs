@@ -13,7 +13,7 @@ use bascule_volume_protocol::{
 };
 use stateright::{Model, Property};
 
-use crate::check::{Size, holds};
+use crate::checker::{Size, holds};
 
 const SETTLE: Duration = Duration::from_nanos(5);
 

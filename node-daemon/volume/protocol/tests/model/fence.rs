@@ -9,19 +9,19 @@
 use std::time::Duration;
 
 use bascule_types::{
-    AdminConfirmation, BootTime, Change, Epoch, Generation, NodeUid, Owner, Refusal, SlotId,
-    VolumeId,
+    AdminConfirmation, BootTime, Change, Epoch, Generation, NodeUid, Owner, Ownership, Refusal,
+    SlotId, VolumeId,
 };
 use bascule_volume_format::{Fencing, FencingPolicy, Timings, WatchdogKind};
 use bascule_volume_protocol::fence::{self, FencePolicy};
-use bascule_volume_protocol::watchdog::{Decision, Enlisted, timeout_fits};
+use bascule_volume_protocol::watchdog_policy::{Decision, Enlisted, timeout_fits};
 use bascule_volume_protocol::{
     HeartbeatSeen, Held, JoinClaim, LeaseCommand, LeaseConfig, LeaseEvent, LeaseHolder, LeasePhase,
     OwnRecord, OwnSlot, Rules, WatchEvent, Watcher, WriterEvent, Writers, join_claim,
 };
 use stateright::{Model, Property};
 
-use crate::check::{Size, holds};
+use crate::checker::{Size, holds};
 use crate::table::{Sight, Table, VM, owner, rejoin};
 
 const NODE_A: NodeUid = NodeUid::from_bytes([1; 16]);
@@ -61,10 +61,10 @@ pub(crate) struct State {
     /// The epoch in which B wrote.
     b_wrote: Option<Epoch>,
     /// An administrator's fencing confirmation on its way, about this generation of A.
-    word: Option<u64>,
+    confirmation: Option<u64>,
     /// What it was about.
-    word_given: Option<u64>,
-    words_left: u8,
+    confirmed: Option<u64>,
+    confirmations_left: u8,
     overtaken: bool,
 }
 
@@ -91,9 +91,9 @@ struct Node {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Guest {
     None,
-    Running(Owner, Epoch),
-    /// Passed the gate, not yet submitted.
-    Checked(Owner, Epoch),
+    Running(Ownership),
+    /// A write passed the gate check and is not yet submitted.
+    Checked(Ownership),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -122,8 +122,8 @@ pub(crate) enum Action {
     BReads,
     BTakesOver,
     BAcquires,
-    WordGiven,
-    WordArrives,
+    AdminConfirms,
+    ConfirmationArrives,
 }
 
 impl FenceModel {
@@ -262,27 +262,32 @@ impl FenceModel {
             JoinClaim::Rebooted { .. } => true,
             JoinClaim::First | JoinClaim::Wait { .. } => return,
         };
-        let (asker, boot) = (state.record.0, node.boot);
-        if asker.generation > from.generation
+        let (requester, boot) = (state.record.0, node.boot);
+        if requester.generation > from.generation
             && self
-                .ask(state, &rejoin(from, rebooted), (asker, boot))
+                .ask(state, &rejoin(from, rebooted), (requester, boot))
                 .is_ok()
         {
             let now = state.moment();
-            state.watcher = state
-                .watcher
-                .clone()
-                .next(WatchEvent::Granted { now, owner: asker });
+            state.watcher = state.watcher.clone().next(WatchEvent::Granted {
+                now,
+                owner: requester,
+            });
         }
     }
 
-    fn ask(&self, state: &mut State, change: &Change, asker: (Owner, u8)) -> Result<(), Refusal> {
+    fn ask(
+        &self,
+        state: &mut State,
+        change: &Change,
+        requester: (Owner, u8),
+    ) -> Result<(), Refusal> {
         let (watcher, now) = (state.watcher.clone(), state.moment());
         let sight = Sight {
             alive: |owner: Owner| owner.slot.0 == B || watcher.is_alive(owner, now),
             proof: |victim| fence::verify(self.policy(), &watcher.evidence(victim)),
         };
-        let answer = state.table.ask(change, asker, &sight, self.rules);
+        let answer = state.table.ask(change, requester, &sight, self.rules);
         answer.map(|_| ())
     }
 
@@ -291,7 +296,7 @@ impl FenceModel {
         let NodeState::Up(node) = &mut state.a else {
             return;
         };
-        let Guest::Running(from, epoch) = node.guest else {
+        let Guest::Running(Ownership { owner: from, epoch }) = node.guest else {
             return;
         };
         node.guest = Guest::None;
@@ -300,7 +305,7 @@ impl FenceModel {
         if !node.writers.must_be_watched() {
             node.enlisted = node.enlisted.clone().withdraw(VOLUME);
         }
-        let asker = (from, node.boot);
+        let requester = (from, node.boot);
         if node.writers.is_drained(VM) {
             let change = Change::Release {
                 vm: VM,
@@ -308,7 +313,7 @@ impl FenceModel {
                 epoch,
             };
             // A refusal means that the row is somebody else's by now.
-            self.ask(state, &change, asker).ok();
+            self.ask(state, &change, requester).ok();
         }
     }
 
@@ -321,7 +326,7 @@ impl FenceModel {
         if !node.gate_is_open(state.moment(), to) {
             return;
         }
-        let expected_epoch = state.table.tenure().epoch;
+        let expected_epoch = state.table.row().epoch;
         let change = Change::Acquire {
             vm: VM,
             expected_epoch,
@@ -330,28 +335,28 @@ impl FenceModel {
         if self.ask(state, &change, (to, boot)).is_err() {
             return;
         }
-        let epoch = state.table.tenure().epoch;
+        let epoch = state.table.row().epoch;
         if let NodeState::Up(node) = &mut state.a {
             node.writers = node.writers.clone().next(WriterEvent::Opened(VM));
             node.enlisted = node.enlisted.clone().enlist(VOLUME);
-            node.guest = Guest::Running(to, epoch);
+            node.guest = Guest::Running(Ownership::new(to, epoch));
         }
     }
 
     fn b_asks(&self, state: &mut State, change: &Change) {
         if self.ask(state, change, (owner(B, 1), 1)).is_ok() {
-            let tenure = state.table.tenure();
-            if tenure.owner == Some(owner(B, 1)) {
-                state.b_wrote = Some(tenure.epoch);
-                state.written = state.written.max(tenure.epoch);
+            let row = state.table.row();
+            if row.owner == Some(owner(B, 1)) {
+                state.b_wrote = Some(row.epoch);
+                state.written = state.written.max(row.epoch);
             }
         }
     }
 
     fn b_takes_over(&self, state: &mut State) {
-        let tenure = state.table.tenure();
-        let (vm, epoch, to) = (VM, tenure.epoch, owner(B, 1));
-        if let Some(from) = tenure.owner {
+        let row = state.table.row();
+        let (vm, epoch, to) = (VM, row.epoch, owner(B, 1));
+        if let Some(from) = row.owner {
             let change = Change::TakeOver {
                 vm,
                 from,
@@ -365,7 +370,7 @@ impl FenceModel {
     fn b_acquires(&self, state: &mut State) {
         let change = Change::Acquire {
             vm: VM,
-            expected_epoch: state.table.tenure().epoch,
+            expected_epoch: state.table.row().epoch,
             to: owner(B, 1),
         };
         self.b_asks(state, &change);
@@ -421,15 +426,13 @@ impl State {
     }
 
     fn guest_looks(&mut self) {
-        let tenure = self.table.tenure();
+        let row = self.table.row();
         let NodeState::Up(node) = &mut self.a else {
             return;
         };
-        node.guest = match (tenure.owner, node.guest) {
-            (Some(owner), Guest::Running(_, epoch))
-                if owner.slot.0 == A && tenure.epoch == epoch =>
-            {
-                Guest::Running(owner, epoch)
+        node.guest = match (row.owner, node.guest) {
+            (Some(owner), Guest::Running(own)) if owner.slot.0 == A && row.epoch == own.epoch => {
+                Guest::Running(Ownership::new(owner, row.epoch))
             }
             _ => Guest::None,
         };
@@ -444,7 +447,7 @@ impl Model for FenceModel {
         let mut node = self.node(0, 1);
         node.writers = node.writers.next(WriterEvent::Opened(VM));
         node.enlisted = node.enlisted.enlist(VOLUME);
-        node.guest = Guest::Running(owner(A, 1), Epoch(1));
+        node.guest = Guest::Running(Ownership::new(owner(A, 1), Epoch(1)));
         let begin = LeaseEvent::NewGeneration {
             now: BootTime(0),
             owner: owner(A, 1),
@@ -459,9 +462,9 @@ impl Model for FenceModel {
             table: Table::new(2, self.fencing),
             watcher: Watcher::new(self.rules),
             b_wrote: None,
-            word: None,
-            word_given: None,
-            words_left: u8::from(self.fencing == Fencing::LeaseOnly),
+            confirmation: None,
+            confirmed: None,
+            confirmations_left: u8::from(self.fencing == Fencing::LeaseOnly),
             overtaken: false,
         };
         Self::renew(&mut state);
@@ -484,8 +487,8 @@ impl Model for FenceModel {
                 match node.guest {
                     Guest::None if node.boot > 1 => actions.push(Action::AAcquires),
                     Guest::None => {}
-                    Guest::Running(owner, _) => {
-                        if !state.is_writing() && node.gate_is_open(state.moment(), owner) {
+                    Guest::Running(own) => {
+                        if !state.is_writing() && node.gate_is_open(state.moment(), own.owner) {
                             actions.push(Action::GuestChecks);
                         }
                         actions.push(Action::GuestLooks);
@@ -510,8 +513,8 @@ impl Model for FenceModel {
                 if *boot <= self.reboots {
                     actions.push(Action::Reboot);
                 }
-                if state.words_left > 0 && state.now >= since + self.settle {
-                    actions.push(Action::WordGiven);
+                if state.confirmations_left > 0 && state.now >= since + self.settle {
+                    actions.push(Action::AdminConfirms);
                 }
             }
         }
@@ -519,8 +522,8 @@ impl Model for FenceModel {
         if state.b_wrote.is_none() {
             actions.extend([Action::BReads, Action::BTakesOver, Action::BAcquires]);
         }
-        if state.word.is_some() {
-            actions.push(Action::WordArrives);
+        if state.confirmation.is_some() {
+            actions.push(Action::ConfirmationArrives);
         }
     }
 
@@ -545,15 +548,21 @@ impl Model for FenceModel {
             }
             Action::BTakesOver => self.b_takes_over(&mut state),
             Action::BAcquires => self.b_acquires(&mut state),
-            Action::WordGiven => {
-                state.words_left -= 1;
-                state.word_given = Some(state.record.0.generation.0);
-                state.word = state.word_given;
+            Action::AdminConfirms => {
+                state.confirmations_left -= 1;
+                state.confirmed = Some(state.record.0.generation.0);
+                state.confirmation = state.confirmed;
             }
-            Action::WordArrives => {
-                let victim = owner(A, state.word.take()?);
-                let word = AdminConfirmation::Confirmed;
-                self.b_asks(&mut state, &Change::ConfirmFenced { victim, word });
+            Action::ConfirmationArrives => {
+                let victim = owner(A, state.confirmation.take()?);
+                let confirmation = AdminConfirmation::Confirmed;
+                self.b_asks(
+                    &mut state,
+                    &Change::ConfirmFenced {
+                        victim,
+                        confirmation,
+                    },
+                );
             }
             Action::NewGeneration
             | Action::GuestChecks
@@ -584,17 +593,15 @@ impl Model for FenceModel {
                 state.b_wrote != Some(Epoch(1))
             }),
             Property::always(FENCED_ENDS, |_, state: &State| {
-                let tenure = state.table.tenure();
-                tenure.epoch != Epoch(1)
-                    || tenure
-                        .owner
-                        .is_none_or(|now| now.generation == Generation(1))
+                let row = state.table.row();
+                row.epoch != Epoch(1)
+                    || row.owner.is_none_or(|now| now.generation == Generation(1))
                     || !state.table.is_fenced(owner(A, 1))
             }),
-            Property::always(WORD_BOUND, |model: &Self, state: &State| {
+            Property::always(CONFIRMATION_BOUND, |model: &Self, state: &State| {
                 let fenced = |generation| state.table.is_fenced(owner(A, generation));
                 model.fencing != Fencing::LeaseOnly
-                    || (1..=3).all(|g| state.word_given == Some(g) || !fenced(g))
+                    || (1..=3).all(|g| state.confirmed == Some(g) || !fenced(g))
             }),
             Property::sometimes("a write lands", |_, state: &State| {
                 state.written == Epoch(1)
@@ -634,12 +641,12 @@ impl FenceModel {
             (Action::NewGeneration, _) => {
                 node.step(LeaseEvent::NewGeneration { now, owner: next });
             }
-            (Action::GuestChecks, Guest::Running(owner, epoch)) => {
-                node.guest = Guest::Checked(owner, epoch);
+            (Action::GuestChecks, Guest::Running(own)) => {
+                node.guest = Guest::Checked(own);
             }
-            (Action::GuestSubmits, Guest::Checked(owner, epoch)) => {
-                node.guest = Guest::Running(owner, epoch);
-                return Some(epoch);
+            (Action::GuestSubmits, Guest::Checked(own)) => {
+                node.guest = Guest::Running(own);
+                return Some(own.epoch);
             }
             (Action::WatchdogDecides, _) => {
                 let expiry = node.page.map(|held| held.expiry);
@@ -669,7 +676,7 @@ pub(crate) const I1: &str = "no write of an epoch lands after the first of a lat
 /// I1.
 pub(crate) const ONE_WRITER: &str = "only A writes in the epoch that A owned";
 /// An administrator vouches for what he saw.
-pub(crate) const WORD_BOUND: &str =
+pub(crate) const CONFIRMATION_BOUND: &str =
     "under LeaseOnly only the generation that a word named is fenced";
 /// I2.
 pub(crate) const FENCED_ENDS: &str = "a fenced owner's tenure ends with it";

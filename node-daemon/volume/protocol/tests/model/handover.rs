@@ -2,7 +2,7 @@
 //! its answers, and a network that loses, delays, repeats and reorders.
 //!
 //! The source has one request out at a time, and hears nothing of an earlier one any more; but any
-//! copy of it may still be decided. The destination runs when it sees its tenure. The source's node
+//! copy of it may still be decided. The destination runs when it sees its ownership. The source's node
 //! may go on in a new generation meanwhile, the destination's lease may look lapsed, and the source
 //! may want to give up.
 
@@ -14,8 +14,8 @@ use bascule_volume_format::Fencing;
 use bascule_volume_protocol::{Mutation, Rules};
 use stateright::{Model, Property};
 
-use crate::check::{Size, holds};
-use crate::table::{Sight, Table, Tenure, VM, owner, rejoin};
+use crate::checker::{Size, holds};
+use crate::table::{Row, Sight, Table, VM, owner, rejoin};
 
 const ATTEMPT: AttemptId = AttemptId::from_bytes([1; 16]);
 const RETRACTION: AttemptId = AttemptId::from_bytes([2; 16]);
@@ -43,7 +43,7 @@ pub(crate) struct State {
     destination_alive: bool,
     destination_runs: bool,
     /// Which slot owned each epoch.
-    tenures: BTreeMap<Epoch, SlotId>,
+    owners: BTreeMap<Epoch, SlotId>,
     two_owners: bool,
 }
 
@@ -69,7 +69,7 @@ pub(crate) struct Message {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Outcome {
-    Granted(Tenure),
+    Granted(Row),
     Refused,
 }
 
@@ -140,9 +140,9 @@ impl HandOverModel {
             alive: |owner: bascule_types::Owner| owner.slot.0 == SOURCE || destination_alive,
             proof: |_| Err(MissingProof::Alive),
         };
-        let asker = (owner(SOURCE, state.table.generation(SOURCE)), 1);
-        let outcome = match state.table.ask(&change, asker, &sight, self.rules) {
-            Ok(Answer::Row(row)) => Outcome::Granted(Tenure {
+        let requester = (owner(SOURCE, state.table.generation(SOURCE)), 1);
+        let outcome = match state.table.ask(&change, requester, &sight, self.rules) {
+            Ok(Answer::Row(row)) => Outcome::Granted(Row {
                 owner: row.owner,
                 epoch: row.epoch,
                 attempt: row.attempt,
@@ -153,7 +153,7 @@ impl HandOverModel {
         if message.serial == state.asked {
             state.answer = Some(outcome);
         }
-        state.note_tenure();
+        state.note_owner();
     }
 
     /// The answer arrives; after a refusal the row is read, which shows it as it is then.
@@ -165,8 +165,8 @@ impl HandOverModel {
             return;
         };
         let reply = match outcome {
-            Outcome::Granted(tenure) => Reply::Granted(tenure.seen()),
-            Outcome::Refused => Reply::Refused(state.table.tenure().seen()),
+            Outcome::Granted(row) => Reply::Granted(row.seen()),
+            Outcome::Refused => Reply::Refused(state.table.row().seen()),
         };
         if let Reply::Refused(row) = reply
             && self.rules.breaks(Mutation::ResumeOnRefusal)
@@ -197,7 +197,7 @@ fn terms() -> Terms {
     }
 }
 
-impl Tenure {
+impl Row {
     fn seen(self) -> RowSeen {
         RowSeen {
             owner: self.owner,
@@ -208,10 +208,10 @@ impl Tenure {
 }
 
 impl State {
-    fn note_tenure(&mut self) {
-        let tenure = self.table.tenure();
-        if let Some(owner) = tenure.owner {
-            let slot = *self.tenures.entry(tenure.epoch).or_insert(owner.slot);
+    fn note_owner(&mut self) {
+        let row = self.table.row();
+        if let Some(owner) = row.owner {
+            let slot = *self.owners.entry(row.epoch).or_insert(owner.slot);
             self.two_owners |= slot != owner.slot;
         }
     }
@@ -239,7 +239,7 @@ impl State {
     }
 
     fn committed(&self) -> bool {
-        self.tenures.values().any(|slot| slot.0 == DESTINATION)
+        self.owners.values().any(|slot| slot.0 == DESTINATION)
     }
 }
 
@@ -257,10 +257,10 @@ impl Model for HandOverModel {
             losses_left: self.losses,
             destination_alive: true,
             destination_runs: false,
-            tenures: BTreeMap::new(),
+            owners: BTreeMap::new(),
             two_owners: false,
         };
-        state.note_tenure();
+        state.note_owner();
         vec![state]
     }
 
@@ -323,8 +323,8 @@ impl Model for HandOverModel {
                 state.answer = None;
             }
             Action::DestinationLooks => {
-                let tenure = state.table.tenure();
-                state.destination_runs = tenure.owner == Some(owner(DESTINATION, 1));
+                let row = state.table.row();
+                state.destination_runs = row.owner == Some(owner(DESTINATION, 1));
             }
             Action::DestinationSeemsDead => state.destination_alive = false,
             Action::DestinationSeemsAlive => state.destination_alive = true,

@@ -15,7 +15,7 @@ use bascule_volume_protocol::{
 };
 use stateright::{Model, Property};
 
-use crate::check::{Size, holds};
+use crate::checker::{Size, holds};
 
 const SLOT: SlotId = SlotId(0);
 const NODE: NodeUid = NodeUid::from_bytes([1; 16]);

@@ -6,7 +6,7 @@
 //! notice.
 #![expect(clippy::unwrap_used, clippy::panic, reason = "fixtures of tests")]
 
-mod check;
+mod checker;
 mod mutations;
 mod table;
 

@@ -3,7 +3,7 @@
 use bascule_volume_format::{Fencing, WatchdogKind};
 use bascule_volume_protocol::{Mutation, Rules};
 
-use crate::check::{Size, is_caught};
+use crate::checker::{Size, is_caught};
 use crate::coordinator::{self, CoordinatorModel};
 use crate::election::{self, ElectionModel};
 use crate::fence::{self, FenceModel};
@@ -161,7 +161,7 @@ fn a_softdog_that_counts_is_noticed() {
 
 #[test]
 fn lease_only_without_a_word_is_noticed() {
-    fence_notices(Mutation::LeaseOnlyWithoutWord, fence::I1, |model| {
+    fence_notices(Mutation::LeaseOnlyWithoutConfirmation, fence::I1, |model| {
         model.kind = WatchdogKind::None;
         model.fencing = Fencing::LeaseOnly;
         model.late_pets = false;
@@ -221,8 +221,8 @@ fn lease_only(model: &mut FenceModel) {
 
 #[test]
 fn a_word_that_counts_for_a_later_generation_is_noticed() {
-    let property = fence::WORD_BOUND;
-    fence_notices(Mutation::WordForAnyGeneration, property, lease_only);
+    let property = fence::CONFIRMATION_BOUND;
+    fence_notices(Mutation::ConfirmationForAnyGeneration, property, lease_only);
 }
 
 #[test]

@@ -7,7 +7,8 @@ use bascule_types::{
     NodeUid, Owner, Refusal, RowName, SlotId, VmUid, VolumeId,
 };
 use bascule_volume_format::{
-    Asker, Context, Fencing, FencingPolicy, FormatRequest, MetaRecord, Metadata, Timings, Witness,
+    Context, Fencing, FencingPolicy, FormatRequest, MetaRecord, Metadata, Requester, Timings,
+    Witness,
 };
 use bascule_volume_protocol::{Mutation, Rules};
 
@@ -50,9 +51,9 @@ impl Hash for Table {
     }
 }
 
-/// Who owns the VM, since when, and by which attempt.
+/// The VM's row: its owner, its epoch, and the migration attempt that began the epoch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(crate) struct Tenure {
+pub(crate) struct Row {
     pub(crate) owner: Option<Owner>,
     pub(crate) epoch: Epoch,
     pub(crate) attempt: Option<AttemptId>,
@@ -104,12 +105,12 @@ impl Table {
         table
     }
 
-    fn must(&mut self, change: &Change, asker: Owner) {
+    fn must(&mut self, change: &Change, requester: Owner) {
         let sight = Sight {
             alive: |_| true,
             proof: |_| Err(MissingProof::Alive),
         };
-        self.ask(change, (asker, 1), &sight, Rules::ENFORCED)
+        self.ask(change, (requester, 1), &sight, Rules::ENFORCED)
             .unwrap();
     }
 
@@ -117,14 +118,14 @@ impl Table {
     pub(crate) fn ask(
         &mut self,
         change: &Change,
-        (asker, boot): (Owner, u8),
+        (requester, boot): (Owner, u8),
         witness: &dyn Witness,
         rules: Rules,
     ) -> Result<Answer, Refusal> {
         let context = Context {
-            asker: Asker {
-                node: node(asker.slot),
-                owner: Some(asker),
+            requester: Requester {
+                node: node(requester.slot),
+                owner: Some(requester),
                 boot: [boot; 16],
             },
             witness,
@@ -154,7 +155,7 @@ impl Table {
                 *epoch = row.epoch;
             }
             (Change::ConfirmFenced { victim, .. }, _)
-                if rules.breaks(Mutation::WordForAnyGeneration) =>
+                if rules.breaks(Mutation::ConfirmationForAnyGeneration) =>
             {
                 let slot = self.0.slot(victim.slot);
                 *victim = slot.map_or(*victim, |row| row.owner());
@@ -180,9 +181,9 @@ impl Table {
     }
 
     /// The VM's row.
-    pub(crate) fn tenure(&self) -> Tenure {
+    pub(crate) fn row(&self) -> Row {
         let row = self.0.vm(VM).unwrap();
-        Tenure {
+        Row {
             owner: row.owner,
             epoch: row.epoch,
             attempt: row.attempt,

@@ -133,7 +133,7 @@ impl TwoNodes {
         // Not the one that its process was started in, if the guest had come by a migration.
         let left = guest.vm.status()?.epoch;
         ensure!(left == epoch, "it left in {epoch}, and says {left}");
-        let written = destination.written_tenure()?.epoch;
+        let written = destination.written_ownership()?.epoch;
         let came = epoch.next();
         ensure!(written == came, "it came in {came}, and wrote {written}");
         guest.vm.exit(SOON)?;

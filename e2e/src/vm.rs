@@ -343,8 +343,8 @@ impl TestVm {
     ///
     /// # Errors
     /// When it has written none.
-    pub fn written_tenure(&self) -> Result<Ownership> {
-        let path = self.directory.join("tenure.json");
+    pub fn written_ownership(&self) -> Result<Ownership> {
+        let path = self.directory.join("ownership.json");
         let json = fs::read(&path).with_context(|| format!("read {}", path.display()))?;
         serde_json::from_slice(&json).with_context(|| format!("read {}", path.display()))
     }

@@ -7,11 +7,11 @@ use anyhow::Result;
 use clap::{Parser, Subcommand, ValueEnum};
 use tracing_subscriber::EnvFilter;
 
-use crate::cert::{self, CertCommand};
 use crate::daemon::{self, ServeArgs};
 use crate::embedded::{self, MigrateArgs, RunVmArgs, StopVmArgs, VolumeCommand};
-use crate::import::{self, FetchArgs, RunArgs};
-use crate::launch::{self, LaunchArgs};
+use crate::identity::authority::{self, CertCommand};
+use crate::images::{self, FetchArgs, RunArgs};
+use crate::processes::launcher::{self, LaunchArgs};
 
 /// Runs and supervises the virtual machines of one node.
 ///
@@ -97,8 +97,8 @@ pub fn node_main() -> ExitCode {
         NodeCommand::Stop(args) => embedded::stop_vm(args),
         NodeCommand::Migrate(args) => embedded::migrate(args),
         NodeCommand::Volume(command) => embedded::run_volume(command),
-        NodeCommand::Cert(command) => cert::run(command),
-        NodeCommand::Launch(args) => launch::launch(args),
+        NodeCommand::Cert(command) => authority::run(command),
+        NodeCommand::Launch(args) => launcher::launch(args),
     })
 }
 
@@ -106,8 +106,8 @@ pub fn node_main() -> ExitCode {
 #[must_use]
 pub fn import_main() -> ExitCode {
     finish(match &ImportCli::parse().command {
-        ImportCommand::Run(args) => import::run(args),
-        ImportCommand::Fetch(args) => import::fetch(args),
+        ImportCommand::Run(args) => images::run(args),
+        ImportCommand::Fetch(args) => images::fetch(args),
     })
 }
 

@@ -1,21 +1,26 @@
 //! `bascule-node serve`: the daemon of one node.
 
 use std::net::{IpAddr, SocketAddr};
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
+
+mod execute;
+mod reporter;
+mod server;
+mod status_poller;
 
 use anyhow::{Context, Result};
 use bascule_node_api::NODE_PORT;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
+use self::server::{NodeService, publish_reports, serve};
 use crate::config::NodeConfig;
-use crate::join::{self, JoinArgs};
-use crate::launch::{Launcher, install_programs};
+use crate::identity::Identity;
+use crate::identity::enrollment::{self, EnrollArgs};
 use crate::paths::Paths;
-use crate::server::{NodeService, publish_reports, serve};
-use crate::supervisor::{Identity, Parts, Supervisor};
+use crate::processes::launcher::Launcher;
+use crate::processes::supervisor::{Parts, Supervisor};
 
 /// `bascule-node serve`
 #[derive(Debug, clap::Args)]
@@ -23,7 +28,7 @@ pub(crate) struct ServeArgs {
     #[command(flatten)]
     pub(crate) config: NodeConfig,
     #[command(flatten)]
-    pub(crate) join: JoinArgs,
+    pub(crate) join: EnrollArgs,
     /// The address that other nodes and the operator reach this node at
     #[arg(long, env = "BASCULE_ADDRESS")]
     pub(crate) address: IpAddr,
@@ -52,25 +57,9 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
     runtime.block_on(serve_node(args))
 }
 
-/// The launcher for this daemon: from a container, programs are installed on the host first.
-pub(crate) fn launcher(config: &NodeConfig, in_container: bool, cgroups: bool) -> Result<Launcher> {
-    let programs = programs_folder(config)?;
-    let paths = Paths::new(&config.run_dir, &config.state_dir);
-    let programs = if in_container {
-        install_programs(&programs, &paths.binaries())?
-    } else {
-        programs
-    };
-    Ok(Launcher {
-        programs,
-        host_namespaces: in_container,
-        cgroups,
-    })
-}
-
 async fn serve_node(args: &ServeArgs) -> Result<()> {
     let paths = Paths::new(&args.config.run_dir, &args.config.state_dir);
-    let launcher = launcher(&args.config, args.in_container, !args.no_cgroups)?;
+    let launcher = Launcher::new(&args.config, args.in_container, !args.no_cgroups)?;
     let identity = if args.standalone {
         Identity::load(&paths)?.with_context(|| {
             format!(
@@ -79,7 +68,7 @@ async fn serve_node(args: &ServeArgs) -> Result<()> {
             )
         })?
     } else {
-        join::join_or_resume(&args.join, &paths, args.address).await?
+        enrollment::join_or_resume(&args.join, &paths, args.address).await?
     };
     let parts = Parts {
         identity,
@@ -99,7 +88,7 @@ async fn serve_node(args: &ServeArgs) -> Result<()> {
         tracing::info!(%listen, node = %supervisor.identity.name, "serving");
         tokio::select! {
             ended = serve(service, listen, &tls_dir, std::future::pending()) => ended?,
-            () = join::renewed(&args.join, &paths, args.address), if !args.standalone => continue,
+            () = enrollment::renewed(&args.join, &paths, args.address), if !args.standalone => continue,
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
         }
@@ -119,25 +108,14 @@ async fn upkeep(supervisor: Arc<Supervisor>) {
         let worker = Arc::clone(&supervisor);
         let outcome = tokio::task::spawn_blocking(move || {
             worker
-                .revive_volumes()
-                .and_then(|()| worker.forget_finished_imports())
+                .restart_ended_volumes()
+                .and_then(|()| worker.remove_finished_imports())
         });
         match outcome.await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => tracing::warn!(error = format!("{error:#}"), "upkeep"),
             Err(error) => tracing::error!(%error, "upkeep"),
         }
-    }
-}
-
-fn programs_folder(config: &NodeConfig) -> Result<PathBuf> {
-    match &config.programs {
-        Some(folder) => Ok(folder.clone()),
-        None => std::env::current_exe()
-            .context("find this program")?
-            .parent()
-            .map(Path::to_owned)
-            .context("find this program's folder"),
     }
 }
 

@@ -2,13 +2,16 @@
 //! to another. What the operator does on a cluster, these commands do step by step.
 
 mod console;
+mod local_node;
 mod migrate;
 mod peer;
 mod run;
 mod schema;
 mod spec;
+mod stop;
 mod volume;
 
 pub(crate) use migrate::{MigrateArgs, migrate};
-pub(crate) use run::{RunVmArgs, StopVmArgs, run_vm, stop_vm};
+pub(crate) use run::{RunVmArgs, run_vm};
+pub(crate) use stop::{StopVmArgs, stop_vm};
 pub(crate) use volume::{VolumeCommand, run as run_volume};

@@ -28,6 +28,14 @@ pub(crate) fn replace(path: &Path, contents: &[u8], mode: u32) -> Result<()> {
     write().with_context(|| format!("write {}", path.display()))
 }
 
+/// The names of the folders in `folder`.
+pub(crate) fn names_in(folder: &Path) -> Result<Vec<String>> {
+    let entries = fs::read_dir(folder).with_context(|| format!("read {}", folder.display()))?;
+    Ok(entries
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .collect())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

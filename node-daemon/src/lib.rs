@@ -1,42 +1,28 @@
 //! `bascule-node` and `bascule-import`: the programs of a node that start, find again and feed its
 //! virtual machines.
 //!
-//! | file | what it is |
-//! |---|---|
-//! | `daemon.rs`, `join.rs`, `tls.rs`, `server.rs` | the daemon: joins, serves the operator's gRPC |
-//! | `execute.rs` | one command in, one outcome out |
-//! | `vms.rs`, `volumes.rs`, `imports.rs`, `tap.rs`, `reservation.rs` | what commands do |
-//! | `report.rs` | what the operator is told |
-//! | `launch.rs` | starting processes that outlive this one |
-//! | `import.rs` | `bascule-import` |
-//! | `embedded.rs`, `cert.rs` | without Kubernetes |
+//! | folder | what it is | uses |
+//! |---|---|---|
+//! | `cli.rs` | the command lines | all below |
+//! | `daemon/` | `serve`: gRPC for the operator, commands in, reports out | `processes`, `identity` |
+//! | `embedded/` | `run`, `stop`, `migrate`, `volume`: what the operator does, by hand | `processes`, `identity` |
+//! | `processes/` | starts, finds again and calls VM, volume, watchdog and import processes | `images`, `identity` |
+//! | `identity/` | the node's UID and certificate; `cert init` and `cert issue` | |
+//! | `images/` | `bascule-import`: fills one disk from an image | |
+//! | `config.rs`, `paths.rs`, `files.rs`, `wait.rs` | common options, file layout, atomic writes, polling | |
 //!
-//! The daemon decides nothing about who may run what: the volume's rows do. It holds no state that a
-//! restart could lose.
+//! The daemon does not decide which node may run a VM: the ownership records on the volume do. It
+//! holds no state that a restart could lose.
 
-mod asking;
-mod cert;
 mod cli;
 mod config;
 mod daemon;
 mod embedded;
-mod execute;
 mod files;
-mod import;
-mod imports;
-mod join;
-mod launch;
-mod local;
+mod identity;
+mod images;
 mod paths;
-mod report;
-mod reservation;
-mod revival;
-mod server;
-mod supervisor;
-mod tap;
-mod tls;
-mod turns;
-mod vms;
-mod volumes;
+mod processes;
+mod wait;
 
 pub use cli::{import_main, node_main};

@@ -9,11 +9,11 @@ use bascule_ipc::vm::{MigrationLimits, MigrationPhase, MigrationStatus, Request,
 use bascule_node_api::command::{Command, Outcome, VmSpec};
 use bascule_types::{AttemptId, Owner, VmUid};
 
+use super::local_node::{find, forget, rows, supervisor, vm_row};
 use super::peer::Peer;
-use super::run::{find, forget, rows, supervisor, vm_row};
 use crate::config::NodeConfig;
-use crate::local::wait_for;
-use crate::supervisor::Supervisor;
+use crate::processes::supervisor::Supervisor;
+use crate::wait::wait_for;
 
 /// `bascule-node migrate`
 #[derive(Debug, clap::Args)]

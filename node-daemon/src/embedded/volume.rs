@@ -8,8 +8,8 @@ use bascule_ipc::volume::FencingMode;
 use bascule_node_api::command::{Backing, Command, FormatOptions, Outcome};
 use bascule_types::{AdminConfirmation, Bytes, Change, Generation, Owner, SlotId};
 
+use super::local_node::{attach, granted, own_slot, rows, supervisor};
 use super::peer::Peer;
-use super::run::{attach, granted, own_slot, rows, supervisor};
 use crate::config::NodeConfig;
 
 /// `bascule-node volume`
@@ -18,7 +18,7 @@ pub(crate) enum VolumeCommand {
     /// Format a blank device or file, this node as its first
     Format(FormatArgs),
     /// Attach a volume on this node, and give the node a slot on it
-    Join(JoinVolumeArgs),
+    Join(VolumeJoinArgs),
     /// List a volume's disks, kept ones too
     Disks(NamedArgs),
     /// List a volume's virtual machines: who owns each, in which epoch
@@ -45,7 +45,7 @@ pub(crate) struct FormatArgs {
 
 /// `bascule-node volume join`
 #[derive(Debug, clap::Args)]
-pub(crate) struct JoinVolumeArgs {
+pub(crate) struct VolumeJoinArgs {
     #[command(flatten)]
     config: NodeConfig,
     /// The volume's name, as documents use it
@@ -136,7 +136,7 @@ fn format(args: &FormatArgs) -> Result<()> {
     }
 }
 
-fn join(args: &JoinVolumeArgs) -> Result<()> {
+fn join(args: &VolumeJoinArgs) -> Result<()> {
     let node = supervisor(&args.config, args.address, args.no_cgroups)?;
     if let Some(via) = &args.via {
         let mut peer = Peer::connect(via, &node.paths.tls())?;

@@ -260,7 +260,7 @@ impl Owner {
     /// This process is the VM's writer from now on. Whoever finds it silent, or killed, shall know so.
     pub(crate) fn begin_tenure(&mut self, (owner, epoch): (Tenant, Epoch)) {
         self.tenure = Some((owner, epoch));
-        self.run_dir.write_tenure(&Ownership { owner, epoch });
+        self.run_dir.write_ownership(&Ownership { owner, epoch });
     }
 
     /// This process is the VM's writer no more; returns the tenure that has ended.

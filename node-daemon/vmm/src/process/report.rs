@@ -1,4 +1,4 @@
-//! The files of a VM's run directory: log, console log, its tenure and its last state.
+//! The files of a VM's run directory: log, console log, its ownership and its last state.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -47,9 +47,9 @@ impl RunDir {
         self.replace("state.json", last);
     }
 
-    /// Replaces `tenure.json`.
-    pub(crate) fn write_tenure(&self, tenure: &Ownership) {
-        self.replace("tenure.json", tenure);
+    /// Replaces `ownership.json`.
+    pub(crate) fn write_ownership(&self, ownership: &Ownership) {
+        self.replace("ownership.json", ownership);
     }
 
     /// A failure is only logged: nobody's life hangs on these.

@@ -8,10 +8,10 @@ use bascule_ipc::tls::TlsIdentity;
 use bascule_pki::Authority;
 use bascule_types::{ClusterId, NodeUid};
 
+use super::certificate;
+use super::node_identity::Identity;
 use crate::files;
 use crate::paths::Paths;
-use crate::supervisor::Identity;
-use crate::tls;
 
 /// `bascule-node cert`
 #[derive(Debug, clap::Subcommand)]
@@ -103,7 +103,7 @@ fn issue(ca_dir: &Path, state_dir: &Path, name: &str) -> Result<()> {
         certificate: leaf.certificate_pem,
         authorities: ca_pem,
     };
-    tls::store(&paths, &tls, &identity)?;
+    certificate::store(&paths, &tls, &identity)?;
     println!("Issued node {name} ({node}) into {}.", state_dir.display());
     Ok(())
 }
@@ -142,6 +142,6 @@ mod tests {
         issue(&ca, &state, "n1").unwrap();
         assert_eq!(Identity::load(&paths).unwrap().unwrap(), first);
         assert!(issue(&ca, &state, "n2").is_err());
-        assert!(tls::is_current(&paths));
+        assert!(certificate::is_current(&paths));
     }
 }

@@ -13,10 +13,9 @@ use bascule_types::{Bytes, Change, DiskRow};
 use bascule_volume_gate::GateReader;
 use sha2::{Digest, Sha256};
 
-use super::blocks::{AlignedBuffer, Target};
+use super::blocks::{AlignedBuffer, CHUNK_BYTES, Target};
 use super::fetcher::Fetcher;
-use super::{ImportJob, JobSource};
-use crate::imports::write_report;
+use super::job::{ImportJob, JobSource, write_report};
 
 /// `bascule-import run`
 #[derive(Debug, clap::Args)]
@@ -113,7 +112,7 @@ fn fill(job: &ImportJob, target: &Target, row: &DiskRow) -> Result<Bytes> {
         fetcher.finish()?;
     }
     check_hash(&job.source, hash)?;
-    let covered = written.next_multiple_of(super::blocks::CHUNK_BYTES as u64);
+    let covered = written.next_multiple_of(CHUNK_BYTES as u64);
     target.zero_from(covered.min(target.capacity()))?;
     target.flush()?;
     Ok(Bytes(written))

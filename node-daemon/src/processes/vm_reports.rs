@@ -1,85 +1,18 @@
-//! What this node reports to the operator.
+//! The reports of this node's VM and import processes, from what they say or have left behind.
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
-use std::sync::Arc;
-use std::time::Duration;
 
 use anyhow::Result;
 use bascule_ipc::vm::{Home, StopReason, VmConfig, VmState, VmStatus};
-use bascule_ipc::volume::VolumeStatus;
 use bascule_node_api::command::VmSpec;
-use bascule_node_api::report::{ImportReport, NodeReport, VmReport, VolumeReport};
+use bascule_node_api::report::{ImportReport, VmReport};
 use bascule_types::{Bytes, Ownership, VmUid};
 
-use crate::asking::Asker;
-use crate::supervisor::{Supervisor, is_alive};
-use crate::vms::{Presence, kvm_error};
-use crate::volumes::names_in;
-
-/// Makes this node's reports. A process that does not answer keeps none of them waiting: the operator
-/// takes a node whose reports stay out for one that is silent.
-#[derive(Debug)]
-pub(crate) struct Reporter {
-    supervisor: Arc<Supervisor>,
-    vms: Asker<VmUid, Option<VmReport>>,
-    volumes: Asker<String, Result<VolumeStatus, String>>,
-}
-
-impl Reporter {
-    pub(crate) const fn new(supervisor: Arc<Supervisor>) -> Self {
-        Self {
-            supervisor,
-            vms: Asker::new(PATIENCE, VM_MEMORY),
-            volumes: Asker::new(PATIENCE, VOLUME_MEMORY),
-        }
-    }
-
-    /// Everything the operator is told of this node.
-    pub(crate) fn report(&mut self) -> Result<NodeReport> {
-        self.supervisor.reap();
-        Ok(NodeReport {
-            node: self.supervisor.identity.node,
-            name: self.supervisor.identity.name.clone(),
-            release: env!("CARGO_PKG_VERSION").to_owned(),
-            boot_id: boot_id(),
-            kvm_error: kvm_error(),
-            volumes: self.volume_reports()?,
-            vms: self.vm_reports()?,
-            imports: self.supervisor.import_reports()?,
-        })
-    }
-
-    fn volume_reports(&mut self) -> Result<Vec<VolumeReport>> {
-        let names = self.supervisor.volume_names()?.into_iter().collect();
-        let supervisor = Arc::clone(&self.supervisor);
-        let answers = (self.volumes).ask(&names, move |name| supervisor.volume_status(name));
-        let reports = answers.into_iter().map(|(name, status)| {
-            let silent = || Err("its process does not answer".to_owned());
-            let status = status.unwrap_or_else(silent);
-            VolumeReport { name, status }
-        });
-        Ok(reports.collect())
-    }
-
-    fn vm_reports(&mut self) -> Result<Vec<VmReport>> {
-        let specs = Arc::new(self.supervisor.vm_specs()?);
-        let question = {
-            let (supervisor, specs) = (Arc::clone(&self.supervisor), Arc::clone(&specs));
-            move |vm: &VmUid| Some(supervisor.vm_report(*vm, specs.get(vm)?))
-        };
-        let mut answers = self.vms.ask(&specs.keys().copied().collect(), question);
-        let reports = specs.iter().map(|(vm, spec)| {
-            let answer = answers.remove(vm).flatten().flatten();
-            answer.unwrap_or_else(|| {
-                let presence = self.supervisor.presence_unasked(*vm);
-                self.supervisor.report_of(*vm, spec, presence)
-            })
-        });
-        Ok(by_name(reports.collect()))
-    }
-}
+use super::supervisor::{Supervisor, is_alive};
+use super::vms::Presence;
+use crate::files::names_in;
 
 impl Supervisor {
     /// The VM processes of this node.
@@ -89,7 +22,7 @@ impl Supervisor {
         Ok(by_name(reports.collect()))
     }
 
-    fn vm_specs(&self) -> Result<BTreeMap<VmUid, VmSpec>> {
+    pub(crate) fn vm_specs(&self) -> Result<BTreeMap<VmUid, VmSpec>> {
         let mut specs = BTreeMap::new();
         for name in names_in(&self.paths.vms())? {
             let Ok(vm) = name.parse::<VmUid>() else {
@@ -106,14 +39,16 @@ impl Supervisor {
         Ok(specs)
     }
 
-    fn vm_report(&self, vm: VmUid, spec: &VmSpec) -> VmReport {
+    pub(crate) fn vm_report(&self, vm: VmUid, spec: &VmSpec) -> VmReport {
         self.report_of(vm, spec, self.presence(vm))
     }
 
-    fn report_of(&self, vm: VmUid, spec: &VmSpec, presence: Presence) -> VmReport {
+    pub(crate) fn report_of(&self, vm: VmUid, spec: &VmSpec, presence: Presence) -> VmReport {
         let (status, alive) = match presence {
-            Presence::Answering(status) => (*status, true),
-            Presence::Silent(pid) => (self.last_known(vm, pid, VmState::Starting), is_alive(pid)),
+            Presence::Responding(status) => (*status, true),
+            Presence::Unresponsive(pid) => {
+                (self.last_known(vm, pid, VmState::Starting), is_alive(pid))
+            }
             Presence::Ended(Some(state)) => (self.last_known(vm, 0, state), false),
             Presence::Ended(None) | Presence::Absent => {
                 let what = "its process ended without a word (killed?)".to_owned();
@@ -170,7 +105,7 @@ impl Supervisor {
     }
 }
 
-fn by_name(mut reports: Vec<VmReport>) -> Vec<VmReport> {
+pub(crate) fn by_name(mut reports: Vec<VmReport>) -> Vec<VmReport> {
     reports.sort_by(|a, b| a.name.cmp(&b.name));
     reports
 }
@@ -187,13 +122,6 @@ fn last_ownership(folder: &Path) -> Option<Ownership> {
     written.or_else(started)
 }
 
-/// The kernel's boot id: another one is another boot.
-pub(crate) fn boot_id() -> String {
-    fs::read_to_string("/proc/sys/kernel/random/boot_id")
-        .map(|id| id.trim().to_owned())
-        .unwrap_or_default()
-}
-
 /// Resident memory beyond guest RAM: anonymous and file pages, without the shared memory in which
 /// guest RAM is.
 fn overhead(pid: u32) -> Option<Bytes> {
@@ -204,13 +132,6 @@ fn overhead(pid: u32) -> Option<Bytes> {
     };
     Some(Bytes((kib("RssAnon:")? + kib("RssFile:")?) * 1024))
 }
-
-/// A process that is well answers in milliseconds; a report that is this late harms nobody.
-const PATIENCE: Duration = Duration::from_millis(200);
-/// A process of a busy node may take some seconds. One that has ended says so at once.
-const VM_MEMORY: Duration = Duration::from_secs(5);
-/// Less than a lease, which is part of the answer.
-const VOLUME_MEMORY: Duration = Duration::from_secs(2);
 
 #[cfg(test)]
 mod tests {
@@ -266,10 +187,5 @@ mod tests {
         let own = overhead(std::process::id()).unwrap();
         assert!(own > Bytes::mib(1), "{own}");
         assert_eq!(overhead(u32::MAX), None);
-    }
-
-    #[test]
-    fn this_boot_has_an_id() {
-        assert_eq!(boot_id().len(), 36);
     }
 }

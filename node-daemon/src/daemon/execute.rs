@@ -5,15 +5,15 @@ use bascule_ipc::volume::Request as VolumeRequest;
 use bascule_node_api::command::{Command, Outcome, RejectReason};
 use bascule_types::{Ownership, VmUid};
 
-use crate::imports::ImportOrder;
-use crate::reservation;
-use crate::supervisor::{Rejection, Supervisor};
+use crate::processes::imports::ImportOrder;
+use crate::processes::reservation;
+use crate::processes::supervisor::{Rejection, Supervisor};
 
 impl Supervisor {
     /// Executes one command.
     pub(crate) fn execute(&self, command: &Command) -> Outcome {
         let outcome = match vm_of(command) {
-            Some(vm) => self.exclusively(vm, || self.dispatch(command)),
+            Some(vm) => self.with_vm_lock(vm, || self.dispatch(command)),
             None => self.dispatch(command),
         };
         outcome.unwrap_or_else(|Rejection { reason, message }| {

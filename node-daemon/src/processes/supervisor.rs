@@ -11,21 +11,11 @@ use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result};
 use bascule_node_api::command::RejectReason;
-use bascule_types::{ClusterId, NodeUid};
-use serde::{Deserialize, Serialize};
 
-use crate::launch::Launcher;
+use super::launcher::Launcher;
+use super::restart_backoff::RestartBackoff;
+use crate::identity::Identity;
 use crate::paths::Paths;
-use crate::revival::Revivals;
-
-/// Who this node is, as the operator or `cert issue` said. Kept in the state directory, so that the
-/// node starts without the API server.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Identity {
-    pub(crate) node: NodeUid,
-    pub(crate) name: String,
-    pub(crate) cluster: ClusterId,
-}
 
 /// The node's supervisor.
 #[derive(Debug)]
@@ -41,7 +31,7 @@ pub(crate) struct Supervisor {
     pub(crate) watchdog: Option<PathBuf>,
     pub(crate) allow_softdog: bool,
     /// Volume processes that were started again.
-    pub(crate) revivals: Mutex<Revivals>,
+    pub(crate) restart_backoff: Mutex<RestartBackoff>,
     /// Processes that this daemon started, kept to be reaped.
     children: Mutex<Vec<Child>>,
 }
@@ -66,24 +56,6 @@ impl Rejection {
 impl From<anyhow::Error> for Rejection {
     fn from(error: anyhow::Error) -> Self {
         Self::new(RejectReason::Failed, format!("{error:#}"))
-    }
-}
-
-impl Identity {
-    pub(crate) fn load(paths: &Paths) -> Result<Option<Self>> {
-        let path = paths.identity();
-        match fs::read(&path) {
-            Ok(bytes) => serde_json::from_slice(&bytes)
-                .map(Some)
-                .with_context(|| format!("read {}", path.display())),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(error).with_context(|| format!("read {}", path.display())),
-        }
-    }
-
-    /// What [`Identity::load`] reads.
-    pub(crate) fn to_json(&self) -> Result<Vec<u8>> {
-        serde_json::to_vec_pretty(self).context("write the identity")
     }
 }
 
@@ -118,7 +90,7 @@ impl Supervisor {
             allow_sources: config.allow_sources.clone(),
             watchdog: config.watchdog.clone(),
             allow_softdog: config.allow_softdog,
-            revivals: Mutex::default(),
+            restart_backoff: Mutex::default(),
             children: Mutex::default(),
         })
     }
@@ -153,25 +125,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_identity_outlives_the_daemon() {
-        let folder = tempfile::tempdir().unwrap();
-        let paths = Paths::new(&folder.path().join("run"), &folder.path().join("state"));
-        assert_eq!(Identity::load(&paths).unwrap(), None);
-        let identity = Identity {
-            node: NodeUid::random(),
-            name: "n1".into(),
-            cluster: ClusterId::random(),
-        };
-        fs::create_dir_all(folder.path().join("state")).unwrap();
-        fs::write(paths.identity(), identity.to_json().unwrap()).unwrap();
-        assert_eq!(Identity::load(&paths).unwrap(), Some(identity));
-    }
-
-    #[test]
     fn a_zombie_is_not_alive() {
         assert!(is_alive(std::process::id()));
         let mut child = std::process::Command::new("true").spawn().unwrap();
-        let gone = crate::local::wait_for(std::time::Duration::from_secs(10), || {
+        let gone = crate::wait::wait_for(std::time::Duration::from_secs(10), || {
             (!is_alive(child.id())).then_some(())
         });
         assert!(gone.is_some());

@@ -7,9 +7,9 @@ use bascule_ipc::tls::{AUTHORITIES, BUNDLE, CERTIFICATE, KEY, TlsIdentity};
 use bascule_pki::{holder, validity};
 use time::OffsetDateTime;
 
+use super::node_identity::Identity;
 use crate::files;
 use crate::paths::Paths;
-use crate::supervisor::Identity;
 
 /// One file to replace: path, contents, mode.
 type Write = (PathBuf, Vec<u8>, u32);

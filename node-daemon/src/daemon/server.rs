@@ -20,8 +20,8 @@ use tokio_stream::wrappers::WatchStream;
 use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
 use tonic::{Request, Response, Status};
 
-use crate::report::Reporter;
-use crate::supervisor::Supervisor;
+use super::reporter::Reporter;
+use crate::processes::supervisor::Supervisor;
 
 /// The service of one node.
 #[derive(Debug)]

@@ -17,6 +17,9 @@ use anyhow::{Context, Result};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use sha2::{Digest, Sha256};
 
+use crate::config::NodeConfig;
+use crate::paths::Paths;
+
 /// `bascule-node launch`: become another program, outside this container.
 #[derive(Debug, clap::Args)]
 pub(crate) struct LaunchArgs {
@@ -46,6 +49,22 @@ pub(crate) struct Launcher {
 }
 
 impl Launcher {
+    /// The launcher of this node: in a container, the programs are installed on the host first.
+    pub(crate) fn new(config: &NodeConfig, in_container: bool, cgroups: bool) -> Result<Self> {
+        let programs = programs_folder(config)?;
+        let paths = Paths::new(&config.run_dir, &config.state_dir);
+        let programs = if in_container {
+            install_programs(&programs, &paths.binaries())?
+        } else {
+            programs
+        };
+        Ok(Self {
+            programs,
+            host_namespaces: in_container,
+            cgroups,
+        })
+    }
+
     /// Starts `program` so that it outlives this process.
     pub(crate) fn spawn(
         &self,
@@ -71,6 +90,17 @@ impl Launcher {
             .stdout(Stdio::null())
             .stderr(Stdio::null());
         command.spawn().with_context(|| format!("start {program}"))
+    }
+}
+
+fn programs_folder(config: &NodeConfig) -> Result<PathBuf> {
+    match &config.programs {
+        Some(folder) => Ok(folder.clone()),
+        None => std::env::current_exe()
+            .context("find this program")?
+            .parent()
+            .map(Path::to_owned)
+            .context("find this program's folder"),
     }
 }
 
@@ -246,7 +276,7 @@ fn copy_down(above: &Path, folder: &Path, file: &str, value: &str) -> Result<()>
 
 /// Copies the programs of this release to a host path keyed by their digest, so that running
 /// processes keep theirs over an upgrade, and returns that folder.
-pub(crate) fn install_programs(from: &Path, into: &Path) -> Result<PathBuf> {
+fn install_programs(from: &Path, into: &Path) -> Result<PathBuf> {
     let mut digest = Sha256::new();
     for program in PROGRAMS {
         let path = from.join(program);

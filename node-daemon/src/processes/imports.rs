@@ -9,10 +9,10 @@ use bascule_node_api::command::{ImportSource, Outcome, RejectReason};
 use bascule_node_api::report::{ImportReport, ImportState};
 use bascule_types::{Bytes, DiskId, Epoch, Owner, VmUid};
 
+use super::calls::volume_call;
+use super::supervisor::{Rejection, Supervisor, is_alive};
 use crate::files;
-use crate::import::{ImportJob, JobSource};
-use crate::local::volume_call;
-use crate::supervisor::{Rejection, Supervisor};
+use crate::images::{ImportJob, JobSource, write_report};
 
 /// What an import is asked with.
 #[derive(Debug)]
@@ -77,7 +77,7 @@ impl Supervisor {
     }
 
     /// Forgets the imports whose disks are no longer being imported.
-    pub(crate) fn forget_finished_imports(&self) -> Result<()> {
+    pub(crate) fn remove_finished_imports(&self) -> Result<()> {
         for report in self.import_reports()? {
             if !matches!(report.state, ImportState::Complete { .. }) {
                 continue;
@@ -106,8 +106,7 @@ impl Supervisor {
         let pid = fs::read_to_string(path)
             .ok()
             .and_then(|text| text.trim().parse().ok());
-        matches!(report.state, ImportState::Complete { .. })
-            || pid.is_some_and(crate::supervisor::is_alive)
+        matches!(report.state, ImportState::Complete { .. }) || pid.is_some_and(is_alive)
     }
 
     fn job_source(&self, source: &ImportSource) -> Result<JobSource, Rejection> {
@@ -132,9 +131,4 @@ impl Supervisor {
 
 fn read_report(path: &std::path::Path) -> Option<ImportReport> {
     serde_json::from_slice(&fs::read(path).ok()?).ok()
-}
-
-pub(crate) fn write_report(path: &std::path::Path, report: &ImportReport) -> Result<()> {
-    let json = serde_json::to_vec(report).context("write the import's report")?;
-    files::replace(path, &json, 0o644)
 }

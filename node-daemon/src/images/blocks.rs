@@ -113,7 +113,7 @@ impl Target {
     /// the disk, never write again.
     fn await_gate(&self) -> Result<()> {
         let closed = || self.gate.check(boot_time_now(), self.owner).err();
-        match crate::local::wait_for(GATE_LIMIT, || closed().is_none().then_some(())) {
+        match crate::wait::wait_for(GATE_LIMIT, || closed().is_none().then_some(())) {
             Some(()) => Ok(()),
             None => match closed() {
                 Some(reason) => bail!("the volume's gate stays closed: {reason:?}"),

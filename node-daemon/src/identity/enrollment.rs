@@ -12,13 +12,13 @@ use bascule_node_api::{NODE_PORT, connect};
 use bascule_pki::OPERATOR_NAME;
 use tonic::transport::{Certificate, ClientTlsConfig, Endpoint};
 
+use super::certificate::{self, is_current, is_usable};
+use super::node_identity::Identity;
 use crate::paths::Paths;
-use crate::supervisor::Identity;
-use crate::tls::{self, is_current, is_usable};
 
 /// How a node finds its operator.
 #[derive(Clone, Debug, clap::Args)]
-pub(crate) struct JoinArgs {
+pub(crate) struct EnrollArgs {
     /// The operator's Join service, host:port
     #[arg(long = "join", value_name = "HOST:PORT", env = "BASCULE_OPERATOR")]
     pub(crate) operator: Option<String>,
@@ -38,7 +38,7 @@ pub(crate) struct JoinArgs {
 }
 
 /// Joins once. The key is made here and never leaves the node.
-pub(crate) async fn join(args: &JoinArgs, paths: &Paths, address: IpAddr) -> Result<Identity> {
+pub(crate) async fn join(args: &EnrollArgs, paths: &Paths, address: IpAddr) -> Result<Identity> {
     let operator = args
         .operator
         .as_deref()
@@ -83,7 +83,7 @@ pub(crate) async fn join(args: &JoinArgs, paths: &Paths, address: IpAddr) -> Res
         certificate: answer.certificate_pem,
         authorities: answer.ca_pem,
     };
-    tls::store(paths, &tls, &identity)?;
+    certificate::store(paths, &tls, &identity)?;
     tracing::info!(node = %identity.node, name = %identity.name, "joined");
     Ok(identity)
 }
@@ -91,7 +91,7 @@ pub(crate) async fn join(args: &JoinArgs, paths: &Paths, address: IpAddr) -> Res
 /// Joins, again and again until it succeeds; an identity that is still usable is taken when the
 /// operator is away, so that a node starts without the API server.
 pub(crate) async fn join_or_resume(
-    args: &JoinArgs,
+    args: &EnrollArgs,
     paths: &Paths,
     address: IpAddr,
 ) -> Result<Identity> {
@@ -119,7 +119,7 @@ pub(crate) async fn join_or_resume(
 }
 
 /// Resolves when the certificate was renewed: the server then starts again with it.
-pub(crate) async fn renewed(args: &JoinArgs, paths: &Paths, address: IpAddr) {
+pub(crate) async fn renewed(args: &EnrollArgs, paths: &Paths, address: IpAddr) {
     loop {
         tokio::time::sleep(RENEWAL_CHECK).await;
         if is_current(paths) {

@@ -15,9 +15,10 @@ use bascule_node_api::VOLUME_PORT_FIRST;
 use bascule_node_api::command::{Backing, FormatOptions, Outcome, RejectReason};
 use bascule_types::{Change, ClusterId, VolumeId};
 
-use crate::files;
-use crate::local::{volume_call, wait_for};
-use crate::supervisor::{Rejection, Supervisor, is_alive};
+use super::calls::volume_call;
+use super::supervisor::{Rejection, Supervisor, is_alive};
+use crate::files::{self, names_in};
+use crate::wait::wait_for;
 
 impl Supervisor {
     /// Formats a blank device, this node as the first.
@@ -64,7 +65,7 @@ impl Supervisor {
         cluster: ClusterId,
     ) -> Result<Outcome, Rejection> {
         check_name(name)?;
-        let _alone = self.volumes_alone()?;
+        let _alone = self.lock_volumes()?;
         let folder = self.paths.volume(name);
         if self.volume_is_up(name) {
             return Ok(Outcome::Done);
@@ -84,16 +85,17 @@ impl Supervisor {
 
     /// Starts again every volume process that was attached and has ended, as a crash leaves it. One
     /// that cannot be started keeps no other waiting.
-    pub(crate) fn revive_volumes(&self) -> Result<()> {
-        let _alone = self.volumes_alone()?;
-        let mut revivals = (self.revivals.lock()).unwrap_or_else(PoisonError::into_inner);
+    pub(crate) fn restart_ended_volumes(&self) -> Result<()> {
+        let _alone = self.lock_volumes()?;
+        let mut restart_backoff =
+            (self.restart_backoff.lock()).unwrap_or_else(PoisonError::into_inner);
         for name in self.volume_names()? {
             if self.volume_is_up(&name) {
                 continue;
             }
             let path = self.paths.volume(&name).join("attachment.json");
             let Ok(bytes) = fs::read(&path) else { continue };
-            if !revivals.is_due(&name, Instant::now()) {
+            if !restart_backoff.is_due(&name, Instant::now()) {
                 continue;
             }
             tracing::warn!(volume = %name, "the volume's process has ended; starting it again");
@@ -114,7 +116,7 @@ impl Supervisor {
     /// Ends a volume's process. It refuses while a VM of this node has it open.
     pub(crate) fn detach_volume(&self, name: &str) -> Result<Outcome, Rejection> {
         check_name(name)?;
-        let _alone = self.volumes_alone()?;
+        let _alone = self.lock_volumes()?;
         let folder = self.paths.volume(name);
         if !folder.exists() {
             return Ok(Outcome::Done);
@@ -175,7 +177,7 @@ impl Supervisor {
             Ok(Response::Status(status)) => Ok(status),
             Ok(Response::Unavailable { reason }) => Err(reason),
             Ok(other) => Err(format!("answered {other:?}")),
-            Err(error) => Err(format!("{error}; {}", self.volume_last_words(name))),
+            Err(error) => Err(format!("{error}; {}", self.volume_log_tail(name))),
         }
     }
 
@@ -262,7 +264,7 @@ impl Supervisor {
             .ok()
     }
 
-    fn volume_last_words(&self, name: &str) -> String {
+    fn volume_log_tail(&self, name: &str) -> String {
         let log =
             fs::read_to_string(self.paths.volume(name).join("volume.log")).unwrap_or_default();
         log.lines().last().unwrap_or("its log is empty").to_owned()
@@ -288,14 +290,6 @@ struct Attachment {
 #[derive(Debug, serde::Deserialize)]
 struct Formatted {
     volume: VolumeId,
-}
-
-/// The names of the folders in `folder`.
-pub(crate) fn names_in(folder: &Path) -> Result<Vec<String>> {
-    let entries = fs::read_dir(folder).with_context(|| format!("read {}", folder.display()))?;
-    Ok(entries
-        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
-        .collect())
 }
 
 /// The path of a backing.

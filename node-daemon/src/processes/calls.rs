@@ -1,7 +1,7 @@
 //! Calls over this node's local sockets.
 
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bascule_ipc::{Connection, IpcError, vm, volume};
 use serde::Serialize;
@@ -31,25 +31,9 @@ fn call<Q: Serialize, A: DeserializeOwned>(
     connection.call(request).map(|(answer, _)| answer)
 }
 
-/// Polls `condition` until it gives a value or `limit` has passed.
-pub(crate) fn wait_for<T>(limit: Duration, mut condition: impl FnMut() -> Option<T>) -> Option<T> {
-    let begin = Instant::now();
-    loop {
-        if let Some(value) = condition() {
-            return Some(value);
-        }
-        if begin.elapsed() >= limit {
-            return None;
-        }
-        std::thread::sleep(POLL_INTERVAL);
-    }
-}
-
 /// A local process answers a hello at once, or is stopped.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(2);
 /// A `bascule-vm` answers from memory, unless its guest is busy draining a device.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 /// `bascule-volume` gives up looking for a coordinator before this.
 const COORDINATOR_TIMEOUT: Duration = Duration::from_secs(45);
-/// How often a condition on another process is looked at.
-const POLL_INTERVAL: Duration = Duration::from_millis(20);

@@ -1,23 +1,13 @@
-//! `bascule-import`: fills one disk of a volume from an image.
-//!
-//! Two processes. The *fetcher* is unprivileged (user nobody, no capabilities, an empty environment,
-//! nothing open but a pipe) and speaks to the network: it writes the image's bytes to the pipe. The
-//! *writer* has the device and the gate, hashes what it reads from the pipe and writes it to the
-//! disk's extents, each write after the gate's check. The disk leaves `importing` only when every
-//! byte is flushed and the hash is right; whatever the image does not cover reads as zeroes.
+//! What `bascule-node` and `bascule-import` say to each other, as files: the job and its report.
 
-mod blocks;
-mod fetch;
-mod fetcher;
-mod writer;
+use std::path::{Path, PathBuf};
 
-use std::path::PathBuf;
-
+use anyhow::{Context, Result};
+use bascule_node_api::report::ImportReport;
 use bascule_types::{DiskId, Epoch, Owner, VmUid};
 use serde::{Deserialize, Serialize};
 
-pub(crate) use fetch::{FetchArgs, fetch};
-pub(crate) use writer::{RunArgs, run};
+use crate::files;
 
 /// One import, as `bascule-node` writes it down for the writer.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -51,4 +41,10 @@ pub(crate) enum JobSource {
     Http { url: String, sha256: String },
     /// A file of this node, from the administrator's allow-list.
     File { path: PathBuf },
+}
+
+/// Replaces the report of an import.
+pub(crate) fn write_report(path: &Path, report: &ImportReport) -> Result<()> {
+    let json = serde_json::to_vec(report).context("write the import's report")?;
+    files::replace(path, &json, 0o644)
 }

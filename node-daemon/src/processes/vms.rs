@@ -16,21 +16,22 @@ use bascule_ipc::{IpcError, Kind};
 use bascule_node_api::command::{Outcome, RejectReason, VmSpec};
 use bascule_types::{AttemptId, Ownership, VmUid};
 
+use super::calls::vm_call;
+use super::supervisor::{Rejection, Supervisor, is_alive};
+use super::tap;
 use crate::files;
-use crate::local::{vm_call, wait_for};
-use crate::supervisor::{Rejection, Supervisor, is_alive};
-use crate::tap;
+use crate::wait::wait_for;
 
 /// What is here of a VM.
 #[derive(Debug)]
 pub(crate) enum Presence {
-    /// Nothing.
+    /// No run directory.
     Absent,
-    /// A process that answers.
-    Answering(Box<VmStatus>),
-    /// A process that exists but does not answer: frozen, or just starting.
-    Silent(u32),
-    /// The remains of a process that has ended, and where it last stood, if it could say so.
+    /// A process that responds.
+    Responding(Box<VmStatus>),
+    /// A process that exists and does not respond: hung, or just starting. Its process id.
+    Unresponsive(u32),
+    /// The run directory of a process that has ended, and the last state that it wrote there.
     Ended(Option<VmState>),
 }
 
@@ -42,19 +43,19 @@ impl Supervisor {
             return Presence::Absent;
         }
         if let Ok(Response::Status(status)) = vm_call(&self.paths.vm_socket(vm), &Request::Status) {
-            return Presence::Answering(status);
+            return Presence::Responding(status);
         }
-        self.presence_unasked(vm)
+        self.presence_without_call(vm)
     }
 
     /// The same of a process that is not asked, for it takes its time.
-    pub(crate) fn presence_unasked(&self, vm: VmUid) -> Presence {
+    pub(crate) fn presence_without_call(&self, vm: VmUid) -> Presence {
         let folder = self.paths.vm(vm);
         let pid = fs::read_to_string(folder.join("pid"))
             .ok()
             .and_then(|text| text.trim().parse().ok());
         match (pid, last_state(&folder)) {
-            (Some(pid), _) if is_alive(pid) => Presence::Silent(pid),
+            (Some(pid), _) if is_alive(pid) => Presence::Unresponsive(pid),
             // Collected while this looked.
             (None, None) if !folder.exists() => Presence::Absent,
             (_, last) => Presence::Ended(last),
@@ -64,7 +65,7 @@ impl Supervisor {
     /// A VM process' own status, if it answers.
     pub(crate) fn vm_status(&self, vm: VmUid) -> Option<VmStatus> {
         match self.presence(vm) {
-            Presence::Answering(status) => Some(*status),
+            Presence::Responding(status) => Some(*status),
             _ => None,
         }
     }
@@ -81,7 +82,7 @@ impl Supervisor {
     pub(crate) fn vm_is_here(&self, vm: VmUid) -> bool {
         matches!(
             self.presence(vm),
-            Presence::Answering(_) | Presence::Silent(_)
+            Presence::Responding(_) | Presence::Unresponsive(_)
         )
     }
 
@@ -93,7 +94,7 @@ impl Supervisor {
         restore: bool,
     ) -> Result<Outcome, Rejection> {
         match self.presence(spec.uid) {
-            Presence::Answering(status) if !is_over(&status.state) => {
+            Presence::Responding(status) if !is_over(&status.state) => {
                 return if status.owner == Some(ownership.owner) && status.epoch == ownership.epoch {
                     Ok(Outcome::Done)
                 } else {
@@ -103,8 +104,8 @@ impl Supervisor {
                     )))
                 };
             }
-            Presence::Silent(pid) => return Err(unresponsive(pid)),
-            Presence::Answering(_) | Presence::Ended(_) => self.collect(spec.uid)?,
+            Presence::Unresponsive(pid) => return Err(unresponsive(pid)),
+            Presence::Responding(_) | Presence::Ended(_) => self.collect(spec.uid)?,
             Presence::Absent => {}
         }
         let start = if restore {
@@ -124,7 +125,7 @@ impl Supervisor {
         ownership: Ownership,
     ) -> Result<Outcome, Rejection> {
         match self.presence(spec.uid) {
-            Presence::Answering(status) if !is_over(&status.state) => {
+            Presence::Responding(status) if !is_over(&status.state) => {
                 let start = self.start_mode(spec.uid);
                 if !start.is_some_and(|start| awaits(&start, &status.state, attempt)) {
                     return Err(wrong_state("the VM is here already"));
@@ -132,8 +133,8 @@ impl Supervisor {
                 // Ordered again: a busy node may have taken too long to build it.
                 return listening(&self.await_start(spec.uid, status.pid)?);
             }
-            Presence::Silent(pid) => return Err(unresponsive(pid)),
-            Presence::Answering(_) | Presence::Ended(_) => self.collect(spec.uid)?,
+            Presence::Unresponsive(pid) => return Err(unresponsive(pid)),
+            Presence::Responding(_) | Presence::Ended(_) => self.collect(spec.uid)?,
             Presence::Absent => {}
         }
         let listen = SocketAddr::new(self.address, 0);
@@ -162,17 +163,17 @@ impl Supervisor {
     pub(crate) fn collect_vm(&self, vm: VmUid, pid: u32) -> Result<Outcome, Rejection> {
         match self.presence(vm) {
             Presence::Absent => Ok(Outcome::Done),
-            Presence::Answering(status) if status.pid != pid => Ok(Outcome::Done),
-            Presence::Answering(status)
+            Presence::Responding(status) if status.pid != pid => Ok(Outcome::Done),
+            Presence::Responding(status)
                 if is_over(&status.state) || status.state == VmState::Incoming =>
             {
                 self.collect(vm)?;
                 Ok(Outcome::Done)
             }
-            Presence::Answering(status) => {
+            Presence::Responding(status) => {
                 Err(wrong_state(&format!("the VM is {:?} here", status.state)))
             }
-            Presence::Silent(pid) => Err(unresponsive(pid)),
+            Presence::Unresponsive(pid) => Err(unresponsive(pid)),
             Presence::Ended(_) => {
                 self.collect(vm)?;
                 Ok(Outcome::Done)
@@ -181,7 +182,7 @@ impl Supervisor {
     }
 
     fn collect(&self, vm: VmUid) -> Result<(), Rejection> {
-        if let Presence::Answering(status) = self.presence(vm) {
+        if let Presence::Responding(status) = self.presence(vm) {
             self.vm_request(vm, &Request::Exit)?;
             wait_for(EXIT_LIMIT, || (!is_alive(status.pid)).then_some(()))
                 .ok_or_else(|| unresponsive(status.pid))?;
@@ -193,13 +194,13 @@ impl Supervisor {
                 tap::remove(&interface.tap)?;
             }
         }
-        // At once: in embedded mode two commands may notice one guest's end, and neither may find
-        // half a folder.
-        let grave = self.paths.vms().join(format!("{vm}.gone"));
-        let gone = remove_folder(&grave)
-            .and_then(|()| unless_missing(fs::rename(&folder, &grave)))
-            .and_then(|()| remove_folder(&grave));
-        gone.with_context(|| format!("remove {}", folder.display()))?;
+        // Renamed first, which is atomic: in embedded mode two commands may collect the same VM, and
+        // neither may find half of a folder.
+        let trash = self.paths.vms().join(format!("{vm}.gone"));
+        let removed = remove_folder(&trash)
+            .and_then(|()| unless_missing(fs::rename(&folder, &trash)))
+            .and_then(|()| remove_folder(&trash));
+        removed.with_context(|| format!("remove {}", folder.display()))?;
         Ok(())
     }
 
@@ -236,21 +237,21 @@ impl Supervisor {
     /// A process that has come up answers, and an incoming one listens.
     fn await_start(&self, vm: VmUid, pid: u32) -> Result<VmStatus, Rejection> {
         let answer = wait_for(START_LIMIT, || match self.presence(vm) {
-            Presence::Answering(status) if is_coming_up(&status) => None,
-            Presence::Answering(status) => Some(Ok(*status)),
-            Presence::Silent(_) => None,
+            Presence::Responding(status) if is_coming_up(&status) => None,
+            Presence::Responding(status) => Some(Ok(*status)),
+            Presence::Unresponsive(_) => None,
             Presence::Absent | Presence::Ended(_) => {
                 self.reap();
-                (!is_alive(pid)).then(|| Err(self.last_words(vm)))
+                (!is_alive(pid)).then(|| Err(self.log_tail(vm)))
             }
         });
         answer.unwrap_or_else(|| Err(unresponsive(pid)))
     }
 
     /// Why a process that ended at once did so: the end of its log.
-    fn last_words(&self, vm: VmUid) -> Rejection {
+    fn log_tail(&self, vm: VmUid) -> Rejection {
         let log = fs::read_to_string(self.paths.vm(vm).join("vm.log")).unwrap_or_default();
-        let lines: Vec<&str> = log.lines().rev().take(LAST_WORDS_LINES).collect();
+        let lines: Vec<&str> = log.lines().rev().take(LOG_TAIL_LINES).collect();
         let words: Vec<&str> = lines.into_iter().rev().collect();
         Rejection::new(
             RejectReason::Failed,
@@ -321,11 +322,11 @@ impl Supervisor {
             Presence::Absent | Presence::Ended(_) => {
                 Rejection::new(RejectReason::VmNotHere, "the VM does not run on this node")
             }
-            Presence::Silent(pid) => unresponsive(pid),
-            Presence::Answering(status) if error.kind() == Kind::TimedOut => {
+            Presence::Unresponsive(pid) => unresponsive(pid),
+            Presence::Responding(status) if error.kind() == Kind::TimedOut => {
                 unresponsive(status.pid)
             }
-            Presence::Answering(_) => Rejection::new(RejectReason::Failed, error.to_string()),
+            Presence::Responding(_) => Rejection::new(RejectReason::Failed, error.to_string()),
         }
     }
 }
@@ -415,7 +416,7 @@ const START_LIMIT: Duration = Duration::from_secs(30);
 /// A process that has nothing left to do ends at once.
 const EXIT_LIMIT: Duration = Duration::from_secs(10);
 /// How much of a dead process' log is worth repeating.
-const LAST_WORDS_LINES: usize = 3;
+const LOG_TAIL_LINES: usize = 3;
 
 #[cfg(test)]
 mod tests {

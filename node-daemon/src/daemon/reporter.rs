@@ -1,0 +1,102 @@
+//! What this node reports to the operator.
+
+use std::fs;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Result;
+use bascule_ipc::volume::VolumeStatus;
+use bascule_node_api::report::{NodeReport, VmReport, VolumeReport};
+use bascule_types::VmUid;
+
+use super::status_poller::StatusPoller;
+use crate::processes::supervisor::Supervisor;
+use crate::processes::vm_reports::by_name;
+use crate::processes::vms::kvm_error;
+
+/// Makes this node's reports. A process that does not answer keeps none of them waiting: the operator
+/// takes a node whose reports stay out for one that is silent.
+#[derive(Debug)]
+pub(crate) struct Reporter {
+    supervisor: Arc<Supervisor>,
+    vms: StatusPoller<VmUid, Option<VmReport>>,
+    volumes: StatusPoller<String, Result<VolumeStatus, String>>,
+}
+
+impl Reporter {
+    pub(crate) const fn new(supervisor: Arc<Supervisor>) -> Self {
+        Self {
+            supervisor,
+            vms: StatusPoller::new(ROUND_LIMIT, VM_MAX_AGE),
+            volumes: StatusPoller::new(ROUND_LIMIT, VOLUME_MAX_AGE),
+        }
+    }
+
+    /// Everything the operator is told of this node.
+    pub(crate) fn report(&mut self) -> Result<NodeReport> {
+        self.supervisor.reap();
+        Ok(NodeReport {
+            node: self.supervisor.identity.node,
+            name: self.supervisor.identity.name.clone(),
+            release: env!("CARGO_PKG_VERSION").to_owned(),
+            boot_id: boot_id(),
+            kvm_error: kvm_error(),
+            volumes: self.volume_reports()?,
+            vms: self.vm_reports()?,
+            imports: self.supervisor.import_reports()?,
+        })
+    }
+
+    fn volume_reports(&mut self) -> Result<Vec<VolumeReport>> {
+        let names = self.supervisor.volume_names()?.into_iter().collect();
+        let supervisor = Arc::clone(&self.supervisor);
+        let answers = (self.volumes).poll(&names, move |name| supervisor.volume_status(name));
+        let reports = answers.into_iter().map(|(name, status)| {
+            let silent = || Err("its process does not answer".to_owned());
+            let status = status.unwrap_or_else(silent);
+            VolumeReport { name, status }
+        });
+        Ok(reports.collect())
+    }
+
+    fn vm_reports(&mut self) -> Result<Vec<VmReport>> {
+        let specs = Arc::new(self.supervisor.vm_specs()?);
+        let request = {
+            let (supervisor, specs) = (Arc::clone(&self.supervisor), Arc::clone(&specs));
+            move |vm: &VmUid| Some(supervisor.vm_report(*vm, specs.get(vm)?))
+        };
+        let mut answers = self.vms.poll(&specs.keys().copied().collect(), request);
+        let reports = specs.iter().map(|(vm, spec)| {
+            let answer = answers.remove(vm).flatten().flatten();
+            answer.unwrap_or_else(|| {
+                let presence = self.supervisor.presence_without_call(*vm);
+                self.supervisor.report_of(*vm, spec, presence)
+            })
+        });
+        Ok(by_name(reports.collect()))
+    }
+}
+
+/// The kernel's boot id: another one is another boot.
+pub(crate) fn boot_id() -> String {
+    fs::read_to_string("/proc/sys/kernel/random/boot_id")
+        .map(|id| id.trim().to_owned())
+        .unwrap_or_default()
+}
+
+/// A process that is well answers in milliseconds; a report that is this late harms nobody.
+const ROUND_LIMIT: Duration = Duration::from_millis(200);
+/// A process of a busy node may take some seconds. One that has ended says so at once.
+const VM_MAX_AGE: Duration = Duration::from_secs(5);
+/// Less than a lease, which is part of the answer.
+const VOLUME_MAX_AGE: Duration = Duration::from_secs(2);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_boot_has_an_id() {
+        assert_eq!(boot_id().len(), 36);
+    }
+}

@@ -1,0 +1,15 @@
+//! Who this node is, and how it proves that: its UID, its certificate, and where both come from.
+//!
+//! | file | what it is |
+//! |---|---|
+//! | `node_identity.rs` | `identity.json` of the state directory |
+//! | `certificate.rs` | stores the certificate; tells whether it is valid and when it is due for renewal |
+//! | `enrollment.rs` | on Kubernetes: exchanges the pod's token for a certificate, and renews it |
+//! | `authority.rs` | without Kubernetes: `bascule-node cert init` and `cert issue` |
+
+pub(crate) mod authority;
+pub(crate) mod certificate;
+pub(crate) mod enrollment;
+mod node_identity;
+
+pub(crate) use node_identity::Identity;

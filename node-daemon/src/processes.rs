@@ -1,0 +1,25 @@
+//! The node's processes: starts them so that they outlive the daemon, finds them again, and talks to
+//! them.
+//!
+//! | file | what it is |
+//! |---|---|
+//! | `supervisor.rs` | the one value that every command works on |
+//! | `launcher.rs` | starts a process outside the daemon's container, cgroup and session |
+//! | `calls.rs` | requests over the processes' unix sockets |
+//! | `locks.rs` | one command at a time for a VM, and for the volumes |
+//! | `vms.rs`, `volumes.rs`, `imports.rs` | `bascule-vm`, `bascule-volume`, `bascule-import` |
+//! | `vm_reports.rs` | what those processes report, or left behind |
+//! | `tap.rs`, `reservation.rs` | a VM's tap devices; its reservation pod's hold process |
+//! | `restart_backoff.rs` | when a volume process that has ended is started again |
+
+pub(crate) mod calls;
+pub(crate) mod imports;
+pub(crate) mod launcher;
+pub(crate) mod locks;
+pub(crate) mod reservation;
+pub(crate) mod restart_backoff;
+pub(crate) mod supervisor;
+pub(crate) mod tap;
+pub(crate) mod vm_reports;
+pub(crate) mod vms;
+pub(crate) mod volumes;

@@ -1,21 +1,21 @@
 //! The devices of a virtual machine: a PCI bus with virtio devices on it.
 //!
-//! The machine (`bascule-vmm`) makes one [`pci::PciRoot`], adds [`pci::PciFunction`]s to it
-//! and hands it the guest's port and memory accesses. What a device needs of the hypervisor comes in
-//! through small traits, so that every device can be driven by a test without KVM:
-//! [`interrupt::MsiRouter`] (interrupts to the guest), [`doorbell::DoorbellRegistry`]
-//! (notifications from the guest) and [`failure::FailureSink`] (a device that cannot go on).
+//! The VMM (`bascule-vmm`) makes one [`pci::PciRoot`], adds [`pci::PciFunction`]s to it and passes it
+//! the guest's port I/O and MMIO accesses. What a device needs from the hypervisor comes in through
+//! small traits, so that tests drive every device without KVM: [`interrupt::MsiRouter`] (interrupts
+//! to the guest), [`doorbell::DoorbellRegistry`] (queue notifications from the guest) and
+//! [`failure::FailureSink`] (reports of a device that cannot continue).
 //!
-//! A device works in a thread of its own. [`device::Device::pause`] is a handshake with that thread;
-//! when it returns, the device touches guest memory no more and none of its I/O is in flight.
+//! Every device has a thread of its own. [`device::Device::pause`] is a handshake with that thread;
+//! when it returns, the device does not touch guest memory and has no I/O in flight.
 //!
 //! # Saved state
 //! Device state is small, so all of it is JSON ([`state::DeviceState`]): readable in a debugger and
-//! open for added fields. Every device's state has a kind and a version of its own; tests hold the
+//! open for added fields. The state of every kind of device has its own version; tests hold the
 //! golden bytes of each version.
 //!
 //! This crate must not know KVM, Kubernetes, sockets between our processes or migration streams.
-//! Read next: [`pci`] for the bus, then [`device`] for the life of a device.
+//! Read next: [`pci`] for the bus, then [`device`] for the life cycle of a device.
 
 pub mod blk;
 pub mod device;
@@ -23,7 +23,8 @@ pub mod disk;
 pub mod doorbell;
 pub mod failure;
 #[cfg(test)]
-mod hostile;
+mod fuzz_tests;
+mod guest_ram;
 pub mod interrupt;
 pub mod net;
 pub mod pci;
@@ -33,7 +34,4 @@ pub mod state;
 mod testing;
 pub mod virtio;
 
-use vm_memory::bitmap::AtomicBitmap;
-
-/// Guest memory as all devices see it: every write through it is tracked in a dirty bitmap.
-pub type GuestRam = vm_memory::GuestMemoryMmap<AtomicBitmap>;
+pub use guest_ram::GuestRam;

@@ -10,10 +10,10 @@ use vm_memory::bitmap::Bitmap;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MmapRegion};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::GuestRam;
 use crate::device::Device;
 use crate::doorbell::DoorbellRegistry;
 use crate::failure::{DeviceFailure, FailureSink};
+use crate::guest_ram::GuestRam;
 use crate::interrupt::{Gsi, MsiMessage, MsiRouter};
 use crate::pci::PciFunction;
 use crate::state::DeviceState;
@@ -157,15 +157,15 @@ struct DriverQueue {
     seen: u16,
 }
 
-/// A part of a chain.
+/// A descriptor of a chain.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Part {
+pub(crate) struct Buffer {
     pub(crate) start: u64,
     pub(crate) length: u32,
     pub(crate) writable: bool,
 }
 
-impl Part {
+impl Buffer {
     pub(crate) fn readable(start: u64, length: usize) -> Self {
         let length = u32::try_from(length).unwrap();
         Self {
@@ -256,23 +256,23 @@ impl TestDriver {
     }
 
     /// Writes a chain's descriptors and makes it available, without notifying. Returns its head.
-    pub(crate) fn offer(&mut self, queue: u16, parts: &[Part]) -> u16 {
+    pub(crate) fn offer(&mut self, queue: u16, buffers: &[Buffer]) -> u16 {
         let [descriptors, ..] = rings(queue);
         let own = &mut self.queues[usize::from(queue)];
         let head = own.next_descriptor % QUEUE_SIZE;
-        for (index, part) in (0_u16..).zip(parts) {
+        for (index, buffer) in (0_u16..).zip(buffers) {
             let at = (head + index) % QUEUE_SIZE;
-            let last = usize::from(index) + 1 == parts.len();
-            let flags = u16::from(!last) | (u16::from(part.writable) << 1);
+            let last = usize::from(index) + 1 == buffers.len();
+            let flags = u16::from(!last) | (u16::from(buffer.writable) << 1);
             let next = (at + 1) % QUEUE_SIZE;
             write_descriptor(
                 &self.ram,
                 descriptors,
                 at,
-                (part.start, part.length, flags, next),
+                (buffer.start, buffer.length, flags, next),
             );
         }
-        own.next_descriptor = (head + u16::try_from(parts.len()).unwrap()) % QUEUE_SIZE;
+        own.next_descriptor = (head + u16::try_from(buffers.len()).unwrap()) % QUEUE_SIZE;
         self.offer_head(queue, head);
         head
     }

@@ -5,16 +5,9 @@ use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use bascule_types::{ExtentRun, Owner};
+use bascule_types::{AlignedBuffer, ExtentRun, Owner};
 use bascule_volume_gate::{GateReader, boot_time_now};
 use rustix::fs::{FallocateFlags, fallocate};
-
-/// A buffer whose start is aligned for direct I/O.
-#[derive(Debug)]
-pub(crate) struct AlignedBuffer {
-    bytes: Vec<u8>,
-    start: usize,
-}
 
 /// The disk being filled.
 #[derive(Debug)]
@@ -23,21 +16,6 @@ pub(crate) struct Target {
     pub(crate) gate: GateReader,
     pub(crate) owner: Owner,
     pub(crate) runs: Vec<ExtentRun>,
-}
-
-impl AlignedBuffer {
-    pub(crate) fn new() -> Self {
-        let bytes = vec![0; CHUNK_BYTES + ALIGNMENT];
-        let start = bytes.as_ptr().align_offset(ALIGNMENT);
-        Self { bytes, start }
-    }
-
-    pub(crate) fn chunk(&mut self) -> &mut [u8] {
-        let start = self.start;
-        self.bytes
-            .get_mut(start..start + CHUNK_BYTES)
-            .unwrap_or_default()
-    }
 }
 
 impl Target {
@@ -80,8 +58,8 @@ impl Target {
         if fallocate(&self.device, FallocateFlags::ZERO_RANGE, at, length).is_ok() {
             return Ok(());
         }
-        let mut zeroes = AlignedBuffer::new();
-        let chunk: &[u8] = zeroes.chunk();
+        let zeroes = chunk_buffer();
+        let chunk = zeroes.bytes();
         let mut done = 0;
         while done < length {
             let step = usize::try_from(length - done)
@@ -121,6 +99,11 @@ impl Target {
             },
         }
     }
+}
+
+/// A zeroed buffer of one chunk, aligned for direct I/O.
+pub(crate) fn chunk_buffer() -> AlignedBuffer {
+    AlignedBuffer::new(CHUNK_BYTES, ALIGNMENT)
 }
 
 /// One write: divides every extent (1 MiB or more).

@@ -13,7 +13,7 @@ use bascule_types::{Bytes, Change, DiskRow};
 use bascule_volume_gate::GateReader;
 use sha2::{Digest, Sha256};
 
-use super::blocks::{AlignedBuffer, CHUNK_BYTES, Target};
+use super::blocks::{CHUNK_BYTES, Target, chunk_buffer};
 use super::fetcher::Fetcher;
 use super::job::{ImportJob, JobSource, write_report};
 
@@ -90,10 +90,10 @@ fn open(job: &ImportJob, volume: &mut Connection) -> Result<(Target, DiskRow)> {
 fn fill(job: &ImportJob, target: &Target, row: &DiskRow) -> Result<Bytes> {
     let (mut source, fetcher) = open_source(job)?;
     let mut hash = Sha256::new();
-    let mut buffer = AlignedBuffer::new();
+    let mut buffer = chunk_buffer();
     let mut written = 0u64;
     loop {
-        let chunk = buffer.chunk();
+        let chunk = buffer.bytes_mut();
         let read = read_full(source.as_mut(), chunk).context("read the image")?;
         if read == 0 {
             break;

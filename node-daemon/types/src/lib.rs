@@ -5,6 +5,8 @@
 //! Read next: [`Change`] (every request to a volume), `bascule-volume-format` (how these values lie on a disk) and `bascule-ipc` (how they
 //! travel between a node's processes).
 
+mod aligned_buffer;
+mod error_chain;
 mod id;
 mod ownership;
 mod refusals;
@@ -12,6 +14,8 @@ mod requests;
 mod rows;
 mod units;
 
+pub use aligned_buffer::AlignedBuffer;
+pub use error_chain::error_chain;
 pub use id::{AttemptId, ClusterId, DiskId, NodeUid, ParseIdError, VmUid, VolumeId};
 pub use ownership::{Epoch, Generation, Owner, Ownership, SlotId};
 pub use refusals::{MissingProof, Refusal, Table};

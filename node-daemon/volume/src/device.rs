@@ -12,7 +12,7 @@ use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 
-use bascule_types::{Bytes, Lba};
+use bascule_types::{AlignedBuffer, Bytes, Lba};
 use bascule_volume_format::{BLOCK_BYTES, BlockStore};
 use rustix::fs::{FallocateFlags, OFlags, SeekFrom};
 
@@ -172,7 +172,7 @@ impl Device {
     pub fn handle(&self) -> Handle {
         Handle {
             device: self.clone(),
-            buffer: Vec::new(),
+            buffer: AlignedBuffer::new(0, BLOCK_BYTES),
         }
     }
 
@@ -185,17 +185,16 @@ impl Device {
 #[derive(Debug)]
 pub struct Handle {
     device: Device,
-    buffer: Vec<u8>,
+    buffer: AlignedBuffer,
 }
 
 impl Handle {
     /// An aligned piece of the buffer.
     fn aligned(&mut self, length: usize) -> &mut [u8] {
-        if self.buffer.len() < length + BLOCK_BYTES {
-            self.buffer = vec![0; length + BLOCK_BYTES];
+        if self.buffer.len() < length {
+            self.buffer = AlignedBuffer::new(length, BLOCK_BYTES);
         }
-        let skip = self.buffer.as_ptr().align_offset(BLOCK_BYTES);
-        &mut self.buffer[skip..skip + length]
+        &mut self.buffer.bytes_mut()[..length]
     }
 }
 

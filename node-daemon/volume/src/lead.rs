@@ -9,7 +9,9 @@
 use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 
 use bascule_ipc::volume::Rows;
-use bascule_types::{BootTime, Change, DiskId, Epoch, FenceProof, MissingProof, Owner, Refusal};
+use bascule_types::{
+    BootTime, Change, DiskId, Epoch, FenceProof, MissingProof, Owner, Refusal, error_chain,
+};
 use bascule_volume_format::{
     Context, CoordinatorEpoch, Decision, LeaderBlock, Log, LogError, MetaRecord, Metadata,
     Recovered, Requester, Witness, recover,
@@ -91,7 +93,7 @@ fn start(
 
 /// A failed metadata write or flush closes the gate for good; damage ends the tenure only.
 fn report(node: &Node, error: &LogError) {
-    let text = chain(error);
+    let text = error_chain(error);
     let fatal = match error {
         LogError::Io { what, .. } => *what != READ,
         LogError::Contradiction(_) => true,
@@ -278,16 +280,6 @@ impl Witness for View {
     fn proof(&self, victim: Owner) -> Result<FenceProof, MissingProof> {
         fence::verify(self.policy, &self.watcher.evidence(victim))
     }
-}
-
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        text = format!("{text}: {error}");
-        source = error.source();
-    }
-    text
 }
 
 /// Requests that wait for their turn; more are turned away and asked again.

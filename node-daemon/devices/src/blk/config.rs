@@ -1,15 +1,25 @@
-//! How a block device is set up, and its configuration space (5.2.4).
+//! The parameters of a block device, and its device-specific configuration (virtio 1.2, 5.2.4).
 
-/// A block device.
+use std::mem::offset_of;
+
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
+    VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_ID_BYTES, virtio_blk_config,
+};
+use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
+
+use crate::virtio::constants::{feature, to_u16};
+
+/// The parameters of a block device.
 #[derive(Clone, Debug)]
 pub struct BlkConfig {
-    /// Its name, unique in the machine, such as `blk0`.
+    /// Unique in the virtual machine, such as `blk0`; used in logs, metrics and saved states.
     pub name: String,
-    /// What the guest reads as its serial number: at most 20 bytes, the rest is cut off.
+    /// The serial number that the guest reads, truncated to 20 bytes.
     pub serial: String,
-    /// How many request queues, 1 to 16: one per vCPU is good.
+    /// Number of request queues, 1 to 16; one per vCPU avoids contention in the guest.
     pub queue_count: u16,
-    /// Refuses writes.
+    /// Offers `VIRTIO_BLK_F_RO` and fails writes.
     pub read_only: bool,
 }
 
@@ -23,12 +33,12 @@ pub(super) fn config_space(size_bytes: u64, block_bytes: u32, queue_count: u16) 
     space
 }
 
-/// Changes the block size that the guest is told.
+/// Sets the `blk_size` field.
 pub(super) fn set_block_bytes(space: &mut [u8], block_bytes: u32) {
     put(space, BLOCK_BYTES_AT, &block_bytes.to_le_bytes());
 }
 
-/// The answer to a request for the device's id (5.2.6).
+/// The data of a `VIRTIO_BLK_T_GET_ID` request (5.2.6).
 pub(super) fn serial_bytes(serial: &str) -> [u8; SERIAL_BYTES] {
     let mut bytes = [0; SERIAL_BYTES];
     for (byte, own) in bytes.iter_mut().zip(serial.bytes()) {
@@ -42,27 +52,23 @@ fn put(space: &mut [u8], at: usize, bytes: &[u8]) {
 }
 
 /// The virtio device type (5).
-pub(super) const DEVICE_TYPE: u16 = 2;
+pub(super) const DEVICE_TYPE: u16 = to_u16(VIRTIO_ID_BLOCK);
 /// PCI class: mass storage, other.
 pub(super) const CLASS: [u8; 3] = [0x01, 0x80, 0];
-/// Requests that a queue holds; with indirect tables one descriptor each.
+/// Descriptors of a queue; with indirect tables a request takes one.
 pub(super) const QUEUE_SIZE: u16 = 256;
 pub(super) const QUEUES_MAX: u16 = 16;
 pub(super) const SECTOR_BYTES: u64 = 512;
-pub(super) const SERIAL_BYTES: usize = 20;
-/// `VIRTIO_BLK_F_SEG_MAX`
-pub(super) const F_SEG_MAX: u64 = 1 << 2;
-/// `VIRTIO_BLK_F_RO`
-pub(super) const F_RO: u64 = 1 << 5;
-/// `VIRTIO_BLK_F_BLK_SIZE`
-pub(super) const F_BLK_SIZE: u64 = 1 << 6;
-/// `VIRTIO_BLK_F_FLUSH`
-pub(super) const F_FLUSH: u64 = 1 << 9;
-/// `VIRTIO_BLK_F_MQ`
-pub(super) const F_MQ: u64 = 1 << 12;
-/// Data segments of a request: with header and status it fits a queue without indirect tables.
+pub(super) const SERIAL_BYTES: usize = VIRTIO_BLK_ID_BYTES as usize;
+pub(super) const F_SEG_MAX: u64 = feature(VIRTIO_BLK_F_SEG_MAX);
+pub(super) const F_RO: u64 = feature(VIRTIO_BLK_F_RO);
+pub(super) const F_BLK_SIZE: u64 = feature(VIRTIO_BLK_F_BLK_SIZE);
+pub(super) const F_FLUSH: u64 = feature(VIRTIO_BLK_F_FLUSH);
+pub(super) const F_MQ: u64 = feature(VIRTIO_BLK_F_MQ);
+/// Data segments of a request: with header and status they fit a queue without indirect tables.
 const SEGMENTS_MAX: u32 = 254;
-const SEGMENTS_MAX_AT: usize = 12;
-const BLOCK_BYTES_AT: usize = 20;
-const QUEUE_COUNT_AT: usize = 34;
-const CONFIG_BYTES: usize = 36;
+const SEGMENTS_MAX_AT: usize = offset_of!(virtio_blk_config, seg_max);
+const BLOCK_BYTES_AT: usize = offset_of!(virtio_blk_config, blk_size);
+const QUEUE_COUNT_AT: usize = offset_of!(virtio_blk_config, num_queues);
+/// The structure up to and including `num_queues`.
+const CONFIG_BYTES: usize = QUEUE_COUNT_AT + size_of::<u16>();

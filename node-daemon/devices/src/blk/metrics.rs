@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use serde::Serialize;
 
-use crate::disk::EngineView;
+use crate::disk::EngineStats;
 
 /// Counters, written by the device's thread.
 #[derive(Debug, Default)]
@@ -15,7 +15,7 @@ pub struct BlkMetrics {
     write_bytes: AtomicU64,
     flushes: AtomicU64,
     errors: AtomicU64,
-    merges: AtomicU64,
+    read_modify_writes: AtomicU64,
     in_flight: AtomicU64,
     stalled: AtomicBool,
 }
@@ -36,7 +36,7 @@ pub struct BlkCounts {
     /// Requests answered with an error, or not supported.
     pub errors: u64,
     /// Writes of parts of the device's blocks, which cost a read each.
-    pub merges: u64,
+    pub read_modify_writes: u64,
     /// Commands that the kernel works on, as of the last look.
     pub in_flight: u64,
     /// Whether writes wait for the gate now.
@@ -45,7 +45,7 @@ pub struct BlkCounts {
 
 /// What kind of request was answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Answered {
+pub(super) enum RequestKind {
     Read,
     Write,
     Flush,
@@ -63,18 +63,18 @@ impl BlkMetrics {
             write_bytes: get(&self.write_bytes),
             flushes: get(&self.flushes),
             errors: get(&self.errors),
-            merges: get(&self.merges),
+            read_modify_writes: get(&self.read_modify_writes),
             in_flight: get(&self.in_flight),
             stalled: self.stalled.load(Ordering::Relaxed),
         }
     }
 
-    pub(super) fn answered(&self, kind: Answered, data_bytes: usize) {
+    pub(super) fn answered(&self, kind: RequestKind, data_bytes: usize) {
         let bytes = u64::try_from(data_bytes).unwrap_or(0);
         let (count, total) = match kind {
-            Answered::Read => (&self.reads, Some(&self.read_bytes)),
-            Answered::Write => (&self.writes, Some(&self.write_bytes)),
-            Answered::Flush => (&self.flushes, None),
+            RequestKind::Read => (&self.reads, Some(&self.read_bytes)),
+            RequestKind::Write => (&self.writes, Some(&self.write_bytes)),
+            RequestKind::Flush => (&self.flushes, None),
         };
         count.fetch_add(1, Ordering::Relaxed);
         if let Some(total) = total {
@@ -86,9 +86,10 @@ impl BlkMetrics {
         self.errors.fetch_add(1, Ordering::Relaxed);
     }
 
-    pub(super) fn show(&self, view: EngineView) {
-        self.stalled.store(view.stalled, Ordering::Relaxed);
-        self.merges.store(view.merges, Ordering::Relaxed);
-        self.in_flight.store(view.in_flight, Ordering::Relaxed);
+    pub(super) fn record(&self, stats: EngineStats) {
+        self.stalled.store(stats.stalled, Ordering::Relaxed);
+        self.read_modify_writes
+            .store(stats.read_modify_writes, Ordering::Relaxed);
+        self.in_flight.store(stats.in_flight, Ordering::Relaxed);
     }
 }

@@ -7,14 +7,19 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::Value;
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_FLUSH,
+    VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+};
 
 use super::config::{
     BlkConfig, F_FLUSH, SECTOR_BYTES, SERIAL_BYTES, serial_bytes, set_block_bytes,
 };
-use super::metrics::{Answered, BlkMetrics};
+use super::metrics::{BlkMetrics, RequestKind};
 use super::state::{BlkState, Unanswered};
 use crate::disk::{Completion, DiskEngine, DiskRequest, Operation};
 use crate::failure::DeviceFailure;
+use crate::virtio::constants::to_u8;
 use crate::virtio::shared::Shared;
 use crate::virtio::worker::{Active, HandlerError, QueueHandler};
 use crate::virtio::{Chain, QueueError, Segments};
@@ -42,14 +47,14 @@ struct Request {
     queue: usize,
     head: u16,
     status: Segments,
-    kind: Answered,
+    kind: RequestKind,
     data_bytes: usize,
 }
 
 /// What a chain asks for.
-enum Asked {
+enum ParsedRequest {
     /// Work for the disk.
-    Disk(Operation, Answered),
+    Disk(Operation, RequestKind),
     /// The answer is known: a status, and how many bytes of data were written.
     Answer(u8, usize),
 }
@@ -77,8 +82,8 @@ impl BlkHandler {
     }
 
     /// Takes the chains that the driver has made available, within bounds.
-    fn take_all(&mut self, active: &mut Active, queue: usize) -> Result<(), HandlerError> {
-        let failed = HandlerError::in_queue(queue);
+    fn process_queue(&mut self, active: &mut Active, queue: usize) -> Result<(), HandlerError> {
+        let failed = HandlerError::for_queue(queue);
         for _ in 0..BATCH_MAX {
             let Some(Some(own)) = active.queues.get_mut(queue) else {
                 return Ok(());
@@ -90,19 +95,19 @@ impl BlkHandler {
                 }
                 return Ok(());
             };
-            self.take(active, queue, chain)?;
+            self.process_chain(active, queue, chain)?;
         }
         self.backlog = true;
         Ok(())
     }
 
-    fn take(
+    fn process_chain(
         &mut self,
         active: &mut Active,
         queue: usize,
         mut chain: Chain,
     ) -> Result<(), HandlerError> {
-        let malformed = |what| HandlerError::in_queue(queue)(QueueError::Request(what));
+        let malformed = |what| HandlerError::for_queue(queue)(QueueError::Request(what));
         let status = chain
             .writable
             .take_back(1)
@@ -112,21 +117,21 @@ impl BlkHandler {
         let mut bytes = [0; HEADER_BYTES];
         header.read(&active.ram, &mut bytes);
         let head = chain.head;
-        match self.understand(active, &bytes, chain) {
-            Asked::Answer(answer, data_bytes) => {
+        match self.parse_request(active, &bytes, chain) {
+            ParsedRequest::Answer(answer, data_bytes) => {
                 if answer != STATUS_OK {
                     self.metrics.refused();
                 }
                 self.answer(active, queue, head, &status, (answer, data_bytes))
             }
-            Asked::Disk(operation, kind) => {
+            ParsedRequest::Disk(operation, kind) => {
                 let data_bytes = match &operation {
                     Operation::Read { data, .. } | Operation::Write { data, .. } => {
                         data.length_bytes()
                     }
                     Operation::Flush => 0,
                 };
-                let tag = self.remember(Request {
+                let tag = self.track(Request {
                     queue,
                     head,
                     status,
@@ -140,34 +145,39 @@ impl BlkHandler {
     }
 
     /// Reads a request's header: type, reserved, sector (5.2.6).
-    fn understand(&self, active: &Active, header: &[u8; HEADER_BYTES], chain: Chain) -> Asked {
+    fn parse_request(
+        &self,
+        active: &Active,
+        header: &[u8; HEADER_BYTES],
+        chain: Chain,
+    ) -> ParsedRequest {
         let [a, b, c, d, _, _, _, _, sector @ ..] = *header;
         let offset = u64::from_le_bytes(sector).checked_mul(SECTOR_BYTES);
         match (u32::from_le_bytes([a, b, c, d]), offset) {
-            (TYPE_IN, Some(offset)) => {
+            (VIRTIO_BLK_T_IN, Some(offset)) => {
                 let data = chain.writable;
-                Asked::Disk(Operation::Read { offset, data }, Answered::Read)
+                ParsedRequest::Disk(Operation::Read { offset, data }, RequestKind::Read)
             }
-            (TYPE_OUT, Some(offset)) if !self.read_only => {
+            (VIRTIO_BLK_T_OUT, Some(offset)) if !self.read_only => {
                 let operation = Operation::Write {
                     offset,
                     data: chain.readable,
                     // Without flushes the driver takes the device for a write-through one (5.2.6.2).
                     durable: active.features & F_FLUSH == 0,
                 };
-                Asked::Disk(operation, Answered::Write)
+                ParsedRequest::Disk(operation, RequestKind::Write)
             }
-            (TYPE_FLUSH, _) => Asked::Disk(Operation::Flush, Answered::Flush),
-            (TYPE_GET_ID, _) => {
+            (VIRTIO_BLK_T_FLUSH, _) => ParsedRequest::Disk(Operation::Flush, RequestKind::Flush),
+            (VIRTIO_BLK_T_GET_ID, _) => {
                 let written = chain.writable.write(&active.ram, &self.serial);
-                Asked::Answer(STATUS_OK, written)
+                ParsedRequest::Answer(STATUS_OK, written)
             }
-            (TYPE_IN | TYPE_OUT, _) => Asked::Answer(STATUS_IO_ERROR, 0),
-            _ => Asked::Answer(STATUS_UNSUPPORTED, 0),
+            (VIRTIO_BLK_T_IN | VIRTIO_BLK_T_OUT, _) => ParsedRequest::Answer(STATUS_IO_ERROR, 0),
+            _ => ParsedRequest::Answer(STATUS_UNSUPPORTED, 0),
         }
     }
 
-    fn remember(&mut self, request: Request) -> u64 {
+    fn track(&mut self, request: Request) -> u64 {
         let place = self.free_tags.pop().unwrap_or_else(|| {
             self.requests.push(None);
             self.requests.len() - 1
@@ -180,7 +190,7 @@ impl BlkHandler {
     fn progress(&mut self, active: &mut Active) -> Result<(), HandlerError> {
         let done = self.engine.progress().map_err(host)?;
         self.complete(active, done)?;
-        self.metrics.show(self.engine.view());
+        self.metrics.record(self.engine.stats());
         self.signal(active)
     }
 
@@ -194,7 +204,7 @@ impl BlkHandler {
             let answer = match result {
                 Ok(()) => {
                     self.metrics.answered(request.kind, request.data_bytes);
-                    let is_read = request.kind == Answered::Read;
+                    let is_read = request.kind == RequestKind::Read;
                     (STATUS_OK, if is_read { request.data_bytes } else { 0 })
                 }
                 Err(error) => {
@@ -225,7 +235,7 @@ impl BlkHandler {
     ) -> Result<(), HandlerError> {
         status.write(&active.ram, &[answer]);
         if let Some(Some(own)) = active.queues.get_mut(queue) {
-            let failed = HandlerError::in_queue(queue);
+            let failed = HandlerError::for_queue(queue);
             own.push_used(&active.ram, head, data_bytes + 1)
                 .map_err(failed)?;
             self.to_signal.insert(queue);
@@ -236,7 +246,7 @@ impl BlkHandler {
     fn signal(&mut self, active: &mut Active) -> Result<(), HandlerError> {
         for queue in std::mem::take(&mut self.to_signal) {
             if let Some(Some(own)) = active.queues.get_mut(queue) {
-                let failed = HandlerError::in_queue(queue);
+                let failed = HandlerError::for_queue(queue);
                 if own.wants_interrupt(&active.ram).map_err(failed)? {
                     self.shared.signal_queue(queue);
                 }
@@ -245,7 +255,7 @@ impl BlkHandler {
         Ok(())
     }
 
-    fn forget(&mut self) {
+    fn clear(&mut self) {
         self.engine.clear();
         self.requests.clear();
         self.free_tags.clear();
@@ -260,12 +270,12 @@ impl QueueHandler for BlkHandler {
     }
 
     fn start(&mut self, active: &mut Active) -> Result<(), HandlerError> {
-        (0..active.queues.len()).try_for_each(|queue| self.take_all(active, queue))?;
+        (0..active.queues.len()).try_for_each(|queue| self.process_queue(active, queue))?;
         self.progress(active)
     }
 
     fn queue_notified(&mut self, active: &mut Active, queue: usize) -> Result<(), HandlerError> {
-        self.take_all(active, queue)?;
+        self.process_queue(active, queue)?;
         self.progress(active)
     }
 
@@ -289,15 +299,15 @@ impl QueueHandler for BlkHandler {
 
     fn quiesce(&mut self, active: &mut Active) -> Result<(), HandlerError> {
         // Whoever waits for this can see what it waits for.
-        self.metrics.show(self.engine.view());
+        self.metrics.record(self.engine.stats());
         let drained = self.engine.drain();
-        self.metrics.show(self.engine.view());
+        self.metrics.record(self.engine.stats());
         self.complete(active, drained.map_err(host)?)?;
         self.signal(active)
     }
 
     fn reset(&mut self) {
-        self.forget();
+        self.clear();
     }
 
     fn save(&self) -> Value {
@@ -322,7 +332,7 @@ impl QueueHandler for BlkHandler {
                 state.size_bytes
             ));
         }
-        self.forget();
+        self.clear();
         self.block_bytes = state.block_bytes;
         self.shared
             .change_config(|space| set_block_bytes(space, state.block_bytes));
@@ -336,7 +346,7 @@ impl QueueHandler for BlkHandler {
             let chain = own
                 .take(&active.ram, head)
                 .map_err(|error| error.to_string())?;
-            self.take(active, queue, chain)
+            self.process_chain(active, queue, chain)
                 .map_err(|error| error.to_string())?;
         }
         Ok(())
@@ -354,10 +364,6 @@ fn host(source: io::Error) -> HandlerError {
 /// queue as fast as it is emptied must not keep us from pausing.
 const BATCH_MAX: usize = 1024;
 const HEADER_BYTES: usize = 16;
-const TYPE_IN: u32 = 0;
-const TYPE_OUT: u32 = 1;
-const TYPE_FLUSH: u32 = 4;
-const TYPE_GET_ID: u32 = 8;
-const STATUS_OK: u8 = 0;
-const STATUS_IO_ERROR: u8 = 1;
-const STATUS_UNSUPPORTED: u8 = 2;
+const STATUS_OK: u8 = to_u8(VIRTIO_BLK_S_OK);
+const STATUS_IO_ERROR: u8 = to_u8(VIRTIO_BLK_S_IOERR);
+const STATUS_UNSUPPORTED: u8 = to_u8(VIRTIO_BLK_S_UNSUPP);

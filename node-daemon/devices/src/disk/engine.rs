@@ -1,8 +1,8 @@
 //! Performs requests on a disk.
 //!
-//! A request is *enqueued*, becomes a [`Job`] and waits until nothing stands in its way. It is then
-//! cut into commands for the kernel, at most one per run of the volume. Commands that write wait
-//! for the gate. When its last command has completed, so has the request.
+//! A request is *enqueued*, becomes a [`Job`] and waits until no earlier overlapping write is
+//! unfinished. It is then split into [`SubRequest`]s, at most one per extent run, each of which is
+//! one io_uring command. Writes wait for the gate. The request completes with its last sub-request.
 
 use std::collections::VecDeque;
 use std::io;
@@ -10,112 +10,72 @@ use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::Disk;
-use super::job::{Job, Part, PartKind, Stage};
+use super::backend::Disk;
+use super::job::{Job, Stage, SubRequest, SubRequestKind};
+use super::request::{Completion, DiskRequest, Operation};
 use super::ring::{Command, HostRun, Ring};
 use super::slab::Slab;
-use crate::GuestRam;
-use crate::virtio::Segments;
+use crate::guest_ram::GuestRam;
 
-/// A request on a disk.
-#[derive(Clone, Debug)]
-pub struct DiskRequest {
-    /// Comes back with the completion.
-    pub tag: u64,
-    /// What to do.
-    pub operation: Operation,
-}
-
-/// What to do on a disk. Offsets are in bytes from its start; data is guest memory.
-#[derive(Clone, Debug)]
-pub enum Operation {
-    /// Fill `data` from the disk.
-    Read {
-        /// Where from.
-        offset: u64,
-        /// Where to.
-        data: Segments,
-    },
-    /// Store `data` on the disk.
-    Write {
-        /// Where to.
-        offset: u64,
-        /// Where from.
-        data: Segments,
-        /// Complete only when it would survive a power cut.
-        durable: bool,
-    },
-    /// Make every write that was enqueued before durable.
-    Flush,
-}
-
-/// A request that is done.
-#[derive(Debug)]
-pub struct Completion {
-    /// The request's tag.
-    pub tag: u64,
-    /// Whether it succeeded.
-    pub result: io::Result<()>,
-}
-
-/// What a disk counts and shows.
+/// Counters and state of an engine at one moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct EngineView {
-    /// Writes wait for the gate now.
+pub struct EngineStats {
+    /// Writes are waiting for the gate now.
     pub stalled: bool,
-    /// Writes of parts of blocks so far.
-    pub merges: u64,
-    /// Commands that the kernel works on now.
+    /// Writes of sub_requests of blocks so far.
+    pub read_modify_writes: u64,
+    /// Commands submitted to the kernel and not yet completed.
     pub in_flight: u64,
 }
 
-/// One disk with its requests. Used by one thread.
+/// Performs the requests on one disk. Used by one thread.
 #[derive(Debug)]
 pub struct DiskEngine {
     disk: Disk,
     ram: Arc<GuestRam>,
     ring: Ring,
     jobs: Slab<Job>,
-    parts: Slab<Part>,
-    /// Jobs not let in yet, in order of arrival.
+    sub_requests: Slab<SubRequest>,
+    /// Keys of jobs that have not begun, in order of arrival.
     waiting: VecDeque<usize>,
-    /// Commands not submitted yet.
+    /// Keys of sub-requests to submit.
     ready: VecDeque<usize>,
-    done: Vec<Completion>,
+    completed: Vec<Completion>,
     next_sequence: u64,
+    /// Bytes of all bounce buffers in use.
     bounce_bytes: usize,
     failure: Failure,
-    view: EngineView,
+    stats: EngineStats,
 }
 
 /// Whether a write or flush has failed.
 #[derive(Debug)]
 enum Failure {
     None,
-    /// Not yet told.
+    /// Not yet returned by [`DiskEngine::take_failure`]: the operation and the error.
     New(&'static str, String),
-    Told,
+    Reported,
 }
 
 impl DiskEngine {
-    /// An idle engine.
+    /// An engine without requests.
     ///
     /// # Errors
-    /// When the kernel's io_uring cannot be used.
+    /// When io_uring is not available.
     pub fn new(disk: Disk, ram: Arc<GuestRam>) -> io::Result<Self> {
         Ok(Self {
             disk,
             ram,
             ring: Ring::new()?,
             jobs: Slab::new(),
-            parts: Slab::new(),
+            sub_requests: Slab::new(),
             waiting: VecDeque::new(),
             ready: VecDeque::new(),
-            done: Vec::new(),
+            completed: Vec::new(),
             next_sequence: 0,
             bounce_bytes: 0,
             failure: Failure::None,
-            view: EngineView::default(),
+            stats: EngineStats::default(),
         })
     }
 
@@ -125,35 +85,36 @@ impl DiskEngine {
         self.disk.extents.size_bytes()
     }
 
-    /// Becomes readable when commands have completed.
+    /// An eventfd that becomes readable when commands have completed.
     #[must_use]
     pub fn completion_fd(&self) -> RawFd {
         self.ring.completion_fd()
     }
 
-    /// Whether writes wait for the gate now, and more.
+    /// Counters, and whether writes are waiting for the gate.
     #[must_use]
-    pub fn view(&self) -> EngineView {
-        EngineView {
+    pub fn stats(&self) -> EngineStats {
+        EngineStats {
             in_flight: u64::try_from(self.ring.in_flight()).unwrap_or(u64::MAX),
-            ..self.view
+            ..self.stats
         }
     }
 
-    /// When [`DiskEngine::progress`] must be called although nothing completed: the gate may open.
+    /// After which time [`DiskEngine::progress`] must be called even if nothing completes: a stalled
+    /// write polls the gate. `None` when no write is stalled.
     #[must_use]
     pub fn retry_after(&self) -> Option<Duration> {
-        self.view.stalled.then_some(GATE_POLL)
+        self.stats.stalled.then_some(GATE_POLL)
     }
 
-    /// Takes a request in. Nothing happens before [`DiskEngine::progress`]. A range that is not on
-    /// the disk or not in whole sectors is answered with `InvalidInput`.
+    /// Queues a request, which [`DiskEngine::progress`] submits. A range that is not on the disk or
+    /// not in whole sectors completes with `InvalidInput`.
     pub fn enqueue(&mut self, request: DiskRequest) {
         let (offset, length) = request.range();
         let end = offset.checked_add(length);
         let sectors = offset.is_multiple_of(SECTOR_BYTES) && length.is_multiple_of(SECTOR_BYTES);
         if !sectors || end.is_none_or(|end| end > self.size_bytes()) {
-            self.done.push(Completion {
+            self.completed.push(Completion {
                 tag: request.tag,
                 result: Err(io::ErrorKind::InvalidInput.into()),
             });
@@ -165,17 +126,18 @@ impl DiskEngine {
             request,
             sequence,
             stage: Stage::Waiting,
-            commands_left: 0,
+            sub_requests_left: 0,
             error: None,
             bounce: None,
         });
         self.waiting.push_back(job);
     }
 
-    /// Does whatever can be done now, and returns what has completed.
+    /// Reaps completions and submits all requests that may be submitted now. Returns the requests
+    /// that have completed since the last call.
     ///
     /// # Errors
-    /// When io_uring itself fails. Nothing more can be submitted then.
+    /// When io_uring itself fails. No further request can be submitted then.
     pub fn progress(&mut self) -> io::Result<Vec<Completion>> {
         self.ring.acknowledge();
         loop {
@@ -183,13 +145,13 @@ impl DiskEngine {
             self.admit();
             let submitted = self.submit()?;
             if reaped == 0 && submitted == 0 {
-                return Ok(std::mem::take(&mut self.done));
+                return Ok(std::mem::take(&mut self.completed));
             }
         }
     }
 
     /// Waits until nothing is in flight, submitting nothing, and returns what has completed.
-    /// Requests that were not submitted, or only in part, stay.
+    /// Requests that were not submitted, or only in sub_request, stay.
     ///
     /// # Errors
     /// When io_uring itself fails.
@@ -198,25 +160,28 @@ impl DiskEngine {
             self.ring.wait()?;
             self.reap();
         }
-        Ok(std::mem::take(&mut self.done))
+        Ok(std::mem::take(&mut self.completed))
     }
 
-    /// Forgets all requests. The engine must be drained.
+    /// Drops all queued requests without completing them.
+    ///
+    /// # Panics
+    /// When commands are in flight: the engine must be drained first.
     pub fn clear(&mut self) {
         assert_eq!(self.ring.in_flight(), 0, "cleared with commands in flight");
         self.jobs.clear();
-        self.parts.clear();
+        self.sub_requests.clear();
         self.waiting.clear();
         self.ready.clear();
-        self.done.clear();
+        self.completed.clear();
         self.bounce_bytes = 0;
-        self.view.stalled = false;
+        self.stats.stalled = false;
     }
 
-    /// The failure after which no write is submitted any more, once: what failed, and why.
+    /// The failure that made the engine refuse writes, as (operation, error). Returned once.
     pub fn take_failure(&mut self) -> Option<(&'static str, String)> {
-        match std::mem::replace(&mut self.failure, Failure::Told) {
-            Failure::New(what, why) => Some((what, why)),
+        match std::mem::replace(&mut self.failure, Failure::Reported) {
+            Failure::New(operation, error) => Some((operation, error)),
             other => {
                 self.failure = other;
                 None
@@ -224,7 +189,7 @@ impl DiskEngine {
         }
     }
 
-    /// Handles all completions that have come in. Returns how many there were.
+    /// Handles all completions that the kernel has posted. Returns their number.
     fn reap(&mut self) -> usize {
         let mut count = 0;
         while let Some((tag, result)) = self.ring.reap() {
@@ -234,96 +199,100 @@ impl DiskEngine {
         count
     }
 
-    fn command_completed(&mut self, place: usize, result: io::Result<usize>) {
-        let Some(part) = self.parts.get_mut(place) else {
+    fn command_completed(&mut self, key: usize, result: io::Result<usize>) {
+        let Some(sub_request) = self.sub_requests.get_mut(key) else {
             return;
         };
         match result {
-            Ok(count) if part.kind != PartKind::Sync && count < part.left_bytes() => {
+            Ok(count)
+                if sub_request.kind != SubRequestKind::Sync && count < sub_request.left_bytes() =>
+            {
                 if count > 0 {
-                    part.advance(count);
-                    self.ready.push_back(place);
+                    sub_request.advance(count);
+                    self.ready.push_back(key);
                     return;
                 }
                 let end = io::Error::new(io::ErrorKind::UnexpectedEof, "end of the device");
-                self.part_finished(place, Err(end));
+                self.sub_request_finished(key, Err(end));
             }
-            Ok(_) => self.part_finished(place, Ok(())),
-            Err(error) if is_transient(&error) && part.retries < RETRIES_MAX => {
-                part.retries += 1;
-                self.ready.push_back(place);
+            Ok(_) => self.sub_request_finished(key, Ok(())),
+            Err(error) if is_transient(&error) && sub_request.retries < RETRIES_MAX => {
+                sub_request.retries += 1;
+                self.ready.push_back(key);
             }
-            Err(error) => self.part_finished(place, Err(error)),
+            Err(error) => self.sub_request_finished(key, Err(error)),
         }
     }
 
-    fn part_finished(&mut self, place: usize, result: io::Result<()>) {
-        let Some(part) = self.parts.remove(place) else {
+    fn sub_request_finished(&mut self, key: usize, result: io::Result<()>) {
+        let Some(sub_request) = self.sub_requests.remove(key) else {
             return;
         };
-        let failed_kind = result.is_err().then_some(part.kind);
+        let failed_kind = result.is_err().then_some(sub_request.kind);
         if let (Some(kind), Failure::None, Err(error)) = (failed_kind, &self.failure, &result) {
             match kind {
-                PartKind::Write { .. } => self.failure = Failure::New("write", error.to_string()),
-                PartKind::Sync => self.failure = Failure::New("flush", error.to_string()),
-                PartKind::Read => {}
+                SubRequestKind::Write { .. } => {
+                    self.failure = Failure::New("write", error.to_string())
+                }
+                SubRequestKind::Sync => self.failure = Failure::New("flush", error.to_string()),
+                SubRequestKind::Read => {}
             }
         }
-        let Some(job) = self.jobs.get_mut(part.job) else {
+        let Some(job) = self.jobs.get_mut(sub_request.job) else {
             return;
         };
-        job.commands_left -= 1;
+        job.sub_requests_left -= 1;
         if let Err(error) = result {
             job.error.get_or_insert(error);
         }
-        if job.commands_left > 0 {
+        if job.sub_requests_left > 0 {
             return;
         }
-        if job.stage == Stage::Merging && job.error.is_none() {
-            let commands = job.merged(&self.disk, &self.ram);
-            self.add_commands(part.job, commands);
+        if job.stage == Stage::ReadModifyWrite && job.error.is_none() {
+            let commands = job.modify(&self.disk, &self.ram);
+            self.add_sub_requests(sub_request.job, commands);
         } else {
-            self.job_finished(part.job);
+            self.job_finished(sub_request.job);
         }
     }
 
-    fn job_finished(&mut self, place: usize) {
-        let Some(job) = self.jobs.remove(place) else {
+    fn job_finished(&mut self, key: usize) {
+        let Some(job) = self.jobs.remove(key) else {
             return;
         };
         job.deliver(&self.disk, &self.ram);
         self.bounce_bytes -= job.bounce.as_ref().map_or(0, |bounce| bounce.len());
-        self.done.push(Completion {
+        self.completed.push(Completion {
             tag: job.request.tag,
             result: job.error.map_or(Ok(()), Err),
         });
     }
 
-    /// Lets waiting jobs in that nothing stands in the way of.
+    /// Begins the waiting jobs that no earlier job blocks.
     fn admit(&mut self) {
-        for place in std::mem::take(&mut self.waiting) {
-            if !self.may_begin(place) {
-                self.waiting.push_back(place);
+        for key in std::mem::take(&mut self.waiting) {
+            if !self.may_begin(key) {
+                self.waiting.push_back(key);
                 continue;
             }
             let failed = !matches!(self.failure, Failure::None);
-            let Some(job) = self.jobs.get_mut(place) else {
+            let Some(job) = self.jobs.get_mut(key) else {
                 continue;
             };
             if failed && !matches!(job.request.operation, Operation::Read { .. }) {
                 job.error = Some(io::Error::other("the disk has failed"));
-                self.job_finished(place);
+                self.job_finished(key);
                 continue;
             }
             let commands = job.begin(&self.disk, &self.ram);
             self.bounce_bytes += job.bounce.as_ref().map_or(0, |bounce| bounce.len());
-            self.view.merges += u64::from(job.stage == Stage::Merging);
-            self.add_commands(place, commands);
+            self.stats.read_modify_writes += u64::from(job.stage == Stage::ReadModifyWrite);
+            self.add_sub_requests(key, commands);
         }
     }
 
-    fn may_begin(&self, place: usize) -> bool {
-        let Some(job) = self.jobs.get(place) else {
+    fn may_begin(&self, key: usize) -> bool {
+        let Some(job) = self.jobs.get(key) else {
             return true;
         };
         let block_bytes = self.disk.block_bytes;
@@ -350,48 +319,47 @@ impl DiskEngine {
         budget || self.bounce_bytes == 0
     }
 
-    fn add_commands(&mut self, job: usize, commands: Vec<(PartKind, u64, Vec<HostRun>)>) {
+    fn add_sub_requests(&mut self, job: usize, commands: Vec<(SubRequestKind, u64, Vec<HostRun>)>) {
         if commands.is_empty() {
-            // A request of no bytes.
+            // A request of zero bytes.
             self.job_finished(job);
             return;
         }
         if let Some(job) = self.jobs.get_mut(job) {
-            job.commands_left = commands.len();
+            job.sub_requests_left = commands.len();
         }
         for (kind, offset, runs) in commands {
-            let part = self.parts.insert(Part {
+            let sub_request = self.sub_requests.insert(SubRequest {
                 job,
                 kind,
                 offset,
                 runs,
                 retries: 0,
             });
-            self.ready.push_back(part);
+            self.ready.push_back(sub_request);
         }
     }
 
-    /// Submits what may be submitted. Returns how many commands that were.
+    /// Submits the sub-requests that may be submitted now. Returns how many were submitted or failed.
     fn submit(&mut self) -> io::Result<usize> {
         let mut count = 0;
-        self.view.stalled = false;
-        for place in std::mem::take(&mut self.ready) {
-            let is_write = self
-                .parts
-                .get(place)
-                .is_some_and(|part| matches!(part.kind, PartKind::Write { .. }));
+        self.stats.stalled = false;
+        for key in std::mem::take(&mut self.ready) {
+            let is_write = self.sub_requests.get(key).is_some_and(|sub_request| {
+                matches!(sub_request.kind, SubRequestKind::Write { .. })
+            });
             if is_write && !matches!(self.failure, Failure::None) {
-                self.part_finished(place, Err(io::Error::other("the disk has failed")));
+                self.sub_request_finished(key, Err(io::Error::other("the disk has failed")));
                 count += 1;
-            } else if !self.ring.has_room() || (is_write && self.view.stalled) {
-                self.ready.push_back(place);
+            } else if !self.ring.has_room() || (is_write && self.stats.stalled) {
+                self.ready.push_back(key);
             } else if is_write && !self.disk.gate.is_open() {
-                // From here to the kernel there is nothing but the submission itself, so this
-                // answer is as fresh as it can be.
-                self.view.stalled = true;
-                self.ready.push_back(place);
+                // The gate is checked last: only the system call lies between the check and the
+                // submission of the write.
+                self.stats.stalled = true;
+                self.ready.push_back(key);
             } else {
-                self.submit_part(place)?;
+                self.submit_sub_request(key)?;
                 count += 1;
             }
         }
@@ -399,25 +367,25 @@ impl DiskEngine {
     }
 
     #[expect(unsafe_code, reason = "io_uring takes raw addresses")]
-    fn submit_part(&mut self, place: usize) -> io::Result<()> {
-        let Some(part) = self.parts.get(place) else {
+    fn submit_sub_request(&mut self, key: usize) -> io::Result<()> {
+        let Some(sub_request) = self.sub_requests.get(key) else {
             return Ok(());
         };
-        let command = match part.kind {
-            PartKind::Read => Command::Read {
-                runs: &part.runs,
-                offset: part.offset,
+        let command = match sub_request.kind {
+            SubRequestKind::Read => Command::Read {
+                runs: &sub_request.runs,
+                offset: sub_request.offset,
             },
-            PartKind::Write { durable } => Command::Write {
-                runs: &part.runs,
-                offset: part.offset,
+            SubRequestKind::Write { durable } => Command::Write {
+                runs: &sub_request.runs,
+                offset: sub_request.offset,
                 durable,
             },
-            PartKind::Sync => Command::Sync,
+            SubRequestKind::Sync => Command::Sync,
         };
-        let tag = u64::try_from(place).map_err(io::Error::other)?;
+        let tag = u64::try_from(key).map_err(io::Error::other)?;
         // SAFETY: the runs lie in guest memory, which `self.ram` keeps mapped (writable) and into
-        // which nobody holds references, or in the job's bounce buffer, which is neither moved,
+        // which no references are held, or in the job's bounce buffer, which is neither moved,
         // read nor dropped before its last command has completed. Dropping the engine waits for
         // all completions first.
         unsafe { self.ring.submit(&self.disk.file, command, tag) }
@@ -427,25 +395,12 @@ impl DiskEngine {
 impl Drop for DiskEngine {
     fn drop(&mut self) {
         if let Err(error) = self.drain() {
-            // The kernel may still write to these: they must never be used for anything else.
-            tracing::error!(%error, "disk commands in flight cannot be awaited");
+            // The kernel may still write to this memory: leak it, so that it is never reused.
+            tracing::error!(%error, "cannot wait for disk commands in flight; their memory is leaked");
             std::mem::forget(std::mem::replace(&mut self.jobs, Slab::new()));
             std::mem::forget(self.ram.clone());
         } else if !self.jobs.is_empty() {
-            tracing::debug!("disk closed with unanswered requests");
-        }
-    }
-}
-
-impl DiskRequest {
-    /// Offset and length in bytes.
-    pub(super) fn range(&self) -> (u64, u64) {
-        match &self.operation {
-            Operation::Read { offset, data } | Operation::Write { offset, data, .. } => (
-                *offset,
-                u64::try_from(data.length_bytes()).unwrap_or(u64::MAX),
-            ),
-            Operation::Flush => (0, 0),
+            tracing::debug!("disk closed with incomplete requests");
         }
     }
 }
@@ -458,12 +413,12 @@ fn is_transient(error: &io::Error) -> bool {
 }
 
 const SECTOR_BYTES: u64 = 512;
-/// How often a closed gate is looked at: far below a lease's length, far above a check's cost.
+/// Poll interval of a closed gate: far below the length of a lease, far above the cost of a check.
 const GATE_POLL: Duration = Duration::from_millis(5);
-/// Bounds the memory that a guest with misaligned buffers can make us use; one request is always
-/// let in. A guess.
+/// Limit on the sum of bounce buffers, which a guest with misaligned buffers makes us allocate. One
+/// request may always begin, whatever its size. A guess.
 const BOUNCE_BYTES_MAX: usize = 32 << 20;
-/// A guess; the kernel retries most of these itself.
+/// Retries of a command after `EAGAIN` or `EINTR`. A guess; the kernel retries most of them itself.
 const RETRIES_MAX: u32 = 16;
 
 #[cfg(test)]

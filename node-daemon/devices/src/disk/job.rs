@@ -1,66 +1,68 @@
-//! One request on its way: how it is cut into commands, and what its completion means.
+//! One request in progress: how it is split into sub-requests, and what their completion means.
 //!
 //! ```text
-//!  waiting ──► transferring ──────────────► done        aligned, or a read
-//!     └──────► merging ──► transferring ──► done        a write of parts of blocks
+//!  waiting ──► transferring ──────────────────────► done    whole blocks, or a read
+//!     └──────► read-modify-write ──► transferring ──► done    a write of parts of blocks
 //! ```
-//! *Merging* reads the first and last block that the write covers in part.
+//! *Read-modify-write* reads the first and last block if the write covers them only in part.
 
 use std::io;
 
+use bascule_types::AlignedBuffer;
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{GuestMemory, Permissions, VolatileSlice};
 
-use super::Disk;
-use super::buffer::AlignedBuffer;
-use super::engine::{DiskRequest, Operation};
+use super::backend::Disk;
+use super::request::{DiskRequest, Operation};
 use super::ring::HostRun;
-use crate::GuestRam;
+use crate::guest_ram::GuestRam;
 use crate::virtio::Segments;
 
-/// A request and how far it has come.
+/// A request and its progress.
 #[derive(Debug)]
 pub(super) struct Job {
     pub(super) request: DiskRequest,
-    /// Its place in the order of arrival.
+    /// Rises by one with each request of the engine: the order of arrival.
     pub(super) sequence: u64,
     pub(super) stage: Stage,
-    /// Commands that have not completed.
-    pub(super) commands_left: usize,
-    /// The first error of a command.
+    /// Sub-requests of the current stage that have not completed.
+    pub(super) sub_requests_left: usize,
+    /// The first error of a sub-request.
     pub(super) error: Option<io::Error>,
+    /// Used when the guest's memory is not aligned to device blocks.
     pub(super) bounce: Option<AlignedBuffer>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Stage {
     Waiting,
-    Merging,
+    ReadModifyWrite,
     Transferring,
 }
 
-/// One command of a job.
+/// A part of a job that is contiguous on the volume: one io_uring command.
 #[derive(Debug)]
-pub(super) struct Part {
+pub(super) struct SubRequest {
+    /// The key of the job.
     pub(super) job: usize,
-    pub(super) kind: PartKind,
-    /// Where on the volume, in bytes.
+    pub(super) kind: SubRequestKind,
+    /// The first byte on the volume.
     pub(super) offset: u64,
-    /// What is still to be transferred.
+    /// The memory that is still to be transferred.
     pub(super) runs: Vec<HostRun>,
-    /// How often the kernel said to try again.
+    /// How often it was submitted again after a transient error.
     pub(super) retries: u32,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum PartKind {
+pub(super) enum SubRequestKind {
     Read,
     Write { durable: bool },
     Sync,
 }
 
 impl Job {
-    /// The disk's blocks that it touches, as a range of bytes that starts and ends on blocks.
+    /// The range of bytes of the disk that the request touches, extended to whole blocks.
     pub(super) fn span(&self, block_bytes: u32) -> (u64, u64) {
         let block = u64::from(block_bytes);
         let (offset, length) = self.request.range();
@@ -72,7 +74,8 @@ impl Job {
         matches!(self.request.operation, Operation::Write { .. })
     }
 
-    /// The bounce buffer that it needs, in bytes; 0 when the guest's memory will do.
+    /// The size of the bounce buffer that the request needs, in bytes; 0 when the guest's memory is
+    /// aligned to blocks and needs none.
     pub(super) fn bounce_bytes(&self, disk: &Disk, ram: &GuestRam) -> usize {
         let (Operation::Read { data, .. } | Operation::Write { data, .. }) =
             &self.request.operation
@@ -97,12 +100,12 @@ impl Job {
         }
     }
 
-    /// The commands to begin with, after the job has been let in.
+    /// Begins the job. Returns its first sub-requests.
     pub(super) fn begin(
         &mut self,
         disk: &Disk,
         ram: &GuestRam,
-    ) -> Vec<(PartKind, u64, Vec<HostRun>)> {
+    ) -> Vec<(SubRequestKind, u64, Vec<HostRun>)> {
         let bounce_bytes = self.bounce_bytes(disk, ram);
         if bounce_bytes > 0 {
             let align = usize::try_from(disk.block_bytes).unwrap_or(usize::MAX);
@@ -111,42 +114,48 @@ impl Job {
         self.stage = Stage::Transferring;
         let (start, end) = self.span(disk.block_bytes);
         match &self.request.operation {
-            Operation::Flush => vec![(PartKind::Sync, 0, Vec::new())],
+            Operation::Flush => vec![(SubRequestKind::Sync, 0, Vec::new())],
             Operation::Read { data, .. } => {
                 let runs = self.bounce.as_mut().map_or_else(
                     || host_runs(ram, data).unwrap_or_default(),
-                    |bounce| vec![bounce.host_run(0, bounce.len())],
+                    |bounce| vec![HostRun::of(bounce.bytes_mut())],
                 );
-                cut(disk, PartKind::Read, start, &runs)
+                split(disk, SubRequestKind::Read, start, &runs)
             }
             Operation::Write { data, durable, .. } => {
-                let kind = PartKind::Write { durable: *durable };
+                let kind = SubRequestKind::Write { durable: *durable };
                 let Some(bounce) = &mut self.bounce else {
-                    return cut(disk, kind, start, &host_runs(ram, data).unwrap_or_default());
+                    return split(disk, kind, start, &host_runs(ram, data).unwrap_or_default());
                 };
                 let (offset, length) = self.request.range();
-                let edges = edges(start, end, offset, length, u64::from(disk.block_bytes));
-                if edges.is_empty() {
+                let partial_blocks =
+                    partial_blocks(start, end, offset, length, u64::from(disk.block_bytes));
+                if partial_blocks.is_empty() {
                     data.read(ram, bounce.bytes_mut());
-                    return cut(disk, kind, start, &[bounce.host_run(0, bounce.len())]);
+                    return split(disk, kind, start, &[HostRun::of(bounce.bytes_mut())]);
                 }
-                self.stage = Stage::Merging;
+                self.stage = Stage::ReadModifyWrite;
                 let block = usize::try_from(disk.block_bytes).unwrap_or(0);
-                let read = |edge: u64| {
-                    let at = usize::try_from(edge - start).unwrap_or(usize::MAX);
-                    cut(disk, PartKind::Read, edge, &[bounce.host_run(at, block)])
+                let read = |block_start: u64| {
+                    let at = usize::try_from(block_start - start).unwrap_or(usize::MAX);
+                    split(
+                        disk,
+                        SubRequestKind::Read,
+                        block_start,
+                        &[HostRun::of(&mut bounce.bytes_mut()[at..at + block])],
+                    )
                 };
-                edges.into_iter().flat_map(read).collect()
+                partial_blocks.into_iter().flat_map(read).collect()
             }
         }
     }
 
-    /// The write of a job whose edges have been read.
-    pub(super) fn merged(
+    /// The write of a job whose partial_blocks have been read.
+    pub(super) fn modify(
         &mut self,
         disk: &Disk,
         ram: &GuestRam,
-    ) -> Vec<(PartKind, u64, Vec<HostRun>)> {
+    ) -> Vec<(SubRequestKind, u64, Vec<HostRun>)> {
         self.stage = Stage::Transferring;
         let (start, _) = self.span(disk.block_bytes);
         let (offset, _) = self.request.range();
@@ -157,12 +166,13 @@ impl Job {
         };
         let skip = usize::try_from(offset - start).unwrap_or(usize::MAX);
         data.read(ram, &mut bounce.bytes_mut()[skip..]);
-        let kind = PartKind::Write { durable: *durable };
-        cut(disk, kind, start, &[bounce.host_run(0, bounce.len())])
+        let kind = SubRequestKind::Write { durable: *durable };
+        split(disk, kind, start, &[HostRun::of(bounce.bytes_mut())])
     }
 
-    /// A read has ended: its bytes are in guest memory and marked dirty after this. One that failed
-    /// may have filled its buffer in part.
+    /// Completes a read: copies the bounce buffer, if any, to guest memory and marks the pages
+    /// dirty. A failed read without a bounce buffer may have been filled in part, so its pages are
+    /// marked too.
     pub(super) fn deliver(&self, disk: &Disk, ram: &GuestRam) {
         let Operation::Read { data, .. } = &self.request.operation else {
             return;
@@ -181,12 +191,12 @@ impl Job {
     }
 }
 
-impl Part {
+impl SubRequest {
     pub(super) fn left_bytes(&self) -> usize {
         self.runs.iter().map(|run| run.length).sum()
     }
 
-    /// Takes off what the kernel has transferred.
+    /// Skips the `done` bytes that the kernel has transferred.
     pub(super) fn advance(&mut self, mut done: usize) {
         self.offset += u64::try_from(done).unwrap_or(0);
         self.runs.retain_mut(|run| {
@@ -199,26 +209,26 @@ impl Part {
     }
 }
 
-/// The blocks of `start..end` of which a write covers only a part: none, one or two.
-fn edges(start: u64, end: u64, offset: u64, length: u64, block: u64) -> Vec<u64> {
-    let mut edges = Vec::new();
+/// The starts of the blocks in `start..end` that a write covers only in part: none, one or two.
+fn partial_blocks(start: u64, end: u64, offset: u64, length: u64, block: u64) -> Vec<u64> {
+    let mut partial_blocks = Vec::new();
     if offset > start {
-        edges.push(start);
+        partial_blocks.push(start);
     }
     let last = end - block;
-    if offset + length < end && !edges.contains(&last) {
-        edges.push(last);
+    if offset + length < end && !partial_blocks.contains(&last) {
+        partial_blocks.push(last);
     }
-    edges
+    partial_blocks
 }
 
-/// Cuts a transfer at `start` of the disk into one command per run of the volume.
-fn cut(
+/// Splits a transfer at byte `start` of the disk into one sub-request per extent run.
+fn split(
     disk: &Disk,
-    kind: PartKind,
+    kind: SubRequestKind,
     start: u64,
     runs: &[HostRun],
-) -> Vec<(PartKind, u64, Vec<HostRun>)> {
+) -> Vec<(SubRequestKind, u64, Vec<HostRun>)> {
     let total = runs.iter().map(|run| run.length).sum();
     let mut rest = runs.to_vec();
     let mut commands = Vec::new();
@@ -240,8 +250,8 @@ fn cut(
     commands
 }
 
-/// Guest memory as the kernel addresses it; none if it is not all memory, which was checked when the
-/// request was read.
+/// The host addresses of guest memory. `None` if `data` is not all guest memory, which cannot happen:
+/// it was checked when the descriptor chain was read.
 fn host_runs(ram: &GuestRam, data: &Segments) -> Option<Vec<HostRun>> {
     let mut runs = Vec::new();
     let complete = for_each_slice(ram, data, |slice| {
@@ -255,7 +265,7 @@ fn host_runs(ram: &GuestRam, data: &Segments) -> Option<Vec<HostRun>> {
 
 type RamSlice<'a> = VolatileSlice<'a, vm_memory::bitmap::BS<'a, vm_memory::bitmap::AtomicBitmap>>;
 
-/// `false` when something of `data` is not guest memory.
+/// `false` when part of `data` is not guest memory.
 fn for_each_slice(ram: &GuestRam, data: &Segments, mut with: impl FnMut(&RamSlice<'_>)) -> bool {
     for segment in data.as_slice() {
         let access = Permissions::ReadWrite;
@@ -273,5 +283,5 @@ fn for_each_slice(ram: &GuestRam, data: &Segments, mut with: impl FnMut(&RamSlic
     true
 }
 
-/// `IOV_MAX`.
+/// `IOV_MAX`: vectors per `readv` or `writev`.
 const VECTORS_MAX: usize = 1024;

@@ -1,4 +1,4 @@
-//! A thin layer over io_uring: one file, vectored reads and writes, data sync.
+//! A thin layer over io_uring: vectored reads and writes, and data sync, on one file.
 #![expect(unsafe_code, reason = "io_uring takes raw addresses")]
 
 use std::io;
@@ -7,14 +7,24 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use io_uring::{IoUring, opcode, types};
 use vmm_sys_util::eventfd::EventFd;
 
-/// A run of this process's memory, by its exposed address.
+/// A range of memory of this process, by its exposed address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct HostRun {
     pub(super) address: usize,
     pub(super) length: usize,
 }
 
-/// What the kernel is asked to do.
+impl HostRun {
+    /// The address and length of `bytes`.
+    pub(super) fn of(bytes: &mut [u8]) -> Self {
+        Self {
+            address: bytes.as_mut_ptr().expose_provenance(),
+            length: bytes.len(),
+        }
+    }
+}
+
+/// An io_uring command.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Command<'a> {
     Read {
@@ -24,7 +34,7 @@ pub(super) enum Command<'a> {
     Write {
         runs: &'a [HostRun],
         offset: u64,
-        /// Complete only when the data is durable.
+        /// Completes only when the data is durable (`RWF_DSYNC`).
         durable: bool,
     },
     Sync,
@@ -35,8 +45,9 @@ pub(super) struct Ring {
     /// Signalled at every completion.
     eventfd: EventFd,
     in_flight: usize,
-    /// The kernel refused a submission, which is still queued: it must never be taken up later,
-    /// when its memory may be gone.
+    /// The kernel refused a submission, whose entry is still in the submission queue. No further
+    /// submission may be made, because the kernel would take that entry up when its memory may be
+    /// gone.
     broken: bool,
 }
 
@@ -79,7 +90,7 @@ impl Ring {
     ///
     /// # Safety
     /// The runs are memory of this process that stays mapped until the completion is reaped, and
-    /// nobody holds a reference into it meanwhile. For a read it is writable memory.
+    /// no reference into them exists meanwhile. For a read it is writable memory.
     pub(super) unsafe fn submit(
         &mut self,
         file: &OwnedFd,
@@ -87,7 +98,9 @@ impl Ring {
         tag: u64,
     ) -> io::Result<()> {
         if self.broken {
-            return Err(io::Error::other("io_uring has failed before"));
+            return Err(io::Error::other(
+                "io_uring failed before and takes no more commands; open the disk again",
+            ));
         }
         let file = types::Fd(file.as_raw_fd());
         let vectors = match command {
@@ -132,7 +145,7 @@ impl Ring {
         taken
     }
 
-    /// The next completion that has come in: its tag and result.
+    /// The next completion that the kernel has posted: its tag, and the bytes transferred.
     pub(super) fn reap(&mut self) -> Option<(u64, Result<usize, io::Error>)> {
         let entry = self.ring.completion().next()?;
         self.in_flight -= 1;
@@ -141,13 +154,13 @@ impl Ring {
         Some((entry.user_data(), result))
     }
 
-    /// Forgets that the completion descriptor was signalled.
+    /// Clears the completion eventfd.
     pub(super) fn acknowledge(&self) {
-        // It may have been read already.
+        // An error means that its count was 0 already.
         self.eventfd.read().ok();
     }
 
-    /// Waits until there is a completion. Submits nothing.
+    /// Waits until a completion is posted. Submits nothing.
     pub(super) fn wait(&mut self) -> io::Result<()> {
         if self.in_flight == 0 || !self.ring.completion().is_empty() {
             return Ok(());
@@ -187,7 +200,7 @@ fn vectors(runs: &[HostRun]) -> Vec<libc::iovec> {
         .collect()
 }
 
-/// Commands are submitted one by one, so the submission queue never holds more than one.
+/// Size of the submission queue. Commands are submitted one by one, so it never holds more than one.
 const ENTRIES: u32 = 128;
 /// The completion queue has twice as many entries as the submission queue: it never overflows.
 const IN_FLIGHT_MAX: usize = 256;

@@ -1,4 +1,4 @@
-//! A list whose places are named by numbers and used again.
+//! A map from small integer keys to items; keys are reused after removal.
 
 #[derive(Debug)]
 pub(super) struct Slab<T> {
@@ -15,25 +15,25 @@ impl<T> Slab<T> {
     }
 
     pub(super) fn insert(&mut self, item: T) -> usize {
-        if let Some(place) = self.free.pop() {
-            self.items[place] = Some(item);
-            return place;
+        if let Some(key) = self.free.pop() {
+            self.items[key] = Some(item);
+            return key;
         }
         self.items.push(Some(item));
         self.items.len() - 1
     }
 
-    pub(super) fn get_mut(&mut self, place: usize) -> Option<&mut T> {
-        self.items.get_mut(place)?.as_mut()
+    pub(super) fn get_mut(&mut self, key: usize) -> Option<&mut T> {
+        self.items.get_mut(key)?.as_mut()
     }
 
-    pub(super) fn get(&self, place: usize) -> Option<&T> {
-        self.items.get(place)?.as_ref()
+    pub(super) fn get(&self, key: usize) -> Option<&T> {
+        self.items.get(key)?.as_ref()
     }
 
-    pub(super) fn remove(&mut self, place: usize) -> Option<T> {
-        let item = self.items.get_mut(place)?.take()?;
-        self.free.push(place);
+    pub(super) fn remove(&mut self, key: usize) -> Option<T> {
+        let item = self.items.get_mut(key)?.take()?;
+        self.free.push(key);
         Some(item)
     }
 

@@ -3,6 +3,7 @@
 //! seen to use, which refreshes its neighbours' caches (RFC 5227, 3).
 
 use std::net::Ipv4Addr;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::config::MacAddress;
 use super::tap::HEADER_BYTES;
@@ -32,6 +33,12 @@ impl LearnedAddresses {
             self.0.truncate(ADDRESSES_MAX);
         }
     }
+}
+
+/// Locks the addresses, also after a panic of the device thread, which is reported elsewhere: they
+/// are a valid list at any time.
+pub(super) fn lock(learned: &Mutex<LearnedAddresses>) -> MutexGuard<'_, LearnedAddresses> {
+    learned.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The frames that announce `mac`, each with an empty virtio-net header.

@@ -1,27 +1,38 @@
-//! How a network device is set up, and its configuration space (5.1.4).
+//! The parameters of a network device, and its device-specific configuration (virtio 1.2, 5.1.4).
 
 use std::fmt;
+use std::mem::offset_of;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
+use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_GUEST_CSUM,
+    VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6,
+    VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_MAC,
+    VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_ANNOUNCE,
+    VIRTIO_NET_S_LINK_UP, virtio_net_config,
+};
+
+use crate::virtio::constants::{feature, to_u16};
 
 /// An Ethernet address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct MacAddress(pub [u8; 6]);
 
-/// A network device.
+/// The parameters of a network device.
 #[derive(Clone, Debug)]
 pub struct NetConfig {
-    /// Its name, unique in the machine, such as `net0`.
+    /// Unique in the virtual machine, such as `net0`; used in logs, metrics and saved states.
     pub name: String,
-    /// The guest's address.
+    /// The MAC address of the guest's interface.
     pub mac: MacAddress,
-    /// The largest packet that the network carries, if the guest is to be told.
+    /// The MTU offered to the guest in bytes; without one the guest uses its default.
     pub mtu: Option<u16>,
 }
 
-/// A text that is no Ethernet address.
+/// The text is not an Ethernet address.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("not an Ethernet address: {text:?}; expected one such as 52:54:00:12:34:56")]
 pub struct ParseMacError {
@@ -71,7 +82,7 @@ pub(super) fn config_space(config: &NetConfig) -> Vec<u8> {
 
 /// Sets or clears a bit of the status field.
 pub(super) fn set_status(space: &mut [u8], bit: u16, on: bool) {
-    if let [_, _, _, _, _, _, low, high, ..] = space {
+    if let Some([low, high]) = space.get_mut(STATUS_AT..STATUS_AT + 2) {
         let status = u16::from_le_bytes([*low, *high]);
         let status = if on { status | bit } else { status & !bit };
         [*low, *high] = status.to_le_bytes();
@@ -79,45 +90,30 @@ pub(super) fn set_status(space: &mut [u8], bit: u16, on: bool) {
 }
 
 /// The virtio device type (5).
-pub(super) const DEVICE_TYPE: u16 = 1;
+pub(super) const DEVICE_TYPE: u16 = to_u16(VIRTIO_ID_NET);
 /// PCI class: network, Ethernet.
 pub(super) const CLASS: [u8; 3] = [0x02, 0, 0];
 pub(super) const QUEUE_SIZES: [u16; 3] = [256, 256, 64];
 pub(super) const RX: usize = 0;
 pub(super) const TX: usize = 1;
 pub(super) const CONTROL: usize = 2;
-/// `VIRTIO_NET_S_LINK_UP`
-pub(super) const STATUS_LINK_UP: u16 = 1;
-/// `VIRTIO_NET_S_ANNOUNCE`
-pub(super) const STATUS_ANNOUNCE: u16 = 2;
-/// `VIRTIO_NET_F_CSUM`
-pub(super) const F_CSUM: u64 = 1;
-/// `VIRTIO_NET_F_GUEST_CSUM`
-pub(super) const F_GUEST_CSUM: u64 = 1 << 1;
-/// `VIRTIO_NET_F_MTU`
-pub(super) const F_MTU: u64 = 1 << 3;
-/// `VIRTIO_NET_F_MAC`
-pub(super) const F_MAC: u64 = 1 << 5;
-/// `VIRTIO_NET_F_GUEST_TSO4`
-pub(super) const F_GUEST_TSO4: u64 = 1 << 7;
-/// `VIRTIO_NET_F_GUEST_TSO6`
-pub(super) const F_GUEST_TSO6: u64 = 1 << 8;
-/// `VIRTIO_NET_F_GUEST_ECN`
-pub(super) const F_GUEST_ECN: u64 = 1 << 9;
-/// `VIRTIO_NET_F_HOST_TSO4`
-pub(super) const F_HOST_TSO4: u64 = 1 << 11;
-/// `VIRTIO_NET_F_HOST_TSO6`
-pub(super) const F_HOST_TSO6: u64 = 1 << 12;
-/// `VIRTIO_NET_F_HOST_ECN`
-pub(super) const F_HOST_ECN: u64 = 1 << 13;
-/// `VIRTIO_NET_F_MRG_RXBUF`
-pub(super) const F_MRG_RXBUF: u64 = 1 << 15;
-/// `VIRTIO_NET_F_STATUS`
-pub(super) const F_STATUS: u64 = 1 << 16;
-/// `VIRTIO_NET_F_CTRL_VQ`
-pub(super) const F_CTRL_VQ: u64 = 1 << 17;
-/// `VIRTIO_NET_F_GUEST_ANNOUNCE`
-pub(super) const F_GUEST_ANNOUNCE: u64 = 1 << 21;
+pub(super) const STATUS_AT: usize = offset_of!(virtio_net_config, status);
+pub(super) const STATUS_LINK_UP: u16 = to_u16(VIRTIO_NET_S_LINK_UP);
+pub(super) const STATUS_ANNOUNCE: u16 = to_u16(VIRTIO_NET_S_ANNOUNCE);
+pub(super) const F_CSUM: u64 = feature(VIRTIO_NET_F_CSUM);
+pub(super) const F_GUEST_CSUM: u64 = feature(VIRTIO_NET_F_GUEST_CSUM);
+pub(super) const F_MTU: u64 = feature(VIRTIO_NET_F_MTU);
+pub(super) const F_MAC: u64 = feature(VIRTIO_NET_F_MAC);
+pub(super) const F_GUEST_TSO4: u64 = feature(VIRTIO_NET_F_GUEST_TSO4);
+pub(super) const F_GUEST_TSO6: u64 = feature(VIRTIO_NET_F_GUEST_TSO6);
+pub(super) const F_GUEST_ECN: u64 = feature(VIRTIO_NET_F_GUEST_ECN);
+pub(super) const F_HOST_TSO4: u64 = feature(VIRTIO_NET_F_HOST_TSO4);
+pub(super) const F_HOST_TSO6: u64 = feature(VIRTIO_NET_F_HOST_TSO6);
+pub(super) const F_HOST_ECN: u64 = feature(VIRTIO_NET_F_HOST_ECN);
+pub(super) const F_MRG_RXBUF: u64 = feature(VIRTIO_NET_F_MRG_RXBUF);
+pub(super) const F_STATUS: u64 = feature(VIRTIO_NET_F_STATUS);
+pub(super) const F_CTRL_VQ: u64 = feature(VIRTIO_NET_F_CTRL_VQ);
+pub(super) const F_GUEST_ANNOUNCE: u64 = feature(VIRTIO_NET_F_GUEST_ANNOUNCE);
 
 #[cfg(test)]
 mod tests {

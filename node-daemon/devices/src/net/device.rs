@@ -1,9 +1,9 @@
 //! The network device put together, and the handle with which its machine announces it.
 
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
-use super::announce::{LearnedAddresses, announcements};
+use super::announce::{LearnedAddresses, announcements, lock};
 use super::config::{
     CLASS, DEVICE_TYPE, F_CSUM, F_CTRL_VQ, F_GUEST_ANNOUNCE, F_GUEST_CSUM, F_GUEST_ECN,
     F_GUEST_TSO4, F_GUEST_TSO6, F_HOST_ECN, F_HOST_TSO4, F_HOST_TSO6, F_MAC, F_MRG_RXBUF, F_MTU,
@@ -103,11 +103,6 @@ impl NetHandle {
             .change_config(|space| set_status(space, STATUS_LINK_UP, up));
         self.shared.signal_config();
     }
-}
-
-/// A thread that panicked has been reported; what it left is still a list of addresses.
-pub(super) fn lock(learned: &Mutex<LearnedAddresses>) -> MutexGuard<'_, LearnedAddresses> {
-    learned.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 const FEATURES: u64 = F_CSUM

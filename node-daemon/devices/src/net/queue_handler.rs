@@ -1,22 +1,27 @@
 //! Carries frames between the queues and the tap, and answers the control queue.
 
 use std::io;
+use std::mem::offset_of;
 use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use serde_json::Value;
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_CTRL_ANNOUNCE, VIRTIO_NET_CTRL_ANNOUNCE_ACK, VIRTIO_NET_ERR, VIRTIO_NET_OK,
+    virtio_net_hdr_v1,
+};
 
-use super::announce::LearnedAddresses;
+use super::announce::{LearnedAddresses, lock};
 use super::config::{
     CONTROL, F_GUEST_CSUM, F_GUEST_ECN, F_GUEST_TSO4, F_GUEST_TSO6, F_MRG_RXBUF, MacAddress, RX,
-    STATUS_ANNOUNCE, STATUS_LINK_UP, TX, set_status,
+    STATUS_ANNOUNCE, STATUS_AT, STATUS_LINK_UP, TX, set_status,
 };
-use super::device::lock;
 use super::metrics::NetMetrics;
 use super::state::NetState;
 use super::tap::{HEADER_BYTES, TUN_F_CSUM, TUN_F_TSO_ECN, TUN_F_TSO4, TUN_F_TSO6, Tap};
-use crate::GuestRam;
+use crate::guest_ram::GuestRam;
+use crate::virtio::constants::to_u8;
 use crate::virtio::shared::Shared;
 use crate::virtio::worker::{Active, HandlerError, QueueHandler};
 use crate::virtio::{Chain, QueueError, Virtqueue};
@@ -73,7 +78,7 @@ impl NetHandler {
 
     /// Gives received frames to the guest while it has buffers.
     fn receive(&mut self, active: &mut Active) -> Result<(), HandlerError> {
-        let failed = HandlerError::in_queue(RX);
+        let failed = HandlerError::for_queue(RX);
         let merge = active.features & F_MRG_RXBUF != 0;
         let Some(Some(queue)) = active.queues.get_mut(RX) else {
             return Ok(());
@@ -131,7 +136,7 @@ impl NetHandler {
 
     /// Sends the frames that the guest has queued.
     fn send(&mut self, active: &mut Active) -> Result<(), HandlerError> {
-        let failed = HandlerError::in_queue(TX);
+        let failed = HandlerError::for_queue(TX);
         let Some(Some(queue)) = active.queues.get_mut(TX) else {
             return Ok(());
         };
@@ -189,7 +194,7 @@ impl NetHandler {
 
     /// Answers the control queue (5.1.6.5). Only announcements can be acknowledged.
     fn control(&self, active: &mut Active) -> Result<(), HandlerError> {
-        let failed = HandlerError::in_queue(CONTROL);
+        let failed = HandlerError::for_queue(CONTROL);
         let Some(Some(queue)) = active.queues.get_mut(CONTROL) else {
             return Ok(());
         };
@@ -307,7 +312,7 @@ impl QueueHandler for NetHandler {
 
     fn save(&self) -> Value {
         let mut status = [0; 2];
-        self.shared.config_read(STATUS_AT, &mut status);
+        self.shared.config_read(STATUS_AT as u64, &mut status);
         NetState {
             mac: self.mac,
             status: u16::from_le_bytes(status),
@@ -386,11 +391,12 @@ const MERGED_MAX: usize = 64;
 const STALE_FRAMES_MAX: usize = 4096;
 /// How long to wait for a full tap when it does not tell.
 const SEND_RETRY: Duration = Duration::from_millis(5);
-/// `num_buffers` in the virtio-net header.
-const BUFFER_COUNT_AT: usize = 10;
-/// The status field of the configuration.
-const STATUS_AT: u64 = 6;
-/// `VIRTIO_NET_CTRL_ANNOUNCE`, `VIRTIO_NET_CTRL_ANNOUNCE_ACK`
-const ANNOUNCE_ACK: [u8; 2] = [3, 0];
-const CONTROL_OK: u8 = 0;
-const CONTROL_ERROR: u8 = 1;
+/// The last field of the virtio-net header.
+const BUFFER_COUNT_AT: usize = offset_of!(virtio_net_hdr_v1, num_buffers);
+/// Class and command of the control queue's request.
+const ANNOUNCE_ACK: [u8; 2] = [
+    to_u8(VIRTIO_NET_CTRL_ANNOUNCE),
+    to_u8(VIRTIO_NET_CTRL_ANNOUNCE_ACK),
+];
+const CONTROL_OK: u8 = to_u8(VIRTIO_NET_OK);
+const CONTROL_ERROR: u8 = to_u8(VIRTIO_NET_ERR);

@@ -5,6 +5,8 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
+use virtio_bindings::virtio_net::virtio_net_hdr_v1;
+
 /// A source and sink of frames. Each carries a virtio-net header of 12 bytes (5.1.6) in front.
 pub trait Tap: Send + Sync + fmt::Debug {
     /// What becomes readable and writable.
@@ -170,8 +172,8 @@ mod sys {
     const TUNSETVNETHDRSZ: libc::c_ulong = 0x4004_54D8;
 }
 
-/// The virtio-net header, with `num_buffers` (5.1.6, always there in virtio 1).
-pub(super) const HEADER_BYTES: usize = 12;
+/// The virtio-net header, including `num_buffers` (5.1.6: always present in virtio 1).
+pub(super) const HEADER_BYTES: usize = size_of::<virtio_net_hdr_v1>();
 const HEADER_BYTES_INT: libc::c_int = 12;
 const IFF_TAP: u16 = 0x0002;
 const IFF_NO_PI: u16 = 0x1000;

@@ -99,8 +99,8 @@ impl Msix {
         self.vectors.is_empty()
     }
 
-    /// Raises a vector, or marks it pending while it is masked. An index without a vector (the
-    /// guest chose none, [`crate::virtio::NO_VECTOR`]) does nothing.
+    /// Raises a vector, or marks it pending while it is masked. An index without a vector
+    /// (virtio's 0xFFFF: the guest chose none) does nothing.
     pub fn signal(&mut self, vector: u16) {
         let open = self.enabled && !self.function_masked;
         if let Some(vector) = self.vectors.get_mut(usize::from(vector)) {

@@ -39,7 +39,7 @@ impl QueueHandler for RngHandler {
     }
 
     fn queue_notified(&mut self, active: &mut Active, queue: usize) -> Result<(), HandlerError> {
-        let failed = HandlerError::in_queue(queue);
+        let failed = HandlerError::for_queue(queue);
         let Some(Some(requests)) = active.queues.get_mut(queue) else {
             return Ok(());
         };

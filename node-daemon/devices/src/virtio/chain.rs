@@ -7,7 +7,7 @@
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
-use crate::GuestRam;
+use crate::guest_ram::GuestRam;
 
 /// A run of guest memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

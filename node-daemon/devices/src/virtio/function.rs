@@ -9,6 +9,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use vm_memory::GuestAddress;
 
+use super::constants::{F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1};
+use super::context::DeviceContext;
 use super::layout::{
     ACCESS_DATA, BAR_BYTES, CONFIG_AT, ISR_AT, Model, NOTIFY_AT, NOTIFY_MULTIPLIER, PBA_AT,
     TABLE_AT, config_space, notify_address,
@@ -17,7 +19,7 @@ use super::queue::Virtqueue;
 use super::registers::{self, Registers};
 use super::shared::Shared;
 use super::worker::{Active, QueueHandler, Worker, WorkerGone};
-use super::{DeviceContext, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1};
+
 use crate::device::Device;
 use crate::failure::DeviceFailure;
 use crate::pci::{BarRegion, ConfigSpace, ConfigState, Msix, MsixState, PciFunction};
@@ -319,8 +321,8 @@ impl VirtioFunction {
         } else {
             None
         };
-        let asked = self.worker.restore(active, state.device.clone());
-        asked.map_err(|WorkerGone| "device thread is gone".to_owned())??;
+        let restored = self.worker.restore(active, state.device.clone());
+        restored.map_err(|WorkerGone| "device thread is gone".to_owned())??;
         self.move_doorbells();
         Ok(())
     }

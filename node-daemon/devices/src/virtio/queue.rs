@@ -4,11 +4,13 @@
 use std::sync::atomic::Ordering;
 
 use serde::{Deserialize, Serialize};
+use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use super::chain::{Chain, ChainError};
-use crate::GuestRam;
+use super::constants::to_u16;
+use crate::guest_ram::GuestRam;
 
 /// A virtqueue in use.
 #[derive(Debug)]
@@ -27,7 +29,7 @@ pub struct QueueSetup {
     pub size: u16,
     /// Whether the driver enabled it.
     pub enabled: bool,
-    /// The MSI-X vector, or [`super::NO_VECTOR`].
+    /// The MSI-X vector, or 0xFFFF for none.
     pub vector: u16,
     /// The descriptor table.
     pub descriptors: u64,
@@ -251,5 +253,4 @@ fn rings(error: GuestMemoryError) -> QueueError {
 
 const AVAILABLE_HEADER_BYTES: u64 = 4;
 const USED_HEADER_BYTES: u64 = 4;
-/// `VIRTQ_AVAIL_F_NO_INTERRUPT` (2.7.7).
-const AVAILABLE_NO_INTERRUPT: u16 = 1;
+const AVAILABLE_NO_INTERRUPT: u16 = to_u16(VRING_AVAIL_F_NO_INTERRUPT);

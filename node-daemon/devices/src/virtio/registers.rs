@@ -2,8 +2,11 @@
 //! beyond themselves.
 
 use serde::{Deserialize, Serialize};
+use virtio_bindings::virtio_config::{
+    VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET,
+};
 
-use super::NO_VECTOR;
+use super::constants::{NO_VECTOR, to_u8};
 use super::queue::QueueSetup;
 
 /// Registers that the driver writes.
@@ -78,9 +81,7 @@ pub(crate) fn set_half(address: &mut u64, high: bool, value: u32) {
     *address = (*address & !(u64::from(u32::MAX) << shift)) | (u64::from(value) << shift);
 }
 
-/// `FEATURES_OK` (2.1).
-pub(crate) const STATUS_FEATURES_OK: u8 = 8;
-/// `DRIVER_OK`.
-pub(crate) const STATUS_DRIVER_OK: u8 = 4;
-/// `DEVICE_NEEDS_RESET`.
-pub(crate) const STATUS_NEEDS_RESET: u8 = 0x40;
+// Device status bits (2.1).
+pub(crate) const STATUS_FEATURES_OK: u8 = to_u8(VIRTIO_CONFIG_S_FEATURES_OK);
+pub(crate) const STATUS_DRIVER_OK: u8 = to_u8(VIRTIO_CONFIG_S_DRIVER_OK);
+pub(crate) const STATUS_NEEDS_RESET: u8 = to_u8(VIRTIO_CONFIG_S_NEEDS_RESET);

@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::NO_VECTOR;
+use super::constants::NO_VECTOR;
 use crate::failure::{DeviceFailure, FailureSink};
 use crate::pci::Msix;
 

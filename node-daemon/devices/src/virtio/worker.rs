@@ -25,8 +25,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::queue::{QueueError, Virtqueue};
 use super::shared::Shared;
-use crate::GuestRam;
 use crate::failure::DeviceFailure;
+use crate::guest_ram::GuestRam;
 
 /// The queues of a device in use, and what its handler needs with them.
 #[derive(Debug)]
@@ -150,7 +150,7 @@ impl Worker {
         for (fd, token) in handler.watched().into_iter().zip(TOKEN_FIRST_FD..) {
             watch(&epoll, fd, edge, token)?;
         }
-        let inside = Inside {
+        let worker_thread = WorkerThread {
             shared: shared.clone(),
             handler,
             active: None,
@@ -167,7 +167,7 @@ impl Worker {
         let name = shared.name().to_owned();
         let thread = Builder::new()
             .name(name)
-            .spawn(move || run(&shared, inside))?;
+            .spawn(move || run(&shared, worker_thread))?;
         Ok(Self {
             command_tx,
             wake,
@@ -182,23 +182,23 @@ impl Worker {
     }
 
     pub(crate) fn activate(&self, active: Active) -> Result<(), WorkerGone> {
-        self.ask(|reply_tx| Command::Activate(active, reply_tx))
+        self.request(|reply_tx| Command::Activate(active, reply_tx))
     }
 
     pub(crate) fn reset(&self) -> Result<(), WorkerGone> {
-        self.ask(Command::Reset)
+        self.request(Command::Reset)
     }
 
     pub(crate) fn pause(&self) -> Result<(), WorkerGone> {
-        self.ask(Command::Pause)
+        self.request(Command::Pause)
     }
 
     pub(crate) fn resume(&self) -> Result<(), WorkerGone> {
-        self.ask(Command::Resume)
+        self.request(Command::Resume)
     }
 
     pub(crate) fn save(&self) -> Result<Saved, WorkerGone> {
-        self.ask(Command::Save)
+        self.request(Command::Save)
     }
 
     pub(crate) fn restore(
@@ -206,10 +206,10 @@ impl Worker {
         active: Option<Active>,
         handler: Value,
     ) -> Result<Result<(), String>, WorkerGone> {
-        self.ask(|reply_tx| Command::Restore(active, handler, reply_tx))
+        self.request(|reply_tx| Command::Restore(active, handler, reply_tx))
     }
 
-    fn ask<T>(&self, command: impl FnOnce(SyncSender<T>) -> Command) -> Result<T, WorkerGone> {
+    fn request<T>(&self, command: impl FnOnce(SyncSender<T>) -> Command) -> Result<T, WorkerGone> {
         let (reply_tx, reply_rx) = sync_channel(1);
         self.command_tx
             .send(command(reply_tx))
@@ -241,7 +241,7 @@ impl Drop for Worker {
 }
 
 /// The thread's own data.
-struct Inside<H> {
+struct WorkerThread<H> {
     shared: Arc<Shared>,
     handler: H,
     active: Option<Active>,
@@ -262,10 +262,10 @@ enum Event {
 }
 
 /// A panic ends this device, is reported, and ends the machine through that report.
-fn run<H: QueueHandler>(shared: &Shared, mut inside: Inside<H>) {
+fn run<H: QueueHandler>(shared: &Shared, mut thread: WorkerThread<H>) {
     let result = catch_unwind(AssertUnwindSafe(|| {
-        while let Some(event) = inside.select() {
-            if !inside.apply(event) {
+        while let Some(event) = thread.select() {
+            if !thread.apply(event) {
                 break;
             }
         }
@@ -278,7 +278,7 @@ fn run<H: QueueHandler>(shared: &Shared, mut inside: Inside<H>) {
     }
 }
 
-impl<H: QueueHandler> Inside<H> {
+impl<H: QueueHandler> WorkerThread<H> {
     /// Waits for something to do. `None` when the device's owner is gone.
     fn select(&mut self) -> Option<Event> {
         if self.paused {
@@ -354,10 +354,10 @@ impl<H: QueueHandler> Inside<H> {
             Command::Resume(reply_tx) => {
                 self.paused = false;
                 reply_tx.send(()).ok();
-                self.go_on();
+                self.resume();
             }
             Command::Save(reply_tx) => {
-                reply_tx.send(self.saved()).ok();
+                reply_tx.send(self.save()).ok();
             }
             Command::Restore(mut active, state, reply_tx) => {
                 let result = self.handler.restore(active.as_mut(), &state);
@@ -369,7 +369,7 @@ impl<H: QueueHandler> Inside<H> {
         }
     }
 
-    fn go_on(&mut self) {
+    fn resume(&mut self) {
         if std::mem::take(&mut self.restored)
             && let Some(active) = &self.active
         {
@@ -381,7 +381,7 @@ impl<H: QueueHandler> Inside<H> {
         self.with_active(H::start);
     }
 
-    fn saved(&self) -> Saved {
+    fn save(&self) -> Saved {
         let queues = self
             .active
             .as_ref()
@@ -461,7 +461,7 @@ impl<H: QueueHandler> Inside<H> {
 
 impl HandlerError {
     /// Names the queue that an error belongs to.
-    pub(crate) fn in_queue(queue: usize) -> impl Fn(QueueError) -> Self {
+    pub(crate) fn for_queue(queue: usize) -> impl Fn(QueueError) -> Self {
         move |source| Self::Queue { queue, source }
     }
 }

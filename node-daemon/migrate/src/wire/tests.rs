@@ -1,4 +1,4 @@
-//! Golden bytes, round trips and hostile input.
+//! Golden bytes, round trips and fuzzed input.
 
 use std::io::{Cursor, Read};
 use std::time::Duration;

@@ -17,7 +17,7 @@ use bascule_migrate::destination::{
     Machine, MemoryStep, Restoring, StateStep,
 };
 use bascule_migrate::wire::{Abort, AbortReason};
-use bascule_types::{AttemptId, Epoch, Owner, VmUid, VolumeId};
+use bascule_types::{AttemptId, Epoch, Owner, VmUid, VolumeId, error_chain};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
@@ -26,7 +26,7 @@ use super::channel::{Channel, lost, lost_frame};
 use super::control::{MigrationControl, millis};
 use super::fault::{FaultPoint, Faults};
 use super::guest::Arrival;
-use super::order::{Refused, chain, describe};
+use super::order::{Refused, describe};
 use super::row::{RowAnswer, RowAuthority};
 use crate::machine::MachineHandle;
 use crate::memory::GuestMemory;
@@ -235,7 +235,7 @@ impl Receiver<'_> {
                         channel.abort(&abort);
                     }
                 },
-                Err(error) => tracing::warn!(%peer, error = %chain(&error), "turned away"),
+                Err(error) => tracing::warn!(%peer, error = %error_chain(&error), "turned away"),
             }
         }
     }
@@ -486,7 +486,7 @@ fn send(channel: &mut Channel, frame: &Frame<'_>) -> Result<(), Abort> {
 }
 
 fn failed(reason: AbortReason, error: &dyn std::error::Error) -> Abort {
-    Abort::new(reason, chain(error))
+    Abort::new(reason, error_chain(error))
 }
 
 fn cancelled() -> Abort {

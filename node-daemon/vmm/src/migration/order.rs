@@ -91,15 +91,3 @@ pub(super) fn describe(config: &VmConfig) -> Result<Vec<u8>, serde_json::Error> 
     let macs: Vec<_> = config.interfaces.iter().map(|nic| nic.mac).collect();
     serde_json::to_vec(&(config.cpus, config.memory, disks, macs))
 }
-
-/// An error with its causes, in one line.
-pub(super) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        source = cause.source();
-    }
-    text
-}

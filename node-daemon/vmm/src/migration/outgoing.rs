@@ -18,7 +18,7 @@ use bascule_migrate::wire::{
     Abort, AbortReason, Config, Hello, Progress, RoundEnd, STATE_BYTES_MAX, STATE_PIECE_BYTES_MAX,
     StateEnd,
 };
-use bascule_types::{AttemptId, Bytes, Epoch, Owner};
+use bascule_types::{AttemptId, Bytes, Epoch, Owner, error_chain};
 
 use super::apply::layout_of;
 use super::channel::{Channel, lost, lost_frame};
@@ -26,7 +26,7 @@ use super::control::{MigrationControl, millis};
 use super::copy::{Copier, CopyError};
 use super::fault::FaultPoint;
 use super::guest::Guest;
-use super::order::{Outgoing, chain};
+use super::order::Outgoing;
 use super::row::RowAuthority;
 use crate::dirty::{DirtyBitmap, DirtyTracker};
 use crate::machine::MachineHandle;
@@ -180,7 +180,7 @@ impl Driver<'_> {
 
     fn greet(&mut self, hello: &Hello) -> Result<Event, Abort> {
         let channel = Channel::connect(self.job.peer, &self.job.tls_dir)
-            .map_err(|error| internal(chain(&error)))?;
+            .map_err(|error| internal(error_chain(&error)))?;
         self.control.set_stream(channel.socket().ok());
         if self.control.is_cancelled() {
             return Err(cancelled());
@@ -212,7 +212,7 @@ impl Driver<'_> {
         self.machine
             .dirty()
             .start()
-            .map_err(|error| internal(chain(&error)))?;
+            .map_err(|error| internal(error_chain(&error)))?;
         self.pending = self.fetch()?;
         Ok(accepted)
     }
@@ -393,7 +393,7 @@ impl Driver<'_> {
             .map_err(|error| match error {
                 _ if self.control.is_cancelled() => cancelled(),
                 CopyError::Sink(error) => lost(&error),
-                other => internal(chain(&other)),
+                other => internal(error_chain(&other)),
             })?;
         let bytes = self.sent;
         self.control.update(|status| status.bytes = bytes);
@@ -423,7 +423,7 @@ impl Driver<'_> {
 
     fn fetch(&self) -> Result<DirtyBitmap, Abort> {
         let dirty = self.machine.dirty();
-        dirty.fetch().map_err(|error| internal(chain(&error)))
+        dirty.fetch().map_err(|error| internal(error_chain(&error)))
     }
 
     fn channel(&mut self) -> Result<&mut Channel, Abort> {

@@ -28,12 +28,13 @@ use bascule_migrate::source::ask_again_after;
 use bascule_migrate::wire::{Abort, AbortReason, Config, Features, Hello, VERSION_MAX};
 use bascule_types::{
     Answer, AttemptId, Bytes, Change, Epoch, Owner, SavedStateRow, SavedStateSum, VmUid,
+    error_chain,
 };
 
 use super::apply::layout_of;
 use super::control::MigrationControl;
 use super::guest::Guest;
-use super::order::{Refused, chain, describe};
+use super::order::{Refused, describe};
 use super::outgoing::OutgoingEnd;
 use super::row::{RowAnswer, RowAuthority, VolumeRow};
 use crate::machine::MachineHandle;
@@ -180,7 +181,7 @@ impl Driver<'_> {
         let memory = self.machine.memory();
         let head = (self.job.hello(self.row), self.job.config(memory));
         let sum = image::write(area, memory, head, &state, self.control)
-            .map_err(|error| internal(chain(&error)))?;
+            .map_err(|error| internal(error_chain(&error)))?;
         self.guest.doubt().map_err(|error| internal(error.0))?;
         if !self.control.pass_commit_point() {
             return Err(Abort::new(

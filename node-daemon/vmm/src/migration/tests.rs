@@ -313,7 +313,7 @@ fn another_attempt_and_another_machine_are_turned_away_and_the_right_one_still_c
 fn a_missing_certificate_is_named() {
     let directory = tempfile::tempdir().unwrap();
     let error = tls::client(directory.path()).unwrap_err();
-    let text = order::chain(&error);
+    let text = bascule_types::error_chain(&error);
     assert!(text.contains("node.crt"), "{text}");
     assert!(!Path::new("node.crt").exists());
 }

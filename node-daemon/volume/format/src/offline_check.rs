@@ -3,7 +3,7 @@
 use std::fmt;
 use std::io;
 
-use bascule_types::{Lba, SlotId};
+use bascule_types::{Lba, SlotId, error_chain};
 
 use crate::block_store::BlockStore;
 use crate::create_and_open::{OpenError, read_copy, read_superblock};
@@ -82,7 +82,7 @@ pub fn check_volume<S: BlockStore>(store: &mut S) -> Result<Report, OpenError> {
             check_rows(&recovered, &mut report);
             report.recovered = Some(recovered);
         }
-        Err(error) => report.find(Severity::Error, chain(&error)),
+        Err(error) => report.find(Severity::Error, error_chain(&error)),
     }
     report.superblock = Some(superblock);
     Ok(report)
@@ -217,14 +217,4 @@ fn check_rows(recovered: &Recovered, report: &mut Report) {
             report.find(Severity::Error, text);
         }
     }
-}
-
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        text = format!("{text}: {error}");
-        source = error.source();
-    }
-    text
 }

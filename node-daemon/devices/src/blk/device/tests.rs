@@ -10,7 +10,7 @@ use crate::device::Device;
 use crate::disk::{AlwaysOpen, WriteGate};
 use crate::failure::DeviceFailure;
 use crate::testing::{
-    Part, TestDriver, TestMachine, assert_golden, clear_dirty, dirty_pages, migrate, rings,
+    Buffer, TestDriver, TestMachine, assert_golden, clear_dirty, dirty_pages, migrate, rings,
     wait_until, write_descriptor,
 };
 
@@ -87,7 +87,7 @@ struct Out {
     status: u64,
 }
 
-fn offer(driver: &mut TestDriver, queue: u16, kind: u32, sector: u64, data: Part) -> Out {
+fn offer(driver: &mut TestDriver, queue: u16, kind: u32, sector: u64, data: Buffer) -> Out {
     let header = driver.buffer(16, 0);
     driver.ram.write_obj(kind, GuestAddress(header)).unwrap();
     driver
@@ -96,9 +96,16 @@ fn offer(driver: &mut TestDriver, queue: u16, kind: u32, sector: u64, data: Part
         .unwrap();
     let status = driver.buffer(1, 0);
     driver.ram.write_obj(0xEE_u8, GuestAddress(status)).unwrap();
-    let parts = [Part::readable(header, 16), data, Part::writable(status, 1)];
-    let parts: Vec<_> = parts.into_iter().filter(|part| part.length > 0).collect();
-    let head = driver.offer(queue, &parts);
+    let buffers = [
+        Buffer::readable(header, 16),
+        data,
+        Buffer::writable(status, 1),
+    ];
+    let buffers: Vec<_> = buffers
+        .into_iter()
+        .filter(|buffer| buffer.length > 0)
+        .collect();
+    let head = driver.offer(queue, &buffers);
     Out {
         head,
         data: data.start,
@@ -115,7 +122,13 @@ fn offer_write(
 ) -> Out {
     let data = driver.buffer(bytes.len(), misalign);
     driver.ram.write_slice(bytes, GuestAddress(data)).unwrap();
-    offer(driver, queue, 1, sector, Part::readable(data, bytes.len()))
+    offer(
+        driver,
+        queue,
+        1,
+        sector,
+        Buffer::readable(data, bytes.len()),
+    )
 }
 
 fn offer_read(
@@ -126,7 +139,7 @@ fn offer_read(
     misalign: u64,
 ) -> Out {
     let data = driver.buffer(length, misalign);
-    offer(driver, queue, 0, sector, Part::writable(data, length))
+    offer(driver, queue, 0, sector, Buffer::writable(data, length))
 }
 
 /// Notifies and waits for the next answer of the queue: which request, its status, its length.
@@ -186,7 +199,7 @@ fn what_is_written_on_one_queue_is_read_on_another() {
         );
         assert_eq!(data(&driver, &out, length), bytes);
     }
-    let out = offer(&mut driver, 0, 4, 0, Part::readable(0, 0));
+    let out = offer(&mut driver, 0, 4, 0, Buffer::readable(0, 0));
     assert_eq!(answer(&mut driver, 0, &out), (0, 1), "flush");
     assert_eq!(machine.failures.all(), []);
 }
@@ -227,13 +240,13 @@ fn a_header_and_a_status_may_share_descriptors_with_the_data() {
         .write_slice(&[0x5A; 512], GuestAddress(request + 16))
         .unwrap();
     let status = driver.buffer(1, 0);
-    let parts = [
-        Part::readable(request, 7),
-        Part::readable(request + 7, 100),
-        Part::readable(request + 107, 421),
-        Part::writable(status, 1),
+    let buffers = [
+        Buffer::readable(request, 7),
+        Buffer::readable(request + 7, 100),
+        Buffer::readable(request + 107, 421),
+        Buffer::writable(status, 1),
     ];
-    driver.offer(0, &parts);
+    driver.offer(0, &buffers);
     driver.notify(0);
     driver.used(0);
     assert_eq!(volume.bytes(5 * 512, 512), [0x5A; 512]);
@@ -245,7 +258,10 @@ fn a_header_and_a_status_may_share_descriptors_with_the_data() {
         .write_slice(&request, GuestAddress(header))
         .unwrap();
     let data = driver.buffer(513, 0);
-    driver.offer(0, &[Part::readable(header, 16), Part::writable(data, 513)]);
+    driver.offer(
+        0,
+        &[Buffer::readable(header, 16), Buffer::writable(data, 513)],
+    );
     driver.notify(0);
     assert_eq!(driver.used(0).1, 513);
     let mut read = [1; 513];
@@ -261,7 +277,7 @@ fn a_header_and_a_status_may_share_descriptors_with_the_data() {
 fn the_serial_is_cut_to_twenty_bytes() {
     let (_, _volume, mut driver) = started();
     let buffer = driver.buffer(20, 0);
-    let out = offer(&mut driver, 0, 8, 0, Part::writable(buffer, 20));
+    let out = offer(&mut driver, 0, 8, 0, Buffer::writable(buffer, 20));
     assert_eq!(answer(&mut driver, 0, &out), (0, 21));
     assert_eq!(data(&driver, &out, 20), b"6fa459ea-ee8a-4ca4-8");
 }
@@ -278,7 +294,13 @@ fn requests_beyond_the_disk_or_unknown_are_answered_with_a_status() {
         (99, 0, 512, 2),
     ] {
         let buffer = driver.buffer(length, 0);
-        let out = offer(&mut driver, 0, kind, sector, Part::writable(buffer, length));
+        let out = offer(
+            &mut driver,
+            0,
+            kind,
+            sector,
+            Buffer::writable(buffer, length),
+        );
         assert_eq!(
             answer(&mut driver, 0, &out),
             (expected, 1),
@@ -369,7 +391,7 @@ fn i3_requests_that_were_stalled_are_performed_after_a_migration() {
     driver.start(FLUSH, 2);
     let whole = offer_write(&mut driver, 0, 0, &[1; 4096], 0);
     let sector = offer_write(&mut driver, 1, 100, &[2; 512], 3);
-    let flush = offer(&mut driver, 1, 4, 0, Part::readable(0, 0));
+    let flush = offer(&mut driver, 1, 4, 0, Buffer::readable(0, 0));
     driver.notify(0);
     driver.notify(1);
     wait_until("the stall", || device.metrics.counts().stalled);
@@ -495,19 +517,22 @@ fn a_failed_write_is_the_guests_error_and_is_reported_once() {
 
 #[test]
 fn i7_malformed_requests_stop_the_device_with_a_reason() {
-    for (parts, reason) in [
-        (vec![Part::readable(0x1000, 16)], "no room for a status"),
+    for (buffers, reason) in [
+        (vec![Buffer::readable(0x1000, 16)], "no room for a status"),
         (
-            vec![Part::readable(0x1000, 15), Part::writable(0x2000, 1)],
+            vec![Buffer::readable(0x1000, 15), Buffer::writable(0x2000, 1)],
             "shorter than its header",
         ),
         (
-            vec![Part::readable(0x1000, 16), Part::writable(0xF000_0000, 512)],
+            vec![
+                Buffer::readable(0x1000, 16),
+                Buffer::writable(0xF000_0000, 512),
+            ],
             "not guest memory",
         ),
     ] {
         let (machine, _volume, mut driver) = started();
-        driver.offer(1, &parts);
+        driver.offer(1, &buffers);
         driver.notify(1);
         wait_until("NEEDS_RESET", || driver.status() & 0x40 != 0);
         let text = machine.failures.all()[0].to_string();

@@ -10,7 +10,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 use super::*;
 use crate::disk::{AlwaysOpen, ExtentMap, VolumeGate, WriteGate, block_bytes_of};
 use crate::testing::wait_until;
-use crate::virtio::Segment;
+use crate::virtio::{Segment, Segments};
 
 /// The disk's bytes on the volume, cut in three and out of order.
 const RUNS: [(u64, u64); 3] = [(64, 8), (0, 8), (32, 16)];
@@ -206,7 +206,7 @@ fn sectors_written_at_once_into_one_block_are_all_there() {
     }
     let expected: Vec<u8> = (0..16_u8).flat_map(|sector| [sector + 1; 512]).collect();
     assert_eq!(bench.on_volume()[..8192], expected);
-    assert_eq!(bench.engine.view().merges, 16);
+    assert_eq!(bench.engine.stats().read_modify_writes, 16);
 }
 
 #[test]
@@ -220,7 +220,7 @@ fn a_closed_gate_holds_writes_and_flushes_back_and_lets_reads_through() {
     bench.wait(read).unwrap();
     wait_until("the merge to stall", || {
         bench.progress();
-        bench.engine.view().stalled && bench.engine.drain().unwrap().is_empty()
+        bench.engine.stats().stalled && bench.engine.drain().unwrap().is_empty()
     });
     assert!(gate.asked.load(Ordering::Relaxed) > 0);
     assert!([write, merge, flush].iter().all(|tag| !bench.is_done(*tag)));

@@ -1,13 +1,14 @@
 use std::net::Ipv4Addr;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixDatagram;
+use std::sync::PoisonError;
 
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
 use crate::device::Device;
 use crate::net::tap::{HEADER_BYTES, TapFd};
-use crate::testing::{Part, TestDriver, TestMachine, assert_golden, migrate, rings, wait_until};
+use crate::testing::{Buffer, TestDriver, TestMachine, assert_golden, migrate, rings, wait_until};
 
 const MAC: MacAddress = MacAddress([0x52, 0x54, 0, 0x12, 0x34, 0x56]);
 const RX: u16 = 0;
@@ -101,7 +102,10 @@ fn received(network: &UnixDatagram) -> Vec<u8> {
 
 fn offer_receive(driver: &mut TestDriver, length: usize) -> (u16, u64) {
     let buffer = driver.buffer(length, 0);
-    (driver.offer(RX, &[Part::writable(buffer, length)]), buffer)
+    (
+        driver.offer(RX, &[Buffer::writable(buffer, length)]),
+        buffer,
+    )
 }
 
 fn guest_bytes(driver: &TestDriver, at: u64, length: usize) -> Vec<u8> {
@@ -114,11 +118,11 @@ fn offer_send(driver: &mut TestDriver, frame: &[u8]) -> u16 {
     let buffer = driver.buffer(frame.len(), 0);
     driver.ram.write_slice(frame, GuestAddress(buffer)).unwrap();
     let (header, rest) = (HEADER_BYTES, frame.len() - HEADER_BYTES);
-    let parts = [
-        Part::readable(buffer, header),
-        Part::readable(buffer + header as u64, rest),
+    let chain = [
+        Buffer::readable(buffer, header),
+        Buffer::readable(buffer + header as u64, rest),
     ];
-    driver.offer(TX, &parts)
+    driver.offer(TX, &chain)
 }
 
 #[test]
@@ -236,7 +240,7 @@ fn malformed_frames_are_dropped_and_given_back() {
     let mut bench = started(0);
     let buffer = bench.driver.buffer(80_000, 0);
     for length in [HEADER_BYTES, 5, 80_000] {
-        let head = bench.driver.offer(TX, &[Part::readable(buffer, length)]);
+        let head = bench.driver.offer(TX, &[Buffer::readable(buffer, length)]);
         bench.driver.notify(TX);
         assert_eq!(bench.driver.used(TX), (head, 0));
     }
@@ -275,8 +279,8 @@ fn an_announcement_goes_out_in_the_guests_name_and_asks_the_guest_for_its_own() 
         .ram
         .write_obj(0xEE_u8, GuestAddress(ack))
         .unwrap();
-    let parts = [Part::readable(command, 2), Part::writable(ack, 1)];
-    bench.driver.offer(CONTROL, &parts);
+    let chain = [Buffer::readable(command, 2), Buffer::writable(ack, 1)];
+    bench.driver.offer(CONTROL, &chain);
     bench.driver.notify(CONTROL);
     bench.driver.used(CONTROL);
     assert_eq!(guest_bytes(&bench.driver, ack, 1), [0]);
@@ -287,7 +291,7 @@ fn an_announcement_goes_out_in_the_guests_name_and_asks_the_guest_for_its_own() 
         .ram
         .write_slice(&[1, 0], GuestAddress(command))
         .unwrap();
-    bench.driver.offer(CONTROL, &parts);
+    bench.driver.offer(CONTROL, &chain);
     bench.driver.notify(CONTROL);
     bench.driver.used(CONTROL);
     assert_eq!(
@@ -380,7 +384,9 @@ fn a_state_of_another_address_is_refused() {
 #[test]
 fn i7_a_receive_buffer_outside_of_memory_stops_the_device() {
     let mut bench = started(0);
-    bench.driver.offer(RX, &[Part::writable(0xFFFF_0000, 1526)]);
+    bench
+        .driver
+        .offer(RX, &[Buffer::writable(0xFFFF_0000, 1526)]);
     bench.network.send(&frame(60, 1)).unwrap();
     wait_until("NEEDS_RESET", || bench.driver.status() & 0x40 != 0);
     let text = bench.machine.failures.all()[0].to_string();
@@ -409,7 +415,7 @@ fn merged_buffers_appear_to_the_driver_all_at_once() {
     let buffer = bench.driver.buffer(512, 0);
     for _ in 0..last / 6 {
         for _ in 0..6 {
-            bench.driver.offer(RX, &[Part::writable(buffer, 512)]);
+            bench.driver.offer(RX, &[Buffer::writable(buffer, 512)]);
         }
         bench.driver.notify(RX);
         bench.network.send(&frame(3000, 1)).unwrap();

@@ -5,7 +5,8 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::testing::{
-    BAR_AT, Part, QUEUE_SIZE, TestDriver, TestMachine, migrate, rings, wait_until, write_descriptor,
+    BAR_AT, Buffer, QUEUE_SIZE, TestDriver, TestMachine, migrate, rings, wait_until,
+    write_descriptor,
 };
 use crate::virtio::worker::HandlerError;
 
@@ -25,7 +26,7 @@ impl QueueHandler for Counter {
     }
     fn queue_notified(&mut self, active: &mut Active, queue: usize) -> Result<(), HandlerError> {
         assert!(!self.panic, "asked to");
-        let failed = HandlerError::in_queue(queue);
+        let failed = HandlerError::for_queue(queue);
         let Some(own) = &mut active.queues[queue] else {
             return Ok(());
         };
@@ -80,7 +81,7 @@ fn driver(machine: &TestMachine) -> TestDriver {
 /// Offers one byte to be written and waits for the answer.
 fn ask(driver: &mut TestDriver, queue: u16) -> u8 {
     let buffer = driver.buffer(1, 0);
-    let head = driver.offer(queue, &[Part::writable(buffer, 1)]);
+    let head = driver.offer(queue, &[Buffer::writable(buffer, 1)]);
     driver.notify(queue);
     assert_eq!(driver.used(queue), (head, 1));
     vm_memory::Bytes::read_obj(&*driver.ram, GuestAddress(buffer)).unwrap()
@@ -171,7 +172,7 @@ fn doorbells_follow_the_bar() {
         .config_write(0x10, &0xD000_0000_u32.to_le_bytes());
     assert_eq!(machine.doorbells.addresses(), [0xD000_3000, 0xD000_3004]);
     let buffer = driver.buffer(1, 0);
-    driver.offer(1, &[Part::writable(buffer, 1)]);
+    driver.offer(1, &[Buffer::writable(buffer, 1)]);
     machine.doorbells.ring(0xD000_3004);
     driver.used(1);
     driver.function.config_write(4, &[0, 0]);
@@ -306,7 +307,7 @@ fn nothing_is_answered_while_paused_and_everything_after() {
     driver.function.pause();
     let before = driver.function.save();
     let buffer = driver.buffer(1, 0);
-    let head = driver.offer(0, &[Part::writable(buffer, 1)]);
+    let head = driver.offer(0, &[Buffer::writable(buffer, 1)]);
     driver.notify(0);
     assert_eq!(
         driver.function.save(),

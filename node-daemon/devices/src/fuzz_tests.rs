@@ -17,7 +17,9 @@ use crate::net::{MacAddress, NetConfig, NetDevice, Tap};
 use crate::pci::PciFunction;
 use crate::rng::{RngConfig, RngDevice};
 use crate::state::DeviceState;
-use crate::testing::{BAR_AT, Part, QUEUE_SIZE, TestDriver, TestMachine, rings, write_descriptor};
+use crate::testing::{
+    BAR_AT, Buffer, QUEUE_SIZE, TestDriver, TestMachine, rings, write_descriptor,
+};
 use crate::virtio::VirtioFunction;
 
 /// What a hostile driver does, one thing at a time.
@@ -294,7 +296,7 @@ proptest! {
             let header = driver.buffer(16, 0);
             driver.ram.write_slice(&[0; 16], GuestAddress(header)).unwrap();
             let data = driver.buffer(513, 0);
-            driver.offer(2, &[Part::readable(header, 16), Part::writable(data, 513)]);
+            driver.offer(2, &[Buffer::readable(header, 16), Buffer::writable(data, 513)]);
             driver.notify(2);
             assert_eq!(driver.used(2).1, 513);
         });
@@ -311,7 +313,7 @@ proptest! {
             // Whatever the hostile driver sent must not block the good one.
             while network.recv(&mut [0; 70_000]).is_ok() {}
             let frame = driver.buffer(72, 0);
-            driver.offer(1, &[Part::readable(frame, 72)]);
+            driver.offer(1, &[Buffer::readable(frame, 72)]);
             driver.notify(1);
             driver.used(1);
         });
@@ -324,7 +326,7 @@ proptest! {
         let device = RngDevice::new(&config, machine.context()).unwrap();
         survives(&machine, device.function, 1, &acts, |driver| {
             let buffer = driver.buffer(8, 0);
-            driver.offer(0, &[Part::writable(buffer, 8)]);
+            driver.offer(0, &[Buffer::writable(buffer, 8)]);
             driver.notify(0);
             assert_eq!(driver.used(0).1, 8);
         });

@@ -1,0 +1,52 @@
+//! The backend of a disk: an open device or file, the extents of the disk on it, and its write gate.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use bascule_types::{Bytes, ExtentRun};
+
+use super::extent::{ExtentError, ExtentMap};
+use super::gate::WriteGate;
+use super::geometry::block_bytes_of;
+
+/// The backend of one virtual disk.
+#[derive(Debug)]
+pub struct Disk {
+    /// The device or file, opened for reading and writing, with `O_DIRECT` where the file system
+    /// supports it.
+    pub file: OwnedFd,
+    /// Maps bytes of the disk to bytes of the file.
+    pub extents: ExtentMap,
+    /// The unit of I/O on the file: offsets, lengths and memory addresses are multiples of it. A
+    /// power of two from 512 to 4096 ([`block_bytes_of`] finds it).
+    pub block_bytes: u32,
+    /// Checked right before every write is submitted.
+    pub gate: Arc<dyn WriteGate>,
+}
+
+impl Disk {
+    /// A disk of `size` bytes on `runs` of an opened volume or file.
+    ///
+    /// # Errors
+    /// When the runs are too short for `size` in whole blocks, or the file's unit of I/O is not
+    /// supported.
+    pub fn new(
+        file: OwnedFd,
+        runs: &[ExtentRun],
+        size: Bytes,
+        gate: Arc<dyn WriteGate>,
+    ) -> Result<Self, ExtentError> {
+        let block_bytes =
+            block_bytes_of(&file).map_err(|source| ExtentError::Geometry { source })?;
+        let extents = ExtentMap::new(runs, size)?;
+        if extents.reach_bytes() < size.0.next_multiple_of(block_bytes.into()) {
+            return Err(ExtentError::NotWholeBlocks { size, block_bytes });
+        }
+        Ok(Self {
+            extents,
+            file,
+            block_bytes,
+            gate,
+        })
+    }
+}

@@ -3,12 +3,9 @@
 mod node;
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use bascule_crds::names::{
-    FIELD_MANAGER, LABEL_PURPOSE, LABEL_TRIGGER, LABEL_VM, TRIGGER_DRAIN, VM_FINALIZER,
-};
+use bascule_crds::names::{LABEL_PURPOSE, LABEL_TRIGGER, LABEL_VM, TRIGGER_DRAIN, VM_FINALIZER};
 use bascule_crds::{
     Failover, FailoverSpec, VirtualMachine, VirtualMachineMigration, VirtualMachineMigrationSpec,
 };
@@ -17,17 +14,16 @@ use bascule_operator_core::{Action, History, MigrationMode, Moment, Purpose, VmI
 use bascule_types::{Epoch, Owner};
 use k8s_openapi::api::core::v1::Pod;
 use kube::api::{DeleteParams, ObjectMeta, Patch, PatchParams, PostParams, Preconditions};
-use kube::runtime::events::{Event, EventType, Recorder};
-use kube::{Api, Client, Resource, ResourceExt};
+use kube::runtime::events::{Event, EventType};
+use kube::{Api, Resource, ResourceExt};
 use serde_json::json;
 
-use crate::cli::Args;
-use crate::metrics::Metrics;
-use crate::nodes::Nodes;
-use crate::pod::{self, Reservation};
-use crate::records;
-use crate::rows::RowsCache;
-use crate::stores::Stores;
+use crate::context::OperatorContext;
+use crate::kube_api::{
+    api_owner, ignore_already_exists, ignore_not_found, is_namespace_terminating,
+};
+use crate::record_status;
+use crate::reservation_pod::{self, Reservation};
 
 /// A node or a volume said no. That is an answer, and conditions tell it to people; the operator's
 /// log does not cry for help over it.
@@ -35,21 +31,9 @@ use crate::stores::Stores;
 #[error("{0}")]
 pub(crate) struct Refused(pub(crate) String);
 
-/// What every execution needs.
-#[derive(Clone)]
-pub(crate) struct Cluster {
-    pub(crate) client: Client,
-    pub(crate) args: Arc<Args>,
-    pub(crate) stores: Stores,
-    pub(crate) nodes: Nodes,
-    pub(crate) rows: RowsCache,
-    pub(crate) recorder: Recorder,
-    pub(crate) metrics: Arc<Metrics>,
-}
-
 /// The execution of one virtual machine's plan.
 pub(crate) struct Execution<'a> {
-    pub(crate) context: &'a Cluster,
+    pub(crate) context: &'a OperatorContext,
     pub(crate) vm: &'a VirtualMachine,
     pub(crate) intent: &'a VmIntent,
     pub(crate) now: Moment,
@@ -64,7 +48,7 @@ impl Execution<'_> {
             tracing::debug!(?action, "execute");
             let executed = self.execute(action).await.with_context(|| label(action));
             if let Err(error) = &executed
-                && error.downcast_ref().is_some_and(namespace_is_ending)
+                && error.downcast_ref().is_some_and(is_namespace_terminating)
             {
                 self.memory.namespace_ending = true;
                 let why = "the namespace is being deleted".to_owned();
@@ -84,7 +68,7 @@ impl Execution<'_> {
             | Action::PromoteReservation { .. } => self.reservation(action).await,
             Action::CreateMigration { name, mode } => self.create_migration(name, *mode).await,
             Action::ReportMigration { name, update } => {
-                records::report_migration(self.context, self.vm, name, update).await
+                record_status::report_migration(self.context, self.vm, name, update).await
             }
             Action::CreateFailover {
                 name,
@@ -93,7 +77,7 @@ impl Execution<'_> {
                 epoch,
             } => self.create_failover(name, node, *owner, *epoch).await,
             Action::ReportFailover { name, update } => {
-                records::report_failover(self.context, self.vm, name, update).await
+                record_status::report_failover(self.context, self.vm, name, update).await
             }
             Action::Event {
                 reason,
@@ -137,7 +121,7 @@ impl Execution<'_> {
         let outcome = api
             .patch(&self.intent.name, &params, &Patch::Merge(&patch))
             .await;
-        not_found_is_fine(outcome)
+        ignore_not_found(outcome)
     }
 
     async fn reservation(&self, action: &Action) -> Result<()> {
@@ -159,8 +143,8 @@ impl Execution<'_> {
                     spec: &spec,
                     digest,
                 };
-                let pod = pod::build(&reservation, &self.context.args)?;
-                exists_is_fine(api.create(&PostParams::default(), &pod).await)
+                let pod = reservation_pod::build(&reservation, &self.context.args)?;
+                ignore_already_exists(api.create(&PostParams::default(), &pod).await)
             }
             Action::DeleteReservation { name, uid, force } => {
                 let mut params = DeleteParams::default().preconditions(Preconditions {
@@ -170,15 +154,15 @@ impl Execution<'_> {
                 if *force {
                     params = params.grace_period(0);
                 }
-                not_found_is_fine(api.delete(name, &params).await)
+                ignore_not_found(api.delete(name, &params).await)
             }
             Action::PromoteReservation { name, uid } => {
                 let patch = json!({"metadata": {
                     "uid": uid,
-                    "labels": {LABEL_PURPOSE: pod::CURRENT},
+                    "labels": {LABEL_PURPOSE: reservation_pod::CURRENT},
                 }});
                 let params = PatchParams::default();
-                not_found_is_fine(api.patch(name, &params, &Patch::Merge(&patch)).await)
+                ignore_not_found(api.patch(name, &params, &Patch::Merge(&patch)).await)
             }
             _ => Ok(()),
         }
@@ -195,15 +179,16 @@ impl Execution<'_> {
                 .context
                 .stores
                 .pods
-                .state_filter(|p| pod::belongs_to(p, self.vm));
-            let running = pods
-                .iter()
-                .find(|p| p.labels().get(LABEL_PURPOSE).map(String::as_str) == Some(pod::CURRENT));
-            if let Some((pod, spec)) = running.and_then(|p| Some((p, pod::spec_of(p)?))) {
-                return Ok((spec, pod::view(pod, self.now).digest));
+                .state_filter(|p| reservation_pod::belongs_to(p, self.vm));
+            let running = pods.iter().find(|p| {
+                p.labels().get(LABEL_PURPOSE).map(String::as_str) == Some(reservation_pod::CURRENT)
+            });
+            if let Some((pod, spec)) = running.and_then(|p| Some((p, reservation_pod::spec_of(p)?)))
+            {
+                return Ok((spec, reservation_pod::view(pod, self.now).digest));
             }
         }
-        Ok((crate::intent::vm_spec(self.vm)?, self.intent.digest))
+        Ok((crate::vm_intent::vm_spec(self.vm)?, self.intent.digest))
     }
 
     async fn create_migration(&self, name: &str, mode: MigrationMode) -> Result<()> {
@@ -223,7 +208,7 @@ impl Execution<'_> {
         ]));
         migration.metadata.owner_references = self.vm.owner_ref(&()).map(|owner| vec![owner]);
         let api: Api<VirtualMachineMigration> = self.namespaced();
-        exists_is_fine(api.create(&PostParams::default(), &migration).await)
+        ignore_already_exists(api.create(&PostParams::default(), &migration).await)
     }
 
     async fn create_failover(
@@ -238,7 +223,7 @@ impl Execution<'_> {
             uid: self.intent.uid.to_string(),
             node: node.to_owned(),
             volume: self.intent.volume.clone(),
-            owner: records::owner_status(owner),
+            owner: api_owner(owner),
             epoch: epoch.to_string(),
         };
         let failover = Failover {
@@ -255,7 +240,7 @@ impl Execution<'_> {
             status: None,
         };
         let api: Api<Failover> = self.namespaced();
-        exists_is_fine(api.create(&PostParams::default(), &failover).await)
+        ignore_already_exists(api.create(&PostParams::default(), &failover).await)
     }
 
     async fn event(&self, reason: &str, message: &str, warning: bool) {
@@ -285,59 +270,5 @@ fn label(action: &Action) -> String {
     text[..end].to_owned()
 }
 
-/// Somebody else may have made it: the names are chosen so that it is the same.
-fn exists_is_fine<K>(outcome: kube::Result<K>) -> Result<()> {
-    match outcome {
-        Err(kube::Error::Api(status)) if status.reason == "AlreadyExists" => Ok(()),
-        other => Ok(other.map(drop)?),
-    }
-}
-
-/// Whether the API server lets nothing into the namespace because it is being deleted.
-fn namespace_is_ending(error: &kube::Error) -> bool {
-    let kube::Error::Api(status) = error else {
-        return false;
-    };
-    let causes = status.details.as_ref().map_or(&[][..], |d| &d.causes);
-    causes
-        .iter()
-        .any(|cause| cause.reason == NAMESPACE_TERMINATING)
-}
-
-/// What is gone needs no deletion.
-pub(crate) fn not_found_is_fine<K>(outcome: kube::Result<K>) -> Result<()> {
-    match outcome {
-        Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
-        other => Ok(other.map(drop)?),
-    }
-}
-
-/// The parameters of every server-side apply.
-pub(crate) fn apply() -> PatchParams {
-    PatchParams::apply(FIELD_MANAGER).force()
-}
-
-/// `k8s.io/api/core/v1`: NamespaceTerminatingCause.
-const NAMESPACE_TERMINATING: &str = "NamespaceTerminating";
 /// The API refuses longer notes.
 const EVENT_CHARS_MAX: usize = 1000;
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn refused(causes: &serde_json::Value) -> kube::Error {
-        let status = json!({
-            "status": "Failure", "code": 403, "reason": "Forbidden", "message": "no",
-            "details": {"causes": causes},
-        });
-        kube::Error::Api(serde_json::from_value(status).unwrap())
-    }
-
-    #[test]
-    fn the_end_of_a_namespace_is_told_from_missing_rights() {
-        let ending = json!([{"reason": "NamespaceTerminating", "message": "", "field": ""}]);
-        assert!(namespace_is_ending(&refused(&ending)));
-        assert!(!namespace_is_ending(&refused(&json!([]))));
-    }
-}

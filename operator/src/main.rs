@@ -1,34 +1,40 @@
 //! The operator: observes the cluster, plans with bascule-operator-core, executes.
 //!
-//! `stores` and `nodes` observe (the API's watches, the daemons' reports), `rows` asks the volumes;
-//! `observe` and `intent` make of all that what the core understands; `execute` does what the core
-//! says; `vms` and `volumes` go round, `prune` deletes old records, `kvm` speaks up about nodes that
-//! cannot run guests. `join` lets nodes in. Only the leader plans; every replica
-//! serves Join. The operator keeps nothing that it could not learn again.
+//! - Observation: [`stores`] (watches on the Kubernetes API), [`node_clients`] (a report stream from
+//!   every node daemon) and [`ownership_cache`] (who owns which VM, polled from the volumes). [`observe`]
+//!   and [`vm_intent`] convert them into the types of the core.
+//! - Execution: [`execute`] carries a plan out, one API call or node command per action;
+//!   [`record_status`] and [`vm_status`] write statuses.
+//! - [`controllers`]: the loops of the leader. [`context`] is what they share.
+//! - [`enrollment`] signs node certificates. Every replica serves it; all else is done by the leader
+//!   only.
+//!
+//! The operator stores nothing of its own: after a restart it derives everything from the API, the
+//! node daemons and the volumes.
 #![forbid(unsafe_code)]
 
 mod authority;
 mod cli;
+mod clock;
+mod context;
+mod controllers;
+mod enrollment;
 mod execute;
 mod http;
 mod identity;
-mod intent;
-mod join;
-mod kvm;
-mod lease;
+mod kube_api;
+mod leader_election;
 mod logging;
 mod metrics;
-mod nodes;
+mod node_clients;
 mod observe;
-mod pod;
-mod prune;
-mod records;
-mod report;
-mod rows;
+mod ownership_cache;
+mod record_status;
+mod reservation_pod;
 mod run;
 mod stores;
-mod vms;
-mod volumes;
+mod vm_intent;
+mod vm_status;
 
 use std::process::ExitCode;
 

@@ -146,7 +146,7 @@ impl Metrics {
     /// What the nodes last reported.
     pub(crate) fn observe_nodes<'n>(
         &self,
-        nodes: impl Iterator<Item = (&'n String, &'n crate::nodes::NodeState)>,
+        nodes: impl Iterator<Item = (&'n String, &'n crate::node_clients::NodeState)>,
     ) {
         self.lease_left.clear();
         self.node_stream.clear();

@@ -16,9 +16,9 @@ use bascule_types::{Epoch, Generation, Owner, SlotId, VmUid};
 use k8s_openapi::api::core::v1::Node;
 use kube::ResourceExt;
 
-use crate::intent::moment;
-use crate::nodes::NodeState;
-use crate::rows::{coordinates, status};
+use crate::clock::moment;
+use crate::node_clients::NodeState;
+use crate::ownership_cache::{coordinates, volume_status};
 use crate::stores::Stores;
 
 /// Everything around one virtual machine.
@@ -34,7 +34,7 @@ pub(crate) fn observe(
     let volume = &vm.spec.volume;
     let pods = stores
         .pods
-        .state_filter(|pod| crate::pod::belongs_to(pod, vm));
+        .state_filter(|pod| crate::reservation_pod::belongs_to(pod, vm));
     let ours = |m: &VirtualMachineMigration| {
         m.spec.virtual_machine == vm.name_any() && m.namespace() == vm.namespace()
     };
@@ -54,7 +54,11 @@ pub(crate) fn observe(
             })
             .collect(),
         row: row_view(uid, rows),
-        pods: Fact::Known(pods.iter().map(|pod| crate::pod::view(pod, now)).collect()),
+        pods: Fact::Known(
+            pods.iter()
+                .map(|pod| crate::reservation_pod::view(pod, now))
+                .collect(),
+        ),
         migrations: Fact::Known(
             migrations
                 .iter()
@@ -96,7 +100,7 @@ pub(crate) fn peers(volume: &str, states: &BTreeMap<String, NodeState>) -> Vec<P
         let Some(report) = &state.report else {
             continue;
         };
-        let Some(status) = status(state, volume) else {
+        let Some(status) = volume_status(state, volume) else {
             continue;
         };
         if status.path != PathState::Direct {

@@ -7,9 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use bascule_crds::names::FIELD_MANAGER;
-use bascule_operator_core::Moment;
 use bascule_types::ClusterId;
-use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Namespace, Node};
 use kube::runtime::events::{Recorder, Reporter};
 use kube::runtime::reflector::Store;
@@ -19,14 +17,15 @@ use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 
 use crate::cli::Args;
-use crate::execute::Cluster;
-use crate::join::JoinService;
-use crate::lease::Election;
+use crate::context::OperatorContext;
+use crate::controllers::{node_events, record_gc, shared_volumes, virtual_machines};
+use crate::enrollment::EnrollmentService;
+use crate::leader_election::Election;
 use crate::metrics::Metrics;
-use crate::nodes::Nodes;
-use crate::rows::RowsCache;
+use crate::node_clients::NodeClients;
+use crate::ownership_cache::OwnershipCache;
 use crate::stores::Stores;
-use crate::{authority, http, kvm, prune, vms, volumes};
+use crate::{authority, http};
 
 /// Runs until told to end.
 pub(crate) fn main(args: &Args) -> Result<()> {
@@ -43,11 +42,6 @@ pub(crate) fn main(args: &Args) -> Result<()> {
         .build()
         .context("start the runtime")?;
     runtime.block_on(run(Arc::new(args.clone())))
-}
-
-/// The operator's clock.
-pub(crate) fn now() -> Moment {
-    crate::intent::moment(&Timestamp::now())
 }
 
 async fn run(args: Arc<Args>) -> Result<()> {
@@ -79,9 +73,10 @@ async fn serve(
     check_version(&client).await?;
     let cluster_id = cluster_id(&client).await?;
     let authority = Arc::new(authority::load_or_create(&client, &args.namespace).await?);
-    let join = JoinService::new(client.clone(), Arc::clone(&authority), cluster_id, &args);
+    let enrollment =
+        EnrollmentService::new(client.clone(), Arc::clone(&authority), cluster_id, &args);
     let mut servers: JoinSet<Result<()>> = JoinSet::new();
-    servers.spawn(join.serve(args.join_listen));
+    servers.spawn(enrollment.serve(args.join_listen));
     let (leading_tx, mut leading_rx) = watch::channel(false);
     let election = Election::new(
         client.clone(),
@@ -133,34 +128,35 @@ async fn lead(
     let mut tasks: JoinSet<()> = JoinSet::new();
     let stores = Stores::start(client, &changed, &mut tasks);
     stores.ready().await?;
-    let nodes = Nodes::new(Arc::clone(authority), Arc::clone(&changed));
-    let rows = RowsCache::new(nodes.clone(), Arc::clone(&changed));
+    let nodes = NodeClients::new(Arc::clone(authority), Arc::clone(&changed));
+    let ownership = OwnershipCache::new(nodes.clone(), Arc::clone(&changed));
     let reporter = Reporter {
         controller: FIELD_MANAGER.to_owned(),
         instance: Some(args.pod_name.clone()),
     };
-    let cluster = Cluster {
+    let context = OperatorContext {
         client: client.clone(),
         args: Arc::clone(args),
+        cluster_id,
         stores: stores.clone(),
         nodes: nodes.clone(),
-        rows: rows.clone(),
+        ownership: ownership.clone(),
         recorder: Recorder::new(client.clone(), reporter),
         metrics: Arc::clone(metrics),
     };
     let known = stores.volumes.clone();
     tasks.spawn(follow_nodes(nodes, stores.nodes));
-    tasks.spawn(rows.poll(move || {
+    tasks.spawn(ownership.poll(move || {
         known
             .state()
             .iter()
             .map(|volume| volume.name_any())
             .collect()
     }));
-    tasks.spawn(volumes::rounds(cluster.clone(), cluster_id));
-    tasks.spawn(prune::rounds(cluster.clone()));
-    tasks.spawn(kvm::rounds(cluster.clone()));
-    tasks.spawn(vms::rounds(cluster, changed));
+    tasks.spawn(shared_volumes::run(context.clone()));
+    tasks.spawn(record_gc::run(context.clone()));
+    tasks.spawn(node_events::run(context.clone()));
+    tasks.spawn(virtual_machines::run(context, changed));
     match tasks.join_next().await {
         Some(Err(error)) => Err(error).context("a task of the leader"),
         _ => bail!("a task of the leader ended"),
@@ -168,7 +164,7 @@ async fn lead(
 }
 
 /// Keeps a stream to every node.
-async fn follow_nodes(nodes: Nodes, store: Store<Node>) {
+async fn follow_nodes(nodes: NodeClients, store: Store<Node>) {
     loop {
         let known: BTreeMap<String, (IpAddr, String)> = store
             .state()

@@ -7,7 +7,7 @@ use bascule_operator_core::{Action, ImageSource, VmIntent};
 use bascule_types::{AttemptId, Change, Epoch, Owner, Refusal};
 
 use super::{Execution, Refused, label};
-use crate::pod;
+use crate::reservation_pod;
 
 impl Execution<'_> {
     pub(super) async fn command(&mut self, node: &str, command: &Command) -> Result<Outcome> {
@@ -58,7 +58,7 @@ impl Execution<'_> {
             change: change.clone(),
         };
         let outcome = self.command(via, &command).await;
-        self.context.rows.refresh(&self.intent.volume).await;
+        self.context.ownership.refresh(&self.intent.volume).await;
         match outcome? {
             Outcome::Granted(_) | Outcome::Done => {
                 if matches!(change, Change::TakeOver { .. }) {
@@ -113,7 +113,7 @@ impl Execution<'_> {
                 epoch,
                 restore,
             } => {
-                let spec = crate::intent::vm_spec(self.vm)?;
+                let spec = crate::vm_intent::vm_spec(self.vm)?;
                 let command = Command::StartVm {
                     spec,
                     owner: *owner,
@@ -198,12 +198,12 @@ impl Execution<'_> {
             .context
             .stores
             .pods
-            .state_filter(|p| pod::belongs_to(p, self.vm));
+            .state_filter(|p| reservation_pod::belongs_to(p, self.vm));
         let on_target = pods
             .iter()
             .filter(|p| p.spec.as_ref().and_then(|s| s.node_name.as_deref()) == Some(node))
-            .find_map(|p| pod::spec_of(p));
-        let spec = on_target.map_or_else(|| crate::intent::vm_spec(self.vm), Ok)?;
+            .find_map(|p| reservation_pod::spec_of(p));
+        let spec = on_target.map_or_else(|| crate::vm_intent::vm_spec(self.vm), Ok)?;
         let command = Command::PrepareIncoming {
             spec,
             attempt,
@@ -277,7 +277,7 @@ mod tests {
             },
         }))
         .unwrap();
-        crate::intent::intent(&vm).unwrap()
+        crate::vm_intent::intent(&vm).unwrap()
     }
 
     #[test]

@@ -9,12 +9,12 @@ use bascule_node_api::command::{Command, Outcome};
 use bascule_operator_core::Stream;
 use tokio::sync::Notify;
 
-use crate::nodes::{NodeState, Nodes};
+use crate::node_clients::{NodeClients, NodeState};
 
 /// The rows of every volume.
 #[derive(Clone, Debug)]
-pub(crate) struct RowsCache {
-    nodes: Nodes,
+pub(crate) struct OwnershipCache {
+    nodes: NodeClients,
     volumes: Arc<Mutex<BTreeMap<String, Known>>>,
     changed: Arc<Notify>,
 }
@@ -25,8 +25,8 @@ struct Known {
     at: Instant,
 }
 
-impl RowsCache {
-    pub(crate) fn new(nodes: Nodes, changed: Arc<Notify>) -> Self {
+impl OwnershipCache {
+    pub(crate) fn new(nodes: NodeClients, changed: Arc<Notify>) -> Self {
         Self {
             nodes,
             volumes: Arc::default(),
@@ -107,7 +107,7 @@ impl RowsCache {
 }
 
 /// The volume's status on a node that answers.
-pub(crate) fn status<'n>(state: &'n NodeState, volume: &str) -> Option<&'n VolumeStatus> {
+pub(crate) fn volume_status<'n>(state: &'n NodeState, volume: &str) -> Option<&'n VolumeStatus> {
     let report = state.report.as_ref()?;
     let attached = report.volumes.iter().find(|v| v.name == volume)?;
     attached.status.as_ref().ok()
@@ -126,7 +126,7 @@ fn candidates(states: &BTreeMap<String, NodeState>, volume: &str) -> Vec<String>
     let mut nodes: Vec<(bool, &String)> = states
         .iter()
         .filter(|(_, state)| state.stream == Stream::Up)
-        .filter_map(|(name, state)| Some((name, status(state, volume)?)))
+        .filter_map(|(name, state)| Some((name, volume_status(state, volume)?)))
         .filter(|(_, status)| status.path == PathState::Direct && status.owner.is_some())
         .map(|(name, status)| (!coordinates(status), name))
         .collect();

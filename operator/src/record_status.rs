@@ -9,18 +9,17 @@ use bascule_crds::{
 };
 use bascule_ipc::vm::{self, MigrationStatus};
 use bascule_operator_core::{self as core, FailoverUpdate, MigrationUpdate, Purpose};
-use bascule_types::{AdminConfirmation, FenceProof, Owner};
+use bascule_types::{AdminConfirmation, FenceProof};
 use jiff::Timestamp;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
-use kube::api::Patch;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::{Api, ResourceExt};
-use serde_json::json;
 
-use crate::execute::{Cluster, apply};
+use crate::context::OperatorContext;
+use crate::kube_api::{apply_status, new_condition};
 
 /// Writes a migration's status, if it differs.
 pub(crate) async fn report_migration(
-    cluster: &Cluster,
+    context: &OperatorContext,
     vm: &VirtualMachine,
     name: &str,
     update: &MigrationUpdate,
@@ -29,7 +28,7 @@ pub(crate) async fn report_migration(
     let ours = |m: &VirtualMachineMigration| {
         m.name_any() == name && m.namespace().as_deref() == Some(&namespace)
     };
-    let Some(object) = cluster.stores.migrations.find(ours) else {
+    let Some(object) = context.stores.migrations.find(ours) else {
         return Ok(());
     };
     let old = object.status.clone().unwrap_or_default();
@@ -38,19 +37,19 @@ pub(crate) async fn report_migration(
         return Ok(());
     }
     let mut status = migration_status(&old, update, object.metadata.generation, Timestamp::now());
-    status.reservation = reservation(cluster, vm, name).or_else(|| old.reservation.clone());
+    status.reservation = reservation(context, vm, name).or_else(|| old.reservation.clone());
     if status == old {
         return Ok(());
     }
     if status.phase.is_some_and(MigrationPhase::is_final) {
-        cluster.metrics.migration_ended(object.spec.mode, &status);
+        context.metrics.migration_ended(object.spec.mode, &status);
     }
-    write_migration(cluster, &namespace, name, &status).await
+    write_migration(context, &namespace, name, &status).await
 }
 
 /// Refuses migrations of virtual machines that do not exist.
-pub(crate) async fn refuse_strays(cluster: &Cluster) -> Result<()> {
-    let vms = cluster.stores.vms.state();
+pub(crate) async fn refuse_strays(context: &OperatorContext) -> Result<()> {
+    let vms = context.stores.vms.state();
     let stray = |m: &VirtualMachineMigration| {
         let open = !m
             .status
@@ -62,7 +61,7 @@ pub(crate) async fn refuse_strays(cluster: &Cluster) -> Result<()> {
             .any(|vm| vm.name_any() == m.spec.virtual_machine && vm.namespace() == m.namespace());
         open && !exists
     };
-    for object in cluster.stores.migrations.state_filter(stray) {
+    for object in context.stores.migrations.state_filter(stray) {
         let message = format!("there is no VirtualMachine {}", object.spec.virtual_machine);
         let update = MigrationUpdate {
             phase: MigrationPhase::Failed,
@@ -76,38 +75,32 @@ pub(crate) async fn refuse_strays(cluster: &Cluster) -> Result<()> {
         let old = object.status.clone().unwrap_or_default();
         let status = migration_status(&old, &update, object.metadata.generation, Timestamp::now());
         let namespace = object.namespace().unwrap_or_default();
-        write_migration(cluster, &namespace, &object.name_any(), &status).await?;
+        write_migration(context, &namespace, &object.name_any(), &status).await?;
     }
     Ok(())
 }
 
 async fn write_migration(
-    cluster: &Cluster,
+    context: &OperatorContext,
     namespace: &str,
     name: &str,
     status: &VirtualMachineMigrationStatus,
 ) -> Result<()> {
-    let api: Api<VirtualMachineMigration> = Api::namespaced(cluster.client.clone(), namespace);
-    let patch = json!({
-        "apiVersion": "bascule.dev/v1alpha1",
-        "kind": "VirtualMachineMigration",
-        "status": status,
-    });
-    api.patch_status(name, &apply(), &Patch::Apply(&patch))
-        .await?;
+    let api: Api<VirtualMachineMigration> = Api::namespaced(context.client.clone(), namespace);
+    apply_status(&api, name, status).await?;
     Ok(())
 }
 
 /// Writes a Failover's status, if it differs.
 pub(crate) async fn report_failover(
-    cluster: &Cluster,
+    context: &OperatorContext,
     vm: &VirtualMachine,
     name: &str,
     update: &FailoverUpdate,
 ) -> Result<()> {
     let namespace = vm.namespace().unwrap_or_default();
     let ours = |f: &Failover| f.name_any() == name && f.namespace().as_deref() == Some(&namespace);
-    let Some(object) = cluster.stores.failovers.find(ours) else {
+    let Some(object) = context.stores.failovers.find(ours) else {
         return Ok(());
     };
     let old = object.status.clone().unwrap_or_default();
@@ -120,28 +113,22 @@ pub(crate) async fn report_failover(
         return Ok(());
     }
     if status.phase.is_some_and(FailoverPhase::is_final) {
-        cluster
+        context
             .metrics
             .failover_ended(status.phase == Some(FailoverPhase::Succeeded));
     }
-    let api: Api<Failover> = Api::namespaced(cluster.client.clone(), &namespace);
-    let patch = json!({
-        "apiVersion": "bascule.dev/v1alpha1",
-        "kind": "Failover",
-        "status": status,
-    });
-    api.patch_status(name, &apply(), &Patch::Apply(&patch))
-        .await?;
+    let api: Api<Failover> = Api::namespaced(context.client.clone(), &namespace);
+    apply_status(&api, name, &status).await?;
     Ok(())
 }
 
-fn reservation(cluster: &Cluster, vm: &VirtualMachine, migration: &str) -> Option<String> {
-    let pods = cluster
+fn reservation(context: &OperatorContext, vm: &VirtualMachine, migration: &str) -> Option<String> {
+    let pods = context
         .stores
         .pods
-        .state_filter(|pod| crate::pod::belongs_to(pod, vm));
+        .state_filter(|pod| crate::reservation_pod::belongs_to(pod, vm));
     pods.iter()
-        .map(|pod| crate::pod::view(pod, core::Moment(0)))
+        .map(|pod| crate::reservation_pod::view(pod, core::Moment(0)))
         .find(|pod| pod.purpose == Purpose::Migration(migration.to_owned()))
         .map(|pod| pod.name)
 }
@@ -159,7 +146,7 @@ fn migration_status(
         MigrationPhase::Failed | MigrationPhase::Cancelled => "False",
         _ => "Unknown",
     };
-    let mut new = condition_of(
+    let mut new = new_condition(
         condition::COMPLETE,
         complete,
         update.reason,
@@ -235,7 +222,7 @@ fn failover_status(
 ) -> FailoverStatus {
     let mut status = old.clone();
     let mut complete = |state: &str, reason: &str, message: &str| {
-        let new = condition_of(condition::COMPLETE, state, reason, message, now);
+        let new = new_condition(condition::COMPLETE, state, reason, message, now);
         set_condition(&mut status.conditions, new);
     };
     match update {
@@ -305,41 +292,6 @@ fn proof_of(proof: FenceProof) -> FencingProof {
         FenceProof::Rebooted => (ProofKind::Rebooted, "the node booted again".to_owned()),
     };
     FencingProof { kind, detail }
-}
-
-/// A slot and generation, as documents write them.
-pub(crate) fn owner_status(owner: Owner) -> bascule_crds::Owner {
-    bascule_crds::Owner {
-        slot: i32::from(owner.slot.0),
-        generation: owner.generation.to_string(),
-    }
-}
-
-/// A condition's status.
-pub(crate) const fn word(status: Option<bool>) -> &'static str {
-    match status {
-        Some(true) => "True",
-        Some(false) => "False",
-        None => "Unknown",
-    }
-}
-
-/// A condition.
-pub(crate) fn condition_of(
-    type_: &str,
-    status: &str,
-    reason: &str,
-    message: &str,
-    now: Timestamp,
-) -> Condition {
-    Condition {
-        type_: type_.to_owned(),
-        status: status.to_owned(),
-        reason: reason.to_owned(),
-        message: message.to_owned(),
-        observed_generation: None,
-        last_transition_time: Time(now),
-    }
 }
 
 #[cfg(test)]

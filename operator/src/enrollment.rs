@@ -24,7 +24,7 @@ use crate::cli::Args;
 use crate::identity::OwnIdentity;
 
 /// Lets nodes in.
-pub(crate) struct JoinService {
+pub(crate) struct EnrollmentService {
     client: Client,
     identity: Arc<OwnIdentity>,
     cluster: ClusterId,
@@ -32,7 +32,7 @@ pub(crate) struct JoinService {
     username: String,
 }
 
-impl JoinService {
+impl EnrollmentService {
     pub(crate) fn new(
         client: Client,
         authority: Arc<Authority>,
@@ -88,7 +88,7 @@ impl JoinService {
 }
 
 #[tonic::async_trait]
-impl Join for JoinService {
+impl Join for EnrollmentService {
     async fn join(&self, request: Request<JoinRequest>) -> Result<Response<JoinResponse>, Status> {
         let request = request.into_inner();
         if request.token.len() > TOKEN_BYTES_MAX || request.csr_pem.len() > CSR_BYTES_MAX {
@@ -287,7 +287,7 @@ mod tests {
             http::Request<kube::client::Body>,
             http::Response<kube::client::Body>,
         >();
-        let join = JoinService {
+        let join = EnrollmentService {
             client: Client::new(service, "default"),
             identity: Arc::new(identity),
             cluster: ClusterId::random(),

@@ -7,20 +7,20 @@ use bascule_crds::names::reason;
 use kube::runtime::events::{Event, EventType};
 use kube::{Resource, ResourceExt};
 
-use crate::execute::Cluster;
+use crate::context::OperatorContext;
 
 /// Goes round for ever.
-pub(crate) async fn rounds(cluster: Cluster) {
+pub(crate) async fn run(context: OperatorContext) {
     let mut told: BTreeMap<String, Option<String>> = BTreeMap::new();
     loop {
-        let now: BTreeMap<String, Option<String>> = cluster
+        let now: BTreeMap<String, Option<String>> = context
             .nodes
             .states()
             .into_iter()
             .filter_map(|(name, state)| Some((name, state.report?.kvm_error.clone())))
             .collect();
         for (node, event) in news(&told, &now) {
-            publish(&cluster, &node, &event).await;
+            publish(&context, &node, &event).await;
         }
         told = now;
         tokio::time::sleep(ROUND).await;
@@ -59,8 +59,8 @@ fn news(
         .collect()
 }
 
-async fn publish(cluster: &Cluster, node: &str, event: &Event) {
-    let object = cluster
+async fn publish(context: &OperatorContext, node: &str, event: &Event) {
+    let object = context
         .stores
         .nodes
         .find(|object| object.name_any() == node);
@@ -70,7 +70,7 @@ async fn publish(cluster: &Cluster, node: &str, event: &Event) {
     } else {
         tracing::info!(node, note = event.note, "a node can run guests again");
     }
-    if let Err(error) = cluster
+    if let Err(error) = context
         .recorder
         .publish(event, &object.object_ref(&()))
         .await

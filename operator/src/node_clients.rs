@@ -17,12 +17,12 @@ use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 
+use crate::clock::now;
 use crate::identity::OwnIdentity;
-use crate::run::now;
 
 /// All nodes.
 #[derive(Clone, Debug)]
-pub(crate) struct Nodes {
+pub(crate) struct NodeClients {
     shared: Arc<Shared>,
 }
 
@@ -60,7 +60,7 @@ pub(crate) struct NodeState {
     pub(crate) error: Option<String>,
 }
 
-impl Nodes {
+impl NodeClients {
     pub(crate) fn new(authority: Arc<Authority>, changed: Arc<Notify>) -> Self {
         let shared = Shared {
             identity: OwnIdentity::new(authority, vec![]),

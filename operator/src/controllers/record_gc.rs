@@ -11,15 +11,16 @@ use kube::api::{DeleteParams, Preconditions};
 use kube::{Api, Resource};
 use serde::de::DeserializeOwned;
 
-use crate::execute::{Cluster, not_found_is_fine};
-use crate::intent::moment;
+use crate::clock::moment;
+use crate::context::OperatorContext;
+use crate::kube_api::ignore_not_found;
 
 /// Goes round for ever.
-pub(crate) async fn rounds(cluster: Cluster) {
+pub(crate) async fn run(context: OperatorContext) {
     loop {
         tokio::time::sleep(ROUND).await;
-        for record in surplus(closed(&cluster)).into_iter().take(DELETIONS_MAX) {
-            if let Err(error) = delete(&cluster, &record).await {
+        for record in surplus(closed(&context)).into_iter().take(DELETIONS_MAX) {
+            if let Err(error) = delete(&context, &record).await {
                 tracing::warn!(
                     namespace = record.namespace,
                     name = record.name,
@@ -34,8 +35,8 @@ pub(crate) async fn rounds(cluster: Cluster) {
 }
 
 /// All records that have come to their end.
-fn closed(cluster: &Cluster) -> Vec<ClosedRecord> {
-    let vms = cluster.stores.vms.state();
+fn closed(context: &OperatorContext) -> Vec<ClosedRecord> {
+    let vms = context.stores.vms.state();
     let exists = |namespace: &Option<String>, name: &str| {
         vms.iter().any(|vm| {
             vm.metadata.namespace == *namespace && vm.metadata.name.as_deref() == Some(name)
@@ -53,12 +54,12 @@ fn closed(cluster: &Cluster) -> Vec<ClosedRecord> {
             .map(|at| moment(&at.0))
             .unwrap_or_default(),
     };
-    let migrations = cluster.stores.migrations.state();
+    let migrations = context.stores.migrations.state();
     let migrations = migrations.iter().filter(|m| {
         let phase = m.status.as_ref().and_then(|status| status.phase);
         phase.is_some_and(MigrationPhase::is_final)
     });
-    let failovers = cluster.stores.failovers.state();
+    let failovers = context.stores.failovers.state();
     let failovers = failovers.iter().filter(|f| {
         let phase = f.status.as_ref().and_then(|status| status.phase);
         phase.is_some_and(FailoverPhase::is_final)
@@ -71,25 +72,25 @@ fn closed(cluster: &Cluster) -> Vec<ClosedRecord> {
         .collect()
 }
 
-async fn delete(cluster: &Cluster, record: &ClosedRecord) -> Result<()> {
+async fn delete(context: &OperatorContext, record: &ClosedRecord) -> Result<()> {
     match record.kind {
-        RecordKind::Migration => delete_as::<VirtualMachineMigration>(cluster, record).await,
-        RecordKind::Failover => delete_as::<Failover>(cluster, record).await,
+        RecordKind::Migration => delete_as::<VirtualMachineMigration>(context, record).await,
+        RecordKind::Failover => delete_as::<Failover>(context, record).await,
     }
 }
 
-async fn delete_as<K>(cluster: &Cluster, record: &ClosedRecord) -> Result<()>
+async fn delete_as<K>(context: &OperatorContext, record: &ClosedRecord) -> Result<()>
 where
     K: Resource<Scope = NamespaceResourceScope, DynamicType = ()> + Clone + DeserializeOwned,
     K: std::fmt::Debug,
 {
-    let api: Api<K> = Api::namespaced(cluster.client.clone(), &record.namespace);
+    let api: Api<K> = Api::namespaced(context.client.clone(), &record.namespace);
     // Another record of that name stays.
     let params = DeleteParams::default().preconditions(Preconditions {
         uid: Some(record.uid.clone()),
         resource_version: None,
     });
-    not_found_is_fine(api.delete(&record.name, &params).await).context("delete it")
+    ignore_not_found(api.delete(&record.name, &params).await).context("delete it")
 }
 
 /// Nobody waits for it.

@@ -6,10 +6,12 @@ use anyhow::{Context, Result};
 use bascule_crds::{DeletionPolicy, Disk, Source, SourceKind, VirtualMachine, mac_address};
 use bascule_node_api::command::{DiskRef, Interface, VmSpec};
 use bascule_operator_core::{
-    Budgets, DiskIntent, ImageSource, Moment, Origin, RestartBudget, SpecDigest, VmIntent,
+    Budgets, DiskIntent, ImageSource, Origin, RestartBudget, SpecDigest, VmIntent,
 };
 use bascule_types::{Bytes, DiskRole, RowName};
 use sha2::{Digest, Sha256};
+
+use crate::clock::moment;
 
 /// What the core is to bring about.
 pub(crate) fn intent(vm: &VirtualMachine) -> Result<VmIntent> {
@@ -120,10 +122,6 @@ pub(crate) fn grace(vm: &VirtualMachine) -> Result<Duration> {
 pub(crate) fn names(vm: &VirtualMachine) -> (String, String) {
     let text = |field: &Option<String>| field.clone().unwrap_or_default();
     (text(&vm.metadata.namespace), text(&vm.metadata.name))
-}
-
-pub(crate) fn moment(at: &jiff::Timestamp) -> Moment {
-    Moment(u64::try_from(at.as_millisecond()).unwrap_or(0))
 }
 
 fn has_finalizer(vm: &VirtualMachine) -> bool {

@@ -20,7 +20,8 @@ use kube::api::ObjectMeta;
 use kube::{Resource, ResourceExt};
 
 use crate::cli::Args;
-use crate::intent::{grace, moment};
+use crate::clock::moment;
+use crate::vm_intent::grace;
 
 /// What a pod is made for.
 #[derive(Debug)]
@@ -304,7 +305,7 @@ mod tests {
     use clap::Parser;
 
     use super::*;
-    use crate::intent::{digest, vm_spec};
+    use crate::vm_intent::{digest, vm_spec};
 
     fn vm() -> VirtualMachine {
         serde_json::from_value(serde_json::json!({

@@ -13,14 +13,12 @@ use bascule_operator_core::{NodeOnVolume, Stream, VolumeObserved, VolumePlan};
 use bascule_types::Owner;
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
-use kube::api::Patch;
 use kube::{Api, ResourceExt};
-use serde_json::json;
 
-use crate::execute::{Cluster, apply};
-use crate::nodes::NodeState;
-use crate::records::owner_status;
-use crate::rows::status;
+use crate::context::OperatorContext;
+use crate::kube_api::{api_owner, apply_status, condition_status, ignore_not_found, new_condition};
+use crate::node_clients::NodeState;
+use crate::ownership_cache::volume_status;
 
 /// What a status is made of.
 pub(super) struct Reported<'a> {
@@ -32,7 +30,7 @@ pub(super) struct Reported<'a> {
 
 /// Writes the status, if it differs.
 pub(super) async fn report(
-    cluster: &Cluster,
+    context: &OperatorContext,
     volume: &SharedVolume,
     known: &Reported<'_>,
 ) -> Result<()> {
@@ -40,11 +38,11 @@ pub(super) async fn report(
         return Ok(());
     }
     // Read again: the round itself may have written the identity down.
-    let api: Api<SharedVolume> = Api::all(cluster.client.clone());
+    let api: Api<SharedVolume> = Api::all(context.client.clone());
     let name = volume.name_any();
-    let current = cluster.stores.volumes.find(|sv| sv.name_any() == name);
+    let current = context.stores.volumes.find(|sv| sv.name_any() == name);
     let old = current.and_then(|sv| sv.status.clone()).unwrap_or_default();
-    let vms = cluster.stores.vms.state();
+    let vms = context.stores.vms.state();
     let claimed = |uid: &str| vms.iter().any(|vm| vm.uid().as_deref() == Some(uid));
     let mut status = status_of(volume, &old, known, claimed, Timestamp::now());
     if status == old {
@@ -53,18 +51,7 @@ pub(super) async fn report(
     // These two are written where they are decided.
     status.volume_id = None;
     status.formatting_node = None;
-    let patch = json!({
-        "apiVersion": "bascule.dev/v1alpha1",
-        "kind": "SharedVolume",
-        "status": status,
-    });
-    match api
-        .patch_status(&name, &apply(), &Patch::Apply(&patch))
-        .await
-    {
-        Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
-        other => Ok(other.map(drop)?),
-    }
+    ignore_not_found(apply_status(&api, &name, &status).await)
 }
 
 fn status_of(
@@ -80,14 +67,14 @@ fn status_of(
         (condition::READY, &known.plan.report.ready),
         (condition::FENCING_AVAILABLE, &known.plan.report.fencing),
     ] {
-        let state = crate::records::word(new.status);
-        let mut new = crate::records::condition_of(type_, state, new.reason, &new.message, now);
+        let state = condition_status(new.status);
+        let mut new = new_condition(type_, state, new.reason, &new.message, now);
         new.observed_generation = volume.metadata.generation;
         set_condition(&mut conditions, new);
     }
     let any = known.states.values().find_map(|state| {
         let up = state.stream == Stream::Up;
-        status(state, &name).filter(|_| up)
+        volume_status(state, &name).filter(|_| up)
     });
     let nodes: Vec<NodeAccess> = known
         .observed
@@ -155,7 +142,7 @@ fn node_access(
     };
     let before = earlier.filter(|n| n.state == access);
     let watchdog = state
-        .and_then(|state| status(state, volume))
+        .and_then(|state| volume_status(state, volume))
         .map(|status| status.watchdog);
     NodeAccess {
         name: node.name.clone(),
@@ -163,7 +150,7 @@ fn node_access(
         reason,
         holder: node
             .owner
-            .map(owner_status)
+            .map(api_owner)
             .or_else(|| earlier.filter(|_| !up)?.holder.clone()),
         watchdog: watchdog == Some(WatchdogKind::Hardware),
         kvm_error: state

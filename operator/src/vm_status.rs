@@ -11,7 +11,7 @@ use bascule_operator_core::{
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
-use crate::records::{condition_of, owner_status, word};
+use crate::kube_api::{api_owner, condition_status, new_condition};
 
 /// The status that a plan's report and what was observed make.
 pub(crate) fn status(
@@ -27,7 +27,13 @@ pub(crate) fn status(
     }
     let mut conditions = old.conditions.clone();
     let mut put = |type_: &str, new: &Condition| {
-        let mut new = condition_of(type_, word(new.status), new.reason, &new.message, now);
+        let mut new = new_condition(
+            type_,
+            condition_status(new.status),
+            new.reason,
+            &new.message,
+            now,
+        );
         new.observed_generation = vm.metadata.generation;
         set_condition(&mut conditions, new);
     };
@@ -79,7 +85,7 @@ pub(crate) fn status(
 
 fn ownership(row: &RowView) -> Ownership {
     Ownership {
-        owner: row.owner.map(owner_status),
+        owner: row.owner.map(api_owner),
         epoch: row.epoch.to_string(),
     }
 }
@@ -206,7 +212,7 @@ mod tests {
 
     fn status_at(now: u64) -> VirtualMachineStatus {
         let (vm, observed) = (vm(), nothing_heard_since(1_000_000));
-        let intent = crate::intent::intent(&vm).unwrap();
+        let intent = crate::vm_intent::intent(&vm).unwrap();
         let report = plan(&intent, &observed, Moment(now)).report;
         status(&vm, &intent, &observed, &report, at(2_000))
     }

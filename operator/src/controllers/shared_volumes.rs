@@ -1,6 +1,6 @@
 //! The rounds of the leader over SharedVolumes.
 
-mod report;
+mod status;
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
@@ -15,17 +15,19 @@ use bascule_operator_core::{
     FormatState, Moment, NodeOnVolume, Stream, VolumeAction, VolumeIntent, VolumeObserved,
     plan_volume,
 };
-use bascule_types::{Bytes, ClusterId, Generation, Owner, SlotId};
+use bascule_types::{Bytes, Generation, Owner, SlotId};
 use k8s_openapi::api::core::v1::Node;
 use kube::api::{Patch, PatchParams};
 use kube::{Api, ResourceExt};
 use serde_json::json;
 
-use self::report::{Reported, report};
-use crate::execute::{Cluster, Refused};
-use crate::nodes::NodeState;
-use crate::rows::{coordinates, status};
-use crate::run::now;
+use self::status::{Reported, report};
+use crate::clock::now;
+use crate::context::OperatorContext;
+use crate::execute::Refused;
+use crate::kube_api::ignore_not_found;
+use crate::node_clients::NodeState;
+use crate::ownership_cache::{coordinates, volume_status};
 
 /// What the operator remembers of one volume.
 #[derive(Debug, Default)]
@@ -40,11 +42,11 @@ struct Memory {
 }
 
 /// Goes round for ever.
-pub(crate) async fn rounds(cluster: Cluster, cluster_id: ClusterId) {
+pub(crate) async fn run(context: OperatorContext) {
     let mut memories: HashMap<String, Memory> = HashMap::new();
     loop {
         let mut requeue = REQUEUE_MAX;
-        let volumes = cluster.stores.volumes.state();
+        let volumes = context.stores.volumes.state();
         memories.retain(|uid, _| {
             volumes
                 .iter()
@@ -54,22 +56,21 @@ pub(crate) async fn rounds(cluster: Cluster, cluster_id: ClusterId) {
             let memory = memories
                 .entry(volume.uid().unwrap_or_default())
                 .or_default();
-            requeue = requeue.min(look_at(&cluster, cluster_id, &volume, memory).await);
+            requeue = requeue.min(reconcile(&context, &volume, memory).await);
         }
         tokio::time::sleep(requeue).await;
     }
 }
 
-async fn look_at(
-    cluster: &Cluster,
-    cluster_id: ClusterId,
+async fn reconcile(
+    context: &OperatorContext,
     volume: &SharedVolume,
     memory: &mut Memory,
 ) -> Duration {
-    let states = cluster.nodes.states();
-    let rows = cluster.rows.get(&volume.name_any());
+    let states = context.nodes.states();
+    let rows = context.ownership.get(&volume.name_any());
     let intent = intent(volume);
-    let mut observed = observe(cluster, volume, &states, rows.as_deref(), memory);
+    let mut observed = observe(context, volume, &states, rows.as_deref(), memory);
     let heard = observed.nodes.iter().any(|node| node.stream == Stream::Up);
     memory.silent_since = match heard {
         true => None,
@@ -79,9 +80,9 @@ async fn look_at(
     let plan = plan_volume(&intent, &observed);
     for action in &plan.actions {
         tracing::debug!(volume = intent.name, ?action, "execute");
-        let executed = execute(cluster, cluster_id, volume, memory, action).await;
+        let executed = execute(context, volume, memory, action).await;
         if let Err(error) = executed {
-            log_failure(cluster, &intent.name, memory, action, &error);
+            log_failure(context, &intent.name, memory, action, &error);
         }
     }
     let known = Reported {
@@ -90,7 +91,7 @@ async fn look_at(
         states: &states,
         rows: rows.as_deref(),
     };
-    if let Err(error) = report(cluster, volume, &known).await {
+    if let Err(error) = report(context, volume, &known).await {
         tracing::warn!(volume = intent.name, error = format!("{error:#}"), "status");
     }
     plan.requeue
@@ -98,7 +99,7 @@ async fn look_at(
 
 /// A refusal is an answer, and told once; anything else calls for somebody.
 fn log_failure(
-    cluster: &Cluster,
+    context: &OperatorContext,
     volume: &str,
     memory: &mut Memory,
     action: &VolumeAction,
@@ -106,7 +107,7 @@ fn log_failure(
 ) {
     let text = format!("{error:#}");
     if !error.is::<Refused>() {
-        cluster.metrics.plan_failures.inc();
+        context.metrics.plan_failures.inc();
         tracing::warn!(
             volume,
             ?action,
@@ -162,7 +163,7 @@ fn confirmed(text: &str) -> Option<Owner> {
 }
 
 fn observe(
-    cluster: &Cluster,
+    context: &OperatorContext,
     volume: &SharedVolume,
     states: &BTreeMap<String, NodeState>,
     rows: Option<&Rows>,
@@ -174,7 +175,7 @@ fn observe(
         .status
         .as_ref()
         .map_or(&[][..], |status| &status.nodes);
-    let mut nodes: Vec<NodeOnVolume> = cluster
+    let mut nodes: Vec<NodeOnVolume> = context
         .stores
         .nodes
         .state()
@@ -195,7 +196,7 @@ fn observe(
     VolumeObserved {
         nodes,
         format: memory.format.clone(),
-        in_use: cluster.stores.vms.find(uses).is_some(),
+        in_use: context.stores.vms.find(uses).is_some(),
         fenced: rows
             .map(|rows| rows.fences.iter().map(|f| f.victim).collect())
             .unwrap_or_default(),
@@ -207,7 +208,7 @@ fn node_view(node: &Node, state: &NodeState, volume: &str, memory: &Memory) -> N
     let name = node.name_any();
     let report = state.report.as_ref();
     let attached = report.and_then(|report| report.volumes.iter().find(|v| v.name == volume));
-    let status = status(state, volume);
+    let status = volume_status(state, volume);
     let broken = attached.and_then(|attached| attached.status.as_ref().err().cloned());
     let taints = node.spec.as_ref().and_then(|spec| spec.taints.as_ref());
     NodeOnVolume {
@@ -231,23 +232,22 @@ fn node_view(node: &Node, state: &NodeState, volume: &str, memory: &Memory) -> N
 }
 
 async fn execute(
-    cluster: &Cluster,
-    cluster_id: ClusterId,
+    context: &OperatorContext,
     volume: &SharedVolume,
     memory: &mut Memory,
     action: &VolumeAction,
 ) -> Result<()> {
     let name = volume.name_any();
     match action {
-        VolumeAction::AddFinalizer => finalizer(cluster, volume, true).await,
-        VolumeAction::RemoveFinalizer => finalizer(cluster, volume, false).await,
+        VolumeAction::AddFinalizer => finalizer(context, volume, true).await,
+        VolumeAction::RemoveFinalizer => finalizer(context, volume, false).await,
         VolumeAction::ChooseFormatter { node } => {
-            patch_status(cluster, volume, json!({"formattingNode": node})).await
+            patch_status(context, volume, json!({"formattingNode": node})).await
         }
         VolumeAction::RecordVolume { volume: id } => {
-            patch_status(cluster, volume, json!({"volumeId": id.to_string()})).await
+            patch_status(context, volume, json!({"volumeId": id.to_string()})).await
         }
-        VolumeAction::Format { node } => format(cluster, cluster_id, volume, memory, node).await,
+        VolumeAction::Format { node } => format(context, volume, memory, node).await,
         VolumeAction::Attach { node } => {
             let known = volume.spec.volume_id.clone();
             let known = known.or_else(|| volume.status.as_ref()?.volume_id.clone());
@@ -255,9 +255,9 @@ async fn execute(
                 name,
                 backing: backing(volume)?,
                 volume: known.and_then(|id| id.parse().ok()),
-                cluster: cluster_id,
+                cluster: context.cluster_id,
             };
-            let outcome = cluster.nodes.execute(node, &command).await?;
+            let outcome = context.nodes.execute(node, &command).await?;
             if let Outcome::Rejected { message, .. } = outcome {
                 memory.attach_errors.insert(node.clone(), message.clone());
                 return Err(Refused(format!("{node}: {message}")).into());
@@ -266,7 +266,7 @@ async fn execute(
             Ok(())
         }
         VolumeAction::Detach { node } => rejected(
-            cluster
+            context
                 .nodes
                 .execute(node, &Command::DetachVolume { name })
                 .await?,
@@ -276,16 +276,15 @@ async fn execute(
                 volume: name.clone(),
                 change: change.clone(),
             };
-            let outcome = cluster.nodes.execute(via, &command).await?;
-            cluster.rows.refresh(&name).await;
+            let outcome = context.nodes.execute(via, &command).await?;
+            context.ownership.refresh(&name).await;
             rejected(outcome)
         }
     }
 }
 
 async fn format(
-    cluster: &Cluster,
-    cluster_id: ClusterId,
+    context: &OperatorContext,
     volume: &SharedVolume,
     memory: &mut Memory,
     node: &str,
@@ -294,13 +293,13 @@ async fn format(
 
     let command = Command::FormatVolume {
         backing: backing(volume)?,
-        cluster: cluster_id,
+        cluster: context.cluster_id,
         options: options(volume)?,
     };
-    match cluster.nodes.execute(node, &command).await? {
+    match context.nodes.execute(node, &command).await? {
         Outcome::Formatted { volume: id } => {
             memory.format = FormatState::NotBlank;
-            patch_status(cluster, volume, json!({"volumeId": id.to_string()})).await
+            patch_status(context, volume, json!({"volumeId": id.to_string()})).await
         }
         Outcome::Rejected {
             reason: RejectReason::NotBlank,
@@ -319,7 +318,7 @@ async fn format(
                 message: message.clone(),
             };
             // Nothing was written there, so another node may try.
-            patch_status(cluster, volume, json!({"formattingNode": null})).await?;
+            patch_status(context, volume, json!({"formattingNode": null})).await?;
             Err(Refused(message).into())
         }
         other => bail!("unexpected answer {other:?}"),
@@ -336,7 +335,7 @@ fn rejected(outcome: Outcome) -> Result<()> {
     Err(Refused(message).into())
 }
 
-async fn finalizer(cluster: &Cluster, volume: &SharedVolume, wanted: bool) -> Result<()> {
+async fn finalizer(context: &OperatorContext, volume: &SharedVolume, wanted: bool) -> Result<()> {
     let mut finalizers = volume.finalizers().to_vec();
     finalizers.retain(|finalizer| finalizer != VOLUME_FINALIZER);
     if wanted {
@@ -346,7 +345,7 @@ async fn finalizer(cluster: &Cluster, volume: &SharedVolume, wanted: bool) -> Re
         "finalizers": finalizers,
         "resourceVersion": volume.resource_version(),
     }});
-    let api: Api<SharedVolume> = Api::all(cluster.client.clone());
+    let api: Api<SharedVolume> = Api::all(context.client.clone());
     let outcome = api
         .patch(
             &volume.name_any(),
@@ -354,15 +353,12 @@ async fn finalizer(cluster: &Cluster, volume: &SharedVolume, wanted: bool) -> Re
             &Patch::Merge(&patch),
         )
         .await;
-    match outcome {
-        Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
-        other => Ok(other.map(drop)?),
-    }
+    ignore_not_found(outcome)
 }
 
 /// A single fact that later ones hang on, bound to what was read.
 async fn patch_status(
-    cluster: &Cluster,
+    context: &OperatorContext,
     volume: &SharedVolume,
     mut fields: serde_json::Value,
 ) -> Result<()> {
@@ -380,7 +376,7 @@ async fn patch_status(
         "metadata": {"resourceVersion": volume.resource_version()},
         "status": fields,
     });
-    let api: Api<SharedVolume> = Api::all(cluster.client.clone());
+    let api: Api<SharedVolume> = Api::all(context.client.clone());
     let params = PatchParams {
         field_manager: Some(FIELD_MANAGER.to_owned()),
         ..PatchParams::default()

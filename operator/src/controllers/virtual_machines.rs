@@ -6,20 +6,21 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::Result;
-use bascule_crds::VirtualMachine;
 use bascule_crds::names::{condition, reason};
+use bascule_crds::{VirtualMachine, VirtualMachineStatus};
 use bascule_operator_core::{History, plan};
 use jiff::Timestamp;
-use kube::api::Patch;
 use kube::{Api, ResourceExt};
-use serde_json::json;
 use tokio::sync::{Notify, Semaphore};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tracing::Instrument;
 
-use crate::execute::{Cluster, Execution, Refused, apply};
-use crate::run::now;
+use crate::clock::now;
+use crate::context::OperatorContext;
+use crate::execute::{Execution, Refused};
+use crate::kube_api::{apply_status, ignore_not_found, new_condition};
+use crate::record_status::refuse_strays;
 
 /// What the operator remembers of one virtual machine, and when it looks at it next.
 #[derive(Debug)]
@@ -30,7 +31,7 @@ struct Slot {
 
 /// Goes round for ever.
 #[expect(clippy::too_many_lines, reason = "one loop with its state")]
-pub(crate) async fn rounds(cluster: Cluster, changed: Arc<Notify>) {
+pub(crate) async fn run(context: OperatorContext, changed: Arc<Notify>) {
     let permits = Arc::new(Semaphore::new(CONCURRENCY));
     let mut slots: HashMap<String, Slot> = HashMap::new();
     let mut busy: HashSet<String> = HashSet::new();
@@ -65,10 +66,10 @@ pub(crate) async fn rounds(cluster: Cluster, changed: Arc<Notify>) {
                 continue;
             }
         }
-        let vms = cluster.stores.vms.state();
-        cluster.metrics.count_vms(vms.iter().map(AsRef::as_ref));
-        cluster.metrics.observe_nodes(cluster.nodes.states().iter());
-        if let Err(error) = crate::records::refuse_strays(&cluster).await {
+        let vms = context.stores.vms.state();
+        context.metrics.count_vms(vms.iter().map(AsRef::as_ref));
+        context.metrics.observe_nodes(context.nodes.states().iter());
+        if let Err(error) = refuse_strays(&context).await {
             tracing::warn!(
                 error = format!("{error:#}"),
                 "migrations of no virtual machine"
@@ -86,7 +87,7 @@ pub(crate) async fn rounds(cluster: Cluster, changed: Arc<Notify>) {
             }
             slot.due = Instant::now() + REQUEUE_MAX;
             busy.insert(uid.clone());
-            let (cluster, memory) = (cluster.clone(), Arc::clone(&slot.memory));
+            let (context, memory) = (context.clone(), Arc::clone(&slot.memory));
             let permits = Arc::clone(&permits);
             let migration = vm
                 .status
@@ -101,7 +102,7 @@ pub(crate) async fn rounds(cluster: Cluster, changed: Arc<Notify>) {
             running.spawn(
                 async move {
                     let permit = permits.acquire().await;
-                    let requeue = look_at(&cluster, &vm, &memory).await;
+                    let requeue = reconcile(&context, &vm, &memory).await;
                     drop(permit);
                     (uid, requeue)
                 }
@@ -112,12 +113,16 @@ pub(crate) async fn rounds(cluster: Cluster, changed: Arc<Notify>) {
 }
 
 /// Observes, plans, executes and reports once. Says when to look again.
-async fn look_at(cluster: &Cluster, vm: &VirtualMachine, memory: &Mutex<History>) -> Duration {
-    let intent = match crate::intent::intent(vm) {
+async fn reconcile(
+    context: &OperatorContext,
+    vm: &VirtualMachine,
+    memory: &Mutex<History>,
+) -> Duration {
+    let intent = match crate::vm_intent::intent(vm) {
         Ok(intent) => intent,
         Err(error) => {
             // The schema lets no such thing in; an older schema may have.
-            if let Err(error) = report_invalid(cluster, vm, &format!("{error:#}")).await {
+            if let Err(error) = report_invalid(context, vm, &format!("{error:#}")).await {
                 tracing::warn!(error = format!("{error:#}"), "status");
             }
             return REQUEUE_MAX;
@@ -127,11 +132,11 @@ async fn look_at(cluster: &Cluster, vm: &VirtualMachine, memory: &Mutex<History>
         .lock()
         .unwrap_or_else(PoisonError::into_inner)
         .clone();
-    let rows = cluster.rows.get(&intent.volume);
+    let rows = context.ownership.get(&intent.volume);
     let observed = crate::observe::observe(
         vm,
-        &cluster.stores,
-        &cluster.nodes.states(),
+        &context.stores,
+        &context.nodes.states(),
         rows.as_deref(),
         &history,
         now(),
@@ -139,7 +144,7 @@ async fn look_at(cluster: &Cluster, vm: &VirtualMachine, memory: &Mutex<History>
     let plan = plan(&intent, &observed, now());
     let actions = plan.actions.len();
     let mut execution = Execution {
-        context: cluster,
+        context,
         vm,
         intent: &intent,
         now: now(),
@@ -159,7 +164,7 @@ async fn look_at(cluster: &Cluster, vm: &VirtualMachine, memory: &Mutex<History>
         let refused = error.is::<Refused>();
         let error = format!("{error:#}");
         if !refused {
-            cluster.metrics.plan_failures.inc();
+            context.metrics.plan_failures.inc();
             tracing::warn!(error, actions, "the plan was not carried out");
         } else if told_before {
             tracing::debug!(error, "refused again");
@@ -167,9 +172,9 @@ async fn look_at(cluster: &Cluster, vm: &VirtualMachine, memory: &Mutex<History>
             tracing::info!(error, "refused");
         }
     }
-    let status = crate::report::status(vm, &intent, &observed, &plan.report, Timestamp::now());
+    let status = crate::vm_status::status(vm, &intent, &observed, &plan.report, Timestamp::now());
     if vm.status.as_ref() != Some(&status)
-        && let Err(error) = write(cluster, vm, &json!(status)).await
+        && let Err(error) = write_status(context, vm, &status).await
     {
         tracing::warn!(error = format!("{error:#}"), "status");
         requeue = requeue.min(RETRY);
@@ -177,9 +182,13 @@ async fn look_at(cluster: &Cluster, vm: &VirtualMachine, memory: &Mutex<History>
     requeue
 }
 
-async fn report_invalid(cluster: &Cluster, vm: &VirtualMachine, message: &str) -> Result<()> {
+async fn report_invalid(
+    context: &OperatorContext,
+    vm: &VirtualMachine,
+    message: &str,
+) -> Result<()> {
     let mut status = vm.status.clone().unwrap_or_default();
-    let mut ready = crate::records::condition_of(
+    let mut ready = new_condition(
         condition::READY,
         "False",
         reason::INVALID_SPEC,
@@ -191,25 +200,17 @@ async fn report_invalid(cluster: &Cluster, vm: &VirtualMachine, message: &str) -
     if vm.status.as_ref() == Some(&status) {
         return Ok(());
     }
-    write(cluster, vm, &json!(status)).await
+    write_status(context, vm, &status).await
 }
 
-async fn write(cluster: &Cluster, vm: &VirtualMachine, status: &serde_json::Value) -> Result<()> {
+async fn write_status(
+    context: &OperatorContext,
+    vm: &VirtualMachine,
+    status: &VirtualMachineStatus,
+) -> Result<()> {
     let namespace = vm.namespace().unwrap_or_default();
-    let api: Api<VirtualMachine> = Api::namespaced(cluster.client.clone(), &namespace);
-    let patch = json!({
-        "apiVersion": "bascule.dev/v1alpha1",
-        "kind": "VirtualMachine",
-        "status": status,
-    });
-    match api
-        .patch_status(&vm.name_any(), &apply(), &Patch::Apply(&patch))
-        .await
-    {
-        // It was deleted in the meantime.
-        Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
-        other => Ok(other.map(drop)?),
-    }
+    let api: Api<VirtualMachine> = Api::namespaced(context.client.clone(), &namespace);
+    ignore_not_found(apply_status(&api, &vm.name_any(), status).await)
 }
 
 /// Calls under way at once: a plan waits for nodes that do not answer.

@@ -251,7 +251,7 @@ fn a_guest_that_cannot_move_runs_on_and_nobody_claims_its_disk() {
     let thief = thief.replace("size: 16Mi}", "existing: {name: web.data}}");
     let said = complaint(&a, &hosts, &thief);
     let named = said.contains("disk default/web.data");
-    assert!(named && said.contains("belongs to somebody else"), "{said}");
+    assert!(named && said.contains("belongs to another VM"), "{said}");
 
     let to_b = ["migrate", "web", "--to", "127.0.0.2:7410"];
     let unknown = a.complains(&["migrate", "nope", "--to", to_b[3]]).unwrap();

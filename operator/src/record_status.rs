@@ -280,7 +280,7 @@ fn proof_of(proof: FenceProof) -> FencingProof {
             required_ms,
         } => (
             ProofKind::SafeTimeElapsed,
-            format!("silent for {watched_ms} ms of the {required_ms} ms required"),
+            format!("no heartbeat for {watched_ms} ms of the {required_ms} ms required"),
         ),
         FenceProof::Administrator(AdminConfirmation::Confirmed) => {
             (ProofKind::Administrator, "confirmed".to_owned())

@@ -129,7 +129,7 @@ mod tests {
         let mut record = json!({"status": {
             "suspectedAt": "2026-01-01T00:00:05Z", "provedAt": "2026-01-01T00:00:27Z",
             "takenOverAt": "2026-01-01T00:00:28Z", "startedAt": "2026-01-01T00:00:30Z",
-            "proof": {"kind": "SafeTimeElapsed", "detail": "silent for 27024 ms of the 27000 ms required"},
+            "proof": {"kind": "SafeTimeElapsed", "detail": "no heartbeat for 27024 ms of the 27000 ms required"},
         }});
         let takeover = read(&record).unwrap();
         let stages = takeover.stages("2026-01-01T00:00:00Z".parse().unwrap());

@@ -32,7 +32,7 @@ macro_rules! uuid_id {
                 Self(Uuid::new_v4())
             }
 
-            /// Whether this is the all-zero UUID, which names nothing.
+            /// Whether this is the all-zero UUID, which identifies nothing.
             #[must_use]
             pub const fn is_nil(self) -> bool {
                 self.0.is_nil()
@@ -64,7 +64,8 @@ macro_rules! uuid_id {
 }
 
 uuid_id!(
-    /// A `VirtualMachine` object: its Kubernetes UID, or a random one in embedded mode.
+    /// A virtual machine: the Kubernetes UID of its `VirtualMachine` object, or a random one in
+    /// embedded mode.
     VmUid
 );
 uuid_id!(
@@ -72,7 +73,7 @@ uuid_id!(
     NodeUid
 );
 uuid_id!(
-    /// A SharedVolume, as its superblock says. Chosen by `format`.
+    /// A SharedVolume. Chosen at random by `format` and kept in the superblock.
     VolumeId
 );
 uuid_id!(
@@ -81,15 +82,15 @@ uuid_id!(
     ClusterId
 );
 uuid_id!(
-    /// A virtual disk on a volume.
+    /// A virtual disk on a volume. Chosen by the coordinator.
     DiskId
 );
 uuid_id!(
-    /// One attempt to move a virtual machine: makes an ownership transfer idempotent.
+    /// One attempt to migrate a virtual machine. Makes the ownership transfer idempotent.
     AttemptId
 );
 
-/// A text that is not a UUID where one is wanted.
+/// The text is not a UUID.
 #[derive(Debug, thiserror::Error)]
 #[error("not a {what}: expected a UUID such as 6fa459ea-ee8a-4ca4-894e-db77e160355e")]
 pub struct ParseIdError {
@@ -113,7 +114,7 @@ mod tests {
     }
 
     #[test]
-    fn a_text_that_is_no_uuid_is_refused_by_name() {
+    fn a_text_that_is_not_a_uuid_is_refused_with_the_type_that_was_expected() {
         let error = "web".parse::<VolumeId>().unwrap_err();
         assert!(error.to_string().starts_with("not a VolumeId"), "{error}");
     }

@@ -1,9 +1,9 @@
 //! The types that all of Bascule's crates share: identities, units, ownership, and the requests,
 //! rows and refusals of a volume's metadata.
 //!
-//! This crate holds plain values only. It must not know Kubernetes, KVM, sockets or files.
-//! Read next: [`Change`] (every request to a volume), `bascule-volume-format` (how these values lie on a disk) and `bascule-ipc` (how they
-//! travel between a node's processes).
+//! The crate has plain values only. It must not know Kubernetes, KVM, sockets or files.
+//! Read next: [`Change`] (every request to a volume), `bascule-volume-format` (the bytes of these
+//! values on a disk) and `bascule-ipc` (the messages between a node's processes).
 
 mod aligned_buffer;
 mod error_chain;

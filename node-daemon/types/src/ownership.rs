@@ -1,4 +1,4 @@
-//! Ownership: who may write a virtual machine's disks.
+//! Ownership: which node may run a virtual machine and write its disks, and since when.
 
 use std::fmt;
 
@@ -14,11 +14,10 @@ macro_rules! counter {
         pub struct $name(pub $int);
 
         impl $name {
-            /// The value one higher.
+            /// The next value.
             ///
             /// # Panics
-            /// When the counter would wrap: it then no longer orders anything, and going on would
-            /// be unsafe.
+            /// When the counter would wrap: old values would then order after new ones.
             #[must_use]
             pub const fn next(self) -> Self {
                 match self.0.checked_add(1) {
@@ -37,27 +36,26 @@ macro_rules! counter {
 }
 
 counter!(
-    /// The index of a node's heartbeat slot on a volume, from 0.
+    /// The index of a node's heartbeat slot on a volume, 0 to 63.
     SlotId(u16)
 );
 counter!(
-    /// One life of a slot's holder. Rises with every node boot and whenever a lease has lapsed.
-    /// 0 means that nobody ever held the slot.
+    /// A slot's incarnation. Rises with every boot of the node and whenever its lease has lapsed.
+    /// 0: the slot is registered, and its node has not yet written a heartbeat.
     Generation(u64)
 );
 counter!(
-    /// The number of an ownership of a virtual machine. The coordinator raises it on the volume before a
-    /// new owner may write.
+    /// A virtual machine's fencing token: the number of the present ownership. The coordinator raises
+    /// it on the volume before a new owner may write.
     Epoch(u64)
 );
 
-/// Who may write: a slot in one of its generations. `(3, 7)` never again becomes an owner once
-/// slot 3 is in generation 8.
+/// A slot in one of its generations: a node as the owner of virtual machines and imports. Once slot
+/// 3 is in generation 8, `(3, 7)` never becomes an owner again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct Owner {
-    /// The slot.
     pub slot: SlotId,
-    /// Its generation at the time.
     pub generation: Generation,
 }
 
@@ -70,15 +68,14 @@ impl fmt::Display for Owner {
 /// The right to write a virtual machine's disks: its owner and the epoch of this ownership. At most
 /// one [`Ownership`] of a virtual machine is current; a later one always has a higher epoch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct Ownership {
-    /// The slot and generation that may write.
     pub owner: Owner,
-    /// The epoch that began with this ownership.
     pub epoch: Epoch,
 }
 
 impl Ownership {
-    /// The ownership of `owner` in `epoch`.
+    /// An ownership by `owner` in `epoch`.
     #[must_use]
     pub const fn new(owner: Owner, epoch: Epoch) -> Self {
         Self { owner, epoch }

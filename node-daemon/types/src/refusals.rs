@@ -1,4 +1,6 @@
 //! Why a coordinator refuses a [`Change`](crate::Change). A refused change alters nothing.
+//!
+//! The messages are shown to users, in conditions, events and on the command line.
 
 use serde::{Deserialize, Serialize};
 
@@ -6,143 +8,111 @@ use crate::{Bytes, Epoch, Owner, SlotId};
 
 /// Why the coordinator refused a change. Nothing was altered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, thiserror::Error)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub enum Refusal {
-    /// The name is empty, too long, or has other than visible ASCII.
+    /// A [`RowName`](crate::RowName) is empty, too long, or has other than visible ASCII.
     #[error("the name must be 1 to 191 visible ASCII characters")]
     BadName,
-    /// No such VM on this volume.
+    /// The volume has no row for this VM: it was never created there, or was deleted.
     #[error("this volume has no such VM")]
     NoSuchVm,
-    /// No such disk on this volume.
+    /// The volume has no row for this disk.
     #[error("this volume has no such disk")]
     NoSuchDisk,
-    /// The VM or the slot has no saved state.
+    /// No saved state of this VM, or none of the VM's present epoch.
     #[error("this VM has no saved state on the volume")]
     NoSavedState,
-    /// The row is owned by somebody else than the asker said.
+    /// The VM has another owner or another epoch than the request names.
     #[error("the VM is owned by {owner} in epoch {epoch}")]
-    OwnedBy {
-        /// The owner.
-        owner: Owner,
-        /// The epoch.
-        epoch: Epoch,
-    },
-    /// The row has no owner, in a later epoch than the asker knew.
+    OwnedBy { owner: Owner, epoch: Epoch },
+    /// The VM has no owner, and another epoch than the request expects.
     #[error("the VM has no owner; its epoch is {epoch}")]
-    EpochIs {
-        /// The epoch.
-        epoch: Epoch,
-    },
-    /// Only the owner's own node may ask this.
-    #[error("only the node of {owner} may ask this")]
-    OwnersNodeOnly {
-        /// The owner.
-        owner: Owner,
-    },
-    /// The slot belongs to another node, or is in another generation.
+    EpochIs { epoch: Epoch },
+    /// Release and transfer are accepted from the owner's node only: no other node knows whether
+    /// the guest is stopped and its writes have completed.
+    #[error("only the node of {owner} may request this")]
+    OwnersNodeOnly { owner: Owner },
+    /// The slot is held by another node, or its present generation is another one.
     #[error("{owner} is not the present holder of its slot")]
-    StaleOwner {
-        /// The one that asked.
-        owner: Owner,
-    },
-    /// The owner was fenced: it must stop for good.
+    StaleOwner { owner: Owner },
+    /// A fence record for this owner is in the metadata: its processes must stop.
     #[error("{owner} was fenced")]
-    Fenced {
-        /// The fenced one.
-        owner: Owner,
-    },
-    /// There is no proof yet that the victim is fenced.
+    Fenced { owner: Owner },
+    /// A takeover was requested without proof that the owner has stopped writing.
     #[error("no proof yet that {victim} will not write again: {missing}")]
     NotFenced {
-        /// The one that is thought dead.
+        /// The owner that would lose the VM.
         victim: Owner,
-        /// What is missing.
         missing: MissingProof,
     },
-    /// The new owner's own lease is not valid, as the coordinator sees it.
+    /// The coordinator has not seen the requested owner's heartbeat rise within the watch time W.
     #[error("the lease of {owner} is not valid")]
-    LeaseInvalid {
-        /// The new owner.
-        owner: Owner,
-    },
-    /// The disk's name is taken by another VM's or a kept disk.
-    #[error("a disk of that name exists on the volume and belongs to somebody else")]
+    LeaseInvalid { owner: Owner },
+    /// A disk of this name exists, attached to another VM or kept after its VM was deleted.
+    #[error("a disk of that name exists on the volume; it belongs to another VM or was kept")]
     NameTaken,
-    /// The disk exists with another size or role.
+    /// A disk of this name exists for this VM, with other properties than the request has.
     #[error("the disk exists with another size or role")]
     DiskDiffers,
-    /// The disk's import has not finished.
+    /// The disk cannot be opened or attached before [`Change::FinishImport`](crate::Change).
     #[error("the disk's import has not finished")]
     Importing,
-    /// Another node is filling the disk.
+    /// Another node fills the disk and has not been fenced.
     #[error("the disk is being imported by {owner}")]
-    ImportedElsewhere {
-        /// The importer.
-        owner: Owner,
-    },
-    /// A disk of another namespace.
+    ImportedElsewhere { owner: Owner },
+    /// The kept disk was created in another namespace than the VM's.
     #[error("the disk belongs to another namespace")]
     OtherNamespace,
-    /// Not enough free space.
+    /// The extent region has too few free extents.
     #[error("the volume has {free} free; {needed} are needed")]
-    Full {
-        /// Free.
-        free: Bytes,
-        /// Needed.
-        needed: Bytes,
-    },
-    /// The format's tables are full.
+    Full { free: Bytes, needed: Bytes },
+    /// A table of the metadata has no room for another entry.
     #[error("the volume has no room for another {what:?}")]
-    TableFull {
-        /// Which table.
-        what: Table,
-    },
-    /// Every heartbeat slot is taken.
+    TableFull { what: Table },
+    /// The heartbeat slot is held by another node.
     #[error("slot {slot} is taken by another node")]
-    SlotTaken {
-        /// The slot.
-        slot: SlotId,
-    },
-    /// The volume's fencing does not allow what was asked.
+    SlotTaken { slot: SlotId },
+    /// The volume's fencing mode or policy excludes this change.
     #[error("the volume's fencing mode does not allow this")]
     NotAllowed,
 }
 
-/// Which table of the metadata is full.
+/// A table of the metadata that can be full.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Table {
-    /// All rows together: what a checkpoint has room for.
+    /// All rows together: as many as one checkpoint has room for.
     Rows,
-    /// Heartbeat slots.
+    /// Heartbeat slots, at most 64; the number is fixed when the volume is formatted.
     Slots,
     /// VM rows.
     Vms,
     /// Disk rows.
     Disks,
-    /// Fence rows.
+    /// Fence records.
     Fences,
-    /// Extent runs of one disk: the free space is too fragmented.
+    /// The 24 extent runs of one disk or saved state: the free space is too fragmented.
     Extents,
 }
 
 /// What is missing for a fence proof.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, thiserror::Error)]
 pub enum MissingProof {
-    /// Its heartbeat was seen a moment ago.
+    /// The node's heartbeat rose less than one lease ago, or its slot was never read.
     #[error("its heartbeat is alive")]
     Alive,
-    /// The safe time has not passed.
-    #[error("silent for {watched_ms} ms of the {required_ms} ms required")]
+    /// The safe time has not passed since the coordinator last saw the heartbeat rise.
+    #[error("no heartbeat for {watched_ms} ms of the {required_ms} ms required")]
     SafeTime {
-        /// Watched so far, in milliseconds.
+        /// Time without a new heartbeat, by the coordinator's own reads, in milliseconds.
         watched_ms: u64,
-        /// Required, in milliseconds.
+        /// The safe time by the victim's own heartbeat record, in milliseconds.
         required_ms: u64,
     },
-    /// Fencing is LeaseOnly: only an administrator's fencing confirmation counts.
+    /// Fencing is LeaseOnly, or the victim never wrote a heartbeat: only an administrator's
+    /// fencing confirmation counts.
     #[error("fencing LeaseOnly needs an administrator's fencing confirmation")]
     AdminConfirmation,
-    /// The victim had no hardware watchdog.
+    /// The victim ran without a hardware watchdog, so nothing is known to reset it.
     #[error(
         "it ran without a hardware watchdog, so only an administrator's fencing confirmation counts"
     )]

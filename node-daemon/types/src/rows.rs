@@ -1,7 +1,7 @@
 //! The rows of a volume's metadata: virtual machines, disks, saved states and fences.
 //!
-//! `bascule-volume-format` defines how each row lies on the disk; the coordinator is their only
-//! writer.
+//! Only the volume's coordinator writes rows; every attached node reads them.
+//! `bascule-volume-format` defines their bytes on the disk (module `metadata_records`).
 
 use std::fmt;
 
@@ -9,83 +9,83 @@ use serde::{Deserialize, Serialize};
 
 use crate::{AttemptId, Bytes, DiskId, Epoch, Lba, Owner, Refusal, VmUid};
 
-/// One virtual machine on its home volume. This row answers "who may run this VM".
+/// A virtual machine on its home volume: the authoritative record of which node may run it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VmRow {
-    /// The VM.
+    /// The `VirtualMachine` object's UID.
     pub vm: VmUid,
-    /// `<namespace>/<name>`.
+    /// `<namespace>/<name>`, for display.
     pub name: RowName,
-    /// Who may write its disks; nobody when it is stopped.
+    /// The slot and generation that may write the VM's disks; none while the VM is stopped.
     pub owner: Option<Owner>,
-    /// The tenure.
+    /// The epoch of the present ownership, or of the last one. Rises by one with every new owner.
     pub epoch: Epoch,
-    /// The migration that made this tenure, if one did.
+    /// The migration whose commit began this epoch; none when a start or a takeover did.
     pub attempt: Option<AttemptId>,
-    /// SHA-256 of the spec.
+    /// SHA-256 of the spec with which the VM was created.
     pub spec_digest: [u8; 32],
 }
 
-/// One disk.
+/// A virtual disk on the volume.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskRow {
-    /// The disk.
+    /// Chosen by the coordinator when the disk is created.
     pub disk: DiskId,
-    /// `<namespace>/<disk>`.
+    /// `<namespace>/<disk>`, unique on the volume.
     pub name: RowName,
-    /// The VM that it belongs to; none for a kept disk.
+    /// The VM to which the disk is attached; none for a disk kept after its VM was deleted.
     pub vm: Option<VmUid>,
-    /// The size that the guest sees.
+    /// The size that the guest sees. The extents may be longer.
     pub size: Bytes,
-    /// What lies on it.
+    /// What the disk is used for.
     pub role: DiskRole,
-    /// Half-imported: not attachable.
+    /// Whether the import is unfinished; the disk cannot be opened or attached then.
     pub importing: bool,
-    /// Who fills it while it is being imported. Nobody else may, until that one is fenced, has
-    /// booted again or has given it up.
+    /// The owner that fills the disk while it is being imported. Another node may take the import
+    /// over only after this one was fenced or its node has rebooted.
     #[serde(default)]
     pub importer: Option<Owner>,
-    /// Where its blocks are, in the order of its contents.
+    /// The disk's blocks on the volume, in the order of the disk's contents. At most 24 runs.
     pub extents: Vec<ExtentRun>,
 }
 
-/// A saved VM on the volume.
+/// A VM's saved RAM and device state on the volume, for a quick migration.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SavedStateRow {
-    /// The VM.
+    /// The VM that was saved; a VM has at most one saved state.
     pub vm: VmUid,
-    /// The tenure that saved it.
+    /// The epoch in which the owner saved the VM.
     pub epoch: Epoch,
-    /// Where it lies.
+    /// The blocks that are reserved, in the order of the state's contents. At most 24 runs.
     pub extents: Vec<ExtentRun>,
-    /// Bytes written; none until it is complete.
+    /// Length and checksum; none until the owner has written and flushed all of the state.
     pub complete: Option<SavedStateSum>,
 }
 
 /// The length and checksum of a complete saved state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SavedStateSum {
-    /// Bytes written.
+    /// The state's length; a reader reads no further.
     pub length: Bytes,
-    /// CRC32C over them all.
+    /// CRC32C over all `length` bytes, in order.
     pub crc32c: u32,
 }
 
-/// A run of consecutive blocks on the volume.
+/// A run of consecutive extents on the volume.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExtentRun {
-    /// The first block.
+    /// The first block, a multiple of the extent size.
     pub start: Lba,
-    /// How long the run is; a whole number of extents.
+    /// A whole number of extents; not zero.
     pub length: Bytes,
 }
 
-/// The record that a slot's generation will never write again.
+/// The record that an owner was fenced: it will not write to this volume again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FenceRow {
-    /// Who.
+    /// The fenced owner.
     pub victim: Owner,
-    /// Why that is certain.
+    /// The evidence with which the coordinator fenced it.
     pub proof: FenceProof,
 }
 
@@ -94,47 +94,48 @@ pub struct FenceRow {
 pub enum FenceProof {
     /// The coordinator saw no new heartbeat for the safe time, under a hardware watchdog.
     SafeTimeElapsed {
-        /// How long the coordinator watched, in milliseconds.
+        /// Time without a new heartbeat, by the coordinator's own reads, in milliseconds.
         watched_ms: u64,
-        /// The safe time of the victim's own record, in milliseconds.
+        /// The safe time by the victim's own heartbeat record, in milliseconds.
         required_ms: u64,
     },
-    /// An administrator said so.
+    /// An administrator confirmed that the node is down.
     Administrator(AdminConfirmation),
-    /// The node booted again and said so itself.
+    /// The node itself reported that it has rebooted since.
     Rebooted,
 }
 
 /// Where an administrator's fencing confirmation came from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum AdminConfirmation {
-    /// `bascule-node volume confirm-fenced` or the operator's annotation.
+    /// `bascule-node volume confirm-fenced`, or the annotation that the operator reads.
     Confirmed,
     /// The `node.kubernetes.io/out-of-service` taint.
     OutOfServiceTaint,
 }
 
-/// What lies on a disk.
+/// What a disk is used for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum DiskRole {
-    /// A disk that the guest sees.
+    /// A virtio-blk disk of the guest.
     Data,
-    /// The kernel image that the VM boots.
+    /// The kernel image for direct kernel boot; not visible to the guest.
     Kernel,
-    /// Its initial RAM disk.
+    /// The initial RAM disk for direct kernel boot; not visible to the guest.
     Initrd,
 }
 
-/// A name of at most [`RowName::BYTES_MAX`] bytes of visible ASCII: `<namespace>/<name>`.
+/// `<namespace>/<name>`: 1 to [`RowName::BYTES_MAX`] bytes of visible ASCII.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct RowName(String);
 
 impl RowName {
-    /// A Kubernetes namespace (63) and a name (253, cut to what a disk's row has room for).
+    /// The room for a name in a 512-byte disk row beside 24 extent runs. A Kubernetes namespace
+    /// has at most 63 bytes; names that would need more than the rest are refused.
     pub const BYTES_MAX: usize = 191;
 
-    /// The text as a name.
+    /// Checks length and characters.
     ///
     /// # Errors
     /// [`Refusal::BadName`] for an empty or too long text, or one with other than visible ASCII.
@@ -148,13 +149,13 @@ impl RowName {
         }
     }
 
-    /// The text.
+    /// The name as `<namespace>/<name>`.
     #[must_use]
     pub fn as_str(&self) -> &str {
         &self.0
     }
 
-    /// What stands before the first `/`, or nothing.
+    /// The part before the first `/`; empty if there is none.
     #[must_use]
     pub fn namespace(&self) -> &str {
         self.0

@@ -26,26 +26,26 @@ pub struct Sectors(pub u64);
 #[serde(transparent)]
 pub struct Lba(pub u64);
 
-/// A moment on one host's `CLOCK_BOOTTIME`, in nanoseconds since its boot. It counts through
-/// suspend, is not set by anyone, and must never be compared with another host's.
+/// A moment on one host's `CLOCK_BOOTTIME`, in nanoseconds since its boot. The clock counts through
+/// suspend and cannot be set. Never compare it with another host's.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
 )]
 #[serde(transparent)]
 pub struct BootTime(pub u64);
 
-/// A conversion between units that does not fit.
+/// Why a conversion between units failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub enum UnitError {
-    /// The byte count is not a whole number of the wanted unit.
+    /// The byte count is not a multiple of the unit.
     #[error("{bytes} bytes are not a whole number of {unit}-byte units")]
     NotAligned {
-        /// The count.
         bytes: u64,
         /// The unit's size in bytes.
         unit: u64,
     },
-    /// The result is larger than 64 bits hold.
+    /// The result does not fit 64 bits.
     #[error("a value overflows 64 bits")]
     Overflow,
 }
@@ -66,7 +66,7 @@ impl Bytes {
     /// This many bytes as whole 512-byte sectors.
     ///
     /// # Errors
-    /// [`UnitError::NotAligned`] when bytes would be left over.
+    /// [`UnitError::NotAligned`] for a remainder.
     pub const fn bytes_to_sectors(self) -> Result<Sectors, UnitError> {
         if self.0.is_multiple_of(SECTOR_BYTES) {
             Ok(Sectors(self.0 / SECTOR_BYTES))
@@ -106,7 +106,7 @@ impl Lba {
 }
 
 impl BootTime {
-    /// The moment `duration` later; the last representable moment if that overflows.
+    /// The moment `duration` later; saturates.
     #[must_use]
     pub fn after(self, duration: Duration) -> Self {
         Self(
@@ -115,7 +115,7 @@ impl BootTime {
         )
     }
 
-    /// How long after `earlier` this moment is; zero if it is not.
+    /// The time from `earlier` to this moment; zero if `earlier` is later.
     #[must_use]
     pub const fn since(self, earlier: Self) -> Duration {
         Duration::from_nanos(self.0.saturating_sub(earlier.0))
@@ -128,9 +128,9 @@ impl fmt::Display for Bytes {
     }
 }
 
-/// The size of a virtio-blk sector.
+/// The size of a virtio-blk sector, in bytes.
 const SECTOR_BYTES: u64 = 512;
-/// The size of a volume block.
+/// The size of a volume block, in bytes.
 const LBA_BYTES: u64 = 4096;
 
 #[cfg(test)]
@@ -138,7 +138,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn bytes_that_leave_a_remainder_are_not_sectors() {
+    fn bytes_with_a_remainder_are_not_converted_to_sectors() {
         assert_eq!(Bytes(1024).bytes_to_sectors(), Ok(Sectors(2)));
         assert_eq!(
             Bytes(1023).bytes_to_sectors(),

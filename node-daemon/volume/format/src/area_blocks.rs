@@ -1,52 +1,54 @@
-//! The blocks of a metadata area: a checkpoint's head and rows, and the journal that follows it.
+//! The blocks of a metadata area: a checkpoint's head and rows, and the journal that follows the
+//! checkpoint. Only the slot's node writes its areas, while it is the coordinator. Every node reads
+//! them to recover the rows, and uses the area whose head has the highest checkpoint id.
 //!
 //! ```text
-//! head     48    8  number of the checkpoint, rises within a coordinator epoch
-//!          56    8  number of rows
-//!          64    4  CRC32C over all rows' 512-byte records, in order
-//! row      48    8  number of the checkpoint
-//!          56    8  index of the row
-//!          64       record (see `record`), at most 440 bytes
-//! journal  48    8  number of the checkpoint that it follows
-//!          56    8  sequence, from 0; its block is `sequence` blocks into the journal
-//!          64    1  position in its group
-//!          65    1  1 = the group goes on in the next block
-//!          66       record
+//! block    offset size  field                     (header epoch: the coordinator epoch)
+//! head         48    8  number of the checkpoint, from 1, rises within a coordinator epoch
+//!              56    8  number of rows
+//!              64    4  CRC32C over the 512-byte records of all rows, in order
+//! row          48    8  number of the checkpoint
+//!              56    8  index of the row, from 0
+//!              64  440  row (see `metadata_records`), zero to its end
+//! journal      48    8  number of the checkpoint that the journal follows
+//!              56    8  sequence, from 0; the record lies `sequence` blocks into the journal
+//!              64    1  position in its group, from 0
+//!              65    1  1 = the group goes on in the next block
+//!              66  440  row
 //! ```
-//! The header's epoch is the coordinator epoch. Rows lie eight to a block, each a sealed record
-//! whose address is its block's.
+//! Checkpoint rows lie eight to a block; each is a sealed record, and its address is the block's.
 
-use crate::FormatError;
 use crate::election_blocks::CoordinatorEpoch;
-use crate::envelope::{BodyReader, BodyWriter, Kind, Record};
+use crate::envelope::{BodyReader, BodyWriter, FormatError, Kind, Record};
 use crate::metadata_records::MetaRecord;
 
-/// Which checkpoint: ordered by coordinator epoch, then number.
+/// Identifies a checkpoint. Ordered by coordinator epoch, then number.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct CheckpointId {
-    /// The coordinator that wrote it.
+    /// The epoch of the coordinator that wrote the checkpoint.
     pub epoch: CoordinatorEpoch,
-    /// Its number within the epoch.
+    /// The number within the epoch, from 1.
     pub number: u64,
 }
 
-/// "This area's checkpoint is complete": written last.
+/// The head of a checkpoint. Written after the rows are durable: an undamaged head says that the
+/// checkpoint is complete.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CheckpointHead {
-    /// Which.
+    /// The checkpoint.
     pub id: CheckpointId,
-    /// How many rows it has.
+    /// The number of rows.
     pub rows: u64,
-    /// CRC32C over all of them.
+    /// CRC32C over the 512-byte records of all rows, in order.
     pub crc32c: u32,
 }
 
 /// One row of a checkpoint.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CheckpointRow {
-    /// Of which.
+    /// The checkpoint.
     pub id: CheckpointId,
-    /// Its index.
+    /// The row's index in the checkpoint, from 0.
     pub index: u64,
     /// The row.
     pub record: MetaRecord,
@@ -55,20 +57,20 @@ pub struct CheckpointRow {
 /// One record of a journal.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct JournalBlock {
-    /// The checkpoint that it follows.
+    /// The checkpoint that the journal follows.
     pub id: CheckpointId,
-    /// Its place in the journal, from 0.
+    /// The record's position in the journal, from 0.
     pub sequence: u64,
-    /// Its place in its group, from 0. A group takes effect as a whole or not at all.
+    /// The record's position in its group, from 0. A group takes effect as a whole or not at all.
     pub position: u8,
-    /// Whether the group goes on.
+    /// Whether the group goes on in the next block.
     pub more: bool,
-    /// The step.
+    /// The change to the rows.
     pub record: MetaRecord,
 }
 
 impl JournalBlock {
-    /// The sequence number of the first block of its group.
+    /// The sequence number of the group's first record.
     #[must_use]
     pub fn group(&self) -> u64 {
         self.sequence.saturating_sub(self.position.into())

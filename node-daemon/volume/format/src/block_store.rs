@@ -1,4 +1,4 @@
-//! Storage behind a small trait: the device in production, memory with faults in tests.
+//! The block device as a trait: a real device in production, memory with injected faults in tests.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -17,19 +17,19 @@ pub trait BlockStore {
     /// Reads whole blocks from `lba` on.
     ///
     /// # Errors
-    /// The device's; also when the range does not exist.
+    /// The device's; `UnexpectedEof` for a range beyond its end.
     fn read(&mut self, lba: Lba, blocks: &mut [u8]) -> io::Result<()>;
 
     /// Writes whole blocks from `lba` on.
     ///
     /// # Errors
-    /// The device's. Afterwards the content of the range is unknown.
+    /// The device's. The content of the range is then unknown, and the write may still land later.
     fn write(&mut self, lba: Lba, blocks: &[u8]) -> io::Result<()>;
 
     /// Makes every completed write durable.
     ///
     /// # Errors
-    /// The device's. Afterwards no earlier write may be trusted, and a second flush proves nothing.
+    /// The device's. No earlier write may be relied on then, and a second flush proves nothing.
     fn flush(&mut self) -> io::Result<()>;
 }
 
@@ -47,14 +47,15 @@ impl<S: BlockStore + ?Sized> BlockStore for &mut S {
     }
 }
 
-/// A device in memory. Writes are kept apart until a flush, so that a test can lose any of them.
+/// A device in memory for tests. It keeps unflushed writes separately, so that a simulated power loss
+/// can lose any subset of them.
 #[derive(Clone, Debug)]
 pub struct MemStore {
     size: u64,
-    /// Blocks that are not here are zero. Shared between clones, because a test makes many.
+    /// Blocks that are missing here are zero. Shared between clones, because a test makes many.
     durable: BTreeMap<Lba, Arc<[u8]>>,
     unflushed: Vec<(Lba, Arc<[u8]>)>,
-    /// How many more writes and flushes succeed; none: all.
+    /// How many more writes and flushes succeed; `None` means all.
     budget: Option<u64>,
 }
 
@@ -70,19 +71,19 @@ impl MemStore {
         }
     }
 
-    /// Fail every write and flush after `count` more.
+    /// Makes every write and flush fail after `count` more.
     pub const fn fail_after(&mut self, count: u64) {
         self.budget = Some(count);
     }
 
-    /// The blocks that were written and that no flush has followed, oldest first.
+    /// The blocks that were written since the last flush, oldest first.
     #[must_use]
     pub fn unflushed(&self) -> &[(Lba, Arc<[u8]>)] {
         &self.unflushed
     }
 
-    /// What a crash leaves if exactly the unflushed blocks for which `kept` says so reached the
-    /// medium. Never fails again.
+    /// The device after a power loss that kept exactly those unflushed blocks for whose index `kept`
+    /// is true. The returned device injects no faults.
     #[must_use]
     pub fn crashed(&self, kept: impl Fn(usize) -> bool) -> Self {
         let mut durable = self.durable.clone();
@@ -140,7 +141,7 @@ impl BlockStore for MemStore {
     fn write(&mut self, lba: Lba, blocks: &[u8]) -> io::Result<()> {
         self.spend()?;
         self.check_range(lba, blocks.len())?;
-        // A crash may keep some blocks of one write and lose others.
+        // A power loss may keep some blocks of one write and lose others.
         let blocks = blocks.chunks(BLOCK_BYTES).map(Arc::from);
         self.unflushed.extend((lba.0..).map(Lba).zip(blocks));
         Ok(())

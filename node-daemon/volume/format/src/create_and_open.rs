@@ -1,4 +1,4 @@
-//! A whole volume: writing a new one, and finding out which one a device holds.
+//! Formatting a new volume, and reading the superblock of an existing one.
 
 use std::io;
 
@@ -12,10 +12,10 @@ use crate::metadata_records::{MetaRecord, SlotRow};
 use crate::superblock::{RegionKind, SUPERBLOCK_LBAS, Superblock};
 use crate::volume_layout::{FormatRequest, LayoutError};
 
-/// Why a volume could not be made.
+/// Why a device could not be formatted.
 #[derive(Debug, thiserror::Error)]
 pub enum MakeError {
-    /// It cannot be laid out so.
+    /// The device cannot have the requested layout.
     #[error(transparent)]
     Layout(#[from] LayoutError),
     /// The device failed.
@@ -24,27 +24,27 @@ pub enum MakeError {
     /// The first checkpoint could not be written.
     #[error("cannot write the first metadata checkpoint")]
     Log(#[from] LogError),
-    /// The first rows are wrong.
+    /// The first row does not fit the new volume.
     #[error("cannot register the first node")]
     Rows(#[from] Contradiction),
 }
 
-/// Why a device is not a volume that can be used.
+/// Why a device cannot be opened as a volume.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     /// The device failed.
     #[error("cannot read the superblock")]
     Io(#[source] io::Error),
-    /// Not a Bascule volume: neither copy has the magic.
+    /// Neither superblock has the magic: not a Bascule volume.
     #[error("the device holds no Bascule volume (magic missing in both superblocks)")]
     NotAVolume,
-    /// Made by a later release.
+    /// The volume was formatted or upgraded by a later release.
     #[error("the volume's format is newer than this release knows")]
     Newer(#[source] FormatError),
-    /// Both copies are damaged.
+    /// Neither superblock is intact.
     #[error("both superblocks are damaged")]
     Damaged(#[source] FormatError),
-    /// The device is smaller than the volume.
+    /// The device is smaller than the superblock says.
     #[error("the device is smaller than the volume, which has {blocks} blocks of 4096 bytes")]
     Truncated {
         /// The volume's size in blocks.
@@ -52,8 +52,8 @@ pub enum OpenError {
     },
 }
 
-/// Makes a new volume on a device. Whatever it holds is lost. The superblock is written last: a
-/// crash on the way leaves no volume.
+/// Formats a device as a new volume; its previous contents are lost. The superblock is written last:
+/// after a crash on the way the device holds no volume.
 ///
 /// # Errors
 /// [`MakeError`].
@@ -97,10 +97,10 @@ pub fn make_volume<S: BlockStore>(
     Ok(superblock)
 }
 
-/// Reads the superblock: the valid copy with the highest revision.
+/// Reads the superblock: the undamaged copy with the highest revision.
 ///
 /// # Errors
-/// [`OpenError`] tells a foreign device from a damaged volume and from a newer format.
+/// [`OpenError`] distinguishes a foreign device, a damaged volume and a newer format.
 pub fn read_superblock<S: BlockStore>(store: &mut S) -> Result<Superblock, OpenError> {
     let mut best: Option<Superblock> = None;
     let mut worst = FormatError::Magic;
@@ -133,7 +133,7 @@ pub fn read_superblock<S: BlockStore>(store: &mut S) -> Result<Superblock, OpenE
     }
 }
 
-/// One copy of the superblock, or how it is wrong.
+/// Reads one copy of the superblock: the inner error says what is wrong with it.
 ///
 /// # Errors
 /// The device's.
@@ -162,5 +162,5 @@ fn zero<S: BlockStore>(store: &mut S, start: Lba, blocks: u64) -> io::Result<()>
     Ok(())
 }
 
-/// How much is zeroed by one write.
+/// Blocks that one write zeroes: 256 KiB (a guess).
 const CHUNK_BLOCKS: usize = 64;

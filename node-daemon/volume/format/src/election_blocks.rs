@@ -1,13 +1,14 @@
-//! The blocks of the coordinator's election: Disk Paxos (Gafni and Lamport, 2003) on one disk,
-//! one instance per coordinator epoch, and the leader blocks that say who won.
+//! The blocks of the coordinator's election: the Paxos blocks of Disk Paxos (Gafni and Lamport, 2003)
+//! on one disk, one instance per coordinator epoch, and the leader blocks that record the winners.
+//! Only the slot's node writes its blocks; every candidate reads all of them.
 //!
 //! # Paxos blocks
 //! Each slot has [`PAXOS_SUBSECTORS`] blocks. Ballot `b` of any instance is written to block
-//! `(b / slots) mod 8` of its slot, so that a late write of an earlier ballot destroys no later
-//! one; a block is used again only `settle` after its last writer was reset, or when that writer
-//! is this very process and its write has completed. Both phases of one ballot use one block, the
-//! second after the first has completed. A reader takes, of a slot's blocks, the one highest in
-//! (instance, mbal, bal).
+//! `(b / slots) mod 8` of its slot, so that a late write of an earlier ballot does not destroy a later
+//! one. A block is reused only by the process that wrote it last, after that write has completed, or
+//! one settle time after that process's node was reset. Both phases of a ballot use the same block,
+//! the second after the first has completed. The newest block of a slot is the one that is highest
+//! in (instance, mbal, bal).
 //!
 //! ```text
 //! offset size  field                              (header epoch: the instance)
@@ -21,27 +22,25 @@
 //! ```
 //!
 //! # Leader blocks
-//! One per slot, written by that slot's node alone: a late write of a deposed coordinator cannot
-//! hide its successor. The coordinator is the one whose leader block has the highest epoch; whoever
-//! wants to know reads all of them.
+//! One per slot: a late write of a deposed coordinator cannot overwrite its successor's block. The
+//! coordinator is the one whose leader block has the highest epoch; to find it, read all of them.
 //!
 //! ```text
 //! offset size  field                              (header epoch: the coordinator epoch)
 //!     48    8  generation of the coordinator
-//!     56    2  its slot
+//!     56    2  slot of the coordinator
 //! ```
 
 use bascule_types::{Generation, Owner, SlotId};
 use serde::{Deserialize, Serialize};
 
-use crate::FormatError;
-use crate::envelope::{BodyReader, BodyWriter, Kind, Record};
+use crate::envelope::{BodyReader, BodyWriter, FormatError, Kind, Record};
 
 /// Paxos blocks per slot.
 pub const PAXOS_SUBSECTORS: u64 = 8;
 
-/// One tenure of a coordinator, from 1. Orders coordinators; has nothing to do with the epoch of
-/// a VM's row.
+/// The number of a coordinator's term, from 1; rises with every election that is won. Independent of
+/// the epoch of a VM's ownership.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
 )]
@@ -49,7 +48,7 @@ pub const PAXOS_SUBSECTORS: u64 = 8;
 pub struct CoordinatorEpoch(pub u64);
 
 impl CoordinatorEpoch {
-    /// The next one.
+    /// The next value.
     ///
     /// # Panics
     /// When the counter would wrap.
@@ -69,42 +68,42 @@ impl std::fmt::Display for CoordinatorEpoch {
     }
 }
 
-/// What a slot has promised and accepted in one election.
+/// What a slot has promised and accepted in one instance of Disk Paxos.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct PaxosBlock {
-    /// The election: the epoch that its winner gets.
+    /// The instance: the epoch that its winner gets.
     pub instance: CoordinatorEpoch,
-    /// Who wrote this block.
+    /// The slot and generation that wrote the block.
     pub writer: Owner,
     /// The highest ballot that the writer entered.
     pub mbal: u64,
-    /// What it accepted, if anything: the ballot and the value.
+    /// The value that the writer accepted last, and in which ballot.
     pub accepted: Option<Accepted>,
 }
 
 /// A value that was accepted in a ballot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Accepted {
-    /// The ballot.
+    /// The ballot, at most `mbal`.
     pub bal: u64,
-    /// Who shall be the coordinator.
+    /// The proposed coordinator.
     pub value: Owner,
 }
 
 impl PaxosBlock {
-    /// What orders the blocks of one slot.
+    /// Orders the blocks of one slot.
     #[must_use]
     pub fn order(&self) -> (CoordinatorEpoch, u64, u64) {
         (self.instance, self.mbal, self.accepted.map_or(0, |a| a.bal))
     }
 }
 
-/// "I coordinate in this epoch."
+/// The record of a won election.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct LeaderBlock {
-    /// The tenure that this coordinator won.
+    /// The epoch that the coordinator won.
     pub epoch: CoordinatorEpoch,
-    /// The coordinator.
+    /// The winner's slot and generation.
     pub coordinator: Owner,
 }
 

@@ -1,4 +1,4 @@
-//! The envelope that every metadata block shares: one record, 512 bytes, sealed with a checksum.
+//! The envelope of every metadata record: 512 bytes, sealed with a checksum.
 //!
 //! ```text
 //! offset size  field
@@ -9,21 +9,21 @@
 //!     12    4  zero
 //!     16   16  volume id
 //!     32    8  own address: the LBA at which this block lies
-//!     40    8  epoch: what orders two blocks of this kind (its meaning is in the kind's table)
+//!     40    8  epoch: orders two blocks of this kind (its meaning is in the kind's table)
 //!     48  464  body, zero to its end
 //! ```
 //!
-//! All integers are little-endian. A sealed record lies in the first 512 bytes of a 4096-byte
-//! block of its own, whose rest is zero, so that it is one logical block on 512-byte and on 4Kn
-//! devices alike.
+//! All integers are little-endian. A sealed record takes the first 512 bytes of a 4096-byte block
+//! of its own, whose rest is zero: it lies in one logical block, which is written atomically, on
+//! 512-byte and on 4Kn devices alike.
 
 use bascule_types::{Lba, VolumeId};
 
 /// The size of a block of the volume: the unit of addresses and of metadata I/O.
 pub const BLOCK_BYTES: usize = 4096;
-/// The size of a sealed record: what is written atomically.
+/// The size of a sealed record: the unit of atomic writes.
 pub const RECORD_BYTES: usize = 512;
-/// The size of a record's body.
+/// The size of a record's body: what the 48-byte header leaves.
 pub const BODY_BYTES: usize = RECORD_BYTES - HEADER_BYTES;
 
 const HEADER_BYTES: usize = 48;
@@ -31,27 +31,21 @@ const MAGIC: [u8; 4] = *b"BSCL";
 const CRC_OFFSET: usize = 8;
 const BODY_VERSION: u16 = 1;
 
-/// What a metadata block holds.
+/// The type of a metadata record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[expect(missing_docs, reason = "the variants are named after the record types")]
 pub enum Kind {
-    /// The superblock.
     Superblock,
-    /// [`crate::HeartbeatRecord`].
     Heartbeat,
-    /// [`crate::PaxosBlock`].
     Paxos,
-    /// [`crate::LeaderBlock`].
     Leader,
-    /// The head of a checkpoint.
     CheckpointHead,
-    /// One row of a checkpoint.
     CheckpointRow,
-    /// One record of a journal.
     Journal,
 }
 
 impl Kind {
-    /// The number on the volume.
+    /// The number in the header of a record.
     #[must_use]
     pub const fn code(self) -> u16 {
         match self {
@@ -66,81 +60,72 @@ impl Kind {
     }
 }
 
-/// Where a block lies; it says so itself, and a block that lies elsewhere is not believed.
+/// The position of a block. The block's header repeats it; a block whose header says otherwise is
+/// refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct Place {
-    /// The volume.
     pub volume: VolumeId,
-    /// The address on it.
     pub lba: Lba,
 }
 
-/// Why bytes are not the record that should lie here.
+/// Why bytes are not the expected record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub enum FormatError {
     /// Fewer than 512 bytes.
     #[error("{0} bytes are too few for a record")]
     Short(usize),
-    /// Only zeroes: nothing was ever written here.
+    /// Only zeroes, as `format` leaves the block.
     #[error("the block was never written")]
     Blank,
-    /// Not a block of this format.
+    /// The bytes do not start with `BSCL`.
     #[error("the magic is missing: not a block of a Bascule volume")]
     Magic,
-    /// The bytes were altered, or torn.
+    /// The bytes were altered, or the write was torn.
     #[error("the checksum does not match")]
     Checksum,
     /// A block of another kind.
     #[error("a block of kind {found} lies where kind {wanted} belongs")]
-    Kind {
-        /// What should lie here.
-        wanted: u16,
-        /// What lies here.
-        found: u16,
-    },
+    Kind { wanted: u16, found: u16 },
     /// Written by a later release.
     #[error("version {found} of this block is newer than {known}, the last one known here")]
-    Newer {
-        /// The block's version.
-        found: u16,
-        /// The newest known.
-        known: u16,
-    },
+    Newer { found: u16, known: u16 },
     /// A block of another volume.
     #[error("the block belongs to volume {0}")]
     ForeignVolume(VolumeId),
-    /// A block that was meant for another address.
+    /// The header names another address: the write or the read went to the wrong block.
     #[error("the block says that it belongs at {found:?}, not at {here:?}")]
     Misplaced {
-        /// Where it was read.
+        /// The address from which the block was read.
         here: Lba,
-        /// Where it belongs.
+        /// The address in the block's header.
         found: Lba,
     },
-    /// A field has no meaning.
-    #[error("the field {0} has no meaning")]
+    /// A field has a value that this version does not define.
+    #[error("the field {0} has an undefined value")]
     Field(&'static str),
 }
 
-/// A record that has a place on the volume.
+/// A record with an envelope.
 pub trait Record: Sized {
-    /// Its kind.
+    /// The number in the header.
     const KIND: Kind;
 
-    /// What orders two blocks of this kind.
+    /// The header's epoch: orders two blocks of this kind.
     fn epoch(&self) -> u64;
 
-    /// Writes the body.
+    /// Writes the body, from offset 48 on.
     fn encode(&self, body: &mut BodyWriter<'_>);
 
     /// Reads the body. `epoch` is the header's.
     ///
     /// # Errors
-    /// [`FormatError::Field`] for a value without meaning.
+    /// [`FormatError::Field`] for an undefined value.
     fn parse(epoch: u64, body: &mut BodyReader<'_>) -> Result<Self, FormatError>;
 }
 
-/// The 512 bytes of `record` at `place`.
+/// The 512 bytes of `record` at `place`, with checksum.
 #[must_use]
 pub fn seal<R: Record>(record: &R, place: Place) -> [u8; RECORD_BYTES] {
     let mut bytes = [0; RECORD_BYTES];
@@ -159,7 +144,7 @@ pub fn seal<R: Record>(record: &R, place: Place) -> [u8; RECORD_BYTES] {
     bytes
 }
 
-/// The whole 4096-byte block of `record` at `place`.
+/// The 4096-byte block of `record` at `place`, zero behind the record.
 #[must_use]
 pub fn seal_block<R: Record>(record: &R, place: Place) -> [u8; BLOCK_BYTES] {
     let mut block = [0; BLOCK_BYTES];
@@ -167,11 +152,10 @@ pub fn seal_block<R: Record>(record: &R, place: Place) -> [u8; BLOCK_BYTES] {
     block
 }
 
-/// The record that lies in `bytes`, read from `place`. Bytes beyond the first 512 are not looked
-/// at.
+/// Parses the record in `bytes`, which were read from `place`. Ignores bytes beyond the first 512.
 ///
 /// # Errors
-/// [`FormatError`] for bytes that are not a whole record of this kind, volume and place.
+/// [`FormatError`] for bytes that are not an undamaged record of this kind, volume and place.
 pub fn open<R: Record>(bytes: &[u8], place: Place) -> Result<R, FormatError> {
     let (header, mut body) = open_envelope(bytes, R::KIND)?;
     if header.volume != place.volume {
@@ -186,15 +170,15 @@ pub fn open<R: Record>(bytes: &[u8], place: Place) -> Result<R, FormatError> {
     R::parse(header.epoch, &mut body)
 }
 
-/// The parts of the envelope that a reader compares.
+/// The fields of the header that a reader compares with the place.
 pub(crate) struct Header {
     pub(crate) volume: VolumeId,
     pub(crate) lba: Lba,
     pub(crate) epoch: u64,
 }
 
-/// Checks magic, checksum, kind and version, in this order: a later release may change everything
-/// but the envelope.
+/// Checks magic, checksum, kind and version, in this order: a later release may change any body,
+/// and keeps the header.
 pub(crate) fn open_envelope(
     bytes: &[u8],
     kind: Kind,
@@ -252,10 +236,10 @@ impl<'a> BodyWriter<'a> {
         Self { rest }
     }
 
-    /// Raw bytes.
+    /// Appends raw bytes.
     ///
     /// # Panics
-    /// When the record's fields do not fit its body: the byte tables are wrong.
+    /// When the record's fields do not fit its body, which is an error in its `encode`.
     pub fn bytes(&mut self, bytes: &[u8]) {
         let rest = std::mem::take(&mut self.rest);
         assert!(
@@ -267,27 +251,28 @@ impl<'a> BodyWriter<'a> {
         self.rest = tail;
     }
 
-    /// One byte.
+    /// Appends one byte.
     pub fn u8(&mut self, value: u8) {
         self.bytes(&[value]);
     }
 
-    /// Two bytes.
+    /// Appends two bytes.
     pub fn u16(&mut self, value: u16) {
         self.bytes(&value.to_le_bytes());
     }
 
-    /// Four bytes.
+    /// Appends four bytes.
     pub fn u32(&mut self, value: u32) {
         self.bytes(&value.to_le_bytes());
     }
 
-    /// Eight bytes.
+    /// Appends eight bytes.
     pub fn u64(&mut self, value: u64) {
         self.bytes(&value.to_le_bytes());
     }
 
-    /// A text of at most `room` bytes: its length in one byte, then `room` bytes.
+    /// Appends a string field of 1 + `room` bytes: the length in one byte, then the string, padded
+    /// with zeroes.
     ///
     /// # Panics
     /// When the text is longer than `room`.
@@ -299,7 +284,7 @@ impl<'a> BodyWriter<'a> {
         self.zeroes(room - text.len());
     }
 
-    /// `count` zero bytes.
+    /// Appends `count` zero bytes.
     pub fn zeroes(&mut self, count: usize) {
         for _ in 0..count {
             self.u8(0);
@@ -321,7 +306,7 @@ impl<'a> BodyReader<'a> {
         Self { rest }
     }
 
-    /// `N` raw bytes; zeroes past the end.
+    /// The next `N` bytes; zeroes past the end.
     pub fn array<const N: usize>(&mut self) -> [u8; N] {
         match self.rest.split_first_chunk::<N>() {
             Some((head, tail)) => {
@@ -335,22 +320,22 @@ impl<'a> BodyReader<'a> {
         }
     }
 
-    /// One byte.
+    /// The next byte.
     pub fn u8(&mut self) -> u8 {
         u8::from_le_bytes(self.array())
     }
 
-    /// Two bytes.
+    /// The next two bytes.
     pub fn u16(&mut self) -> u16 {
         u16::from_le_bytes(self.array())
     }
 
-    /// Four bytes.
+    /// The next four bytes.
     pub fn u32(&mut self) -> u32 {
         u32::from_le_bytes(self.array())
     }
 
-    /// Eight bytes.
+    /// The next eight bytes.
     pub fn u64(&mut self) -> u64 {
         u64::from_le_bytes(self.array())
     }
@@ -367,7 +352,7 @@ impl<'a> BodyReader<'a> {
         }
     }
 
-    /// A text as [`BodyWriter::text`] wrote it.
+    /// A string field as [`BodyWriter::text`] writes it.
     ///
     /// # Errors
     /// [`FormatError::Field`] with `name` for a length beyond `ROOM` or bytes that are not UTF-8.

@@ -1,5 +1,5 @@
-//! The free space of the extent region: first fit over whole runs, the longest free run when none
-//! fits, so that a disk gets few runs.
+//! The allocator of the extent region: first fit; where no free run is long enough, the longest runs
+//! first, so that a disk gets few runs. Not stored on the volume: rebuilt from the rows.
 
 use std::collections::BTreeMap;
 
@@ -9,13 +9,13 @@ use crate::metadata_records::RUNS_MAX;
 use crate::superblock::{RegionKind, Superblock};
 use crate::volume_layout::BLOCK_BYTES_U64;
 
-/// Free extents, as runs of extent numbers.
+/// The free extents, as runs of extent numbers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct ExtentAllocator {
     extent_blocks: u64,
     first: u64,
     total: u64,
-    /// First extent of each free run → its length; neighbours are merged.
+    /// First extent of each free run → length in extents. Adjacent runs are merged.
     free: BTreeMap<u64, u64>,
 }
 
@@ -45,7 +45,7 @@ impl ExtentAllocator {
         self.extents_to_bytes(self.free.values().sum())
     }
 
-    /// Runs for `size` bytes, without taking them.
+    /// Chooses runs for `size` bytes, without allocating them.
     pub(crate) fn plan(&self, size: Bytes) -> Result<Vec<ExtentRun>, Refusal> {
         let mut missing = size.0.div_ceil(self.extent_blocks * BLOCK_BYTES_U64);
         let needed = self.extents_to_bytes(missing);
@@ -75,7 +75,7 @@ impl ExtentAllocator {
         Ok(taken)
     }
 
-    /// Takes runs out of the free space. False if any of it was not free: the metadata is damaged.
+    /// Allocates runs. False if any extent was not free: the metadata is damaged.
     pub(crate) fn take(&mut self, runs: &[ExtentRun]) -> bool {
         runs.iter().all(|run| {
             self.extents(run)
@@ -83,7 +83,7 @@ impl ExtentAllocator {
         })
     }
 
-    /// Gives runs back. They must have been taken.
+    /// Frees runs, which must be allocated.
     pub(crate) fn give(&mut self, runs: &[ExtentRun]) {
         for run in runs {
             if let Some((start, length)) = self.extents(run) {

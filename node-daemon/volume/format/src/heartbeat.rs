@@ -1,7 +1,7 @@
-//! Heartbeat slots: one per node, written by that node alone.
+//! Heartbeat slots: one per node. Only that node writes its slot; every node reads all of them.
 //!
-//! A slot has [`HEARTBEAT_RECORDS`] blocks, written in turn: the record of sequence number `n`
-//! lies in block `n mod 4`, so that a torn or late write never destroys the newest record. The
+//! A slot has [`HEARTBEAT_RECORDS`] blocks, written in turn: the record with sequence number `n`
+//! goes to block `n mod 4`, so that a torn or late write does not destroy the newest record. The
 //! newest record of a slot is the one with the highest (generation, sequence).
 //!
 //! ```text
@@ -19,33 +19,32 @@
 
 use bascule_types::{Generation, NodeUid, Owner, SlotId};
 
-use crate::FormatError;
-use crate::envelope::{BodyReader, BodyWriter, Kind, Record};
+use crate::envelope::{BodyReader, BodyWriter, FormatError, Kind, Record};
 use crate::timing::Timings;
 
 /// Blocks per heartbeat slot.
 pub const HEARTBEAT_RECORDS: u64 = 4;
-/// The longest service address: an IPv6 address with scope and port fits.
+/// The longest service address in bytes: an IPv6 address with scope and port fits.
 pub const ADDRESS_BYTES_MAX: usize = 64;
 
-/// One sign of life.
+/// A heartbeat: the renewal of its writer's lease.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct HeartbeatRecord {
-    /// Who.
+    /// The node that wrote the record.
     pub node: NodeUid,
     /// The kernel's boot id, `/proc/sys/kernel/random/boot_id`.
     pub boot: [u8; 16],
     /// The slot and its generation.
     pub owner: Owner,
-    /// Rises with every renewal of a generation, from 1; each number is sent once (R3).
+    /// Rises with every renewal, from 1; each number is sent once (R3).
     pub sequence: u64,
-    /// What resets the node when it cannot renew.
+    /// What resets the node when it cannot renew its lease.
     pub watchdog: WatchdogKind,
-    /// The node left: every gate closed and every submitted write completed.
+    /// Whether the node has left: every gate is closed and every submitted write has completed.
     pub detached: bool,
-    /// The times that this node obeys.
+    /// The times by which this node's lease and watchdog work.
     pub timings: Timings,
-    /// Where its `bascule-volume` takes changes, `host:port`; empty if nowhere.
+    /// `host:port` at which the node's `bascule-volume` takes changes; empty if it takes none.
     pub address: String,
 }
 
@@ -54,20 +53,20 @@ pub struct HeartbeatRecord {
 pub enum WatchdogKind {
     /// Nothing.
     None,
-    /// The kernel's softdog: it hangs with the kernel, so it proves nothing unless allowed.
+    /// The kernel's softdog. It hangs with the kernel, so it counts only if the policy allows it.
     Software,
-    /// A device that counts on when the kernel does not.
+    /// A device that resets the node also when its kernel hangs.
     Hardware,
 }
 
 impl HeartbeatRecord {
-    /// Which of the slot's blocks this record lies in.
+    /// The index of this record's block in the slot, 0 to 3.
     #[must_use]
     pub const fn block_of_slot(&self) -> u64 {
         self.sequence % HEARTBEAT_RECORDS
     }
 
-    /// What orders the records of a slot.
+    /// Orders the records of a slot.
     #[must_use]
     pub const fn order(&self) -> (Generation, u64) {
         (self.owner.generation, self.sequence)

@@ -1,40 +1,66 @@
-//! The on-disk format of a SharedVolume, version 1: its bytes, its metadata and the rules by which
-//! the metadata changes. Pure but for [`BlockStore`]; shared by `bascule-volume`, the offline
-//! checker and the protocol's models. It must not know sockets, threads, clocks or Kubernetes.
+//! The on-disk format of a SharedVolume, version 1: its bytes, its metadata, and the rules by which
+//! the metadata changes. `bascule-volume`, the offline checker and the protocol's models share this
+//! crate. It does I/O only through [`BlockStore`] and must not know sockets, threads, clocks or
+//! Kubernetes.
 //!
-//! # Assumes
-//! - One aligned logical block is written atomically. A record is 512 bytes, sealed with a
-//!   checksum, in a 4096-byte block of its own; so 512-byte and 4Kn devices both qualify. Nothing
-//!   larger is ever assumed to be atomic.
-//! - Each submitted write takes effect at most once. A living initiator's write may land
-//!   arbitrarily late; once its initiator was reset, or its reservation was preempted and aborted,
-//!   a write lands within `settle` (in the superblock) or never. `settle` is part of every fence
+//! # Constraints
+//! - **Atomic unit.** One aligned logical block is written atomically, nothing larger. A record is
+//!   512 bytes, sealed with a checksum, and starts a 4096-byte block of its own; so devices with 512
+//!   and with 4096-byte (4Kn) logical blocks both qualify. (Checkpoint rows lie eight to a block;
+//!   they count only once the head that carries their checksum is durable.)
+//! - **At most once, possibly late.** Each submitted write takes effect at most once. As long as
+//!   its initiator lives, a write may land arbitrarily late, also after it was reported as failed.
+//!   Once the initiator was reset, or its reservation was preempted and aborted, the write lands
+//!   within the settle time (in the superblock) or never. The settle time is part of every fence
 //!   proof and of every reuse of a slot, a Paxos block or a metadata area.
-//! - A write that was flushed survives. One that was not may be lost, alone or with others.
-//! - No compare-and-write is required. Every block has one writer: a slot's heartbeats, Paxos
-//!   blocks, leader block and metadata areas are written by that slot's holder alone. (A saved
-//!   state or a disk is written by its owner.)
+//! - **Durability.** A write that was flushed survives a power loss. A completed write that was not
+//!   flushed may be lost, alone or with others, in any order.
+//! - **No compare-and-write.** The format needs none, because every block has one writer.
+//!
+//! # Regions: position, writer, readers
+//! An LBA counts 4096-byte blocks from the start of the device. The superblock holds the position
+//! of every region; [`FormatRequest`] computes it once, when the volume is formatted.
+//!
+//! | region | blocks | contents | writer | readers |
+//! |---|---|---|---|---|
+//! | superblock | LBA 0 and LBA 255 | [`Superblock`] | `format` | every node, before anything else |
+//! | heartbeats | 4 per slot, from LBA 256 | [`HeartbeatRecord`] | the slot's node | every node, at each poll interval |
+//! | paxos | 8 per slot | [`PaxosBlock`] | the slot's node | candidates of an election |
+//! | leaders | 1 per slot | [`LeaderBlock`] | the slot's node, when it wins an election | every node; the coordinator before each answer |
+//! | areas | 2 metadata areas per slot, 64 to 6144 blocks each | [`CheckpointHead`], [`CheckpointRow`], [`JournalBlock`] | the slot's node, while it is the coordinator | every node that needs the rows |
+//! | mailbox | 16 per slot | reserved, zero | none yet | none yet |
+//! | references | 8 bytes per extent | reserved, zero | none yet | none yet |
+//! | extents | the rest, in whole extents | disks, saved states of VMs | the owner or the importer that the row names | the owner |
+//!
+//! # Records
+//! Every metadata record has the same 48-byte header: magic, kind, checksum, volume id, its own
+//! address, epoch ([`envelope`]). The byte table of each kind heads its module; offsets count from the start of the
+//! 512-byte record, and all integers are little-endian. A reader accepts a record only
+//! if checksum, kind, volume id and address match.
+//!
+//! | kind | record | byte table in | the header's epoch is |
+//! |---|---|---|---|
+//! | 1 | [`Superblock`] | [`superblock`] | its revision |
+//! | 2 | [`HeartbeatRecord`] | [`heartbeat`] | the generation |
+//! | 3 | [`PaxosBlock`] | [`election_blocks`] | the election, which is the epoch of its winner |
+//! | 4 | [`LeaderBlock`] | [`election_blocks`] | the coordinator epoch |
+//! | 5 | [`CheckpointHead`] | [`area_blocks`] | the coordinator epoch |
+//! | 6 | [`CheckpointRow`] | [`area_blocks`]; its row in [`metadata_records`] | the coordinator epoch |
+//! | 7 | [`JournalBlock`] | [`area_blocks`]; its row in [`metadata_records`] | the coordinator epoch |
 //!
 //! # Versions
-//! The superblock has a format version and three sets of feature flags: who does not know a compat
-//! flag may ignore it, an ro-compat flag forbids writing, an incompat flag forbids everything. Each
-//! kind of block has a version of its own in the envelope. A flag is raised only when every
-//! attached node supports it.
+//! The superblock has a format version and three sets of feature flags. A reader that does not know
+//! a compat flag ignores it; with an unknown ro-compat flag it must not write; with an unknown
+//! incompat flag it must not use the volume at all. The header of each record has the version of its
+//! kind. A flag is raised only when every attached node supports it.
 //!
-//! # Byte tables
-//! Envelope: [`Place`] and [`seal`] · superblock: [`Superblock`] · where everything lies:
-//! [`FormatRequest`] · heartbeats: [`HeartbeatRecord`] · Paxos and leader blocks: [`PaxosBlock`],
-//! [`LeaderBlock`] · checkpoints and journal: [`CheckpointHead`], [`JournalBlock`] · rows:
-//! [`MetaRecord`]. Each table heads the module that implements it, with offsets from the start of
-//! the 512-byte record.
+//! # Extents
+//! Disks and saved states take whole extents. A newly allocated extent holds the data of its last
+//! user. Therefore a new disk is `importing`, and cannot be opened, until its importer has written
+//! or zeroed all of it; and a saved state is never read beyond the length that its row gives.
 //!
-//! # Space
-//! Disks and saved states take whole extents from one region. A new extent holds whatever its last
-//! user left: a new disk is `importing` until its importer has written or zeroed all of it, so that
-//! it reads as zeroes or as its image, never as somebody else's data. A saved state is never read
-//! beyond the length that its row gives.
-//!
-//! Read next: `log` (recovery and the coordinator's journal), then `metadata` (what is decided).
+//! Read next: [`metadata_log`] (recovery and the coordinator's journal), then [`metadata`] (the
+//! decisions).
 #![forbid(unsafe_code)]
 
 pub mod area_blocks;

@@ -1,7 +1,8 @@
-//! The metadata in memory: every row, and what a record does to them.
+//! The metadata in memory: every row, the effect of each record on the rows, and the decisions about
+//! requested changes.
 //!
-//! Only [`Metadata::apply`] alters it, and only by records that came from the journal, a
-//! checkpoint, or [`Metadata::decide`] after they were made durable.
+//! Only [`Metadata::apply`] changes rows. Its records come from a checkpoint, from the journal, or
+//! from [`Metadata::decide`] after they were made durable.
 
 mod decide;
 mod disk_changes;
@@ -37,28 +38,28 @@ pub struct Metadata {
     space: ExtentAllocator,
 }
 
-/// A record contradicts the rows that it should alter: the metadata is damaged.
+/// A record cannot be applied to the present rows: the metadata is damaged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Contradiction {
-    /// Extents that somebody else has, or that lie outside the region.
+    /// The extents are allocated to another row, or lie outside the extent region.
     #[error("two rows claim the same extents, or extents outside of the volume")]
     Extents,
-    /// A row refers to a row that is not there.
+    /// The record changes or deletes a row that does not exist.
     #[error("a record alters a row that does not exist")]
     Missing,
     /// Two disks of one name.
     #[error("two disks have the same name")]
     Name,
-    /// A slot beyond the last.
+    /// The slot number is not below the volume's slot count.
     #[error("a row names a slot that the volume does not have")]
     Slot,
 }
 
 impl Metadata {
-    /// A volume without rows.
+    /// The metadata of a volume without rows.
     #[must_use]
     pub fn new(superblock: &Superblock) -> Self {
-        let area = superblock.area(crate::AreaId {
+        let area = superblock.area(crate::volume_layout::AreaId {
             slot: SlotId(0),
             half: 0,
         });
@@ -77,11 +78,10 @@ impl Metadata {
         }
     }
 
-    /// Alters the rows as the record says.
+    /// Applies a record to the rows.
     ///
     /// # Errors
-    /// [`Contradiction`]: the record cannot follow on these rows. They may be half altered and
-    /// must not be used any more.
+    /// [`Contradiction`]. The record may be half applied: discard this value then.
     pub fn apply(&mut self, record: &MetaRecord) -> Result<(), Contradiction> {
         match record {
             MetaRecord::Slot(row) => self.apply_slot(*row)?,
@@ -113,7 +113,8 @@ impl Metadata {
         Ok(())
     }
 
-    /// The records that rebuild these rows from nothing, in a fixed order.
+    /// The records of a checkpoint: applied to empty metadata they rebuild these rows. The order is
+    /// fixed: slots, VMs, disks, saved states, fences.
     pub fn rows(&self) -> impl Iterator<Item = MetaRecord> + '_ {
         let slots = self.slots.values().copied().map(MetaRecord::Slot);
         let vms = self.vms.values().cloned().map(MetaRecord::Vm);
@@ -123,7 +124,7 @@ impl Metadata {
         slots.chain(vms).chain(disks).chain(saved).chain(fences)
     }
 
-    /// How many rows there are.
+    /// The number of all rows, which a checkpoint must have room for.
     #[must_use]
     pub fn row_count(&self) -> u64 {
         let rows = self.slots.len()
@@ -139,69 +140,69 @@ impl Metadata {
         self.slots.values()
     }
 
-    /// A node's slot.
+    /// The slot that is assigned to `node`.
     #[must_use]
     pub fn slot_of(&self, node: NodeUid) -> Option<&SlotRow> {
         self.slots.values().find(|row| row.node == node)
     }
 
-    /// A slot's holder.
+    /// The row of `slot`; none if no node holds it.
     #[must_use]
     pub fn slot(&self, slot: SlotId) -> Option<&SlotRow> {
         self.slots.get(&slot)
     }
 
-    /// A VM's row.
+    /// The row of `vm`.
     #[must_use]
     pub fn vm(&self, vm: VmUid) -> Option<&VmRow> {
         self.vms.get(&vm)
     }
 
-    /// Every VM.
+    /// All VMs.
     pub fn vms(&self) -> impl Iterator<Item = &VmRow> {
         self.vms.values()
     }
 
-    /// A disk.
+    /// The row of `disk`.
     #[must_use]
     pub fn disk(&self, disk: DiskId) -> Option<&DiskRow> {
         self.disks.get(&disk)
     }
 
-    /// Every disk.
+    /// All disks, kept ones too.
     pub fn disks(&self) -> impl Iterator<Item = &DiskRow> {
         self.disks.values()
     }
 
-    /// Every saved state.
+    /// All saved states.
     pub fn saved_states(&self) -> impl Iterator<Item = &SavedStateRow> {
         self.saved.values()
     }
 
-    /// A VM's saved state.
+    /// The saved state of `vm`.
     #[must_use]
     pub fn saved(&self, vm: VmUid) -> Option<&SavedStateRow> {
         self.saved.get(&vm)
     }
 
-    /// Every fence record.
+    /// All fence records.
     pub fn fences(&self) -> impl Iterator<Item = &FenceRow> {
         self.fences.values()
     }
 
-    /// The fence record of an owner.
+    /// The fence record of `victim`, if it was fenced.
     #[must_use]
     pub fn fence(&self, victim: Owner) -> Option<&FenceRow> {
         self.fences.get(&victim)
     }
 
-    /// The size of the extent region.
+    /// The size of the extent region in bytes.
     #[must_use]
     pub fn capacity(&self) -> Bytes {
         self.space.capacity()
     }
 
-    /// Of it, free.
+    /// The free part of the extent region in bytes.
     #[must_use]
     pub fn free(&self) -> Bytes {
         self.space.free_bytes()

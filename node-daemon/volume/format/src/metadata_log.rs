@@ -4,18 +4,18 @@
 //!            ┌──────── recover ────────┐          start            commit ⟲ (journal full:
 //!  any state │ newest checkpoint,      │ Recovered ─────► Log ◄────────────  checkpoint first)
 //!            │ then its journal        │      checkpoint in the own        failed write or flush:
-//!            └─────────────────────────┘      area that is not its base    the Log is of no use
+//!            └─────────────────────────┘      area that is not its base    the Log refuses more
 //! ```
 //!
 //! # Ordering
 //! - A coordinator makes its leader block durable, then recovers, then starts its own log with a
-//!   checkpoint, then answers. So records that a deposed coordinator still appends to its own
-//!   journal are never read by anyone once its successor has answered anything.
+//!   checkpoint, then answers. Records that a deposed coordinator still appends to its own journal
+//!   are therefore never read once its successor has answered a request.
 //! - Rows are flushed before the head that makes them count. A group of records is flushed before
-//!   it is answered, and the next group is written after that: a hole in the journal with a later
-//!   group behind it is damage, not a crash.
-//! - A checkpoint goes to the area of this slot that is not the base. Nothing that may be needed is
-//!   ever overwritten.
+//!   its request is answered, and the next group is written after that. So a hole in the journal
+//!   with a later group behind it is damage, not the effect of a crash.
+//! - A checkpoint goes to the area of this slot that is not the base of what was recovered: the base
+//!   is not overwritten while it may still be needed.
 
 use std::io;
 
@@ -30,19 +30,19 @@ use crate::metadata_records::MetaRecord;
 use crate::superblock::Superblock;
 use crate::volume_layout::{Area, AreaId};
 
-/// The most records that one change takes.
+/// The largest number of records of one group.
 pub const GROUP_MAX: usize = 8;
 
-/// The metadata as the volume has it.
+/// The metadata that was read from the volume.
 #[derive(Clone, Debug)]
 pub struct Recovered {
-    /// The rows.
+    /// The rows of the checkpoint, with the journal applied.
     pub metadata: Metadata,
-    /// The checkpoint that they come from.
+    /// The newest checkpoint.
     pub base: CheckpointId,
-    /// Where it lies.
+    /// The area with that checkpoint.
     pub area: AreaId,
-    /// How many journal records follow it.
+    /// How many journal records were applied.
     pub journaled: u64,
 }
 
@@ -59,38 +59,38 @@ pub struct Log {
 /// Why the metadata cannot be read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum LogError {
-    /// The device failed. After a write or flush the log is of no more use.
+    /// The device failed. After a failed write or flush the log refuses further commits.
     #[error("cannot {what}")]
     Io {
-        /// What was tried.
+        /// The operation that failed.
         what: &'static str,
-        /// Why it failed.
+        /// The device's error.
         #[source]
         source: io::Error,
     },
-    /// A block that must be whole is damaged.
+    /// A block is damaged that a crash cannot damage.
     #[error("the {what} at block {} is damaged", lba.0)]
     Damaged {
-        /// What should be there.
+        /// The kind of block.
         what: &'static str,
-        /// Where.
+        /// The block's address.
         lba: Lba,
-        /// How it is damaged.
+        /// The kind of damage.
         #[source]
         source: FormatError,
     },
-    /// The journal has a hole.
+    /// The journal has a hole with a later group behind it.
     #[error("journal record {sequence} at block {} is damaged and later ones follow", lba.0)]
     Hole {
-        /// Which record.
+        /// The damaged record's position in the journal.
         sequence: u64,
-        /// Where.
+        /// The damaged block's address.
         lba: Lba,
     },
-    /// No checkpoint anywhere.
+    /// No area has a checkpoint: the volume was not formatted completely.
     #[error("the volume has no metadata checkpoint")]
     NoCheckpoint,
-    /// The rows contradict each other.
+    /// A record does not fit the rows before it.
     #[error("the metadata contradicts itself")]
     Contradiction(#[from] Contradiction),
     /// More rows than a checkpoint has room for, or more records than a group may have.
@@ -101,11 +101,11 @@ pub enum LogError {
     Failed,
 }
 
-/// Reads the newest checkpoint and its journal. Alters nothing.
+/// Reads the newest checkpoint and its journal. Writes nothing.
 ///
 /// # Errors
-/// [`LogError`]; a damaged head is one even if an older checkpoint is whole, because going back to
-/// that could undo what was acknowledged.
+/// [`LogError`]. A damaged head is an error even if another area has an undamaged checkpoint: that
+/// one may be older, and using it could undo acknowledged changes.
 pub fn recover<S: BlockStore>(
     store: &mut S,
     superblock: &Superblock,
@@ -190,7 +190,7 @@ fn load_rows<S: BlockStore>(
     }
 }
 
-/// Applies every whole group that follows the checkpoint; returns how many records that were.
+/// Applies every complete group that follows the checkpoint; returns the number of their records.
 fn replay<S: BlockStore>(
     store: &mut S,
     superblock: &Superblock,
@@ -220,8 +220,8 @@ fn replay<S: BlockStore>(
                 }
             }
             (None, None) => hole = Some(sequence),
-            // Every group is flushed before the next is written: one that starts after the hole
-            // proves that the hole was whole once.
+            // Every group is flushed before the next is written: a group that starts behind the hole
+            // proves that the hole once held a durable record.
             (Some(block), Some(sequence)) if block.group() > sequence => {
                 let lba = Lba(area.journal.0 + sequence);
                 return Err(LogError::Hole { sequence, lba });
@@ -233,7 +233,7 @@ fn replay<S: BlockStore>(
     Ok(applied)
 }
 
-/// Some consecutive blocks of a journal: read together, because latency counts more than length.
+/// Read buffer: consecutive blocks of a journal, read at once because each read costs a round trip.
 #[derive(Default)]
 struct Chunk {
     first: u64,
@@ -260,11 +260,11 @@ impl Chunk {
     }
 }
 
-/// 64 KiB.
+/// 64 KiB (a guess).
 const CHUNK_BLOCKS: u64 = 16;
 
 impl Log {
-    /// Starts the journal of a new coordinator with a checkpoint of what it recovered. Its leader
+    /// Starts a new coordinator's journal with a checkpoint of `recovered`. The coordinator's leader
     /// block must have been durable before `recovered` was read.
     ///
     /// # Errors
@@ -288,7 +288,7 @@ impl Log {
         Ok(log)
     }
 
-    /// The epoch that this journal belongs to.
+    /// The coordinator epoch of this journal.
     #[must_use]
     pub const fn epoch(&self) -> CoordinatorEpoch {
         self.id.epoch
@@ -297,7 +297,8 @@ impl Log {
     /// Makes a group of records durable and applies it to `metadata`.
     ///
     /// # Errors
-    /// [`LogError`]. Whether the records count is then unknown, and the log refuses further ones.
+    /// [`LogError`]. Whether the group is durable is then unknown, and the log refuses further ones
+    /// (sticky failure).
     pub fn commit<S: BlockStore>(
         &mut self,
         store: &mut S,
@@ -307,7 +308,7 @@ impl Log {
         if self.failed {
             return Err(LogError::Failed);
         }
-        // Cleared only when everything went well.
+        // Cleared at the end, so that every early return leaves the log failed.
         self.failed = true;
         if records.len() > GROUP_MAX {
             return Err(LogError::TooLarge);

@@ -1,24 +1,56 @@
-//! The records of the metadata: what the journal and a checkpoint are made of.
+//! The records of the metadata: what checkpoint rows and journal records carry.
 //!
-//! A record is physical: it says what a row is, not what was asked, so that replay decides nothing.
-//! Two records alter many rows at once ([`MetaRecord::Rejoin`], [`MetaRecord::DeleteVm`]); they say
-//! so in one block, because one block is atomic.
+//! A record is physical: it holds a row's new contents, not the request that led to them, so that
+//! replay makes no decisions. Two records change many rows at once ([`MetaRecord::Rejoin`],
+//! [`MetaRecord::DeleteVm`]); they fit one block, and so take effect atomically.
 //!
-//! # Body of a record (440 bytes at most)
+//! # Byte table
+//! Offsets count from the start of the record, which has 440 bytes at most and is zero to its end.
+//!
 //! ```text
-//! u8 type, then
-//!  1 slot    slot u16, node 16, generation u64, boot 16
-//!  2 vm      vm 16, name text191, owner, epoch u64, attempt flag+16, spec digest 32
-//!  3 disk    disk 16, name text191, vm flag+16, size u64, role u8, importing u8, importer, runs
-//!  4 saved   vm 16, epoch u64, complete flag + length u64 + crc32c u32, runs
-//!  5 fence   victim, proof u8, watched_ms u64, required_ms u64
-//!  6 rejoin  from, to, boot 16, keep u8
-//!  7 no vm   vm 16     (its disks become kept disks, its saved state is freed)
-//!  8 no disk disk 16
-//!  9 no saved vm 16
-//! 10 no fence victim
-//! owner = flag u8, slot u16, generation u64
-//! runs  = count u8, then per run: first MiB u32, length in MiB u32   (at most 24 runs)
+//! type             offset size  field
+//! every record          0    1  type
+//!  1 slot               1    2  slot
+//!                       3   16  node uid
+//!                      19    8  generation that last joined, 0 before the first
+//!                      27   16  boot id in which it joined
+//!  2 vm                 1   16  vm uid
+//!                      17  192  name
+//!                     209   11  owner
+//!                     220    8  epoch
+//!                     228   17  migration attempt
+//!                     245   32  spec digest
+//!  3 disk               1   16  disk id
+//!                      17  192  name
+//!                     209   17  vm uid
+//!                     226    8  size in bytes
+//!                     234    1  role: 0 data, 1 kernel, 2 initrd
+//!                     235    1  1 = importing
+//!                     236   11  importer (an owner)
+//!                     247       runs
+//!  4 saved state        1   16  vm uid
+//!                      17    8  epoch
+//!                      25    1  1 = complete
+//!                      26    8  length in bytes, 0 unless complete
+//!                      34    4  CRC32C, 0 unless complete
+//!                      38       runs
+//!  5 fence              1   11  victim (an owner)
+//!                      12    1  proof: 1 safe time, 2 confirmed, 3 out-of-service taint, 4 rebooted
+//!                      13    8  time watched in ms, 0 unless the proof is 1
+//!                      21    8  time required in ms, 0 unless the proof is 1
+//!  6 rejoin             1   11  from (an owner)
+//!                      12   11  to (an owner)
+//!                      23   16  boot id of `to`
+//!                      39    1  1 = `from`'s rows go over to `to`
+//!  7 delete vm          1   16  vm uid (its disks become kept disks, its saved state is freed)
+//!  8 delete disk        1   16  disk id
+//!  9 delete saved       1   16  vm uid
+//! 10 delete fence       1   11  victim (an owner)
+//!
+//! owner    11 bytes: 1 present (0 or 1), 2 slot, 8 generation
+//! id       17 bytes: 1 present (0 or 1), 16 id                    (vm uid of a disk, attempt)
+//! name    192 bytes: 1 length, 191 visible ASCII, zero to the end
+//! runs     1 + 8n bytes, n at most 24: 1 count n, then per run 4 first MiB of the volume, 4 MiB
 //! ```
 
 use bascule_types::{
@@ -27,10 +59,9 @@ use bascule_types::{
     VmRow, VmUid,
 };
 
-use crate::FormatError;
-use crate::envelope::{BodyReader, BodyWriter};
+use crate::envelope::{BodyReader, BodyWriter, FormatError};
 
-/// The most runs of extents that one row has room for.
+/// The most extent runs of one row: what fits beside the longest name.
 pub const RUNS_MAX: usize = 24;
 
 /// A heartbeat slot's holder.
@@ -38,50 +69,61 @@ pub const RUNS_MAX: usize = 24;
 pub struct SlotRow {
     /// The slot.
     pub slot: SlotId,
-    /// The node.
+    /// The node to which the slot is assigned.
     pub node: NodeUid,
     /// The generation that last joined; 0 before the first.
     pub generation: Generation,
-    /// The kernel's boot id in which it joined.
+    /// The kernel's boot id in which that generation joined; zero before the first.
     pub boot: [u8; 16],
 }
 
-/// One step of the metadata.
+impl SlotRow {
+    /// The slot in the generation that last joined.
+    #[must_use]
+    pub const fn owner(&self) -> Owner {
+        Owner {
+            slot: self.slot,
+            generation: self.generation,
+        }
+    }
+}
+
+/// One change to the rows. The first five insert a row, or replace it as a whole.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum MetaRecord {
-    /// This slot is so.
+    /// A heartbeat slot's row.
     Slot(SlotRow),
-    /// This VM is so.
+    /// A VM's row.
     Vm(VmRow),
-    /// This disk is so.
+    /// A disk's row.
     Disk(DiskRow),
-    /// This saved state is so.
+    /// The row of a VM's saved state.
     Saved(SavedStateRow),
-    /// This owner is fenced.
+    /// The fence record of an owner.
     Fence(FenceRow),
     /// A slot's generation rises.
     Rejoin {
-        /// The last one.
+        /// The slot in its last generation.
         from: Owner,
-        /// The new one, of the same slot.
+        /// The same slot in its new generation.
         to: Owner,
-        /// The new one's boot id.
+        /// The kernel's boot id under which `to` joins.
         boot: [u8; 16],
-        /// Whether `from`'s rows go over to `to`; they are released otherwise.
+        /// Whether the VMs and imports of `from` go over to `to`; they are released otherwise.
         keep: bool,
     },
-    /// The VM is gone; its disks are kept disks, its saved state is free.
+    /// Deletes a VM's row; its disks become kept disks, its saved state is freed.
     DeleteVm(VmUid),
-    /// The disk is gone and its extents are free.
+    /// Deletes a disk and frees its extents.
     DeleteDisk(DiskId),
-    /// The saved state is gone and its extents are free.
+    /// Deletes a saved state and frees its extents.
     DeleteSaved(VmUid),
-    /// The fence record is of no more use.
+    /// Deletes a fence record whose victim no row names any more.
     DeleteFence(Owner),
 }
 
 impl MetaRecord {
-    /// Writes the record.
+    /// Writes type and fields.
     pub fn encode(&self, body: &mut BodyWriter<'_>) {
         match self {
             Self::Slot(row) => encode_slot(row, body),
@@ -101,9 +143,9 @@ impl MetaRecord {
                 body.bytes(boot);
                 body.u8(u8::from(*keep));
             }
-            Self::DeleteVm(vm) => encode_gone(7, vm.to_bytes(), body),
-            Self::DeleteDisk(disk) => encode_gone(8, disk.to_bytes(), body),
-            Self::DeleteSaved(vm) => encode_gone(9, vm.to_bytes(), body),
+            Self::DeleteVm(vm) => encode_deleted(7, vm.to_bytes(), body),
+            Self::DeleteDisk(disk) => encode_deleted(8, disk.to_bytes(), body),
+            Self::DeleteSaved(vm) => encode_deleted(9, vm.to_bytes(), body),
             Self::DeleteFence(victim) => {
                 body.u8(10);
                 encode_owner(Some(*victim), body);
@@ -114,7 +156,7 @@ impl MetaRecord {
     /// Reads a record.
     ///
     /// # Errors
-    /// [`FormatError::Field`].
+    /// [`FormatError::Field`] for an undefined value.
     pub fn parse(body: &mut BodyReader<'_>) -> Result<Self, FormatError> {
         match body.u8() {
             1 => Ok(Self::Slot(SlotRow {
@@ -142,7 +184,7 @@ impl MetaRecord {
     }
 }
 
-fn encode_gone(code: u8, id: [u8; 16], body: &mut BodyWriter<'_>) {
+fn encode_deleted(code: u8, id: [u8; 16], body: &mut BodyWriter<'_>) {
     body.u8(code);
     body.bytes(&id);
 }
@@ -304,7 +346,7 @@ fn parse_name(body: &mut BodyReader<'_>) -> Result<RowName, FormatError> {
     RowName::new(text).map_err(|_| FormatError::Field("name"))
 }
 
-/// Extents are whole MiB, so that 24 runs fit beside the longest name.
+/// Runs are encoded in MiB, so that 24 of them fit beside the longest name.
 fn encode_runs(runs: &[ExtentRun], body: &mut BodyWriter<'_>) {
     body.u8(u8::try_from(runs.len()).unwrap_or(u8::MAX));
     for run in runs {

@@ -1,4 +1,4 @@
-//! The offline checker: reads everything, alters nothing, and says what it found.
+//! The offline checker behind `bascule-volume check`: reads all metadata and writes nothing.
 
 use std::fmt;
 use std::io;
@@ -13,41 +13,41 @@ use crate::heartbeat::{HEARTBEAT_RECORDS, HeartbeatRecord};
 use crate::metadata_log::{Recovered, recover};
 use crate::superblock::{SUPERBLOCK_LBAS, Superblock};
 
-/// What the checker found.
+/// The result of a check.
 #[derive(Clone, Debug, Default)]
 pub struct Report {
-    /// The volume, if there is one.
+    /// The superblock with the highest revision.
     pub superblock: Option<Superblock>,
     /// The metadata, if it can be recovered.
     pub recovered: Option<Recovered>,
-    /// The newest leader block.
+    /// The leader block with the highest epoch, if a coordinator was ever elected.
     pub leader: Option<LeaderBlock>,
     /// The newest heartbeat of every slot that has one.
     pub heartbeats: Vec<HeartbeatRecord>,
-    /// Everything that is not as it should be.
+    /// Every inconsistency, in the order in which the regions were read.
     pub findings: Vec<Finding>,
 }
 
-/// Something that is not as it should be.
+/// One inconsistency.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Finding {
-    /// How bad it is.
+    /// Whether the volume can still be used.
     pub severity: Severity,
-    /// What and where.
+    /// What is inconsistent and where, for the administrator.
     pub text: String,
 }
 
-/// How bad a finding is.
+/// Whether a volume with this finding can be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Severity {
-    /// The volume works; redundancy or tidiness is lost.
+    /// The volume works; a redundant copy is lost or out of date.
     Warning,
     /// The volume must not be used.
     Error,
 }
 
 impl Report {
-    /// The worst severity, if anything was found.
+    /// The highest severity of all findings; none without findings.
     #[must_use]
     pub fn worst(&self) -> Option<Severity> {
         self.findings.iter().map(|finding| finding.severity).max()
@@ -98,7 +98,7 @@ fn check_copies<S: BlockStore>(
             Ok(copy) if copy == *superblock => {}
             Ok(_) => report.find(
                 Severity::Warning,
-                format!("the superblock copy at block {} is out of date", lba.0),
+                format!("superblock copy at block {}: out of date", lba.0),
             ),
             Err(error) => report.find(
                 Severity::Warning,
@@ -121,7 +121,10 @@ fn check_nodes<S: BlockStore>(
             let record: Option<HeartbeatRecord> = look(store, superblock, lba, report)?;
             let Some(record) = record else { continue };
             if record.owner.slot != slot || record.block_of_slot() != block {
-                let text = format!("heartbeat at block {} belongs elsewhere", lba.0);
+                let text = format!(
+                    "Heartbeat block {}: holds record {} of {}, which belongs in another block",
+                    lba.0, record.sequence, record.owner
+                );
                 report.find(Severity::Error, text);
             } else if newest.as_ref().is_none_or(|n| n.order() < record.order()) {
                 newest = Some(record);
@@ -132,7 +135,10 @@ fn check_nodes<S: BlockStore>(
             let lba = superblock.paxos_lba(slot, subsector);
             let block: Option<PaxosBlock> = look(store, superblock, lba, report)?;
             if block.is_some_and(|block| block.writer.slot != slot) {
-                let text = format!("Paxos block {} was written by another slot", lba.0);
+                let text = format!(
+                    "Paxos block {}: written by another slot than its own",
+                    lba.0
+                );
                 report.find(Severity::Error, text);
             }
         }
@@ -152,7 +158,10 @@ fn check_leader<S: BlockStore>(
         return Ok(());
     };
     if leader.coordinator.slot != slot {
-        let text = format!("leader block {} was written by another slot", lba.0);
+        let text = format!(
+            "Leader block {}: written by another slot than its own",
+            lba.0
+        );
         report.find(Severity::Error, text);
     }
     if report.leader.is_none_or(|best| best.epoch < leader.epoch) {
@@ -161,7 +170,7 @@ fn check_leader<S: BlockStore>(
     Ok(())
 }
 
-/// The record at `lba`; none if the block is blank, or damaged, which is found.
+/// The record at `lba`; none if the block was never written, or is damaged, which is reported.
 fn look<S: BlockStore, R: Record>(
     store: &mut S,
     superblock: &Superblock,
@@ -181,25 +190,28 @@ fn look<S: BlockStore, R: Record>(
     }
 }
 
-/// What replay cannot see: references between rows.
+/// Checks the references between rows, which replay does not.
 fn check_rows(recovered: &Recovered, report: &mut Report) {
     let metadata = &recovered.metadata;
     let leader = report.leader.map_or(CoordinatorEpoch(0), |l| l.epoch);
     if recovered.base.epoch > leader {
         let text = format!(
-            "the metadata was written in coordinator epoch {}, but the newest leader block says {leader}",
+            "the metadata was written in coordinator epoch {}, but the newest leader block is of epoch {leader}",
             recovered.base.epoch
         );
         report.find(Severity::Error, text);
     }
     for disk in metadata.disks() {
         if disk.vm.is_some_and(|vm| metadata.vm(vm).is_none()) {
-            let text = format!("disk {} belongs to a VM that has no row", disk.name);
+            let text = format!(
+                "disk {}: attached to a VM that the volume does not have",
+                disk.name
+            );
             report.find(Severity::Error, text);
         }
         let room: u64 = disk.extents.iter().map(|run| run.length.0).sum();
         if room < disk.size.0 {
-            let text = format!("disk {} has fewer extents than its size", disk.name);
+            let text = format!("disk {}: its extents are smaller than its size", disk.name);
             report.find(Severity::Error, text);
         }
     }
@@ -207,13 +219,19 @@ fn check_rows(recovered: &Recovered, report: &mut Report) {
         let Some(owner) = vm.owner else { continue };
         let current = metadata.slot(owner.slot).map(|slot| slot.generation);
         if current.is_none_or(|generation| generation < owner.generation) {
-            let text = format!("VM {} is owned by {owner}, which never joined", vm.name);
+            let text = format!(
+                "VM {}: owned by {owner}, a generation that never joined",
+                vm.name
+            );
             report.find(Severity::Error, text);
         }
     }
     for saved in metadata.saved_states() {
         if metadata.vm(saved.vm).is_none() {
-            let text = format!("a saved state belongs to VM {}, which has no row", saved.vm);
+            let text = format!(
+                "saved state of VM {}: the volume does not have this VM",
+                saved.vm
+            );
             report.find(Severity::Error, text);
         }
     }

@@ -1,18 +1,20 @@
-//! The superblock: what a volume is. Two copies, at LBA 0 and at LBA 255, written by `format`.
+//! The superblock: a volume's identity, feature flags, lease times and regions. Two copies, at LBA 0
+//! and LBA 255. `format` writes them; every node reads them before it does anything else with the
+//! device, and takes the undamaged copy with the higher revision.
 //!
 //! ```text
 //! offset size  field                              (header epoch: rises with every rewrite, from 1)
 //!     48    4  format version, 1
 //!     52    4  compat flags: a reader that does not know one may ignore it
-//!     56    4  ro-compat flags: who does not know one may read, and must not write
-//!     60    4  incompat flags: who does not know one must not touch the volume
+//!     56    4  ro-compat flags: a reader that does not know one may read, and must not write
+//!     60    4  incompat flags: a reader that does not know one must not use the volume
 //!     64   16  cluster id
 //!     80    1  fencing: 1 watchdog, 2 lease only, 3 persistent reservation (refused until it exists)
 //!     81    1  policy: 1 = a software watchdog counts, 2 = the out-of-service taint counts
 //!     82    2  slot count
 //!     84    4  extent size in MiB
 //!     88    8  size of the volume in blocks
-//!     96   24  timings
+//!     96   24  timings (see `timing`)
 //!    120    2  number of regions
 //!    122    6  zero
 //!    128  24n  regions: kind (2), zero (6), first LBA (8), blocks (8)
@@ -21,104 +23,105 @@
 use bascule_types::{Bytes, ClusterId, Lba};
 use serde::{Deserialize, Serialize};
 
-use crate::FormatError;
-use crate::envelope::{BLOCK_BYTES, BodyReader, BodyWriter, Kind, Record, open_envelope};
+use crate::envelope::{
+    BLOCK_BYTES, BodyReader, BodyWriter, FormatError, Kind, Record, open_envelope,
+};
 use crate::timing::Timings;
 
 /// The format that this release writes.
 pub const FORMAT_VERSION: u32 = 1;
-/// Where the two copies lie.
+/// The addresses of the two copies: the ends of the first MiB, which holds nothing else.
 pub const SUPERBLOCK_LBAS: [Lba; 2] = [Lba(0), Lba(255)];
 /// The incompat flags that this release knows.
 pub const INCOMPAT_KNOWN: u32 = 0;
 /// The ro-compat flags that this release knows.
 pub const RO_COMPAT_KNOWN: u32 = 0;
 
-/// What a volume is.
+/// A volume's identity, parameters and regions.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Superblock {
-    /// The volume; it lies in every block's envelope.
+    /// Chosen at random by `format`; repeated in the header of every record.
     pub volume: bascule_types::VolumeId,
-    /// Which rewrite of the superblock this is.
+    /// Rises with every rewrite of the superblock, from 1.
     pub revision: u64,
-    /// Feature flags.
+    /// Features that a release must know to read or to write the volume.
     pub flags: FeatureFlags,
-    /// The cluster that it is bound to.
+    /// The cluster to which the volume is bound; nodes of another cluster do not attach it.
     pub cluster: ClusterId,
-    /// How a silent node's end is proved.
+    /// What proves that a failed node has stopped writing.
     pub fencing: Fencing,
-    /// What the administrator allowed beyond the mode.
+    /// Further proofs that the administrator allowed.
     pub policy: FencingPolicy,
-    /// How many nodes can attach it.
+    /// How many nodes can be registered, 1 to 64.
     pub slot_count: u16,
-    /// Extent size in MiB.
+    /// Extent size in MiB, 1 to 1024.
     pub extent_mib: u32,
-    /// The size of the volume in blocks; a device that is smaller is not this one.
+    /// The size of the volume in 4096-byte blocks. A smaller device is refused.
     pub blocks: u64,
-    /// The times.
+    /// Lease, watch, watchdog and settle times.
     pub timings: Timings,
-    /// Where everything is.
+    /// One region of each known kind; they do not overlap.
     pub regions: Vec<Region>,
 }
 
-/// Features that a reader may have to know.
+/// Features of the volume, one bit each.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FeatureFlags {
-    /// May be ignored.
+    /// A release that does not know a flag ignores it.
     pub compat: u32,
-    /// Unknown: read-only.
+    /// A release that does not know a flag must not write to the volume.
     pub ro_compat: u32,
-    /// Unknown: hands off.
+    /// A release that does not know a flag must not use the volume.
     pub incompat: u32,
 }
 
-/// How a volume proves that a silent node will not write any more.
+/// What proves that a failed node has stopped writing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Fencing {
-    /// The safe time elapsed under a hardware watchdog.
+    /// No heartbeat for the safe time, from a node that ran under a hardware watchdog.
     Watchdog,
-    /// Manual fencing confirmation only.
+    /// Nothing but an administrator's fencing confirmation.
     LeaseOnly,
     /// A SCSI-3 reservation key was preempted. Declared; refused until it exists.
     PersistentReservation,
 }
 
-/// What the administrator allowed beyond the fencing mode.
+/// Proofs that the administrator allowed beyond the fencing mode.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct FencingPolicy {
-    /// A software watchdog counts as one.
+    /// A software watchdog (softdog) counts like a hardware one, although it hangs with its kernel.
     pub software_watchdog: bool,
-    /// The out-of-service taint counts as an administrator's fencing confirmation.
+    /// The taint `node.kubernetes.io/out-of-service` counts as a fencing confirmation.
     pub out_of_service_taint: bool,
 }
 
-/// What a region of the volume is for.
+/// The purpose of a region.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum RegionKind {
-    /// Heartbeat slots.
+    /// Heartbeat records: 4 blocks per slot.
     Heartbeats,
-    /// Disk Paxos blocks.
+    /// Paxos blocks of the coordinator's election: 8 per slot.
     Paxos,
-    /// Leader blocks.
+    /// Leader blocks: 1 per slot.
     Leaders,
-    /// Two metadata areas per slot.
+    /// Metadata areas: 2 per slot.
     Areas,
-    /// Messages to a node that only the volume still connects: 16 blocks per slot. Reserved.
+    /// Reserved for messages to a node that the network does not reach: 16 blocks per slot.
     Mailbox,
-    /// Reference counts of shared extents: 8 bytes per extent. Reserved.
+    /// Reserved for reference counts of shared extents: 8 bytes per extent.
     References,
-    /// Extents: of disks, and of saved VM state.
+    /// Extents of disks and of saved VM states.
     Extents,
 }
 
 /// A run of blocks with one purpose.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Region {
-    /// What for.
+    /// What the blocks are used for.
     pub kind: RegionKind,
-    /// Its first block.
+    /// The first block.
     pub start: Lba,
-    /// Its length.
+    /// The length in blocks; not zero.
     pub blocks: u64,
 }
 
@@ -136,16 +139,16 @@ impl Superblock {
         found.copied().unwrap_or(empty)
     }
 
-    /// The size of an extent.
+    /// The size of an extent in bytes.
     #[must_use]
     pub const fn extent_bytes(&self) -> Bytes {
         Bytes::mib(self.extent_mib)
     }
 
-    /// Reads the copy that lies in `bytes`, read from `here`, of whichever volume it is.
+    /// Parses a copy, read from `here`, of any volume.
     ///
     /// # Errors
-    /// [`FormatError`]; a newer format is told from a damaged one.
+    /// [`FormatError`]; distinguishes a newer format from a damaged copy.
     pub fn parse_copy(bytes: &[u8], here: Lba) -> Result<Self, FormatError> {
         let (header, mut body) = open_envelope(bytes, Kind::Superblock)?;
         if header.lba != here {
@@ -256,10 +259,10 @@ impl Record for Superblock {
     }
 }
 
-/// The most slots that a volume can have.
+/// The largest slot count of a volume.
 pub const SLOTS_MAX: u16 = 64;
 const EXTENT_MIB_MAX: u32 = 1024;
-/// The body has room for more, but no release has used them.
+/// The body has room for 16; no release has written more than 7.
 const REGIONS_MAX: u16 = 14;
 
 fn parse_regions(body: &mut BodyReader<'_>) -> Result<Vec<Region>, FormatError> {

@@ -1,15 +1,14 @@
-//! The times that make a lease safe. They lie in the superblock, change only while no node is
-//! attached, and every heartbeat record repeats them: a watcher uses the victim's.
+//! The times that make a lease safe. The superblock holds them; they change only while no node is
+//! attached. Every heartbeat record repeats them, and a watcher uses those of the record it watches.
 
 use std::time::Duration;
 
-use crate::FormatError;
-use crate::envelope::{BodyReader, BodyWriter};
+use crate::envelope::{BodyReader, BodyWriter, FormatError};
 
-/// The clock rate error that is allowed for: 10⁻³, written as its inverse.
+/// The largest clock rate error that is allowed for, ρ = 10⁻³, as 1/ρ.
 pub const RHO_INVERSE: u32 = 1000;
 
-/// The times of a volume. On the volume each is a `u32` of milliseconds.
+/// The times of a volume. On disk each is a `u32` of milliseconds, 1 to 3,600,000.
 ///
 /// ```text
 /// offset size  field
@@ -22,17 +21,18 @@ pub const RHO_INVERSE: u32 = 1000;
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Timings {
-    /// L: how long an acknowledged heartbeat lets its node write.
+    /// L: how long a node may write after it submitted a heartbeat that was acknowledged.
     pub lease: Duration,
-    /// W: how long a watcher must see no new heartbeat before a lease counts as lapsed.
+    /// W: how long a watcher must see no new heartbeat before it may conclude that the lease has
+    /// ended.
     pub watch: Duration,
-    /// How often a watcher reads the heartbeat slots.
+    /// Interval at which a watcher reads the heartbeat slots.
     pub poll: Duration,
-    /// How often a node renews its lease.
+    /// Interval at which a node renews its lease.
     pub renewal: Duration,
-    /// The timeout of the nodes' hardware watchdogs.
+    /// The longest timeout that a node's hardware watchdog may have.
     pub watchdog: Duration,
-    /// After the reset of its initiator a write lands within this time or never.
+    /// Settle time: after the reset of its initiator a write lands within this time or never.
     pub settle: Duration,
 }
 
@@ -42,16 +42,16 @@ pub enum TimingError {
     /// A time is zero, has a fraction of a millisecond, or is more than an hour.
     #[error("{field} must be whole milliseconds, at least one and at most an hour")]
     Range {
-        /// Which.
+        /// The name of the time.
         field: &'static str,
     },
-    /// Renewal must leave room for a slow write and one retry.
+    /// 2 · renewal ≤ L leaves room for a slow write and one retry.
     #[error("renewal must be at most half of the lease")]
     RenewalTooSlow,
-    /// Without an enforced reservation, W ≥ 3 L.
+    /// W ≥ 3 L is required wherever no persistent reservation is enforced.
     #[error("watch must be at least three times the lease")]
     WatchTooShort,
-    /// The poll must be well below W.
+    /// 4 · poll ≤ W lets a watcher read the slot several times within W.
     #[error("poll must be at most a quarter of watch")]
     PollTooSlow,
 }
@@ -67,7 +67,8 @@ impl Timings {
         settle: Duration::from_secs(4),
     };
 
-    /// T_safe: from the last sign of life until nothing of a silent node can write any more.
+    /// The safe time W + watchdog + settle: this long after its last heartbeat was seen to rise, a
+    /// node with a hardware watchdog can no longer write.
     #[must_use]
     pub fn safe_time(&self) -> Duration {
         self.watch + self.watchdog + self.settle

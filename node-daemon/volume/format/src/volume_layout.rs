@@ -1,15 +1,30 @@
-//! Where everything lies: computed once by `format`, and afterwards read from the superblock.
+//! The position of every region: computed once by `format`, and afterwards read from the
+//! superblock.
 //!
 //! ```text
-//! LBA 0     superblock, first copy          LBA 255   superblock, second copy
-//! LBA 256   heartbeats, paxos, leaders, metadata areas (two per slot), mailbox, references
-//! then, from the next multiple of the extent size: extents to the end
+//! first LBA      blocks                region
+//!         0           1                superblock, first copy
+//!       255           1                superblock, second copy
+//!       256   slots × 4                heartbeats: record n of slot s at 256 + 4·s + n mod 4
+//!       then  slots × 8                paxos
+//!       then  slots × 1                leaders
+//!       then  slots × 2 × area         metadata areas: half h of slot s is area number 2·s + h
+//!       then  slots × 16               mailbox (reserved)
+//!       then  1 per 512 extents        references (reserved)
+//!    aligned  whole extents            extents, from the next multiple of the extent size to the end
 //! ```
+//! `area` is 1/32 of the volume divided by the number of areas: 64 to 6144 blocks, a multiple of 16.
 //!
 //! # Metadata areas
-//! Each slot has two areas and writes only those, so that a deposed coordinator's late write hits
-//! nothing that its successor uses. An area is one head block, then blocks for checkpoint rows
-//! (eight 512-byte records each), then a quarter of the area for the journal.
+//! Each slot has two areas and its node writes no others, so that a deposed coordinator's late
+//! write cannot damage its successor's metadata.
+//!
+//! ```text
+//! block            blocks                contents
+//!     0                 1                checkpoint head
+//!     1                 the rest         checkpoint rows, eight 512-byte records to a block
+//!     last quarter      size / 4         journal, one record to a block
+//! ```
 
 use bascule_types::{ClusterId, Lba, SlotId, VolumeId};
 
@@ -21,57 +36,57 @@ use crate::superblock::{
 };
 use crate::timing::{TimingError, Timings};
 
-/// What `format` is asked for.
+/// The parameters of a new volume.
 #[derive(Clone, Debug)]
 pub struct FormatRequest {
     /// The new volume's identity.
     pub volume: VolumeId,
-    /// The cluster that it is bound to.
+    /// The cluster to which the volume is bound.
     pub cluster: ClusterId,
-    /// How a silent node's end is proved.
+    /// What proves that a failed node has stopped writing.
     pub fencing: Fencing,
-    /// What counts beyond that.
+    /// Further proofs that the administrator allows.
     pub policy: FencingPolicy,
-    /// The times.
+    /// Lease, watch, watchdog and settle times.
     pub timings: Timings,
-    /// How many nodes can attach it.
+    /// How many nodes can be registered, 1 to 64.
     pub slot_count: u16,
-    /// Extent size in MiB.
+    /// Extent size in MiB, 1 to 1024.
     pub extent_mib: u32,
-    /// The device's size in bytes.
+    /// The device's size in bytes; what exceeds whole extents stays unused.
     pub device_bytes: u64,
 }
 
-/// Why a volume cannot be laid out as asked.
+/// Why a volume cannot have the requested parameters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum LayoutError {
-    /// The device is too small.
+    /// The device has no room for the metadata and 16 extents.
     #[error("the device has {found} bytes; this layout needs at least {needed}")]
     TooSmall {
-        /// Its size in bytes.
+        /// The device's size in bytes.
         found: u64,
-        /// What is needed, in bytes.
+        /// The smallest sufficient size in bytes.
         needed: u64,
     },
-    /// The slot count is zero or too high.
+    /// The slot count is out of range.
     #[error("the slot count must be 1 to 64")]
     SlotCount,
-    /// The extent size is zero or too high.
+    /// The extent size is out of range.
     #[error("the extent size must be 1 to 1024 MiB")]
     ExtentSize,
-    /// The times are not safe.
+    /// The times do not make a lease safe.
     #[error("the timing is not safe")]
     Timing(#[from] TimingError),
-    /// The fencing mode does not exist yet.
+    /// This release does not implement the fencing mode.
     #[error("fencing PersistentReservation is not supported yet; use Watchdog or LeaseOnly")]
     NotSupported,
 }
 
 impl FormatRequest {
-    /// The superblock of the volume that was asked for.
+    /// Computes the superblock of the requested volume.
     ///
     /// # Errors
-    /// [`LayoutError`] says what does not fit.
+    /// [`LayoutError`].
     pub fn lay_out(&self) -> Result<Superblock, LayoutError> {
         self.timings.validate()?;
         if self.slot_count == 0 || self.slot_count > SLOTS_MAX {
@@ -146,29 +161,29 @@ impl FormatRequest {
 /// One of a slot's two metadata areas.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct AreaId {
-    /// Whose.
+    /// The slot whose node writes the area.
     pub slot: SlotId,
-    /// Which: 0 or 1.
+    /// 0 or 1.
     pub half: u8,
 }
 
-/// The blocks of a metadata area.
+/// The position of a metadata area's parts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Area {
-    /// Its head.
+    /// The checkpoint head.
     pub head: Lba,
     /// The first block of checkpoint rows.
     pub rows: Lba,
-    /// Blocks for checkpoint rows.
+    /// The number of blocks for checkpoint rows.
     pub row_blocks: u64,
     /// The first block of the journal.
     pub journal: Lba,
-    /// Blocks for the journal.
+    /// The number of blocks for the journal; each takes one record.
     pub journal_blocks: u64,
 }
 
 impl Area {
-    /// How many rows a checkpoint in this area can have.
+    /// The largest number of rows of a checkpoint in this area.
     #[must_use]
     pub const fn rows_max(&self) -> u64 {
         self.row_blocks * RECORDS_PER_BLOCK
@@ -176,7 +191,7 @@ impl Area {
 }
 
 impl Superblock {
-    /// This volume and an address on it.
+    /// An address on this volume.
     #[must_use]
     pub const fn place(&self, lba: Lba) -> Place {
         Place {
@@ -185,38 +200,38 @@ impl Superblock {
         }
     }
 
-    /// All slots.
+    /// All slots, registered or not.
     pub fn slots(&self) -> impl Iterator<Item = SlotId> + use<> {
         (0..self.slot_count).map(SlotId)
     }
 
-    /// The block of a slot's heartbeat record `block`, 0 to 3.
+    /// The address of a slot's heartbeat block `block mod 4`.
     #[must_use]
     pub fn heartbeat_lba(&self, slot: SlotId, block: u64) -> Lba {
         let first = self.region(RegionKind::Heartbeats).start.0;
         Lba(first + u64::from(slot.0) * HEARTBEAT_RECORDS + block % HEARTBEAT_RECORDS)
     }
 
-    /// The block of a slot's Paxos sub-sector, 0 to 7.
+    /// The address of a slot's Paxos block `subsector mod 8`.
     #[must_use]
     pub fn paxos_lba(&self, slot: SlotId, subsector: u64) -> Lba {
         let first = self.region(RegionKind::Paxos).start.0;
         Lba(first + u64::from(slot.0) * PAXOS_SUBSECTORS + subsector % PAXOS_SUBSECTORS)
     }
 
-    /// A slot's leader block.
+    /// The address of a slot's leader block.
     #[must_use]
     pub fn leader_lba(&self, slot: SlotId) -> Lba {
         Lba(self.region(RegionKind::Leaders).start.0 + u64::from(slot.0))
     }
 
-    /// Every metadata area.
+    /// All metadata areas, two per slot.
     pub fn areas(&self) -> impl Iterator<Item = AreaId> + use<> {
         self.slots()
             .flat_map(|slot| [0, 1].map(|half| AreaId { slot, half }))
     }
 
-    /// The blocks of an area.
+    /// The position of an area's parts.
     #[must_use]
     pub fn area(&self, id: AreaId) -> Area {
         let region = self.region(RegionKind::Areas);
@@ -235,16 +250,16 @@ impl Superblock {
     }
 }
 
-/// Records of 512 bytes in one block of checkpoint rows.
+/// 512-byte records in one block of checkpoint rows.
 pub const RECORDS_PER_BLOCK: u64 = (BLOCK_BYTES / RECORD_BYTES) as u64;
-/// [`BLOCK_BYTES`] as a count on the volume.
+/// [`BLOCK_BYTES`] as the type of on-disk counts.
 pub const BLOCK_BYTES_U64: u64 = BLOCK_BYTES as u64;
 /// 4096-byte blocks in one MiB.
 pub(crate) const BLOCKS_PER_MIB: u64 = 256;
 
-/// The first MiB holds the superblocks and nothing else.
+/// The first MiB holds only the superblocks.
 const FIRST_REGION: u64 = 256;
-/// Metadata areas take at most one 32nd of the volume.
+/// Metadata areas together take at most 1/32 of the volume, but at least [`AREA_MIN`] each.
 const METADATA_SHARE: u64 = 32;
 /// 256 KiB: 376 rows and 16 journal records, enough for a test volume.
 const AREA_MIN: u64 = 64;
@@ -252,5 +267,5 @@ const AREA_MIN: u64 = 64;
 const AREA_MAX: u64 = 6144;
 const MAILBOX_BLOCKS: u64 = 16;
 const REFERENCES_PER_BLOCK: u64 = BLOCK_BYTES_U64 / 8;
-/// A volume that cannot hold anything is of no use.
+/// The fewest extents of a volume (a guess): a smaller one has no room for a disk.
 const EXTENTS_MIN: u64 = 16;

@@ -1,4 +1,5 @@
-//! A change, decided: which records it takes, or why it is refused. Pure; alters nothing.
+//! The decision about a change: the records that implement it, or the reason of its refusal. Pure:
+//! changes no row.
 
 use bascule_types::{
     Answer, Change, DiskId, FenceProof, MissingProof, NodeUid, Owner, Ownership, Refusal,
@@ -7,28 +8,27 @@ use bascule_types::{
 use super::Metadata;
 use crate::metadata_records::MetaRecord;
 
-/// What the coordinator knows beyond the rows, all of it from its own reads of the volume.
+/// The coordinator's evidence about other nodes, all of it from its own reads of the volume.
 pub trait Witness {
-    /// Whether the heartbeat of exactly this (slot, generation) was seen to rise recently enough
-    /// for its lease to be valid.
+    /// Whether the heartbeat of this slot and generation was seen to rise within the watch time W.
     fn lease_valid(&self, owner: Owner) -> bool;
 
-    /// Whether this (slot, generation) is certain not to write any more, by the times of its own
-    /// heartbeat record and the kind of its watchdog. Knows nothing of fence rows.
+    /// The proof that `victim` will not write again, by the times and the watchdog kind of its own
+    /// heartbeat record. Does not consider fence records.
     ///
     /// # Errors
-    /// What is missing.
+    /// What is missing for a proof.
     fn proof(&self, victim: Owner) -> Result<FenceProof, MissingProof>;
 }
 
-/// Who asks: the node whose `bascule-volume` sent the change.
+/// The node whose `bascule-volume` sent the change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Requester {
-    /// The node.
+    /// The node's UID.
     pub node: NodeUid,
-    /// The slot and generation in its heartbeat; none before it has a slot.
+    /// The slot and generation in the node's newest heartbeat; none before it has a slot.
     pub owner: Option<Owner>,
-    /// Its kernel's boot id.
+    /// The boot id of the node's kernel.
     pub boot: [u8; 16],
 }
 
@@ -38,21 +38,21 @@ pub struct Requester {
     reason = "holds a borrowed trait object"
 )]
 pub struct Context<'a> {
-    /// Who asks.
+    /// The node that sent the change.
     pub requester: Requester,
-    /// What the coordinator saw on the volume.
+    /// The coordinator's evidence about other nodes.
     pub witness: &'a dyn Witness,
-    /// The identity of a disk, should one be created.
+    /// The identity for a disk that the change creates.
     pub fresh_disk: DiskId,
 }
 
-/// A granted change: the records to make durable, all or none, and then the answer. No records
-/// means that it was granted before.
+/// A granted change: the records to make durable as one group, and then the answer. No records:
+/// the change was granted before.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Decision {
-    /// What to journal.
+    /// The group to journal.
     pub records: Vec<MetaRecord>,
-    /// What to answer when that is durable.
+    /// The answer to send once the group is durable.
     pub answer: Answer,
 }
 
@@ -73,7 +73,7 @@ impl Metadata {
     /// Decides a change.
     ///
     /// # Errors
-    /// [`Refusal`]; nothing was altered.
+    /// [`Refusal`]; no row changes then.
     pub fn decide(&self, change: &Change, context: &Context<'_>) -> Result<Decision, Refusal> {
         match change {
             Change::RegisterNode { node } => self.register_node(*node),

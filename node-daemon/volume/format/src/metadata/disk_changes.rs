@@ -1,8 +1,8 @@
-//! Decisions about space: disks and saved state.
+//! Decisions about space: disks and saved states.
 //!
-//! A new disk's extents hold whatever their last user left. Every disk therefore starts as
-//! `importing`, bound to the node that fills it; that node writes an image and zeroes the rest, or
-//! zeroes all of it, and only then finishes the import. Until then nobody can open it.
+//! A new disk's extents hold the data of their last user. Every disk therefore starts as
+//! `importing`, bound to the node that fills it. That node writes an image and zeroes the rest, or
+//! zeroes the whole disk, and then finishes the import. Until then the disk cannot be opened.
 
 use bascule_types::{
     Answer, Bytes, DiskId, DiskRole, DiskRow, Owner, Ownership, Refusal, RowName, SavedStateRow,
@@ -29,7 +29,7 @@ impl Metadata {
             if row.vm != Some(vm) {
                 return Err(Refusal::NameTaken);
             }
-            // A boot image's row has been cut to the image's length.
+            // An imported boot image was cut to the image's length.
             let same_size = row.size == size || (!row.importing && role != DiskRole::Data);
             if !same_size || row.role != role {
                 return Err(Refusal::DiskDiffers);
@@ -51,8 +51,8 @@ impl Metadata {
         }))
     }
 
-    /// Asked again for a disk that exists: the same importer goes on; another one only when the
-    /// first cannot write any more.
+    /// The disk exists already: the same importer continues. Another importer takes over only after
+    /// the first was fenced or released by its node's reboot.
     fn resume_import(
         &self,
         row: &DiskRow,
@@ -80,7 +80,7 @@ impl Metadata {
         Ok(importer)
     }
 
-    /// Refuses while somebody else may still be writing the disk.
+    /// Refuses while an importer that is not fenced may still write to the disk.
     fn check_abandoned(&self, row: &DiskRow) -> Result<(), Refusal> {
         match row.importer {
             Some(owner) if self.fence(owner).is_none() => Err(Refusal::ImportedElsewhere { owner }),
@@ -118,7 +118,7 @@ impl Metadata {
         }
     }
 
-    /// The row with the size `length` and only the extents that it takes.
+    /// The row with the size `length` and only the extents that `length` needs.
     fn cut(&self, row: DiskRow, length: Bytes) -> DiskRow {
         let extent = self.space.extent_bytes();
         let mut wanted = length.0.next_multiple_of(extent).max(extent);

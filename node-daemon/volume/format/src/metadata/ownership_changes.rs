@@ -1,4 +1,4 @@
-//! Decisions about who may run a VM.
+//! Decisions about the ownership of VMs.
 
 use bascule_types::{
     Answer, AttemptId, Epoch, FenceRow, Owner, Ownership, Refusal, RowName, VmRow, VmUid,
@@ -76,8 +76,8 @@ impl Metadata {
         }))
     }
 
-    /// The commit point of a migration. That it happened is known by the attempt, whoever owns the
-    /// row in that epoch by now: the destination may have re-joined or released since.
+    /// The commit point of a migration. A repeated request is recognised by its attempt, whichever
+    /// owner the row has in that epoch by now: the destination may have rejoined or released it.
     pub(super) fn transfer(
         &self,
         vm: VmUid,
@@ -130,7 +130,8 @@ impl Metadata {
         Ok(Decision::new(records, Answer::Row(row)))
     }
 
-    /// Only the owner's node knows whether its guest is stopped and its writes have completed.
+    /// Refuses a requester that is not on the owner's node: only that node knows whether the guest is
+    /// stopped and its writes have completed.
     fn check_requester(&self, owner: Owner, context: &Context<'_>) -> Result<(), Refusal> {
         let holder = self.slot(owner.slot).map(|row| row.node);
         if holder == Some(context.requester.node) {

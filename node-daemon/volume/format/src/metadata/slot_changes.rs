@@ -1,4 +1,4 @@
-//! Decisions about nodes: registration, generations, fences.
+//! Decisions about heartbeat slots: registration, new generations, fencing confirmations.
 
 use bascule_types::{
     AdminConfirmation, Answer, FenceProof, FenceRow, Generation, MissingProof, NodeUid, Owner,
@@ -30,7 +30,8 @@ impl Metadata {
         Ok(Decision::new(vec![MetaRecord::Slot(row)], answer))
     }
 
-    /// The requester's heartbeat already shows the new generation; from the answer on it counts.
+    /// The requester's heartbeat shows the new generation already; it may own VMs once the rejoin is
+    /// durable.
     pub(super) fn rejoin(
         &self,
         node: NodeUid,
@@ -50,8 +51,8 @@ impl Metadata {
         if row.generation != from.generation || to.generation < from.generation {
             return Err(Refusal::StaleOwner { owner: to });
         }
-        // The row's own boot id decides, not the requester's word: a generation of an earlier boot has
-        // no process left.
+        // The row's boot id overrides `rebooted: false` of the request: no process of a generation of
+        // an earlier boot exists any more.
         let rebooted = rebooted || row.boot != context.requester.boot;
         let keep = !rebooted && self.fence(from).is_none();
         let mut records = vec![MetaRecord::Rejoin {
@@ -60,7 +61,7 @@ impl Metadata {
             boot: context.requester.boot,
             keep,
         }];
-        // A fence row stays for as long as some row could still name its victim.
+        // A fence record is deleted only when no row names its victim.
         let done = self.fences.keys().filter(|victim| {
             victim.slot == to.slot && (keep || **victim != from) && !self.is_named(**victim)
         });
@@ -110,7 +111,7 @@ impl Metadata {
         Ok(Decision::new(vec![MetaRecord::Fence(fence)], answer))
     }
 
-    /// Why `owner` may not own anything now, if it may not.
+    /// Refuses a new owner that is not its slot's present generation, is fenced, or has no valid lease.
     pub(super) fn check_new_owner(
         &self,
         owner: Owner,
@@ -139,20 +140,9 @@ impl Metadata {
     }
 }
 
-impl SlotRow {
-    /// The slot in the generation that last joined.
-    #[must_use]
-    pub const fn owner(&self) -> Owner {
-        Owner {
-            slot: self.slot,
-            generation: self.generation,
-        }
-    }
-}
-
 fn slot_answer(owner: Owner, kept: Vec<bascule_types::VmUid>) -> Answer {
     Answer::Slot { owner, kept }
 }
 
-/// Fence rows that one re-join clears away: a group must stay far below the smallest journal.
+/// Fence records that one rejoin deletes at most. A group has at most `GROUP_MAX` records.
 const FENCES_PRUNED: usize = 4;

@@ -9,9 +9,8 @@ use std::time::Instant;
 use anyhow::Result;
 use bascule_e2e::kubernetes::scenarios::{self, Drained, PowerCut};
 use bascule_e2e::kubernetes::{ClusterVm, Installation};
-use bascule_lab::lab::images_from_env;
 use bascule_lab::progress::{say, step};
-use bascule_lab::{Lab, Options, Tier};
+use bascule_lab::{Lab, Options, Tier, images_from_env};
 use clap::Parser;
 
 /// Shows what Bascule does, with figures.

@@ -20,8 +20,10 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
 
+use crate::emulated::bmc_log;
 use crate::lab::Lab;
 use crate::names::LabName;
+use crate::node::Node;
 
 /// What `lab bmc` does; it returns only with an error.
 pub fn serve(name: &LabName, node: &str, socket: &Path) -> Result<()> {
@@ -40,6 +42,16 @@ pub fn serve(name: &LabName, node: &str, socket: &Path) -> Result<()> {
         }
     }
     Ok(())
+}
+
+impl Node<'_> {
+    /// When its management controller has reset it because the pets stopped, oldest first.
+    pub fn watchdog_resets(&self) -> Result<Vec<SystemTime>> {
+        let log = bmc_log(self.lab.logs(), self.index());
+        let text =
+            std::fs::read_to_string(&log).with_context(|| format!("read {}", log.display()))?;
+        Ok(resets(&text))
+    }
 }
 
 /// What the log says at a reset by the watchdog, followed by the Unix time in milliseconds.

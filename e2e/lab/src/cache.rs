@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use rustix::fs::{FlockOperation, flock};
 
+use crate::dirs::xdg_dir;
 use crate::progress::step;
-use crate::state::xdg_dir;
 
 /// `$XDG_CACHE_HOME/bascule`, or `~/.cache/bascule`.
 pub fn cache_dir() -> Result<PathBuf> {

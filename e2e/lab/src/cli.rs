@@ -9,9 +9,11 @@ use clap::{Args, Parser, Subcommand};
 use crate::control_plane::Component;
 use crate::faults::{self, Network, parse_side};
 
-use crate::lab::{Lab, Options, Watchdog, down, down_all};
+use crate::down::{down, down_all};
+use crate::lab::Lab;
 use crate::names::{HUB_VM_ADDRESS, LabName};
 use crate::node::Service;
+use crate::options::{Options, Watchdog};
 use crate::progress::say;
 use crate::state::{LabPaths, State, Tier};
 use crate::tools::Tools;
@@ -402,7 +404,7 @@ fn prepare(emulated: bool) -> Result<()> {
 
     ensure_packages(PACKAGES)?;
     let tools = Tools::ensure()?;
-    crate::lab::pause_archive()?;
+    crate::image::pause_archive()?;
     if emulated {
         ensure_packages(PACKAGES_EMULATED)?;
         crate::emulated::Assets::ensure(&tools, &[])?;

@@ -19,11 +19,13 @@ use crate::cache::cache_dir;
 use crate::cgroup::Cgroup;
 use crate::command::Run;
 use crate::hub::Hub;
+use crate::image::pause_archive;
 use crate::init::{CONTROL, DiskSpec};
-use crate::lab::{Lab, Options, SHARED_DISK, Watchdog, pause_archive, shared_disk_path};
+use crate::lab::Lab;
 use crate::machine::{MachineContext, NodePlan};
-use crate::names::{MGMT_BRIDGE, NodeIndex, VM_BRIDGE};
+use crate::names::{MGMT_BRIDGE, NodeIndex, SHARED_DISK, VM_BRIDGE};
 use crate::node_image::{NodeImage, make_ext4};
+use crate::options::{Options, Watchdog};
 use crate::process::{Daemon, ProcessId};
 use crate::progress::step;
 use crate::qmp::{DISK_BUS, DISK_DEVICE, shared_drive};
@@ -291,7 +293,7 @@ impl Machine<'_> {
             ]);
             args.device(&format!("virtio-blk-pci,drive={serial},serial={serial}"));
         }
-        args.add(&["-drive", &shared_drive(&shared_disk_path(self.lab.paths()))]);
+        args.add(&["-drive", &shared_drive(&self.lab.shared_disk())]);
         args.device(&format!("pcie-root-port,id={DISK_BUS},chassis=1"));
         args.device(&format!(
             "virtio-blk-pci,id={DISK_DEVICE},bus={DISK_BUS},drive={SHARED_DISK},\

@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
-use crate::lab::down;
+use crate::down::down;
 use crate::names::LabName;
 use crate::state::{LabPaths, State};
 

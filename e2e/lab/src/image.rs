@@ -13,6 +13,8 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use tar::{Builder, EntryType, Header};
 
+use crate::cache::cached;
+
 /// One file of an image.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ImageFile {
@@ -301,6 +303,16 @@ fn append_file(tar: &mut Builder<impl Write>, path: &str, mode: u32, source: &Pa
     let mut header = header(mode, size);
     tar.append_data(&mut header, path, file.take(size))
         .with_context(|| format!("add {path}"))
+}
+
+/// The pause image's archive, keyed by the busybox in it.
+pub(crate) fn pause_archive() -> Result<PathBuf> {
+    let (busybox, _) = sha256_file("/bin/busybox".as_ref())?;
+    let key = format!("pause-{}", &busybox[..16]);
+    let dir = cached(&key, "making the pause image", |dir| {
+        Image::pause().write(&dir.join("pause.tar")).map(drop)
+    })?;
+    Ok(dir.join("pause.tar"))
 }
 
 /// Name of the lab's pause image, which has busybox in it.

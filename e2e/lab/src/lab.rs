@@ -1,7 +1,4 @@
-//! A lab: up, down, and a handle on one that is up.
-
-mod down;
-mod up;
+//! A handle on a lab that is up: kubectl, helm, its network, its control plane, its logs.
 
 use std::fs::{self, File};
 use std::net::{SocketAddr, TcpStream};
@@ -13,108 +10,27 @@ use serde_json::Value;
 
 use crate::command::Run;
 use crate::control_plane::{Component, ControlPlane};
+use crate::down::down;
 use crate::hub::Hub;
-use crate::names::{LabName, NodeIndex};
-use crate::node::Node;
-use crate::state::{LabPaths, State, Tier};
+use crate::names::LabName;
+use crate::state::{LabPaths, State};
 use crate::tools::Tools;
 use crate::wait::wait_for;
-
-pub use down::{down, down_all};
-pub(crate) use up::pause_archive;
-
-/// What a lab is to be.
-#[derive(Debug, Clone)]
-pub struct Options {
-    /// Its name. Labs of different names do not touch each other.
-    pub name: LabName,
-    /// Kind of its nodes.
-    pub tier: Tier,
-    /// Number of its nodes.
-    pub nodes: u8,
-    /// Size of the disk that all nodes share (`/dev/disk/by-id/virtio-shared0`), bytes.
-    pub shared_disk_bytes: u64,
-    /// Image archives that every node imports.
-    pub images: Vec<PathBuf>,
-    /// Memory of an emulated node, MiB.
-    pub node_memory_mib: u32,
-    /// The watchdog of an emulated node.
-    pub watchdog: Watchdog,
-    /// Whether the lab ends with the process that made it, however that ends.
-    pub ephemeral: bool,
-}
-
-impl Options {
-    /// A lab of `nodes` nodes under the name `name`.
-    pub fn new(name: LabName, tier: Tier, nodes: u8) -> Self {
-        Self {
-            name,
-            tier,
-            nodes,
-            shared_disk_bytes: SHARED_DISK_BYTES,
-            images: Vec::new(),
-            node_memory_mib: NODE_MEMORY_MIB,
-            watchdog: Watchdog::Bmc,
-            ephemeral: false,
-        }
-    }
-}
-
-/// What pulls the plug of an emulated node that does not pet its /dev/watchdog.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub enum Watchdog {
-    /// A management controller outside the machine ([`crate::bmc`]): it fires while the machine is frozen, too.
-    Bmc,
-    /// QEMU's i6300esb, for hangs and panics: it stands still with a frozen machine. Faster to come up.
-    Board,
-}
 
 /// A lab that is up.
 #[derive(Debug)]
 pub struct Lab {
-    state: State,
-    paths: LabPaths,
-    tools: Tools,
-    hub: Hub,
+    pub(crate) state: State,
+    pub(crate) paths: LabPaths,
+    pub(crate) tools: Tools,
+    pub(crate) hub: Hub,
     /// Taken down when this is dropped.
-    ephemeral: bool,
+    pub(crate) ephemeral: bool,
     /// Keeps other tests from having a lab of this name.
-    _session: Option<File>,
+    pub(crate) session_lock: Option<File>,
 }
 
 impl Lab {
-    /// A native lab of `nodes` nodes for one test: it is gone when this is dropped, and also when the test is killed.
-    /// Tests that want one at the same time wait for each other.
-    ///
-    /// The image archives in `BASCULE_LAB_IMAGES` (separated by `:`) are imported.
-    pub fn native(nodes: u8) -> Result<Self> {
-        Self::for_test(Tier::Native, nodes)
-    }
-
-    /// An emulated lab of `nodes` nodes for one test, as [`Self::native`].
-    pub fn emulated(nodes: u8) -> Result<Self> {
-        Self::for_test(Tier::Emulated, nodes)
-    }
-
-    /// [`Self::native`] or [`Self::emulated`].
-    pub fn for_test(tier: Tier, nodes: u8) -> Result<Self> {
-        let mut options = Options::new("test".parse()?, tier, nodes);
-        options.images = images_from_env();
-        options.ephemeral = true;
-        let session = LabPaths::new(&options.name)?.lock_session()?;
-        let mut lab = Self::up(&options)?;
-        lab._session = Some(session);
-        Ok(lab)
-    }
-
-    /// Brings a lab up; the remains of an earlier one of the same name are cleared away first.
-    ///
-    /// # Errors
-    /// When something does not come up in time: the ends of all logs are printed, and the lab is down again.
-    pub fn up(options: &Options) -> Result<Self> {
-        up::up(options)
-    }
-
     /// A handle on a lab that another process brought up.
     pub fn open(name: &LabName) -> Result<Self> {
         let paths = LabPaths::new(name)?;
@@ -131,7 +47,7 @@ impl Lab {
             tools: Tools::ensure()?,
             hub,
             ephemeral: false,
-            _session: None,
+            session_lock: None,
         })
     }
 
@@ -146,7 +62,7 @@ impl Lab {
             tools: Tools::ensure()?,
             hub,
             ephemeral: false,
-            _session: None,
+            session_lock: None,
         })
     }
 
@@ -178,26 +94,7 @@ impl Lab {
 
     /// The shared disk's file on the host: an offline checker may read it.
     pub fn shared_disk(&self) -> PathBuf {
-        shared_disk_path(&self.paths)
-    }
-
-    /// The node called `name`.
-    pub fn node(&self, name: &str) -> Result<Node<'_>> {
-        let known = self
-            .state
-            .nodes
-            .iter()
-            .find(|node| node.index.name() == name);
-        let record = known.with_context(|| format!("the lab has no node {name}"))?;
-        Ok(Node::new(self, record.index))
-    }
-
-    /// All nodes.
-    pub fn nodes(&self) -> impl Iterator<Item = Node<'_>> {
-        self.state
-            .nodes
-            .iter()
-            .map(|record| Node::new(self, record.index))
+        self.paths.shared_disk()
     }
 
     /// `kubectl` as cluster administrator; its standard output.
@@ -325,14 +222,6 @@ impl Drop for Lab {
     }
 }
 
-/// Image archives that the environment asks for.
-pub fn images_from_env() -> Vec<PathBuf> {
-    let images = std::env::var_os("BASCULE_LAB_IMAGES").unwrap_or_default();
-    std::env::split_paths(&images)
-        .filter(|path| !path.as_os_str().is_empty())
-        .collect()
-}
-
 /// Prints the end of every log in `logs`.
 pub fn print_logs(logs: &Path) {
     let Ok(entries) = fs::read_dir(logs) else {
@@ -358,20 +247,6 @@ fn read_tail(file: &Path) -> Result<String> {
     Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
-pub(crate) fn shared_disk_path(paths: &LabPaths) -> PathBuf {
-    paths.disks().join(format!("{SHARED_DISK}.img"))
-}
-
-pub(crate) fn nodes_of(options: &Options) -> Result<Vec<NodeIndex>> {
-    (1..=options.nodes).map(NodeIndex::new).collect()
-}
-
-/// Serial number of the disk that all nodes share.
-pub const SHARED_DISK: &str = "shared0";
-/// Sparse; room for a few small guests.
-const SHARED_DISK_BYTES: u64 = 8 << 30;
-/// 1.0 GiB resident were measured with kubelet and containerd; the rest is for guests.
-const NODE_MEMORY_MIB: u32 = 2048;
 /// How much of each log is shown on failure.
 const TAIL_BYTES: u64 = 3000;
 /// `helm --wait` has a shorter one of its own (5 minutes).

@@ -65,11 +65,11 @@
 //! and the guest, each keyed by what it was made from ([`cache`]). `$XDG_STATE_HOME/bascule` holds labs and logs.
 //!
 //! # Cleaning up
-//! Every process is in the lab's cgroups, every namespace has the lab's name in its own: [`lab::down()`] finds them by
+//! Every process is in the lab's cgroups, every namespace has the lab's name in its own: [`down::down()`] finds them by
 //! that, not by a list, so it works on whatever a killed run has left, and `up` begins with it. A [`guard`] process
 //! takes a test's lab down when the test is killed.
 //!
-//! Where to start reading: [`lab`], then `lab/up.rs`, [`node`], [`init`].
+//! Where to start reading: [`lab`], then `up.rs`, [`node`], [`init`].
 
 #![forbid(unsafe_code)]
 
@@ -82,6 +82,8 @@ pub mod command;
 pub mod config;
 pub mod control;
 pub mod control_plane;
+mod dirs;
+pub mod down;
 mod emulated;
 pub mod faults;
 pub mod guard;
@@ -96,6 +98,7 @@ pub mod names;
 mod native;
 pub mod node;
 mod node_image;
+pub mod options;
 pub mod pki;
 pub mod process;
 pub mod progress;
@@ -103,12 +106,14 @@ pub mod project;
 mod qmp;
 pub mod state;
 pub mod tools;
+mod up;
 pub mod wait;
 pub mod web;
 
 pub use control_plane::Component;
 pub use faults::{Network, Side};
-pub use lab::{Lab, Options, Watchdog};
+pub use lab::Lab;
 pub use node::{Node, Service};
+pub use options::{Options, Watchdog, images_from_env};
 pub use state::Tier;
 pub use wait::{Hopeless, wait_for};

@@ -120,6 +120,8 @@ impl NodeIndex {
     }
 }
 
+/// Serial number of the disk that all nodes share: `/dev/disk/by-id/virtio-shared0` on every node.
+pub const SHARED_DISK: &str = "shared0";
 /// Address of the control plane, of the lab's DNS and of its web server, on the management network.
 pub const HUB_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 90, 0, 1);
 /// The hub's address on the network that the virtual machines share; guests take 10.91.0.100 and up.

@@ -1,7 +1,7 @@
 //! A node, and everything that can befall it.
 
 use std::path::Path;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use rustix::process::Signal;
@@ -23,7 +23,7 @@ use crate::wait::wait_for;
 /// A node of a lab.
 #[derive(Debug, Clone, Copy)]
 pub struct Node<'a> {
-    lab: &'a Lab,
+    pub(crate) lab: &'a Lab,
     index: NodeIndex,
 }
 
@@ -49,8 +49,29 @@ impl Service {
     }
 }
 
+impl Lab {
+    /// The node called `name`.
+    pub fn node(&self, name: &str) -> Result<Node<'_>> {
+        let known = self
+            .state()
+            .nodes
+            .iter()
+            .find(|node| node.index.name() == name);
+        let record = known.with_context(|| format!("the lab has no node {name}"))?;
+        Ok(Node::new(self, record.index))
+    }
+
+    /// All nodes.
+    pub fn nodes(&self) -> impl Iterator<Item = Node<'_>> {
+        self.state()
+            .nodes
+            .iter()
+            .map(|record| Node::new(self, record.index))
+    }
+}
+
 impl<'a> Node<'a> {
-    pub(crate) fn new(lab: &'a Lab, index: NodeIndex) -> Self {
+    fn new(lab: &'a Lab, index: NodeIndex) -> Self {
         Self { lab, index }
     }
 
@@ -235,14 +256,6 @@ impl<'a> Node<'a> {
                 other => bail!("not all services are started: {other:?}"),
             }
         })
-    }
-
-    /// When its management controller has reset it because the pets stopped, oldest first.
-    pub fn watchdog_resets(&self) -> Result<Vec<SystemTime>> {
-        let log = emulated::bmc_log(self.lab.logs(), self.index);
-        let text =
-            std::fs::read_to_string(&log).with_context(|| format!("read {}", log.display()))?;
-        Ok(crate::bmc::resets(&text))
     }
 
     /// Its services and their process ids on the node.

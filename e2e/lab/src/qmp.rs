@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
-use crate::lab::SHARED_DISK;
+use crate::names::SHARED_DISK;
 use crate::wait::wait_for;
 
 /// The monitor of one machine.

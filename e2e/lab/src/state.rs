@@ -2,14 +2,15 @@
 
 use std::fs::{self, File};
 use std::io::{ErrorKind, Write};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
-use crate::names::{LabName, NodeIndex};
+use crate::dirs::xdg_dir;
+use crate::names::{LabName, NodeIndex, SHARED_DISK};
 use crate::process::ProcessId;
 use crate::wait::wait_for;
 
@@ -137,6 +138,11 @@ impl LabPaths {
         self.dir().join("disks")
     }
 
+    /// The disk that all nodes share, as a file of the host.
+    pub fn shared_disk(&self) -> PathBuf {
+        self.disks().join(format!("{SHARED_DISK}.img"))
+    }
+
     /// What the lab's web server shows.
     pub fn web(&self) -> PathBuf {
         self.dir().join("web")
@@ -195,18 +201,6 @@ impl LabPaths {
         names.sort();
         Ok(names)
     }
-}
-
-/// A directory of the project below one of the XDG base directories.
-pub(crate) fn xdg_dir(variable: &str, default: &str) -> Result<PathBuf> {
-    let base = match std::env::var_os(variable).filter(|dir| Path::new(dir).is_absolute()) {
-        Some(dir) => PathBuf::from(dir),
-        None => {
-            let home = std::env::var_os("HOME").context("HOME is not set")?;
-            PathBuf::from(home).join(default)
-        }
-    };
-    Ok(base.join("bascule"))
 }
 
 /// Longer than taking a lab down ever takes.

@@ -7,28 +7,63 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
 
-use super::{Lab, Options, SHARED_DISK, Watchdog, down, nodes_of, print_logs, shared_disk_path};
 use crate::audit;
-use crate::cache::cached;
 use crate::cgroup::Cgroup;
 use crate::command::Run;
+use crate::down::{self, down};
 use crate::emulated;
 use crate::hub::Hub;
-use crate::image::{Image, sha256_file};
+use crate::image::pause_archive;
 use crate::init::DiskSpec;
+use crate::lab::{Lab, print_logs};
 use crate::machine::{NodeFiles, NodePlan, write_conf};
-use crate::names::NodeIndex;
+use crate::names::{NodeIndex, SHARED_DISK};
 use crate::native;
+use crate::options::{Options, Watchdog, images_from_env};
 use crate::pki::Pki;
 use crate::progress::step;
 use crate::state::{LabPaths, NodeRecord, State, Tier, boot_id};
 use crate::tools::{PACKAGES, PACKAGES_EMULATED, Tools, ensure_packages, lab_binary};
 use crate::wait::wait_for;
 
+impl Lab {
+    /// A native lab of `nodes` nodes for one test: it is gone when this is dropped, and also when the test is killed.
+    /// Tests that want one at the same time wait for each other.
+    ///
+    /// The image archives in `BASCULE_LAB_IMAGES` (separated by `:`) are imported.
+    pub fn native(nodes: u8) -> Result<Self> {
+        Self::for_test(Tier::Native, nodes)
+    }
+
+    /// An emulated lab of `nodes` nodes for one test, as [`Self::native`].
+    pub fn emulated(nodes: u8) -> Result<Self> {
+        Self::for_test(Tier::Emulated, nodes)
+    }
+
+    /// [`Self::native`] or [`Self::emulated`].
+    pub fn for_test(tier: Tier, nodes: u8) -> Result<Self> {
+        let mut options = Options::new("test".parse()?, tier, nodes);
+        options.images = images_from_env();
+        options.ephemeral = true;
+        let session = LabPaths::new(&options.name)?.lock_session()?;
+        let mut lab = Self::up(&options)?;
+        lab.session_lock = Some(session);
+        Ok(lab)
+    }
+
+    /// Brings a lab up; the remains of an earlier one of the same name are cleared away first.
+    ///
+    /// # Errors
+    /// When something does not come up in time: the ends of all logs are printed, and the lab is down again.
+    pub fn up(options: &Options) -> Result<Self> {
+        up(options)
+    }
+}
+
 /// See [`Lab::up`].
-pub(super) fn up(options: &Options) -> Result<Lab> {
+fn up(options: &Options) -> Result<Lab> {
     ensure!(rustix::process::geteuid().is_root(), "a lab needs root");
-    let nodes = nodes_of(options)?;
+    let nodes = options.node_indices()?;
     ensure_packages(PACKAGES)?;
     if options.tier == Tier::Emulated {
         ensure_packages(PACKAGES_EMULATED)?;
@@ -52,7 +87,7 @@ pub(super) fn up(options: &Options) -> Result<Lab> {
         tools,
         hub,
         ephemeral: options.ephemeral,
-        _session: None,
+        session_lock: None,
     };
     let outcome = build(&mut lab, options, &nodes, assets.as_ref());
     drop(lock);
@@ -144,7 +179,7 @@ fn new_state(options: &Options, paths: &LabPaths) -> Result<State> {
 
 /// The disk that all nodes share, and natively its loop device.
 fn make_shared_disk(lab: &Lab, options: &Options) -> Result<Option<PathBuf>> {
-    let path = shared_disk_path(&lab.paths);
+    let path = lab.shared_disk();
     let file = File::create(&path).with_context(|| format!("create {}", path.display()))?;
     file.set_len(options.shared_disk_bytes)
         .context("size the shared disk")?;
@@ -194,16 +229,6 @@ fn plan(
         late_modules: Vec::new(),
         logs: Some(lab.state.logs.clone()),
     })
-}
-
-/// The pause image's archive, keyed by the busybox in it.
-pub(crate) fn pause_archive() -> Result<PathBuf> {
-    let (busybox, _) = sha256_file("/bin/busybox".as_ref())?;
-    let key = format!("pause-{}", &busybox[..16]);
-    let dir = cached(&key, "making the pause image", |dir| {
-        Image::pause().write(&dir.join("pause.tar")).map(drop)
-    })?;
-    Ok(dir.join("pause.tar"))
 }
 
 /// Starts the process that takes the lab down if this one ends early ([`crate::guard`]).

@@ -29,7 +29,7 @@ pub fn down_all() -> Result<Vec<LabName>> {
 }
 
 /// What [`down`] does, with the lock held.
-pub(super) fn clear(name: &LabName, paths: &LabPaths) -> Result<()> {
+pub(crate) fn clear(name: &LabName, paths: &LabPaths) -> Result<()> {
     let cgroup = Cgroup::at(name.cgroup())?;
     cgroup.kill_all()?;
     for netns in netns_with_prefix(&name.netns_prefix())? {

@@ -1,0 +1,71 @@
+//! What a lab is to be: its tier, size, disk, images and watchdog.
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+
+use crate::names::{LabName, NodeIndex};
+use crate::state::Tier;
+
+/// What a lab is to be.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Its name. Labs of different names do not touch each other.
+    pub name: LabName,
+    /// Kind of its nodes.
+    pub tier: Tier,
+    /// Number of its nodes.
+    pub nodes: u8,
+    /// Size of the disk that all nodes share (`/dev/disk/by-id/virtio-shared0`), bytes.
+    pub shared_disk_bytes: u64,
+    /// Image archives that every node imports.
+    pub images: Vec<PathBuf>,
+    /// Memory of an emulated node, MiB.
+    pub node_memory_mib: u32,
+    /// The watchdog of an emulated node.
+    pub watchdog: Watchdog,
+    /// Whether the lab ends with the process that made it, however that ends.
+    pub ephemeral: bool,
+}
+
+impl Options {
+    /// A lab of `nodes` nodes under the name `name`.
+    pub fn new(name: LabName, tier: Tier, nodes: u8) -> Self {
+        Self {
+            name,
+            tier,
+            nodes,
+            shared_disk_bytes: SHARED_DISK_BYTES,
+            images: Vec::new(),
+            node_memory_mib: NODE_MEMORY_MIB,
+            watchdog: Watchdog::Bmc,
+            ephemeral: false,
+        }
+    }
+
+    pub(crate) fn node_indices(&self) -> Result<Vec<NodeIndex>> {
+        (1..=self.nodes).map(NodeIndex::new).collect()
+    }
+}
+
+/// What pulls the plug of an emulated node that does not pet its /dev/watchdog.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Watchdog {
+    /// A management controller outside the machine (`bmc.rs`): it fires while the machine is frozen, too.
+    Bmc,
+    /// QEMU's i6300esb, for hangs and panics: it stands still with a frozen machine. Faster to come up.
+    Board,
+}
+
+/// Image archives that the environment asks for.
+pub fn images_from_env() -> Vec<PathBuf> {
+    let images = std::env::var_os("BASCULE_LAB_IMAGES").unwrap_or_default();
+    std::env::split_paths(&images)
+        .filter(|path| !path.as_os_str().is_empty())
+        .collect()
+}
+
+/// Sparse; room for a few small guests.
+const SHARED_DISK_BYTES: u64 = 8 << 30;
+/// 1.0 GiB resident were measured with kubelet and containerd; the rest is for guests.
+const NODE_MEMORY_MIB: u32 = 2048;

@@ -15,9 +15,22 @@ PACKAGES := bascule-operator bascule-node bascule-vmm bascule-volume bascule-wat
 IMAGE := $(CARGO_TARGET_DIR)/bascule-image.tar
 LAB := $(STATIC)/$(TARGET)/release/lab
 # Scenarios share one machine's /dev/kvm, bridges and time: one after the other.
-SERIAL := -- --test-threads=1
+SERIAL := --test-threads=1
+# `make unit P=CRATE T=FILTER`, `make kvm T=NAME`, `make scenario T=NAME TIER=native|emulated KEEP=1`.
+P ?=
+T ?=
+TIER ?= native
+KEEP ?=
+KVM_TESTS = $(sort $(basename $(notdir $(wildcard e2e/tests/kvm_*.rs))))
 # Their errors say what was waited for; stack traces only push that and the logs out of sight.
-SCENARIOS = RUST_BACKTRACE=0 BASCULE_LAB_IMAGES=$(IMAGE) BASCULE_LAB_BIN=$(LAB) cargo test --quiet --locked -p bascule-e2e
+SCENARIOS = RUST_BACKTRACE=0 BASCULE_LAB_KEEP=$(KEEP) BASCULE_LAB_IMAGES=$(IMAGE) BASCULE_LAB_BIN=$(LAB) \
+  cargo test --quiet --locked -p bascule-e2e
+# Says what happens, how long it usually takes (on 2 cores) and how long it took. STEP numbers the line.
+STEP ?=
+WITH_PROGRESS = STEP='$(STEP)' e2e/step.sh
+# Builds show cargo's own progress on a terminal.
+CARGO_QUIET ?= $(shell [ -t 2 ] || echo --quiet)
+test: CARGO_QUIET := --quiet
 # The probe guest is a workspace of its own; its target directory is the one that tests build it in.
 GUEST_CARGO := env CARGO_TARGET_DIR=$(CARGO_TARGET_DIR)/probe-guest cargo
 
@@ -26,8 +39,11 @@ help: ## This list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: demo
-demo: packages image ## A three-node cluster, a VM on it, a drain, a power cut: the whole story, with figures
-	BASCULE_LAB_IMAGES=$(IMAGE) BASCULE_LAB_BIN=$(LAB) cargo run --quiet --locked -p bascule-e2e --bin bascule-demo
+demo: ## A three-node cluster, a VM on it, a drain, a power cut: the whole story, with figures
+	@+for n in 1:packages 2:lab 3:programs 4:demo-program; do \
+	  $(MAKE) --no-print-directory CARGO_QUIET= STEP="[$${n%:*}/11] " $${n#*:}; done
+	@$(pack)
+	@BASCULE_LAB_IMAGES=$(IMAGE) BASCULE_LAB_BIN=$(LAB) $(CARGO_TARGET_DIR)/debug/bascule-demo --steps 5/11
 
 .PHONY: demo-down
 demo-down: lab ## Remove every trace of the demo
@@ -39,15 +55,16 @@ test: setup lint unit kvm e2e e2e-emulated ## All set-up and all tests
 
 .PHONY: setup
 setup: packages ## Install what building and testing needs (Debian packages, cargo-deny)
-	@command -v cargo-deny >/dev/null || { echo "setup: installing cargo-deny (a few minutes, once)"; \
-	  CARGO_TARGET_DIR=$(CARGO_TARGET_DIR)/deny cargo install --quiet --locked cargo-deny; }
+	@command -v cargo-deny >/dev/null || CARGO_TARGET_DIR=$(CARGO_TARGET_DIR)/deny $(WITH_PROGRESS) \
+	  "installing cargo-deny (usually 5 min, once)" cargo install --quiet --locked cargo-deny
 
+# .devcontainer and CI install this list through this target.
+DEBIAN_PACKAGES := build-essential pkg-config qemu-system-x86 qemu-utils iproute2 iputils-ping nftables
 .PHONY: packages
 packages:
-	@missing=(); for p in build-essential pkg-config qemu-system-x86 qemu-utils iproute2 iputils-ping nftables; do \
-	  dpkg -s $$p >/dev/null 2>&1 || missing+=($$p); done; \
-	if [ $${#missing[@]} -gt 0 ]; then echo "setup: installing $${missing[*]}"; \
-	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $${missing[*]} >/dev/null; fi
+	@missing=(); for p in $(DEBIAN_PACKAGES); do dpkg -s $$p >/dev/null 2>&1 || missing+=($$p); done; \
+	$(WITH_PROGRESS) "installing Debian packages (usually 1 min the first time)" bash -c '[ $$# = 0 ] || { \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "$$@" >/dev/null; }' - $${missing[*]}
 
 # Cargo tells two checkouts that share a target directory apart by their files' times alone, and takes
 # results of the other one for its own when these are the newer ones.
@@ -67,45 +84,73 @@ lint: checkout ## Formatting, clippy, docs, licences, structure
 	cargo test --quiet --locked -p bascule-e2e --test tidy
 
 .PHONY: unit
-unit: checkout ## Pure tests, models, simulations and crash enumeration: no root, no KVM
-	cargo test --quiet --locked --workspace --exclude bascule-e2e
-	cd e2e/probe && $(GUEST_CARGO) test --quiet --locked -p bascule-probe-wire
+unit: checkout ## Pure tests, models, simulations, crash enumeration: no root, no KVM. One crate or test: P=CRATE T=FILTER
+	cargo test --quiet --locked $(if $(P),-p $(P),--workspace --exclude bascule-e2e) -- $(T)
+	$(if $(P)$(T),,cd e2e/probe && $(GUEST_CARGO) test --quiet --locked -p bascule-probe-wire)
 
 .PHONY: kvm
-kvm: checkout ## The VM process on this machine's /dev/kvm, with the probe guest
-	cargo test --quiet --locked -p bascule-e2e --lib --bins
-	for t in $(sort $(basename $(notdir $(wildcard e2e/tests/kvm_*.rs)))); do \
-	  cargo test --quiet --locked -p bascule-e2e --test $$t $(SERIAL); done
+kvm: checkout ## The VM process on this machine's /dev/kvm, with the probe guest. One test: T=NAME
+	$(if $(T),,cargo test --quiet --locked -p bascule-e2e --lib --bins)
+	@$(call selects,cargo test --quiet --locked -p bascule-e2e $(foreach t,$(KVM_TESTS),--test $t))
+	for t in $(KVM_TESTS); do cargo test --quiet --locked -p bascule-e2e --test $$t -- $(SERIAL) $(T); done
 
 .PHONY: e2e
 e2e: image ## Real Kubernetes on native nodes: the lab itself, then the scenarios with the probe guest
-	BASCULE_LAB_BIN=$(LAB) cargo test --quiet --locked -p bascule-lab --test native $(SERIAL) --ignored
-	$(SCENARIOS) --test cluster_native $(SERIAL) --nocapture
+	BASCULE_LAB_BIN=$(LAB) cargo test --quiet --locked -p bascule-lab --test native -- $(SERIAL) --ignored
+	$(SCENARIOS) --test cluster_native -- $(SERIAL) --nocapture
 
 .PHONY: e2e-emulated
 e2e-emulated: image ## Real Kubernetes on emulated nodes: the scenarios with an unmodified Debian guest
-	$(SCENARIOS) --test cluster_emulated $(SERIAL) --nocapture
+	$(SCENARIOS) --test cluster_emulated -- $(SERIAL) --nocapture
+
+.PHONY: scenario
+scenario: image ## One scenario: T=NAME, TIER=native or emulated; KEEP=1 leaves the lab up for the next KEEP=1
+	@$(call selects,$(SCENARIOS) --test cluster_$(TIER))
+	$(SCENARIOS) --test cluster_$(TIER) -- $(SERIAL) --nocapture $(T)
+
+.PHONY: lab-down
+lab-down: lab ## Remove the lab that `make scenario KEEP=1` left up
+	$(LAB) --lab test down
 
 .PHONY: bench
 bench: packages image ## The figures, each beside a baseline of the same run
 	BASCULE_BIN_DIR=$(STATIC)/image BASCULE_LAB_IMAGES=$(IMAGE) BASCULE_LAB_BIN=$(LAB) \
-	  cargo run --quiet --release -p bascule-e2e --bin bascule-bench
+	  cargo run $(CARGO_QUIET) --release -p bascule-e2e --bin bascule-bench
 
 .PHONY: lab
 lab: checkout ## The lab's command line, static, so that it runs inside its nodes too
-	@$(call static_build,-p bascule-lab)
+	@$(WITH_PROGRESS) "building the lab (usually 2 min the first time)" $(call static_build,-p bascule-lab)
+
+.PHONY: programs
+programs: checkout
+	@$(WITH_PROGRESS) "building the programs (usually 9 min the first time)" \
+	  $(call static_build,$(foreach p,$(PACKAGES),-p $(p)))
+
+.PHONY: demo-program
+demo-program: checkout
+	@$(WITH_PROGRESS) "building the demo (usually 3 min the first time)" \
+	  cargo build $(CARGO_QUIET) --locked -p bascule-e2e --bin bascule-demo
 
 .PHONY: image
-image: lab ## One static OCI image of all programs, without a container daemon
-	@$(call static_build,$(foreach p,$(PACKAGES),-p $(p)))
-	@rm -rf $(STATIC)/image && mkdir -p $(STATIC)/image
-	@for p in $(PROGRAMS); do cp $(STATIC)/$(TARGET)/release/$$p $(STATIC)/image/; strip $(STATIC)/image/$$p; done
-	$(LAB) image --bin-dir $(STATIC)/image --out $(IMAGE)
+image: lab programs ## One static OCI image of all programs, without a container daemon
+	@$(pack)
 
 .PHONY: crds
 crds: checkout ## Write the CustomResourceDefinitions into the chart
 	cargo run --quiet -p bascule-crds --bin bascule-crds
 
 define static_build
-RUSTFLAGS="-C target-feature=+crt-static" cargo build --quiet --locked --release --target $(TARGET) --target-dir $(STATIC) $(1)
+env RUSTFLAGS="-C target-feature=+crt-static" cargo build $(CARGO_QUIET) --locked --release --target $(TARGET) \
+  --target-dir $(STATIC) $(1)
+endef
+
+define pack
+rm -rf $(STATIC)/image && mkdir -p $(STATIC)/image && for p in $(PROGRAMS); do \
+  cp $(STATIC)/$(TARGET)/release/$$p $(STATIC)/image/; strip $(STATIC)/image/$$p; done; \
+$(LAB) image --bin-dir $(STATIC)/image --out $(IMAGE)
+endef
+
+# Fails when T selects no test, so that a misspelt name does not pass for a success.
+define selects
+{ [ -z "$(T)" ] || $(1) -- --list $(T) | grep ': test$$' >/dev/null || { echo "no test matches T=$(T)"; exit 1; }; }
 endef

@@ -9,7 +9,8 @@ use std::time::Instant;
 use anyhow::Result;
 use bascule_e2e::kubernetes::scenarios::{self, Drained, PowerCut};
 use bascule_e2e::kubernetes::{ClusterVm, Installation};
-use bascule_lab::progress::{say, step};
+use bascule_lab::progress::{Steps, say};
+use bascule_lab::up::prepare;
 use bascule_lab::{Lab, Options, Tier, images_from_env};
 use clap::Parser;
 
@@ -24,6 +25,9 @@ struct Args {
     /// the power cut, which needs a watchdog
     #[arg(long)]
     native: bool,
+    /// Number of the first step and of all steps: `make demo` has done others before
+    #[arg(long, value_name = "NEXT/TOTAL", default_value = "1/7")]
+    steps: Steps,
 }
 
 fn main() -> ExitCode {
@@ -46,20 +50,26 @@ fn demo(args: &Args) -> Result<()> {
     options.images = images_from_env();
     options.ephemeral = !args.keep;
     let begin = Instant::now();
-    let cluster = Installation::on(Lab::up(&options)?)?;
-    step("attaching the SharedVolume on every node", || {
-        cluster.volume()
-    })?;
-    let vm = step("starting a virtual machine", || cluster.vm("web", 100))?;
+    let mut steps = args.steps;
+    let what = "preparing Kubernetes and the nodes' system (usually 20 min the first time, then 0)";
+    steps.step(what, || prepare(tier))?;
+    let what = format!("starting a Kubernetes cluster of {nodes} nodes (usually 2 min)");
+    let lab = steps.step(&what, || Lab::up(&options))?;
+    let what = "installing Bascule with helm (usually 1 min)";
+    let cluster = steps.step(what, || Installation::on(lab))?;
+    let what = "attaching the SharedVolume on every node (usually 1 min)";
+    steps.step(what, || cluster.volume())?;
+    let what = "starting a virtual machine (usually 1 min)";
+    let vm = steps.step(what, || cluster.vm("web", 100))?;
     say(&format!(
         "{} runs on {} and answers on {}",
         vm.name,
         vm.node()?,
         vm.address
     ));
-    let drained = drain(&cluster, &vm)?;
+    let drained = drain(&mut steps, &cluster, &vm)?;
     let cut = match tier {
-        Tier::Emulated => Some(power_cut(&cluster, &vm)?),
+        Tier::Emulated => Some(power_cut(&mut steps, &cluster, &vm)?),
         Tier::Native => None,
     };
     summary(&drained, cut.as_ref());
@@ -74,9 +84,9 @@ fn demo(args: &Args) -> Result<()> {
     Ok(())
 }
 
-fn drain(cluster: &Installation, vm: &ClusterVm<'_>) -> Result<Drained> {
+fn drain(steps: &mut Steps, cluster: &Installation, vm: &ClusterVm<'_>) -> Result<Drained> {
     let source = vm.node()?;
-    let drained = step(&format!("kubectl drain {source}"), || {
+    let drained = steps.step(&format!("kubectl drain {source} (usually 1 min)"), || {
         scenarios::drain_moves_vms_live(cluster, &source, &[vm])
     })?;
     say(&format!(
@@ -86,12 +96,12 @@ fn drain(cluster: &Installation, vm: &ClusterVm<'_>) -> Result<Drained> {
     Ok(drained)
 }
 
-fn power_cut(cluster: &Installation, vm: &ClusterVm<'_>) -> Result<PowerCut> {
+fn power_cut(steps: &mut Steps, cluster: &Installation, vm: &ClusterVm<'_>) -> Result<PowerCut> {
     let what = format!(
-        "pulling the plug of {}, the guest answering elsewhere",
+        "cutting the power of {}, until the guest answers elsewhere (usually 2 min)",
         vm.node()?
     );
-    let cut = step(&what, || scenarios::power_cut(cluster, vm))?;
+    let cut = steps.step(&what, || scenarios::power_cut(cluster, vm))?;
     say(&format!(
         "the guest is on {}; every flushed record is there",
         cut.to

@@ -16,7 +16,7 @@ use crate::node::Service;
 use crate::options::{Options, Watchdog};
 use crate::progress::say;
 use crate::state::{LabPaths, State, Tier};
-use crate::tools::Tools;
+use crate::up::prepare;
 use crate::{bmc, guard, init, process, project, web};
 
 /// Real Kubernetes clusters on one machine, with faults to order.
@@ -266,7 +266,7 @@ pub fn run() -> ExitCode {
     match perform(&cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            say(&format!("{error:#}"));
+            eprintln!("lab: {error:#}");
             ExitCode::FAILURE
         }
     }
@@ -283,7 +283,8 @@ fn perform(cli: &Cli) -> Result<()> {
             println!("{}\n{}", image.kernel.display(), image.initrd.display());
             Ok(())
         }
-        Command::Prepare { emulated } => prepare(*emulated),
+        Command::Prepare { emulated: false } => prepare(Tier::Native),
+        Command::Prepare { emulated: true } => prepare(Tier::Emulated),
         Command::Image { bin_dir, name, out } => {
             let digest = project::pack(name, bin_dir, out)?;
             println!("{digest}");
@@ -396,19 +397,6 @@ fn bring_up(name: &LabName, up: &Up) -> Result<()> {
     let lab = Lab::up(&options)?;
     say(&format!("logs: {}", lab.logs().display()));
     say("next: `lab kubectl get nodes -o wide`");
-    Ok(())
-}
-
-fn prepare(emulated: bool) -> Result<()> {
-    use crate::tools::{PACKAGES, PACKAGES_EMULATED, ensure_packages};
-
-    ensure_packages(PACKAGES)?;
-    let tools = Tools::ensure()?;
-    crate::image::pause_archive()?;
-    if emulated {
-        ensure_packages(PACKAGES_EMULATED)?;
-        crate::emulated::Assets::ensure(&tools, &[])?;
-    }
     Ok(())
 }
 

@@ -92,6 +92,7 @@ pub mod hub;
 pub mod image;
 pub mod init;
 mod initramfs;
+pub mod kept;
 pub mod lab;
 mod machine;
 pub mod names;
@@ -106,7 +107,7 @@ pub mod project;
 mod qmp;
 pub mod state;
 pub mod tools;
-mod up;
+pub mod up;
 pub mod wait;
 pub mod web;
 

@@ -26,7 +26,7 @@ impl NodeImage {
             recipe.update(part);
         }
         let key = format!("node-{SUITE}-{}", &hex(&recipe.finalize())[..12]);
-        let what = "making the emulated nodes' disk (once, about two minutes)";
+        let what = "making the emulated nodes' disk (once; usually 2 min)";
         Ok(Self {
             dir: cached(&key, what, build)?,
         })

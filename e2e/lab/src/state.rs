@@ -52,6 +52,12 @@ pub struct State {
     pub complete: bool,
     /// Whether the lab ends with the process that made it.
     pub ephemeral: bool,
+    /// SHA-256 of the `lab` program and of each image archive that the nodes were made from.
+    #[serde(default)]
+    pub contents: Vec<String>,
+    /// The scenario that has begun on the lab and has not succeeded. See `kept.rs`.
+    #[serde(default)]
+    pub unfinished: Option<String>,
 }
 
 impl State {
@@ -225,6 +231,8 @@ mod tests {
             }],
             complete: false,
             ephemeral: true,
+            contents: Vec::new(),
+            unfinished: None,
         }
     }
 

@@ -54,17 +54,20 @@ pub fn ensure_packages(packages: &[&str]) -> Result<()> {
     if missing.is_empty() {
         return Ok(());
     }
-    step(&format!("installing {}", missing.join(", ")), || {
-        let apt = |words: &[&str]| {
-            Run::new("apt-get")
-                .env("DEBIAN_FRONTEND", "noninteractive")
-                .args(words)
-                .deadline(Duration::from_secs(900))
-                .done()
-        };
-        apt(&["update"])?;
-        apt(&[&["install", "-y", "--no-install-recommends"], &missing[..]].concat())
-    })
+    step(
+        &format!("installing {} (once; usually 1 min)", missing.join(", ")),
+        || {
+            let apt = |words: &[&str]| {
+                Run::new("apt-get")
+                    .env("DEBIAN_FRONTEND", "noninteractive")
+                    .args(words)
+                    .deadline(Duration::from_secs(900))
+                    .done()
+            };
+            apt(&["update"])?;
+            apt(&[&["install", "-y", "--no-install-recommends"], &missing[..]].concat())
+        },
+    )
 }
 
 fn installed(package: &str) -> bool {
@@ -223,7 +226,7 @@ const MODULES: [GoModule; 3] = [
             "k8s.io/kubernetes/cmd/kube-proxy",
         ],
         renamed: &[],
-        cost: "once, about 12 minutes on two cores",
+        cost: "once; usually 12 min on 2 cores",
     },
     GoModule {
         name: "runtime",
@@ -243,7 +246,7 @@ const MODULES: [GoModule; 3] = [
             "helm.sh/helm/v4/cmd/helm",
         ],
         renamed: &[("go.etcd.io/etcd/server/v3", "etcd")],
-        cost: "once, about 5 minutes on two cores",
+        cost: "once; usually 5 min on 2 cores",
     },
     GoModule {
         name: "dns",
@@ -255,7 +258,7 @@ const MODULES: [GoModule; 3] = [
         ],
         packages: &[],
         renamed: &[(".", "coredns")],
-        cost: "once, about a minute",
+        cost: "once; usually 1 min",
     },
 ];
 

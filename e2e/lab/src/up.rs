@@ -15,6 +15,7 @@ use crate::emulated;
 use crate::hub::Hub;
 use crate::image::pause_archive;
 use crate::init::DiskSpec;
+use crate::kept::{self, keep_from_env};
 use crate::lab::{Lab, print_logs};
 use crate::machine::{NodeFiles, NodePlan, write_conf};
 use crate::names::{NodeIndex, SHARED_DISK};
@@ -41,12 +42,23 @@ impl Lab {
     }
 
     /// [`Self::native`] or [`Self::emulated`].
+    ///
+    /// With `BASCULE_LAB_KEEP=1` the lab stays up when the test ends, and the next test with it takes it again, if
+    /// it is still what a new one would be (`kept.rs`).
     pub fn for_test(tier: Tier, nodes: u8) -> Result<Self> {
         let mut options = Options::new("test".parse()?, tier, nodes);
         options.images = images_from_env();
-        options.ephemeral = true;
+        options.ephemeral = !keep_from_env();
         let session = LabPaths::new(&options.name)?.lock_session()?;
-        let mut lab = Self::up(&options)?;
+        let kept = if options.ephemeral {
+            None
+        } else {
+            kept::take_again(&options)
+        };
+        let mut lab = match kept {
+            Some(lab) => lab,
+            None => Self::up(&options)?,
+        };
         lab.session_lock = Some(session);
         Ok(lab)
     }
@@ -64,15 +76,7 @@ impl Lab {
 fn up(options: &Options) -> Result<Lab> {
     ensure!(rustix::process::geteuid().is_root(), "a lab needs root");
     let nodes = options.node_indices()?;
-    ensure_packages(PACKAGES)?;
-    if options.tier == Tier::Emulated {
-        ensure_packages(PACKAGES_EMULATED)?;
-    }
-    let tools = Tools::ensure()?;
-    let assets = match options.tier {
-        Tier::Native => None,
-        Tier::Emulated => Some(emulated::Assets::ensure(&tools, &options.images)?),
-    };
+    let (tools, assets) = prepare_for(options.tier, &options.images)?;
 
     let paths = LabPaths::new(&options.name)?;
     let lock = paths.lock()?;
@@ -100,6 +104,25 @@ fn up(options: &Options) -> Result<Lab> {
             Err(error)
         }
     }
+}
+
+/// Installs and builds everything that labs of this tier need, and the pause image; does nothing where all is there.
+pub fn prepare(tier: Tier) -> Result<()> {
+    prepare_for(tier, &[])?;
+    pause_archive().map(drop)
+}
+
+fn prepare_for(tier: Tier, images: &[PathBuf]) -> Result<(Tools, Option<emulated::Assets>)> {
+    ensure_packages(PACKAGES)?;
+    if tier == Tier::Emulated {
+        ensure_packages(PACKAGES_EMULATED)?;
+    }
+    let tools = Tools::ensure()?;
+    let assets = match tier {
+        Tier::Native => None,
+        Tier::Emulated => Some(emulated::Assets::ensure(&tools, images)?),
+    };
+    Ok((tools, assets))
 }
 
 fn build(
@@ -174,6 +197,8 @@ fn new_state(options: &Options, paths: &LabPaths) -> Result<State> {
         nodes: Vec::new(),
         complete: false,
         ephemeral: options.ephemeral,
+        contents: kept::contents(options)?,
+        unfinished: None,
     })
 }
 

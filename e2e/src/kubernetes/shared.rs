@@ -45,8 +45,10 @@ impl SharedCluster {
         }
         let cluster = self.get();
         let done = step(&format!("scenario {name}"), || {
+            // A panic leaves the mark, so that a lab that is kept is not taken for an unused one.
+            cluster.lab().set_unfinished(Some(name))?;
             scenario(cluster);
-            Ok(())
+            cluster.lab().set_unfinished(None)
         });
         done.expect("a scenario fails by panicking");
     }

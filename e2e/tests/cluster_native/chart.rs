@@ -115,6 +115,27 @@ fn the_charts_roles_grant_what_is_used_and_nothing_else() {
 }
 
 #[test]
+fn the_api_accepts_every_example() {
+    CLUSTER.with("the_api_accepts_every_example", |cluster| {
+        let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples");
+        let mut count = 0;
+        for entry in std::fs::read_dir(directory).unwrap() {
+            let path = entry.unwrap().path();
+            let text = std::fs::read_to_string(&path).unwrap();
+            // This cluster has a SharedVolume `gold`, whose backing is immutable, and no namespace `shop`.
+            let text = text.replace("metadata: {name: gold}", "metadata: {name: example}");
+            let text = text.replace("namespace: shop", &format!("namespace: {NAMESPACE}"));
+            let args = ["apply", "--server-side", "--dry-run=server", "-f", "-"];
+            let run = cluster.lab().kubectl_run().unwrap().args(args).stdin(text);
+            run.done()
+                .unwrap_or_else(|error| panic!("{}: {error:#}", path.display()));
+            count += 1;
+        }
+        assert!(count >= 4, "{count} examples");
+    });
+}
+
+#[test]
 fn upgrade_and_uninstall_leave_guests_running() {
     CLUSTER.with_vm("steady", 30, |cluster, vm| {
         let lab = cluster.lab();

@@ -1,0 +1,94 @@
+//! The manifests in `examples/` are valid, and the README shows the same text.
+#![cfg(feature = "kinds")]
+#![forbid(unsafe_code)]
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use bascule_crds::{SharedVolume, VirtualMachine, VirtualMachineMigration};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
+fn example(name: &str) -> String {
+    let path = root().join("examples").join(name);
+    fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+/// The document as its type; fails on a field that the type does not have.
+fn parse<T: DeserializeOwned + Serialize>(text: &str) -> T {
+    let object: T = serde_saphyr::from_str(text).unwrap();
+    let written: Value = serde_saphyr::from_str(text).unwrap();
+    assert_known(&written, &serde_json::to_value(&object).unwrap(), "");
+    object
+}
+
+fn assert_known(written: &Value, read: &Value, path: &str) {
+    match (written, read) {
+        (Value::Object(written), Value::Object(read)) => {
+            for (key, value) in written {
+                let path = format!("{path}.{key}");
+                let known = read
+                    .get(key)
+                    .unwrap_or_else(|| panic!("unknown field {path}"));
+                assert_known(value, known, &path);
+            }
+        }
+        (Value::Array(written), Value::Array(read)) => {
+            assert_eq!(written.len(), read.len(), "{path}");
+            for (written, read) in written.iter().zip(read) {
+                assert_known(written, read, path);
+            }
+        }
+        _ => {}
+    }
+}
+
+#[test]
+fn every_example_is_parsed_and_checked() {
+    let mut names: Vec<String> = fs::read_dir(root().join("examples"))
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    assert_eq!(
+        names,
+        [
+            "embedded.yaml",
+            "migration.yaml",
+            "sharedvolume.yaml",
+            "virtualmachine.yaml"
+        ],
+        "an example that this test does not check"
+    );
+    for name in ["embedded.yaml", "virtualmachine.yaml"] {
+        let vm: VirtualMachine = parse(&example(name));
+        let checked = vm.spec.check(&vm.metadata);
+        assert_eq!(checked, Ok(()), "{name}");
+    }
+    let volume: SharedVolume = parse(&example("sharedvolume.yaml"));
+    let vm: VirtualMachine = parse(&example("virtualmachine.yaml"));
+    assert_eq!(volume.metadata.name.as_deref(), Some(&*vm.spec.volume));
+    let migration: VirtualMachineMigration = parse(&example("migration.yaml"));
+    assert_eq!(migration.metadata.namespace, vm.metadata.namespace);
+    let moved = Some(migration.spec.virtual_machine);
+    assert_eq!(moved, vm.metadata.name);
+}
+
+#[test]
+fn the_readme_shows_the_examples() {
+    let readme = fs::read_to_string(root().join("README.md")).unwrap();
+    let (_, block) = readme.split_once("```yaml\n").unwrap();
+    let (block, _) = block.split_once("```").unwrap();
+    let without_comments = |text: String| {
+        let lines = text.lines().filter(|line| !line.starts_with('#'));
+        lines.map(|line| format!("{line}\n")).collect::<String>()
+    };
+    let shown = ["sharedvolume.yaml", "virtualmachine.yaml"].map(example);
+    assert_eq!(block, shown.map(without_comments).join("---\n"));
+}

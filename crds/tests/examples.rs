@@ -1,7 +1,11 @@
 //! The manifests in `examples/` are valid, and the README shows the same text.
 #![cfg(feature = "kinds")]
 #![forbid(unsafe_code)]
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
 
 use std::fs;
 use std::path::{Path, PathBuf};

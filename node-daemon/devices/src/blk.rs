@@ -1,9 +1,9 @@
-//! virtio-blk (virtio 1.2, 5.2): a disk of the volume as the guest sees it.
+//! virtio-blk (virtio 1.2, 5.2): a block device on a virtual disk.
 //!
-//! Features: several queues, flush, block size, segment limit, read-only. Discard and write-zeroes
-//! are not offered: the volume's disks are preallocated.
+//! Features: multi-queue, flush, block size, segment limit, read-only. Discard and write-zeroes are
+//! not offered: disks on a volume are preallocated.
 //!
-//! Read next: [`crate::disk`], which does the I/O.
+//! Read next: [`crate::disk`], which performs the I/O.
 
 mod config;
 mod device;

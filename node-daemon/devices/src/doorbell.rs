@@ -1,7 +1,8 @@
-//! Doorbells: guest writes that wake a device's thread without leaving the kernel.
+//! Doorbells: queue notifications of the guest that wake the device's thread inside the kernel,
+//! without an exit to the VMM (ioeventfd).
 //!
-//! They are an acceleration only. A device also takes the same write through
-//! [`crate::pci::PciRoot::mmio_write`], so a registry may refuse all of them.
+//! Doorbells are an optimisation. A device accepts the same write through
+//! [`crate::pci::PciRoot::mmio_write`] as well, so a registry may refuse all of them.
 
 use std::fmt;
 use std::io;
@@ -9,23 +10,23 @@ use std::io;
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
-/// The hypervisor's table of doorbells (on KVM: ioeventfd on MMIO, any access size). Each virtqueue
-/// has an address of its own, so no data match is needed.
+/// Registers doorbells with the hypervisor (KVM: ioeventfd on MMIO, any access size). Each virtqueue
+/// has its own address, so no data match is needed.
 pub trait DoorbellRegistry: Send + Sync + fmt::Debug {
     /// Signals `doorbell` at every guest write to `address`.
     ///
     /// # Errors
-    /// When the hypervisor refuses it; the device then works through MMIO exits.
+    /// When the hypervisor refuses; notifications of the queue then cause MMIO exits.
     fn register(&self, doorbell: &EventFd, address: GuestAddress) -> io::Result<()>;
 
     /// Undoes [`DoorbellRegistry::register`] with the same arguments.
     ///
     /// # Errors
-    /// When the hypervisor does not know that pair.
+    /// When that pair is not registered.
     fn unregister(&self, doorbell: &EventFd, address: GuestAddress) -> io::Result<()>;
 }
 
-/// Refuses every doorbell: all notifications then take the MMIO exit.
+/// Refuses every doorbell: all notifications cause MMIO exits.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct NoDoorbells;
 

@@ -1,61 +1,48 @@
-//! Devices that cannot go on, and whom they tell.
+//! Failures that a device reports to the VMM.
 
 use std::fmt;
 
-/// Why a device cannot go on. The text names the device and the cause.
+/// Why a device cannot continue. The text names the device and the cause.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub enum DeviceFailure {
-    /// The guest broke the rules of a virtqueue. Ends this virtual machine alone.
+    /// The guest violated the rules of a virtqueue. Stops this virtual machine only.
     #[error("{device}: bad virtqueue {queue}: {reason}")]
     BadVirtqueue {
-        /// The device.
         device: String,
-        /// The queue's index.
         queue: usize,
-        /// Which rule was broken.
         reason: String,
     },
-    /// A write or a flush failed. The disk accepts no further write until it is opened anew and
+    /// A write or a flush failed. The disk accepts no further write until it is opened again and
     /// verified; the guest sees I/O errors.
     #[error("{device}: {operation} failed: {reason}")]
     DiskFailed {
-        /// The device.
         device: String,
-        /// `write` or `flush`.
         operation: &'static str,
-        /// The operating system's word for it.
         reason: String,
     },
-    /// The device's host side broke (a tap vanished, epoll or io_uring failed).
+    /// The host side of the device failed: the tap was deleted, or epoll or io_uring failed.
     #[error("{device}: {what}: {reason}")]
     Host {
-        /// The device.
         device: String,
-        /// What was being done.
         what: &'static str,
-        /// The operating system's word for it.
         reason: String,
     },
     /// The device's thread panicked.
     #[error("{device}: device thread panicked: {reason}")]
-    Panicked {
-        /// The device.
-        device: String,
-        /// The panic's message.
-        reason: String,
-    },
+    Panicked { device: String, reason: String },
 }
 
 impl DeviceFailure {
-    /// Whether the machine must stop: the device answers nothing any more.
+    /// Whether the virtual machine must stop, because the device serves no more requests.
     #[must_use]
     pub const fn ends_the_machine(&self) -> bool {
         !matches!(self, Self::DiskFailed { .. })
     }
 }
 
-/// Takes failure reports. Called from device threads, and from vCPU threads that are inside the
-/// device: it must neither block nor call into the bus.
+/// Receives failure reports. Called from device threads, and from vCPU threads that access the
+/// device, so an implementation must neither block nor call into the bus.
 pub trait FailureSink: Send + Sync + fmt::Debug {
     /// A device failed. Each failure is reported once.
     fn device_failed(&self, failure: DeviceFailure);

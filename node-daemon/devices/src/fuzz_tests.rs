@@ -1,6 +1,6 @@
-//! Guests that write anything into their queues, and peers that send any state. Whatever it is, a
-//! device stops or refuses it with a named reason at worst: it never panics, always pauses, and a
-//! guest's device works again after a reset (I7).
+//! Fuzz tests of the devices: a guest that writes arbitrary bytes into its queues, and a migration
+//! peer that sends arbitrary states. A device may stop or refuse with a named reason; it never
+//! panics, it can always be paused, and it works again after a reset (I7).
 
 use std::os::unix::net::UnixDatagram;
 use std::sync::Arc;
@@ -22,9 +22,9 @@ use crate::testing::{
 };
 use crate::virtio::VirtioFunction;
 
-/// What a hostile driver does, one thing at a time.
+/// One action of a malicious driver.
 #[derive(Clone, Debug)]
-enum Act {
+enum DriverAction {
     /// Writes a descriptor of the table, or of the page after it, which indirect tables use.
     Descriptor {
         queue: u16,
@@ -36,13 +36,13 @@ enum Act {
         queue: u16,
         head: u16,
     },
-    /// Scribbles over a ring.
-    Scribble {
+    /// Overwrites two bytes of the rings.
+    Overwrite {
         queue: u16,
         at: u64,
         value: u16,
     },
-    /// Puts a request header where descriptors point.
+    /// Writes a virtio-blk request header at [`DATA_AT`].
     Header {
         kind: u32,
         sector: u64,
@@ -53,12 +53,12 @@ enum Act {
     PauseAndResume,
 }
 
-/// Where hostile descriptors mostly point.
+/// The address at which most descriptors point.
 const DATA_AT: u64 = 0x30_0000;
-/// Where hostile indirect tables mostly are.
+/// The address of most indirect tables.
 const TABLE_AT: u64 = 0x40_0000;
 
-fn acts() -> impl Strategy<Value = Vec<Act>> {
+fn actions() -> impl Strategy<Value = Vec<DriverAction>> {
     let queue = || 0_u16..3;
     let address = prop_oneof![
         4 => Just(DATA_AT),
@@ -85,22 +85,22 @@ fn acts() -> impl Strategy<Value = Vec<Act>> {
     prop::collection::vec(
         prop_oneof![
             6 => (queue(), 0_u16..300, fields)
-                .prop_map(|(queue, index, fields)| Act::Descriptor { queue, index, fields }),
-            4 => (queue(), 0_u16..66).prop_map(|(queue, head)| Act::Offer { queue, head }),
+                .prop_map(|(queue, index, fields)| DriverAction::Descriptor { queue, index, fields }),
+            4 => (queue(), 0_u16..66).prop_map(|(queue, head)| DriverAction::Offer { queue, head }),
             1 => (queue(), 0x4000_u64..0x9000, any::<u16>())
-                .prop_map(|(queue, at, value)| Act::Scribble { queue, at: at & !1, value }),
+                .prop_map(|(queue, at, value)| DriverAction::Overwrite { queue, at: at & !1, value }),
             2 => (prop::sample::select(vec![0_u32, 1, 4, 8, 11, 77]), prop_oneof![0_u64..300, any::<u64>()])
-                .prop_map(|(kind, sector)| Act::Header { kind, sector }),
-            3 => queue().prop_map(|queue| Act::Notify { queue }),
-            1 => Just(Act::PauseAndResume),
+                .prop_map(|(kind, sector)| DriverAction::Header { kind, sector }),
+            3 => queue().prop_map(|queue| DriverAction::Notify { queue }),
+            1 => Just(DriverAction::PauseAndResume),
         ],
         1..60,
     )
 }
 
-fn perform(driver: &mut TestDriver, act: &Act) {
-    match *act {
-        Act::Descriptor {
+fn perform(driver: &mut TestDriver, action: &DriverAction) {
+    match *action {
+        DriverAction::Descriptor {
             queue,
             index,
             fields,
@@ -113,22 +113,22 @@ fn perform(driver: &mut TestDriver, act: &Act) {
             };
             write_descriptor(&driver.ram, table, index, fields);
         }
-        Act::Offer { queue, head } => driver.offer_head(queue, head),
-        Act::Scribble { queue, at, value } => {
+        DriverAction::Offer { queue, head } => driver.offer_head(queue, head),
+        DriverAction::Overwrite { queue, at, value } => {
             driver
                 .ram
                 .write_obj(value, GuestAddress(rings(queue)[0] + at))
                 .unwrap();
         }
-        Act::Header { kind, sector } => {
+        DriverAction::Header { kind, sector } => {
             driver.ram.write_obj(kind, GuestAddress(DATA_AT)).unwrap();
             driver
                 .ram
                 .write_obj(sector, GuestAddress(DATA_AT + 8))
                 .unwrap();
         }
-        Act::Notify { queue } => driver.notify(queue),
-        Act::PauseAndResume => {
+        DriverAction::Notify { queue } => driver.notify(queue),
+        DriverAction::PauseAndResume => {
             driver.function.pause();
             let saved = driver.function.save();
             assert_eq!(driver.function.save(), saved);
@@ -137,18 +137,18 @@ fn perform(driver: &mut TestDriver, act: &Act) {
     }
 }
 
-/// Lets the driver do its worst; then the device must do `work` for a well-behaved one.
+/// Runs the actions of the malicious driver; then the device must serve `work` of a correct driver.
 fn survives(
     machine: &TestMachine,
     function: VirtioFunction,
     queue_count: u16,
-    acts: &[Act],
+    actions: &[DriverAction],
     work: impl FnOnce(&mut TestDriver),
 ) {
     let mut driver = TestDriver::new(machine, function);
     driver.start(u64::MAX, queue_count);
-    for act in acts {
-        perform(&mut driver, act);
+    for action in actions {
+        perform(&mut driver, action);
     }
     driver.function.pause();
     driver.function.resume();
@@ -162,10 +162,10 @@ fn survives(
     }
 }
 
-/// A change somewhere in a saved state.
+/// A changed value in a saved state.
 #[derive(Clone, Debug)]
 struct Corruption {
-    /// Which of the state's values, counted through, modulo their number.
+    /// The index of the value to replace, modulo the number of values.
     place: usize,
     value: serde_json::Value,
 }
@@ -202,8 +202,8 @@ fn places<'a>(state: &'a mut serde_json::Value, found: &mut Vec<&'a mut serde_js
     }
 }
 
-/// A machine in whose memory every third descriptor starts a valid write request, as the states
-/// expect it.
+/// A machine in whose memory every third descriptor starts a valid write request, to which the
+/// incomplete requests of the states may refer.
 fn machine_with_requests() -> TestMachine {
     let machine = TestMachine::new();
     machine.ram.write_obj(1_u32, GuestAddress(DATA_AT)).unwrap();
@@ -235,7 +235,7 @@ fn survives_state(
     }
     function.place_bar(0, GuestAddress(BAR_AT));
     function.pause();
-    // Refused or taken: the machine that refuses drops the device.
+    // The state may be refused or loaded.
     if function.restore(&state).is_ok() {
         function.resume();
         function.pause();
@@ -252,7 +252,7 @@ fn survives_state(
 }
 
 #[test]
-fn the_states_that_are_corrupted_are_good_ones() {
+fn the_states_are_loaded_when_they_are_not_corrupted() {
     let machine = machine_with_requests();
     let (net, _network) = network_device(&machine, MacAddress([0x52, 0x54, 0, 0x12, 0x34, 0x56]));
     for (mut function, golden) in [
@@ -274,14 +274,14 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(96))]
 
     #[test]
-    fn i7_no_state_stops_a_block_device_badly(corruptions in corruptions()) {
+    fn i7_no_state_panics_a_block_device(corruptions in corruptions()) {
         let machine = machine_with_requests();
         let golden = include_str!("../golden/virtio-blk-v1.json");
         survives_state(&machine, block_device(&machine, 1 << 20, 2), golden, corruptions);
     }
 
     #[test]
-    fn i7_no_state_stops_a_network_device_badly(corruptions in corruptions()) {
+    fn i7_no_state_panics_a_network_device(corruptions in corruptions()) {
         let machine = machine_with_requests();
         let (device, _network) = network_device(&machine, MacAddress([0x52, 0x54, 0, 0x12, 0x34, 0x56]));
         let golden = include_str!("../golden/virtio-net-v1.json");
@@ -289,10 +289,10 @@ proptest! {
     }
 
     #[test]
-    fn i7_no_queue_content_stops_a_block_device_for_good(acts in acts()) {
+    fn i7_no_queue_content_stops_a_block_device_for_good(actions in actions()) {
         let machine = TestMachine::new();
         let device = block_device(&machine, 128 << 10, 3);
-        survives(&machine, device, 3, &acts, |driver| {
+        survives(&machine, device, 3, &actions, |driver| {
             let header = driver.buffer(16, 0);
             driver.ram.write_slice(&[0; 16], GuestAddress(header)).unwrap();
             let data = driver.buffer(513, 0);
@@ -303,14 +303,14 @@ proptest! {
     }
 
     #[test]
-    fn i7_no_queue_content_stops_a_network_device_for_good(acts in acts()) {
+    fn i7_no_queue_content_stops_a_network_device_for_good(actions in actions()) {
         let machine = TestMachine::new();
         let (device, network) = network_device(&machine, MacAddress([2; 6]));
         for fill in 0..5 {
             network.send(&[fill; 600]).unwrap();
         }
-        survives(&machine, device, 3, &acts, |driver| {
-            // Whatever the hostile driver sent must not block the good one.
+        survives(&machine, device, 3, &actions, |driver| {
+            // Frames of the malicious driver must not block those of the correct one.
             while network.recv(&mut [0; 70_000]).is_ok() {}
             let frame = driver.buffer(72, 0);
             driver.offer(1, &[Buffer::readable(frame, 72)]);
@@ -320,11 +320,11 @@ proptest! {
     }
 
     #[test]
-    fn i7_no_queue_content_stops_an_entropy_device_for_good(acts in acts()) {
+    fn i7_no_queue_content_stops_an_entropy_device_for_good(actions in actions()) {
         let machine = TestMachine::new();
         let config = RngConfig { name: "rng0".into() };
         let device = RngDevice::new(&config, machine.context()).unwrap();
-        survives(&machine, device.function, 1, &acts, |driver| {
+        survives(&machine, device.function, 1, &actions, |driver| {
             let buffer = driver.buffer(8, 0);
             driver.offer(0, &[Buffer::writable(buffer, 8)]);
             driver.notify(0);

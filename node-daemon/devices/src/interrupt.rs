@@ -10,36 +10,36 @@ use vmm_sys_util::eventfd::EventFd;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Gsi(pub u32);
 
-/// What a message-signalled interrupt writes, and where: the guest's choice.
+/// Address and data of a message-signalled interrupt, as the guest programmed them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MsiMessage {
-    /// The address, on x86 in `0xFEE0_0000..0xFEF0_0000`.
+    /// On x86 in `0xFEE0_0000..0xFEF0_0000`.
     pub address: u64,
-    /// The value.
+    /// On x86 the vector number and the delivery mode.
     pub data: u32,
 }
 
 /// The hypervisor's interrupt routing. A device allocates one GSI per MSI-X vector when it is made,
-/// attaches one eventfd to each, and changes routes as the guest programs its MSI-X table. Masks
-/// are the device's own affair: it writes the eventfd only of an unmasked vector.
+/// attaches one eventfd to each, and changes routes as the guest programs its MSI-X table. The
+/// device implements the masks: it writes the eventfd of an unmasked vector only.
 ///
-/// GSI numbers are a host's own and are not part of any saved state.
+/// GSI numbers differ between hosts and are not part of any saved state.
 pub trait MsiRouter: Send + Sync + fmt::Debug {
-    /// A GSI that nobody else uses, with no route yet.
+    /// Allocates an unused GSI, without a route.
     ///
     /// # Errors
-    /// When the table is full.
+    /// When the routing table is full.
     fn allocate_gsi(&self) -> io::Result<Gsi>;
 
-    /// Makes `gsi` deliver `message` from now on.
+    /// Routes `gsi` to `message`, replacing the previous route.
     ///
     /// # Errors
-    /// When the hypervisor refuses it.
+    /// When the hypervisor refuses.
     fn set_route(&self, gsi: Gsi, message: MsiMessage) -> io::Result<()>;
 
-    /// Makes every write to `irqfd` raise `gsi`, for the life of the machine.
+    /// Makes every write to `irqfd` raise `gsi`, until the virtual machine ends.
     ///
     /// # Errors
-    /// When the hypervisor refuses it.
+    /// When the hypervisor refuses.
     fn attach_irqfd(&self, gsi: Gsi, irqfd: &EventFd) -> io::Result<()>;
 }

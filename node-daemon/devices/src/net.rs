@@ -1,11 +1,12 @@
 //! virtio-net (virtio 1.2, 5.1): one queue pair on a tap, and a control queue.
 //!
-//! Offloads are the kernel's: the virtio-net header goes through the tap unchanged in both
-//! directions. After a move, [`NetHandle::announce`] tells the network where the guest is now.
+//! The kernel implements the offloads: the virtio-net header passes through the tap unchanged in
+//! both directions. After a migration, [`NetHandle::announce`] updates the switches and the
+//! neighbours' ARP caches.
 //!
-//! Frames wait in the tap while the device is paused; those that came before a saved state is
-//! restored are dropped, since the guest has seen them where it was. At most one received frame is held here,
-//! for want of buffers; a migration loses it, as a network may lose any frame.
+//! Frames wait in the tap while the device is paused. Frames that arrived before a saved state is
+//! restored are dropped, because the guest received them on the source. The device holds at most one
+//! received frame, while the guest has no buffers for it; a migration loses that frame.
 
 mod announce;
 mod config;

@@ -1,4 +1,4 @@
-//! virtio-rng (virtio 1.2, 5.4): random bytes from the host's kernel.
+//! virtio-rng (virtio 1.2, 5.4): random bytes from the host kernel (`getrandom`).
 
 mod config;
 mod device;

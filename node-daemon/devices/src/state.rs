@@ -1,4 +1,4 @@
-//! Saved device state: a kind, a version and a JSON body.
+//! The saved state of a device: a kind, a version and a JSON body.
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -8,52 +8,40 @@ use serde::{Deserialize, Serialize};
 pub struct DeviceState {
     /// What the body describes, such as `virtio-blk`.
     pub kind: String,
-    /// The version of the body's layout. Each kind counts its own from 1.
+    /// The version of the body's layout, from 1, counted per kind.
     pub version: u32,
     /// The body.
     pub body: serde_json::Value,
 }
 
-/// A state that a device cannot take over.
+/// A state that a device cannot load.
 #[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub enum RestoreError {
     /// The state belongs to another kind of device.
     #[error("{device}: state of kind {found:?} where {expected:?} is needed")]
     Kind {
-        /// The device.
         device: String,
-        /// Its kind.
         expected: String,
-        /// The state's kind.
         found: String,
     },
-    /// The state's version is not known here.
+    /// This release does not know the version of the state.
     #[error("{device}: state version {found} is not known, the newest known is {newest}")]
     Version {
-        /// The device.
         device: String,
-        /// The newest version that this release reads.
         newest: u32,
-        /// The state's version.
         found: u32,
     },
-    /// The body cannot be read.
+    /// The body cannot be parsed.
     #[error("{device}: malformed state")]
     Malformed {
-        /// The device.
         device: String,
-        /// What the parser says.
         #[source]
         source: serde_json::Error,
     },
     /// The state contradicts the device's configuration or itself.
     #[error("{device}: state does not fit: {reason}")]
-    DoesNotFit {
-        /// The device.
-        device: String,
-        /// What does not fit.
-        reason: String,
-    },
+    DoesNotFit { device: String, reason: String },
 }
 
 impl DeviceState {

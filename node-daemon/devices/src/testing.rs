@@ -1,5 +1,5 @@
-//! What the tests drive devices with: a hypervisor that records, and a guest driver that speaks to
-//! a function through its registers only, as a real one does.
+//! Test doubles: a hypervisor that records its calls, and a guest driver that accesses a function
+//! through its registers only, as a real driver does.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -34,7 +34,7 @@ impl RecordingRouter {
         self.0.lock().unwrap()[gsi].route
     }
 
-    /// How often a GSI was raised so far.
+    /// How often a GSI was raised since the router was made.
     pub(crate) fn raised(&self, gsi: usize) -> u64 {
         let mut gsis = self.0.lock().unwrap();
         let gsi = &mut gsis[gsi];
@@ -63,7 +63,7 @@ impl MsiRouter for RecordingRouter {
     }
 }
 
-/// Doorbells that ring when the test driver writes to their address.
+/// Doorbells that a test rings by address.
 #[derive(Debug, Default)]
 pub(crate) struct RecordingDoorbells(Mutex<BTreeMap<u64, EventFd>>);
 
@@ -108,7 +108,7 @@ impl FailureSink for RecordingFailures {
     }
 }
 
-/// A machine without CPUs.
+/// A virtual machine without vCPUs.
 pub(crate) struct TestMachine {
     pub(crate) ram: Arc<GuestRam>,
     pub(crate) router: Arc<RecordingRouter>,
@@ -122,7 +122,7 @@ impl TestMachine {
         Self::with_ram(Arc::new(GuestRam::from_ranges(&range).unwrap()))
     }
 
-    /// Another machine that sees the same memory: the destination of a migration.
+    /// A second machine on the same memory: the destination of a migration.
     pub(crate) fn with_ram(ram: Arc<GuestRam>) -> Self {
         Self {
             ram,
@@ -184,7 +184,7 @@ impl Buffer {
 }
 
 impl TestDriver {
-    /// A driver that has found the function at its place in the PCI window.
+    /// A driver for `function`, whose BAR 0 is placed at [`BAR_AT`].
     pub(crate) fn new(machine: &TestMachine, mut function: VirtioFunction) -> Self {
         function.place_bar(0, GuestAddress(BAR_AT));
         Self {
@@ -195,8 +195,8 @@ impl TestDriver {
         }
     }
 
-    /// Takes the device into use with `queue_count` queues and as many of `features` as it has.
-    /// Returns what was negotiated.
+    /// Initialises the device up to DRIVER_OK with `queue_count` queues and those of `features` that
+    /// it offers. Returns the negotiated features.
     pub(crate) fn start(&mut self, features: u64, queue_count: u16) -> u64 {
         let negotiated = self.negotiate(features);
         assert_ne!(self.read8(0x14) & 8, 0, "FEATURES_OK stays");
@@ -250,7 +250,7 @@ impl TestDriver {
         start
     }
 
-    /// All buffers are free again.
+    /// Frees all buffers.
     pub(crate) fn reuse_buffers(&mut self) {
         self.next_buffer = FIRST_BUFFER;
     }
@@ -277,7 +277,7 @@ impl TestDriver {
         head
     }
 
-    /// Makes a chain available that lies in the table already.
+    /// Makes a chain available whose descriptors are in the table already.
     pub(crate) fn offer_head(&mut self, queue: u16, head: u16) {
         let [_, available, _] = rings(queue);
         let own = &mut self.queues[usize::from(queue)];
@@ -296,7 +296,7 @@ impl TestDriver {
         self.function.bar_write(0, at, &queue.to_le_bytes());
     }
 
-    /// The next used buffer, if there is one already: head and length.
+    /// Head and length of the next used buffer, if there is one.
     pub(crate) fn poll_used(&mut self, queue: u16) -> Option<(u16, u32)> {
         let [_, _, used] = rings(queue);
         let own = &mut self.queues[usize::from(queue)];
@@ -322,7 +322,7 @@ impl TestDriver {
         found.unwrap()
     }
 
-    /// Goes on with another function that took this one's state over.
+    /// Replaces the function by one that was restored from its state.
     pub(crate) fn continue_on(&mut self, function: VirtioFunction) {
         self.function = function;
     }
@@ -349,7 +349,7 @@ impl TestDriver {
             .config_write(msix + 2, &0x8000_u16.to_le_bytes());
     }
 
-    /// Where the capability with this id (and, for virtio's, this type) starts.
+    /// The register of the capability with this id (and, for virtio's, this type).
     pub(crate) fn capability(&mut self, id: u8, kind: u8) -> Option<u16> {
         let mut at = self.config_byte(0x34);
         while at != 0 {
@@ -399,7 +399,7 @@ impl TestDriver {
     }
 }
 
-/// Pauses `driver`'s function, saves it, restores it into `fresh` and goes on with that.
+/// Migrates `driver`'s function: pauses and saves it, restores the state into `fresh` and resumes that.
 pub(crate) fn migrate(driver: &mut TestDriver, mut fresh: VirtioFunction) {
     driver.function.pause();
     let saved = driver.function.save();
@@ -409,14 +409,14 @@ pub(crate) fn migrate(driver: &mut TestDriver, mut fresh: VirtioFunction) {
     assert_eq!(
         fresh.save(),
         saved,
-        "a restored device saves what it was given"
+        "a restored device saves the state that it loaded"
     );
     driver.continue_on(fresh);
     driver.function.resume();
 }
 
-/// Checks that `driver`'s device saves exactly the golden state, and that `fresh` takes that and
-/// saves it again unchanged.
+/// Checks that `driver`'s device saves exactly the golden state, and that `fresh` loads it and saves
+/// it unchanged.
 ///
 /// The golden file was made by the first release of its version and is never edited: a new layout
 /// gets a new version and a new file.
@@ -447,20 +447,20 @@ pub(crate) fn write_descriptor(
     ram.write_obj(next, GuestAddress(at + 14)).unwrap();
 }
 
-/// Where a queue's descriptor table, available ring and used ring are.
+/// The addresses of a queue's descriptor table, available ring and used ring.
 pub(crate) fn rings(queue: u16) -> [u64; 3] {
     let start = FIRST_RING + u64::from(queue) * 0x1_0000;
     [start, start + 0x4000, start + 0x8000]
 }
 
-/// Forgets which pages were written.
+/// Clears the dirty bitmap.
 pub(crate) fn clear_dirty(ram: &GuestRam) {
     for region in ram.iter() {
         MmapRegion::bitmap(region).reset();
     }
 }
 
-/// The pages that were written since, by number.
+/// The numbers of the dirty pages.
 pub(crate) fn dirty_pages(ram: &GuestRam) -> BTreeSet<u64> {
     let page = |address: u64| address / 4096;
     let regions = ram.iter().flat_map(|region| {
@@ -475,11 +475,14 @@ pub(crate) fn dirty_pages(ram: &GuestRam) -> BTreeSet<u64> {
     regions.collect()
 }
 
-/// Waits for a condition, which must come within ten seconds.
+/// Waits up to ten seconds for a condition.
 pub(crate) fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(10);
     while !condition() {
-        assert!(Instant::now() < deadline, "waited in vain for {what}");
+        assert!(
+            Instant::now() < deadline,
+            "timed out after 10 s waiting for {what}"
+        );
         std::thread::park_timeout(Duration::from_micros(200));
     }
 }

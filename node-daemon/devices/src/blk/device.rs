@@ -1,4 +1,4 @@
-//! The block device put together.
+//! The block device: wires configuration, disk engine and queue handler together.
 
 use std::io;
 use std::sync::Arc;
@@ -14,39 +14,33 @@ use crate::disk::{Disk, DiskEngine};
 use crate::virtio::layout::Model;
 use crate::virtio::{DeviceContext, VirtioFunction};
 
-/// A block device, ready to be plugged in.
+/// A block device with its thread.
 #[derive(Debug)]
 pub struct BlkDevice {
-    /// The function for the bus.
+    /// To be added to the PCI bus.
     pub function: VirtioFunction,
-    /// What it has done so far.
+    /// Counters, updated by the device thread.
     pub metrics: Arc<BlkMetrics>,
 }
 
-/// A block device that cannot be made.
+/// Why a block device cannot be made.
 #[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub enum BlkError {
     /// Too few or too many queues.
     #[error("{name}: {queue_count} queues, but 1 to {QUEUES_MAX} are possible")]
-    QueueCount {
-        /// The device.
-        name: String,
-        /// What was asked for.
-        queue_count: u16,
-    },
-    /// The host cannot provide what it needs.
+    QueueCount { name: String, queue_count: u16 },
+    /// io_uring, a thread or an interrupt is not available.
     #[error("{name}: cannot set up the device")]
     Host {
-        /// The device.
         name: String,
-        /// Why.
         #[source]
         source: io::Error,
     },
 }
 
 impl BlkDevice {
-    /// Makes one and starts its thread.
+    /// Makes a device on `disk` and starts its thread.
     ///
     /// # Errors
     /// [`BlkError`].
@@ -76,9 +70,9 @@ impl BlkDevice {
             queue_sizes: vec![QUEUE_SIZE; usize::from(queue_count)],
             config: config_space(engine.size_bytes(), block_bytes, queue_count),
         };
-        let shown = metrics.clone();
+        let handler_metrics = metrics.clone();
         let function = VirtioFunction::new(model, context, |shared| {
-            BlkHandler::new(config, engine, block_bytes, shared.clone(), shown)
+            BlkHandler::new(config, engine, block_bytes, shared.clone(), handler_metrics)
         });
         Ok(Self {
             function: function.map_err(host)?,

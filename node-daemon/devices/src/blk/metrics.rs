@@ -1,4 +1,4 @@
-//! What a block device counts.
+//! Counters of a block device.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -23,27 +23,27 @@ pub struct BlkMetrics {
 /// The counters at one moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct BlkCounts {
-    /// Reads answered with success.
+    /// Reads completed with success.
     pub reads: u64,
-    /// Bytes of them.
+    /// Bytes read by those.
     pub read_bytes: u64,
-    /// Writes answered with success.
+    /// Writes completed with success.
     pub writes: u64,
-    /// Bytes of them.
+    /// Bytes written by those.
     pub write_bytes: u64,
-    /// Flushes answered with success.
+    /// Flushes completed with success.
     pub flushes: u64,
-    /// Requests answered with an error, or not supported.
+    /// Requests completed with `VIRTIO_BLK_S_IOERR` or `VIRTIO_BLK_S_UNSUPP`.
     pub errors: u64,
-    /// Writes of parts of the device's blocks, which cost a read each.
+    /// Writes that covered a device block in part, each of which cost a read.
     pub read_modify_writes: u64,
-    /// Commands that the kernel works on, as of the last look.
+    /// io_uring commands in flight when the device thread last updated the counters.
     pub in_flight: u64,
-    /// Whether writes wait for the gate now.
+    /// Whether writes are waiting for the write gate.
     pub stalled: bool,
 }
 
-/// What kind of request was answered.
+/// The kinds of requests that the disk performs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum RequestKind {
     Read,
@@ -69,7 +69,7 @@ impl BlkMetrics {
         }
     }
 
-    pub(super) fn answered(&self, kind: RequestKind, data_bytes: usize) {
+    pub(super) fn completed(&self, kind: RequestKind, data_bytes: usize) {
         let bytes = u64::try_from(data_bytes).unwrap_or(0);
         let (count, total) = match kind {
             RequestKind::Read => (&self.reads, Some(&self.read_bytes)),
@@ -82,7 +82,7 @@ impl BlkMetrics {
         }
     }
 
-    pub(super) fn refused(&self) {
+    pub(super) fn failed(&self) {
         self.errors.fetch_add(1, Ordering::Relaxed);
     }
 

@@ -1,4 +1,4 @@
-//! Turns chains into requests on the disk, and their completions into used buffers.
+//! Parses descriptor chains into requests on the disk, and completes them in the used ring.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -32,16 +32,16 @@ pub(super) struct BlkHandler {
     block_bytes: u32,
     shared: Arc<Shared>,
     metrics: Arc<BlkMetrics>,
-    /// Requests on their way, by tag.
+    /// Requests that the disk has not completed, by tag.
     requests: Vec<Option<Request>>,
     free_tags: Vec<usize>,
-    /// Queues with used buffers that the driver was not told about yet.
+    /// Queues with used buffers for which no interrupt has been considered yet.
     to_signal: BTreeSet<usize>,
-    /// A queue may hold more than was taken.
+    /// A queue may hold more available chains: the last batch ended at its limit.
     backlog: bool,
 }
 
-/// A chain that the disk works on.
+/// A chain that the disk has not completed.
 #[derive(Debug)]
 struct Request {
     queue: usize,
@@ -51,12 +51,12 @@ struct Request {
     data_bytes: usize,
 }
 
-/// What a chain asks for.
+/// A parsed chain.
 enum ParsedRequest {
-    /// Work for the disk.
+    /// A request that the disk performs.
     Disk(Operation, RequestKind),
-    /// The answer is known: a status, and how many bytes of data were written.
-    Answer(u8, usize),
+    /// A request that completes at once: its status, and the bytes of data written to the guest.
+    Immediate(u8, usize),
 }
 
 impl BlkHandler {
@@ -81,7 +81,7 @@ impl BlkHandler {
         }
     }
 
-    /// Takes the chains that the driver has made available, within bounds.
+    /// Processes the chains that the driver has made available, at most [`BATCH_MAX`].
     fn process_queue(&mut self, active: &mut Active, queue: usize) -> Result<(), HandlerError> {
         let failed = HandlerError::for_queue(queue);
         for _ in 0..BATCH_MAX {
@@ -118,9 +118,9 @@ impl BlkHandler {
         header.read(&active.ram, &mut bytes);
         let head = chain.head;
         match self.parse_request(active, &bytes, chain) {
-            ParsedRequest::Answer(answer, data_bytes) => {
+            ParsedRequest::Immediate(answer, data_bytes) => {
                 if answer != STATUS_OK {
-                    self.metrics.refused();
+                    self.metrics.failed();
                 }
                 self.answer(active, queue, head, &status, (answer, data_bytes))
             }
@@ -144,7 +144,7 @@ impl BlkHandler {
         }
     }
 
-    /// Reads a request's header: type, reserved, sector (5.2.6).
+    /// Parses the header of a request: type, reserved, sector (5.2.6).
     fn parse_request(
         &self,
         active: &Active,
@@ -162,7 +162,7 @@ impl BlkHandler {
                 let operation = Operation::Write {
                     offset,
                     data: chain.readable,
-                    // Without flushes the driver takes the device for a write-through one (5.2.6.2).
+                    // Without VIRTIO_BLK_F_FLUSH the driver assumes a write-through cache (5.2.6.2).
                     durable: active.features & F_FLUSH == 0,
                 };
                 ParsedRequest::Disk(operation, RequestKind::Write)
@@ -170,10 +170,10 @@ impl BlkHandler {
             (VIRTIO_BLK_T_FLUSH, _) => ParsedRequest::Disk(Operation::Flush, RequestKind::Flush),
             (VIRTIO_BLK_T_GET_ID, _) => {
                 let written = chain.writable.write(&active.ram, &self.serial);
-                ParsedRequest::Answer(STATUS_OK, written)
+                ParsedRequest::Immediate(STATUS_OK, written)
             }
-            (VIRTIO_BLK_T_IN | VIRTIO_BLK_T_OUT, _) => ParsedRequest::Answer(STATUS_IO_ERROR, 0),
-            _ => ParsedRequest::Answer(STATUS_UNSUPPORTED, 0),
+            (VIRTIO_BLK_T_IN | VIRTIO_BLK_T_OUT, _) => ParsedRequest::Immediate(STATUS_IO_ERROR, 0),
+            _ => ParsedRequest::Immediate(STATUS_UNSUPPORTED, 0),
         }
     }
 
@@ -186,7 +186,7 @@ impl BlkHandler {
         u64::try_from(place).unwrap_or(u64::MAX)
     }
 
-    /// Lets the disk go on, and answers what is done.
+    /// Submits what the disk can submit, and completes the finished requests.
     fn progress(&mut self, active: &mut Active) -> Result<(), HandlerError> {
         let done = self.engine.progress().map_err(host)?;
         self.complete(active, done)?;
@@ -203,13 +203,13 @@ impl BlkHandler {
             self.free_tags.push(place);
             let answer = match result {
                 Ok(()) => {
-                    self.metrics.answered(request.kind, request.data_bytes);
+                    self.metrics.completed(request.kind, request.data_bytes);
                     let is_read = request.kind == RequestKind::Read;
                     (STATUS_OK, if is_read { request.data_bytes } else { 0 })
                 }
                 Err(error) => {
                     tracing::debug!(device = %self.shared, %error, "request failed");
-                    self.metrics.refused();
+                    self.metrics.failed();
                     (STATUS_IO_ERROR, 0)
                 }
             };
@@ -298,7 +298,7 @@ impl QueueHandler for BlkHandler {
     }
 
     fn quiesce(&mut self, active: &mut Active) -> Result<(), HandlerError> {
-        // Whoever waits for this can see what it waits for.
+        // Record before the wait too: the counters show how many commands it waits for.
         self.metrics.record(self.engine.stats());
         let drained = self.engine.drain();
         self.metrics.record(self.engine.stats());
@@ -328,7 +328,7 @@ impl QueueHandler for BlkHandler {
         let size_bytes = self.engine.size_bytes();
         if state.size_bytes != size_bytes {
             return Err(format!(
-                "a disk of {} bytes saved, {size_bytes} here",
+                "the source has a disk of {} bytes, this device one of {size_bytes}",
                 state.size_bytes
             ));
         }
@@ -341,7 +341,7 @@ impl QueueHandler for BlkHandler {
         };
         for Unanswered { queue, head } in state.unanswered {
             let Some(Some(own)) = active.queues.get_mut(queue) else {
-                return Err(format!("request in queue {queue}, which is not in use"));
+                return Err(format!("a request in queue {queue}, which is not enabled"));
             };
             let chain = own
                 .take(&active.ram, head)
@@ -360,8 +360,8 @@ fn host(source: io::Error) -> HandlerError {
     }
 }
 
-/// Chains taken from a queue before the thread listens to others again: a driver that refills a
-/// queue as fast as it is emptied must not keep us from pausing.
+/// Chains popped from a queue before the thread handles other events: a driver that refills a queue
+/// as fast as it is processed must not delay a pause.
 const BATCH_MAX: usize = 1024;
 const HEADER_BYTES: usize = 16;
 const STATUS_OK: u8 = to_u8(VIRTIO_BLK_S_OK);

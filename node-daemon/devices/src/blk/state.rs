@@ -1,21 +1,22 @@
-//! What is saved of a block device beyond its queues.
+//! The saved state of a block device beyond its registers and queues.
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-/// The kind of its saved state.
+/// [`crate::state::DeviceState::kind`]
 pub(super) const KIND: &str = "virtio-blk";
-/// 1: the first layout.
+/// [`crate::state::DeviceState::version`]. 1: the first layout.
 pub(super) const VERSION: u32 = 1;
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct BlkState {
-    /// The disk's size: the destination's disk must have the same.
+    /// The size of the disk; the destination's disk must have the same.
     pub(super) size_bytes: u64,
-    /// The block size that the guest was told. The destination's device may have another one.
+    /// `blk_size` as the guest read it; kept even if the destination's device has another unit of I/O.
     pub(super) block_bytes: u32,
-    /// Requests that were taken and not answered, because the gate was closed: the destination
-    /// performs them anew, from the start. The guest still holds their descriptors unchanged.
+    /// Requests that were popped and not completed, because the write gate was closed. The
+    /// destination reads their descriptors again, which the guest may not change, and performs the
+    /// requests from the start.
     pub(super) unanswered: Vec<Unanswered>,
 }
 

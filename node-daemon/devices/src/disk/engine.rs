@@ -22,7 +22,7 @@ use crate::guest_ram::GuestRam;
 pub struct EngineStats {
     /// Writes are waiting for the gate now.
     pub stalled: bool,
-    /// Writes of sub_requests of blocks so far.
+    /// Writes that covered a block in part, each of which cost a read, since the engine was made.
     pub read_modify_writes: u64,
     /// Commands submitted to the kernel and not yet completed.
     pub in_flight: u64,
@@ -150,8 +150,8 @@ impl DiskEngine {
         }
     }
 
-    /// Waits until nothing is in flight, submitting nothing, and returns what has completed.
-    /// Requests that were not submitted, or only in sub_request, stay.
+    /// Waits, without submitting anything, until no command is in flight. Returns the requests that
+    /// have completed. Requests that were not submitted, or only in part, stay queued.
     ///
     /// # Errors
     /// When io_uring itself fails.

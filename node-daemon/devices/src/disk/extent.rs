@@ -1,64 +1,51 @@
-//! Where a disk's bytes lie on its volume.
+//! The extent map: where the bytes of a disk lie on its volume.
 
 use std::io;
 
 use bascule_types::{Bytes, ExtentRun};
 
-/// A disk's bytes as runs of its volume, ordered by their place on the disk.
+/// The extent runs of a disk, ordered by their offset on the disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ExtentMap {
     runs: Vec<Run>,
     size: u64,
 }
 
-/// Runs that do not make a disk.
+/// Why extent runs cannot hold a disk.
 #[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub enum ExtentError {
-    /// They hold fewer bytes than the disk has.
+    /// The runs are smaller than the disk.
     #[error("a disk of {size} lies on extents of {found} only")]
-    TooShort {
-        /// The disk's size.
-        size: Bytes,
-        /// What the runs hold.
-        found: Bytes,
-    },
+    TooShort { size: Bytes, found: Bytes },
     /// The size is not a whole number of sectors, or a run is beyond what 64 bits address.
     #[error("a disk of {size} on such extents is not addressable in sectors of 512 bytes")]
-    NotAddressable {
-        /// The disk's size.
-        size: Bytes,
-    },
+    NotAddressable { size: Bytes },
     /// The runs end in the middle of a block that the disk uses.
     #[error("a disk of {size} ends within a block of {block_bytes} bytes of its device")]
-    NotWholeBlocks {
-        /// The disk's size.
-        size: Bytes,
-        /// The device's block.
-        block_bytes: u32,
-    },
-    /// The unit of I/O cannot be used.
+    NotWholeBlocks { size: Bytes, block_bytes: u32 },
+    /// The unit of I/O of the file is unknown or not supported.
     #[error("the disk's unit of I/O cannot be used")]
     Geometry {
-        /// Why.
         #[source]
         source: io::Error,
     },
 }
 
-/// A part of a request on the volume.
+/// A part of a request that is contiguous on the volume.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Piece {
-    /// Where on the volume, in bytes.
+    /// The first byte on the volume.
     pub(super) offset: u64,
-    /// How many bytes.
+    /// In bytes.
     pub(super) length: usize,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Run {
-    /// Where on the disk it starts.
+    /// The first byte on the disk.
     disk: u64,
-    /// Where on the volume it starts.
+    /// The first byte on the volume.
     volume: u64,
     length: u64,
 }
@@ -102,13 +89,13 @@ impl ExtentMap {
         self.size
     }
 
-    /// How many bytes from the start the map reaches: at least the size, in whole extents.
+    /// The sum of all runs in bytes: at least the size of the disk, in whole extents.
     pub(super) fn reach_bytes(&self) -> u64 {
         self.runs.last().map_or(0, |run| run.disk + run.length)
     }
 
-    /// Where `length` bytes from `offset` of the disk lie, in order. They must lie within the map's
-    /// reach.
+    /// Splits `length` bytes from `offset` of the disk into pieces that are contiguous on the volume.
+    /// They must lie within [`ExtentMap::reach_bytes`].
     pub(super) fn pieces(&self, offset: u64, length: usize) -> Vec<Piece> {
         let mut at = offset;
         let mut left = length;
@@ -148,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn a_request_is_cut_where_extents_meet() {
+    fn a_request_is_split_where_extents_meet() {
         let map = ExtentMap::new(&[run(100, 2), run(7, 1), run(50, 4)], Bytes(6 * 4096)).unwrap();
         let piece = |offset, length| Piece { offset, length };
         assert_eq!(map.pieces(0, 512), [piece(409_600, 512)]);
@@ -165,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn runs_that_do_not_make_the_disk_are_refused() {
+    fn runs_that_cannot_hold_the_disk_are_refused() {
         let short = ExtentMap::new(&[run(0, 1)], Bytes(8192)).unwrap_err();
         assert_eq!(
             short.to_string(),

@@ -1,4 +1,4 @@
-//! The gate that every write passes.
+//! The write gate: the check that every write passes right before its submission.
 
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -6,13 +6,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use bascule_types::Owner;
 use bascule_volume_gate::{GateClosedReason, GateReader, boot_time_now};
 
-/// Whether a write may be submitted at this moment.
+/// Decides whether a write may be submitted at this moment.
 pub trait WriteGate: Send + Sync + fmt::Debug {
-    /// Asked right before each submission, and again every few milliseconds while writes wait.
+    /// Called right before each submission, and every few milliseconds while writes wait.
     fn is_open(&self) -> bool;
 }
 
-/// The gate of a disk that no one else can write: a plain file in embedded mode without a volume.
+/// The gate of a disk that no other node can write: a plain file in embedded mode without a volume.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct AlwaysOpen;
 
@@ -22,8 +22,8 @@ impl WriteGate for AlwaysOpen {
     }
 }
 
-/// The gate of a volume, for one owner. The machine exchanges the owner when the node's slot has
-/// re-joined in a new generation and the virtual machine's row was kept.
+/// The gate of a volume, for one owner. The VMM replaces the owner when the node has rejoined the
+/// volume in a new generation and kept the ownership of the virtual machine.
 #[derive(Debug)]
 pub struct VolumeGate {
     reader: Arc<GateReader>,
@@ -31,7 +31,7 @@ pub struct VolumeGate {
 }
 
 impl VolumeGate {
-    /// The gate that `reader` shows, open while `owner` holds the lease.
+    /// A gate that is open while the gate page of `reader` shows a valid lease of `owner`.
     #[must_use]
     pub fn new(reader: Arc<GateReader>, owner: Owner) -> Self {
         Self {
@@ -40,12 +40,12 @@ impl VolumeGate {
         }
     }
 
-    /// Writes on behalf of `owner` from now on.
+    /// Replaces the owner for all further checks.
     pub fn set_owner(&self, owner: Owner) {
         *self.owner.lock().unwrap_or_else(PoisonError::into_inner) = owner;
     }
 
-    /// Why the gate is closed now, if it is.
+    /// Why the gate is closed; `None` when it is open.
     #[must_use]
     pub fn closed_reason(&self) -> Option<GateClosedReason> {
         let owner = *self.owner.lock().unwrap_or_else(PoisonError::into_inner);

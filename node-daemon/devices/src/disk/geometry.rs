@@ -1,4 +1,4 @@
-//! The unit of direct I/O on a file or device.
+//! The unit of direct I/O on a file or device: `block_bytes`.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -7,8 +7,8 @@ use rustix::fs::{
     AtFlags, FileType, OFlags, StatxFlags, fcntl_getfl, fstat, ioctl_blksszget, statx,
 };
 
-/// The unit in which `file` takes I/O, in bytes: a device's logical block; the alignment that a file
-/// system wants for direct I/O; 512 for buffered I/O, where any unit will do.
+/// The unit of I/O on `file`, in bytes: the logical block of a device; the alignment that a file
+/// system requires for direct I/O; 512 for buffered I/O, which has no alignment.
 ///
 /// # Errors
 /// When the file cannot be examined, or its unit is not a power of two from 512 to 4096: extents
@@ -32,11 +32,11 @@ pub fn block_bytes_of(file: impl AsFd) -> io::Result<u32> {
 }
 
 fn direct_unit(file: impl AsFd) -> io::Result<u32> {
-    // `STATX_DIOALIGN`, for which there is no name in the wrapper yet.
+    // `STATX_DIOALIGN`, which rustix does not name yet.
     let flag = StatxFlags::from_bits_retain(0x2000);
     let found = statx(file, "", AtFlags::EMPTY_PATH, flag)?;
     if found.stx_mask & flag.bits() == 0 || found.stx_dio_offset_align == 0 {
-        // An older kernel or file system does not tell; this suits them all.
+        // Older kernels and file systems do not report it; all of them accept the largest unit.
         return Ok(UNIT_MAX);
     }
     let unit = found.stx_dio_offset_align.max(found.stx_dio_mem_align);
@@ -56,7 +56,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_file_says_how_it_wants_to_be_read() {
+    fn the_unit_of_a_file_is_the_alignment_of_its_direct_io() {
         let buffered = tempfile::tempfile().unwrap();
         assert_eq!(block_bytes_of(&buffered).unwrap(), 512);
         let dir = tempfile::tempdir().unwrap();
@@ -66,7 +66,7 @@ mod tests {
             .write(true)
             .create(true)
             .custom_flags(libc::O_DIRECT);
-        // Not every file system has direct I/O; the alignment is only asked for where it has.
+        // Some file systems have no direct I/O, and then no alignment.
         if let Ok(direct) = options.open(dir.path().join("disk")) {
             let unit = block_bytes_of(&direct).unwrap();
             assert!(
@@ -76,7 +76,7 @@ mod tests {
         }
     }
 
-    /// A loop device that goes away with the value.
+    /// A loop device, detached on drop.
     struct Loop(String);
 
     impl Loop {

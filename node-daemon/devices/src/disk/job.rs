@@ -150,7 +150,8 @@ impl Job {
         }
     }
 
-    /// The write of a job whose partial_blocks have been read.
+    /// Copies the guest's data over the blocks that were read. Returns the sub-requests that write
+    /// them.
     pub(super) fn modify(
         &mut self,
         disk: &Disk,

@@ -1,6 +1,6 @@
-//! Telling the network where a guest is: a reverse ARP request, which needs only the MAC and makes
-//! switches learn the port (RFC 903), and a gratuitous ARP for every address that the guest was
-//! seen to use, which refreshes its neighbours' caches (RFC 5227, 3).
+//! Announcements of a guest after a migration: a reverse ARP request (RFC 903), which needs only the
+//! MAC address and makes switches learn the port, and a gratuitous ARP for every address learned from
+//! the guest, which updates the ARP caches of its neighbours (RFC 5227, 3).
 
 use std::net::Ipv4Addr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -8,7 +8,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use super::config::MacAddress;
 use super::tap::HEADER_BYTES;
 
-/// The guest's IPv4 addresses, learned from the ARP packets that it sends, the latest first.
+/// IPv4 addresses of the guest, learned from the ARP packets that it sends, the latest first.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct LearnedAddresses(Vec<Ipv4Addr>);
 
@@ -22,7 +22,7 @@ impl LearnedAddresses {
         &self.0
     }
 
-    /// Looks at a frame (without virtio-net header) that the guest sent.
+    /// Learns from a frame (without virtio-net header) that the guest sent.
     pub(super) fn observe(&mut self, mac: MacAddress, frame: &[u8]) {
         let Some(sender) = arp_sender(mac, frame) else {
             return;
@@ -43,8 +43,13 @@ pub(super) fn lock(learned: &Mutex<LearnedAddresses>) -> MutexGuard<'_, LearnedA
 
 /// The frames that announce `mac`, each with an empty virtio-net header.
 pub(super) fn announcements(mac: MacAddress, addresses: &[Ipv4Addr]) -> Vec<Vec<u8>> {
-    let nobody = Ipv4Addr::UNSPECIFIED;
-    let reverse = frame(mac, ETHERTYPE_RARP, RARP_REQUEST, (nobody, mac, nobody));
+    let no_address = Ipv4Addr::UNSPECIFIED;
+    let reverse = frame(
+        mac,
+        ETHERTYPE_RARP,
+        RARP_REQUEST,
+        (no_address, mac, no_address),
+    );
     let gratuitous = addresses.iter().map(|&address| {
         let target = MacAddress([0; 6]);
         frame(mac, ETHERTYPE_ARP, ARP_REQUEST, (address, target, address))
@@ -73,7 +78,7 @@ fn frame(
     bytes
 }
 
-/// The sender's address of an ARP packet that the guest sent about itself.
+/// The sender protocol address of an ARP packet whose sender is the guest itself.
 fn arp_sender(mac: MacAddress, frame: &[u8]) -> Option<Ipv4Addr> {
     let packet = frame.get(14..42)?;
     let is_arp = frame[12..14] == ETHERTYPE_ARP && packet[..6] == ETHERNET_IPV4;
@@ -82,7 +87,7 @@ fn arp_sender(mac: MacAddress, frame: &[u8]) -> Option<Ipv4Addr> {
     }
     let octets: [u8; 4] = packet[14..18].try_into().ok()?;
     let sender = Ipv4Addr::from(octets);
-    // A probe for a free address has no sender yet (RFC 5227, 2.1.1).
+    // An ARP probe has no sender address (RFC 5227, 2.1.1).
     (!sender.is_unspecified()).then_some(sender)
 }
 
@@ -94,7 +99,7 @@ const ARP_REQUEST: [u8; 2] = [0, 1];
 const RARP_REQUEST: [u8; 2] = [0, 3];
 /// The shortest Ethernet frame without its checksum.
 const FRAME_BYTES_MIN: usize = 60;
-/// More than one interface's usual addresses; a guess.
+/// More addresses than an interface usually has; a guess.
 const ADDRESSES_MAX: usize = 8;
 
 #[cfg(test)]
@@ -132,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_learned_from_others_probes_or_fragments() {
+    fn nothing_is_learned_from_other_senders_probes_or_truncated_frames() {
         let mut learned = LearnedAddresses::default();
         let sent = announcements(MAC, &[Ipv4Addr::new(10, 0, 0, 1)]);
         let sent = &sent[1][HEADER_BYTES..];

@@ -1,4 +1,4 @@
-//! The network device put together, and the handle with which its machine announces it.
+//! The network device: wires configuration, tap and queue handler together; and its handle.
 
 use std::io;
 use std::sync::{Arc, Mutex};
@@ -18,19 +18,19 @@ use crate::virtio::layout::Model;
 use crate::virtio::shared::Shared;
 use crate::virtio::{DeviceContext, VirtioFunction};
 
-/// A network device, ready to be plugged in.
+/// A network device with its thread.
 #[derive(Debug)]
 pub struct NetDevice {
-    /// The function for the bus.
+    /// To be added to the PCI bus.
     pub function: VirtioFunction,
-    /// What the machine does with it besides.
+    /// Announcements and link state.
     pub handle: NetHandle,
-    /// What it has done so far.
+    /// Counters, updated by the device thread.
     pub metrics: Arc<NetMetrics>,
 }
 
-/// What the machine does with a network device besides having it on the bus. Every method may be
-/// called from any thread, while the device runs or is paused.
+/// Announces the device to the network and sets its link state. Every method may be called from any
+/// thread, while the device runs or is paused.
 #[derive(Clone, Debug)]
 pub struct NetHandle {
     mac: MacAddress,
@@ -40,7 +40,7 @@ pub struct NetHandle {
 }
 
 impl NetDevice {
-    /// Makes one on `tap` and starts its thread. The link is up.
+    /// Makes a device on `tap` and starts its thread. The link is up.
     ///
     /// # Errors
     /// When the hypervisor has no interrupts left, or the thread cannot be started.
@@ -78,12 +78,13 @@ impl NetDevice {
 }
 
 impl NetHandle {
-    /// Tells the network where the guest is: frames in the guest's name go out of the tap at once,
-    /// and a guest that can is asked to announce itself. To be called before the first guest packet
-    /// after a move, and a few times more, since frames may be lost. Returns the number of frames.
+    /// Announces the guest's new location after a migration: sends RARP and gratuitous ARP frames
+    /// with the guest's MAC address through the tap, and sets `VIRTIO_NET_S_ANNOUNCE` if the driver
+    /// supports it. To be called before the first guest packet and a few times after it, because
+    /// frames may be lost. Returns the number of frames sent.
     ///
     /// # Errors
-    /// When the tap takes none.
+    /// When the tap does not accept a frame.
     pub fn announce(&self) -> io::Result<usize> {
         let frames = announcements(self.mac, lock(&self.learned).as_slice());
         for frame in &frames {
@@ -97,7 +98,7 @@ impl NetHandle {
         Ok(frames.len())
     }
 
-    /// Tells the guest whether its link is up. Frames pass in either case.
+    /// Sets the link state that the guest reads. Frames pass in either state.
     pub fn set_link(&self, up: bool) {
         self.shared
             .change_config(|space| set_status(space, STATUS_LINK_UP, up));

@@ -1,4 +1,4 @@
-//! What a network device counts.
+//! Counters of a network device.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -15,20 +15,20 @@ pub struct NetMetrics {
     sent_drops: AtomicU64,
 }
 
-/// The counters at one moment, as the guest sees directions.
+/// The counters at one moment. Directions are the guest's.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct NetCounts {
-    /// Frames given to the guest.
+    /// Frames delivered to the guest.
     pub received_frames: u64,
-    /// Bytes of them.
+    /// Bytes of those frames, without virtio-net headers.
     pub received_bytes: u64,
-    /// Frames that fit no buffer of the guest.
+    /// Frames dropped because they fit no buffer of the guest.
     pub received_drops: u64,
     /// Frames that the guest sent.
     pub sent_frames: u64,
-    /// Bytes of them.
+    /// Bytes of those frames, without virtio-net headers.
     pub sent_bytes: u64,
-    /// Frames that the tap refused, or that were malformed.
+    /// Frames dropped because they were malformed or the tap refused them.
     pub sent_drops: u64,
 }
 

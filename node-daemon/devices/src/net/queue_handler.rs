@@ -1,4 +1,4 @@
-//! Carries frames between the queues and the tap, and answers the control queue.
+//! Moves frames between the queues and the tap, and serves the control queue.
 
 use std::io;
 use std::mem::offset_of;
@@ -33,24 +33,24 @@ pub(super) struct NetHandler {
     learned: Arc<Mutex<LearnedAddresses>>,
     shared: Arc<Shared>,
     metrics: Arc<NetMetrics>,
-    /// A received frame on its way to the guest, with its header.
+    /// Buffer for a received frame, with its virtio-net header.
     frame: Vec<u8>,
-    /// How much of it is waiting for buffers.
+    /// Length of the frame in `frame` that waits for buffers of the guest, if one does.
     held_bytes: Option<usize>,
-    /// The tap took no more frames.
+    /// The tap was full at the last attempt to send.
     send_blocked: bool,
-    /// The tap may hold more frames than were taken.
+    /// The tap may hold more frames: the last batch ended at its limit.
     receive_backlog: bool,
-    /// The queue may hold more frames than were taken.
+    /// The TX queue may hold more frames: the last batch ended at its limit.
     send_backlog: bool,
 }
 
-/// What became of a received frame.
+/// The result of delivering a received frame.
 enum Delivery {
     Done,
-    /// The guest has too few buffers now.
+    /// The guest has too few buffers at the moment.
     NoBuffers,
-    /// No buffers would do.
+    /// The frame is larger than the buffers of the guest.
     Dropped,
 }
 
@@ -76,7 +76,7 @@ impl NetHandler {
         }
     }
 
-    /// Gives received frames to the guest while it has buffers.
+    /// Delivers received frames while the guest has buffers.
     fn receive(&mut self, active: &mut Active) -> Result<(), HandlerError> {
         let failed = HandlerError::for_queue(RX);
         let merge = active.features & F_MRG_RXBUF != 0;
@@ -93,7 +93,7 @@ impl NetHandler {
                 Delivery::Dropped => self.metrics.receive_dropped(),
                 Delivery::NoBuffers => {
                     self.held_bytes = Some(length);
-                    // Buffers that came just now are not notified.
+                    // The driver does not notify buffers that it added before this.
                     if queue.enable_notification(ram).map_err(&failed)? && count < BATCH_MAX {
                         count += 1;
                         continue;
@@ -125,8 +125,8 @@ impl NetHandler {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => {
                     if error.kind() != io::ErrorKind::WouldBlock {
-                        // A tap that is down says so; it wakes us when it is up again.
-                        tracing::debug!(device = %self.shared, %error, "tap not readable");
+                        // The tap is down; it becomes readable when it is up again.
+                        tracing::debug!(device = %self.shared, %error, "cannot read from the tap");
                     }
                     return None;
                 }
@@ -168,7 +168,7 @@ impl NetHandler {
         Ok(())
     }
 
-    /// `false` when the tap is full and the frame must be sent again later.
+    /// Returns `false` when the tap is full and the frame must be sent later.
     fn send_frame(&self, ram: &GuestRam, chain: &Chain) -> bool {
         let length = chain.readable.length_bytes();
         if length <= HEADER_BYTES || length > FRAME_BYTES_MAX {
@@ -185,14 +185,15 @@ impl NetHandler {
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => false,
             Err(error) => {
-                tracing::debug!(device = %self.shared, %error, "frame refused by the tap");
+                tracing::debug!(device = %self.shared, %error, "the tap refused a frame; it is dropped");
                 self.metrics.send_dropped();
                 true
             }
         }
     }
 
-    /// Answers the control queue (5.1.6.5). Only announcements can be acknowledged.
+    /// Serves the control queue (5.1.6.5). The only supported command is
+    /// `VIRTIO_NET_CTRL_ANNOUNCE_ACK`.
     fn control(&self, active: &mut Active) -> Result<(), HandlerError> {
         let failed = HandlerError::for_queue(CONTROL);
         let Some(Some(queue)) = active.queues.get_mut(CONTROL) else {
@@ -227,9 +228,8 @@ impl NetHandler {
         Ok(())
     }
 
-    /// Empties the tap. What it has gathered while this machine was waiting for its guest was
-    /// flooded to the whole network: the guest has seen it where it was, and it would only stand
-    /// in the way of what comes for the guest from now on.
+    /// Drops the frames that are queued in the tap. They were flooded to all ports while the guest ran
+    /// on the source, which received them too; here they would delay new frames.
     fn drop_stale_frames(&mut self) {
         self.held_bytes = None;
         for _ in 0..STALE_FRAMES_MAX {
@@ -251,8 +251,8 @@ impl NetHandler {
         let chosen = flags.iter().filter(|(feature, _)| features & feature != 0);
         let flags = chosen.fold(0, |flags, (_, flag)| flags | flag);
         if let Err(error) = self.tap.set_offloads(flags) {
-            // Frames then come unmerged, which every guest can take.
-            tracing::warn!(device = %self.shared, %error, "offloads not set");
+            // The kernel then segments frames, which every guest can receive.
+            tracing::warn!(device = %self.shared, %error, "cannot set offloads of the tap; frames arrive segmented");
         }
     }
 }
@@ -324,7 +324,10 @@ impl QueueHandler for NetHandler {
     fn restore(&mut self, _active: Option<&mut Active>, state: &Value) -> Result<(), String> {
         let state = NetState::from_value(state)?;
         if state.mac != self.mac {
-            return Err(format!("address {} saved, {} here", state.mac, self.mac));
+            return Err(format!(
+                "the source has the address {}, this device {}",
+                state.mac, self.mac
+            ));
         }
         self.shared.change_config(|space| {
             for bit in [STATUS_LINK_UP, STATUS_ANNOUNCE] {
@@ -337,8 +340,8 @@ impl QueueHandler for NetHandler {
     }
 }
 
-/// Puts a frame into the guest's buffers: one, or several where the driver can merge them
-/// (5.1.6.4). Fills in the number of buffers.
+/// Writes a frame to one buffer of the guest, or to several if `VIRTIO_NET_F_MRG_RXBUF` was negotiated
+/// (5.1.6.4), and sets `num_buffers`.
 fn deliver(
     queue: &mut Virtqueue,
     ram: &GuestRam,
@@ -383,13 +386,13 @@ fn deliver(
 
 /// The largest frame: a merged TCP segment with Ethernet, VLAN and virtio-net header.
 const FRAME_BYTES_MAX: usize = 65535 + 18 + HEADER_BYTES;
-/// Frames carried before the thread listens to others again.
+/// Frames moved before the thread handles other events.
 const BATCH_MAX: usize = 256;
-/// Buffers that one frame may take: the largest frame in buffers of one MTU, and some.
+/// Buffers that one frame may fill: the largest frame needs 44 buffers of 1514 bytes.
 const MERGED_MAX: usize = 64;
-/// More than a tap's queue holds by default (1000), and an end on a busy network.
+/// More than a tap queues by default (1000 frames); bounds the loop on a busy network.
 const STALE_FRAMES_MAX: usize = 4096;
-/// How long to wait for a full tap when it does not tell.
+/// Retry interval for a full tap, in case it does not signal that it became writable.
 const SEND_RETRY: Duration = Duration::from_millis(5);
 /// The last field of the virtio-net header.
 const BUFFER_COUNT_AT: usize = offset_of!(virtio_net_hdr_v1, num_buffers);

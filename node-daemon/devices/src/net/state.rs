@@ -1,4 +1,4 @@
-//! What is saved of a network device beyond its queues.
+//! The saved state of a network device beyond its registers and queues.
 
 use std::net::Ipv4Addr;
 
@@ -7,18 +7,18 @@ use serde_json::Value;
 
 use super::config::MacAddress;
 
-/// The kind of its saved state.
+/// [`crate::state::DeviceState::kind`]
 pub(super) const KIND: &str = "virtio-net";
-/// 1: the first layout.
+/// [`crate::state::DeviceState::version`]. 1: the first layout.
 pub(super) const VERSION: u32 = 1;
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct NetState {
-    /// The destination's device must have the same.
+    /// The destination's device must have the same address.
     pub(super) mac: MacAddress,
-    /// The status field of the configuration: link up, announcement wanted.
+    /// The `status` field of the configuration: `VIRTIO_NET_S_LINK_UP` and `VIRTIO_NET_S_ANNOUNCE`.
     pub(super) status: u16,
-    /// The guest's IPv4 addresses as far as they are known, to be announced.
+    /// IPv4 addresses of the guest, learned from its ARP packets; the destination announces them.
     pub(super) addresses: Vec<Ipv4Addr>,
 }
 

@@ -1,4 +1,4 @@
-//! The host's end of a network device: a tap, whose frames carry the virtio-net header.
+//! The backend of a network device: a tap, whose frames carry the virtio-net header.
 
 use std::fmt;
 use std::fs::File;
@@ -9,25 +9,25 @@ use virtio_bindings::virtio_net::virtio_net_hdr_v1;
 
 /// A source and sink of frames. Each carries a virtio-net header of 12 bytes (5.1.6) in front.
 pub trait Tap: Send + Sync + fmt::Debug {
-    /// What becomes readable and writable.
+    /// The descriptor that epoll watches for reading and writing.
     fn raw_fd(&self) -> RawFd;
 
-    /// Takes the next frame that the network sent to the guest.
+    /// Reads the next frame that the network sent to the guest. Returns its length.
     ///
     /// # Errors
-    /// `WouldBlock` when there is none; anything else when the tap is broken or down.
+    /// `WouldBlock` when there is none; another error when the tap is down or was deleted.
     fn receive(&self, frame: &mut [u8]) -> io::Result<usize>;
 
-    /// Sends a frame as the guest would.
+    /// Sends a frame of the guest to the network.
     ///
     /// # Errors
-    /// `WouldBlock` when the tap is full; anything else when it refuses the frame.
+    /// `WouldBlock` when the queue of the tap is full; another error when it refuses the frame.
     fn send(&self, frame: &[u8]) -> io::Result<()>;
 
-    /// Says what the guest can take: a combination of the `TUN_F_` flags.
+    /// Sets the offloads that the guest supports on receive: a combination of the `TUN_F_` flags.
     ///
     /// # Errors
-    /// When the tap cannot do that.
+    /// When the tap does not support them.
     fn set_offloads(&self, flags: u32) -> io::Result<()>;
 }
 
@@ -36,27 +36,29 @@ pub trait Tap: Send + Sync + fmt::Debug {
 pub struct TapFd(File);
 
 impl TapFd {
-    /// Takes a tap that was opened and attached elsewhere, with `IFF_TAP | IFF_NO_PI |
+    /// Uses a tap that another process opened and attached, with `IFF_TAP | IFF_NO_PI |
     /// IFF_VNET_HDR`.
     ///
     /// # Errors
-    /// When it is no such tap.
+    /// When the descriptor is not such a tap.
     pub fn from_fd(fd: OwnedFd) -> io::Result<Self> {
         let tap = Self(fd.into());
         let (_, flags) = sys::interface(&tap.0)?;
         let wanted = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR;
         if flags & wanted != wanted {
-            let text = format!("not a tap with virtio-net headers: flags {flags:#x}");
+            let text = format!(
+                "not a tap with virtio-net headers (IFF_TAP, IFF_NO_PI, IFF_VNET_HDR): flags {flags:#x}"
+            );
             return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
         }
         tap.prepared()
     }
 
-    /// Opens the tap interface `name` of this thread's network namespace; makes it if it does not
-    /// exist. It vanishes with this value unless it was made persistent.
+    /// Opens the tap interface `name` of this thread's network namespace; creates it if it does not
+    /// exist. The kernel deletes it when this value is dropped, unless it is persistent.
     ///
     /// # Errors
-    /// When the kernel refuses it.
+    /// When the kernel refuses.
     pub fn open(name: &str) -> io::Result<Self> {
         let options = File::options()
             .read(true)
@@ -97,7 +99,7 @@ impl Tap for TapFd {
     }
 }
 
-/// The ioctls of the tun driver, for which no wrapper exists.
+/// The ioctls of the tun driver, which no crate wraps.
 mod sys {
     #![expect(unsafe_code, reason = "ioctl takes raw addresses")]
 
@@ -119,7 +121,7 @@ mod sys {
             flags,
             ..InterfaceRequest::default()
         };
-        // The last byte stays zero: the name's end.
+        // The last byte stays zero: it terminates the name.
         if name.len() >= request.name.len() {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
@@ -195,7 +197,7 @@ mod tests {
 
     use super::*;
 
-    /// Runs `work` where interfaces may be made and vanish with the thread.
+    /// Runs `work` in a new network namespace, which ends with the thread.
     fn in_own_network(work: impl FnOnce() + Send + 'static) {
         let thread = std::thread::Builder::new().name("own-network".into());
         let thread = thread.spawn(|| {
@@ -251,10 +253,10 @@ mod tests {
             assert!(up.unwrap().success());
             tap.send(&frame).unwrap();
             assert_eq!(received_packets("bsctest0"), "1");
-            // What the kernel itself says on a new link comes with our header in front.
+            // The kernel sends frames of its own on a new link; they carry the virtio-net header.
             let mut first = vec![0; 2000];
             crate::testing::wait_until(
-                "a frame of the kernel's",
+                "a frame from the kernel",
                 || matches!(tap.receive(&mut first), Ok(length) if length > HEADER_BYTES + 14),
             );
             let again = TapFd::from_fd(tap.0.try_clone().unwrap().into()).unwrap();

@@ -1,4 +1,4 @@
-//! Where a function sits, and where in its configuration space an access goes.
+//! PCI addresses: device numbers, and decoding of configuration accesses.
 
 use std::fmt;
 
@@ -15,16 +15,14 @@ impl fmt::Display for DeviceNumber {
     }
 }
 
-/// One configuration access, as the guest addressed it.
+/// The address of a configuration access.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct PciAddress {
-    /// The bus.
     pub bus: u8,
-    /// The device on it.
     pub device: DeviceNumber,
-    /// The function of the device.
     pub function: u8,
-    /// The byte in its configuration space, below 4096.
+    /// The byte in the configuration space, below 4096.
     pub register: u16,
 }
 
@@ -56,7 +54,7 @@ impl PciAddress {
     }
 }
 
-/// `count` (at most 8) bits of `value` from bit `low` up.
+/// `count` (at most 8) bits of `value`, starting at bit `low`.
 fn bits(value: u64, low: u32, count: u32) -> u8 {
     let masked = (value >> low) & ((1 << count) - 1);
     u8::try_from(masked).unwrap_or(u8::MAX)

@@ -6,20 +6,16 @@ use vm_memory::GuestAddress;
 
 use super::function::BarRegion;
 
-/// Who the function is.
+/// The identification registers of a function.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct Identity {
-    /// Vendor.
     pub vendor: u16,
-    /// Device.
     pub device: u16,
-    /// Revision.
     pub revision: u8,
-    /// Class, subclass, programming interface, most significant first.
+    /// Class, subclass, programming interface.
     pub class: [u8; 3],
-    /// Subsystem vendor.
     pub subsystem_vendor: u16,
-    /// Subsystem.
     pub subsystem: u16,
 }
 
@@ -60,7 +56,7 @@ impl ConfigSpace {
         space.put(SUBSYSTEM_VENDOR, &identity.subsystem_vendor.to_le_bytes());
         space.put(SUBSYSTEM_ID, &identity.subsystem.to_le_bytes());
         space.allow(COMMAND, &COMMAND_WRITABLE.to_le_bytes());
-        // Firmware leaves its note of the interrupt line here; without INTx it means nothing.
+        // Firmware stores the interrupt line here; without INTx it has no meaning.
         space.allow(INTERRUPT_LINE, &[0xFF]);
         space.allow(CACHE_LINE_SIZE, &[0xFF]);
         space
@@ -69,7 +65,7 @@ impl ConfigSpace {
     /// Adds a 32-bit non-prefetchable memory BAR.
     ///
     /// # Panics
-    /// When the index is not below 6, or the size is not a power of two from 4096 up.
+    /// When the index is not below 6, or the size is not a power of two of at least 4096.
     pub fn add_memory_bar(&mut self, bar: usize, size_bytes: u32) {
         assert!(bar < BAR_COUNT, "no BAR {bar}");
         assert!(
@@ -84,7 +80,7 @@ impl ConfigSpace {
     /// register at which the capability starts.
     ///
     /// # Panics
-    /// When it does not fit, which is a mistake in the device's own layout.
+    /// When it does not fit into the 256 bytes: an error in the layout of the device.
     pub fn add_capability(&mut self, id: u8, body: &[u8]) -> usize {
         let start = self.next_free;
         let end = start + 2 + body.len();
@@ -104,7 +100,7 @@ impl ConfigSpace {
         start
     }
 
-    /// Sets bytes, whatever the guest may write.
+    /// Sets bytes regardless of the write masks.
     ///
     /// # Panics
     /// Beyond the end of the space.
@@ -128,7 +124,7 @@ impl ConfigSpace {
         }
     }
 
-    /// Writes the bits that the guest may write and leaves the others.
+    /// A guest write: changes the writable bits only.
     pub fn write(&mut self, register: u16, data: &[u8]) {
         for (index, &new) in data.iter().enumerate() {
             let at = usize::from(register) + index;
@@ -146,7 +142,7 @@ impl ConfigSpace {
         u16::from_le_bytes(data)
     }
 
-    /// The sizes of the BARs that there are.
+    /// Index and size in bytes of each BAR.
     #[must_use]
     pub fn bar_sizes(&self) -> Vec<(usize, u64)> {
         let sizes = self.bar_sizes.iter().enumerate();
@@ -156,7 +152,7 @@ impl ConfigSpace {
             .collect()
     }
 
-    /// Places a BAR and switches memory decoding and bus mastering on.
+    /// Sets the address of a BAR and enables memory decoding and bus mastering.
     ///
     /// # Panics
     /// When the address is not below 4 GiB or not aligned to the BAR's size.
@@ -173,7 +169,7 @@ impl ConfigSpace {
         );
     }
 
-    /// The BARs that decode now.
+    /// The BARs that decode at present.
     #[must_use]
     pub fn bars(&self) -> Vec<BarRegion> {
         if self.word(COMMAND_U16) & COMMAND_MEMORY == 0 {
@@ -190,17 +186,17 @@ impl ConfigSpace {
             .collect()
     }
 
-    /// What is saved of it.
+    /// The state to save.
     #[must_use]
     pub fn save(&self) -> ConfigState {
         ConfigState(self.bytes.to_vec())
     }
 
-    /// Takes the guest's bits from a saved space.
+    /// Loads the guest-writable bits from a saved space.
     ///
     /// # Errors
-    /// With the first register that the guest cannot have written and that differs: the saved
-    /// function is another one than this.
+    /// When a byte differs in bits that the guest cannot write: the saved function is not the same
+    /// as this one. The text names the first such byte.
     pub fn restore(&mut self, state: &ConfigState) -> Result<(), String> {
         if state.0.len() != SPACE_BYTES {
             return Err(format!("configuration space of {} bytes", state.0.len()));

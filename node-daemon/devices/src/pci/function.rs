@@ -4,14 +4,14 @@ use vm_memory::GuestAddress;
 
 use crate::device::Device;
 
-/// A memory BAR as it decodes now.
+/// A memory BAR that decodes at present.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BarRegion {
     /// Its index, `0..6`.
     pub bar: usize,
-    /// Where it decodes.
+    /// The first guest address.
     pub start: GuestAddress,
-    /// Its size in bytes, a power of two.
+    /// A power of two.
     pub size_bytes: u64,
 }
 
@@ -24,13 +24,13 @@ pub trait PciFunction: Device {
     /// Writes configuration bytes, under the same guarantee.
     fn config_write(&mut self, register: u16, data: &[u8]);
 
-    /// The sizes of its memory BARs, as (BAR index, bytes): what it needs assigned.
+    /// The memory BARs to assign, as (BAR index, size in bytes).
     fn bar_sizes(&self) -> Vec<(usize, u64)>;
 
-    /// Places a BAR when the function is added, before the guest runs.
+    /// Assigns an address to a BAR when the function is added, before the guest runs.
     fn place_bar(&mut self, bar: usize, start: GuestAddress);
 
-    /// The BARs that decode now: none while memory decoding is disabled.
+    /// The BARs that decode at present: none while memory decoding is disabled.
     fn bars(&self) -> Vec<BarRegion>;
 
     /// A guest read from a BAR. Bytes that no register backs read as zero.

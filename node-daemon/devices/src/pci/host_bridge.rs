@@ -1,5 +1,4 @@
-//! The host bridge at 00:00.0: nothing but an identity. Guests look for it to decide whether
-//! there is a PCI bus at all.
+//! The host bridge at 00:00.0: identification registers only. Guests probe it to detect a PCI bus.
 
 use vm_memory::GuestAddress;
 
@@ -77,7 +76,7 @@ impl PciFunction for HostBridge {
 const KIND: &str = "host-bridge";
 /// The first layout: the configuration space.
 const VERSION: u32 = 1;
-/// Intel's id of a host bridge that virtual machines have long used; no driver binds to it.
+/// Intel's id for a host bridge that VMMs commonly use; no driver binds to it.
 const IDENTITY: Identity = Identity {
     vendor: 0x8086,
     device: 0x0D57,

@@ -20,7 +20,7 @@ pub struct Msix {
     function_masked: bool,
 }
 
-/// What is saved of them.
+/// The saved state of the vectors.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MsixState {
     enabled: bool,
@@ -40,15 +40,15 @@ struct Vector {
     gsi: Gsi,
     irqfd: EventFd,
     state: VectorState,
-    /// What the hypervisor routes now, so that it is asked only for changes.
+    /// The message that the hypervisor routes, to skip calls that change nothing.
     routed: Option<MsiMessage>,
 }
 
 impl Msix {
-    /// `count` masked vectors, each with an interrupt of its own.
+    /// `count` masked vectors, each with its own GSI and irqfd.
     ///
     /// # Errors
-    /// When the hypervisor has no interrupts left or refuses an eventfd.
+    /// When the hypervisor has no free GSI or refuses an irqfd.
     pub fn new(router: Arc<dyn MsiRouter>, count: u16) -> io::Result<Self> {
         let make = |_| {
             let gsi = router.allocate_gsi()?;
@@ -84,7 +84,7 @@ impl Msix {
     pub fn set_control(&mut self, control: u16) {
         self.enabled = control & CONTROL_ENABLE != 0;
         self.function_masked = control & CONTROL_FUNCTION_MASK != 0;
-        self.deliver_what_may();
+        self.deliver_unmasked();
     }
 
     /// The number of vectors.
@@ -129,7 +129,7 @@ impl Msix {
                 vector.state.set_bytes(bytes);
             }
         }
-        self.deliver_what_may();
+        self.deliver_unmasked();
     }
 
     /// Reads the pending bit array.
@@ -147,7 +147,7 @@ impl Msix {
         }
     }
 
-    /// Back to after a function reset: disabled, everything masked, nothing pending.
+    /// A function reset: MSI-X disabled, every vector masked, none pending.
     pub fn reset(&mut self) {
         self.enabled = false;
         self.function_masked = false;
@@ -156,7 +156,7 @@ impl Msix {
         }
     }
 
-    /// What is saved.
+    /// The state to save.
     #[must_use]
     pub fn save(&self) -> MsixState {
         MsixState {
@@ -166,14 +166,14 @@ impl Msix {
         }
     }
 
-    /// Takes a saved state over and routes the vectors that are in use.
+    /// Loads a saved state and routes the unmasked vectors.
     ///
     /// # Errors
     /// When the number of vectors differs.
     pub fn restore(&mut self, state: &MsixState) -> Result<(), String> {
         if state.vectors.len() != self.vectors.len() {
             return Err(format!(
-                "{} interrupt vectors saved, {} here",
+                "the source has {} interrupt vectors, this function {}",
                 state.vectors.len(),
                 self.vectors.len()
             ));
@@ -183,11 +183,11 @@ impl Msix {
         for (vector, saved) in self.vectors.iter_mut().zip(&state.vectors) {
             vector.state = *saved;
         }
-        self.deliver_what_may();
+        self.deliver_unmasked();
         Ok(())
     }
 
-    fn deliver_what_may(&mut self) {
+    fn deliver_unmasked(&mut self) {
         if !self.enabled || self.function_masked {
             return;
         }
@@ -198,22 +198,22 @@ impl Msix {
 }
 
 impl Vector {
-    /// Routes an unmasked vector as the guest wants it, and raises it when it is pending.
+    /// Routes an unmasked vector as the guest programmed it, and raises it when it is pending.
     fn deliver(&mut self, router: &dyn MsiRouter) {
         if self.state.masked {
             return;
         }
         if self.routed != Some(self.state.message) {
             if let Err(error) = router.set_route(self.gsi, self.state.message) {
-                // The guest chose a message that the hypervisor does not take: it gets no
-                // interrupt, as real hardware would write to nowhere.
+                // The guest programmed a message that the hypervisor rejects, so the interrupt is
+                // not delivered, as on hardware.
                 tracing::debug!(gsi = self.gsi.0, %error, "interrupt route refused");
                 return;
             }
             self.routed = Some(self.state.message);
         }
         if self.state.pending {
-            // The counter can only overflow after 2^64 - 2 unread interrupts.
+            // A write fails only when the counter is at 2^64 - 2.
             if let Err(error) = self.irqfd.write(1) {
                 tracing::warn!(gsi = self.gsi.0, %error, "interrupt lost");
             }
@@ -254,7 +254,7 @@ fn index(value: u64) -> Option<usize> {
     usize::try_from(value).ok()
 }
 
-/// Which byte of its entry a byte of the table is.
+/// The byte within its entry of a byte of the table.
 fn low_bits(at: u64) -> usize {
     usize::try_from(at % ENTRY_BYTES).unwrap_or(0)
 }

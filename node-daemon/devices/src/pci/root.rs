@@ -1,4 +1,4 @@
-//! The root of the bus: takes the guest's accesses to the function that they are for.
+//! The root of the bus: dispatches the guest's accesses to the functions.
 
 use std::fmt;
 use std::ops::Range;
@@ -12,39 +12,32 @@ use super::function::{BarRegion, PciFunction};
 use super::host_bridge::HostBridge;
 use crate::state::{DeviceState, RestoreError};
 
-/// Bus 0 and everything on it. Functions are added before it is shared; then every method takes
-/// `&self` and may be called from any vCPU thread.
+/// Bus 0 and its functions. Functions are added before the bus is shared between threads; all other
+/// methods take `&self` and may be called from any vCPU thread.
 ///
 /// # Ordering
-/// Locks are taken in the order address register, function, map, and the map's is never held while
-/// a function's is taken.
+/// Locks are acquired in the order address register, function, map. The lock of the map is never held
+/// while that of a function is acquired.
 pub struct PciRoot {
     functions: Vec<Mutex<Box<dyn PciFunction>>>,
     /// The address register of mechanism #1.
     config_address: Mutex<u32>,
-    /// Where BARs decode now.
+    /// The BARs that decode at present, of all functions.
     map: RwLock<Vec<Mapping>>,
-    /// What is left of the window that BARs are assigned from.
+    /// The unassigned rest of the MMIO window.
     window_free: Range<u64>,
 }
 
-/// A function that cannot be added.
+/// Why a function cannot be added.
 #[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub enum AddError {
-    /// All 32 device numbers are taken.
+    /// All 32 device numbers are in use.
     #[error("the PCI bus is full: no device number left for {device}")]
-    BusFull {
-        /// The device.
-        device: String,
-    },
-    /// The window has no room for its BARs.
+    BusFull { device: String },
+    /// The MMIO window has no room for the BARs of the device.
     #[error("the PCI memory window has no room for a BAR of {size_bytes} bytes of {device}")]
-    WindowFull {
-        /// The device.
-        device: String,
-        /// The BAR's size.
-        size_bytes: u64,
-    },
+    WindowFull { device: String, size_bytes: u64 },
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -67,7 +60,7 @@ struct FunctionState {
 }
 
 impl PciRoot {
-    /// A bus with only a host bridge. BARs are assigned from `mmio_window` upwards.
+    /// A bus with only a host bridge. BARs are assigned in `mmio_window` from its start.
     #[must_use]
     pub fn new(mmio_window: Range<GuestAddress>) -> Self {
         Self {
@@ -78,8 +71,8 @@ impl PciRoot {
         }
     }
 
-    /// Plugs a function in at the next device number and assigns its BARs. The order of additions
-    /// decides numbers and addresses, so source and destination of a migration add the same
+    /// Adds a function at the next device number and assigns its BARs. The order of additions
+    /// determines numbers and addresses, so source and destination of a migration add the same
     /// functions in the same order.
     ///
     /// # Errors
@@ -179,14 +172,14 @@ impl PciRoot {
         }
     }
 
-    /// Lets every device go on.
+    /// Resumes every device ([`crate::device::Device::resume`]).
     pub fn resume(&self) {
         for function in &self.functions {
             lock(function).resume();
         }
     }
 
-    /// Puts the bus and every device back to how they were when added: a guest reboot.
+    /// Returns the bus and every device to their initial state: a guest reboot.
     pub fn reset(&self) {
         *lock(&self.config_address) = 0;
         for (slot, function) in self.functions.iter().enumerate() {
@@ -216,18 +209,18 @@ impl PciRoot {
         DeviceState::new(KIND, VERSION, &state)
     }
 
-    /// Takes a saved bus over. All devices must be paused and be the same as the saved ones.
+    /// Loads a saved bus. All devices must be paused and be the same as the saved ones.
     ///
     /// # Errors
-    /// [`RestoreError`] when the bus holds other devices than the saved one, or one of them cannot
-    /// take its state.
+    /// [`RestoreError`] when the devices of the bus differ from the saved ones, or one of them
+    /// cannot load its state.
     pub fn restore(&self, state: &DeviceState) -> Result<(), RestoreError> {
         let state: RootState = state.parse(KIND, KIND, VERSION)?;
         if state.functions.len() != self.functions.len() {
             return Err(RestoreError::DoesNotFit {
                 device: KIND.to_owned(),
                 reason: format!(
-                    "{} functions saved, {} here",
+                    "the source has {} functions, this bus {}",
                     state.functions.len(),
                     self.functions.len()
                 ),
@@ -239,7 +232,7 @@ impl PciRoot {
                 return Err(RestoreError::DoesNotFit {
                     device: KIND.to_owned(),
                     reason: format!(
-                        "{} at {} saved, {} at slot {slot} here",
+                        "the source has {} at {}, this bus has {} at slot {slot}",
                         saved.name,
                         saved.device,
                         function.name()
@@ -255,7 +248,7 @@ impl PciRoot {
 
     fn config_read(&self, address: PciAddress, data: &mut [u8]) {
         match self.function(address) {
-            // The space beyond 256 bytes is PCI Express's; it reads as an empty capability list.
+            // Beyond 256 bytes is the PCI Express extended space: an empty capability list.
             Some(_) if usize::from(address.register) + data.len() > 256 => data.fill(0),
             Some((_, mut function)) => function.config_read(address.register, data),
             None => data.fill(0xFF),
@@ -292,7 +285,7 @@ impl PciRoot {
         })
     }
 
-    /// Makes `regions` the ones at which `slot` decodes.
+    /// Replaces the mappings of `slot` by `regions`.
     fn remap(&self, slot: usize, regions: &[BarRegion]) {
         let unchanged = {
             let map = self.map.read().unwrap_or_else(PoisonError::into_inner);
@@ -317,12 +310,12 @@ impl fmt::Debug for PciRoot {
     }
 }
 
-/// A function that panicked has reported that; the others must go on being reachable.
+/// Ignores poisoning: a panic in one function is reported by it, and must not disable the others.
 fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Which byte of the data register a port is.
+/// The byte of the data register that `port` addresses.
 fn data_byte(port: u16) -> u8 {
     u8::try_from(port - CONFIG_DATA).unwrap_or(0)
 }

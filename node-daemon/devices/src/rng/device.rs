@@ -1,4 +1,4 @@
-//! The entropy device put together.
+//! The entropy device: wires configuration and queue handler together.
 
 use std::io;
 use std::sync::Arc;
@@ -10,17 +10,17 @@ use super::state::{KIND, VERSION};
 use crate::virtio::layout::Model;
 use crate::virtio::{DeviceContext, VirtioFunction};
 
-/// An entropy device, ready to be plugged in.
+/// An entropy device with its thread.
 #[derive(Debug)]
 pub struct RngDevice {
-    /// The function for the bus.
+    /// To be added to the PCI bus.
     pub function: VirtioFunction,
-    /// What it has done so far.
+    /// Counters, updated by the device thread.
     pub metrics: Arc<RngMetrics>,
 }
 
 impl RngDevice {
-    /// Makes one and starts its thread.
+    /// Makes a device and starts its thread.
     ///
     /// # Errors
     /// When the hypervisor has no interrupts left, or the thread cannot be started.

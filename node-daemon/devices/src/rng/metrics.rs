@@ -1,4 +1,4 @@
-//! What an entropy device counts.
+//! Counters of an entropy device.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -14,9 +14,9 @@ pub struct RngMetrics {
 /// The counters at one moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct RngCounts {
-    /// Requests answered.
+    /// Requests completed.
     pub requests: u64,
-    /// Bytes given.
+    /// Random bytes written to the guest.
     pub bytes: u64,
 }
 
@@ -30,7 +30,7 @@ impl RngMetrics {
         }
     }
 
-    pub(super) fn answered(&self, bytes: usize) {
+    pub(super) fn completed(&self, bytes: usize) {
         self.requests.fetch_add(1, Ordering::Relaxed);
         self.bytes
             .fetch_add(u64::try_from(bytes).unwrap_or(0), Ordering::Relaxed);

@@ -1,4 +1,4 @@
-//! Answers requests for random bytes.
+//! Completes requests for random bytes.
 
 use std::io;
 use std::os::fd::RawFd;
@@ -16,7 +16,7 @@ use crate::virtio::worker::{Active, HandlerError, QueueHandler};
 #[derive(Debug)]
 pub(super) struct RngHandler {
     metrics: Arc<RngMetrics>,
-    /// The queue may hold more than was taken.
+    /// The queue may hold more available chains: the last batch ended at its limit.
     backlog: bool,
 }
 
@@ -57,7 +57,7 @@ impl QueueHandler for RngHandler {
                 requests
                     .push_used(&active.ram, chain.head, written)
                     .map_err(&failed)?;
-                self.metrics.answered(written);
+                self.metrics.completed(written);
                 continue;
             }
             if requests.wants_interrupt(&active.ram).map_err(&failed)? {
@@ -114,7 +114,7 @@ fn random_bytes(length: usize) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Requests answered before the thread listens to others again.
+/// Requests completed before the thread handles other events.
 const BATCH_MAX: usize = 256;
-/// A device may answer a request in part (5.4.6); this bounds the work for one.
+/// A device may fill a buffer in part (5.4.6); this bounds the work for one request.
 const REQUEST_BYTES_MAX: usize = 64 << 10;

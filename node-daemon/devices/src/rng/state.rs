@@ -1,11 +1,11 @@
-//! What is saved of an entropy device: nothing beyond its queue.
+//! The saved state of an entropy device: nothing beyond its registers and queue.
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-/// The kind of its saved state.
+/// [`crate::state::DeviceState::kind`]
 pub(super) const KIND: &str = "virtio-rng";
-/// 1: the first layout.
+/// [`crate::state::DeviceState::version`]. 1: the first layout.
 pub(super) const VERSION: u32 = 1;
 
 #[derive(Debug, Serialize, Deserialize)]

@@ -1,84 +1,61 @@
-//! Descriptor chains: what the guest wants done, read once from its memory.
+//! Descriptor chains: requests of the guest, read once from its memory.
 //!
 //! # Guarantees
 //! A [`Chain`] lies wholly in guest RAM, is bounded in segments and bytes, and its readable part
-//! comes before its writable part. The descriptors in guest memory are not looked at again.
+//! comes before its writable part. The descriptors in guest memory are not read again.
 
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use crate::guest_ram::GuestRam;
 
-/// A run of guest memory.
+/// A contiguous range of guest memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Segment {
-    /// Where it starts.
+    /// The first byte.
     pub start: GuestAddress,
-    /// Its length, never 0.
+    /// Never 0.
     pub length_bytes: usize,
 }
 
-/// A list of runs of guest memory, read or written in order.
+/// A list of ranges of guest memory, read or written in order (scatter-gather list).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Segments(Vec<Segment>);
 
 /// One request of the guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Chain {
-    /// The descriptor that it starts with: its name in the used ring.
+    /// The index of the first descriptor, which identifies the chain in the used ring.
     pub head: u16,
-    /// What the device may read.
+    /// The device-readable buffers.
     pub readable: Segments,
-    /// What the device may write.
+    /// The device-writable buffers.
     pub writable: Segments,
 }
 
-/// A chain that breaks a rule of virtio 1.2, 2.7.5.
+/// A chain that violates virtio 1.2, 2.7.5, or a limit of this implementation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub enum ChainError {
     /// A descriptor index is not below the table's size.
     #[error("descriptor {index} of a table of {size}")]
-    IndexOutOfRange {
-        /// The index.
-        index: u16,
-        /// The table's size.
-        size: u16,
-    },
+    IndexOutOfRange { index: u16, size: u16 },
     /// The chain has more descriptors than its table: it is a loop.
     #[error("descriptor chain {head} has more than {limit} descriptors")]
-    TooLong {
-        /// Its head.
-        head: u16,
-        /// The limit.
-        limit: usize,
-    },
+    TooLong { head: u16, limit: usize },
     /// The chain has more bytes than a device accepts.
     #[error("descriptor chain {head} is longer than {MAX_CHAIN_BYTES} bytes")]
-    TooManyBytes {
-        /// Its head.
-        head: u16,
-    },
+    TooManyBytes { head: u16 },
     /// A buffer or table is not in guest RAM.
     #[error("{length_bytes} bytes at {start:#x} are not guest memory")]
-    NotRam {
-        /// Where it starts.
-        start: u64,
-        /// Its length.
-        length_bytes: u32,
-    },
+    NotRam { start: u64, length_bytes: u32 },
     /// A readable descriptor follows a writable one (2.7.4.2).
     #[error("readable descriptor after a writable one in chain {head}")]
-    ReadableAfterWritable {
-        /// The chain.
-        head: u16,
-    },
+    ReadableAfterWritable { head: u16 },
     /// An indirect table in an indirect table, with a next descriptor, empty, or of a length that
     /// is not a multiple of 16 (2.7.5.3.1).
     #[error("malformed indirect descriptor in chain {head}")]
-    BadIndirect {
-        /// The chain.
-        head: u16,
-    },
+    BadIndirect { head: u16 },
 }
 
 impl Chain {
@@ -121,8 +98,7 @@ struct Walk<'a> {
 }
 
 impl Walk<'_> {
-    /// Follows a table from `index` on. Returns the indirect descriptor that it ends with, if it
-    /// ends with one.
+    /// Follows a table from `index` on. Returns the indirect descriptor at its end, if there is one.
     fn table(
         &mut self,
         table: GuestAddress,
@@ -171,7 +147,7 @@ impl Walk<'_> {
         if !writable && !self.chain.writable.0.is_empty() {
             return Err(ChainError::ReadableAfterWritable { head });
         }
-        // An empty buffer is legal and says nothing.
+        // An empty buffer is legal and ignored.
         if descriptor.len() == 0 {
             return Ok(());
         }
@@ -197,26 +173,26 @@ impl Walk<'_> {
 }
 
 impl Segments {
-    /// The runs.
+    /// The ranges, in order.
     #[must_use]
     pub fn as_slice(&self) -> &[Segment] {
         &self.0
     }
 
-    /// How many bytes they hold.
+    /// The sum of the lengths in bytes.
     #[must_use]
     pub fn length_bytes(&self) -> usize {
         self.0.iter().map(|segment| segment.length_bytes).sum()
     }
 
-    /// Cuts the first `count` bytes off and returns them, or `None` when there are fewer.
+    /// Splits the first `count` bytes off and returns them, or `None` when there are fewer.
     pub fn take_front(&mut self, count: usize) -> Option<Self> {
         let rest = self.length_bytes().checked_sub(count)?;
         let tail = self.take_back(rest)?;
         Some(std::mem::replace(self, tail))
     }
 
-    /// Cuts the last `count` bytes off and returns them, or `None` when there are fewer.
+    /// Splits the last `count` bytes off and returns them, or `None` when there are fewer.
     pub fn take_back(&mut self, count: usize) -> Option<Self> {
         let mut keep = self.length_bytes().checked_sub(count)?;
         let mut kept = Vec::new();
@@ -241,10 +217,10 @@ impl Segments {
         Some(Self(cut))
     }
 
-    /// Copies out of guest memory until `data` or the runs are full. Returns the number of bytes.
+    /// Copies from guest memory until `data` is full or the ranges end. Returns the number of bytes.
     ///
     /// # Panics
-    /// Never: the runs were checked to be guest memory, which never shrinks.
+    /// Never: the ranges were checked to be guest memory, which never shrinks.
     pub fn read(&self, ram: &GuestRam, data: &mut [u8]) -> usize {
         let mut done = 0;
         for segment in &self.0 {
@@ -259,7 +235,7 @@ impl Segments {
         done
     }
 
-    /// Copies into guest memory until `data` is used up or the runs are full, and marks it dirty.
+    /// Copies to guest memory until `data` or the ranges end, and marks the pages dirty.
     /// Returns the number of bytes.
     ///
     /// # Panics
@@ -298,8 +274,8 @@ const DESCRIPTOR_BYTES: u32 = 16;
 /// Linux makes indirect tables of at most the segment limit that a device announces plus header and
 /// status; ours announce less than 256. Room for drivers that round up.
 const MAX_CHAIN_SEGMENTS: usize = 1024;
-/// Bounds what one request can make a device buffer: larger than any request of the drivers that we
-/// know (Linux: 4 MiB for a disk, 64 KiB and a header for a frame).
+/// Limit on the memory that a device allocates for one request: larger than any request of known
+/// drivers (Linux: 4 MiB for a disk, 64 KiB and a header for a frame).
 const MAX_CHAIN_BYTES: u64 = 32 << 20;
 
 #[cfg(test)]

@@ -1,5 +1,5 @@
-//! The PCI function of a virtio device (virtio 1.2, 4.1): its registers, and how they drive the
-//! device's thread. Where they lie is in `layout`.
+//! The PCI function of a virtio device (virtio 1.2, 4.1): its registers, and the commands to the
+//! device's thread that they cause. `layout` holds their addresses.
 
 use std::fmt;
 use std::io;
@@ -32,12 +32,14 @@ pub struct VirtioFunction {
     shared: Arc<Shared>,
     worker: Worker,
     space: ConfigSpace,
-    /// Where the configuration access capability and the MSI-X capability start.
+    /// The register at which the configuration access capability starts.
     access_capability: u16,
+    /// The register at which the MSI-X capability starts.
     msix_capability: u16,
     registers: Registers,
+    /// The address at which BAR 0 was placed before the guest ran.
     bar_assigned: GuestAddress,
-    /// Where the doorbells are registered now.
+    /// The address of BAR 0 for which doorbells are registered.
     doorbells_at: Option<GuestAddress>,
     paused: bool,
 }
@@ -188,7 +190,7 @@ impl VirtioFunction {
         }
     }
 
-    /// The driver sets status bits, or writes 0 to reset (2.1.1, 3.1.1).
+    /// Handles a write to `device_status`: sets bits, or resets for 0 (2.1.1, 3.1.1).
     fn write_status(&mut self, status: u8) {
         if status == 0 {
             self.reset_virtio();
@@ -214,7 +216,7 @@ impl VirtioFunction {
         match self.queues() {
             Ok(active) => {
                 self.shared.set_negotiated(active.features);
-                // A thread that is gone has reported why.
+                // A thread that has ended has reported why.
                 let _gone: Result<(), WorkerGone> = self.worker.activate(active);
             }
             Err((queue, reason)) => self.shared.fail(DeviceFailure::BadVirtqueue {
@@ -225,7 +227,7 @@ impl VirtioFunction {
         }
     }
 
-    /// The queues as the registers describe them.
+    /// The queues as configured in the registers.
     fn queues(&self) -> Result<Active, (usize, String)> {
         let event_idx = self.registers.driver_features & F_EVENT_IDX != 0;
         let setups = self.registers.queues.iter().zip(&self.model.queue_sizes);
@@ -247,7 +249,7 @@ impl VirtioFunction {
         self.shared.reset();
     }
 
-    /// Rings a queue's bell from an MMIO exit.
+    /// Notifies a queue after an MMIO exit.
     fn notify(&self, offset: u64) {
         let queue = usize::try_from(offset / NOTIFY_MULTIPLIER).unwrap_or(usize::MAX);
         if let Some(Err(error)) = self.worker.kick(queue).map(|kick| kick.write(1)) {
@@ -255,7 +257,7 @@ impl VirtioFunction {
         }
     }
 
-    /// Moves the doorbells to where BAR 0 decodes now.
+    /// Moves the doorbells to the current address of BAR 0.
     fn move_doorbells(&mut self) {
         let target = self.bars().first().map(|bar| bar.start);
         if target == self.doorbells_at {
@@ -266,8 +268,8 @@ impl VirtioFunction {
             let Some(kick) = self.worker.kick(queue) else {
                 continue;
             };
-            // Refused doorbells are no error: notifications then take the MMIO exit. And what was
-            // refused once is refused at unregistering too.
+            // Errors are ignored: without a doorbell, notifications cause MMIO exits, and a doorbell
+            // that was refused cannot be unregistered.
             if let Some(old) = self.doorbells_at {
                 registry.unregister(kick, notify_address(old, queue)).ok();
             }
@@ -291,13 +293,17 @@ impl VirtioFunction {
     fn restored(&mut self, state: &FunctionState) -> Result<(), String> {
         if state.features != self.model.features {
             return Err(format!(
-                "features {:#x} were offered, {:#x} are here",
+                "the source offered features {:#x}, this device offers {:#x}",
                 state.features, self.model.features
             ));
         }
         let saved = &state.registers.queues;
         if saved.len() != self.model.queue_sizes.len() {
-            return Err(format!("{} queues saved", saved.len()));
+            return Err(format!(
+                "{} queues saved, this device has {}",
+                saved.len(),
+                self.model.queue_sizes.len()
+            ));
         }
         self.space.restore(&state.config_space)?;
         self.registers = state.registers.clone();
@@ -322,7 +328,7 @@ impl VirtioFunction {
             None
         };
         let restored = self.worker.restore(active, state.device.clone());
-        restored.map_err(|WorkerGone| "device thread is gone".to_owned())??;
+        restored.map_err(|WorkerGone| "the device thread has ended".to_owned())??;
         self.move_doorbells();
         Ok(())
     }
@@ -334,7 +340,7 @@ impl Device for VirtioFunction {
     }
 
     fn pause(&mut self) {
-        // A thread that is gone touches nothing any more.
+        // A thread that has ended does not touch guest memory.
         let _gone: Result<(), WorkerGone> = self.worker.pause();
         self.paused = true;
     }
@@ -345,7 +351,11 @@ impl Device for VirtioFunction {
     }
 
     fn save(&self) -> DeviceState {
-        assert!(self.paused, "{} is saved while it runs", self.model.name);
+        assert!(
+            self.paused,
+            "{} must be paused before it is saved",
+            self.model.name
+        );
         let mut registers = self.registers.clone();
         let mut device = Value::Null;
         if let Ok(saved) = self.worker.save() {
@@ -372,7 +382,11 @@ impl Device for VirtioFunction {
     }
 
     fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
-        assert!(self.paused, "{} is restored while it runs", self.model.name);
+        assert!(
+            self.paused,
+            "{} must be paused before it is restored",
+            self.model.name
+        );
         let parsed = state.parse(&self.model.name, self.model.kind, self.model.version)?;
         self.restored(&parsed)
             .map_err(|reason| RestoreError::DoesNotFit {
@@ -454,7 +468,7 @@ impl PciFunction for VirtioFunction {
             0..ISR_AT => self.common_write(offset, data),
             NOTIFY_AT..TABLE_AT => self.notify(offset - NOTIFY_AT),
             TABLE_AT..PBA_AT => self.shared.msix().table_write(offset - TABLE_AT, data),
-            // No device here has writable configuration.
+            // No device has writable configuration.
             _ => {}
         }
     }

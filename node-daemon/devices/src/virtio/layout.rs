@@ -1,4 +1,4 @@
-//! How a virtio device lies in PCI: its identity, its capabilities, and BAR 0.
+//! The PCI layout of a virtio device: identity, capabilities, and BAR 0.
 //!
 //! BAR 0: `0x0000` common configuration, `0x1000` interrupt status, `0x2000` device configuration,
 //! `0x3000` notifications (four bytes per queue), `0x4000` MSI-X table, `0x5000` pending bits.
@@ -7,20 +7,20 @@ use vm_memory::GuestAddress;
 
 use crate::pci::{ConfigSpace, Identity, Msix};
 
-/// What kind of virtio device a function is.
+/// The constants of a virtio device.
 #[derive(Clone, Debug)]
 pub(crate) struct Model {
-    /// The name in logs and saved states' messages, unique in the machine.
+    /// Unique in the virtual machine; used in logs, metrics and error messages.
     pub(crate) name: String,
-    /// The kind of its saved state.
+    /// [`crate::state::DeviceState::kind`]
     pub(crate) kind: &'static str,
-    /// The version of its saved state.
+    /// [`crate::state::DeviceState::version`]
     pub(crate) version: u32,
     /// The virtio device type (5).
     pub(crate) device_type: u16,
     /// PCI class, subclass and interface.
     pub(crate) class: [u8; 3],
-    /// Features offered besides those that every device here has.
+    /// Features offered in addition to those of every device.
     pub(crate) features: u64,
     /// The largest size of each queue, a power of two.
     pub(crate) queue_sizes: Vec<u16>,
@@ -28,7 +28,8 @@ pub(crate) struct Model {
     pub(crate) config: Vec<u8>,
 }
 
-/// The configuration space, and where the configuration access and the MSI-X capability start.
+/// The configuration space, with the registers at which the configuration access capability and the
+/// MSI-X capability start.
 pub(super) fn config_space(model: &Model, msix: &Msix) -> (ConfigSpace, u16, u16) {
     let mut space = ConfigSpace::new(&Identity {
         vendor: VENDOR,
@@ -56,7 +57,7 @@ pub(super) fn config_space(model: &Model, msix: &Msix) -> (ConfigSpace, u16, u16
     access[0] += 4;
     access.extend([0; 4]);
     let access = space.add_capability(VENDOR_CAPABILITY, &access);
-    // Of the access capability the driver writes bar, offset, length and the data.
+    // The driver writes bar, offset, length and data of the configuration access capability.
     space.allow(access + 4, &[0xFF]);
     space.allow(access + 8, &[0xFF; 12]);
     let table = to_u32(usize::try_from(TABLE_AT).unwrap_or(0));

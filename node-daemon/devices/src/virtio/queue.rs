@@ -1,5 +1,5 @@
-//! A virtqueue as a device's thread sees it: chains out, used buffers in, and whether to interrupt.
-//! The rings themselves are `virtio-queue`'s.
+//! A virtqueue as a device's thread uses it: pop descriptor chains, push used buffers, suppress
+//! notifications. The crate `virtio-queue` implements the rings.
 
 use std::sync::atomic::Ordering;
 
@@ -12,44 +12,45 @@ use super::chain::{Chain, ChainError};
 use super::constants::to_u16;
 use crate::guest_ram::GuestRam;
 
-/// A virtqueue in use.
+/// An enabled virtqueue.
 #[derive(Debug)]
 pub struct Virtqueue {
     queue: Queue,
-    /// Chains taken and not yet given back.
+    /// Chains popped and not yet pushed to the used ring.
     outstanding: u16,
-    /// `next_used` when the driver was last considered for an interrupt.
-    considered: u16,
+    /// `next_used` at the last call of [`Virtqueue::wants_interrupt`].
+    interrupt_checked_at: u16,
 }
 
-/// What the guest configured, and how far the queue has come: all that is saved of it.
+/// The driver's configuration of a queue and the positions in its rings: the saved state of a queue.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct QueueSetup {
     /// The number of descriptors.
     pub size: u16,
-    /// Whether the driver enabled it.
+    /// `queue_enable`
     pub enabled: bool,
     /// The MSI-X vector, or 0xFFFF for none.
     pub vector: u16,
-    /// The descriptor table.
+    /// The guest address of the descriptor table.
     pub descriptors: u64,
-    /// The available ring ("driver area").
+    /// The guest address of the available ring ("driver area").
     pub available: u64,
-    /// The used ring ("device area").
+    /// The guest address of the used ring ("device area").
     pub used: u64,
-    /// The next entry of the available ring to take.
+    /// The index of the next entry of the available ring to pop.
     pub next_available: u16,
     /// The next entry of the used ring to fill.
     pub next_used: u16,
 }
 
-/// A rule of the queue that the guest broke. The device stops.
+/// A rule of virtqueues that the guest violated. The device stops until it is reset.
 #[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub enum QueueError {
-    /// In a chain.
+    /// Violated by a descriptor chain.
     #[error(transparent)]
     Chain(#[from] ChainError),
-    /// In the rings.
+    /// Violated by the rings.
     #[error("{0}")]
     Rings(virtio_queue::Error),
     /// The rings are not in guest RAM.
@@ -57,28 +58,25 @@ pub enum QueueError {
         "rings of {size} entries at {descriptors:#x}, {available:#x}, {used:#x} are not guest memory"
     )]
     RingsNotRam {
-        /// Entries.
         size: u16,
-        /// Descriptor table.
         descriptors: u64,
-        /// Available ring.
         available: u64,
-        /// Used ring.
         used: u64,
     },
-    /// More chains are out than the queue has descriptors: one was offered twice.
+    /// More chains are outstanding than the queue has descriptors: the driver made one available
+    /// twice.
     #[error("a chain was made available again before it was used")]
     OfferedTwice,
-    /// A request that is malformed for this kind of device.
+    /// A chain that is not a valid request for this kind of device.
     #[error("malformed request: {0}")]
     Request(&'static str),
 }
 
 impl Virtqueue {
-    /// The queue that the guest set up, or `None` if it did not enable it.
+    /// The queue that the driver configured, or `None` if it is not enabled.
     ///
     /// # Errors
-    /// [`QueueError`] when the set-up is not usable.
+    /// [`QueueError`] when the configuration is invalid.
     pub fn new(
         ram: &GuestRam,
         setup: &QueueSetup,
@@ -111,14 +109,14 @@ impl Virtqueue {
         Ok(Some(Self {
             queue,
             outstanding: 0,
-            considered: setup.next_used,
+            interrupt_checked_at: setup.next_used,
         }))
     }
 
-    /// Takes the next chain, if there is one.
+    /// Pops the next available chain, if there is one.
     ///
     /// # Errors
-    /// [`QueueError`]: the queue is broken for good.
+    /// [`QueueError`]: the queue is unusable until the device is reset.
     pub fn pop(&mut self, ram: &GuestRam) -> Result<Option<Chain>, QueueError> {
         let mut available = self.queue.iter(ram).map_err(QueueError::Rings)?;
         let Some(head) = available.next().map(|chain| chain.head_index()) else {
@@ -127,7 +125,7 @@ impl Virtqueue {
         self.take(ram, head).map(Some)
     }
 
-    /// Takes the chain at `head` again, which was outstanding when the queue was saved.
+    /// Reads the chain at `head` again, which was outstanding when the queue was saved.
     ///
     /// # Errors
     /// [`QueueError`].
@@ -141,13 +139,13 @@ impl Virtqueue {
         Ok(chain)
     }
 
-    /// Puts the chain that [`Virtqueue::pop`] returned last back, so that it comes out again.
+    /// Makes the next [`Virtqueue::pop`] return the last popped chain again.
     pub fn undo_pop(&mut self) {
         self.queue.go_to_previous_position();
         self.outstanding -= 1;
     }
 
-    /// Gives a chain back, with the number of bytes that were written to it.
+    /// Pushes a chain to the used ring, with the number of bytes that the device wrote to it.
     ///
     /// # Errors
     /// [`QueueError`] when the used ring cannot be written.
@@ -165,8 +163,8 @@ impl Virtqueue {
         Ok(())
     }
 
-    /// Gives several chains back in one step: the driver sees all of them or none, as it must when
-    /// one frame fills them (virtio 1.2, 5.1.6.4).
+    /// Pushes several chains with one update of the used index: the driver sees all of them or none,
+    /// as it must when one frame fills them (virtio 1.2, 5.1.6.4).
     ///
     /// # Errors
     /// [`QueueError`] when the used ring cannot be written.
@@ -194,24 +192,24 @@ impl Virtqueue {
         self.push_used(ram, last, last_bytes)
     }
 
-    /// Whether the driver wants an interrupt for what was given back since the last call (2.7.7,
+    /// Whether the driver wants an interrupt for the chains pushed since the last call (2.7.7,
     /// 2.7.10).
     ///
     /// # Errors
     /// [`QueueError`] when the rings cannot be read.
     pub fn wants_interrupt(&mut self, ram: &GuestRam) -> Result<bool, QueueError> {
-        // Everything given back must be visible before the driver's wish is read.
+        // The used index must be visible before `used_event` or the flags are read.
         std::sync::atomic::fence(Ordering::SeqCst);
         let ring = self.queue.avail_ring();
-        let old = std::mem::replace(&mut self.considered, self.queue.next_used());
+        let old = std::mem::replace(&mut self.interrupt_checked_at, self.queue.next_used());
         if self.queue.event_idx_enabled() {
             let at = ring + AVAILABLE_HEADER_BYTES + 2 * u64::from(self.queue.size());
-            let wished = ram
+            let used_event = ram
                 .load::<u16>(GuestAddress(at), Ordering::Relaxed)
                 .map_err(rings)?;
-            let new = self.considered;
-            let since_wish = new.wrapping_sub(u16::from_le(wished)).wrapping_sub(1);
-            return Ok(since_wish < new.wrapping_sub(old));
+            let new = self.interrupt_checked_at;
+            let since_event = new.wrapping_sub(u16::from_le(used_event)).wrapping_sub(1);
+            return Ok(since_event < new.wrapping_sub(old));
         }
         let flags = ram
             .load::<u16>(GuestAddress(ring), Ordering::Relaxed)
@@ -219,8 +217,8 @@ impl Virtqueue {
         Ok(u16::from_le(flags) & AVAILABLE_NO_INTERRUPT == 0)
     }
 
-    /// Asks the driver to notify again. `true` when chains came in meanwhile: they may not be
-    /// notified and must be taken now.
+    /// Enables notifications from the driver. Returns `true` when chains became available in the
+    /// meantime: the driver may not have notified them, so the caller must pop them now.
     ///
     /// # Errors
     /// [`QueueError`] when the rings cannot be accessed.
@@ -230,7 +228,7 @@ impl Virtqueue {
             .map_err(QueueError::Rings)
     }
 
-    /// Asks the driver not to notify while the queue is being worked on.
+    /// Suppresses notifications from the driver while the device processes the queue.
     ///
     /// # Errors
     /// [`QueueError`] when the rings cannot be written.
@@ -240,7 +238,7 @@ impl Virtqueue {
             .map_err(QueueError::Rings)
     }
 
-    /// How far it has come: next available, next used.
+    /// The next available and the next used index.
     #[must_use]
     pub fn position(&self) -> (u16, u16) {
         (self.queue.next_avail(), self.queue.next_used())

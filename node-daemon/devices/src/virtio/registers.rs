@@ -1,5 +1,4 @@
-//! The common configuration structure (virtio 1.2, 4.1.4.3): plain registers, no side effects
-//! beyond themselves.
+//! The common configuration structure (virtio 1.2, 4.1.4.3): registers without side effects.
 
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_config::{
@@ -37,20 +36,20 @@ impl Registers {
         }
     }
 
-    /// The queue that `queue_select` names, if it exists.
+    /// The queue at index `queue_select`, if it exists.
     pub(crate) fn selected(&self) -> Option<&QueueSetup> {
         self.queues.get(usize::from(self.queue_select))
     }
 
-    /// The selected queue, if the driver may still change it: it exists, is not enabled, and the
-    /// driver has not taken the device into use (4.1.4.3.2).
+    /// The selected queue, if the driver may still change it: it exists and is not enabled, and
+    /// DRIVER_OK is not set (4.1.4.3.2).
     pub(crate) fn changeable(&mut self) -> Option<&mut QueueSetup> {
         let in_use = self.status & STATUS_DRIVER_OK != 0;
         let queue = self.queues.get_mut(usize::from(self.queue_select))?;
         (!queue.enabled && !in_use).then_some(queue)
     }
 
-    /// Sets 32 of the driver's feature bits, until it said that it has chosen.
+    /// Sets the 32 driver feature bits at `driver_feature_select`, unless FEATURES_OK is set.
     pub(crate) fn set_driver_features(&mut self, value: u32) {
         if self.status & STATUS_FEATURES_OK != 0 {
             return;
@@ -65,7 +64,7 @@ impl Registers {
     }
 }
 
-/// Half of a 64-bit feature word; beyond it there are none.
+/// The 32 feature bits at `select`; 0 for a `select` above 1.
 pub(crate) fn feature_word(features: u64, select: u32) -> u32 {
     let half = match select {
         0 => features & u64::from(u32::MAX),
@@ -75,7 +74,7 @@ pub(crate) fn feature_word(features: u64, select: u32) -> u32 {
     u32::try_from(half).unwrap_or(0)
 }
 
-/// Replaces half of an address.
+/// Replaces the high or low 32 bits of an address.
 pub(crate) fn set_half(address: &mut u64, high: bool, value: u32) {
     let shift = if high { 32 } else { 0 };
     *address = (*address & !(u64::from(u32::MAX) << shift)) | (u64::from(value) << shift);

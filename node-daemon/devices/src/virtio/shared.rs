@@ -1,4 +1,4 @@
-//! What the vCPU side and the device's thread share.
+//! State shared between the PCI function (vCPU threads) and the device's thread.
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU64, Ordering};
@@ -8,7 +8,7 @@ use super::constants::NO_VECTOR;
 use crate::failure::{DeviceFailure, FailureSink};
 use crate::pci::Msix;
 
-/// Shared by a function, its thread and its handles.
+/// State shared by a function, its thread and its handles.
 #[derive(Debug)]
 pub(crate) struct Shared {
     name: String,
@@ -18,15 +18,16 @@ pub(crate) struct Shared {
     config_vector: AtomicU16,
     queue_vectors: Vec<AtomicU16>,
     needs_reset: AtomicBool,
-    /// 0 until the driver has taken the device into use.
+    /// The negotiated features; 0 until DRIVER_OK.
     negotiated: AtomicU64,
     config: Mutex<DeviceConfig>,
 }
 
-/// The device-specific configuration, and how often it has changed.
+/// The device-specific configuration.
 #[derive(Debug)]
 struct DeviceConfig {
     bytes: Vec<u8>,
+    /// Rises with every change, modulo 256.
     generation: u8,
 }
 
@@ -64,7 +65,7 @@ impl Shared {
         self.msix.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Tells the guest that a queue has used buffers.
+    /// Interrupts the guest: `queue` has used buffers.
     pub(crate) fn signal_queue(&self, queue: usize) {
         self.isr.fetch_or(ISR_QUEUE, Ordering::AcqRel);
         if let Some(vector) = self.queue_vectors.get(queue) {
@@ -72,7 +73,7 @@ impl Shared {
         }
     }
 
-    /// Tells the guest that the configuration or the status changed.
+    /// Interrupts the guest: the configuration or the device status changed.
     pub(crate) fn signal_config(&self) {
         self.isr.fetch_or(ISR_CONFIG, Ordering::AcqRel);
         self.msix()
@@ -84,7 +85,7 @@ impl Shared {
         self.isr.swap(0, Ordering::AcqRel)
     }
 
-    /// The interrupt status, left as it is.
+    /// The interrupt status, without clearing it.
     pub(crate) fn isr(&self) -> u8 {
         self.isr.load(Ordering::Acquire)
     }
@@ -98,11 +99,11 @@ impl Shared {
         self.config_vector.load(Ordering::Acquire)
     }
 
-    /// Sets the vector for configuration changes. A vector that does not exist becomes none, which
-    /// the driver reads back (4.1.5.1.2).
+    /// Sets the vector for configuration changes. For a vector that does not exist the driver reads
+    /// back [`NO_VECTOR`] (4.1.5.1.2).
     pub(crate) fn set_config_vector(&self, vector: u16) {
         self.config_vector
-            .store(self.existing(vector), Ordering::Release);
+            .store(self.valid_vector(vector), Ordering::Release);
     }
 
     pub(crate) fn queue_vector(&self, queue: usize) -> u16 {
@@ -112,7 +113,7 @@ impl Shared {
 
     pub(crate) fn set_queue_vector(&self, queue: usize, vector: u16) {
         if let Some(own) = self.queue_vectors.get(queue) {
-            own.store(self.existing(vector), Ordering::Release);
+            own.store(self.valid_vector(vector), Ordering::Release);
         }
     }
 
@@ -120,12 +121,12 @@ impl Shared {
         self.needs_reset.load(Ordering::Acquire)
     }
 
-    /// Restores the bit without reporting anew.
+    /// Restores the bit without reporting a failure.
     pub(crate) fn set_needs_reset(&self, needs_reset: bool) {
         self.needs_reset.store(needs_reset, Ordering::Release);
     }
 
-    /// The features that the driver chose; 0 until it has taken the device into use.
+    /// The negotiated features; 0 until DRIVER_OK.
     pub(crate) fn negotiated(&self) -> u64 {
         self.negotiated.load(Ordering::Acquire)
     }
@@ -134,20 +135,20 @@ impl Shared {
         self.negotiated.store(features, Ordering::Release);
     }
 
-    /// The device stops for good until it is reset: NEEDS_RESET, a configuration interrupt, and a
-    /// report (2.1.2).
+    /// Stops the device until the driver resets it: sets DEVICE_NEEDS_RESET, reports the failure to
+    /// the VMM and raises a configuration interrupt (2.1.2).
     pub(crate) fn fail(&self, failure: DeviceFailure) {
         self.needs_reset.store(true, Ordering::Release);
         self.report(failure);
         self.signal_config();
     }
 
-    /// Reports a failure after which the device still answers.
+    /// Reports a failure after which the device still serves requests.
     pub(crate) fn report(&self, failure: DeviceFailure) {
         self.failures.device_failed(failure);
     }
 
-    /// Reads device-specific configuration; beyond its end it is zero.
+    /// Reads device-specific configuration. Bytes beyond its end read as zero.
     pub(crate) fn config_read(&self, offset: u64, data: &mut [u8]) {
         let config = self.config();
         let start = usize::try_from(offset).unwrap_or(usize::MAX);
@@ -157,19 +158,19 @@ impl Shared {
         }
     }
 
-    /// How often the configuration changed, modulo 256 (4.1.4.3.1).
+    /// `config_generation`: the number of configuration changes, modulo 256 (4.1.4.3.1).
     pub(crate) fn config_generation(&self) -> u8 {
         self.config().generation
     }
 
-    /// Changes the configuration. The guest is not told: [`Shared::signal_config`] does that.
+    /// Changes the configuration without an interrupt; [`Shared::signal_config`] raises one.
     pub(crate) fn change_config(&self, change: impl FnOnce(&mut [u8])) {
         let mut config = self.config();
         change(&mut config.bytes);
         config.generation = config.generation.wrapping_add(1);
     }
 
-    /// Back to before the driver came. The configuration stays.
+    /// Resets everything that the driver set. The device-specific configuration is kept.
     pub(crate) fn reset(&self) {
         self.set_negotiated(0);
         self.set_needs_reset(false);
@@ -180,7 +181,8 @@ impl Shared {
         }
     }
 
-    fn existing(&self, vector: u16) -> u16 {
+    /// `vector` if it exists, else [`NO_VECTOR`].
+    fn valid_vector(&self, vector: u16) -> u16 {
         if usize::from(vector) < self.msix().len() {
             vector
         } else {

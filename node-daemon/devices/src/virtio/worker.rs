@@ -4,11 +4,11 @@
 //!            activate                    pause
 //!   idle ───────────────► active ◄──────────────► paused (active or idle)
 //!     ▲                     │       resume
-//!     └── reset ◄───────────┴── a broken queue: broken, then only reset helps
+//!     └── reset ◄───────────┴── a queue violation: DEVICE_NEEDS_RESET until reset
 //! ```
-//! The thread owns the queues and the handler. It is asked to do something through an inbox and
-//! answers each request; while it is paused it listens to that inbox alone, so nothing else can
-//! make it touch guest memory.
+//! The thread owns the queues and the handler. It receives commands through a channel and replies to
+//! each; while it is paused it waits for that channel only, so no notification makes it touch guest
+//! memory.
 
 use std::any::Any;
 use std::io;
@@ -28,17 +28,18 @@ use super::shared::Shared;
 use crate::failure::DeviceFailure;
 use crate::guest_ram::GuestRam;
 
-/// The queues of a device in use, and what its handler needs with them.
+/// The queues of a device whose driver set DRIVER_OK, with what the handler needs to process them.
 #[derive(Debug)]
 pub(crate) struct Active {
     pub(crate) ram: Arc<GuestRam>,
-    /// By index; none for a queue that the driver did not enable.
+    /// By index; `None` for a queue that the driver did not enable.
     pub(crate) queues: Vec<Option<Virtqueue>>,
+    /// The negotiated features.
     pub(crate) features: u64,
     pub(crate) shared: Arc<Shared>,
 }
 
-/// Why a handler cannot go on.
+/// Why a handler cannot continue.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum HandlerError {
     #[error("queue {queue}: {source}")]
@@ -55,48 +56,49 @@ pub(crate) enum HandlerError {
     },
 }
 
-/// What a device does with its queues. Everything runs on the device's thread.
+/// The device-specific processing of queues. Every method runs on the device's thread.
 pub(crate) trait QueueHandler: Send + 'static {
-    /// Descriptors to watch besides the queues' notifications, edge-triggered for reading and
+    /// File descriptors to poll besides the queues' notifications, edge-triggered for reading and
     /// writing.
     fn watched(&self) -> Vec<RawFd>;
 
-    /// The queues were just taken into use, restored, or are worked on again after a pause: look
-    /// at everything.
+    /// The queues were just activated or restored, or processing resumes after a pause: the handler
+    /// must process every queue and descriptor, because earlier notifications may be lost.
     fn start(&mut self, active: &mut Active) -> Result<(), HandlerError>;
 
     /// The driver notified a queue.
     fn queue_notified(&mut self, active: &mut Active, queue: usize) -> Result<(), HandlerError>;
 
-    /// A watched descriptor, by its index, became ready.
+    /// The descriptor at `index` of [`QueueHandler::watched`] became ready.
     fn fd_ready(&mut self, active: &mut Active, index: usize) -> Result<(), HandlerError>;
 
-    /// When [`QueueHandler::tick`] is due, if at all.
+    /// After which time [`QueueHandler::tick`] is due; `None` for never.
     fn tick_after(&self) -> Option<Duration> {
         None
     }
 
-    /// Time has passed.
+    /// The time of [`QueueHandler::tick_after`] has passed.
     fn tick(&mut self, _active: &mut Active) -> Result<(), HandlerError> {
         Ok(())
     }
 
-    /// Waits until nothing is in flight and its results are in guest memory. Nothing may be in
-    /// flight after an error either.
+    /// Waits until no I/O is in flight and all results are in guest memory. No I/O may be in flight
+    /// after an error either.
     fn quiesce(&mut self, active: &mut Active) -> Result<(), HandlerError>;
 
-    /// Forgets the driver: unanswered requests and whatever it negotiated. Called quiesced.
+    /// Drops incomplete requests and all that the driver negotiated. Called after
+    /// [`QueueHandler::quiesce`].
     fn reset(&mut self);
 
-    /// What it holds beyond the queues, as saved. Called quiesced.
+    /// The saved state of the handler beyond the queues. Called after [`QueueHandler::quiesce`].
     fn save(&self) -> Value;
 
-    /// Takes a saved state over. The queues are as they were saved; nothing may be answered
-    /// before [`QueueHandler::start`].
+    /// Loads a saved state. The queues are as they were saved; no request may complete before
+    /// [`QueueHandler::start`].
     fn restore(&mut self, active: Option<&mut Active>, state: &Value) -> Result<(), String>;
 }
 
-/// A request to the thread.
+/// A command to the thread, with the channel for the reply.
 enum Command {
     Activate(Active, SyncSender<()>),
     Reset(SyncSender<()>),
@@ -107,15 +109,15 @@ enum Command {
     Stop,
 }
 
-/// What the thread adds to a saved state.
+/// The part of a saved state that the thread holds.
 #[derive(Debug)]
 pub(crate) struct Saved {
-    /// Each queue's next available and next used entry; none for a queue not in use.
+    /// Next available and next used index of each queue; `None` for a queue that is not enabled.
     pub(crate) positions: Vec<Option<(u16, u16)>>,
     pub(crate) handler: Value,
 }
 
-/// The vCPU side's end of the thread.
+/// The handle of a device's thread, held by the PCI function.
 #[derive(Debug)]
 pub(crate) struct Worker {
     command_tx: Sender<Command>,
@@ -124,7 +126,7 @@ pub(crate) struct Worker {
     thread: Option<JoinHandle<()>>,
 }
 
-/// The thread is gone: it panicked, and that has been reported.
+/// The thread has ended: it panicked, which has been reported as a failure.
 #[derive(Debug)]
 pub(crate) struct WorkerGone;
 
@@ -176,7 +178,7 @@ impl Worker {
         })
     }
 
-    /// The eventfd that stands for a notification of `queue`.
+    /// The eventfd that notifies `queue`.
     pub(crate) fn kick(&self, queue: usize) -> Option<&EventFd> {
         self.kicks.get(queue)
     }
@@ -220,8 +222,8 @@ impl Worker {
 
     fn wake(&self) {
         if let Err(error) = self.wake.write(1) {
-            // Only a counter that nobody has read 2^64 - 2 times refuses a write.
-            tracing::warn!(%error, "device thread not woken");
+            // A write fails only when the counter is at 2^64 - 2.
+            tracing::warn!(%error, "cannot wake the device thread");
         }
     }
 }
@@ -234,19 +236,19 @@ impl Drop for Worker {
         if let Some(Err(panic)) = self.thread.take().map(JoinHandle::join) {
             tracing::error!(
                 reason = panic_text(panic.as_ref()),
-                "device thread ended badly"
+                "device thread panicked"
             );
         }
     }
 }
 
-/// The thread's own data.
+/// The state of the thread.
 struct WorkerThread<H> {
     shared: Arc<Shared>,
     handler: H,
     active: Option<Active>,
     paused: bool,
-    /// Restored and not yet resumed.
+    /// A state was restored, and the device has not been resumed since.
     restored: bool,
     command_rx: Receiver<Command>,
     epoll: Epoll,
@@ -254,14 +256,15 @@ struct WorkerThread<H> {
     kicks: Vec<EventFd>,
 }
 
-/// Why the loop turns.
+/// An event that the loop of the thread processes.
 enum Event {
     Command(Command),
     Ready(Vec<u64>),
     Tick,
 }
 
-/// A panic ends this device, is reported, and ends the machine through that report.
+/// The loop of the thread. A panic is reported as [`DeviceFailure::Panicked`], which stops the virtual
+/// machine.
 fn run<H: QueueHandler>(shared: &Shared, mut thread: WorkerThread<H>) {
     let result = catch_unwind(AssertUnwindSafe(|| {
         while let Some(event) = thread.select() {
@@ -279,7 +282,7 @@ fn run<H: QueueHandler>(shared: &Shared, mut thread: WorkerThread<H>) {
 }
 
 impl<H: QueueHandler> WorkerThread<H> {
-    /// Waits for something to do. `None` when the device's owner is gone.
+    /// Waits for the next event. `None` when the [`Worker`] was dropped.
     fn select(&mut self) -> Option<Event> {
         if self.paused {
             return self.command_rx.recv().ok().map(Event::Command);
@@ -305,14 +308,14 @@ impl<H: QueueHandler> WorkerThread<H> {
                     what: "wait for events",
                     source,
                 });
-                // Nothing can wake it any more but its owner.
+                // Without epoll, only commands can be received.
                 self.paused = true;
                 Some(Event::Ready(Vec::new()))
             }
         }
     }
 
-    /// `false` when the thread must end.
+    /// Processes an event. Returns `false` when the thread must end.
     fn apply(&mut self, event: Event) -> bool {
         match event {
             Event::Command(Command::Stop) => {
@@ -331,7 +334,7 @@ impl<H: QueueHandler> WorkerThread<H> {
     }
 
     fn command(&mut self, command: Command) {
-        // An asker that is gone does not need its answer.
+        // A failed reply means that the requester no longer waits.
         match command {
             Command::Activate(active, reply_tx) => {
                 self.active = Some(active);
@@ -408,7 +411,7 @@ impl<H: QueueHandler> WorkerThread<H> {
                     drain(kick);
                 }
                 self.with_active(|handler, active| {
-                    // A driver may ring for a queue that it never enabled.
+                    // A driver may notify a queue that it did not enable.
                     match active.queues.get(queue) {
                         Some(Some(_)) => handler.queue_notified(active, queue),
                         _ => Ok(()),
@@ -418,7 +421,7 @@ impl<H: QueueHandler> WorkerThread<H> {
         }
     }
 
-    /// Quiesces a broken device too: its I/O may still be in flight.
+    /// Quiesces the handler, also after a failure: its I/O may still be in flight.
     fn quiesce(&mut self) {
         if let Some(active) = &mut self.active
             && let Err(error) = self.handler.quiesce(active)
@@ -460,7 +463,7 @@ impl<H: QueueHandler> WorkerThread<H> {
 }
 
 impl HandlerError {
-    /// Names the queue that an error belongs to.
+    /// Adds the queue index to a queue error.
     pub(crate) fn for_queue(queue: usize) -> impl Fn(QueueError) -> Self {
         move |source| Self::Queue { queue, source }
     }
@@ -474,7 +477,7 @@ fn watch(epoll: &Epoll, fd: RawFd, events: EventSet, token: u64) -> io::Result<(
     epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(events, token))
 }
 
-/// Takes an eventfd's count; that it is zero already (a racing reader) is fine.
+/// Resets the counter of an eventfd. An error means that it was 0 already, which is harmless.
 fn drain(fd: &EventFd) {
     fd.read().ok();
 }
@@ -487,7 +490,7 @@ fn panic_text(panic: &(dyn Any + Send)) -> &str {
 
 const TOKEN_WAKE: u64 = 0;
 const TOKEN_FIRST_KICK: u64 = 1;
-/// Above every queue index.
+/// Above the token of every queue.
 const TOKEN_FIRST_FD: u64 = 1 << 32;
-/// Events taken per wake-up; the rest come with the next.
+/// Events read per `epoll_wait`; further events are returned by the next call.
 const EVENTS_MAX: usize = 16;

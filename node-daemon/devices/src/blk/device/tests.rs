@@ -80,7 +80,7 @@ fn config() -> BlkConfig {
     }
 }
 
-/// A request that is out.
+/// An outstanding request.
 struct Out {
     head: u16,
     data: u64,
@@ -142,7 +142,7 @@ fn offer_read(
     offer(driver, queue, 0, sector, Buffer::writable(data, length))
 }
 
-/// Notifies and waits for the next answer of the queue: which request, its status, its length.
+/// Notifies the queue and waits until `out` completes. Returns its status and length.
 fn answer(driver: &mut TestDriver, queue: u16, out: &Out) -> (u8, u32) {
     driver.notify(queue);
     let (head, length) = driver.used(queue);
@@ -183,7 +183,7 @@ fn virtio_5_2_4_the_configuration_describes_the_disk() {
 }
 
 #[test]
-fn what_is_written_on_one_queue_is_read_on_another() {
+fn data_written_through_one_queue_is_read_through_another() {
     let (machine, volume, mut driver) = started();
     for (sector, length, misalign) in [(0, 4096, 0), (9, 512, 0), (33, 1536, 3), (64, 65536, 512)] {
         let bytes: Vec<u8> = (0..length)
@@ -274,7 +274,7 @@ fn a_header_and_a_status_may_share_descriptors_with_the_data() {
 }
 
 #[test]
-fn the_serial_is_cut_to_twenty_bytes() {
+fn the_serial_is_truncated_to_twenty_bytes() {
     let (_, _volume, mut driver) = started();
     let buffer = driver.buffer(20, 0);
     let out = offer(&mut driver, 0, 8, 0, Buffer::writable(buffer, 20));
@@ -312,7 +312,7 @@ fn requests_beyond_the_disk_or_unknown_are_answered_with_a_status() {
     assert_eq!(
         machine.failures.all(),
         [],
-        "the guest's mistakes are not the disk's"
+        "invalid requests are not failures of the disk"
     );
 }
 
@@ -346,7 +346,7 @@ fn a_closed_gate_stalls_the_guest_without_an_error() {
     driver.notify(0);
     wait_until("the stall", || device.metrics.counts().stalled);
     let read = offer_read(&mut driver, 1, 0, 4096, 0);
-    assert_eq!(answer(&mut driver, 1, &read).0, 0, "reads go on");
+    assert_eq!(answer(&mut driver, 1, &read).0, 0, "reads continue");
     assert_eq!(data(&driver, &read, 4096), [0; 4096]);
     assert!(driver.poll_used(0).is_none());
 
@@ -456,7 +456,7 @@ fn i3_requests_under_way_at_a_migration_are_answered_exactly_once() {
 }
 
 #[test]
-fn a_stalled_guest_goes_on_after_an_aborted_migration_and_after_a_reset() {
+fn a_stalled_guest_continues_after_an_aborted_migration_and_after_a_reset() {
     let machine = TestMachine::new();
     let volume = Volume::new();
     let gate = Arc::new(Switch::default());
@@ -482,7 +482,7 @@ fn a_stalled_guest_goes_on_after_an_aborted_migration_and_after_a_reset() {
     assert_eq!(
         data(&driver, &read, 4096),
         [9; 4096],
-        "a reset driver's write is gone"
+        "the write of a driver that was reset is dropped"
     );
 }
 
@@ -570,7 +570,7 @@ fn i7_a_chain_offered_again_and_again_is_refused_while_the_gate_is_closed() {
 }
 
 #[test]
-fn indirect_requests_are_taken() {
+fn requests_with_indirect_descriptors_complete() {
     let (_, volume, mut driver) = started();
     let table = driver.buffer(64, 0);
     let header = driver.buffer(16, 0);
@@ -596,7 +596,7 @@ fn indirect_requests_are_taken() {
 }
 
 #[test]
-fn a_disk_of_another_size_refuses_the_state_and_another_block_size_is_kept_from_the_guest() {
+fn a_disk_of_another_size_refuses_the_state_and_the_guest_keeps_its_block_size() {
     let (machine, volume, mut driver) = started();
     driver.function.pause();
     let saved = driver.function.save();
@@ -615,7 +615,7 @@ fn a_disk_of_another_size_refuses_the_state_and_another_block_size_is_kept_from_
     smaller.extents = crate::disk::ExtentMap::new(&[run], ByteCount(4096)).unwrap();
     let text = restore(smaller).0.unwrap_err().to_string();
     assert!(
-        text.contains("a disk of 1048576 bytes saved, 4096 here"),
+        text.contains("the source has a disk of 1048576 bytes, this device one of 4096"),
         "{text}"
     );
 

@@ -12,7 +12,7 @@ use crate::disk::{AlwaysOpen, ExtentMap, VolumeGate, WriteGate, block_bytes_of};
 use crate::testing::wait_until;
 use crate::virtio::{Segment, Segments};
 
-/// The disk's bytes on the volume, cut in three and out of order.
+/// The extents of the disk: three, out of order.
 const RUNS: [(u64, u64); 3] = [(64, 8), (0, 8), (32, 16)];
 const DISK_BYTES: usize = 32 * 4096;
 const VOLUME_BYTES: usize = 128 * 4096;
@@ -20,12 +20,12 @@ const VOLUME_BYTES: usize = 128 * 4096;
 #[derive(Debug, Default)]
 struct TestGate {
     open: AtomicBool,
-    asked: AtomicUsize,
+    checks: AtomicUsize,
 }
 
 impl WriteGate for TestGate {
     fn is_open(&self) -> bool {
-        self.asked.fetch_add(1, Ordering::Relaxed);
+        self.checks.fetch_add(1, Ordering::Relaxed);
         self.open.load(Ordering::Relaxed)
     }
 }
@@ -193,7 +193,7 @@ fn every_page_that_a_read_fills_is_marked_dirty() {
 }
 
 #[test]
-fn sectors_written_at_once_into_one_block_are_all_there() {
+fn concurrent_writes_of_sectors_of_one_block_lose_none() {
     let mut bench = Bench::new(4096);
     let tags: Vec<_> = (0..16_u8)
         .map(|sector| {
@@ -222,7 +222,7 @@ fn a_closed_gate_holds_writes_and_flushes_back_and_lets_reads_through() {
         bench.progress();
         bench.engine.stats().stalled && bench.engine.drain().unwrap().is_empty()
     });
-    assert!(gate.asked.load(Ordering::Relaxed) > 0);
+    assert!(gate.checks.load(Ordering::Relaxed) > 0);
     assert!([write, merge, flush].iter().all(|tag| !bench.is_done(*tag)));
     assert_eq!(bench.engine.retry_after(), Some(GATE_POLL));
     assert!(
@@ -240,21 +240,21 @@ fn a_closed_gate_holds_writes_and_flushes_back_and_lets_reads_through() {
 }
 
 #[test]
-fn every_single_write_asks_the_gate() {
+fn every_submitted_write_checks_the_gate() {
     let gate = Arc::new(TestGate::default());
     gate.open.store(true, Ordering::Relaxed);
     let mut bench = Bench::with(512, gate.clone(), true);
     // Eight blocks are one extent: the ninth makes a second command.
     let tag = bench.write(0, 0x1000, &[1; 9 * 4096]);
     bench.wait(tag).unwrap();
-    assert_eq!(gate.asked.load(Ordering::Relaxed), 2);
+    assert_eq!(gate.checks.load(Ordering::Relaxed), 2);
     let tag = bench.read(0, 0x1000, 512);
     bench.wait(tag).unwrap();
-    assert_eq!(gate.asked.load(Ordering::Relaxed), 2, "reads do not");
+    assert_eq!(gate.checks.load(Ordering::Relaxed), 2, "reads do not");
 }
 
 #[test]
-fn a_flush_waits_for_the_writes_before_it_only() {
+fn a_flush_waits_only_for_writes_that_arrived_before_it() {
     let gate = Arc::new(TestGate::default());
     let mut bench = Bench::with(512, gate.clone(), true);
     let first = bench.enqueue(Operation::Flush);
@@ -269,14 +269,14 @@ fn a_flush_waits_for_the_writes_before_it_only() {
 }
 
 #[test]
-fn after_a_failed_write_nothing_is_written_any_more_and_reads_go_on() {
+fn after_a_failed_write_no_write_is_submitted_and_reads_continue() {
     let mut bench = Bench::with(512, Arc::new(AlwaysOpen), false);
     let write = bench.write(0, 0x1000, &[1; 512]);
     bench.wait(write).unwrap_err();
-    let (what, why) = bench.engine.take_failure().unwrap();
-    assert_eq!(what, "write");
-    assert!(why.contains("Bad file descriptor"), "{why}");
-    assert_eq!(bench.engine.take_failure(), None, "told once");
+    let (operation, reason) = bench.engine.take_failure().unwrap();
+    assert_eq!(operation, "write");
+    assert!(reason.contains("Bad file descriptor"), "{reason}");
+    assert_eq!(bench.engine.take_failure(), None, "returned once");
     let flush = bench.enqueue(Operation::Flush);
     bench.wait(flush).unwrap_err();
     let write = bench.write(0, 0x1000, &[1; 512]);
@@ -299,7 +299,7 @@ fn a_device_that_ends_too_early_is_an_error_of_the_read_alone() {
 }
 
 #[test]
-fn what_is_not_on_the_disk_is_refused() {
+fn a_range_beyond_the_disk_is_refused() {
     let mut bench = Bench::new(512);
     let size = DISK_BYTES as u64;
     for (offset, length) in [
@@ -322,7 +322,7 @@ fn what_is_not_on_the_disk_is_refused() {
 }
 
 #[test]
-fn a_cleared_engine_forgets_what_was_stalled() {
+fn a_cleared_engine_drops_stalled_requests() {
     let gate = Arc::new(TestGate::default());
     let mut bench = Bench::with(4096, gate.clone(), true);
     bench.write(0, 0x1000, &[1; 512]);
@@ -351,7 +351,7 @@ fn the_volumes_gate_opens_for_the_owner_of_a_valid_lease_alone() {
         generation: Generation(generation),
     };
     let gate = VolumeGate::new(reader, owner(4));
-    assert!(!gate.is_open(), "nobody holds a lease");
+    assert!(!gate.is_open(), "no lease was published");
     writer
         .publish(owner(4), boot_time_now().after(Duration::from_secs(60)))
         .unwrap();
@@ -361,7 +361,7 @@ fn the_volumes_gate_opens_for_the_owner_of_a_valid_lease_alone() {
         .unwrap();
     assert!(!gate.is_open(), "another generation");
     gate.set_owner(owner(5));
-    assert!(gate.is_open(), "the row was kept");
+    assert!(gate.is_open(), "the ownership was kept");
     writer.publish(owner(5), BootTime(1)).unwrap();
     assert!(!gate.is_open(), "the lease ended");
 }

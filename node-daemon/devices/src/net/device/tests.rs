@@ -152,7 +152,7 @@ fn a_frame_goes_out_with_the_header_that_the_guest_wrote() {
 }
 
 #[test]
-fn a_received_frame_fills_one_buffer_and_says_so() {
+fn a_received_frame_fills_one_buffer_and_sets_num_buffers() {
     let mut bench = started(0);
     let (head, buffer) = offer_receive(&mut bench.driver, 1526);
     bench.network.send(&frame(60, 9)).unwrap();
@@ -236,7 +236,7 @@ fn a_full_tap_holds_frames_back_and_loses_none() {
 }
 
 #[test]
-fn malformed_frames_are_dropped_and_given_back() {
+fn malformed_frames_are_dropped_and_their_buffers_returned() {
     let mut bench = started(0);
     let buffer = bench.driver.buffer(80_000, 0);
     for length in [HEADER_BYTES, 5, 80_000] {
@@ -249,7 +249,7 @@ fn malformed_frames_are_dropped_and_given_back() {
 }
 
 #[test]
-fn offloads_are_what_the_guest_can_take() {
+fn offloads_are_those_that_the_guest_negotiated() {
     let bench = started(F_GUEST_CSUM | F_GUEST_TSO4);
     wait_until("the offloads", || {
         *bench.tap.offloads.lock().unwrap() == [1 | 2]
@@ -257,7 +257,7 @@ fn offloads_are_what_the_guest_can_take() {
 }
 
 #[test]
-fn an_announcement_goes_out_in_the_guests_name_and_asks_the_guest_for_its_own() {
+fn an_announcement_sends_rarp_and_requests_one_from_the_guest() {
     let mut bench = started(F_STATUS | F_CTRL_VQ | F_GUEST_ANNOUNCE);
     assert_eq!(
         bench.handle.announce().unwrap(),
@@ -302,7 +302,7 @@ fn an_announcement_goes_out_in_the_guests_name_and_asks_the_guest_for_its_own() 
 }
 
 #[test]
-fn a_guest_that_cannot_announce_is_not_asked() {
+fn a_guest_without_guest_announce_gets_no_announce_request() {
     let mut bench = started(F_STATUS);
     bench.handle.announce().unwrap();
     assert_eq!(bench.driver.config(6, 2), [1, 0]);
@@ -376,7 +376,9 @@ fn a_state_of_another_address_is_refused() {
     fresh.pause();
     let text = fresh.restore(&saved).unwrap_err().to_string();
     assert!(
-        text.contains("52:54:00:12:34:07 saved, 52:54:00:12:34:56 here"),
+        text.contains(
+            "the source has the address 52:54:00:12:34:07, this device 52:54:00:12:34:56"
+        ),
         "{text}"
     );
 }
@@ -439,7 +441,7 @@ fn golden_state_version_1_is_still_read_and_written() {
 }
 
 #[test]
-fn what_is_no_tap_is_refused() {
+fn a_descriptor_that_is_not_a_tap_is_refused() {
     let file = tempfile::tempfile().unwrap();
     assert!(TapFd::from_fd(file.into()).is_err());
     assert!(TapFd::open("a-name-that-is-far-too-long").is_err());

@@ -2,7 +2,7 @@ use super::*;
 use crate::device::Device;
 use crate::pci::{ConfigSpace, ConfigState, Identity};
 
-/// A function with one BAR that remembers what was written to it.
+/// A function with one BAR, backed by a register of 8 bytes.
 struct Scratch {
     config: ConfigSpace,
     register: [u8; 8],
@@ -157,7 +157,9 @@ fn a_bus_with_other_devices_refuses_the_state() {
     let smaller = PciRoot::new(GuestAddress(0xC000_0000)..GuestAddress(0xF000_0000));
     let error = smaller.restore(&saved).unwrap_err();
     assert!(
-        error.to_string().contains("3 functions saved, 1 here"),
+        error
+            .to_string()
+            .contains("the source has 3 functions, this bus 1"),
         "{error}"
     );
 }

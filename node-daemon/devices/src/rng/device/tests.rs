@@ -10,7 +10,7 @@ fn make(machine: &TestMachine) -> RngDevice {
     RngDevice::new(&config, machine.context()).unwrap()
 }
 
-fn ask(driver: &mut TestDriver, length: usize) -> Vec<u8> {
+fn request(driver: &mut TestDriver, length: usize) -> Vec<u8> {
     let buffer = driver.buffer(length, 0);
     let head = driver.offer(0, &[Buffer::writable(buffer, length)]);
     driver.notify(0);
@@ -25,16 +25,16 @@ fn ask(driver: &mut TestDriver, length: usize) -> Vec<u8> {
 }
 
 #[test]
-fn a_guest_gets_bytes_that_differ() {
+fn a_guest_gets_different_bytes_each_time() {
     let machine = TestMachine::new();
     let device = make(&machine);
     let mut driver = TestDriver::new(&machine, device.function);
     driver.start(0, 1);
-    let first = ask(&mut driver, 32);
+    let first = request(&mut driver, 32);
     assert_eq!(first.len(), 32);
-    assert_ne!(first, ask(&mut driver, 32));
+    assert_ne!(first, request(&mut driver, 32));
     assert_eq!(
-        ask(&mut driver, 1 << 20).len(),
+        request(&mut driver, 1 << 20).len(),
         64 << 10,
         "a request is answered in part"
     );
@@ -43,14 +43,14 @@ fn a_guest_gets_bytes_that_differ() {
 }
 
 #[test]
-fn it_goes_on_after_a_migration() {
+fn requests_complete_after_a_migration() {
     let machine = TestMachine::new();
     let mut driver = TestDriver::new(&machine, make(&machine).function);
     driver.start(0, 1);
-    ask(&mut driver, 8);
+    request(&mut driver, 8);
     let other = TestMachine::with_ram(machine.ram.clone());
     migrate(&mut driver, make(&other).function);
-    assert_eq!(ask(&mut driver, 8).len(), 8);
+    assert_eq!(request(&mut driver, 8).len(), 8);
 }
 
 #[test]
@@ -74,7 +74,7 @@ fn golden_state_version_1_is_still_read_and_written() {
     let golden = include_str!("../../../golden/virtio-rng-v1.json");
     let mut driver = TestDriver::new(&machine, make(&machine).function);
     driver.start(1 << 29, 1);
-    ask(&mut driver, 8);
-    ask(&mut driver, 8);
+    request(&mut driver, 8);
+    request(&mut driver, 8);
     assert_golden(&mut driver, make(&machine).function, golden);
 }

@@ -23,7 +23,7 @@ fn lengths(segments: &Segments) -> Vec<usize> {
 }
 
 #[test]
-fn a_chain_is_split_into_what_is_read_and_what_is_written() {
+fn a_chain_is_split_into_readable_and_writable_buffers() {
     let ram = ram();
     write_descriptor(&ram, TABLE, 3, (0x8000, 16, NEXT, 5));
     write_descriptor(&ram, TABLE, 5, (0x9000, 512, NEXT | WRITE, 1));
@@ -55,7 +55,7 @@ fn virtio_2_7_5_3_an_indirect_table_is_followed_once() {
 }
 
 #[test]
-fn a_loop_is_found() {
+fn a_loop_is_refused() {
     let ram = ram();
     write_descriptor(&ram, TABLE, 0, (0x8000, 16, NEXT, 1));
     write_descriptor(&ram, TABLE, 1, (0x8000, 16, NEXT, 0));
@@ -72,7 +72,7 @@ fn a_loop_is_found() {
 }
 
 #[test]
-fn a_full_table_is_no_loop() {
+fn a_chain_over_the_full_table_is_not_a_loop() {
     let ram = ram();
     for index in 0..8 {
         let flags = if index == 7 { 0 } else { NEXT };
@@ -82,7 +82,7 @@ fn a_full_table_is_no_loop() {
 }
 
 #[test]
-fn what_is_not_guest_memory_is_refused() {
+fn buffers_outside_of_guest_memory_are_refused() {
     let ram = ram();
     for (start, length) in [
         (0x10_0000, 1),
@@ -131,7 +131,7 @@ fn empty_buffers_are_skipped() {
 }
 
 #[test]
-fn runs_are_cut_and_copied_across_their_borders() {
+fn ranges_are_split_and_copied_across_their_borders() {
     let ram = ram();
     let mut runs: Segments = [(0x8000, 3), (0x9000, 5)]
         .map(|(start, length_bytes)| Segment {
@@ -153,5 +153,5 @@ fn runs_are_cut_and_copied_across_their_borders() {
         ("abcd".into(), "efg".into(), "h".into())
     );
     assert_eq!(runs.take_front(4), None);
-    assert_eq!(runs.length_bytes(), 3, "a refused cut changes nothing");
+    assert_eq!(runs.length_bytes(), 3, "a refused split changes nothing");
 }

@@ -10,7 +10,7 @@ use crate::testing::{
 };
 use crate::virtio::worker::HandlerError;
 
-/// Answers every chain by writing its sequence number into it.
+/// Completes every chain by writing its sequence number to it.
 #[derive(Default)]
 struct Counter {
     answered: u8,
@@ -25,7 +25,7 @@ impl QueueHandler for Counter {
         (0..active.queues.len()).try_for_each(|queue| self.queue_notified(active, queue))
     }
     fn queue_notified(&mut self, active: &mut Active, queue: usize) -> Result<(), HandlerError> {
-        assert!(!self.panic, "asked to");
+        assert!(!self.panic, "panic requested");
         let failed = HandlerError::for_queue(queue);
         let Some(own) = &mut active.queues[queue] else {
             return Ok(());
@@ -78,8 +78,8 @@ fn driver(machine: &TestMachine) -> TestDriver {
     TestDriver::new(machine, function(machine, Counter::default()).unwrap())
 }
 
-/// Offers one byte to be written and waits for the answer.
-fn ask(driver: &mut TestDriver, queue: u16) -> u8 {
+/// Offers a buffer of one byte and waits until the device has written it.
+fn request(driver: &mut TestDriver, queue: u16) -> u8 {
     let buffer = driver.buffer(1, 0);
     let head = driver.offer(queue, &[Buffer::writable(buffer, 1)]);
     driver.notify(queue);
@@ -118,9 +118,9 @@ fn a_driver_that_polls_needs_neither_interrupts_nor_doorbells() {
     let machine = TestMachine::new();
     let mut driver = driver(&machine);
     driver.start(0, 2);
-    assert_eq!(ask(&mut driver, 0), 1);
-    assert_eq!(ask(&mut driver, 1), 2);
-    assert_eq!(ask(&mut driver, 0), 3);
+    assert_eq!(request(&mut driver, 0), 1);
+    assert_eq!(request(&mut driver, 1), 2);
+    assert_eq!(request(&mut driver, 0), 3);
     assert!((0..3).all(|gsi| machine.router.raised(gsi) == 0));
     wait_until("the interrupt status", || driver.read8(0x1000) == 1);
     assert_eq!(driver.read8(0x1000), 0, "reading clears it");
@@ -136,7 +136,7 @@ fn a_used_buffer_raises_its_queues_vector() {
     driver.write16(0x16, 1);
     driver.write16(0x1A, 2);
     assert_eq!(driver.read16(0x1A), 2);
-    ask(&mut driver, 1);
+    request(&mut driver, 1);
     wait_until("the interrupt", || machine.router.raised(2) == 1);
     assert_eq!(machine.router.route(2).unwrap().data, 0x31);
 
@@ -149,8 +149,8 @@ fn a_used_buffer_raises_its_queues_vector() {
     let available = rings(1)[1];
     vm_memory::Bytes::write_obj(&*driver.ram, 1_u16, GuestAddress(available)).unwrap();
     driver.write16(0x1A, 2);
-    ask(&mut driver, 1);
-    ask(&mut driver, 0);
+    request(&mut driver, 1);
+    request(&mut driver, 0);
     assert_eq!(
         machine.router.raised(2),
         1,
@@ -214,7 +214,7 @@ fn a_driver_without_version_1_is_refused() {
 }
 
 #[test]
-fn i7_a_bad_virtqueue_stops_the_device_with_a_reason_and_a_reset_revives_it() {
+fn i7_a_bad_virtqueue_stops_the_device_with_a_reason_until_a_reset() {
     let machine = TestMachine::new();
     let mut driver = driver(&machine);
     driver.start(0, 2);
@@ -232,7 +232,7 @@ fn i7_a_bad_virtqueue_stops_the_device_with_a_reason_and_a_reset_revives_it() {
 
     driver.start(0, 2);
     assert_eq!(driver.status(), 15);
-    assert_eq!(ask(&mut driver, 0), 1);
+    assert_eq!(request(&mut driver, 0), 1);
 }
 
 #[test]
@@ -246,7 +246,7 @@ fn a_queue_that_is_enabled_too_late_stays_off_and_harms_no_migration() {
     driver.notify(1);
     let fresh = function(&machine, Counter::default()).unwrap();
     migrate(&mut driver, fresh);
-    assert_eq!(ask(&mut driver, 0), 1);
+    assert_eq!(request(&mut driver, 0), 1);
 }
 
 #[test]
@@ -280,7 +280,7 @@ fn an_available_index_that_runs_ahead_is_refused() {
 }
 
 #[test]
-fn a_panic_in_the_device_thread_is_reported_and_blocks_nobody() {
+fn a_panic_in_the_device_thread_is_reported_and_blocks_no_caller() {
     let machine = TestMachine::new();
     let handler = Counter {
         panic: true,
@@ -290,7 +290,9 @@ fn a_panic_in_the_device_thread_is_reported_and_blocks_nobody() {
     driver.start(0, 1);
     wait_until("the report", || !machine.failures.all().is_empty());
     let failures = machine.failures.all();
-    assert!(matches!(&failures[0], DeviceFailure::Panicked { reason, .. } if reason == "asked to"));
+    assert!(
+        matches!(&failures[0], DeviceFailure::Panicked { reason, .. } if reason == "panic requested")
+    );
     driver.function.pause();
     driver.function.resume();
     driver.write8(0x14, 0);
@@ -298,11 +300,11 @@ fn a_panic_in_the_device_thread_is_reported_and_blocks_nobody() {
 }
 
 #[test]
-fn nothing_is_answered_while_paused_and_everything_after() {
+fn no_request_completes_while_paused_and_all_after_resume() {
     let machine = TestMachine::new();
     let mut driver = driver(&machine);
     driver.start(0, 1);
-    ask(&mut driver, 0);
+    request(&mut driver, 0);
     driver.function.pause();
     driver.function.pause();
     let before = driver.function.save();
@@ -320,20 +322,20 @@ fn nothing_is_answered_while_paused_and_everything_after() {
 }
 
 #[test]
-fn a_restored_device_goes_on_and_interrupts_once_for_what_may_be_lost() {
+fn a_restored_device_interrupts_once_for_notifications_that_may_be_lost() {
     let machine = TestMachine::new();
     let mut driver = driver(&machine);
     driver.start(1 << 29, 1);
     driver.enable_vector(1, 0x31);
     driver.write16(0x16, 0);
     driver.write16(0x1A, 1);
-    assert_eq!(ask(&mut driver, 0), 1);
+    assert_eq!(request(&mut driver, 0), 1);
     let other = TestMachine::with_ram(machine.ram.clone());
     let fresh = function(&other, Counter::default()).unwrap();
     migrate(&mut driver, fresh);
     wait_until("the interrupt", || other.router.raised(1) > 0);
     assert_eq!(other.router.route(1).unwrap().data, 0x31);
-    assert_eq!(ask(&mut driver, 0), 2);
+    assert_eq!(request(&mut driver, 0), 2);
 }
 
 #[test]
@@ -353,7 +355,7 @@ fn a_state_that_does_not_fit_is_refused_by_name() {
     };
     let text = refused(&|body| body["features"] = 1.into());
     assert!(
-        text.contains("counter0: state does not fit: features"),
+        text.contains("counter0: state does not fit: the source offered features"),
         "{text}"
     );
     let text = refused(&|body| body["registers"]["queues"][0]["size"] = 77.into());
@@ -390,7 +392,7 @@ fn virtio_4_1_4_9_registers_are_reachable_through_configuration_space() {
 }
 
 #[test]
-fn a_guest_reboot_puts_everything_back() {
+fn a_guest_reboot_returns_the_device_to_its_initial_state() {
     let machine = TestMachine::new();
     let mut driver = driver(&machine);
     driver.function.pause();
@@ -401,7 +403,7 @@ fn a_guest_reboot_puts_everything_back() {
     driver
         .function
         .config_write(0x10, &0xD000_0000_u32.to_le_bytes());
-    ask(&mut driver, 0);
+    request(&mut driver, 0);
     driver.function.reset();
     driver.function.pause();
     assert_eq!(driver.function.save(), fresh);
@@ -411,7 +413,7 @@ fn a_guest_reboot_puts_everything_back() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
     #[test]
-    fn i7_no_sequence_of_register_accesses_stops_us(
+    fn i7_no_sequence_of_register_accesses_panics(
         accesses in prop::collection::vec(
             (any::<bool>(), 0_u64..0x8000, prop::sample::select(vec![1_usize, 2, 4, 8]), any::<u64>()),
             0..200,

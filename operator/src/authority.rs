@@ -1,5 +1,5 @@
-//! The cluster's certificate authority: its key in a Secret that only the operator reads, its
-//! certificate in a ConfigMap that the nodes mount.
+//! The cluster's certificate authority. Secret bascule-ca holds its key and is readable by the operator
+//! only; ConfigMap bascule-ca holds its certificate, which the DaemonSet mounts.
 
 use std::collections::BTreeMap;
 
@@ -11,7 +11,7 @@ use k8s_openapi::api::core::v1::{ConfigMap, Secret};
 use kube::api::{ObjectMeta, Patch, PatchParams, PostParams};
 use kube::{Api, Client};
 
-/// The authority, made by whichever replica comes first and read by all others.
+/// Reads the CA from its Secret. The first replica that finds none creates it; the others read that one.
 pub(crate) async fn load_or_create(client: &Client, namespace: &str) -> Result<Authority> {
     let secrets: Api<Secret> = Api::namespaced(client.clone(), namespace);
     let authority = loop {
@@ -22,13 +22,13 @@ pub(crate) async fn load_or_create(client: &Client, namespace: &str) -> Result<A
         {
             break from_secret(&secret)?;
         }
-        let (_, identity) = Authority::create(namespace).context("make the CA")?;
+        let (_, identity) = Authority::create(namespace).context("generate the CA")?;
         match secrets
             .create(&PostParams::default(), &to_secret(&identity))
             .await
         {
-            Ok(_) => tracing::info!("made the certificate authority"),
-            // Another replica was faster: its authority counts.
+            Ok(_) => tracing::info!("created the certificate authority"),
+            // Another replica created the Secret first: use that CA.
             Err(kube::Error::Api(status)) if status.code == 409 => {}
             Err(error) => return Err(error).context("write the CA's Secret"),
         }
@@ -91,9 +91,9 @@ fn from_secret(secret: &Secret) -> Result<Authority> {
         .with_context(|| format!("read Secret {SECRET}"))
 }
 
-/// The Secret with the authority's key.
+/// Secret with the CA's certificate and private key.
 const SECRET: &str = "bascule-ca";
-/// The ConfigMap with its certificate, which the DaemonSet mounts.
+/// ConfigMap with the CA's certificate.
 const CONFIG_MAP: &str = "bascule-ca";
 const CERTIFICATE: &str = "ca.crt";
 const KEY: &str = "ca.key";
@@ -103,14 +103,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_authority_reads_back_from_its_secret() {
+    fn a_ca_round_trips_through_its_secret() {
         let (authority, identity) = Authority::create("test").unwrap();
         let again = from_secret(&to_secret(&identity)).unwrap();
         assert_eq!(again.certificate_pem(), authority.certificate_pem());
     }
 
     #[test]
-    fn a_secret_without_key_is_named() {
+    fn a_secret_without_a_certificate_is_refused_by_key_name() {
         let error = from_secret(&Secret::default()).unwrap_err();
         assert!(error.to_string().contains("ca.crt"), "{error}");
     }

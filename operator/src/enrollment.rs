@@ -1,4 +1,5 @@
-//! The Join service: trades a node-bound token for a node certificate.
+//! Node enrollment (server side): the Join service verifies a node-bound service account token with a
+//! TokenReview and signs the node's certificate request. The client is in bascule-node.
 
 mod tls;
 
@@ -23,12 +24,12 @@ use tonic::{Request, Response, Status};
 use crate::cli::Args;
 use crate::identity::OwnIdentity;
 
-/// Lets nodes in.
+/// The gRPC service `Join`.
 pub(crate) struct EnrollmentService {
     client: Client,
     identity: Arc<OwnIdentity>,
     cluster: ClusterId,
-    /// `system:serviceaccount:<namespace>:<name>`.
+    /// The only accepted user, `system:serviceaccount:<namespace>:<name>`.
     username: String,
 }
 
@@ -51,7 +52,7 @@ impl EnrollmentService {
         }
     }
 
-    /// Serves for ever.
+    /// Serves until the future is dropped; returns only on error.
     pub(crate) async fn serve(self, listen: SocketAddr) -> anyhow::Result<()> {
         let listener = TcpListener::bind(listen)
             .await
@@ -82,7 +83,7 @@ impl EnrollmentService {
         let answer = reviews
             .create(&PostParams::default(), &review)
             .await
-            .map_err(away)?;
+            .map_err(unavailable)?;
         Ok(answer.status.unwrap_or_default())
     }
 }
@@ -103,7 +104,7 @@ impl Join for EnrollmentService {
             return Err(Status::permission_denied(message));
         }
         let nodes: Api<Node> = Api::all(self.client.clone());
-        let node = nodes.get_opt(&bound.name).await.map_err(away)?;
+        let node = nodes.get_opt(&bound.name).await.map_err(unavailable)?;
         let uid = node
             .and_then(|node| node.metadata.uid)
             .ok_or_else(|| Status::not_found(format!("there is no node {}", bound.name)))?;
@@ -118,7 +119,7 @@ impl Join for EnrollmentService {
         let certificate_pem = authority
             .sign_node(&request.csr_pem, node)
             .map_err(|error| Status::invalid_argument(error.to_string()))?;
-        tracing::info!(node = bound.name, uid, "joined");
+        tracing::info!(node = bound.name, uid, "enrolled a node");
         Ok(Response::new(JoinResponse {
             certificate_pem,
             ca_pem: authority.certificate_pem().to_owned(),
@@ -128,17 +129,17 @@ impl Join for EnrollmentService {
     }
 }
 
-/// The node that a token was issued for.
+/// The node that a service account token is bound to.
 #[derive(Debug, PartialEq, Eq)]
 struct BoundNode {
     name: String,
     uid: Option<String>,
 }
 
-/// Which node the token is bound to, if it is one of ours.
+/// The node that the token is bound to, if it is valid, of our audience and of our service account.
 fn bound_node(status: &TokenReviewStatus, username: &str) -> Result<BoundNode, Status> {
     if status.authenticated != Some(true) {
-        let why = status.error.as_deref().unwrap_or("it is not valid");
+        let why = status.error.as_deref().unwrap_or("it is invalid");
         return Err(Status::unauthenticated(format!(
             "the token was refused: {why}"
         )));
@@ -146,14 +147,14 @@ fn bound_node(status: &TokenReviewStatus, username: &str) -> Result<BoundNode, S
     let for_us = |audience: &String| audience == JOIN_AUDIENCE;
     if !status.audiences.iter().flatten().any(for_us) {
         return Err(Status::unauthenticated(
-            "the token is not of audience bascule.dev",
+            "the token's audience is not bascule.dev",
         ));
     }
     let user = status.user.clone().unwrap_or_default();
     if user.username.as_deref() != Some(username) {
         let who = user.username.unwrap_or_default();
         return Err(Status::permission_denied(format!(
-            "{who} is not {username}"
+            "the token is of {who}, expected {username}"
         )));
     }
     let extra = user.extra.unwrap_or_default();
@@ -169,21 +170,21 @@ fn bound_node(status: &TokenReviewStatus, username: &str) -> Result<BoundNode, S
     })
 }
 
-/// The operator cannot say yes or no at present.
+/// The token can be neither accepted nor refused now; the node will retry.
 #[expect(clippy::needless_pass_by_value, reason = "what map_err hands over")]
-fn away(error: kube::Error) -> Status {
-    Status::unavailable(format!("the API server cannot be asked: {error}"))
+fn unavailable(error: kube::Error) -> Status {
+    Status::unavailable(format!("the API server is unavailable: {error}"))
 }
 
-/// KEP-4193: which node a service account token was issued for.
+/// KEP-4193: the name of the node that a service account token is bound to.
 const EXTRA_NODE_NAME: &str = "authentication.kubernetes.io/node-name";
-/// And that node's UID.
+/// KEP-4193: the UID of that node.
 const EXTRA_NODE_UID: &str = "authentication.kubernetes.io/node-uid";
-/// Tokens are about 1 KiB.
+/// Typical tokens have about 1 KiB.
 const TOKEN_BYTES_MAX: usize = 16 << 10;
-/// Requests for an elliptic-curve key are less than 1 KiB.
+/// A certificate request for an elliptic-curve key has less than 1 KiB.
 const CSR_BYTES_MAX: usize = 16 << 10;
-/// Two calls to the API server.
+/// Covers two calls to the API server.
 const CALL_LIMIT: Duration = Duration::from_secs(15);
 
 #[cfg(test)]
@@ -215,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn a_node_bound_token_of_our_service_account_names_its_node() {
+    fn a_node_bound_token_of_our_service_account_yields_its_node() {
         let expected = BoundNode {
             name: "node-1".to_owned(),
             uid: Some("u".to_owned()),
@@ -245,8 +246,8 @@ mod tests {
         assert!(status.message().contains("1.33"), "{status}");
     }
 
-    /// What a server shows to whoever connects.
-    fn shown(address: SocketAddr, authority_pem: &str) -> Vec<u8> {
+    /// The certificate that the server presents, in DER.
+    fn presented(address: SocketAddr, authority_pem: &str) -> Vec<u8> {
         use rustls::pki_types::pem::PemObject;
         use rustls::pki_types::{CertificateDer, ServerName};
 
@@ -270,17 +271,17 @@ mod tests {
         client.peer_certificates().unwrap()[0].to_vec()
     }
 
-    async fn shown_now(address: SocketAddr, authority_pem: &str) -> Vec<u8> {
+    async fn presented_now(address: SocketAddr, authority_pem: &str) -> Vec<u8> {
         let pem = authority_pem.to_owned();
-        tokio::task::spawn_blocking(move || shown(address, &pem))
+        tokio::task::spawn_blocking(move || presented(address, &pem))
             .await
             .unwrap()
     }
 
-    /// The Join service's certificate was made once and expired 90 days later, unless the operator
-    /// was restarted before.
+    /// Regression: the Join service's certificate was issued at start-up only and expired after 90 days
+    /// unless the operator was restarted before.
     #[tokio::test(flavor = "multi_thread")]
-    async fn the_certificate_is_renewed_in_time_and_nobody_is_turned_away() {
+    async fn the_certificate_is_renewed_in_time_without_closing_connections() {
         let (identity, days) = crate::identity::tests::with_days_ahead();
         let authority_pem = identity.authority().certificate_pem().to_owned();
         let (service, _) = tower_test::mock::pair::<
@@ -296,7 +297,7 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let server = tokio::spawn(join.serve_on(listener));
-        let first = shown_now(address, &authority_pem).await;
+        let first = presented_now(address, &authority_pem).await;
         let tls = tonic::transport::ClientTlsConfig::new()
             .ca_certificate(tonic::transport::Certificate::from_pem(&authority_pem))
             .domain_name(OPERATOR_NAME);
@@ -308,7 +309,7 @@ mod tests {
             .await
             .unwrap();
         let mut caller = bascule_node_api::proto::join_client::JoinClient::new(channel);
-        // Refused before the API server is asked, which there is none of here.
+        // Refused before the TokenReview: there is no API server in this test.
         let mut call = async || {
             let request = JoinRequest {
                 token: "x".repeat(TOKEN_BYTES_MAX + 1),
@@ -317,11 +318,15 @@ mod tests {
             caller.join(request).await.unwrap_err().code()
         };
         assert_eq!(call().await, Code::InvalidArgument);
-        assert_eq!(shown_now(address, &authority_pem).await, first);
+        assert_eq!(presented_now(address, &authority_pem).await, first);
 
         days.store(61, std::sync::atomic::Ordering::Relaxed);
-        assert_ne!(shown_now(address, &authority_pem).await, first);
-        assert_eq!(call().await, Code::InvalidArgument, "the caller goes on");
+        assert_ne!(presented_now(address, &authority_pem).await, first);
+        assert_eq!(
+            call().await,
+            Code::InvalidArgument,
+            "the connection stays open"
+        );
         assert!(!server.is_finished());
         server.abort();
     }

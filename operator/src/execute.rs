@@ -1,4 +1,4 @@
-//! Carrying a plan out: each action is one call, to the API or to a node.
+//! Executes a plan: each action is one call to the Kubernetes API or one command to a node daemon.
 
 mod node;
 
@@ -25,24 +25,24 @@ use crate::kube_api::{
 use crate::record_status;
 use crate::reservation_pod::{self, Reservation};
 
-/// A node or a volume said no. That is an answer, and conditions tell it to people; the operator's
-/// log does not cry for help over it.
+/// A node or a volume refused an action. Conditions report it to users; it is not a reconcile error, so
+/// it is logged at INFO and not counted.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub(crate) struct Refused(pub(crate) String);
 
-/// The execution of one virtual machine's plan.
+/// Executes one plan of one VM.
 pub(crate) struct Execution<'a> {
     pub(crate) context: &'a OperatorContext,
     pub(crate) vm: &'a VirtualMachine,
     pub(crate) intent: &'a VmIntent,
     pub(crate) now: Moment,
-    /// What the operator remembers of this virtual machine.
+    /// The planner's memory of this VM; executing an action updates it.
     pub(crate) memory: &'a mut History,
 }
 
 impl Execution<'_> {
-    /// Executes actions in order and ends at the first that fails.
+    /// Executes the actions in order and stops at the first error.
     pub(crate) async fn run(&mut self, actions: &[Action]) -> Result<()> {
         for action in actions {
             tracing::debug!(?action, "execute");
@@ -111,7 +111,7 @@ impl Execution<'_> {
         if wanted {
             finalizers.push(VM_FINALIZER.to_owned());
         }
-        // The resource version makes this fail when somebody changed the list in between.
+        // The resource version makes this fail with 409 if the finalizers were changed since the read.
         let patch = json!({"metadata": {
             "finalizers": finalizers,
             "resourceVersion": self.vm.resource_version(),
@@ -168,7 +168,8 @@ impl Execution<'_> {
         }
     }
 
-    /// What a reservation is for: a running guest's own size where one runs, else the spec's.
+    /// The spec that a reservation pod is sized for: of the running guest if there is one, which a later
+    /// edit of the VirtualMachine does not change, else of the VirtualMachine.
     fn reserved_spec(
         &self,
         purpose: &Purpose,
@@ -258,17 +259,17 @@ impl Execution<'_> {
         tracing::info!(reason, message, "event");
         let reference = self.vm.object_ref(&());
         if let Err(error) = self.context.recorder.publish(&event, &reference).await {
-            tracing::debug!(%error, "event lost");
+            tracing::debug!(%error, "cannot publish an event");
         }
     }
 }
 
-/// The action in a few words, for errors.
+/// The name of the action's variant, as context for errors.
 fn label(action: &Action) -> String {
     let text = format!("{action:?}");
     let end = text.find([' ', '{']).unwrap_or(text.len());
     text[..end].to_owned()
 }
 
-/// The API refuses longer notes.
+/// The API server refuses events with a note longer than 1 KiB.
 const EVENT_CHARS_MAX: usize = 1000;

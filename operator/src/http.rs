@@ -1,4 +1,4 @@
-//! /metrics, /healthz and /readyz.
+//! The HTTP endpoints /metrics, /healthz and /readyz.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -19,7 +19,7 @@ struct Shared {
     ready_rx: watch::Receiver<bool>,
 }
 
-/// Serves for ever.
+/// Serves until the future is dropped; returns only on error.
 pub(crate) async fn serve(
     listen: SocketAddr,
     metrics: Arc<Metrics>,
@@ -40,7 +40,7 @@ fn router(shared: Shared) -> Router {
         .with_state(shared)
 }
 
-/// Ready to let nodes in. A replica that does not lead is ready too.
+/// Ready means that Join is served. A replica that is not the leader is ready too.
 async fn readyz(State(shared): State<Shared>) -> impl IntoResponse {
     if *shared.ready_rx.borrow() {
         (StatusCode::OK, "ok")

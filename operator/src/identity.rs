@@ -1,5 +1,5 @@
-//! The operator's own certificate, as server (Join) and as client of the nodes: made when it is first
-//! needed, and made again when a third of its life is left.
+//! The operator's own certificate, as server (Join) and as client of the node daemons. Issued on first
+//! use, and renewed when a third of its validity is left.
 
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use bascule_pki::{Authority, Identity, validity};
 use time::OffsetDateTime;
 
-/// The operator's certificate under one name.
+/// The operator's certificate and key for one set of host names, cached in memory.
 pub(crate) struct OwnIdentity {
     authority: Arc<Authority>,
     hosts: Vec<String>,
@@ -17,12 +17,12 @@ pub(crate) struct OwnIdentity {
 }
 
 impl OwnIdentity {
-    /// A certificate of `authority` that names `hosts` too.
+    /// `hosts` are additional subject alternative names.
     pub(crate) fn new(authority: Arc<Authority>, hosts: Vec<String>) -> Self {
         Self::with_clock(authority, hosts, OffsetDateTime::now_utc)
     }
 
-    /// The same, by another clock.
+    /// Like `new`, with a clock that tests control.
     pub(crate) fn with_clock(
         authority: Arc<Authority>,
         hosts: Vec<String>,
@@ -36,7 +36,7 @@ impl OwnIdentity {
         }
     }
 
-    /// The certificate and key to use for a connection, or a server, that begins now.
+    /// The certificate and key for a handshake that begins now; issues them first when they are due.
     pub(crate) fn get(&self) -> Result<Identity> {
         let mut present = self.present.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(identity) = &*present
@@ -48,19 +48,19 @@ impl OwnIdentity {
             .authority
             .issue_operator(&self.hosts)
             .context("issue the operator's certificate")?;
-        tracing::info!("made a certificate for the operator");
+        tracing::info!("issued the operator's certificate");
         *present = Some(identity.clone());
         Ok(identity)
     }
 
-    /// Whether it should be replaced by now.
+    /// Whether `identity` is due for renewal.
     pub(crate) fn is_due(&self, identity: &Identity) -> Result<bool> {
         let (_, due) = validity(&identity.certificate_pem, (self.clock)())
             .context("read the operator's certificate")?;
         Ok(due)
     }
 
-    /// Makes the next call of `get` issue another one.
+    /// Discards the cached certificate, so that the next `get` issues a new one.
     pub(crate) fn forget(&self) {
         *self.present.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
@@ -84,7 +84,7 @@ pub(crate) mod tests {
 
     use super::*;
 
-    /// An identity, and the days by which its clock is ahead.
+    /// An identity, and the number of days by which its clock runs ahead of real time.
     pub(crate) fn with_days_ahead() -> (OwnIdentity, Arc<AtomicI64>) {
         let (authority, _) = Authority::create("test").unwrap();
         let days = Arc::new(AtomicI64::new(0));
@@ -96,7 +96,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_certificate_is_used_again_until_a_third_of_its_life_is_left() {
+    fn a_certificate_is_reused_until_a_third_of_its_validity_is_left() {
         let (own, days) = with_days_ahead();
         let first = own.get().unwrap();
         assert_eq!(own.get().unwrap().certificate_pem, first.certificate_pem);

@@ -1,5 +1,6 @@
-//! Leader election by a Lease. Two leaders at once would do no harm (the volumes decide who owns
-//! what); one leader keeps the log readable and the load low.
+//! Leader election through a `coordination.k8s.io` Lease. It is an optimisation, not a safety mechanism:
+//! ownership is decided on the volumes, so two leaders at once duplicate load, events and log lines, and
+//! never a guest. Not related to the storage lease of a node on a volume.
 
 use std::time::Duration;
 
@@ -12,7 +13,7 @@ use kube::api::{ObjectMeta, PostParams};
 use kube::{Api, Client};
 use tokio::sync::watch;
 
-/// A replica's part in the election.
+/// One replica's candidacy.
 #[derive(Debug)]
 pub(crate) struct Election {
     api: Api<Lease>,
@@ -20,14 +21,14 @@ pub(crate) struct Election {
     valid: Duration,
 }
 
-/// What is to be done about the Lease as it is.
+/// What to do with the Lease as last read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Step {
-    /// It is ours: renew it.
+    /// This replica holds it.
     Renew,
-    /// Nobody holds it any more: take it.
-    Take,
-    /// Somebody else holds it.
+    /// It has no holder, or expired: acquire it.
+    Acquire,
+    /// Another replica holds it.
     Wait,
 }
 
@@ -40,20 +41,26 @@ impl Election {
         }
     }
 
-    /// Takes part for ever. `leading_tx` says whether this replica leads; it stops leading before
-    /// anybody else may begin, by its own clock.
+    /// Acquires and renews until dropped; publishes in `leading_tx` whether this replica leads.
+    /// Measured by its own clock, it steps down after two thirds of the lease duration without a
+    /// renewal, before another replica may acquire the Lease.
     pub(crate) async fn run(self, leading_tx: watch::Sender<bool>) {
         let mut renewed = tokio::time::Instant::now();
         loop {
-            let asked = tokio::time::Instant::now();
+            let started = tokio::time::Instant::now();
             match tokio::time::timeout(self.valid / 3, self.attempt()).await {
                 Ok(Ok(true)) => {
-                    renewed = asked;
+                    renewed = started;
                     set(&leading_tx, true);
                 }
                 Ok(Ok(false)) => set(&leading_tx, false),
-                Ok(Err(error)) => tracing::warn!(error = format!("{error:#}"), "lease"),
-                Err(_) => tracing::warn!("lease: the API server does not answer"),
+                Ok(Err(error)) => tracing::warn!(
+                    error = format!("{error:#}"),
+                    "cannot renew the leader election Lease"
+                ),
+                Err(_) => tracing::warn!(
+                    "cannot renew the leader election Lease: the API server does not respond"
+                ),
             }
             if renewed.elapsed() >= self.valid * 2 / 3 {
                 set(&leading_tx, false);
@@ -70,7 +77,7 @@ impl Election {
                     name: Some(LEASE.to_owned()),
                     ..ObjectMeta::default()
                 },
-                spec: Some(self.spec(&LeaseSpec::default(), Step::Take, now)),
+                spec: Some(self.spec(&LeaseSpec::default(), Step::Acquire, now)),
             };
             return won(self.api.create(&params(), &lease).await);
         };
@@ -80,7 +87,7 @@ impl Election {
             return Ok(false);
         }
         lease.spec = Some(self.spec(&spec, step, now));
-        // The resource version that was read makes this fail if somebody else was faster.
+        // The resource version makes this fail with 409 if another replica wrote the Lease since.
         won(self.api.replace(LEASE, &params(), &lease).await)
     }
 
@@ -90,29 +97,29 @@ impl Election {
             return Step::Renew;
         }
         let seconds = i64::from(spec.lease_duration_seconds.unwrap_or(0));
-        let lapsed = spec
+        let expired = spec
             .renew_time
             .as_ref()
             .is_none_or(|at| now.as_second() > at.0.as_second().saturating_add(seconds));
-        if holder.is_empty() || lapsed {
-            Step::Take
+        if holder.is_empty() || expired {
+            Step::Acquire
         } else {
             Step::Wait
         }
     }
 
     fn spec(&self, old: &LeaseSpec, step: Step, now: Timestamp) -> LeaseSpec {
-        let taken = step == Step::Take;
+        let acquired = step == Step::Acquire;
         LeaseSpec {
             holder_identity: Some(self.identity.clone()),
             lease_duration_seconds: i32::try_from(self.valid.as_secs()).ok(),
             renew_time: Some(MicroTime(now)),
-            acquire_time: if taken {
+            acquire_time: if acquired {
                 Some(MicroTime(now))
             } else {
                 old.acquire_time.clone()
             },
-            lease_transitions: Some(old.lease_transitions.unwrap_or(0) + i32::from(taken)),
+            lease_transitions: Some(old.lease_transitions.unwrap_or(0) + i32::from(acquired)),
             ..LeaseSpec::default()
         }
     }
@@ -137,7 +144,7 @@ fn set(leading_tx: &watch::Sender<bool>, leading: bool) {
     leading_tx.send_if_modified(|present| {
         let changed = *present != leading;
         if changed {
-            tracing::info!(leading, "leadership");
+            tracing::info!(leading, "leadership changed");
         }
         *present = leading;
         changed
@@ -170,18 +177,18 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_lease_is_taken_only_after_it_has_lapsed() {
+    async fn a_lease_is_acquired_only_after_it_has_expired() {
         let now = Timestamp::now();
         let election = election();
         assert_eq!(election.step(&held_by("b", 3, now), now), Step::Wait);
-        assert_eq!(election.step(&held_by("b", 16, now), now), Step::Take);
+        assert_eq!(election.step(&held_by("b", 16, now), now), Step::Acquire);
         assert_eq!(election.step(&held_by("a", 3, now), now), Step::Renew);
-        assert_eq!(election.step(&held_by("", 3, now), now), Step::Take);
-        assert_eq!(election.step(&LeaseSpec::default(), now), Step::Take);
+        assert_eq!(election.step(&held_by("", 3, now), now), Step::Acquire);
+        assert_eq!(election.step(&LeaseSpec::default(), now), Step::Acquire);
     }
 
     #[tokio::test]
-    async fn a_change_of_holder_is_counted() {
+    async fn a_change_of_holder_increments_lease_transitions() {
         let now = Timestamp::now();
         let old = LeaseSpec {
             lease_transitions: Some(3),
@@ -189,7 +196,7 @@ mod tests {
         };
         let election = election();
         assert_eq!(
-            election.spec(&old, Step::Take, now).lease_transitions,
+            election.spec(&old, Step::Acquire, now).lease_transitions,
             Some(4)
         );
         assert_eq!(

@@ -1,11 +1,11 @@
-//! Log lines.
+//! Logging set-up.
 
 use anyhow::{Context, Result};
 use tracing_subscriber::EnvFilter;
 
 use crate::cli::{Args, LogFormat};
 
-/// Starts logging to standard error.
+/// Installs the global subscriber, which writes to standard error.
 pub(crate) fn start(args: &Args) -> Result<()> {
     let filter =
         EnvFilter::try_new(&args.log).with_context(|| format!("read --log {}", args.log))?;

@@ -1,4 +1,4 @@
-//! What Prometheus reads.
+//! Prometheus metrics, all with the prefix `bascule_operator_`.
 
 use std::sync::atomic::{AtomicI64, AtomicU64};
 
@@ -12,7 +12,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::Registry;
 
-/// All metrics.
+/// The registry and every metric in it.
 #[derive(Debug)]
 pub(crate) struct Metrics {
     registry: Registry,
@@ -20,13 +20,13 @@ pub(crate) struct Metrics {
     migrations: Family<MigrationLabel, Counter<u64, AtomicU64>>,
     downtime: Histogram,
     failovers: Family<OutcomeLabel, Counter<u64, AtomicU64>>,
-    /// Takeovers that a volume granted.
+    /// Counts `Change::TakeOver` requests that a volume granted.
     pub(crate) takeovers: Counter,
-    lease_left: Family<NodeVolumeLabel, Gauge<f64, AtomicU64>>,
+    lease_remaining: Family<NodeVolumeLabel, Gauge<f64, AtomicU64>>,
     node_stream: Family<NodeLabel, Gauge<i64, AtomicI64>>,
-    leading: Gauge<i64, AtomicI64>,
-    /// Plans that could not be carried out to their end.
-    pub(crate) plan_failures: Counter,
+    leader: Gauge<i64, AtomicI64>,
+    /// Counts reconciliations that ended in an error; a refusal is not one.
+    pub(crate) reconcile_errors: Counter,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -58,7 +58,7 @@ struct NodeLabel {
 
 impl Metrics {
     pub(crate) fn new() -> Self {
-        // From a millisecond to half a minute.
+        // Buckets from 1 ms to 32.8 s.
         let downtime = Histogram::new(exponential_buckets(0.001, 2.0, 16));
         let mut metrics = Self {
             registry: Registry::with_prefix("bascule"),
@@ -67,10 +67,10 @@ impl Metrics {
             downtime,
             failovers: Family::default(),
             takeovers: Counter::default(),
-            lease_left: Family::default(),
+            lease_remaining: Family::default(),
             node_stream: Family::default(),
-            leading: Gauge::default(),
-            plan_failures: Counter::default(),
+            leader: Gauge::default(),
+            reconcile_errors: Counter::default(),
         };
         metrics.register();
         metrics
@@ -81,47 +81,47 @@ impl Metrics {
         r.register("operator_vms", "VirtualMachines by phase", self.vms.clone());
         r.register(
             "operator_migrations",
-            "Migrations that have ended, by mode and outcome",
+            "Finished migrations, by mode and outcome",
             self.migrations.clone(),
         );
         r.register(
             "operator_migration_downtime_seconds",
-            "How long guests stood still at the end of a migration",
+            "Measured downtime of guests at the switch-over of a migration",
             self.downtime.clone(),
         );
         r.register(
             "operator_failovers",
-            "Failover records that have been closed, by outcome",
+            "Finished failovers, by outcome",
             self.failovers.clone(),
         );
         r.register(
             "operator_takeovers",
-            "Takeovers granted",
+            "Ownership takeovers that a volume granted",
             self.takeovers.clone(),
         );
         r.register(
-            "operator_volume_lease_left_seconds",
-            "How long a node's lease on a volume is still valid, as last reported",
-            self.lease_left.clone(),
+            "operator_volume_lease_remaining_seconds",
+            "Remaining validity of a node's lease on a volume, as last reported",
+            self.lease_remaining.clone(),
         );
         r.register(
             "operator_node_stream_up",
-            "Whether a node's daemon reports",
+            "1 while the report stream from a node's daemon is up, else 0",
             self.node_stream.clone(),
         );
         r.register(
-            "operator_leading",
-            "Whether this replica leads",
-            self.leading.clone(),
+            "operator_leader",
+            "1 while this replica is the leader, else 0",
+            self.leader.clone(),
         );
         r.register(
-            "operator_plan_failures",
-            "Plans that could not be carried out to their end",
-            self.plan_failures.clone(),
+            "operator_reconcile_errors",
+            "Reconciliations that ended in an error; refusals are not counted",
+            self.reconcile_errors.clone(),
         );
     }
 
-    /// Counts the VirtualMachines afresh.
+    /// Sets the number of VirtualMachines in each phase.
     pub(crate) fn count_vms<'v>(&self, vms: impl Iterator<Item = &'v VirtualMachine>) {
         let mut counts = [0_i64; Phase::ALL.len()];
         for vm in vms {
@@ -143,12 +143,12 @@ impl Metrics {
         }
     }
 
-    /// What the nodes last reported.
+    /// Sets the gauges per node and volume. Nodes that no longer exist disappear.
     pub(crate) fn observe_nodes<'n>(
         &self,
         nodes: impl Iterator<Item = (&'n String, &'n crate::node_clients::NodeState)>,
     ) {
-        self.lease_left.clear();
+        self.lease_remaining.clear();
         self.node_stream.clear();
         for (node, state) in nodes {
             let up = state.stream == bascule_operator_core::Stream::Up;
@@ -167,7 +167,7 @@ impl Metrics {
                     volume: volume.name.clone(),
                 };
                 let left = std::time::Duration::from_millis(status.lease_left_ms);
-                self.lease_left
+                self.lease_remaining
                     .get_or_create(&label)
                     .set(left.as_secs_f64());
             }
@@ -203,11 +203,11 @@ impl Metrics {
             .inc();
     }
 
-    pub(crate) fn set_leading(&self, leading: bool) {
-        self.leading.set(i64::from(leading));
+    pub(crate) fn set_leader(&self, leader: bool) {
+        self.leader.set(i64::from(leader));
     }
 
-    /// The exposition.
+    /// All metrics in the OpenMetrics text format.
     pub(crate) fn render(&self) -> Result<String, std::fmt::Error> {
         let mut exposition = String::new();
         text::encode(&mut exposition, &self.registry)?;

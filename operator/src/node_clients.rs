@@ -1,4 +1,4 @@
-//! One client for each node: a stream of reports, and commands.
+//! One gRPC client for each node daemon: a stream of reports, and commands.
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
@@ -20,7 +20,7 @@ use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity
 use crate::clock::now;
 use crate::identity::OwnIdentity;
 
-/// All nodes.
+/// The clients of all nodes, by node name. Clones share them.
 #[derive(Clone, Debug)]
 pub(crate) struct NodeClients {
     shared: Arc<Shared>,
@@ -47,16 +47,16 @@ impl Drop for Entry {
     }
 }
 
-/// What is known of a node through its daemon.
+/// What a node's daemon last reported, and whether it still reports.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct NodeState {
-    /// The stream of its reports.
+    /// Whether the report stream is up.
     pub(crate) stream: Stream,
-    /// The last one.
+    /// The last report; kept when the stream ends.
     pub(crate) report: Option<Arc<NodeReport>>,
-    /// The channel, while the stream is up.
+    /// For commands; present while the stream is up.
     channel: Option<Channel>,
-    /// Why there is no stream.
+    /// Why the stream is down.
     pub(crate) error: Option<String>,
 }
 
@@ -72,7 +72,7 @@ impl NodeClients {
         }
     }
 
-    /// Follows exactly these nodes: name to address and UID.
+    /// Keeps one client for each of `nodes` (name to address and UID) and drops all others.
     pub(crate) fn follow(&self, nodes: &BTreeMap<String, (IpAddr, String)>) {
         let mut entries = self
             .shared
@@ -98,7 +98,7 @@ impl NodeClients {
         }
     }
 
-    /// What is known of every node.
+    /// A snapshot of every node's state.
     pub(crate) fn states(&self) -> BTreeMap<String, NodeState> {
         let entries = self
             .shared
@@ -111,7 +111,7 @@ impl NodeClients {
             .collect()
     }
 
-    /// Executes a command on a node.
+    /// Has a node's daemon execute a command. Fails at once while its report stream is down.
     pub(crate) async fn execute(&self, node: &str, command: &Command) -> Result<Outcome> {
         let channel = {
             let entries = self
@@ -122,19 +122,21 @@ impl NodeClients {
             let state = entries.get(node).map(|entry| &entry.state);
             state.and_then(|state| state.channel.clone())
         };
-        let channel = channel.ok_or_else(|| anyhow!("bascule-node on {node} does not answer"))?;
-        let json = serde_json::to_string(command).context("write the command")?;
+        let channel = channel.ok_or_else(|| anyhow!("bascule-node on {node} is not connected"))?;
+        let json = serde_json::to_string(command).context("serialize the command")?;
         let request = proto::Command {
             version: VERSION,
             version_min: VERSION_MIN,
             json,
         };
         let mut client = NodeClient::new(channel);
-        let answer = tokio::time::timeout(COMMAND_LIMIT, client.execute(request))
+        let response = tokio::time::timeout(COMMAND_LIMIT, client.execute(request))
             .await
-            .map_err(|_| anyhow!("bascule-node on {node} does not answer in {COMMAND_LIMIT:?}"))?
+            .map_err(|_| {
+                anyhow!("bascule-node on {node} did not respond within {COMMAND_LIMIT:?}")
+            })?
             .map_err(|status| anyhow!("bascule-node on {node}: {}", status.message()))?;
-        serde_json::from_str(&answer.into_inner().json).context("read the outcome")
+        serde_json::from_str(&response.into_inner().json).context("parse the outcome")
     }
 }
 
@@ -151,7 +153,7 @@ impl Shared {
         }
     }
 
-    /// What the operator shows to a node, and expects of it.
+    /// Mutual TLS: the operator's certificate, and the name that a node's certificate must have.
     fn tls(&self) -> Result<ClientTlsConfig> {
         let own = self.identity.get()?;
         let authority = self.identity.authority().certificate_pem();
@@ -162,7 +164,7 @@ impl Shared {
     }
 }
 
-/// Keeps a stream to one node for ever.
+/// Keeps a report stream to one node, reconnecting until the task is aborted.
 async fn follow_node(shared: Arc<Shared>, name: String, address: IpAddr, uid: String) {
     let mut failures: u32 = 0;
     loop {
@@ -175,7 +177,11 @@ async fn follow_node(shared: Arc<Shared>, name: String, address: IpAddr, uid: St
         shared.update(&name, |state| {
             let was_up = state.stream == Stream::Up;
             if was_up {
-                tracing::warn!(node = name, error = message, "lost the node's stream");
+                tracing::warn!(
+                    node = name,
+                    error = message,
+                    "the report stream of a node ended"
+                );
             }
             if !matches!(state.stream, Stream::Down { .. }) {
                 state.stream = Stream::Down { since: now() };
@@ -185,7 +191,7 @@ async fn follow_node(shared: Arc<Shared>, name: String, address: IpAddr, uid: St
             was_up || failures == 1
         });
         if failures.is_multiple_of(CERTIFICATE_SUSPECT_AFTER) {
-            // Perhaps it is ours: clocks jump.
+            // The operator's own certificate may be invalid, e.g. after a clock jump: issue a new one.
             shared.identity.forget();
         }
         tokio::time::sleep(RECONNECT).await;
@@ -207,36 +213,36 @@ async fn watch(
         .context("the node's address")?
         .tls_config(shared.tls()?)
         .context("set up TLS")?
-        .http2_keep_alive_interval(SILENCE_LIMIT)
-        .keep_alive_timeout(SILENCE_LIMIT);
+        .http2_keep_alive_interval(REPORT_TIMEOUT)
+        .keep_alive_timeout(REPORT_TIMEOUT);
     let channel = connect(&endpoint, CONNECT_LIMIT).await.context("connect")?;
     let request = proto::WatchRequest {
         version: VERSION,
         version_min: VERSION_MIN,
     };
     let mut client = NodeClient::new(channel.clone()).max_decoding_message_size(REPORT_BYTES_MAX);
-    let mut stream = tokio::time::timeout(SILENCE_LIMIT, client.watch(request))
+    let mut stream = tokio::time::timeout(REPORT_TIMEOUT, client.watch(request))
         .await
-        .context("the node does not answer")?
+        .context("the node does not respond")?
         .map_err(|status| anyhow!("{}", status.message()))?
         .into_inner();
     loop {
-        // The node reports at least once a second: silence is a fact about it.
-        let next = tokio::time::timeout(SILENCE_LIMIT, stream.message())
+        // The node daemon reports at least once a second; without a report its stream counts as down.
+        let next = tokio::time::timeout(REPORT_TIMEOUT, stream.message())
             .await
-            .map_err(|_| anyhow!("no report for {SILENCE_LIMIT:?}"))?
+            .map_err(|_| anyhow!("no report for {REPORT_TIMEOUT:?}"))?
             .map_err(|status| anyhow!("{}", status.message()))?;
         let Some(envelope) = next else { return Ok(()) };
         if agree(envelope.version, envelope.version).is_none() {
             bail!(
-                "the node reports in version {}, which is not known here",
+                "the node reports in protocol version {}, which this operator does not support",
                 envelope.version
             );
         }
-        let report: NodeReport = serde_json::from_str(&envelope.json).context("read a report")?;
+        let report: NodeReport = serde_json::from_str(&envelope.json).context("parse a report")?;
         if report.node.to_string() != uid {
             bail!(
-                "{} answers at the address of {name}: another node's identity",
+                "the daemon at the address of {name} has the identity of node {}",
                 report.name
             );
         }
@@ -247,21 +253,22 @@ async fn watch(
                 && state
                     .report
                     .as_deref()
-                    .is_some_and(|old| alike(old, &report));
+                    .is_some_and(|old| same_but_for_clocks(old, &report));
             state.stream = Stream::Up;
             state.channel.get_or_insert_with(|| channel.clone());
             state.error = None;
             state.report = Some(Arc::new(report));
             if !was_up {
-                tracing::info!(node = name, "the node reports");
+                tracing::info!(node = name, "the report stream of a node is up");
             }
             !same
         });
     }
 }
 
-/// Whether nothing changed but the clocks that tick in every report.
-fn alike(old: &NodeReport, new: &NodeReport) -> bool {
+/// Whether the reports are equal but for the values that change in every report (remaining lease,
+/// heartbeat age, memory overhead), which must not trigger reconciliation.
+fn same_but_for_clocks(old: &NodeReport, new: &NodeReport) -> bool {
     let still = |report: &NodeReport| {
         let mut report = report.clone();
         for volume in &mut report.volumes {
@@ -280,16 +287,16 @@ fn alike(old: &NodeReport, new: &NodeReport) -> bool {
     still(old) == still(new)
 }
 
-/// A node that is alive accepts at once; TLS takes a busy one a moment.
+/// TCP connect and TLS handshake; a busy node takes a moment for the latter (guess).
 const CONNECT_LIMIT: Duration = Duration::from_secs(3);
-/// Three reports missed.
-const SILENCE_LIMIT: Duration = Duration::from_secs(3);
-/// Soon enough to notice a daemon's restart before anybody else does.
+/// Three missed reports.
+const REPORT_TIMEOUT: Duration = Duration::from_secs(3);
+/// Pause between connection attempts; short, so that a restarted daemon is back within a second.
 const RECONNECT: Duration = Duration::from_millis(500);
-/// Commands are executed or refused before they are answered; attaching a volume may wait for its
-/// lease.
+/// A daemon responds once the command was executed or refused; attaching a volume may wait for a
+/// lease to expire.
 const COMMAND_LIMIT: Duration = Duration::from_secs(45);
-/// Ten thousand VMs of a kilobyte each, and room.
+/// 10,000 VMs at 1 KiB each is 10 MiB; the rest is reserve.
 const REPORT_BYTES_MAX: usize = 64 << 20;
-/// A minute of failures.
+/// Failed connection attempts, about a minute, after which the operator renews its certificate.
 const CERTIFICATE_SUSPECT_AFTER: u32 = 60;

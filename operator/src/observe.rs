@@ -1,4 +1,5 @@
-//! What is known about one virtual machine, gathered for the core.
+//! Collects what the planner needs to know about one VM, from the API's stores, the node reports and the
+//! volume's ownership records.
 
 use std::collections::BTreeMap;
 
@@ -21,7 +22,7 @@ use crate::node_clients::NodeState;
 use crate::ownership_cache::{coordinates, volume_status};
 use crate::stores::Stores;
 
-/// Everything around one virtual machine.
+/// The observation of one VM. `rows` is none when the volume's ownership records are not known.
 pub(crate) fn observe(
     vm: &VirtualMachine,
     stores: &Stores,
@@ -76,7 +77,7 @@ fn volume_view(sv: &SharedVolume, states: &BTreeMap<String, NodeState>) -> Fact<
     let name = sv.name_any();
     let fencing = match sv.spec.fencing.mode {
         bascule_crds::FencingMode::LeaseOnly => FencingMode::LeaseOnly,
-        // One that is refused is never attached.
+        // A volume with PersistentReservation is refused and never attached.
         bascule_crds::FencingMode::Watchdog | bascule_crds::FencingMode::PersistentReservation => {
             FencingMode::Watchdog
         }
@@ -93,7 +94,8 @@ fn volume_view(sv: &SharedVolume, states: &BTreeMap<String, NodeState>) -> Fact<
     })
 }
 
-/// The heartbeat of every slot as other nodes see it: alive if one of them saw it move.
+/// The heartbeat of every slot as the other nodes see it: alive if at least one of them saw it advance.
+/// Of several generations of a slot, the newest counts.
 pub(crate) fn peers(volume: &str, states: &BTreeMap<String, NodeState>) -> Vec<Peer> {
     let mut seen: BTreeMap<SlotId, Peer> = BTreeMap::new();
     for state in states.values().filter(|state| state.stream == Stream::Up) {
@@ -187,7 +189,7 @@ fn row_view(uid: Option<VmUid>, rows: Option<&Rows>) -> Fact<RowView> {
 }
 
 fn processes(uid: Option<VmUid>, states: &BTreeMap<String, NodeState>) -> Vec<Process> {
-    // What a node that does not answer said last is no fact about it any more.
+    // The last report of an unreachable node is not a fact any more.
     let up = states
         .iter()
         .filter(|(_, state)| state.stream == Stream::Up);
@@ -300,9 +302,9 @@ mod tests {
 
     use super::*;
 
-    /// It was taken for one that is not attached, which ended migrations to a busy node.
+    /// Regression: the volume counted as not attached, which failed migrations to a busy node.
     #[test]
-    fn a_volume_whose_process_does_not_answer_is_attached_all_the_same() {
+    fn access_to_a_volume_whose_process_does_not_respond_is_unknown_and_not_absent() {
         let report = NodeReport {
             node: NodeUid::from_bytes([1; 16]),
             name: "node-1".to_owned(),
@@ -311,7 +313,7 @@ mod tests {
             kvm_error: None,
             volumes: vec![VolumeReport {
                 name: "gold".to_owned(),
-                status: Err("it does not answer".to_owned()),
+                status: Err("the process does not respond".to_owned()),
             }],
             vms: vec![],
             imports: vec![],

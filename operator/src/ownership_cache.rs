@@ -1,4 +1,5 @@
-//! What the volumes say: their rows, through whichever daemon answers.
+//! The ownership records, disks and fences of every volume, polled through a node that has the volume
+//! attached. In each response the volume, not the API, is authoritative about owners and epochs.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -11,18 +12,19 @@ use tokio::sync::Notify;
 
 use crate::node_clients::{NodeClients, NodeState};
 
-/// The rows of every volume.
+/// The latest response for every volume, by the volume's name. Clones share it.
 #[derive(Clone, Debug)]
 pub(crate) struct OwnershipCache {
     nodes: NodeClients,
-    volumes: Arc<Mutex<BTreeMap<String, Known>>>,
+    volumes: Arc<Mutex<BTreeMap<String, Entry>>>,
     changed: Arc<Notify>,
 }
 
 #[derive(Clone, Debug)]
-struct Known {
+struct Entry {
     rows: Arc<Rows>,
-    at: Instant,
+    /// When the request was sent: the response is at least as recent.
+    requested_at: Instant,
 }
 
 impl OwnershipCache {
@@ -34,32 +36,39 @@ impl OwnershipCache {
         }
     }
 
-    /// The rows of a volume, unless they were not heard of lately.
+    /// The latest response, unless it is older than [`STALE_AFTER`].
     pub(crate) fn get(&self, volume: &str) -> Option<Arc<Rows>> {
         let volumes = self.volumes.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = volumes.get(volume)?;
-        (known.at.elapsed() < STALE_AFTER).then(|| Arc::clone(&known.rows))
+        let entry = volumes.get(volume)?;
+        (entry.requested_at.elapsed() < STALE_AFTER).then(|| Arc::clone(&entry.rows))
     }
 
-    /// Asks again: after a change, or because something in a report hints at one.
+    /// Reads one volume now, e.g. after a change. Tries the coordinator first, then the other nodes.
     pub(crate) async fn refresh(&self, volume: &str) {
         let states = self.nodes.states();
-        let asked = Instant::now();
+        let requested_at = Instant::now();
         for node in candidates(&states, volume) {
             let command = Command::Rows {
                 volume: volume.to_owned(),
             };
             match self.nodes.execute(&node, &command).await {
-                Ok(Outcome::Rows(rows)) => return self.put(volume, rows, asked),
-                Ok(other) => tracing::debug!(volume, node, ?other, "no rows"),
+                Ok(Outcome::Rows(rows)) => return self.put(volume, rows, requested_at),
+                Ok(other) => {
+                    tracing::debug!(volume, node, ?other, "cannot read the ownership records")
+                }
                 Err(error) => {
-                    tracing::debug!(volume, node, error = format!("{error:#}"), "no rows")
+                    tracing::debug!(
+                        volume,
+                        node,
+                        error = format!("{error:#}"),
+                        "cannot read the ownership records"
+                    )
                 }
             }
         }
     }
 
-    /// Asks for ever.
+    /// Reads all volumes periodically and drops those that no longer exist. Never returns.
     pub(crate) async fn poll(self, names: impl Fn() -> Vec<String>) {
         loop {
             let names = names();
@@ -76,16 +85,16 @@ impl OwnershipCache {
         }
     }
 
-    fn put(&self, volume: &str, rows: Rows, at: Instant) {
+    fn put(&self, volume: &str, rows: Rows, requested_at: Instant) {
         let changed = {
             let mut volumes = self.volumes.lock().unwrap_or_else(PoisonError::into_inner);
             let old = volumes.get(volume);
-            // A deposed coordinator's answer must not hide its successor's; nor an older answer a
-            // newer one.
+            // A response from a former coordinator must not replace its successor's, nor an older
+            // response a newer one.
             let outdated = old.is_some_and(|old| {
-                (old.at.elapsed() < STALE_AFTER
+                (old.requested_at.elapsed() < STALE_AFTER
                     && rows.coordinator_epoch < old.rows.coordinator_epoch)
-                    || at < old.at
+                    || requested_at < old.requested_at
             });
             if outdated {
                 return;
@@ -93,9 +102,9 @@ impl OwnershipCache {
             let changed = old.is_none_or(|old| *old.rows != rows);
             volumes.insert(
                 volume.to_owned(),
-                Known {
+                Entry {
                     rows: Arc::new(rows),
-                    at,
+                    requested_at,
                 },
             );
             changed
@@ -106,14 +115,14 @@ impl OwnershipCache {
     }
 }
 
-/// The volume's status on a node that answers.
+/// A volume's status in the latest report of a node.
 pub(crate) fn volume_status<'n>(state: &'n NodeState, volume: &str) -> Option<&'n VolumeStatus> {
     let report = state.report.as_ref()?;
     let attached = report.volumes.iter().find(|v| v.name == volume)?;
     attached.status.as_ref().ok()
 }
 
-/// Whether this node is the coordinator, as it sees it.
+/// Whether the node that reported this status considers itself the coordinator.
 pub(crate) fn coordinates(status: &VolumeStatus) -> bool {
     status
         .owner
@@ -121,7 +130,7 @@ pub(crate) fn coordinates(status: &VolumeStatus) -> bool {
         .is_some_and(|slot| status.coordinator == Some(slot))
 }
 
-/// The nodes to ask, the coordinator first.
+/// Nodes with a direct path to the volume, the coordinator first.
 fn candidates(states: &BTreeMap<String, NodeState>, volume: &str) -> Vec<String> {
     let mut nodes: Vec<(bool, &String)> = states
         .iter()
@@ -134,7 +143,7 @@ fn candidates(states: &BTreeMap<String, NodeState>, volume: &str) -> Vec<String>
     nodes.into_iter().map(|(_, name)| name.clone()).collect()
 }
 
-/// What changes a row without a report that hints at it shows after this.
+/// Poll interval: the delay after which a transfer made by the nodes themselves is seen.
 const POLL: Duration = Duration::from_secs(1);
-/// Rows older than this are not known any more.
+/// Responses older than this count as unknown.
 const STALE_AFTER: Duration = Duration::from_secs(10);

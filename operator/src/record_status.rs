@@ -1,4 +1,4 @@
-//! The statuses of VirtualMachineMigrations and Failovers.
+//! Status of VirtualMachineMigrations and Failovers.
 
 use anyhow::Result;
 use bascule_crds::names::{condition, reason};
@@ -17,7 +17,7 @@ use kube::{Api, ResourceExt};
 use crate::context::OperatorContext;
 use crate::kube_api::{apply_status, new_condition};
 
-/// Writes a migration's status, if it differs.
+/// Writes a migration's status if it differs from the present one.
 pub(crate) async fn report_migration(
     context: &OperatorContext,
     vm: &VirtualMachine,
@@ -33,7 +33,7 @@ pub(crate) async fn report_migration(
     };
     let old = object.status.clone().unwrap_or_default();
     if old.phase.is_some_and(MigrationPhase::is_final) {
-        // A record that is closed stays as it is, whatever a stale view makes of it.
+        // A final phase is never left, not even by a plan made from a stale cache.
         return Ok(());
     }
     let mut status = migration_status(&old, update, object.metadata.generation, Timestamp::now());
@@ -47,10 +47,10 @@ pub(crate) async fn report_migration(
     write_migration(context, &namespace, name, &status).await
 }
 
-/// Refuses migrations of virtual machines that do not exist.
-pub(crate) async fn refuse_strays(context: &OperatorContext) -> Result<()> {
+/// Fails open migrations whose VirtualMachine does not exist.
+pub(crate) async fn fail_orphaned_migrations(context: &OperatorContext) -> Result<()> {
     let vms = context.stores.vms.state();
-    let stray = |m: &VirtualMachineMigration| {
+    let orphaned = |m: &VirtualMachineMigration| {
         let open = !m
             .status
             .as_ref()
@@ -61,8 +61,11 @@ pub(crate) async fn refuse_strays(context: &OperatorContext) -> Result<()> {
             .any(|vm| vm.name_any() == m.spec.virtual_machine && vm.namespace() == m.namespace());
         open && !exists
     };
-    for object in context.stores.migrations.state_filter(stray) {
-        let message = format!("there is no VirtualMachine {}", object.spec.virtual_machine);
+    for object in context.stores.migrations.state_filter(orphaned) {
+        let message = format!(
+            "VirtualMachine {} does not exist",
+            object.spec.virtual_machine
+        );
         let update = MigrationUpdate {
             phase: MigrationPhase::Failed,
             source: None,
@@ -91,7 +94,7 @@ async fn write_migration(
     Ok(())
 }
 
-/// Writes a Failover's status, if it differs.
+/// Writes a Failover's status if it differs from the present one.
 pub(crate) async fn report_failover(
     context: &OperatorContext,
     vm: &VirtualMachine,
@@ -183,12 +186,12 @@ fn migration_status(
     }
 }
 
-/// The figures, as people read them.
+/// Progress in the units of the API: percent, Quantities and Durations.
 fn progress(status: &MigrationStatus, phase: MigrationPhase) -> MigrationProgress {
     let ms = |ms: u64| Duration::from_std(std::time::Duration::from_millis(ms));
     let all = status.bytes.0.saturating_add(status.remaining.0).max(1);
     let copied = status.bytes.0.saturating_mul(100) / all;
-    // The guest is not there before it runs there.
+    // 100% is reported only once the guest runs on the destination.
     let percent = if status.phase == vm::MigrationPhase::Preparing {
         0
     } else {
@@ -235,7 +238,7 @@ fn failover_status(
             epoch,
             proof,
         } => {
-            complete("Unknown", reason::TAKEN_OVER, "the guest is being started");
+            complete("Unknown", reason::TAKEN_OVER, "the guest is starting");
             status.phase = Some(FailoverPhase::TakenOver);
             taken_over(&mut status, target, epoch.to_string(), *proof, now);
         }
@@ -244,7 +247,7 @@ fn failover_status(
             epoch,
             proof,
         } => {
-            complete("True", reason::SUCCEEDED, "the guest runs again");
+            complete("True", reason::SUCCEEDED, "the guest is running");
             status.phase = Some(FailoverPhase::Succeeded);
             taken_over(&mut status, target, epoch.to_string(), *proof, now);
             status.started_at = Some(Time(now));
@@ -268,7 +271,7 @@ fn taken_over(
     status.target = Some(target.to_owned());
     status.new_epoch = Some(epoch);
     status.proof = proof.map(proof_of).or_else(|| status.proof.clone());
-    // The coordinator proves and hands over in one step, and that is when the operator hears of it.
+    // The coordinator verifies the proof and transfers ownership in one step, so both times are equal.
     status.proved_at.get_or_insert(Time(now));
     status.taken_over_at.get_or_insert(Time(now));
 }
@@ -280,16 +283,17 @@ fn proof_of(proof: FenceProof) -> FencingProof {
             required_ms,
         } => (
             ProofKind::SafeTimeElapsed,
-            format!("no heartbeat for {watched_ms} ms of the {required_ms} ms required"),
+            format!("no heartbeat for {watched_ms} ms; {required_ms} ms required"),
         ),
-        FenceProof::Administrator(AdminConfirmation::Confirmed) => {
-            (ProofKind::Administrator, "confirmed".to_owned())
-        }
+        FenceProof::Administrator(AdminConfirmation::Confirmed) => (
+            ProofKind::Administrator,
+            "manual fencing confirmation".to_owned(),
+        ),
         FenceProof::Administrator(AdminConfirmation::OutOfServiceTaint) => (
             ProofKind::OutOfServiceTaint,
             "node.kubernetes.io/out-of-service".to_owned(),
         ),
-        FenceProof::Rebooted => (ProofKind::Rebooted, "the node booted again".to_owned()),
+        FenceProof::Rebooted => (ProofKind::Rebooted, "the node rebooted".to_owned()),
     };
     FencingProof { kind, detail }
 }
@@ -332,7 +336,7 @@ mod tests {
     }
 
     #[test]
-    fn stages_are_stamped_once() {
+    fn each_stage_gets_its_timestamp_once() {
         let old = VirtualMachineMigrationStatus::default();
         let placing = migration_status(&old, &update(MigrationPhase::Placing), Some(1), at(1));
         assert_eq!(
@@ -348,7 +352,7 @@ mod tests {
     }
 
     #[test]
-    fn progress_reads_in_percent_and_is_complete_only_at_the_end() {
+    fn progress_is_in_percent_and_reaches_100_only_on_success() {
         let mut running = update(MigrationPhase::Copying);
         running.progress = Some(copying());
         let old = VirtualMachineMigrationStatus::default();
@@ -367,7 +371,7 @@ mod tests {
     }
 
     #[test]
-    fn a_failover_keeps_the_moment_of_each_stage_and_its_proof() {
+    fn a_failover_keeps_the_time_of_each_stage_and_its_proof() {
         let proof = Some(FenceProof::SafeTimeElapsed {
             watched_ms: 28,
             required_ms: 27,
@@ -375,7 +379,7 @@ mod tests {
         let (target, epoch) = ("b".to_owned(), Epoch(6));
         let old = FailoverStatus::default();
         let suspected = FailoverUpdate::Suspected {
-            message: "silent".to_owned(),
+            message: "no heartbeat".to_owned(),
         };
         let status = failover_status(&old, &suspected, Some(Time(at(1))), at(2));
         let taken = FailoverUpdate::TakenOver {

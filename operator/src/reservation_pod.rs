@@ -1,4 +1,6 @@
-//! Reservation pods: how they are made, and what they say.
+//! Reservation pods: building them, and reading them back for the planner. A reservation pod holds a
+//! VM's CPU and memory in the scheduler's books (KubeVirt: virt-launcher pod); the guest itself does not
+//! run in it.
 
 use std::collections::BTreeMap;
 
@@ -23,7 +25,7 @@ use crate::cli::Args;
 use crate::clock::moment;
 use crate::vm_intent::grace;
 
-/// What a pod is made for.
+/// What a reservation pod is built from.
 #[derive(Debug)]
 pub(crate) struct Reservation<'a> {
     pub(crate) vm: &'a VirtualMachine,
@@ -31,16 +33,16 @@ pub(crate) struct Reservation<'a> {
     pub(crate) purpose: &'a Purpose,
     pub(crate) pin: Option<&'a str>,
     pub(crate) avoid: &'a [String],
-    /// The guest that runs, or the one that would be started.
+    /// The spec of the running guest, or of the one to be started: CPU and memory requests follow it.
     pub(crate) spec: &'a VmSpec,
     pub(crate) digest: SpecDigest,
 }
 
-/// The pod.
+/// Builds the pod object.
 pub(crate) fn build(reservation: &Reservation<'_>, args: &Args) -> Result<Pod> {
     let vm = reservation.vm;
     let owner = OwnerReference {
-        // A drain takes pods that have a controller; this one is the VirtualMachine.
+        // `kubectl drain` refuses pods without a controller unless forced.
         controller: Some(true),
         block_owner_deletion: Some(false),
         ..vm.owner_ref(&()).context("the VirtualMachine has no UID")?
@@ -79,7 +81,7 @@ pub(crate) fn build(reservation: &Reservation<'_>, args: &Args) -> Result<Pod> {
 fn pod_spec(reservation: &Reservation<'_>, args: &Args) -> Result<PodSpec> {
     let placement = &reservation.vm.spec.placement;
     let mut tolerations = placement.tolerations.clone();
-    // An isolated node or a dead kubelet is no reason to leave it.
+    // An isolated node or a failed kubelet must not evict the VM: no `tolerationSeconds`.
     for taint in [
         "node.kubernetes.io/not-ready",
         "node.kubernetes.io/unreachable",
@@ -87,7 +89,7 @@ fn pod_spec(reservation: &Reservation<'_>, args: &Args) -> Result<PodSpec> {
         tolerations.push(toleration(taint, "NoExecute"));
     }
     if reservation.pin.is_some() {
-        // The guest is there already; the books follow it onto a cordoned node.
+        // The guest runs on that node already, so its reservation may be bound to a cordoned node.
         tolerations.push(toleration("node.kubernetes.io/unschedulable", "NoSchedule"));
     }
     Ok(PodSpec {
@@ -148,9 +150,9 @@ fn container(reservation: &Reservation<'_>, args: &Args) -> Container {
     }
 }
 
-/// The author's affinity, and the nodes that are asked for or ruled out. Selector terms are
-/// alternatives, so each gets the requirement.
-fn affinity(asked: Option<Affinity>, reservation: &Reservation<'_>) -> Affinity {
+/// The user's affinity, restricted to the pinned node or to nodes other than those to avoid. Selector
+/// terms are ORed, so every term gets the requirement.
+fn affinity(requested: Option<Affinity>, reservation: &Reservation<'_>) -> Affinity {
     let field = |operator: &str, node: &str| NodeSelectorRequirement {
         key: "metadata.name".to_owned(),
         operator: operator.to_owned(),
@@ -164,7 +166,7 @@ fn affinity(asked: Option<Affinity>, reservation: &Reservation<'_>) -> Affinity 
             .map(|node| field("NotIn", node))
             .collect(),
     };
-    let mut affinity = asked.unwrap_or_default();
+    let mut affinity = requested.unwrap_or_default();
     if fields.is_empty() {
         return affinity;
     }
@@ -196,7 +198,7 @@ fn toleration(key: &str, effect: &str) -> Toleration {
     }
 }
 
-/// Whether the pod is this VirtualMachine's.
+/// Whether the pod has this VirtualMachine as an owner.
 pub(crate) fn belongs_to(pod: &Pod, vm: &VirtualMachine) -> bool {
     pod.metadata.namespace == vm.metadata.namespace
         && pod
@@ -205,7 +207,7 @@ pub(crate) fn belongs_to(pod: &Pod, vm: &VirtualMachine) -> bool {
             .any(|owner| Some(&owner.uid) == vm.metadata.uid.as_ref())
 }
 
-/// What the pod says, for the core.
+/// The pod as the planner sees it.
 pub(crate) fn view(pod: &Pod, now: core::Moment) -> core::Pod {
     let annotation = |key: &str| pod.annotations().get(key).cloned().unwrap_or_default();
     let status = pod.status.clone().unwrap_or_default();
@@ -228,7 +230,7 @@ pub(crate) fn view(pod: &Pod, now: core::Moment) -> core::Pod {
         _ => PodPhase::Pending,
     };
     let deleted = pod.metadata.deletion_timestamp.as_ref().map(|at| {
-        // The timestamp is when the grace ends; patience is counted from the request.
+        // `deletionTimestamp` is the end of the grace period; the budgets count from the request.
         let grace = pod.metadata.deletion_grace_period_seconds.unwrap_or(0);
         core::Moment(
             moment(&at.0)
@@ -265,7 +267,7 @@ pub(crate) fn view(pod: &Pod, now: core::Moment) -> core::Pod {
     }
 }
 
-/// The guest that the pod was made for.
+/// The spec in the pod's annotation.
 pub(crate) fn spec_of(pod: &Pod) -> Option<VmSpec> {
     serde_json::from_str(pod.annotations().get(ANNOTATION_SPEC)?).ok()
 }
@@ -274,7 +276,7 @@ fn hex(digest: SpecDigest) -> String {
     digest.0.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// A digest that cannot be read is that of no spec.
+/// Bytes that cannot be parsed read as 0, which matches no spec.
 fn unhex(text: &str) -> SpecDigest {
     let mut digest = [0; 32];
     for (n, byte) in digest.iter_mut().enumerate() {
@@ -284,20 +286,20 @@ fn unhex(text: &str) -> SpecDigest {
     SpecDigest(digest)
 }
 
-/// Label value: the guest runs there, or will.
+/// Value of the purpose label: the guest runs on the pod's node, or will be started there.
 pub(crate) const CURRENT: &str = "current";
-/// Label value: a migration goes there.
+/// Value of the purpose label: the target of a migration.
 const MIGRATION: &str = "migration";
-/// The guest that the pod was made for, as the nodes know it.
+/// Annotation: the `VmSpec` that the pod was built for, as JSON.
 const ANNOTATION_SPEC: &str = "bascule.dev/spec";
-/// The nodes that the pod was told not to land on.
+/// Annotation: the nodes that the pod must not be bound to, comma-separated.
 const ANNOTATION_AVOID: &str = "bascule.dev/avoid";
-/// The migration that the pod was made for.
+/// Annotation: the name of the VirtualMachineMigration that the pod was built for.
 const ANNOTATION_MIGRATION: &str = "bascule.dev/migration";
-/// Any user but root.
+/// UID and GID "nonroot" of distroless images.
 const NOBODY: i64 = 65532;
-/// What a bascule-vm needs beyond guest RAM (30 MiB expected), its share of bascule-volume, and page
-/// tables.
+/// Memory request beyond guest RAM: bascule-vm (about 30 MiB expected), its share of bascule-volume,
+/// and page tables.
 const OVERHEAD_BYTES: u64 = 64 << 20;
 
 #[cfg(test)]
@@ -348,13 +350,13 @@ mod tests {
     }
 
     #[test]
-    fn a_reservation_is_owned_by_its_virtual_machine_and_waits_for_all_stages() {
+    fn a_reservation_is_controlled_by_its_vm_and_its_grace_period_covers_all_stages() {
         let pod = pod(None, &[], &Purpose::Current);
         assert!(belongs_to(&pod, &vm()));
         assert_eq!(
             pod.owner_references()[0].controller,
             Some(true),
-            "or drain refuses it"
+            "kubectl drain refuses it otherwise"
         );
         let spec = pod.spec.unwrap();
         assert_eq!(
@@ -364,7 +366,7 @@ mod tests {
     }
 
     #[test]
-    fn it_asks_for_a_share_of_the_cores_and_all_of_the_memory() {
+    fn it_requests_cores_divided_by_the_allocation_ratio_and_all_memory() {
         let pod = pod(None, &[], &Purpose::Current);
         let requests = pod.spec.unwrap().containers[0]
             .resources
@@ -380,7 +382,7 @@ mod tests {
     }
 
     #[test]
-    fn it_passes_pod_security_restricted() {
+    fn it_satisfies_the_restricted_pod_security_standard() {
         let spec = pod(None, &[], &Purpose::Current).spec.unwrap();
         let context = spec.security_context.unwrap();
         assert_eq!(context.run_as_non_root, Some(true));
@@ -391,7 +393,7 @@ mod tests {
     }
 
     #[test]
-    fn it_stays_on_unreachable_nodes_and_follows_a_guest_onto_a_cordoned_one() {
+    fn it_tolerates_unreachable_nodes_and_when_pinned_cordoned_ones() {
         let taints = |pod: Pod| -> Vec<String> {
             let tolerations = pod.spec.unwrap().tolerations.unwrap();
             assert!(tolerations.iter().all(|t| t.toleration_seconds.is_none()));
@@ -406,7 +408,7 @@ mod tests {
     }
 
     #[test]
-    fn nodes_to_avoid_are_ruled_out_in_every_alternative() {
+    fn nodes_to_avoid_are_excluded_in_every_selector_term() {
         let pod = pod(None, &["a".to_owned(), "b".to_owned()], &Purpose::Current);
         let affinity = pod.spec.unwrap().affinity.unwrap().node_affinity.unwrap();
         let terms = affinity
@@ -421,7 +423,7 @@ mod tests {
     }
 
     #[test]
-    fn it_reads_back_as_it_was_made() {
+    fn it_round_trips_through_the_pod_object() {
         let purpose = Purpose::Migration("go".to_owned());
         let pod = pod(None, &["a".to_owned()], &purpose);
         let view = view(&pod, core::Moment(5));
@@ -433,7 +435,7 @@ mod tests {
     }
 
     #[test]
-    fn a_kubelets_eviction_is_told_from_other_failures() {
+    fn a_node_pressure_eviction_is_distinguished_from_other_failures() {
         let mut pod = pod(None, &[], &Purpose::Current);
         let status = |value| serde_json::from_value(value).unwrap();
         pod.status = Some(status(

@@ -1,4 +1,4 @@
-//! Start-up, and the tasks that a replica consists of.
+//! Start-up, and the tasks of a replica.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -27,14 +27,14 @@ use crate::ownership_cache::OwnershipCache;
 use crate::stores::Stores;
 use crate::{authority, http};
 
-/// Runs until told to end.
+/// Runs until SIGTERM or SIGINT, or until a task fails.
 pub(crate) fn main(args: &Args) -> Result<()> {
     crate::logging::start(args)?;
     if rustls::crypto::ring::default_provider()
         .install_default()
         .is_err()
     {
-        tracing::debug!("a TLS provider was installed already");
+        tracing::debug!("a rustls crypto provider is already installed");
     }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -69,7 +69,9 @@ async fn serve(
     metrics: Arc<Metrics>,
     ready_tx: watch::Sender<bool>,
 ) -> Result<()> {
-    let client = Client::try_default().await.context("find the API server")?;
+    let client = Client::try_default()
+        .await
+        .context("configure the Kubernetes client")?;
     check_version(&client).await?;
     let cluster_id = cluster_id(&client).await?;
     let authority = Arc::new(authority::load_or_create(&client, &args.namespace).await?);
@@ -88,35 +90,36 @@ async fn serve(
         election.run(leading_tx).await;
         Ok(())
     });
-    // A replica that only waits for the Lease is ready: it serves Join.
+    // A replica that is not the leader is ready too: it serves Join.
     ready_tx.send_replace(true);
     tracing::info!(cluster = %cluster_id, "serving");
     loop {
         tokio::select! {
             changed = leading_rx.wait_for(|leading| *leading) => {
-                changed.context("the election ended")?;
+                changed.context("leader election ended")?;
             }
             Some(ended) = servers.join_next() => {
-                ended.context("a server")??;
-                bail!("a server ended");
+                ended.context("join a server task")??;
+                bail!("a server task ended");
             }
         }
-        metrics.set_leading(true);
+        metrics.set_leader(true);
         tokio::select! {
             outcome = lead(&args, &client, &authority, cluster_id, &metrics) => outcome?,
             lost = leading_rx.wait_for(|leading| !*leading) => {
-                lost.context("the election ended")?;
+                lost.context("leader election ended")?;
             }
             Some(ended) = servers.join_next() => {
-                ended.context("a server")??;
-                bail!("a server ended");
+                ended.context("join a server task")??;
+                bail!("a server task ended");
             }
         }
-        metrics.set_leading(false);
+        metrics.set_leader(false);
     }
 }
 
-/// Everything that only the leader does. Dropped when the Lease is lost: all tasks end with it.
+/// What only the leader does. The caller drops this future when the Lease is lost, which ends all
+/// tasks in it.
 async fn lead(
     args: &Arc<Args>,
     client: &Client,
@@ -144,10 +147,10 @@ async fn lead(
         recorder: Recorder::new(client.clone(), reporter),
         metrics: Arc::clone(metrics),
     };
-    let known = stores.volumes.clone();
+    let volumes = stores.volumes.clone();
     tasks.spawn(follow_nodes(nodes, stores.nodes));
     tasks.spawn(ownership.poll(move || {
-        known
+        volumes
             .state()
             .iter()
             .map(|volume| volume.name_any())
@@ -158,12 +161,12 @@ async fn lead(
     tasks.spawn(node_events::run(context.clone()));
     tasks.spawn(virtual_machines::run(context, changed));
     match tasks.join_next().await {
-        Some(Err(error)) => Err(error).context("a task of the leader"),
+        Some(Err(error)) => Err(error).context("a task of the leader failed"),
         _ => bail!("a task of the leader ended"),
     }
 }
 
-/// Keeps a stream to every node.
+/// Keeps one client for each Node object that has an internal address.
 async fn follow_nodes(nodes: NodeClients, store: Store<Node>) {
     loop {
         let known: BTreeMap<String, (IpAddr, String)> = store
@@ -184,12 +187,12 @@ fn address(node: &Node) -> Option<IpAddr> {
     internal.address.parse().ok()
 }
 
-/// Node-bound tokens say their node since 1.33.
+/// Refuses Kubernetes versions whose TokenReview does not say which node a token is bound to.
 async fn check_version(client: &Client) -> Result<()> {
     let version = client
         .apiserver_version()
         .await
-        .context("ask the API server for its version")?;
+        .context("read the version of the API server")?;
     let number = |text: &str| -> u32 {
         let digits: String = text.chars().take_while(char::is_ascii_digit).collect();
         digits.parse().unwrap_or(0)
@@ -207,7 +210,7 @@ async fn check_version(client: &Client) -> Result<()> {
     Ok(())
 }
 
-/// What a volume is bound to.
+/// The UID of namespace kube-system identifies the cluster; each volume is bound to one cluster.
 async fn cluster_id(client: &Client) -> Result<ClusterId> {
     let namespaces: Api<Namespace> = Api::all(client.clone());
     let namespace = namespaces
@@ -218,10 +221,10 @@ async fn cluster_id(client: &Client) -> Result<ClusterId> {
         .uid()
         .unwrap_or_default()
         .parse()
-        .context("the UID of namespace kube-system")
+        .context("parse the UID of namespace kube-system")
 }
 
-/// See `check_version`.
+/// The first version with node-bound tokens enabled (KEP-4193).
 const KUBERNETES_MIN: (u32, u32) = (1, 33);
-/// How soon a new node is noticed.
+/// Interval at which the Node store is compared with the clients.
 const NODES_CHECK: Duration = Duration::from_secs(1);

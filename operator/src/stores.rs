@@ -1,4 +1,4 @@
-//! What the API says, kept current by watches.
+//! Local copies of API objects, kept current by watches (reflectors).
 
 use std::fmt::Debug;
 use std::hash::Hash;
@@ -16,7 +16,7 @@ use serde::de::DeserializeOwned;
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
 
-/// The objects that plans are made from.
+/// One store for each kind that plans depend on.
 #[derive(Clone, Debug)]
 pub(crate) struct Stores {
     pub(crate) vms: Store<VirtualMachine>,
@@ -28,7 +28,7 @@ pub(crate) struct Stores {
 }
 
 impl Stores {
-    /// Starts the watches in `tasks`. `changed` is notified at every change.
+    /// Spawns the watches into `tasks`. `changed` is notified at every watch event.
     pub(crate) fn start(client: &Client, changed: &Arc<Notify>, tasks: &mut JoinSet<()>) -> Self {
         let reservations =
             watcher::Config::default().labels(&format!("{LABEL_ROLE}={ROLE_RESERVATION}"));
@@ -43,7 +43,8 @@ impl Stores {
         }
     }
 
-    /// Waits until everything was listed once: before that nothing is Absent.
+    /// Waits for the initial list of every kind. Before that, a missing object does not mean that it
+    /// does not exist.
     pub(crate) async fn ready(&self) -> Result<()> {
         self.vms
             .wait_until_ready()
@@ -87,7 +88,7 @@ where
         while let Some(event) = stream.next().await {
             match event {
                 Ok(_) => changed.notify_one(),
-                // The stream goes on by itself, with growing pauses.
+                // The watcher restarts by itself, with exponential backoff.
                 Err(error) => {
                     tracing::warn!(kind = %K::kind(&()), %error, "watch interrupted");
                 }

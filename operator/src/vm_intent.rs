@@ -1,4 +1,4 @@
-//! A VirtualMachine document, resolved: for the core, and for the nodes.
+//! Conversion of a VirtualMachine object into what the planner and the node daemons take.
 
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use sha2::{Digest, Sha256};
 
 use crate::clock::moment;
 
-/// What the core is to bring about.
+/// The planner's input. Fails if the spec is invalid, with every invalid field named.
 pub(crate) fn intent(vm: &VirtualMachine) -> Result<VmIntent> {
     vm.spec.check(&vm.metadata).map_err(|errors| {
         let all: Vec<String> = errors.iter().map(ToString::to_string).collect();
@@ -64,7 +64,7 @@ pub(crate) fn intent(vm: &VirtualMachine) -> Result<VmIntent> {
     })
 }
 
-/// What a node needs to run it.
+/// What a node daemon needs to start the VM.
 pub(crate) fn vm_spec(vm: &VirtualMachine) -> Result<VmSpec> {
     let (namespace, name) = names(vm);
     let uid = vm.metadata.uid.as_deref().unwrap_or_default();
@@ -90,10 +90,10 @@ pub(crate) fn vm_spec(vm: &VirtualMachine) -> Result<VmSpec> {
             .interfaces
             .iter()
             .map(|interface| {
-                let asked = interface.mac.as_deref().and_then(parse_mac);
+                let requested = interface.mac.as_deref().and_then(parse_mac);
                 Interface {
                     network: interface.bridge.clone(),
-                    mac: asked.unwrap_or_else(|| mac_address(uid, &interface.name)),
+                    mac: requested.unwrap_or_else(|| mac_address(uid, &interface.name)),
                 }
             })
             .collect(),
@@ -102,14 +102,16 @@ pub(crate) fn vm_spec(vm: &VirtualMachine) -> Result<VmSpec> {
     })
 }
 
-/// The digest of everything that a reservation and a start depend on.
+/// Digest of all fields that the reservation pod or the running guest depends on; a different digest
+/// means that a restart is required.
 pub(crate) fn digest(vm: &VirtualMachine) -> Result<SpecDigest> {
     let relevant = (vm_spec(vm)?, &vm.spec.placement);
-    let json = serde_json::to_vec(&relevant).context("write the spec")?;
+    let json = serde_json::to_vec(&relevant).context("serialize the spec")?;
     Ok(SpecDigest(Sha256::digest(json).into()))
 }
 
-/// The time that a drain has to be patient: all three stages and a margin.
+/// `terminationGracePeriodSeconds` of the reservation pod: live, quick and shutdown budgets and a
+/// margin, so that a drain tries all three before the kubelet kills the pod.
 pub(crate) fn grace(vm: &VirtualMachine) -> Result<Duration> {
     let limits = &vm.spec.availability.migration;
     let stages = limits.live_timeout.to_std()?
@@ -118,7 +120,7 @@ pub(crate) fn grace(vm: &VirtualMachine) -> Result<Duration> {
     Ok(stages + GRACE_MARGIN)
 }
 
-/// Namespace and name.
+/// Namespace and name, in this order.
 pub(crate) fn names(vm: &VirtualMachine) -> (String, String) {
     let text = |field: &Option<String>| field.clone().unwrap_or_default();
     (text(&vm.metadata.namespace), text(&vm.metadata.name))
@@ -209,15 +211,15 @@ fn parse_mac(text: &str) -> Option<[u8; 6]> {
     parts.next().is_none().then_some(mac)
 }
 
-/// The kernel's name among a virtual machine's disks.
+/// Name of the disk on the volume that holds the kernel.
 pub(crate) const KERNEL: &str = "boot-kernel";
-/// The initial RAM disk's.
+/// Name of the disk on the volume that holds the initrd.
 pub(crate) const INITRD: &str = "boot-initrd";
-/// Room for a kernel until its length is known; the rest is given back then.
+/// Space reserved for a kernel until its length is known; the import then returns the rest.
 const KERNEL_SIZE_MAX: Bytes = Bytes::mib(64);
-/// The same for an initial RAM disk: a generic distribution's with all modules.
+/// Space reserved for an initrd; enough for a generic distribution's with all modules.
 const INITRD_SIZE_MAX: Bytes = Bytes::mib(256);
-/// For the last stage to be noticed and the hold process to end.
+/// Time for the operator to observe the end of the last stage and for the hold process to exit (guess).
 const GRACE_MARGIN: Duration = Duration::from_secs(60);
 
 #[cfg(test)]
@@ -260,7 +262,7 @@ mod tests {
     }
 
     #[test]
-    fn a_node_gets_macs_and_rows() {
+    fn a_vm_spec_has_mac_addresses_and_names_of_disks_on_the_volume() {
         let spec = vm_spec(&vm(&serde_json::json!({}))).unwrap();
         assert_eq!(spec.interfaces[0].mac, [2, 0, 0, 0, 0, 10]);
         assert_eq!(spec.disks[1].row, "shop/old.data");
@@ -268,7 +270,7 @@ mod tests {
     }
 
     #[test]
-    fn the_digest_changes_with_what_a_start_depends_on_and_with_nothing_else() {
+    fn the_digest_covers_only_fields_that_need_a_restart() {
         let base = digest(&vm(&serde_json::json!({}))).unwrap();
         let of = |patch| digest(&vm(&patch)).unwrap();
         assert_ne!(of(serde_json::json!({"memory": "1Gi"})), base);
@@ -280,7 +282,7 @@ mod tests {
     }
 
     #[test]
-    fn a_drain_is_patient_for_all_three_stages() {
+    fn the_grace_period_covers_live_quick_and_shutdown() {
         let limits = serde_json::json!({"availability": {"migration": {
             "liveTimeout": "10s", "quickTimeout": "20s", "shutdownTimeout": "30s"}}});
         assert_eq!(
@@ -290,7 +292,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bad_document_is_refused_with_its_field() {
+    fn an_invalid_spec_is_refused_with_the_name_of_the_field() {
         let error = intent(&vm(&serde_json::json!({"memory": "1"}))).unwrap_err();
         assert!(error.to_string().contains("spec.memory"), "{error}");
     }

@@ -1,4 +1,4 @@
-//! The status of a VirtualMachine.
+//! Status of a VirtualMachine.
 
 use bascule_crds::names::{condition, reason};
 use bascule_crds::{
@@ -13,7 +13,8 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
 use crate::kube_api::{api_owner, condition_status, new_condition};
 
-/// The status that a plan's report and what was observed make.
+/// The new status, from the plan's report and the observation. Facts that are unknown keep their old
+/// value.
 pub(crate) fn status(
     vm: &VirtualMachine,
     intent: &VmIntent,
@@ -146,7 +147,7 @@ fn time(at: Moment) -> Option<Time> {
     Timestamp::from_millisecond(i64::try_from(at.0).ok()?)
         .ok()
         .map(|at| {
-            // The API keeps whole seconds.
+            // `metav1.Time` has a resolution of one second; the rest would differ at each comparison.
             Time(Timestamp::from_second(at.as_second()).unwrap_or(at))
         })
 }
@@ -163,7 +164,7 @@ mod tests {
         Timestamp::from_second(second).unwrap()
     }
 
-    /// It ran on n1 as the last leader saw it.
+    /// A VM that the previous leader reported as running on n1.
     fn vm() -> VirtualMachine {
         serde_json::from_value(json!({
             "apiVersion": "bascule.dev/v1alpha1",
@@ -192,7 +193,7 @@ mod tests {
         .unwrap()
     }
 
-    fn nothing_heard_since(since: u64) -> Observed {
+    fn unreachable_since(since: u64) -> Observed {
         let mut observed = Observed {
             volume: Fact::Known(VolumeView {
                 fencing: bascule_ipc::volume::FencingMode::Watchdog,
@@ -211,19 +212,19 @@ mod tests {
     }
 
     fn status_at(now: u64) -> VirtualMachineStatus {
-        let (vm, observed) = (vm(), nothing_heard_since(1_000_000));
+        let (vm, observed) = (vm(), unreachable_since(1_000_000));
         let intent = crate::vm_intent::intent(&vm).unwrap();
         let report = plan(&intent, &observed, Moment(now)).report;
         status(&vm, &intent, &observed, &report, at(2_000))
     }
 
     #[test]
-    fn a_status_that_nobody_can_add_to_is_left_as_it_is() {
+    fn an_unreachable_cluster_does_not_change_the_status_at_once() {
         assert_eq!(Some(status_at(1_000_000)), vm().status);
     }
 
     #[test]
-    fn lasting_silence_takes_back_what_depends_on_it_and_nothing_else() {
+    fn a_lasting_outage_resets_phase_and_ready_and_nothing_else() {
         let (old, new) = (vm().status.unwrap(), status_at(1_060_000));
         assert_eq!(new.phase, Some(Phase::Unknown));
         assert_eq!((new.node, new.ownership), (old.node, old.ownership));

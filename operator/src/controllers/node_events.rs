@@ -1,4 +1,4 @@
-//! Nodes that cannot run guests: an event on the Node, where people look when a node misbehaves.
+//! Publishes an event on a Node when KVM becomes unavailable on it, or available again.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -9,9 +9,9 @@ use kube::{Resource, ResourceExt};
 
 use crate::context::OperatorContext;
 
-/// Goes round for ever.
+/// Runs until the leader's tasks are aborted.
 pub(crate) async fn run(context: OperatorContext) {
-    let mut told: BTreeMap<String, Option<String>> = BTreeMap::new();
+    let mut before: BTreeMap<String, Option<String>> = BTreeMap::new();
     loop {
         let now: BTreeMap<String, Option<String>> = context
             .nodes
@@ -19,17 +19,17 @@ pub(crate) async fn run(context: OperatorContext) {
             .into_iter()
             .filter_map(|(name, state)| Some((name, state.report?.kvm_error.clone())))
             .collect();
-        for (node, event) in news(&told, &now) {
+        for (node, event) in changes(&before, &now) {
             publish(&context, &node, &event).await;
         }
-        told = now;
-        tokio::time::sleep(ROUND).await;
+        before = now;
+        tokio::time::sleep(POLL_INTERVAL).await;
     }
 }
 
-/// What changed. A node that was fine from the beginning is no news.
-fn news(
-    told: &BTreeMap<String, Option<String>>,
+/// The events for nodes whose KVM state changed. A node that has KVM in its first report gets none.
+fn changes(
+    before: &BTreeMap<String, Option<String>>,
     now: &BTreeMap<String, Option<String>>,
 ) -> Vec<(String, Event)> {
     let event = |type_, reason: &str, note: String| Event {
@@ -41,16 +41,16 @@ fn news(
     };
     let changed = now
         .iter()
-        .filter(|(node, error)| told.get(*node).unwrap_or(&None) != *error);
+        .filter(|(node, error)| before.get(*node).unwrap_or(&None) != *error);
     changed
         .map(|(node, error)| {
             let event = match error {
                 Some(why) => {
-                    let note = format!("no virtual machine can run here: {why}");
+                    let note = format!("virtual machines cannot run on this node: {why}");
                     event(EventType::Warning, reason::KVM_UNAVAILABLE, note)
                 }
                 None => {
-                    let note = "virtual machines can run here again".to_owned();
+                    let note = "virtual machines can run on this node again".to_owned();
                     event(EventType::Normal, reason::KVM_AVAILABLE, note)
                 }
             };
@@ -66,21 +66,21 @@ async fn publish(context: &OperatorContext, node: &str, event: &Event) {
         .find(|object| object.name_any() == node);
     let Some(object) = object else { return };
     if event.reason == reason::KVM_UNAVAILABLE {
-        tracing::warn!(node, note = event.note, "a node cannot run guests");
+        tracing::warn!(node, note = event.note, "KVM is unavailable on a node");
     } else {
-        tracing::info!(node, note = event.note, "a node can run guests again");
+        tracing::info!(node, note = event.note, "KVM is available on a node again");
     }
     if let Err(error) = context
         .recorder
         .publish(event, &object.object_ref(&()))
         .await
     {
-        tracing::debug!(%error, "event lost");
+        tracing::debug!(%error, "cannot publish an event");
     }
 }
 
-/// Somebody has to notice, not to hurry.
-const ROUND: Duration = Duration::from_secs(2);
+/// Poll interval; not latency-sensitive.
+const POLL_INTERVAL: Duration = Duration::from_secs(2);
 
 #[cfg(test)]
 mod tests {
@@ -91,19 +91,19 @@ mod tests {
     }
 
     #[test]
-    fn a_node_without_kvm_is_news_once_and_so_is_its_return() {
+    fn losing_kvm_and_regaining_it_are_one_event_each() {
         let (fine, broken) = (
             nodes(None),
             nodes(Some("/dev/kvm: No such file or directory")),
         );
-        assert!(news(&BTreeMap::new(), &fine).is_empty());
-        for before in [&BTreeMap::new(), &fine] {
-            let said = news(before, &broken);
-            assert_eq!(said[0].1.reason, reason::KVM_UNAVAILABLE);
-            let note = said[0].1.note.as_deref().unwrap_or_default();
+        assert!(changes(&BTreeMap::new(), &fine).is_empty());
+        for earlier in [&BTreeMap::new(), &fine] {
+            let events = changes(earlier, &broken);
+            assert_eq!(events[0].1.reason, reason::KVM_UNAVAILABLE);
+            let note = events[0].1.note.as_deref().unwrap_or_default();
             assert!(note.contains("/dev/kvm"), "{note}");
         }
-        assert!(news(&broken, &broken).is_empty());
-        assert_eq!(news(&broken, &fine)[0].1.reason, reason::KVM_AVAILABLE);
+        assert!(changes(&broken, &broken).is_empty());
+        assert_eq!(changes(&broken, &fine)[0].1.reason, reason::KVM_AVAILABLE);
     }
 }

@@ -1,4 +1,5 @@
-//! The rounds that delete old records. Which go is decided by the core.
+//! Garbage collection of finished VirtualMachineMigrations and Failovers. The core decides which ones
+//! have expired.
 
 use std::time::Duration;
 
@@ -15,26 +16,26 @@ use crate::clock::moment;
 use crate::context::OperatorContext;
 use crate::kube_api::ignore_not_found;
 
-/// Goes round for ever.
+/// Runs until the leader's tasks are aborted.
 pub(crate) async fn run(context: OperatorContext) {
     loop {
-        tokio::time::sleep(ROUND).await;
+        tokio::time::sleep(GC_INTERVAL).await;
         for record in surplus(closed(&context)).into_iter().take(DELETIONS_MAX) {
             if let Err(error) = delete(&context, &record).await {
                 tracing::warn!(
                     namespace = record.namespace,
                     name = record.name,
                     error = format!("{error:#}"),
-                    "an old record cannot be deleted"
+                    "cannot delete an expired record"
                 );
                 break;
             }
-            tracing::debug!(?record, "deleted");
+            tracing::debug!(?record, "deleted an expired record");
         }
     }
 }
 
-/// All records that have come to their end.
+/// All records in a final phase.
 fn closed(context: &OperatorContext) -> Vec<ClosedRecord> {
     let vms = context.stores.vms.state();
     let exists = |namespace: &Option<String>, name: &str| {
@@ -85,15 +86,15 @@ where
     K: std::fmt::Debug,
 {
     let api: Api<K> = Api::namespaced(context.client.clone(), &record.namespace);
-    // Another record of that name stays.
+    // The UID keeps a newer record of the same name from being deleted.
     let params = DeleteParams::default().preconditions(Preconditions {
         uid: Some(record.uid.clone()),
         resource_version: None,
     });
-    ignore_not_found(api.delete(&record.name, &params).await).context("delete it")
+    ignore_not_found(api.delete(&record.name, &params).await).context("delete the record")
 }
 
-/// Nobody waits for it.
-const ROUND: Duration = Duration::from_secs(30);
-/// A cluster with a backlog of years is not to be flooded with calls.
+/// Interval between two collections; not latency-sensitive.
+const GC_INTERVAL: Duration = Duration::from_secs(30);
+/// Per collection: bounds the load on the API server when there is a large backlog.
 const DELETIONS_MAX: usize = 200;

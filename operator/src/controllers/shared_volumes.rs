@@ -1,4 +1,4 @@
-//! The rounds of the leader over SharedVolumes.
+//! The SharedVolume controller: reconciles all volumes periodically, one after the other.
 
 mod status;
 
@@ -29,19 +29,19 @@ use crate::kube_api::ignore_not_found;
 use crate::node_clients::NodeState;
 use crate::ownership_cache::{coordinates, volume_status};
 
-/// What the operator remembers of one volume.
+/// What the controller remembers of one volume between reconciliations.
 #[derive(Debug, Default)]
 struct Memory {
     format: FormatState,
-    /// Why attaching failed, by node.
+    /// The message of the last failed attach or format, by node.
     attach_errors: BTreeMap<String, String>,
-    /// The refusal that was logged last.
+    /// The last logged refusal; the same one is not logged again.
     refused: Option<String>,
-    /// Since when no node has been heard of.
-    silent_since: Option<Moment>,
+    /// Since when no node's report stream has been up.
+    unreachable_since: Option<Moment>,
 }
 
-/// Goes round for ever.
+/// Runs until the leader's tasks are aborted.
 pub(crate) async fn run(context: OperatorContext) {
     let mut memories: HashMap<String, Memory> = HashMap::new();
     loop {
@@ -71,12 +71,12 @@ async fn reconcile(
     let rows = context.ownership.get(&volume.name_any());
     let intent = intent(volume);
     let mut observed = observe(context, volume, &states, rows.as_deref(), memory);
-    let heard = observed.nodes.iter().any(|node| node.stream == Stream::Up);
-    memory.silent_since = match heard {
+    let reachable = observed.nodes.iter().any(|node| node.stream == Stream::Up);
+    memory.unreachable_since = match reachable {
         true => None,
-        false => Some(memory.silent_since.unwrap_or_else(now)),
+        false => Some(memory.unreachable_since.unwrap_or_else(now)),
     };
-    observed.silent_for = memory.silent_since.map(|since| now().since(since));
+    observed.silent_for = memory.unreachable_since.map(|since| now().since(since));
     let plan = plan_volume(&intent, &observed);
     for action in &plan.actions {
         tracing::debug!(volume = intent.name, ?action, "execute");
@@ -85,19 +85,24 @@ async fn reconcile(
             log_failure(context, &intent.name, memory, action, &error);
         }
     }
-    let known = Reported {
+    let reported = Reported {
         plan: &plan,
         observed: &observed,
         states: &states,
         rows: rows.as_deref(),
     };
-    if let Err(error) = report(context, volume, &known).await {
-        tracing::warn!(volume = intent.name, error = format!("{error:#}"), "status");
+    if let Err(error) = report(context, volume, &reported).await {
+        tracing::warn!(
+            volume = intent.name,
+            error = format!("{error:#}"),
+            "cannot write the status"
+        );
     }
     plan.requeue
 }
 
-/// A refusal is an answer, and told once; anything else calls for somebody.
+/// A refusal is logged once, at INFO: the volume's conditions report it. Any other error is a WARN and
+/// counts as a reconcile error.
 fn log_failure(
     context: &OperatorContext,
     volume: &str,
@@ -107,13 +112,8 @@ fn log_failure(
 ) {
     let text = format!("{error:#}");
     if !error.is::<Refused>() {
-        context.metrics.plan_failures.inc();
-        tracing::warn!(
-            volume,
-            ?action,
-            error = text,
-            "the plan was not carried out"
-        );
+        context.metrics.reconcile_errors.inc();
+        tracing::warn!(volume, ?action, error = text, "reconcile error");
     } else if memory.refused.as_ref() == Some(&text) {
         tracing::debug!(volume, ?action, error = text, "refused again");
     } else {
@@ -125,7 +125,7 @@ fn log_failure(
 fn intent(volume: &SharedVolume) -> VolumeIntent {
     let status = volume.status.clone().unwrap_or_default();
     let id = volume.spec.volume_id.clone().or(status.volume_id);
-    let said = volume
+    let confirmations = volume
         .annotations()
         .get(ANNOTATION_CONFIRM_FENCED)
         .cloned()
@@ -137,7 +137,7 @@ fn intent(volume: &SharedVolume) -> VolumeIntent {
         volume: id.and_then(|id| id.parse().ok()),
         formatting_node: status.formatting_node,
         trust_taint: volume.spec.fencing.trust_out_of_service_taint,
-        confirmed: said.split(',').filter_map(confirmed).collect(),
+        confirmed: confirmations.split(',').filter_map(confirmed).collect(),
         deleting: volume.metadata.deletion_timestamp.is_some(),
         finalizer: volume
             .finalizers()
@@ -154,7 +154,8 @@ const fn fencing(volume: &SharedVolume) -> Option<FencingMode> {
     }
 }
 
-/// `<node>/<slot>/<generation>`; the node is for people.
+/// Parses `<node>/<slot>/<generation>` of a manual fencing confirmation. Slot and generation count; the
+/// node's name is for readers only.
 fn confirmed(text: &str) -> Option<Owner> {
     let mut parts = text.trim().rsplit('/');
     let generation = Generation(parts.next()?.parse().ok()?);
@@ -183,10 +184,10 @@ fn observe(
         .filter_map(|node| {
             let state = states.get(&node.name_any())?;
             let mut view = node_view(node, state, &name, memory);
-            // The volume remembers nodes that this operator has not heard of yet.
+            // Slots of nodes that have not reported to this operator yet: seen by their peers.
             let slot = peers.iter().find(|peer| Some(peer.node) == view.uid);
             view.owner = view.owner.or_else(|| slot.map(|peer| peer.owner));
-            // A node that never ran our daemon is none of ours.
+            // Nodes that never ran bascule-node are left out.
             let known = before.iter().any(|old| old.name == view.name);
             (state.report.is_some() || slot.is_some() || known).then_some(view)
         })
@@ -313,15 +314,15 @@ async fn format(
             memory
                 .attach_errors
                 .insert(node.to_owned(), message.clone());
-            let message = format!("{node} cannot format it: {message}");
+            let message = format!("{node} cannot format the volume: {message}");
             memory.format = FormatState::Failed {
                 message: message.clone(),
             };
-            // Nothing was written there, so another node may try.
+            // Nothing was written to the device, so another node may try.
             patch_status(context, volume, json!({"formattingNode": null})).await?;
             Err(Refused(message).into())
         }
-        other => bail!("unexpected answer {other:?}"),
+        other => bail!("unexpected outcome {other:?}"),
     }
 }
 
@@ -329,7 +330,7 @@ fn rejected(outcome: Outcome) -> Result<()> {
     let message = match outcome {
         Outcome::Rejected { message, .. } => message,
         Outcome::Refused(refusal) => refusal.to_string(),
-        Outcome::Unknown => "no coordinator answered".to_owned(),
+        Outcome::Unknown => "no coordinator responded".to_owned(),
         _ => return Ok(()),
     };
     Err(Refused(message).into())
@@ -356,13 +357,14 @@ async fn finalizer(context: &OperatorContext, volume: &SharedVolume, wanted: boo
     ignore_not_found(outcome)
 }
 
-/// A single fact that later ones hang on, bound to what was read.
+/// Writes `volumeId` or `formattingNode`, conditional on the resource version that was read, because
+/// later decisions depend on it.
 async fn patch_status(
     context: &OperatorContext,
     volume: &SharedVolume,
     mut fields: serde_json::Value,
 ) -> Result<()> {
-    // What the regular report does not own it must not lose: it carries these two along.
+    // A patch of one of the two fields must not drop the other.
     let status = volume.status.clone().unwrap_or_default();
     for (key, value) in [
         ("formattingNode", status.formatting_node),
@@ -383,7 +385,7 @@ async fn patch_status(
     };
     api.patch_status(&volume.name_any(), &params, &Patch::Merge(&patch))
         .await
-        .context("write it down")?;
+        .context("write the status")?;
     Ok(())
 }
 
@@ -410,7 +412,7 @@ fn options(volume: &SharedVolume) -> Result<FormatOptions> {
     Ok(FormatOptions {
         fencing: fencing(volume).context("spec.fencing.mode")?,
         lease_ms: Some(lease),
-        // Where no persistent reservation is enforced a watcher waits for three leases.
+        // Without an enforced persistent reservation, a watcher waits for three lease durations.
         watch_ms: Some(lease * 3),
         watchdog_ms: Some(ms(&timing.watchdog_timeout)?),
         settle_ms: Some(ms(&timing.settle)?),
@@ -421,7 +423,7 @@ fn options(volume: &SharedVolume) -> Result<FormatOptions> {
 }
 
 const OUT_OF_SERVICE: &str = "node.kubernetes.io/out-of-service";
-/// Without anything to do.
+/// Maximum delay between two reconciliations of all volumes.
 const REQUEUE_MAX: Duration = Duration::from_secs(2);
 
 #[cfg(test)]
@@ -429,7 +431,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_administrators_word_names_slot_and_generation() {
+    fn a_fencing_confirmation_names_slot_and_generation() {
         let owner = Owner {
             slot: SlotId(2),
             generation: Generation(7),

@@ -1,5 +1,5 @@
-//! The rounds of the leader: every virtual machine is looked at whenever something has changed, and
-//! when its own plan asked for it.
+//! The VirtualMachine controller: reconciles every VM after each watch event or changed node report, and
+//! again when its last plan asked for it.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -20,47 +20,48 @@ use crate::clock::now;
 use crate::context::OperatorContext;
 use crate::execute::{Execution, Refused};
 use crate::kube_api::{apply_status, ignore_not_found, new_condition};
-use crate::record_status::refuse_strays;
+use crate::record_status::fail_orphaned_migrations;
 
-/// What the operator remembers of one virtual machine, and when it looks at it next.
+/// The queue entry of one VM, by the VM's UID: the planner's memory, and the time of the next
+/// reconciliation.
 #[derive(Debug)]
-struct Slot {
+struct QueueEntry {
     memory: Arc<Mutex<History>>,
     due: Instant,
 }
 
-/// Goes round for ever.
+/// Runs until the leader's tasks are aborted.
 #[expect(clippy::too_many_lines, reason = "one loop with its state")]
 pub(crate) async fn run(context: OperatorContext, changed: Arc<Notify>) {
     let permits = Arc::new(Semaphore::new(CONCURRENCY));
-    let mut slots: HashMap<String, Slot> = HashMap::new();
+    let mut queue: HashMap<String, QueueEntry> = HashMap::new();
     let mut busy: HashSet<String> = HashSet::new();
     let mut running: JoinSet<(String, Duration)> = JoinSet::new();
     loop {
-        let next = slots
+        let next = queue
             .iter()
             .filter(|(uid, _)| !busy.contains(*uid))
-            .map(|(_, slot)| slot.due)
+            .map(|(_, entry)| entry.due)
             .min()
             .unwrap_or_else(|| Instant::now() + REQUEUE_MAX);
         tokio::select! {
             () = changed.notified() => {
-                // Changes come in bursts.
+                // Watch events come in bursts.
                 tokio::time::sleep(DEBOUNCE).await;
-                for slot in slots.values_mut() {
-                    slot.due = Instant::now();
+                for entry in queue.values_mut() {
+                    entry.due = Instant::now();
                 }
             }
             () = tokio::time::sleep_until(next) => {}
             Some(done) = running.join_next(), if !running.is_empty() => {
                 if let Ok((uid, requeue)) = done {
                     busy.remove(&uid);
-                    if let Some(slot) = slots.get_mut(&uid) {
-                        slot.due = slot.due.max(Instant::now() + MIN_PAUSE)
+                    if let Some(entry) = queue.get_mut(&uid) {
+                        entry.due = entry.due.max(Instant::now() + MIN_PAUSE)
                             .min(Instant::now() + requeue);
                     }
                 } else {
-                    // A task that panicked left its name behind.
+                    // A reconciliation panicked, and a JoinError does not say which.
                     busy.clear();
                 }
                 continue;
@@ -69,25 +70,25 @@ pub(crate) async fn run(context: OperatorContext, changed: Arc<Notify>) {
         let vms = context.stores.vms.state();
         context.metrics.count_vms(vms.iter().map(AsRef::as_ref));
         context.metrics.observe_nodes(context.nodes.states().iter());
-        if let Err(error) = refuse_strays(&context).await {
+        if let Err(error) = fail_orphaned_migrations(&context).await {
             tracing::warn!(
                 error = format!("{error:#}"),
-                "migrations of no virtual machine"
+                "cannot fail migrations of VMs that do not exist"
             );
         }
-        slots.retain(|uid, _| vms.iter().any(|vm| vm.uid().as_ref() == Some(uid)));
+        queue.retain(|uid, _| vms.iter().any(|vm| vm.uid().as_ref() == Some(uid)));
         for vm in vms {
             let Some(uid) = vm.uid() else { continue };
-            let slot = slots.entry(uid.clone()).or_insert_with(|| Slot {
+            let entry = queue.entry(uid.clone()).or_insert_with(|| QueueEntry {
                 memory: Arc::default(),
                 due: Instant::now(),
             });
-            if busy.contains(&uid) || slot.due > Instant::now() {
+            if busy.contains(&uid) || entry.due > Instant::now() {
                 continue;
             }
-            slot.due = Instant::now() + REQUEUE_MAX;
+            entry.due = Instant::now() + REQUEUE_MAX;
             busy.insert(uid.clone());
-            let (context, memory) = (context.clone(), Arc::clone(&slot.memory));
+            let (context, memory) = (context.clone(), Arc::clone(&entry.memory));
             let permits = Arc::clone(&permits);
             let migration = vm
                 .status
@@ -112,7 +113,8 @@ pub(crate) async fn run(context: OperatorContext, changed: Arc<Notify>) {
     }
 }
 
-/// Observes, plans, executes and reports once. Says when to look again.
+/// Observes, plans, executes and writes the status once. Returns the delay until the next
+/// reconciliation.
 async fn reconcile(
     context: &OperatorContext,
     vm: &VirtualMachine,
@@ -121,9 +123,9 @@ async fn reconcile(
     let intent = match crate::vm_intent::intent(vm) {
         Ok(intent) => intent,
         Err(error) => {
-            // The schema lets no such thing in; an older schema may have.
+            // The CRD's validation rules refuse such a spec; an earlier version of the CRD may not have.
             if let Err(error) = report_invalid(context, vm, &format!("{error:#}")).await {
-                tracing::warn!(error = format!("{error:#}"), "status");
+                tracing::warn!(error = format!("{error:#}"), "cannot write the status");
             }
             return REQUEUE_MAX;
         }
@@ -156,7 +158,7 @@ async fn reconcile(
     }
     history.unknown_since = plan.report.unknown_since;
     history.target_lost = plan.report.target_lost;
-    let told_before = observed.history.error == history.error;
+    let logged_before = observed.history.error == history.error;
     *memory.lock().unwrap_or_else(PoisonError::into_inner) = history;
     let mut requeue = plan.requeue;
     if let Err(error) = executed {
@@ -164,9 +166,9 @@ async fn reconcile(
         let refused = error.is::<Refused>();
         let error = format!("{error:#}");
         if !refused {
-            context.metrics.plan_failures.inc();
-            tracing::warn!(error, actions, "the plan was not carried out");
-        } else if told_before {
+            context.metrics.reconcile_errors.inc();
+            tracing::warn!(error, actions, "reconcile error");
+        } else if logged_before {
             tracing::debug!(error, "refused again");
         } else {
             tracing::info!(error, "refused");
@@ -176,7 +178,7 @@ async fn reconcile(
     if vm.status.as_ref() != Some(&status)
         && let Err(error) = write_status(context, vm, &status).await
     {
-        tracing::warn!(error = format!("{error:#}"), "status");
+        tracing::warn!(error = format!("{error:#}"), "cannot write the status");
         requeue = requeue.min(RETRY);
     }
     requeue
@@ -213,13 +215,14 @@ async fn write_status(
     ignore_not_found(apply_status(&api, &vm.name_any(), status).await)
 }
 
-/// Calls under way at once: a plan waits for nodes that do not answer.
+/// Concurrent reconciliations; above one per core, because each may wait for a node that does not
+/// respond.
 const CONCURRENCY: usize = 32;
-/// A burst of watch events.
+/// Delay after a watch event, to coalesce a burst into one reconciliation.
 const DEBOUNCE: Duration = Duration::from_millis(30);
-/// Between two looks at one virtual machine.
+/// Minimum delay between two reconciliations of one VM.
 const MIN_PAUSE: Duration = Duration::from_millis(50);
-/// What no watch announces is noticed after this at the latest.
+/// Resync period: maximum delay between two reconciliations of one VM.
 const REQUEUE_MAX: Duration = Duration::from_secs(30);
-/// After a plan that could not be carried out.
+/// Delay after a reconcile error.
 const RETRY: Duration = Duration::from_secs(1);

@@ -1,6 +1,6 @@
-//! TLS of the Join service, with a certificate that is looked up at every handshake: tonic's own server
-//! keeps the one that it was started with, and to start another server in its place would cut off
-//! whoever is in the middle of a handshake.
+//! TLS of the Join service, with the certificate looked up at every handshake. tonic's own TLS keeps the
+//! certificate that the server was started with, and restarting the server to renew it would break
+//! handshakes in progress.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -21,13 +21,13 @@ use tokio_stream::wrappers::TcpListenerStream;
 
 use crate::identity::OwnIdentity;
 
-/// The connections that have been set up. One that fails is nobody's concern but its client's.
+/// Accepts connections and completes their handshakes. A failed handshake ends that connection only.
 pub(super) fn incoming(
     listener: TcpListener,
     identity: Arc<OwnIdentity>,
 ) -> Result<impl Stream<Item = std::io::Result<TlsStream<TcpStream>>>> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let resolver = Present {
+    let resolver = CurrentCertificate {
         identity,
         provider: Arc::clone(&provider),
         last: Mutex::new(None),
@@ -54,8 +54,8 @@ async fn set_up(
     let stream = match accepted {
         Ok(stream) => stream,
         Err(error) => {
-            tracing::warn!(%error, "a connection to Join cannot be accepted");
-            // Out of descriptors, most likely: some may be given back meanwhile.
+            tracing::warn!(%error, "cannot accept a connection to the Join service");
+            // Most likely out of file descriptors: wait for some to be closed.
             tokio::time::sleep(ACCEPT_PAUSE).await;
             return None;
         }
@@ -64,23 +64,23 @@ async fn set_up(
     match tokio::time::timeout(HANDSHAKE_LIMIT, acceptor.accept(stream)).await {
         Ok(Ok(stream)) => Some(stream),
         Ok(Err(error)) => {
-            tracing::debug!(%error, "a handshake for Join failed");
+            tracing::debug!(%error, "a TLS handshake of the Join service failed");
             None
         }
         Err(_) => None,
     }
 }
 
-/// Shows the certificate that is good now.
+/// Presents the operator's certificate that is valid now.
 #[derive(Debug)]
-struct Present {
+struct CurrentCertificate {
     identity: Arc<OwnIdentity>,
     provider: Arc<CryptoProvider>,
-    /// The one that was shown last, and what it was read from.
+    /// The parsed certificate of the last handshake, and the PEM that it was parsed from.
     last: Mutex<Option<(Identity, Arc<CertifiedKey>)>>,
 }
 
-impl Present {
+impl CurrentCertificate {
     fn key(&self) -> Result<Arc<CertifiedKey>> {
         let identity = self.identity.get()?;
         let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
@@ -90,32 +90,35 @@ impl Present {
             return Ok(Arc::clone(key));
         }
         let certificate = CertificateDer::from_pem_slice(identity.certificate_pem.as_bytes())
-            .context("read the certificate")?;
+            .context("parse the certificate")?;
         let key =
-            PrivateKeyDer::from_pem_slice(identity.key_pem.as_bytes()).context("read the key")?;
+            PrivateKeyDer::from_pem_slice(identity.key_pem.as_bytes()).context("parse the key")?;
         let key = self.provider.key_provider.load_private_key(key);
-        let key = key.context("read the key")?;
+        let key = key.context("parse the key")?;
         let key = Arc::new(CertifiedKey::new(vec![certificate], key));
         *last = Some((identity, Arc::clone(&key)));
         Ok(key)
     }
 }
 
-impl ResolvesServerCert for Present {
+impl ResolvesServerCert for CurrentCertificate {
     fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
         match self.key() {
             Ok(key) => Some(key),
             Err(error) => {
-                tracing::error!(error = format!("{error:#}"), "no certificate for Join");
+                tracing::error!(
+                    error = format!("{error:#}"),
+                    "no certificate for the Join service"
+                );
                 None
             }
         }
     }
 }
 
-/// A cluster's nodes that all join at once take turns.
+/// Concurrent handshakes; further connections wait, e.g. when all nodes of a cluster enroll at once.
 const HANDSHAKES_MAX: usize = 64;
-/// One round trip and some arithmetic.
+/// One or two round trips and one signature; the rest is for a loaded host (guess).
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
-/// Long enough not to fill the log.
+/// Pause after a failed accept, so that the log does not fill.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);

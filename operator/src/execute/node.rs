@@ -1,4 +1,4 @@
-//! The actions that a node carries out.
+//! Actions that a node daemon executes.
 
 use anyhow::{Result, anyhow, bail};
 use bascule_crds::names::reason;
@@ -29,24 +29,25 @@ impl Execution<'_> {
                 _ => None,
             };
             if let Some(attempt) = attempt {
-                let told = format!("{node}: {message}");
-                // The first refusal counts: asking again must not put its consequence off.
+                let text = format!("{node}: {message}");
+                // Keep the time of the first refusal: a repeated command must not extend the timeout
+                // that starts with it.
                 let known = self
                     .memory
                     .move_rejected
                     .as_ref()
                     .is_some_and(|r| r.0 == attempt);
                 if !known && *why != RejectReason::ProcessUnresponsive {
-                    self.memory.move_rejected = Some((attempt, self.now, told));
+                    self.memory.move_rejected = Some((attempt, self.now, text));
                 }
             } else {
                 self.memory.error = Some((reason, format!("{node}: {message}")));
             }
-            let told = format!("{node} rejected it ({why:?}): {message}");
+            let text = format!("{node} rejected the command ({why:?}): {message}");
             return Err(match why {
-                // Nobody decided that: something there does not work.
-                RejectReason::ProcessUnresponsive => anyhow!(told),
-                _ => Refused(told).into(),
+                // A malfunction, not a refusal.
+                RejectReason::ProcessUnresponsive => anyhow!(text),
+                _ => Refused(text).into(),
             });
         }
         Ok(outcome)
@@ -68,19 +69,19 @@ impl Execution<'_> {
                 Ok(())
             }
             Outcome::Refused(refusal) => self.refused(change, refusal),
-            // The next one is being elected.
-            Outcome::Unknown => Err(Refused("no coordinator answered; asking again".into()).into()),
-            other => bail!("unexpected answer {other:?}"),
+            // A coordinator election is under way.
+            Outcome::Unknown => Err(Refused("no coordinator responded; will retry".into()).into()),
+            other => bail!("unexpected outcome {other:?}"),
         }
     }
 
     fn refused(&mut self, change: &Change, refusal: Refusal) -> Result<()> {
         if matches!(change, Change::TakeOver { .. }) {
             self.memory.takeover_refusal = Some(refusal);
-            // Waiting for a proof is what a takeover does.
+            // Expected: the volume refuses a takeover until there is a fence proof.
             return Ok(());
         }
-        let (reason, message) = complaint(self.intent, change, &refusal);
+        let (reason, message) = refusal_condition(self.intent, change, &refusal);
         self.memory.error = Some((reason, message.clone()));
         Err(Refused(message).into())
     }
@@ -173,7 +174,7 @@ impl Execution<'_> {
             }
             Action::StopVm { node } => (node, Command::StopVm { vm }),
             Action::CollectVm { node, pid } => (node, Command::CollectVm { vm, pid: *pid }),
-            other => bail!("not for a node: {}", label(other)),
+            other => bail!("not an action for a node: {}", label(other)),
         };
         self.command(node, &command).await?;
         match action {
@@ -215,14 +216,18 @@ impl Execution<'_> {
                 self.memory.listening = Some((attempt, address));
                 Ok(())
             }
-            other => bail!("{node} does not listen: {other:?}"),
+            other => bail!("{node} did not start an incoming VM: {other:?}"),
         }
     }
 }
 
-/// What to tell people about a change that the volume refused: the reason, and the field that asked
-/// for it.
-fn complaint(intent: &VmIntent, change: &Change, refusal: &Refusal) -> (&'static str, String) {
+/// The condition's reason and message for a request that the volume refused; the message names the
+/// field of the spec that led to it.
+fn refusal_condition(
+    intent: &VmIntent,
+    change: &Change,
+    refusal: &Refusal,
+) -> (&'static str, String) {
     let reason = match refusal {
         Refusal::Full { .. } | Refusal::TableFull { .. } => reason::VOLUME_FULL,
         Refusal::NameTaken | Refusal::DiskDiffers => reason::DISK_CLAIMED,
@@ -232,8 +237,8 @@ fn complaint(intent: &VmIntent, change: &Change, refusal: &Refusal) -> (&'static
         Change::CreateDisk { name, .. } | Change::AttachDisk { name, .. } => Some(name),
         _ => None,
     };
-    let asked = intent.disks.iter().find(|disk| Some(&disk.row) == row);
-    let field = asked.map(|disk| format!("{}: ", disk.field()));
+    let disk = intent.disks.iter().find(|disk| Some(&disk.row) == row);
+    let field = disk.map(|disk| format!("{}: ", disk.field()));
     let row = row.map(|row| format!("{row}: "));
     let message = format!(
         "{}volume {}: {}{refusal}",
@@ -281,14 +286,14 @@ mod tests {
     }
 
     #[test]
-    fn a_disk_that_another_virtual_machine_has_is_named_with_the_field_that_asks_for_it() {
+    fn a_disk_claimed_by_another_vm_is_reported_with_the_field_that_names_it() {
         let intent = intent();
         let name = intent.disks[2].row.clone();
         let change = Change::AttachDisk {
             name,
             vm: intent.uid,
         };
-        let (reason, message) = complaint(&intent, &change, &Refusal::NameTaken);
+        let (reason, message) = refusal_condition(&intent, &change, &Refusal::NameTaken);
         assert_eq!(reason, reason::DISK_CLAIMED);
         assert!(
             message.starts_with("spec.disks[data].existing.name: volume san: shop/old.data: "),
@@ -297,7 +302,7 @@ mod tests {
     }
 
     #[test]
-    fn a_disk_for_which_there_is_no_room_is_named() {
+    fn a_disk_that_does_not_fit_on_the_volume_is_reported_with_its_field() {
         let intent = intent();
         let change = Change::CreateDisk {
             vm: intent.uid,
@@ -310,7 +315,7 @@ mod tests {
             free: Bytes::mib(5),
             needed: Bytes::gib(1),
         };
-        let (reason, message) = complaint(&intent, &change, &full);
+        let (reason, message) = refusal_condition(&intent, &change, &full);
         assert_eq!(reason, reason::VOLUME_FULL);
         assert!(
             message.starts_with("spec.disks[root]: volume san: "),

@@ -20,7 +20,7 @@ use crate::kube_api::{api_owner, apply_status, condition_status, ignore_not_foun
 use crate::node_clients::NodeState;
 use crate::ownership_cache::volume_status;
 
-/// What a status is made of.
+/// The inputs of the status.
 pub(super) struct Reported<'a> {
     pub(super) plan: &'a VolumePlan,
     pub(super) observed: &'a VolumeObserved,
@@ -28,27 +28,27 @@ pub(super) struct Reported<'a> {
     pub(super) rows: Option<&'a Rows>,
 }
 
-/// Writes the status, if it differs.
+/// Writes the status if it differs from the present one.
 pub(super) async fn report(
     context: &OperatorContext,
     volume: &SharedVolume,
-    known: &Reported<'_>,
+    reported: &Reported<'_>,
 ) -> Result<()> {
-    if known.plan.report.keep {
+    if reported.plan.report.keep {
         return Ok(());
     }
-    // Read again: the round itself may have written the identity down.
+    // Read again: this reconciliation may have written `volumeId` or `formattingNode`.
     let api: Api<SharedVolume> = Api::all(context.client.clone());
     let name = volume.name_any();
     let current = context.stores.volumes.find(|sv| sv.name_any() == name);
     let old = current.and_then(|sv| sv.status.clone()).unwrap_or_default();
     let vms = context.stores.vms.state();
     let claimed = |uid: &str| vms.iter().any(|vm| vm.uid().as_deref() == Some(uid));
-    let mut status = status_of(volume, &old, known, claimed, Timestamp::now());
+    let mut status = status_of(volume, &old, reported, claimed, Timestamp::now());
     if status == old {
         return Ok(());
     }
-    // These two are written where they are decided.
+    // Applied by `patch_status` only.
     status.volume_id = None;
     status.formatting_node = None;
     ignore_not_found(apply_status(&api, &name, &status).await)
@@ -57,36 +57,36 @@ pub(super) async fn report(
 fn status_of(
     volume: &SharedVolume,
     old: &SharedVolumeStatus,
-    known: &Reported<'_>,
+    reported: &Reported<'_>,
     claimed: impl Fn(&str) -> bool,
     now: Timestamp,
 ) -> SharedVolumeStatus {
     let name = volume.name_any();
     let mut conditions = old.conditions.clone();
     for (type_, new) in [
-        (condition::READY, &known.plan.report.ready),
-        (condition::FENCING_AVAILABLE, &known.plan.report.fencing),
+        (condition::READY, &reported.plan.report.ready),
+        (condition::FENCING_AVAILABLE, &reported.plan.report.fencing),
     ] {
         let state = condition_status(new.status);
         let mut new = new_condition(type_, state, new.reason, &new.message, now);
         new.observed_generation = volume.metadata.generation;
         set_condition(&mut conditions, new);
     }
-    let any = known.states.values().find_map(|state| {
+    let any = reported.states.values().find_map(|state| {
         let up = state.stream == Stream::Up;
         volume_status(state, &name).filter(|_| up)
     });
-    let nodes: Vec<NodeAccess> = known
+    let nodes: Vec<NodeAccess> = reported
         .observed
         .nodes
         .iter()
-        .map(|node| node_access(node, known.states.get(&node.name), &name, old, now))
+        .map(|node| node_access(node, reported.states.get(&node.name), &name, old, now))
         .collect();
     let direct = nodes
         .iter()
         .filter(|node| node.state == NodeAccessState::Direct)
         .count();
-    let coordinator = known.observed.nodes.iter().find(|node| node.coordinator);
+    let coordinator = reported.observed.nodes.iter().find(|node| node.coordinator);
     SharedVolumeStatus {
         observed_generation: volume.metadata.generation,
         volume_id: old.volume_id.clone(),
@@ -100,12 +100,12 @@ fn status_of(
             .or_else(|| old.free.clone()),
         direct_nodes: i32::try_from(direct).ok(),
         nodes,
-        kept_disks: known
+        kept_disks: reported
             .rows
             .map_or_else(|| old.kept_disks.clone(), kept_disks),
-        unclaimed_rows: known.rows.map_or_else(
+        unclaimed_rows: reported.rows.map_or_else(
             || old.unclaimed_rows.clone(),
-            |rows| unclaimed(rows, known, claimed),
+            |rows| unclaimed(rows, reported, claimed),
         ),
         conditions,
     }
@@ -120,7 +120,7 @@ fn node_access(
 ) -> NodeAccess {
     let earlier = old.nodes.iter().find(|n| n.name == node.name);
     if let (Stream::Unknown, Some(earlier)) = (node.stream, earlier) {
-        // It has not been asked yet.
+        // This operator has not connected to the node yet.
         return earlier.clone();
     }
     let up = node.stream == Stream::Up;
@@ -132,8 +132,8 @@ fn node_access(
     let reason = match access {
         NodeAccessState::Direct => String::new(),
         _ if !up => match state.and_then(|state| state.error.as_deref()) {
-            Some(why) => format!("bascule-node does not answer: {why}"),
-            None => "bascule-node does not answer".to_owned(),
+            Some(why) => format!("bascule-node is unreachable: {why}"),
+            None => "bascule-node is unreachable".to_owned(),
         },
         _ => node
             .reason
@@ -182,11 +182,11 @@ fn kept_disks(rows: &Rows) -> Vec<KeptDisk> {
 
 fn unclaimed(
     rows: &Rows,
-    known: &Reported<'_>,
+    reported: &Reported<'_>,
     claimed: impl Fn(&str) -> bool,
 ) -> Vec<UnclaimedRow> {
     let node = |owner: Option<Owner>| {
-        let holder = known
+        let holder = reported
             .observed
             .nodes
             .iter()
@@ -207,7 +207,7 @@ fn unclaimed(
     unclaimed
 }
 
-/// What the schema allows in one list.
+/// Maximum length of these lists in the CRD's schema.
 const LISTED_MAX: usize = 200;
 
 #[cfg(test)]
@@ -217,7 +217,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn kept_disks_are_those_that_no_virtual_machine_has() {
+    fn kept_disks_are_those_without_a_virtual_machine() {
         let disk = |name: &str, vm| DiskRow {
             disk: DiskId::random(),
             name: RowName::new(name).unwrap(),

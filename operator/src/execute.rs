@@ -10,7 +10,7 @@ use bascule_crds::{
     Failover, FailoverSpec, VirtualMachine, VirtualMachineMigration, VirtualMachineMigrationSpec,
 };
 use bascule_node_api::command::{Command, VmSpec};
-use bascule_operator_core::{Action, History, MigrationMode, Moment, Purpose, VmIntent};
+use bascule_operator_core::{Action, MigrationMode, Moment, PlannerMemory, Purpose, VmIntent};
 use bascule_types::{Epoch, Owner};
 use k8s_openapi::api::core::v1::Pod;
 use kube::api::{DeleteParams, ObjectMeta, Patch, PatchParams, PostParams, Preconditions};
@@ -38,7 +38,7 @@ pub(crate) struct Execution<'a> {
     pub(crate) intent: &'a VmIntent,
     pub(crate) now: Moment,
     /// The planner's memory of this VM; executing an action updates it.
-    pub(crate) memory: &'a mut History,
+    pub(crate) memory: &'a mut PlannerMemory,
 }
 
 impl Execution<'_> {

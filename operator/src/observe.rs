@@ -10,8 +10,8 @@ use bascule_crds::{
 use bascule_ipc::volume::{FencingMode, PathState, Rows};
 use bascule_node_api::report::{ImportState, NodeReport};
 use bascule_operator_core::{
-    self as core, Access, Fact, FailoverView, History, ImportPhase, ImportView, Moment, NodeView,
-    Observed, Peer, Process, Reported, RowView, SavedView, Stream, VolumeView,
+    self as core, Access, Fact, FailoverView, ImportPhase, ImportView, Moment, NodeView, Observed,
+    Peer, PlannerMemory, Process, Reported, RowView, SavedView, Stream, VolumeView,
 };
 use bascule_types::{Epoch, Generation, Owner, SlotId, VmUid};
 use k8s_openapi::api::core::v1::Node;
@@ -28,7 +28,7 @@ pub(crate) fn observe(
     stores: &Stores,
     states: &BTreeMap<String, NodeState>,
     rows: Option<&Rows>,
-    memory: &History,
+    memory: &PlannerMemory,
     now: Moment,
 ) -> Observed {
     let uid: Option<VmUid> = vm.uid().and_then(|uid| uid.parse().ok());
@@ -69,7 +69,7 @@ pub(crate) fn observe(
         failovers: Fact::Known(failovers(vm, stores)),
         processes: processes(uid, states),
         imports: imports(volume, states),
-        history: history(vm, memory),
+        memory: planner_memory(vm, memory),
     }
 }
 
@@ -273,9 +273,9 @@ fn failover_view(f: &Failover) -> Option<FailoverView> {
     })
 }
 
-fn history(vm: &VirtualMachine, memory: &History) -> History {
+fn planner_memory(vm: &VirtualMachine, memory: &PlannerMemory) -> PlannerMemory {
     let status = vm.status.clone().unwrap_or_default();
-    History {
+    PlannerMemory {
         restarts: status
             .recent_restarts
             .iter()

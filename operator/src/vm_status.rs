@@ -203,11 +203,11 @@ mod tests {
             }),
             ..Observed::default()
         };
-        observed.history.reported = Some(Reported {
+        observed.memory.reported = Some(Reported {
             phase: Phase::Running,
             node: Some("n1".to_owned()),
         });
-        observed.history.unknown_since = Some(Moment(since));
+        observed.memory.unknown_since = Some(Moment(since));
         observed
     }
 

@@ -18,12 +18,12 @@
 mod action;
 mod fact;
 mod intent;
+mod node_health;
 mod observed;
 mod plan;
-mod records;
+mod retention;
 #[cfg(test)]
 mod sim;
-mod verdict;
 mod volume;
 
 pub use action::{Action, Condition, FailoverUpdate, MigrationUpdate, Plan, Purpose, VmReport};
@@ -32,13 +32,13 @@ pub use bascule_crds::{
 };
 pub use fact::{Fact, Moment};
 pub use intent::{Budgets, DiskIntent, ImageSource, Origin, RestartBudget, SpecDigest, VmIntent};
+pub use node_health::{NodeHealth, node_health};
 pub use observed::{
-    Access, FailoverView, History, ImportPhase, ImportView, Migration, NodeView, Observed, Peer,
-    Pod, PodPhase, Process, Reported, RowView, SavedView, Stream, VolumeView,
+    Access, FailoverView, ImportPhase, ImportView, Migration, NodeView, Observed, Peer,
+    PlannerMemory, Pod, PodPhase, Process, Reported, RowView, SavedView, Stream, VolumeView,
 };
 pub use plan::plan;
-pub use records::{ClosedRecord, RECORDS_KEPT, RecordKind, surplus};
-pub use verdict::{Verdict, verdict};
+pub use retention::{ClosedRecord, RECORDS_KEPT, RecordKind, expired};
 pub use volume::{
     FormatState, NodeOnVolume, VolumeAction, VolumeIntent, VolumeObserved, VolumePlan,
     VolumeReport, plan_volume,

@@ -35,7 +35,7 @@ pub struct Observed {
     /// The imports of its disks.
     pub imports: Vec<ImportView>,
     /// What was done before.
-    pub history: History,
+    pub memory: PlannerMemory,
 }
 
 /// The SharedVolume.
@@ -286,7 +286,7 @@ pub struct Reported {
 /// What was done before: from the status, or from the operator's memory. All of it may be lost; then
 /// something is done once more.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct History {
+pub struct PlannerMemory {
     /// The restarts that may still count.
     pub restarts: Vec<Moment>,
     /// Since when the guest has been asked to shut down.

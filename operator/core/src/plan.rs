@@ -18,7 +18,7 @@ mod delete;
 mod drain;
 mod failover;
 mod import;
-mod life;
+mod lifecycle;
 mod migration;
 mod place;
 mod report;
@@ -95,7 +95,7 @@ impl<'a> Planner<'a> {
     /// No node can say who owns the virtual machine.
     fn row_unknown(&mut self) {
         let volume = &self.intent.volume;
-        if self.via().is_some() {
+        if self.route().is_some() {
             let message = format!("the coordinator of volume {volume} does not answer");
             return self.not_known(reason::VOLUME_UNAVAILABLE, message);
         }
@@ -114,7 +114,7 @@ impl<'a> Planner<'a> {
                 self.report.node = Some(process.node.clone());
                 self.report.protected = self.protection(&process.node);
                 self.ready(Phase::Running, false, reason::STORAGE_LOST, message);
-                self.soon();
+                self.requeue_soon();
             }
             _ => self.not_known(reason::VOLUME_UNAVAILABLE, message),
         }
@@ -127,7 +127,7 @@ impl<'a> Planner<'a> {
             reason::STARTING,
             "being recorded on the volume",
         );
-        let Some(via) = self.via() else {
+        let Some(via) = self.route() else {
             return self.row_unknown();
         };
         let change = Change::CreateVm {
@@ -136,7 +136,7 @@ impl<'a> Planner<'a> {
             spec_digest: self.intent.digest.0,
         };
         self.push(Action::Change { via, change });
-        self.soon();
+        self.requeue_soon();
     }
 
     fn with_row(&mut self, row: &'a RowView) {
@@ -152,13 +152,13 @@ impl<'a> Planner<'a> {
             place::Place::Nowhere => self.unowned(row),
             place::Place::On {
                 node,
-                verdict,
+                health,
                 owner,
             } => {
                 self.report.node = Some(node.clone());
-                self.owned(row, &node, owner, verdict);
+                self.owned(row, &node, owner, health);
             }
-            place::Place::Stranger { owner } => {
+            place::Place::UnknownHolder { owner } => {
                 let message = format!("owned by {owner}, which no known node holds");
                 self.not_known(reason::NODE_UNREACHABLE, message);
             }
@@ -189,7 +189,7 @@ impl<'a> Planner<'a> {
     }
 
     /// Something is expected to happen: look again soon, even if nobody says so.
-    fn soon(&mut self) {
+    fn requeue_soon(&mut self) {
         self.within(REQUEUE_BUSY);
     }
 

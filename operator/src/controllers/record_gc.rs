@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use bascule_crds::{Failover, FailoverPhase, MigrationPhase, VirtualMachineMigration};
-use bascule_operator_core::{ClosedRecord, RecordKind, surplus};
+use bascule_operator_core::{ClosedRecord, RecordKind, expired};
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::api::{DeleteParams, Preconditions};
@@ -20,7 +20,7 @@ use crate::kube_api::ignore_not_found;
 pub(crate) async fn run(context: OperatorContext) {
     loop {
         tokio::time::sleep(GC_INTERVAL).await;
-        for record in surplus(closed(&context)).into_iter().take(DELETIONS_MAX) {
+        for record in expired(closed(&context)).into_iter().take(DELETIONS_MAX) {
             if let Err(error) = delete(&context, &record).await {
                 tracing::warn!(
                     namespace = record.namespace,

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::Result;
 use bascule_crds::names::{condition, reason};
 use bascule_crds::{VirtualMachine, VirtualMachineStatus};
-use bascule_operator_core::{History, plan};
+use bascule_operator_core::{PlannerMemory, plan};
 use jiff::Timestamp;
 use kube::{Api, ResourceExt};
 use tokio::sync::{Notify, Semaphore};
@@ -26,7 +26,7 @@ use crate::record_status::fail_orphaned_migrations;
 /// reconciliation.
 #[derive(Debug)]
 struct QueueEntry {
-    memory: Arc<Mutex<History>>,
+    memory: Arc<Mutex<PlannerMemory>>,
     due: Instant,
 }
 
@@ -118,7 +118,7 @@ pub(crate) async fn run(context: OperatorContext, changed: Arc<Notify>) {
 async fn reconcile(
     context: &OperatorContext,
     vm: &VirtualMachine,
-    memory: &Mutex<History>,
+    memory: &Mutex<PlannerMemory>,
 ) -> Duration {
     let intent = match crate::vm_intent::intent(vm) {
         Ok(intent) => intent,
@@ -158,7 +158,7 @@ async fn reconcile(
     }
     history.unknown_since = plan.report.unknown_since;
     history.target_lost = plan.report.target_lost;
-    let logged_before = observed.history.error == history.error;
+    let logged_before = observed.memory.error == history.error;
     *memory.lock().unwrap_or_else(PoisonError::into_inner) = history;
     let mut requeue = plan.requeue;
     if let Err(error) = executed {

@@ -7,7 +7,7 @@ use bascule_types::{Change, DiskRow, Owner};
 use super::Planner;
 use super::place::Place;
 use crate::observed::RowView;
-use crate::{Action, Fact, Phase, Stream, Verdict};
+use crate::{Action, Fact, NodeHealth, Phase, Stream};
 
 impl<'a> Planner<'a> {
     pub(super) fn delete(&mut self) {
@@ -15,7 +15,7 @@ impl<'a> Planner<'a> {
         if !self.intent.finalizer {
             return;
         }
-        self.soon();
+        self.requeue_soon();
         match (&self.observed.volume, &self.observed.row) {
             // Without its volume there is nothing to clean up, and nobody to ask.
             (Fact::Absent, _) | (Fact::Known(_), Fact::Absent) => self.delete_pods_then_finish(),
@@ -39,14 +39,14 @@ impl<'a> Planner<'a> {
             Place::On {
                 node,
                 owner,
-                verdict: Verdict::Healthy,
+                health: NodeHealth::Healthy,
             } => {
                 self.delete_owned(row, &node, owner);
             }
             Place::On {
                 node,
                 owner,
-                verdict: Verdict::Suspect,
+                health: NodeHealth::Suspect,
             } => {
                 self.take_over_to_delete(row, &node, owner);
             }
@@ -54,7 +54,7 @@ impl<'a> Planner<'a> {
                 let message = format!("waiting for node {node}, which owns it");
                 self.ready(Phase::Deleting, false, reason::NODE_UNREACHABLE, message);
             }
-            Place::Stranger { owner } => {
+            Place::UnknownHolder { owner } => {
                 let message = format!("owned by {owner}, which no known node holds");
                 self.ready(Phase::Deleting, false, reason::NODE_UNREACHABLE, message);
             }
@@ -70,7 +70,7 @@ impl<'a> Planner<'a> {
             self.collect_all();
             return self.release(row, node, owner);
         };
-        if let Some(migration) = self.arrange_migrations() {
+        if let Some(migration) = self.select_migration() {
             self.give_up_migration(row, node, &process, migration, reason::SUPERSEDED);
         }
         match &process.status.state {
@@ -95,8 +95,8 @@ impl<'a> Planner<'a> {
     fn take_over_to_delete(&mut self, row: &RowView, node: &str, owner: Owner) {
         let message = format!("{node} is silent; asking the volume for a proof");
         self.ready(Phase::Deleting, false, reason::NODE_SUSPECT, message);
-        let Some(via) = self.via() else { return };
-        if let Ok(to) = self.usable(&via) {
+        let Some(via) = self.route() else { return };
+        if let Ok(to) = self.can_host(&via) {
             let change = Change::TakeOver {
                 vm: self.intent.uid,
                 from: owner,
@@ -109,7 +109,7 @@ impl<'a> Planner<'a> {
 
     fn delete_unowned(&mut self, row: &RowView) {
         self.collect_all();
-        let Some(via) = self.via() else { return };
+        let Some(via) = self.route() else { return };
         for disk in row
             .disks
             .iter()

@@ -56,7 +56,7 @@ impl Planner<'_> {
         );
         let name = format!("{}{word}-{ordinal}", drain_prefix(&self.intent.name, pod));
         self.push(Action::CreateMigration { name, mode });
-        self.soon();
+        self.requeue_soon();
     }
 }
 

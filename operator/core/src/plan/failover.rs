@@ -9,11 +9,11 @@ use bascule_types::{Change, Epoch, FenceProof, MissingProof, Owner, Refusal};
 use super::Planner;
 use crate::action::FailoverUpdate;
 use crate::observed::RowView;
-use crate::{Action, Fact, FailoverView, FailurePolicy, Phase, Purpose, Verdict};
+use crate::{Action, Fact, FailoverView, FailurePolicy, NodeHealth, Phase, Purpose};
 
 impl Planner<'_> {
     pub(super) fn failover(&mut self, row: &RowView, node: &str, owner: Owner) {
-        self.soon();
+        self.requeue_soon();
         if self.intent.on_failure == FailurePolicy::Leave {
             let message = format!("{node} is silent; availability.onNodeFailure is Leave");
             return self.ready(Phase::Unknown, false, reason::NODE_SUSPECT, message);
@@ -34,7 +34,7 @@ impl Planner<'_> {
             }
             return;
         };
-        match self.usable(target) {
+        match self.can_host(target) {
             Ok(to) => {
                 let change = Change::TakeOver {
                     vm: self.intent.uid,
@@ -82,7 +82,7 @@ impl Planner<'_> {
 
     /// What the takeover waits for, in words.
     fn missing_proof(&self, node: &str, owner: Owner) -> (&'static str, String) {
-        match &self.observed.history.takeover_refusal {
+        match &self.observed.memory.takeover_refusal {
             Some(Refusal::NotFenced { missing, .. }) => match missing {
                 MissingProof::AdminConfirmation | MissingProof::NoWatchdog => (
                     reason::WAITING_FOR_CONFIRMATION,
@@ -112,12 +112,14 @@ impl Planner<'_> {
     pub(super) fn follow_failovers(&mut self, row: &RowView) {
         let records = self.observed.failovers.known();
         let place = match self.place(row) {
-            super::place::Place::On { node, verdict, .. } => Some((node, verdict)),
+            super::place::Place::On { node, health, .. } => Some((node, health)),
             _ => None,
         };
         for record in open(records.map_or(&[][..], Vec::as_slice)) {
             if row.epoch == record.epoch {
-                let healthy = place.as_ref().is_some_and(|(_, v)| *v == Verdict::Healthy);
+                let healthy = place
+                    .as_ref()
+                    .is_some_and(|(_, v)| *v == NodeHealth::Healthy);
                 self.withdraw(record, row.owner, healthy);
             } else if let Some((target, _)) = &place {
                 let fence = row.fences.iter().find(|f| f.victim == record.owner);

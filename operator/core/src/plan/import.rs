@@ -32,7 +32,7 @@ impl Planner<'_> {
         let message = format!("images are being copied to volume {}", self.intent.volume);
         self.ready(Phase::Importing, false, reason::IMPORTING, message.clone());
         self.report.imported = Condition::new(Some(false), reason::IMPORTING, message);
-        self.soon();
+        self.requeue_soon();
         for disk in &self.intent.disks {
             match self.disk_row(row, disk) {
                 None => self.make_disk(node, disk),
@@ -87,7 +87,7 @@ impl Planner<'_> {
             return self.make_disk(node, disk);
         };
         let id = disk_row.disk;
-        let begun = self.observed.history.imports_begun.get(&id);
+        let begun = self.observed.memory.imports_begun.get(&id);
         let rested = begun.is_none_or(|at| self.now.since(*at) >= IMPORT_RETRY);
         let import = self
             .observed

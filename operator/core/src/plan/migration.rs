@@ -28,7 +28,7 @@ use crate::{Action, Migration, MigrationMode, Phase, Process, Purpose};
 
 impl<'a> Planner<'a> {
     /// The migration that is under way, or whose turn it is. Those that come too early are refused.
-    pub(super) fn arrange_migrations(&mut self) -> Option<&'a Migration> {
+    pub(super) fn select_migration(&mut self) -> Option<&'a Migration> {
         let mut open: Vec<&'a Migration> = self
             .observed
             .migrations
@@ -53,7 +53,7 @@ impl<'a> Planner<'a> {
 
     /// The guest does not run, so nothing can move.
     pub(super) fn refuse_migrations(&mut self, row: &RowView) {
-        let Some(active) = self.arrange_migrations() else {
+        let Some(active) = self.select_migration() else {
             return;
         };
         match active.source_epoch {
@@ -82,7 +82,7 @@ impl<'a> Planner<'a> {
         process: &Process,
         migration: &'a Migration,
     ) {
-        self.soon();
+        self.requeue_soon();
         if migration
             .source_epoch
             .is_some_and(|epoch| epoch < row.epoch)
@@ -147,7 +147,7 @@ impl<'a> Planner<'a> {
         migration: &Migration,
         why: &'static str,
     ) {
-        self.soon();
+        self.requeue_soon();
         if migration
             .source_epoch
             .is_some_and(|epoch| epoch < row.epoch)
@@ -245,7 +245,7 @@ impl<'a> Planner<'a> {
                 progress,
             },
         });
-        self.soon();
+        self.requeue_soon();
     }
 
     /// Whether an incoming process may still become the guest of this tenure.
@@ -282,7 +282,7 @@ impl<'a> Planner<'a> {
         });
         let told = self
             .observed
-            .history
+            .memory
             .listening
             .filter(|(a, _)| *a == attempt)
             .map(|(_, s)| s);
@@ -358,7 +358,7 @@ impl<'a> Planner<'a> {
 
     /// Why a node refused to begin, if no report since then says that it had begun already.
     fn rejected(&self, migration: &Migration) -> Option<String> {
-        let (attempt, at, why) = self.observed.history.move_rejected.as_ref()?;
+        let (attempt, at, why) = self.observed.memory.move_rejected.as_ref()?;
         let settled = self.now.since(*at) >= REFUSAL_SETTLES;
         (*attempt == migration.attempt && settled).then(|| why.clone())
     }
@@ -366,7 +366,7 @@ impl<'a> Planner<'a> {
     /// This very process has said that it has begun, and its next report will tell how it goes.
     /// However long that report takes, asking again would only be refused.
     fn has_begun(&self, migration: &Migration, source: &Process) -> bool {
-        self.observed.history.move_begun == Some((migration.attempt, source.status.pid))
+        self.observed.memory.move_begun == Some((migration.attempt, source.status.pid))
     }
 
     fn limits(&self, migration: &Migration) -> MigrationLimits {
@@ -441,7 +441,7 @@ impl<'a> Planner<'a> {
                 });
             }
         }
-        self.soon();
+        self.requeue_soon();
     }
 }
 

@@ -5,7 +5,7 @@ use bascule_types::Owner;
 
 use super::Planner;
 use crate::observed::{NodeView, RowView};
-use crate::{Fact, Stream, Verdict, verdict};
+use crate::{Fact, NodeHealth, Stream, node_health};
 
 /// Where a virtual machine is, as its row says.
 pub(super) enum Place {
@@ -18,10 +18,10 @@ pub(super) enum Place {
         /// Its slot and generation.
         owner: Owner,
         /// What to make of it.
-        verdict: Verdict,
+        health: NodeHealth,
     },
     /// It is owned by a slot that no node is known to hold.
-    Stranger {
+    UnknownHolder {
         /// That slot and generation.
         owner: Owner,
     },
@@ -37,11 +37,11 @@ impl Planner<'_> {
                 node.access.known().and_then(|access| access.owner) == Some(owner)
             });
         if let Some((name, node)) = by_own_word {
-            let verdict = self.verdict_on(node, owner);
+            let health = self.health_of(node, owner);
             return Place::On {
                 node: name.clone(),
                 owner,
-                verdict,
+                health,
             };
         }
         let peers = self
@@ -50,7 +50,7 @@ impl Planner<'_> {
             .known()
             .map_or(&[][..], |volume| &volume.peers);
         let Some(peer) = peers.iter().find(|peer| peer.owner.slot == owner.slot) else {
-            return Place::Stranger { owner };
+            return Place::UnknownHolder { owner };
         };
         let named = self
             .observed
@@ -65,21 +65,21 @@ impl Planner<'_> {
         // A slot that has moved on takes its rows along, unless it was fenced: then the row waits
         // for a new owner.
         let fenced = row.fences.iter().any(|fence| fence.victim == owner);
-        let verdict = if fenced {
-            Verdict::Suspect
+        let health = if fenced {
+            NodeHealth::Suspect
         } else if peer.owner.generation == owner.generation {
-            verdict(stream, &Fact::Known(peer.alive))
+            node_health(stream, &Fact::Known(peer.alive))
         } else {
-            Verdict::Undetermined
+            NodeHealth::Undetermined
         };
         Place::On {
             node: name,
             owner,
-            verdict,
+            health,
         }
     }
 
-    fn verdict_on(&self, node: &NodeView, owner: Owner) -> Verdict {
+    fn health_of(&self, node: &NodeView, owner: Owner) -> NodeHealth {
         let peers = self
             .observed
             .volume
@@ -89,11 +89,11 @@ impl Planner<'_> {
             .iter()
             .find(|peer| peer.owner == owner)
             .map_or(Fact::Unknown, |peer| Fact::Known(peer.alive));
-        verdict(node.stream, &heartbeat)
+        node_health(node.stream, &heartbeat)
     }
 
     /// A node through which the volume can be asked for changes: the coordinator, if it answers.
-    pub(super) fn via(&self) -> Option<String> {
+    pub(super) fn route(&self) -> Option<String> {
         let reachable = |node: &NodeView| {
             node.stream == Stream::Up
                 && node
@@ -115,7 +115,7 @@ impl Planner<'_> {
     }
 
     /// The node's slot and generation, if a guest could be started there now; else why not.
-    pub(super) fn usable(&self, name: &str) -> Result<Owner, String> {
+    pub(super) fn can_host(&self, name: &str) -> Result<Owner, String> {
         let Some(node) = self.observed.nodes.get(name) else {
             return Err(format!("node {name} runs no bascule-node"));
         };
@@ -164,11 +164,11 @@ impl Planner<'_> {
     }
 
     /// The known nodes on which a guest could not be started now.
-    pub(super) fn unusable_nodes(&self) -> Vec<String> {
+    pub(super) fn unsuitable_nodes(&self) -> Vec<String> {
         self.observed
             .nodes
             .keys()
-            .filter(|name| self.usable(name).is_err())
+            .filter(|name| self.can_host(name).is_err())
             .cloned()
             .collect()
     }

@@ -40,9 +40,9 @@ pub(super) fn initial(intent: &VmIntent, observed: &Observed, now: Moment) -> Vm
         imported,
         restart_required: None,
         migration: None,
-        stopping_since: observed.history.stopping_since,
-        completed: observed.history.completed && intent.run == crate::RunPolicy::OnFailure,
-        restarts: intent.restart.recent(&observed.history.restarts, now),
+        stopping_since: observed.memory.stopping_since,
+        completed: observed.memory.completed && intent.run == crate::RunPolicy::OnFailure,
+        restarts: intent.restart.recent(&observed.memory.restarts, now),
         stop_reason: None,
     }
 }
@@ -51,12 +51,12 @@ impl Planner<'_> {
     /// Too little is known to say anything. What was reported before stays for a while: a new leader
     /// has not heard from the nodes yet, and that is no news about the virtual machine.
     pub(super) fn not_known(&mut self, reason: &'static str, message: impl Into<String>) {
-        self.soon();
-        let reported = self.observed.history.reported.as_ref();
+        self.requeue_soon();
+        let reported = self.observed.memory.reported.as_ref();
         let Some(reported) = reported.filter(|reported| reported.phase != Phase::Pending) else {
             return self.ready(Phase::Pending, false, reason, message);
         };
-        let since = self.observed.history.unknown_since.unwrap_or(self.now);
+        let since = self.observed.memory.unknown_since.unwrap_or(self.now);
         self.report.unknown_since = Some(since);
         self.report.keep = self.now.since(since) < UNKNOWN_AFTER;
         self.report.phase = Phase::Unknown;

@@ -15,7 +15,7 @@ impl<'a> Planner<'a> {
         let home = match self.place(row) {
             super::place::Place::On { node, .. } => Some(node),
             super::place::Place::Nowhere => None,
-            super::place::Place::Stranger { .. } => return,
+            super::place::Place::UnknownHolder { .. } => return,
         };
         for pod in pods.iter().filter(|pod| pod.deleting) {
             let Some(node) = &pod.node else { continue };
@@ -36,7 +36,7 @@ impl<'a> Planner<'a> {
                     node: node.clone(),
                     pod_uid: pod.uid.clone(),
                 });
-                self.soon();
+                self.requeue_soon();
             } else if home.is_some() && home.as_ref() != Some(node) {
                 self.delete_reservation(pod, true);
             }
@@ -90,7 +90,7 @@ impl<'a> Planner<'a> {
             && pod
                 .avoid
                 .iter()
-                .any(|node| Some(node.as_str()) != except && self.usable(node).is_ok())
+                .any(|node| Some(node.as_str()) != except && self.can_host(node).is_ok())
     }
 
     /// Creates a pod, by a name that everybody who sees the same pods would choose.
@@ -102,7 +102,7 @@ impl<'a> Planner<'a> {
         mut avoid: Vec<String>,
     ) {
         if pin.is_none() {
-            avoid.extend(self.unusable_nodes());
+            avoid.extend(self.unsuitable_nodes());
             avoid.sort_unstable();
             avoid.dedup();
         }
@@ -116,7 +116,7 @@ impl<'a> Planner<'a> {
             pin,
             avoid,
         });
-        self.soon();
+        self.requeue_soon();
     }
 
     pub(super) fn delete_reservation(&mut self, pod: &Pod, force: bool) {
@@ -126,7 +126,7 @@ impl<'a> Planner<'a> {
                 uid: pod.uid.clone(),
                 force,
             });
-            self.soon();
+            self.requeue_soon();
         }
     }
 
@@ -164,14 +164,14 @@ impl<'a> Planner<'a> {
             .iter()
             .filter(|name| self.observed.nodes.contains_key(*name));
         known
-            .filter_map(|name| self.usable(name).err())
+            .filter_map(|name| self.can_host(name).err())
             .take(COMPLAINTS_MAX)
             .collect()
     }
 
     /// A running guest's place in the scheduler's books: made again where the guest is when it was
     /// lost.
-    pub(super) fn keep_books(&mut self, row: &RowView, node: &str) {
+    pub(super) fn ensure_reservation(&mut self, row: &RowView, node: &str) {
         match self.pod_on(node) {
             None => {
                 let lost = format!("the reservation on {node} is gone; making it again there");

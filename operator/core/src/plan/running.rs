@@ -24,14 +24,14 @@ impl<'a> Planner<'a> {
         if process.status.io_stalled {
             let message = format!("the disks of the guest on {node} wait for the node's lease");
             self.ready(Phase::Running, false, reason::STORAGE_LOST, message);
-            self.soon();
+            self.requeue_soon();
         }
         self.report.protected = self.protection(node);
         let pod = self.pod_on(node);
         self.report.restart_required = pod.map(|pod| pod.digest != self.intent.digest);
-        let active = self.arrange_migrations();
+        let active = self.select_migration();
         self.drop_stray_reservations(node, active);
-        let ending = self.observed.history.namespace_ending;
+        let ending = self.observed.memory.namespace_ending;
         if self.intent.run == RunPolicy::Stopped || ending {
             if let Some(migration) = active {
                 self.give_up_migration(row, node, process, migration, reason::SUPERSEDED);
@@ -52,7 +52,7 @@ impl<'a> Planner<'a> {
             self.report.stopping_since = None;
         }
         if evacuate.is_none() || pod.is_some_and(|pod| pod.phase == PodPhase::Failed) {
-            self.keep_books(row, node);
+            self.ensure_reservation(row, node);
         }
         self.promote(node, active);
         if active.is_none() {
@@ -91,13 +91,13 @@ impl<'a> Planner<'a> {
             reason::STOPPING,
             "asked to shut down",
         );
-        self.soon();
+        self.requeue_soon();
         if waited >= patience {
             return self.push(Action::StopVm {
                 node: node.to_owned(),
             });
         }
-        let pressed = self.observed.history.power_button;
+        let pressed = self.observed.memory.power_button;
         if pressed.is_none_or(|at| self.now.since(at) >= POWER_BUTTON_AGAIN) {
             self.push(Action::PowerButton {
                 node: node.to_owned(),
@@ -177,7 +177,7 @@ impl<'a> Planner<'a> {
             .observed
             .nodes
             .keys()
-            .any(|name| name != node && self.usable(name).is_ok())
+            .any(|name| name != node && self.can_host(name).is_ok())
         {
             let message = format!(
                 "no other node can run guests of volume {}",

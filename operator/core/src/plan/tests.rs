@@ -6,7 +6,7 @@ mod case;
 mod deletion;
 mod drain;
 mod failure;
-mod life;
+mod lifecycle;
 mod migration;
 mod moves;
 mod unknown;

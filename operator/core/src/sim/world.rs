@@ -8,8 +8,8 @@ use std::fmt::Write as _;
 use std::time::Duration;
 
 use crate::{
-    Access, Fact, FailoverView, History, Migration, MigrationMode, MigrationPhase, Moment,
-    NodeView, Observed, Phase, Pod, PodPhase, Process, Purpose, RowView, RunPolicy, Stream,
+    Access, Fact, FailoverView, Migration, MigrationMode, MigrationPhase, Moment, NodeView,
+    Observed, Phase, PlannerMemory, Pod, PodPhase, Process, Purpose, RowView, RunPolicy, Stream,
     VmReport,
 };
 use bascule_ipc::vm::{self, MigrationStatus, VmState, VmStatus};
@@ -58,7 +58,7 @@ struct Move {
 
 #[derive(Clone, Default)]
 struct Operator {
-    history: History,
+    memory: PlannerMemory,
     view: Option<Observed>,
     dead_for: u32,
 }

@@ -31,7 +31,7 @@ impl Planner<'_> {
                 // One that is silent for a moment is waited for once it has been placed.
                 Some(view) if silent_for_a_moment(view, self.now) => None,
                 Some(_) => self
-                    .usable(target)
+                    .can_host(target)
                     .err()
                     .map(|why| (reason::NO_TARGET, why)),
             };
@@ -95,7 +95,7 @@ impl Planner<'_> {
             return None;
         }
         let target = self.bound_target(node, migration, pod)?;
-        match self.usable(&target) {
+        match self.can_host(&target) {
             Ok(owner) => Some((target, owner)),
             Err(why) if self.is_waited_for(&target, migration) => {
                 self.report_placing(node, migration, Some(target), why);
@@ -114,7 +114,7 @@ impl Planner<'_> {
         if !self.may_recover(target) {
             return false;
         }
-        let lost = self.observed.history.target_lost;
+        let lost = self.observed.memory.target_lost;
         let since = lost
             .filter(|(attempt, _)| *attempt == migration.attempt)
             .map_or(self.now, |(_, since)| since);

@@ -48,7 +48,7 @@ fn a_guest_is_not_started_on_a_node_without_kvm() {
 fn what_a_node_says_against_a_start_is_the_condition() {
     let mut case = Case::new().owned_by(1).with_pod("node-1");
     let why = "node-1: interfaces[0].bridge: no bridge \"wan\" is allowed on this node";
-    case.observed.history.error = Some((reason::START_FAILED, why.to_owned()));
+    case.observed.memory.error = Some((reason::START_FAILED, why.to_owned()));
     let ready = case.plan().report.ready;
     assert_eq!(
         (ready.status, ready.reason, ready.message.as_str()),
@@ -61,7 +61,7 @@ fn a_disk_that_somebody_else_has_is_the_condition() {
     let mut case = Case::new().owned_by(1).with_pod("node-1").with_disks();
     case.row().disks[1].vm = None;
     let why = "spec.disks[root].existing.name: volume san: shop/old.root: belongs to another";
-    case.observed.history.error = Some((reason::DISK_CLAIMED, why.to_owned()));
+    case.observed.memory.error = Some((reason::DISK_CLAIMED, why.to_owned()));
     let plan = case.plan();
     assert_eq!(
         (plan.report.ready.reason, plan.report.ready.message.as_str()),
@@ -92,7 +92,7 @@ fn a_failed_import_names_the_field_and_the_place_that_it_should_come_from() {
                 message: message.to_owned(),
             },
         }];
-        case.observed.history.imports_begun.insert(disk, NOW);
+        case.observed.memory.imports_begun.insert(disk, NOW);
         let plan = case.plan();
         assert_eq!(
             plan.actions,

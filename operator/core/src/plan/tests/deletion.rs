@@ -56,7 +56,7 @@ fn deletion_waits_while_nobody_can_say_who_owns_the_row() {
 #[test]
 fn a_guest_in_a_namespace_that_is_being_deleted_is_shut_down_and_lets_its_pod_go() {
     let mut case = Case::running_on(1).draining();
-    case.observed.history.namespace_ending = true;
+    case.observed.memory.namespace_ending = true;
     let plan = case.plan();
     assert!(plan.actions.contains(&Action::PowerButton {
         node: "node-1".to_owned()
@@ -70,7 +70,7 @@ fn a_guest_in_a_namespace_that_is_being_deleted_is_shut_down_and_lets_its_pod_go
     assert_eq!(plan.report.ready.reason, reason::DELETING);
 
     case = case.process_is(VmState::Stopped(StopReason::GuestShutdown));
-    case.observed.history.stopping_since = Some(NOW);
+    case.observed.memory.stopping_since = Some(NOW);
     let actions = case.plan().actions;
     assert!(
         actions

@@ -54,7 +54,7 @@ fn a_silent_node_is_recorded_and_the_volume_asked_until_it_grants() {
 #[test]
 fn a_takeover_that_waits_for_a_person_says_so() {
     let mut case = Case::running_on(1).silent(1).with_pod("node-2");
-    case.observed.history.takeover_refusal = Some(Refusal::NotFenced {
+    case.observed.memory.takeover_refusal = Some(Refusal::NotFenced {
         victim: node_owner(1),
         missing: MissingProof::AdminConfirmation,
     });

@@ -206,7 +206,7 @@ fn an_attempt_that_a_node_refuses_fails_with_the_nodes_words() {
     case.begun(0);
     case = case.with_migration_pod("go", "node-2");
     let why = "no bridge lan on this node".to_owned();
-    case.observed.history.move_rejected = Some((case.migration(0).attempt, NOW, why));
+    case.observed.memory.move_rejected = Some((case.migration(0).attempt, NOW, why));
     assert_eq!(
         case.migration_end("go"),
         None,
@@ -249,7 +249,7 @@ fn ends_with(trouble: fn(&mut Case)) -> [Option<(MigrationPhase, &'static str)>;
     case = case.with_migration_pod("go", "node-2");
     trouble(&mut case);
     let at_once = case.migration_end("go");
-    case.observed.history.target_lost = case.plan().report.target_lost;
+    case.observed.memory.target_lost = case.plan().report.target_lost;
     case.now = NOW.after(Duration::from_secs(30));
     [at_once, case.migration_end("go")]
 }
@@ -294,7 +294,7 @@ fn patience_with_a_target_begins_anew_with_each_trouble() {
     case = case.with_migration_pod("go", "node-2");
     assert_eq!(case.plan().report.target_lost, None);
     case.node("node-2").access = Fact::Unknown;
-    case.observed.history.target_lost = Some((AttemptId::from_bytes([42; 16]), Moment(0)));
+    case.observed.memory.target_lost = Some((AttemptId::from_bytes([42; 16]), Moment(0)));
     assert_eq!(case.migration_end("go"), None);
     let lost = case.plan().report.target_lost;
     assert_eq!(lost, Some((case.migration(0).attempt, NOW)));

@@ -24,7 +24,7 @@ fn a_source_that_has_begun_is_not_asked_again_however_late_its_report() {
             .with_incoming(2, "10.0.0.2:7000");
         assert!(asks(&case), "{mode:?}");
         let pid = case.observed.processes[0].status.pid;
-        case.observed.history.move_begun = Some((case.migration(0).attempt, pid));
+        case.observed.memory.move_begun = Some((case.migration(0).attempt, pid));
         case.now = NOW.after(Duration::from_secs(60));
         assert!(!asks(&case), "{mode:?}");
     }
@@ -36,7 +36,7 @@ fn a_guest_that_was_started_again_meanwhile_is_asked_anew() {
     case.begun(0);
     case = case.with_migration_pod("go", "node-2");
     let pid = case.observed.processes[0].status.pid;
-    case.observed.history.move_begun = Some((case.migration(0).attempt, pid));
+    case.observed.memory.move_begun = Some((case.migration(0).attempt, pid));
     case.observed.processes[0].status.pid = pid + 1;
     assert!(asks(&case));
 }

@@ -14,7 +14,7 @@ fn new_leader() -> Case {
         node.access = Fact::Unknown;
     }
     case.volume().peers.clear();
-    case.observed.history.reported = Some(Reported {
+    case.observed.memory.reported = Some(Reported {
         phase: Phase::Running,
         node: Some("node-1".to_owned()),
     });
@@ -49,7 +49,7 @@ fn a_new_leader_leaves_the_status_alone_until_the_nodes_have_reported() {
 #[test]
 fn silence_that_lasts_is_reported_with_the_node_that_was_known_last() {
     let mut case = new_leader();
-    case.observed.history.unknown_since = Some(NOW);
+    case.observed.memory.unknown_since = Some(NOW);
     case.now = NOW.after(Duration::from_secs(30));
     let report = case.plan().report;
     assert!(!report.keep);
@@ -66,7 +66,7 @@ fn silence_that_lasts_is_reported_with_the_node_that_was_known_last() {
 #[test]
 fn what_never_ran_says_at_once_that_no_node_reaches_its_volume() {
     let mut case = new_leader();
-    case.observed.history.reported = None;
+    case.observed.memory.reported = None;
     let report = case.plan().report;
     assert!(!report.keep);
     assert_eq!(
@@ -79,7 +79,7 @@ fn what_never_ran_says_at_once_that_no_node_reaches_its_volume() {
 fn a_backing_device_that_is_gone_on_all_nodes_is_news_and_names_the_reason() {
     let mut case = Case::running_on(1);
     case.observed.row = Fact::Unknown;
-    case.observed.history.reported = Some(Reported {
+    case.observed.memory.reported = Some(Reported {
         phase: Phase::Running,
         node: Some("node-1".to_owned()),
     });

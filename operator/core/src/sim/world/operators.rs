@@ -8,8 +8,8 @@ use bascule_types::{Change, FenceProof, FenceRow, MissingProof, Owner, Refusal, 
 
 use super::{SAFE, SILENT, World, begin, guest, process, view};
 use crate::{
-    Action, Budgets, DrainPolicy, Fact, FailoverUpdate, FailoverView, FailurePolicy, History,
-    Observed, Peer, Pod, PodPhase, Purpose, Reported, RestartBudget, SpecDigest, VmIntent,
+    Action, Budgets, DrainPolicy, Fact, FailoverUpdate, FailoverView, FailurePolicy, Observed,
+    Peer, PlannerMemory, Pod, PodPhase, Purpose, Reported, RestartBudget, SpecDigest, VmIntent,
     VolumeView, plan,
 };
 
@@ -54,7 +54,7 @@ impl World {
         for which in 0..2 {
             if self.operators[which].dead_for > 0 {
                 self.operators[which].dead_for -= 1;
-                self.operators[which].history = History::default();
+                self.operators[which].memory = PlannerMemory::default();
                 self.operators[which].view = None;
                 continue;
             }
@@ -80,8 +80,8 @@ impl World {
                     break;
                 }
             }
-            self.operators[which].history.unknown_since = plan.report.unknown_since;
-            self.operators[which].history.target_lost = plan.report.target_lost;
+            self.operators[which].memory.unknown_since = plan.report.unknown_since;
+            self.operators[which].memory.target_lost = plan.report.target_lost;
             if self.api_away_for == 0 && !plan.report.keep {
                 self.status = Some(plan.report);
             }
@@ -89,12 +89,12 @@ impl World {
     }
 
     pub(super) fn remember(&self, which: usize, observed: &mut Observed) {
-        observed.history = self.operators[which].history.clone();
+        observed.memory = self.operators[which].memory.clone();
         if let Some(status) = &self.status {
-            observed.history.restarts = status.restarts.clone();
-            observed.history.stopping_since = status.stopping_since;
-            observed.history.completed = status.completed;
-            observed.history.reported = Some(Reported {
+            observed.memory.restarts = status.restarts.clone();
+            observed.memory.stopping_since = status.stopping_since;
+            observed.memory.completed = status.completed;
+            observed.memory.reported = Some(Reported {
                 phase: status.phase,
                 node: status.node.clone(),
             });
@@ -174,7 +174,7 @@ impl World {
             failovers: Fact::Known(self.failovers.clone()),
             processes,
             imports: vec![],
-            history: History::default(),
+            memory: PlannerMemory::default(),
         }
     }
 
@@ -335,7 +335,7 @@ impl World {
                 let proved = victim.silent_steps >= SAFE
                     || row.fences.iter().any(|fence| fence.victim == from);
                 if !proved {
-                    self.operators[which].history.takeover_refusal = Some(Refusal::NotFenced {
+                    self.operators[which].memory.takeover_refusal = Some(Refusal::NotFenced {
                         victim: from,
                         missing: MissingProof::Alive,
                     });
@@ -437,7 +437,7 @@ impl World {
                     node.processes.push(made);
                 }
                 let address = "10.0.0.1:7000".parse().unwrap();
-                self.operators[which].history.listening = Some((attempt, address));
+                self.operators[which].memory.listening = Some((attempt, address));
             }
             Action::MigrateLive {
                 pid, attempt, to, ..
@@ -450,7 +450,7 @@ impl World {
                     return false;
                 };
                 begin(guest, attempt, to, quick);
-                self.operators[which].history.move_begun = Some((attempt, pid));
+                self.operators[which].memory.move_begun = Some((attempt, pid));
             }
             Action::CancelMigration { attempt, .. } => {
                 for guest in &mut node.processes {

@@ -7,7 +7,7 @@ use bascule_types::{Change, Owner};
 use super::Planner;
 use super::reservation::leaving;
 use crate::observed::{RowView, SavedView};
-use crate::{Action, Phase, Process, Purpose, RunPolicy, Verdict};
+use crate::{Action, NodeHealth, Phase, Process, Purpose, RunPolicy};
 
 /// What the processes that have ended mean for the next start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,24 +43,24 @@ impl<'a> Planner<'a> {
     }
 
     /// A node owns the row.
-    pub(super) fn owned(&mut self, row: &'a RowView, node: &str, owner: Owner, verdict: Verdict) {
-        match verdict {
-            Verdict::Healthy => {}
-            Verdict::Suspect => return self.failover(row, node, owner),
-            Verdict::StorageLost => {
+    pub(super) fn owned(&mut self, row: &'a RowView, node: &str, owner: Owner, health: NodeHealth) {
+        match health {
+            NodeHealth::Healthy => {}
+            NodeHealth::Suspect => return self.failover(row, node, owner),
+            NodeHealth::StorageLost => {
                 self.report.protected = self.protection(node);
                 let message = format!("{node} has lost its path to the volume; the guest waits");
                 self.ready(Phase::Running, false, reason::STORAGE_LOST, message);
-                return self.soon();
+                return self.requeue_soon();
             }
-            Verdict::Isolated => {
+            NodeHealth::Isolated => {
                 self.report.protected = self.protection(node);
                 let message =
                     format!("bascule-node on {node} does not answer; the guest runs on there");
                 self.ready(Phase::Running, false, reason::NODE_UNREACHABLE, message);
-                return self.soon();
+                return self.requeue_soon();
             }
-            Verdict::Undetermined => {
+            NodeHealth::Undetermined => {
                 let message = format!("nothing is heard of {node}");
                 return self.not_known(reason::NODE_UNREACHABLE, message);
             }
@@ -74,18 +74,18 @@ impl<'a> Planner<'a> {
                         node: node.to_owned(),
                         pid: process.status.pid,
                     });
-                    self.soon();
+                    self.requeue_soon();
                 }
                 VmState::Starting | VmState::Incoming => {
                     let message = format!("starting on {node}");
                     self.ready(Phase::Starting, false, reason::STARTING, message);
-                    self.soon();
+                    self.requeue_soon();
                 }
                 // A row that still names a node which the guest has left is a stale one.
                 VmState::InDoubt | VmState::Departed => {
                     let message = "waiting for the volume to say which side the guest is on";
                     self.ready(Phase::Migrating, false, reason::MIGRATING, message);
-                    self.soon();
+                    self.requeue_soon();
                 }
                 VmState::Stopped(_) => self.idle(row, node, owner),
             },
@@ -137,7 +137,7 @@ impl<'a> Planner<'a> {
             epoch: row.epoch,
             restore,
         });
-        self.soon();
+        self.requeue_soon();
     }
 
     /// Gives the room of a saved state back that nobody may be restored from.
@@ -160,7 +160,7 @@ impl<'a> Planner<'a> {
     pub(super) fn wanted(&self) -> bool {
         match self.intent.run {
             // Its pods go first, and the object only after them.
-            _ if self.observed.history.namespace_ending => false,
+            _ if self.observed.memory.namespace_ending => false,
             RunPolicy::Always => true,
             RunPolicy::OnFailure => !self.report.completed,
             RunPolicy::Stopped => false,
@@ -181,8 +181,8 @@ impl<'a> Planner<'a> {
             return;
         }
         let importer = self
-            .via()
-            .and_then(|node| self.usable(&node).ok().map(|o| (node, o)));
+            .route()
+            .and_then(|node| self.can_host(&node).ok().map(|o| (node, o)));
         self.ready(
             Phase::Importing,
             false,
@@ -197,7 +197,7 @@ impl<'a> Planner<'a> {
     /// Collects what has ended, and accounts for restarts: a guest that ended by itself is only
     /// forgotten when its budget allows another start.
     fn ended_processes(&mut self, row: &RowView) -> Ended {
-        let mut verdict = Ended::MayStart;
+        let mut ended_as = Ended::MayStart;
         for process in &self.observed.processes {
             let answers = self.observed.nodes.get(&process.node);
             if answers.is_none_or(|node| node.stream != crate::Stream::Up) {
@@ -214,16 +214,16 @@ impl<'a> Planner<'a> {
                 continue;
             }
             if process.status.epoch == row.epoch && self.may_restart(process) == Ended::MayNot {
-                verdict = Ended::MayNot;
+                ended_as = Ended::MayNot;
                 continue;
             }
             self.push(Action::CollectVm {
                 node: process.node.clone(),
                 pid: process.status.pid,
             });
-            self.soon();
+            self.requeue_soon();
         }
-        verdict
+        ended_as
     }
 
     /// Whether a guest that ended in the present tenure may be started again now.
@@ -259,7 +259,7 @@ impl<'a> Planner<'a> {
         let restarts = self
             .intent
             .restart
-            .recent(&self.observed.history.restarts, self.now);
+            .recent(&self.observed.memory.restarts, self.now);
         match self.intent.restart.next(&restarts, self.now) {
             Some(at) if at <= self.now => {
                 self.report.restarts.push(self.now);
@@ -309,7 +309,7 @@ impl<'a> Planner<'a> {
             }
             return None;
         };
-        match self.usable(node) {
+        match self.can_host(node) {
             Ok(owner) => {
                 if pod.purpose != Purpose::Current {
                     self.push(Action::PromoteReservation {
@@ -321,20 +321,20 @@ impl<'a> Planner<'a> {
             }
             Err(why) => {
                 self.ready(Phase::Pending, false, reason::VOLUME_UNAVAILABLE, why);
-                if self.others_are_usable(node) {
+                if self.another_node_can_host(node) {
                     self.delete_reservation(pod, false);
                 }
-                self.soon();
+                self.requeue_soon();
                 None
             }
         }
     }
 
-    fn others_are_usable(&self, node: &str) -> bool {
+    fn another_node_can_host(&self, node: &str) -> bool {
         self.observed
             .nodes
             .iter()
-            .any(|(name, view)| name != node && !view.cordoned && self.usable(name).is_ok())
+            .any(|(name, view)| name != node && !view.cordoned && self.can_host(name).is_ok())
     }
 
     fn acquire(&mut self, row: &RowView, node: String, owner: Owner) {
@@ -345,13 +345,13 @@ impl<'a> Planner<'a> {
             to: owner,
         };
         self.push(Action::Change { via: node, change });
-        self.soon();
+        self.requeue_soon();
     }
 
     /// Gives the row up. Only while no process and no import of it lives on the node, which its own
     /// volume process checks again.
     pub(super) fn release(&mut self, row: &RowView, node: &str, owner: Owner) {
-        self.soon();
+        self.requeue_soon();
         if self.process_lives_on(node) || self.import_runs_on(node, row) {
             return;
         }
@@ -395,7 +395,7 @@ impl<'a> Planner<'a> {
 
     /// If something went wrong lately, that is what people want to read.
     pub(super) fn report_error(&mut self) {
-        if let Some((reason, message)) = &self.observed.history.error {
+        if let Some((reason, message)) = &self.observed.memory.error {
             self.report.ready.reason = reason;
             self.report.ready.message.clone_from(message);
         }

@@ -119,8 +119,8 @@ fn stop_presses_the_power_button_and_forces_off_after_the_grace() {
     assert_eq!(plan.report.stopping_since, Some(NOW));
     assert_eq!(plan.report.phase, Phase::Stopping);
 
-    case.observed.history.stopping_since = Some(NOW);
-    case.observed.history.power_button = Some(NOW);
+    case.observed.memory.stopping_since = Some(NOW);
+    case.observed.memory.power_button = Some(NOW);
     case.now = NOW.after(Duration::from_secs(2));
     assert_eq!(case.plan().actions, [], "one press is enough for now");
     case.now = NOW.after(case.intent.budgets.shutdown);
@@ -154,13 +154,13 @@ fn a_guest_that_keeps_failing_waits_longer_and_then_gives_up() {
     };
     let mut case = Case::running_on(1).process_is(VmState::Stopped(fault));
     case.row().owner = None;
-    case.observed.history.restarts = vec![NOW];
+    case.observed.memory.restarts = vec![NOW];
     let plan = case.plan();
     assert_eq!(plan.report.ready.reason, reason::BACKING_OFF);
     assert!(plan.report.ready.message.contains("triple fault"));
     assert!(plan.actions.is_empty(), "{:?}", plan.actions);
 
-    case.observed.history.restarts = vec![NOW; case.intent.restart.attempts_max];
+    case.observed.memory.restarts = vec![NOW; case.intent.restart.attempts_max];
     assert_eq!(case.plan().report.ready.reason, reason::RESTARTS_EXHAUSTED);
 }
 

@@ -34,19 +34,19 @@ pub enum RecordKind {
 /// The records that are to go: of each kind the newest [`RECORDS_KEPT`] of every virtual machine
 /// stay, and as many in every namespace of virtual machines that are gone.
 #[must_use]
-pub fn surplus(mut closed: Vec<ClosedRecord>) -> Vec<ClosedRecord> {
+pub fn expired(mut closed: Vec<ClosedRecord>) -> Vec<ClosedRecord> {
     closed.sort_by(|a, b| {
         let group =
             |record: &ClosedRecord| (record.kind, record.namespace.clone(), record.vm.clone());
         (group(a), b.created, &b.name).cmp(&(group(b), a.created, &a.name))
     });
-    let mut surplus = vec![];
+    let mut expired = vec![];
     let groups =
         closed.chunk_by(|a, b| (a.kind, &a.namespace, &a.vm) == (b.kind, &b.namespace, &b.vm));
     for group in groups {
-        surplus.extend(group.iter().skip(RECORDS_KEPT).cloned());
+        expired.extend(group.iter().skip(RECORDS_KEPT).cloned());
     }
-    surplus
+    expired
 }
 
 /// More than a person reads, and far more than the four attempts that one drain makes, which the
@@ -78,7 +78,7 @@ mod tests {
         closed.extend(many(RecordKind::Failover, Some("web"), 20));
         closed.extend(many(RecordKind::Migration, Some("db"), 5));
         closed.reverse();
-        let names: Vec<String> = surplus(closed).into_iter().map(|r| r.name).collect();
+        let names: Vec<String> = expired(closed).into_iter().map(|r| r.name).collect();
         assert_eq!(names, ["web-002", "web-001", "web-000"]);
     }
 
@@ -88,7 +88,7 @@ mod tests {
         let mut elsewhere = record(RecordKind::Migration, None, 0);
         elsewhere.namespace = "lab".to_owned();
         closed.push(elsewhere);
-        let gone = surplus(closed);
+        let gone = expired(closed);
         assert_eq!(gone.len(), 1);
         assert_eq!(
             (gone[0].created, gone[0].namespace.as_str()),
@@ -105,9 +105,9 @@ mod tests {
                 ..record(RecordKind::Failover, Some("web"), n)
             })
             .collect();
-        let one = surplus(closed.clone());
+        let one = expired(closed.clone());
         closed.reverse();
-        assert_eq!(surplus(closed), one);
+        assert_eq!(expired(closed), one);
         assert_eq!(one.len(), 5);
     }
 }

@@ -1,0 +1,63 @@
+//! Whether a node is healthy, per volume, from independent signals.
+
+use crate::{Fact, Stream};
+
+/// What to make of a node, as far as one volume is concerned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NodeHealth {
+    /// Nothing is wrong.
+    Healthy,
+    /// The daemon answers, the heartbeat does not: its guests' disks wait.
+    StorageLost,
+    /// The heartbeat goes on, the daemon does not answer: its guests run.
+    Isolated,
+    /// Neither: a proof is to be obtained. Suspicion alone moves nothing.
+    Suspect,
+    /// Too little is known.
+    Undetermined,
+}
+
+/// The verdict. The kubelet's Node condition is the third signal; whatever it says, guests do not
+/// need a kubelet, so it is shown and changes no verdict.
+#[must_use]
+pub const fn node_health(stream: Stream, heartbeat: &Fact<bool>) -> NodeHealth {
+    match (stream, heartbeat) {
+        (Stream::Up, Fact::Known(false)) => NodeHealth::StorageLost,
+        (Stream::Up, _) => NodeHealth::Healthy,
+        (Stream::Down { .. }, Fact::Known(true)) => NodeHealth::Isolated,
+        (Stream::Down { .. }, Fact::Known(false)) => NodeHealth::Suspect,
+        (Stream::Down { .. } | Stream::Unknown, _) => NodeHealth::Undetermined,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Moment;
+
+    #[test]
+    fn only_a_node_that_is_silent_both_ways_is_suspect() {
+        let down = Stream::Down { since: Moment(0) };
+        for (stream, heartbeat, expected) in [
+            (Stream::Up, Fact::Known(true), NodeHealth::Healthy),
+            (Stream::Up, Fact::Known(false), NodeHealth::StorageLost),
+            (Stream::Up, Fact::Unknown, NodeHealth::Healthy),
+            (down, Fact::Known(true), NodeHealth::Isolated),
+            (down, Fact::Known(false), NodeHealth::Suspect),
+            (down, Fact::Unknown, NodeHealth::Undetermined),
+            (down, Fact::Absent, NodeHealth::Undetermined),
+            (
+                Stream::Unknown,
+                Fact::Known(false),
+                NodeHealth::Undetermined,
+            ),
+            (Stream::Unknown, Fact::Known(true), NodeHealth::Undetermined),
+        ] {
+            assert_eq!(
+                node_health(stream, &heartbeat),
+                expected,
+                "{stream:?} {heartbeat:?}"
+            );
+        }
+    }
+}

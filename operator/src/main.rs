@@ -13,9 +13,9 @@
 //! node daemons and the volumes.
 #![forbid(unsafe_code)]
 
-mod authority;
 mod cli;
 mod clock;
+mod cluster_ca;
 mod context;
 mod controllers;
 mod enrollment;
@@ -31,7 +31,7 @@ mod observe;
 mod ownership_cache;
 mod record_status;
 mod reservation_pod;
-mod run;
+mod startup;
 mod stores;
 mod vm_intent;
 mod vm_status;
@@ -42,7 +42,7 @@ use clap::Parser;
 
 fn main() -> ExitCode {
     let args = cli::Args::parse();
-    match run::main(&args) {
+    match startup::main(&args) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");

@@ -68,7 +68,7 @@ pub(crate) fn intent(vm: &VirtualMachine) -> Result<VmIntent> {
 pub(crate) fn vm_spec(vm: &VirtualMachine) -> Result<VmSpec> {
     let (namespace, name) = names(vm);
     let uid = vm.metadata.uid.as_deref().unwrap_or_default();
-    let image = |disk: &str| row_text(&namespace, &name, disk);
+    let image = |disk: &str| qualified_disk_name(&namespace, &name, disk);
     let spec = &vm.spec;
     Ok(VmSpec {
         uid: uid.parse().context("metadata.uid")?,
@@ -135,7 +135,7 @@ fn disks(vm: &VirtualMachine, namespace: &str, name: &str) -> Result<Vec<DiskInt
     let boot = |disk: &str, role, size, source: &Source| -> Result<DiskIntent> {
         Ok(DiskIntent {
             name: disk.to_owned(),
-            row: RowName::new(row_text(namespace, name, disk))?,
+            row: RowName::new(qualified_disk_name(namespace, name, disk))?,
             role,
             origin: Origin::Image {
                 size,
@@ -194,11 +194,11 @@ fn image_source(source: &Source) -> Result<ImageSource> {
 fn disk_row(namespace: &str, vm: &str, disk: &Disk) -> String {
     match &disk.existing {
         Some(existing) => format!("{namespace}/{}", existing.name),
-        None => row_text(namespace, vm, &disk.name),
+        None => qualified_disk_name(namespace, vm, &disk.name),
     }
 }
 
-fn row_text(namespace: &str, vm: &str, disk: &str) -> String {
+fn qualified_disk_name(namespace: &str, vm: &str, disk: &str) -> String {
     format!("{namespace}/{vm}.{disk}")
 }
 

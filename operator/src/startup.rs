@@ -25,7 +25,7 @@ use crate::metrics::Metrics;
 use crate::node_clients::NodeClients;
 use crate::ownership_cache::OwnershipCache;
 use crate::stores::Stores;
-use crate::{authority, http};
+use crate::{cluster_ca, http};
 
 /// Runs until SIGTERM or SIGINT, or until a task fails.
 pub(crate) fn main(args: &Args) -> Result<()> {
@@ -74,7 +74,7 @@ async fn serve(
         .context("configure the Kubernetes client")?;
     check_version(&client).await?;
     let cluster_id = cluster_id(&client).await?;
-    let authority = Arc::new(authority::load_or_create(&client, &args.namespace).await?);
+    let authority = Arc::new(cluster_ca::load_or_create(&client, &args.namespace).await?);
     let enrollment =
         EnrollmentService::new(client.clone(), Arc::clone(&authority), cluster_id, &args);
     let mut servers: JoinSet<Result<()>> = JoinSet::new();

@@ -118,7 +118,7 @@ pub(crate) async fn run(context: OperatorContext, changed: Arc<Notify>) {
 async fn reconcile(
     context: &OperatorContext,
     vm: &VirtualMachine,
-    memory: &Mutex<PlannerMemory>,
+    shared_memory: &Mutex<PlannerMemory>,
 ) -> Duration {
     let intent = match crate::vm_intent::intent(vm) {
         Ok(intent) => intent,
@@ -130,7 +130,7 @@ async fn reconcile(
             return REQUEUE_MAX;
         }
     };
-    let mut history = memory
+    let mut memory = shared_memory
         .lock()
         .unwrap_or_else(PoisonError::into_inner)
         .clone();
@@ -140,7 +140,7 @@ async fn reconcile(
         &context.stores,
         &context.nodes.states(),
         rows.as_deref(),
-        &history,
+        &memory,
         now(),
     );
     let plan = plan(&intent, &observed, now());
@@ -150,16 +150,16 @@ async fn reconcile(
         vm,
         intent: &intent,
         now: now(),
-        memory: &mut history,
+        memory: &mut memory,
     };
     let executed = execution.run(&plan.actions).await;
     if executed.is_ok() && plan.report.ready.status == Some(true) {
-        history.error = None;
+        memory.error = None;
     }
-    history.unknown_since = plan.report.unknown_since;
-    history.target_lost = plan.report.target_lost;
-    let logged_before = observed.memory.error == history.error;
-    *memory.lock().unwrap_or_else(PoisonError::into_inner) = history;
+    memory.unknown_since = plan.report.unknown_since;
+    memory.target_lost = plan.report.target_lost;
+    let logged_before = observed.memory.error == memory.error;
+    *shared_memory.lock().unwrap_or_else(PoisonError::into_inner) = memory;
     let mut requeue = plan.requeue;
     if let Err(error) = executed {
         requeue = requeue.min(RETRY);

@@ -6,11 +6,11 @@ use bascule_node_api::command::{Command, ImportSource, Outcome, RejectReason};
 use bascule_operator_core::{Action, ImageSource, VmIntent};
 use bascule_types::{AttemptId, Change, Epoch, Owner, Refusal};
 
-use super::{Execution, Refused, label};
+use crate::execute::execution::{Execution, Refused, action_name};
 use crate::reservation_pod;
 
 impl Execution<'_> {
-    pub(super) async fn command(&mut self, node: &str, command: &Command) -> Result<Outcome> {
+    pub(super) async fn send_command(&mut self, node: &str, command: &Command) -> Result<Outcome> {
         let outcome = self.context.nodes.execute(node, command).await?;
         if let Outcome::Rejected {
             reason: why,
@@ -53,12 +53,12 @@ impl Execution<'_> {
         Ok(outcome)
     }
 
-    pub(super) async fn change(&mut self, via: &str, change: &Change) -> Result<()> {
+    pub(super) async fn request_change(&mut self, via: &str, change: &Change) -> Result<()> {
         let command = Command::Change {
             volume: self.intent.volume.clone(),
             change: change.clone(),
         };
-        let outcome = self.command(via, &command).await;
+        let outcome = self.send_command(via, &command).await;
         self.context.ownership.refresh(&self.intent.volume).await;
         match outcome? {
             Outcome::Granted(_) | Outcome::Done => {
@@ -87,7 +87,7 @@ impl Execution<'_> {
     }
 
     #[expect(clippy::too_many_lines, reason = "one arm for each action")]
-    pub(super) async fn on_node(&mut self, action: &Action) -> Result<()> {
+    pub(super) async fn execute_on_node(&mut self, action: &Action) -> Result<()> {
         let vm = self.intent.uid;
         let (node, command) = match action {
             Action::Import {
@@ -129,7 +129,7 @@ impl Execution<'_> {
                 owner,
                 epoch,
             } => {
-                return self.prepare(node, *attempt, *owner, *epoch).await;
+                return self.prepare_incoming(node, *attempt, *owner, *epoch).await;
             }
             Action::MigrateLive {
                 node,
@@ -174,9 +174,9 @@ impl Execution<'_> {
             }
             Action::StopVm { node } => (node, Command::StopVm { vm }),
             Action::CollectVm { node, pid } => (node, Command::CollectVm { vm, pid: *pid }),
-            other => bail!("not an action for a node: {}", label(other)),
+            other => bail!("not an action for a node: {}", action_name(other)),
         };
-        self.command(node, &command).await?;
+        self.send_command(node, &command).await?;
         match action {
             Action::StartVm { .. } => self.memory.error = None,
             Action::MigrateLive { attempt, pid, .. }
@@ -188,7 +188,7 @@ impl Execution<'_> {
         Ok(())
     }
 
-    async fn prepare(
+    async fn prepare_incoming(
         &mut self,
         node: &str,
         attempt: AttemptId,
@@ -211,7 +211,7 @@ impl Execution<'_> {
             owner,
             epoch,
         };
-        match self.command(node, &command).await? {
+        match self.send_command(node, &command).await? {
             Outcome::Listening { address } => {
                 self.memory.listening = Some((attempt, address));
                 Ok(())

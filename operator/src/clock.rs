@@ -1,10 +1,10 @@
-//! The operator's clock: wall-clock time in milliseconds, the resolution of Kubernetes timestamps and
-//! better. Only intervals on this one clock are ever compared.
+//! The operator's clock: wall-clock time in milliseconds, because plans compare it with timestamps of the
+//! API server. No safety rule depends on it: leases and fence proofs are judged on the volumes.
 
 use bascule_operator_core::Moment;
 use jiff::Timestamp;
 
-/// The present, for a plan.
+/// The current time.
 pub(crate) fn now() -> Moment {
     moment(&Timestamp::now())
 }

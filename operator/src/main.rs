@@ -6,8 +6,9 @@
 //! - Execution: [`execute`] carries a plan out, one API call or node command per action;
 //!   [`record_status`] and [`vm_status`] write statuses.
 //! - [`controllers`]: the loops of the leader. [`context`] is what they share.
-//! - [`enrollment`] signs node certificates. Every replica serves it; all else is done by the leader
-//!   only.
+//! - [`enrollment`] signs node certificates with the key of [`cluster_ca`]. Every replica serves it; all
+//!   else is done by the leader only. [`startup`] starts both.
+//! - [`kube_api`], [`clock`]: helpers that depend on no other module.
 //!
 //! The operator stores nothing of its own: after a restart it derives everything from the API, the
 //! node daemons and the volumes.

@@ -1,14 +1,14 @@
-//! The one clock that leases are measured with.
+//! `CLOCK_BOOTTIME`: the clock of all leases.
 
 use bascule_types::BootTime;
 use rustix::time::{ClockId, clock_gettime};
 
-/// This moment on the host's `CLOCK_BOOTTIME`: counts through suspend and is set by nobody.
+/// The present time of the host's `CLOCK_BOOTTIME`, which counts through suspend and cannot be set.
 #[must_use]
 pub fn boot_time_now() -> BootTime {
     let now = clock_gettime(ClockId::Boottime);
-    // The kernel never reports a negative boot time; were it to, the moment 0 is the one in which
-    // every lease of an earlier moment still looks valid, so take the far end instead.
+    // The kernel reports no negative boot time. If it did, 0 would make every lease look valid;
+    // the largest value makes every lease look expired.
     let seconds = u64::try_from(now.tv_sec).unwrap_or(u64::MAX);
     let nanoseconds = u64::try_from(now.tv_nsec).unwrap_or(0);
     BootTime(

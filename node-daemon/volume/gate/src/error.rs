@@ -1,65 +1,65 @@
-//! What can go wrong with the gate page itself.
+//! Errors of the gate page itself; a closed gate is not an error but a [`crate::GateClosed`].
 
 use std::path::PathBuf;
 
 use bascule_types::{Generation, Owner, VolumeId};
 
-/// A gate page that cannot be used.
+/// Why a gate page cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum GateError {
     /// A system call on the page failed.
     #[error("cannot {action} the gate page {path}")]
     Io {
-        /// What was tried.
+        /// The operation that failed.
         action: &'static str,
-        /// The page; empty when only its descriptor is known.
+        /// The page's file; empty when only its descriptor is known.
         path: PathBuf,
-        /// Why it failed.
+        /// The error of the system call.
         source: rustix::io::Errno,
     },
-    /// Another process is this page's writer.
+    /// Another process holds the writer's lock.
     #[error("the gate page {path} is held by another bascule-volume process")]
     Busy {
-        /// The page.
+        /// The page's file.
         path: PathBuf,
     },
     /// The file is shorter than a page, or its creator has not finished it.
     #[error("the gate page is not ready")]
     NotReady,
-    /// The file is something else.
+    /// The file does not start with `BSCLGATE`.
     #[error("this file is not a gate page")]
     BadMagic,
-    /// The page is of a release that this one does not understand.
+    /// A later release wrote the page, in a layout that this release cannot read.
     #[error("the gate page needs a reader of version {needed}; this is version {known}")]
     TooNew {
-        /// The lowest version that may read it.
+        /// The lowest layout version that may read the page.
         needed: u64,
-        /// This release's version.
+        /// The layout version of this release.
         known: u64,
     },
-    /// The page was written before the host's last boot, so its times mean nothing.
+    /// The page was created before the host's last boot: its times are of another clock.
     #[error("the gate page is of an earlier boot")]
     EarlierBoot,
     /// The page belongs to another volume.
     #[error("the gate page is for {found}, not {wanted}")]
     OtherVolume {
-        /// The volume in the page.
+        /// The volume id in the page.
         found: VolumeId,
-        /// The volume wanted.
+        /// The volume id of the caller.
         wanted: VolumeId,
     },
-    /// A publication would let an older owner through again.
-    #[error("the gate page shows {shown}; it cannot go on to {asked}")]
+    /// Publishing this owner would open the gate for an older generation, or for another slot.
+    #[error("the gate page shows {shown}; {requested} is not a later generation of that slot")]
     NotNewer {
-        /// In the page.
+        /// The owner in the page.
         shown: Owner,
-        /// Asked for.
-        asked: Owner,
+        /// The owner that was to be published.
+        requested: Owner,
     },
     /// The generation does not fit the page's 48 bits.
     #[error("generation {generation} does not fit the gate page")]
     GenerationTooLarge {
-        /// The generation.
+        /// The generation that was to be published.
         generation: Generation,
     },
 }

@@ -1,14 +1,13 @@
-//! The I/O gate: the shared page in which a node's lease expiry is published, and the check that
-//! each write passes right before submission.
+//! The I/O gate: a shared-memory page with the expiry of a node's lease, and the check that each
+//! write passes right before submission (sanlock and VMFS check a lease in the same way).
 //!
-//! One page exists per attached volume, a file in the host's run directory (a tmpfs).
-//! `bascule-volume` is its only writer and holds an exclusive lock on it for as long as it lives.
-//! Every process that writes to the volume maps the page read-only, and so does
-//! `bascule-watchdog`. The page outlives `bascule-volume`: a restart takes it over and closes no
-//! gate.
+//! There is one page per attached volume: a file in the host's run directory (a tmpfs).
+//! `bascule-volume` is its only writer and holds an exclusive lock on it as long as it runs. Every
+//! process that writes to the volume maps the page read-only, and so does `bascule-watchdog`. The
+//! page outlives `bascule-volume`: its next process takes the page over, and open gates stay open.
 //!
-//! This crate must not know volumes, records or rules about when a lease may be extended: see
-//! `bascule-volume-protocol` for those. Read next: [`layout`] (the bytes), [`GateWriter`],
+//! This crate must not know the on-disk format, nor when a lease may be extended: that is in
+//! `bascule-volume-protocol`. Read next: [`layout`] (the bytes), [`GateWriter`],
 //! [`GateReader`].
 //!
 //! ```no_run

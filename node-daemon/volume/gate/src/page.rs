@@ -1,4 +1,4 @@
-//! The mapping: 512 atomic words over a shared file.
+//! The shared mapping of the page's file: 512 atomic 64-bit words.
 #![expect(
     unsafe_code,
     reason = "maps shared memory; the only module of this crate that does"
@@ -25,11 +25,11 @@ unsafe impl Send for Page {}
 unsafe impl Sync for Page {}
 
 impl Page {
-    /// Map the first page of `file`.
+    /// Maps the first page of `file`.
     ///
     /// # Assumes
-    /// The file has at least [`PAGE_BYTES`] bytes and nobody shortens it: an access would raise
-    /// SIGBUS. Only root may write in the run directory, and nothing of Bascule shortens it.
+    /// The file has at least [`PAGE_BYTES`] bytes and is not truncated while it is mapped: an access
+    /// would raise SIGBUS. Only root may write in the run directory, and Bascule truncates no page.
     pub(crate) fn map(file: impl AsFd, writable: bool) -> Result<Self, Errno> {
         let protection = if writable {
             ProtFlags::READ | ProtFlags::WRITE
@@ -67,28 +67,28 @@ impl Page {
         unsafe { AtomicU64::from_ptr(word.as_ptr().cast()) }
     }
 
-    /// Load the word at byte `offset`.
+    /// Loads the word at byte `offset`.
     pub(crate) fn load(&self, offset: usize) -> u64 {
         self.word(offset).load(Ordering::SeqCst)
     }
 
-    /// Store the word at byte `offset`. The mapping must be writable.
+    /// Stores the word at byte `offset`. The mapping must be writable.
     pub(crate) fn store(&self, offset: usize, value: u64) {
         self.word(offset).store(value, Ordering::SeqCst);
     }
 
-    /// Raise the word at byte `offset` to `value` if it is lower.
+    /// Raises the word at byte `offset` to `value` if it is lower.
     pub(crate) fn raise(&self, offset: usize, value: u64) {
         self.word(offset).fetch_max(value, Ordering::SeqCst);
     }
 
-    /// Load 16 bytes as two words.
+    /// Loads 16 bytes as two words; not atomic as a whole.
     pub(crate) fn load_16(&self, offset: usize) -> [u8; 16] {
         let (low, high) = (self.load(offset), self.load(offset + 8));
         (u128::from(low) | u128::from(high) << 64).to_le_bytes()
     }
 
-    /// Store 16 bytes as two words.
+    /// Stores 16 bytes as two words; not atomic as a whole.
     pub(crate) fn store_16(&self, offset: usize, bytes: [u8; 16]) {
         let [low, high] = split(u128::from_le_bytes(bytes));
         self.store(offset, low);
@@ -105,7 +105,10 @@ impl Drop for Page {
     }
 }
 
-#[expect(clippy::cast_possible_truncation, reason = "takes the halves apart")]
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "splits a value into its halves"
+)]
 fn split(value: u128) -> [u64; 2] {
     [value as u64, (value >> 64) as u64]
 }

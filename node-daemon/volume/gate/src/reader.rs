@@ -1,4 +1,4 @@
-//! The reader's side: the check that every write passes.
+//! The reader's side of the gate page: the check before every write.
 
 use std::fmt;
 use std::os::fd::OwnedFd;
@@ -14,54 +14,55 @@ use crate::layout::{
 };
 use crate::page::Page;
 
-/// A gate page, mapped read-only. Cheap to check: four loads, no system call.
+/// A gate page, mapped read-only. A check takes four loads and no system call.
 #[derive(Debug)]
 pub struct GateReader {
     page: Page,
     volume: VolumeId,
 }
 
-/// What a gate page shows at one moment: for logs, status and the watchdog's owner.
+/// The contents of a gate page at one moment: for logs, status and `bascule-watchdog`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GateView {
-    /// Who holds the lease; none before the first join.
+    /// The slot and generation that hold the lease; none before the node's first join.
     pub owner: Option<Owner>,
-    /// When that lease ends; `BootTime(0)` is closed.
+    /// The end of the lease; `BootTime(0)` means that the gate is closed.
     pub expiry: BootTime,
     /// Whether the volume is sticky-failed on this node.
     pub failed: bool,
-    /// The highest heartbeat sequence number that was ever submitted.
+    /// The highest heartbeat sequence number ever submitted.
     pub sequence_sent: u64,
 }
 
 impl GateView {
-    /// Whether some lease of this node is valid at `now`, whoever holds it.
+    /// Whether this node's lease is valid at `now`, whichever its generation.
     #[must_use]
     pub fn lease_is_valid(&self, now: BootTime) -> bool {
         self.owner.is_some() && now < self.expiry
     }
 }
 
-/// A write may not be submitted now.
+/// The refusal of a write: it must not be submitted now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the I/O gate is closed: {reason}")]
 pub struct GateClosed {
-    /// Why.
+    /// The first of the failed checks.
     pub reason: GateClosedReason,
 }
 
 /// Why a gate is closed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum GateClosedReason {
-    /// The lease ended, or the gate was closed deliberately (`expiry` is then `BootTime(0)`).
-    /// It opens again if the lease is renewed.
+    /// The lease ended, or the gate was closed on purpose (`expiry` is then `BootTime(0)`). A renewal
+    /// opens the gate again.
     Expired {
-        /// When it ended.
+        /// The end of the lease.
         expiry: BootTime,
     },
-    /// The slot is in another generation. Ask for the row again: it may have been kept.
+    /// The slot is in another generation. Read the VM's row again: its ownership may have gone over
+    /// to the new generation.
     OtherOwner {
-        /// Who the page shows; nobody before the first join.
+        /// The owner in the page; none before the first join.
         shown: Option<Owner>,
     },
     /// A metadata write or flush failed: closed until the volume is re-opened and re-verified.
@@ -72,15 +73,15 @@ impl fmt::Display for GateClosedReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Expired { expiry } => write!(f, "the lease ended at boot time {} ns", expiry.0),
-            Self::OtherOwner { shown: Some(shown) } => write!(f, "the lease is {shown}'s"),
-            Self::OtherOwner { shown: None } => f.write_str("nobody holds the lease"),
+            Self::OtherOwner { shown: Some(shown) } => write!(f, "the lease is held by {shown}"),
+            Self::OtherOwner { shown: None } => f.write_str("this node has no lease yet"),
             Self::StickyFailed => f.write_str("the volume is sticky-failed on this node"),
         }
     }
 }
 
 impl GateReader {
-    /// Map the gate page at `path`.
+    /// Maps the gate page at `path`.
     ///
     /// # Errors
     /// [`GateError`] when it is missing, not ready, of an earlier boot or of a newer release.
@@ -91,7 +92,7 @@ impl GateReader {
         Self::map(&file, path)
     }
 
-    /// Map the gate page behind a descriptor that came over a socket. The descriptor is closed.
+    /// Maps the gate page of a descriptor that was received over a socket, and closes the descriptor.
     ///
     /// # Errors
     /// As for [`GateReader::open`].
@@ -114,7 +115,7 @@ impl GateReader {
         Ok(Self { page, volume })
     }
 
-    /// The volume that this gate guards.
+    /// The volume whose writes this gate guards.
     #[must_use]
     pub fn volume(&self) -> VolumeId {
         self.volume
@@ -124,8 +125,8 @@ impl GateReader {
     ///
     /// # Guarantees
     /// `Ok` means that at some moment during this call `owner` held a lease that ends after `now`.
-    /// Take `now` before the call, and submit right after it: what happens to a process that is
-    /// frozen in between is the watchdog's business.
+    /// Take `now` before the call and submit right after it. If the process is frozen in between,
+    /// only the watchdog keeps the write from landing late.
     ///
     /// # Errors
     /// [`GateClosed`] with the reason.
@@ -149,15 +150,15 @@ impl GateReader {
         Err(GateClosed { reason })
     }
 
-    /// What the page shows, consistent as [`GateReader::check`] is: when the tenure changes
-    /// meanwhile, the lease shows as ended.
+    /// The page's contents, consistent as in [`GateReader::check`]: if the generation changes during
+    /// the call, the lease shows as ended.
     #[must_use]
     pub fn view(&self) -> GateView {
         view(&self.page)
     }
 }
 
-/// What `page` shows.
+/// The contents of `page`.
 pub(crate) fn view(page: &Page) -> GateView {
     let before = page.load(OWNER);
     let expiry = page.load(EXPIRY);
@@ -170,7 +171,7 @@ pub(crate) fn view(page: &Page) -> GateView {
     }
 }
 
-/// Whether `page` is one that this release understands, of this boot.
+/// Checks that this release can read `page` and that it was created in this boot.
 pub(crate) fn verify(page: &Page) -> Result<(), GateError> {
     match page.load(MAGIC) {
         MAGIC_VALUE => {}
@@ -191,14 +192,14 @@ pub(crate) fn verify(page: &Page) -> Result<(), GateError> {
     }
 }
 
-/// The kernel's identity of this boot.
+/// The kernel's boot id.
 pub(crate) fn boot_id() -> Result<[u8; 16], GateError> {
     let path = Path::new("/proc/sys/kernel/random/boot_id");
     let text = std::fs::read_to_string(path).map_err(|error| {
         let source = rustix::io::Errno::from_io_error(&error).unwrap_or(rustix::io::Errno::IO);
         io_error("read the boot id for", path, source)
     })?;
-    // An identity like any other; the type is borrowed for its parser.
+    // The boot id is a UUID; `VolumeId` serves only as its parser.
     text.trim()
         .parse::<VolumeId>()
         .map(VolumeId::to_bytes)
@@ -216,7 +217,7 @@ pub(crate) fn word_from_owner(owner: Owner) -> Result<u64, GateError> {
     }
 }
 
-/// The owner in a word; generation 0 is nobody.
+/// The owner in a word; none for generation 0.
 pub(crate) fn owner_from_word(word: u64) -> Option<Owner> {
     let slot = u16::try_from(word & u64::from(u16::MAX)).ok()?;
     let generation = Generation(word >> OWNER_SLOT_BITS);
@@ -235,7 +236,7 @@ pub(crate) fn io_error(action: &'static str, path: &Path, source: rustix::io::Er
     }
 }
 
-/// Low bits of a tenure word that hold the slot.
+/// Low bits of an owner word, which hold the slot.
 const OWNER_SLOT_BITS: u32 = 16;
-/// Bits that are left for the generation.
+/// High bits of an owner word, which hold the generation.
 const OWNER_GENERATION_BITS: u32 = 48;

@@ -1,4 +1,4 @@
-//! The writer's side: `bascule-volume` publishes its lease here.
+//! The writer's side of the gate page: `bascule-volume` publishes its node's lease.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -15,31 +15,31 @@ use crate::layout::{
 use crate::page::Page;
 use crate::reader::{GateView, boot_id, io_error, owner_from_word, verify, view, word_from_owner};
 
-/// The gate page, held for writing. Dropping it gives the lock up and leaves the page as it is.
+/// The gate page, locked for writing. Dropping it releases the lock and leaves the page unchanged.
 #[derive(Debug)]
 pub struct GateWriter {
     page: Page,
-    /// Keeps the lock.
+    /// Holds the lock.
     file: OwnedFd,
     path: PathBuf,
 }
 
-/// What a writer found when it opened the page.
+/// The state in which a writer found the page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum GateTakenOver {
-    /// There was no page of this boot: nothing on this host holds a lease on the volume.
+    /// There was no page of this boot: this node has held no lease on the volume since it booted.
     Fresh,
-    /// An earlier writer of this boot left its lease: go on with this owner, expiry and sequence.
+    /// An earlier writer of this boot left its lease: continue with this owner, expiry and sequence.
     Existing(GateView),
 }
 
 impl GateWriter {
-    /// Open the page at `path` for `volume` as its only writer: make it, or take over what an
-    /// earlier process left. Gates that are open stay open.
+    /// Opens the page at `path` for `volume` as its only writer: creates it, or takes over the page of
+    /// an earlier process. An open gate stays open.
     ///
     /// # Errors
-    /// [`GateError::Busy`] while another process holds it; [`GateError::OtherVolume`];
-    /// [`GateError::BadMagic`] for a file that is no gate page (it is left alone).
+    /// [`GateError::Busy`] while another process holds the lock; [`GateError::OtherVolume`];
+    /// [`GateError::BadMagic`] for another kind of file, which is not changed.
     pub fn open(
         path: impl Into<PathBuf>,
         volume: VolumeId,
@@ -83,7 +83,7 @@ impl GateWriter {
         }
     }
 
-    /// Fill a page that no living process reads: the magic is stored last.
+    /// Fills a page that no running process reads; stores the magic last.
     fn initialise(&self, volume: VolumeId) -> Result<(), GateError> {
         let page = &self.page;
         page.store(MAGIC, 0);
@@ -99,38 +99,38 @@ impl GateWriter {
         Ok(())
     }
 
-    /// Publish that `owner`'s lease ends at `expiry`. A newer generation of the same slot closes
-    /// the gate for the older one at once; `BootTime(0)` closes it for everybody.
+    /// Publishes that `owner`'s lease ends at `expiry`. A newer generation of the slot closes the gate
+    /// for the older one at once; `BootTime(0)` closes it for every generation.
     ///
     /// # Errors
-    /// [`GateError::NotNewer`] for an older generation or another slot: a page serves one slot
-    /// for its whole life. Nothing is changed then.
+    /// [`GateError::NotNewer`] for an older generation or another slot: a page serves one slot. The
+    /// page is not changed then.
     pub fn publish(&self, owner: Owner, expiry: BootTime) -> Result<(), GateError> {
-        let asked = word_from_owner(owner)?;
+        let wanted = word_from_owner(owner)?;
         let shown = self.page.load(OWNER);
         if let Some(shown_owner) = owner_from_word(shown)
             && (shown_owner.slot != owner.slot || shown_owner.generation > owner.generation)
         {
             return Err(GateError::NotNewer {
                 shown: shown_owner,
-                asked: owner,
+                requested: owner,
             });
         }
-        if shown != asked {
+        if shown != wanted {
             self.page.store(EXPIRY, 0);
-            self.page.store(OWNER, asked);
+            self.page.store(OWNER, wanted);
         }
         self.page.store(EXPIRY, expiry.0);
         Ok(())
     }
 
-    /// Close the gate for everybody. Writes that were submitted before go on.
+    /// Closes the gate. Writes that were submitted before are not affected.
     pub fn close(&self) {
         self.page.store(EXPIRY, 0);
     }
 
-    /// Record that heartbeat `sequence` is about to be submitted, so that no later process sends
-    /// the same number again.
+    /// Records that heartbeat `sequence` is about to be submitted, so that no later process sends the
+    /// same number again (rule R3).
     ///
     /// # Ordering
     /// Call it before the submission.
@@ -138,34 +138,34 @@ impl GateWriter {
         self.page.raise(SEQUENCE_SENT, sequence);
     }
 
-    /// Close the gate until [`GateWriter::clear_failed`]: a metadata write or flush failed.
+    /// Closes the gate until [`GateWriter::clear_failed`], because a metadata write or flush failed.
     pub fn mark_failed(&self) {
         self.page.store(FAILED, 1);
     }
 
-    /// The volume was re-opened and re-verified.
+    /// Ends the effect of [`GateWriter::mark_failed`], after the volume was re-opened and re-verified.
     pub fn clear_failed(&self) {
         self.page.store(FAILED, 0);
     }
 
-    /// What the page shows.
+    /// The page's contents.
     #[must_use]
     pub fn view(&self) -> GateView {
         view(&self.page)
     }
 
-    /// Where the page is.
+    /// The path of the page's file.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// A read-only descriptor of the page, to be passed to a process that writes to the volume.
+    /// A read-only descriptor of the page, for a process that writes to the volume.
     ///
     /// # Errors
     /// [`GateError::Io`].
     pub fn reader_fd(&self) -> Result<OwnedFd, GateError> {
-        // By descriptor, so that it is this page even if the path was replaced meanwhile.
+        // By descriptor: the path may name another file by now.
         let own = format!(
             "/proc/self/fd/{}",
             std::os::fd::AsRawFd::as_raw_fd(&self.file)

@@ -1,4 +1,4 @@
-//! The gate page as its processes see it.
+//! The gate page from the point of view of its writer and readers.
 #![expect(clippy::unwrap_used, reason = "fixtures of tests")]
 
 use std::path::PathBuf;
@@ -50,8 +50,8 @@ fn a_fresh_gate_is_closed_and_opens_for_the_published_owner_until_its_expiry() {
     let (writer, found) = GateWriter::open(&fixture.path, VOLUME).unwrap();
     assert_eq!(found, GateTakenOver::Fresh);
     let reader = fixture.reader();
-    let nobody = GateClosedReason::OtherOwner { shown: None };
-    assert_eq!(reason(&reader, 1, owner(1)), nobody);
+    let no_lease = GateClosedReason::OtherOwner { shown: None };
+    assert_eq!(reason(&reader, 1, owner(1)), no_lease);
 
     writer.publish(owner(1), BootTime(100)).unwrap();
     assert_eq!(reader.check(BootTime(99), owner(1)), Ok(()));
@@ -74,7 +74,7 @@ fn a_renewal_opens_the_gate_again() {
 }
 
 #[test]
-fn a_newer_generation_shuts_the_older_one_out_for_good() {
+fn a_newer_generation_closes_the_gate_for_the_older_one_permanently() {
     let fixture = Fixture::new();
     let writer = fixture.writer();
     let reader = fixture.reader();
@@ -91,7 +91,7 @@ fn a_newer_generation_shuts_the_older_one_out_for_good() {
 }
 
 #[test]
-fn a_page_never_goes_over_to_another_slot() {
+fn a_page_serves_one_slot_only() {
     let fixture = Fixture::new();
     let writer = fixture.writer();
     writer.publish(owner(1), BootTime(100)).unwrap();
@@ -104,7 +104,7 @@ fn a_page_never_goes_over_to_another_slot() {
 }
 
 #[test]
-fn a_failed_volume_stays_closed_through_renewals_until_it_was_verified() {
+fn the_gate_of_a_failed_volume_stays_closed_through_renewals_until_the_volume_is_verified() {
     let fixture = Fixture::new();
     let writer = fixture.writer();
     let reader = fixture.reader();
@@ -143,7 +143,7 @@ fn i4_a_restarted_writer_finds_its_lease_and_closes_no_gate() {
 }
 
 #[test]
-fn a_second_writer_is_refused_while_the_first_lives() {
+fn a_second_writer_is_refused_while_the_first_holds_the_lock() {
     let fixture = Fixture::new();
     let first = fixture.writer();
     let refused = GateWriter::open(&fixture.path, VOLUME).unwrap_err();
@@ -165,7 +165,7 @@ fn a_page_of_another_volume_is_refused() {
 }
 
 #[test]
-fn a_page_of_an_earlier_boot_is_not_read_and_is_made_afresh() {
+fn a_page_of_an_earlier_boot_is_refused_to_readers_and_reinitialised_by_the_writer() {
     let fixture = Fixture::new();
     let writer = fixture.writer();
     writer.publish(owner(5), BootTime(u64::MAX)).unwrap();
@@ -181,7 +181,7 @@ fn a_page_of_an_earlier_boot_is_not_read_and_is_made_afresh() {
 }
 
 #[test]
-fn a_newer_layout_a_foreign_file_and_an_unfinished_page_are_refused_by_name() {
+fn a_newer_layout_another_file_type_and_an_unfinished_page_are_refused_with_distinct_errors() {
     let fixture = Fixture::new();
     std::fs::write(&fixture.path, b"short").unwrap();
     let refused = GateReader::open(&fixture.path).unwrap_err();
@@ -247,7 +247,7 @@ fn a_descriptor_for_readers_cannot_write_the_page() {
 }
 
 #[test]
-fn a_generation_beyond_the_page_is_refused() {
+fn a_generation_of_more_than_48_bits_is_refused() {
     let fixture = Fixture::new();
     let writer = fixture.writer();
     let refused = writer.publish(owner(1 << 48), BootTime(1)).unwrap_err();
@@ -257,10 +257,10 @@ fn a_generation_beyond_the_page_is_refused() {
     );
 }
 
-/// Every generation g is published with expiry g only, so a reader of generation g that passes at
-/// a moment other than below g has mixed two publications.
+/// Every generation g is published with expiry g. A check of generation g that passes at g or later
+/// has therefore combined two publications.
 #[test]
-fn i1_no_reader_sees_one_generations_owner_with_anothers_expiry() {
+fn i1_no_reader_combines_one_generations_owner_with_anothers_expiry() {
     let fixture = Fixture::new();
     let writer = fixture.writer();
     let reader = Arc::new(fixture.reader());

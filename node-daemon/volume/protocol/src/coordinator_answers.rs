@@ -1,4 +1,4 @@
-//! When a coordinator may answer.
+//! When a coordinator may answer a request.
 //!
 //! ```text
 //!   record durable ──► waiting ──ReadLeader issued──► checking ──own epoch is highest──► Answer
@@ -7,11 +7,11 @@
 //! ```
 //!
 //! # Guarantees
-//! A new coordinator makes its leader block durable before it reads the journal. If a re-read that
-//! was issued after the record was durable still shows the old epoch, then the record was there
-//! before the new leader block, so the new coordinator reads it. What a deposed coordinator wrote
-//! later was never acknowledged; whoever asked for it asks the new one again (every change is
-//! idempotent).
+//! A new coordinator makes its leader block durable before it reads the journal. If a re-read of the
+//! leader blocks that was issued after the record was durable still shows the old epoch, the record
+//! was durable before the new leader block, and the new coordinator reads it. Records that a deposed
+//! coordinator wrote later were never acknowledged; their requesters repeat the request to the new
+//! coordinator (every change is idempotent).
 
 use bascule_volume_format::CoordinatorEpoch;
 
@@ -25,35 +25,35 @@ pub struct Coordinator {
     state: State,
 }
 
-/// Names one journal record whose answer is pending.
+/// Identifies a request whose journal record is written and whose answer is pending.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Ticket(pub u64);
 
-/// What happened.
+/// An input of the coordinator.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum CoordinatorEvent {
     /// A record was written and flushed.
     Durable(Ticket),
-    /// The leader blocks were read: the highest epoch among them.
+    /// The leader blocks were read.
     Leader {
-        /// That epoch.
+        /// The highest epoch among them.
         highest: CoordinatorEpoch,
     },
     /// The leader blocks could not be read.
     LeaderReadFailed,
-    /// A record or flush failed: the volume is sticky-failed here.
+    /// A journal write or flush failed: the volume is sticky-failed on this node.
     JournalFailed,
 }
 
-/// What the driver must do now.
+/// A command to the driver.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum CoordinatorCommand {
     /// Read every slot's leader block. Issue the read now, not earlier.
     ReadLeader,
-    /// These records are in force: send the answers.
+    /// These records will survive this coordinator: send the answers.
     Answer(Vec<Ticket>),
-    /// This node coordinates no longer. The outcome of these is unknown: send no answer, so that
-    /// the askers ask the successor.
+    /// This node is no longer the coordinator. Whether these records count is unknown: send no
+    /// answer, so that the requesters turn to the successor.
     Deposed(Vec<Ticket>),
 }
 
@@ -69,8 +69,8 @@ enum State {
 }
 
 impl Coordinator {
-    /// The coordinator of `epoch`, which has won its election, read the old journal and made its
-    /// own start durable.
+    /// The coordinator of `epoch`, after it won its election, recovered the old journal and made its
+    /// own first checkpoint durable.
     #[must_use]
     pub fn new(epoch: CoordinatorEpoch, rules: Rules) -> Self {
         Self {
@@ -83,23 +83,23 @@ impl Coordinator {
         }
     }
 
-    /// The epoch.
+    /// The epoch that this coordinator won.
     #[must_use]
     pub fn epoch(&self) -> CoordinatorEpoch {
         self.epoch
     }
 
-    /// Whether requests may still be taken.
+    /// Whether the coordinator still takes requests.
     #[must_use]
     pub fn is_active(&self) -> bool {
         matches!(self.state, State::Active { .. })
     }
 
-    /// The next state and what to do, in this order.
+    /// The next state, and the commands to perform, in this order.
     #[must_use]
     pub fn next(self, event: CoordinatorEvent) -> (Self, Vec<CoordinatorCommand>) {
         let State::Active { waiting, checking } = self.state else {
-            // Whatever became durable late is in no one's name.
+            // A record that became durable after the deposition is not answered.
             let commands = match event {
                 CoordinatorEvent::Durable(ticket) => {
                     vec![CoordinatorCommand::Deposed(vec![ticket])]
@@ -139,7 +139,7 @@ impl Coordinator {
     }
 }
 
-/// An active coordinator in the middle of a step. Each method says whether it stays active.
+/// An active coordinator while it handles an event. Each method returns whether it stays active.
 struct Active {
     waiting: Vec<Ticket>,
     checking: Option<Vec<Ticket>>,
@@ -163,7 +163,7 @@ impl Active {
         true
     }
 
-    /// Start a re-read for everything that waits, unless one is under way.
+    /// Starts a re-read for all waiting records, unless one is under way.
     fn check(&mut self) {
         if self.checking.is_none() && !self.waiting.is_empty() {
             self.checking = Some(std::mem::take(&mut self.waiting));

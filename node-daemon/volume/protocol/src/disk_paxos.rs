@@ -1,5 +1,5 @@
 //! The coordinator's election: Disk Paxos (Gafni and Lamport, 2003) on one disk, one instance per
-//! coordinator epoch, and the steps that make its winner the coordinator.
+//! coordinator epoch, and the leader block that makes the winner the coordinator.
 //!
 //! ```text
 //!            Start
@@ -11,25 +11,25 @@
 //!                                                                                           │
 //!   Idle ◄── Outcome::Elected(other) ── the value is another node ◄─────────────────────────┤
 //!                                                                                           │
-//!   Idle ◄── Outcome::Won(epoch) ◄── Leading: leader block durable ◄── the value is me ◄────┘
+//!   Idle ◄── Outcome::Won(epoch) ◄── Leading: leader block durable ◄── it is this node ◄────┘
 //! ```
 //!
 //! # Rules
 //! - Ballot `b` of slot `s` is `counter · slots + s`; it goes to block `counter mod 8` of the slot.
-//!   Counters rise over all instances, so that a late write of an earlier ballot destroys no later
-//!   one.
-//! - A block whose last write has not completed, or ended with an error, is not used again by this
-//!   process. A process writes nothing before `quiet_since + settle`: by then what earlier lives of
-//!   the slot submitted has landed, or never will.
-//! - Only after [`ElectionOutcome::Won`], with the leader block durable, may the old epoch's areas
-//!   be read. Read all leader blocks again then: epochs may be skipped, and the one before is
-//!   whoever made its leader block durable last.
-//! - To coordinate is not to own: a winner without a lease of its own does no harm, and no good.
+//!   Counters rise over all instances, so that a late write of an earlier ballot does not destroy a
+//!   later one.
+//! - A block whose last write has not completed, or ended with an error, is not reused by this
+//!   process. A process writes nothing before `quiet_since + settle`: by then every write of earlier
+//!   processes of the slot has landed, or never will.
+//! - The metadata areas may be read only after [`ElectionOutcome::Won`], when the leader block is
+//!   durable. Read all leader blocks again then: epochs may be skipped, and the previous coordinator
+//!   is the one with the next lower epoch.
+//! - The coordinator needs no lease for safety: it owns nothing by being elected.
 //!
-//! # Why one process may go on to the next instance
-//! A slot's blocks for instance `e` are overwritten only when `e` is decided: a leader block shows
-//! it, or this process learned it. A slow process still in `e` then sees a later instance and
-//! gives up.
+//! # Why one process may enter the next instance
+//! A slot's blocks of instance `e` are overwritten only after `e` was decided: a leader block shows
+//! it, or this process learned it. A slow process still in `e` then sees a later instance and gives
+//! up.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -41,106 +41,105 @@ use bascule_volume_format::{
 
 use crate::rules::{Rules, broken};
 
-/// One process's part in the elections of a volume.
+/// A candidate: one process's part in the elections of a volume.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Election {
     config: ElectionConfig,
     state: State,
     /// The highest counter that this process used.
     counter_used: u64,
-    /// Blocks of the slot with a write that did not end well.
+    /// Blocks of the slot with a failed write, which may still land.
     poisoned: BTreeSet<u64>,
-    /// A leader block's write did not end well: it may land late and hide a later one.
+    /// A write of the leader block failed: it may land late and overwrite a later one.
     leader_poisoned: bool,
     /// The last instance whose decision this process learned.
     decided: CoordinatorEpoch,
 }
 
-/// What an election needs to know for its whole life.
+/// The parameters of a candidate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ElectionConfig {
-    /// This node's slot and generation: the value that it proposes.
+    /// This node's slot and generation: the value that the candidate proposes.
     pub me: Owner,
     /// The volume's slot count.
     pub slots: u16,
-    /// No earlier life of this slot has a Paxos or leader write under way that it submitted after
-    /// this moment. `BootTime(0)`, the node's boot, if such writes are submitted so that the end of
-    /// a process waits for them (`pwrite`); else the moment when the process before was gone.
+    /// No earlier process of this slot submitted a Paxos or leader write after this moment that is
+    /// still outstanding. `BootTime(0)`, the node's boot, if such writes are submitted so that the end
+    /// of a process waits for them (`pwrite`); otherwise the moment when the previous process ended.
     pub quiet_since: BootTime,
     /// The volume's settle time.
     pub settle: Duration,
-    /// The rules in force.
+    /// All rules, except in a test that breaks one.
     pub rules: Rules,
 }
 
-/// What happened.
+/// An input of the candidate.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum ElectionEvent {
-    /// Try: there is no coordinator, or its lease is over. Wait a random time after
-    /// [`ElectionOutcome::Beaten`].
+    /// Start an attempt: there is no coordinator, or its lease has ended. After
+    /// [`ElectionOutcome::Beaten`] wait a random time first.
     Start {
-        /// The moment.
+        /// The boot time.
         now: BootTime,
     },
-    /// What [`ElectionCommand::ReadBlocks`] asked for: every block that can be parsed, of every
-    /// slot.
+    /// The result of [`ElectionCommand::ReadBlocks`].
     Blocks {
-        /// The Paxos blocks.
+        /// The Paxos blocks of all slots that can be parsed.
         paxos: Vec<PaxosBlock>,
-        /// The leader blocks.
+        /// The leader blocks of all slots that can be parsed.
         leaders: Vec<LeaderBlock>,
     },
-    /// The block that was to be written is durable.
+    /// The block of the last write command is durable.
     Written,
     /// A read or write failed.
     Failed,
 }
 
-/// What the driver must do now.
+/// A command to the driver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ElectionCommand {
     /// Read all Paxos blocks and all leader blocks. Issue the read now, not earlier.
     ReadBlocks,
-    /// Write this to the own slot's block, durably.
+    /// Write and flush a Paxos block of this node's slot.
     WritePaxos {
-        /// Which of the slot's blocks.
+        /// The index of the block in the slot, 0 to 7.
         subsector: u64,
         /// The contents.
         block: PaxosBlock,
     },
-    /// Write this to the own slot's leader block, durably.
+    /// Write and flush the leader block of this node's slot.
     WriteLeader(LeaderBlock),
     /// The attempt is over.
     Done(ElectionOutcome),
 }
 
-/// How an attempt ended.
+/// The end of an attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ElectionOutcome {
-    /// This node coordinates in this epoch; its leader block is durable. Now read the old areas.
+    /// This node is the coordinator of this epoch and its leader block is durable: recover now.
     Won(CoordinatorEpoch),
     /// Another node won this epoch. If its leader block does not appear within its W, start again.
     Elected(CoordinatorEpoch, Owner),
-    /// Somebody else is ahead, or I/O failed: wait a random time.
+    /// Another candidate is ahead, or I/O failed: wait a random time, then start again.
     Beaten,
-    /// The writes of earlier lives may not have settled: try again from this moment on.
+    /// Writes of earlier processes may not have settled: start again at this boot time or later.
     NotBefore(BootTime),
-    /// Writes of this process failed and may land late: only a new process can take part.
+    /// Failed writes of this process may land late: only a new process can be a candidate.
     Unfit,
 }
 
 /// The state without its data, for logs and status.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum ElectionPhase {
-    /// Nothing under way.
+    /// No attempt is under way.
     Idle,
-    /// Reading what there is.
+    /// Reads all blocks, to choose instance and ballot.
     Looking,
-    /// Writing and checking a promise.
+    /// Phase 1: writes its ballot, then checks that no higher one was entered.
     Preparing,
-    /// Writing and checking an acceptance.
+    /// Phase 2: writes its value, then checks that no higher ballot was entered.
     Accepting,
-    /// Writing the leader block.
+    /// Writes the leader block.
     Leading,
 }
 
@@ -170,7 +169,7 @@ enum Half {
 type Next = (Election, Option<ElectionCommand>);
 
 impl Election {
-    /// A process that takes part from now on.
+    /// A candidate without an attempt.
     #[must_use]
     pub fn new(config: ElectionConfig) -> Self {
         Self {
@@ -183,7 +182,7 @@ impl Election {
         }
     }
 
-    /// The same process in a later generation of its slot: proposes that from now on.
+    /// The same process in a later generation of its slot, which it proposes from now on.
     ///
     /// # Panics
     /// When an attempt is under way, or `me` is another slot.
@@ -194,7 +193,7 @@ impl Election {
         self
     }
 
-    /// The state, for logs and status.
+    /// The state without its data, for logs and status.
     #[must_use]
     pub fn phase(&self) -> ElectionPhase {
         match self.state {
@@ -206,7 +205,7 @@ impl Election {
         }
     }
 
-    /// The next state and what to do.
+    /// The next state, and the command to perform.
     #[must_use]
     pub fn next(self, event: &ElectionEvent) -> (Self, Option<ElectionCommand>) {
         match (self.state, event) {
@@ -270,7 +269,8 @@ impl Election {
             counter,
             number: counter * slots + u64::from(self.config.me.slot.0),
         };
-        // An earlier life may have accepted in this instance: the new block takes that along.
+        // An earlier process of this slot may have accepted a value in this instance: the new block
+        // keeps it.
         let own = accepted_in(instance, paxos, Some(self.config.me.slot));
         let block = self.block(ballot, own);
         self.write_in(State::Preparing(ballot, Half::Write), ballot, block)
@@ -294,7 +294,7 @@ impl Election {
         self.write_in(state, ballot, block)
     }
 
-    /// Whether anybody entered a higher ballot or a later instance.
+    /// Whether another candidate entered a higher ballot or a later instance.
     fn is_beaten(&self, mine: Ballot, paxos: &[PaxosBlock], leaders: &[LeaderBlock]) -> bool {
         let later = |block: &PaxosBlock| {
             block.instance > mine.instance
@@ -355,7 +355,7 @@ impl Election {
     }
 }
 
-/// What was accepted in the highest ballot of `instance`, by `slot` or by anybody.
+/// The value that was accepted in the highest ballot of `instance`, by `slot` or by any slot.
 fn accepted_in(
     instance: CoordinatorEpoch,
     paxos: &[PaxosBlock],

@@ -1,4 +1,4 @@
-//! How much slower or faster than another a clock may run.
+//! The bound on the rate error of clocks.
 
 use std::time::Duration;
 

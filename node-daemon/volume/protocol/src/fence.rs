@@ -1,15 +1,15 @@
-//! What proves that a silent owner will not write again.
+//! The proof that a failed owner will not write again.
 //!
 //! ```text
-//!                        ┌─ fencing Watchdog, hardware watchdog (or a software one, allowed),
-//!   victim, evidence ────┤  silent for T_safe of its own record ────────────────► SafeTimeElapsed
+//!                        ┌─ fencing Watchdog; hardware watchdog (or an allowed software one);
+//!   victim, evidence ────┤  no heartbeat for the safe time of its own record ───► SafeTimeElapsed
 //!                        └─ anything else ──────────────────────────────────────► MissingProof
 //! ```
 //!
-//! The coordinator verifies this proof from its own reads; what the operator says about a node's
-//! death is not evidence. The other proofs need no reads: a clean release leaves a row without
-//! owner, and an administrator's fencing confirmation is a journaled change, bound to one (slot, generation). Every
-//! proof is journaled before a row moves.
+//! The coordinator verifies this proof from its own reads; the operator's opinion about a node is
+//! not evidence. The other ways to move a VM need no reads: a clean release leaves the VM without
+//! owner, and an administrator's fencing confirmation is a journaled change, bound to one slot and
+//! generation. Every proof is journaled before the VM gets a new owner.
 
 use std::time::Duration;
 
@@ -19,21 +19,22 @@ use bascule_volume_format::{Fencing, FencingPolicy, Timings, WatchdogKind};
 use crate::rules::{Rules, broken};
 use crate::watcher::{Evidence, HeartbeatSeen, Standing};
 
-/// How a volume fences, from its superblock.
+/// A volume's fencing mode and policy, from its superblock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct FencePolicy {
-    /// The mode. [`Fencing::PersistentReservation`] proves nothing until it exists.
+    /// The mode. [`Fencing::PersistentReservation`] is not implemented and proves nothing.
     pub mode: Fencing,
-    /// What the administrator allowed beyond it.
+    /// Further proofs that the administrator allowed.
     pub allowed: FencingPolicy,
-    /// The rules in force.
+    /// All rules, except in a test that breaks one.
     pub rules: Rules,
 }
 
-/// The proof that `evidence.victim` will not write again, to be journaled before a row moves.
+/// The proof that `evidence.victim` will not write again, to be journaled before a VM of the victim
+/// gets a new owner.
 ///
 /// # Errors
-/// What is missing.
+/// What is missing for a proof.
 pub fn verify(policy: FencePolicy, evidence: &Evidence) -> Result<FenceProof, MissingProof> {
     let watchdog_mode =
         policy.mode == Fencing::Watchdog || broken!(policy.rules, LeaseOnlyWithoutConfirmation);
@@ -41,7 +42,7 @@ pub fn verify(policy: FencePolicy, evidence: &Evidence) -> Result<FenceProof, Mi
         return Err(MissingProof::AdminConfirmation);
     }
     let Some(record) = evidence.record else {
-        // A generation that never wrote a record: nothing says how it would be reset.
+        // The slot has no record: whether the node has a watchdog is unknown.
         return Err(MissingProof::AdminConfirmation);
     };
     if evidence.standing == Standing::Unknown {
@@ -77,7 +78,7 @@ fn watchdog_counts(policy: FencePolicy, record: HeartbeatSeen) -> bool {
     }
 }
 
-/// T_safe, by the victim's own record.
+/// The safe time by the victim's own record.
 fn safe_time(rules: Rules, timings: &Timings) -> Duration {
     if broken!(rules, TakeOverWithoutFence) {
         return timings.watch;

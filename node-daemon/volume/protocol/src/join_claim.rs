@@ -1,15 +1,16 @@
-//! With which claim a `bascule-volume` asks for the next generation.
+//! What a starting `bascule-volume` may claim about its previous generation when it requests the next
+//! one (`Change::Rejoin`).
 //!
 //! ```text
-//!   own slot blank ─────────────────────────────────► First
-//!   this kernel started less than `settle` ago ─────► Wait: writes of the boot before may land
-//!   newest own record of this boot ─────────────────► SameBoot: rows are kept
-//!   of another boot ────────────────────────────────► Rebooted: rows are released
+//!   the slot has no record of this node ────────────► First
+//!   this kernel started less than `settle` ago ─────► Wait: writes of the previous boot may land
+//!   the newest record is of this boot ──────────────► SameBoot: VMs are kept
+//!   it is of another boot ──────────────────────────► Rebooted: VMs are released
 //! ```
 //!
 //! The wait does not depend on the record: the first heartbeat of this boot may have replaced the
-//! last one of the boot before, and the coordinator goes by the boot that the slot's *row* names.
-//! An empty run directory proves nothing either: the processes of this boot may live on.
+//! last one of the previous boot, and the coordinator goes by the boot id in the slot's *row*. An
+//! empty run directory is no evidence of a reboot: processes of this boot may still run.
 
 use std::time::Duration;
 
@@ -17,40 +18,40 @@ use bascule_types::{BootTime, NodeUid, Owner};
 
 use crate::rules::{Rules, broken};
 
-/// What the own slot shows at the start of a process.
+/// The newest record in this node's slot at the start of a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct OwnSlot {
-    /// Who wrote the newest record.
+    /// The node that wrote the record.
     pub node: NodeUid,
-    /// Under which slot and generation.
+    /// The slot and generation of the record.
     pub owner: Owner,
-    /// In which boot.
+    /// The boot id of the kernel under which it was written.
     pub boot: [u8; 16],
 }
 
-/// What to ask of the coordinator.
+/// The claim of a `Change::Rejoin`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum JoinClaim {
-    /// This node has never written its slot.
+    /// This node has no record in its slot.
     First,
-    /// Processes of `from` may be running: the rows that are not fenced go over.
+    /// Processes of `from` may be running: its VMs go over to the new generation unless it was fenced.
     SameBoot {
-        /// The last generation.
+        /// The previous generation.
         from: Owner,
     },
-    /// No process and no write of `from` exists any more: its rows are released.
+    /// No process and no outstanding write of `from` exists any more: its VMs are released.
     Rebooted {
-        /// The last generation.
+        /// The previous generation.
         from: Owner,
     },
-    /// Ask later: writes of the boot before may still land.
+    /// No claim yet: writes of the previous boot may still land.
     Wait {
-        /// From this moment on.
+        /// The end of the wait, by this boot's clock.
         until: BootTime,
     },
 }
 
-/// The claim to make at `now` (this boot's clock, which starts at 0 after the reset).
+/// The claim to make at `now`, by this boot's clock, which starts at 0 after the reset.
 #[must_use]
 pub fn join_claim(
     rules: Rules,
@@ -99,14 +100,14 @@ mod tests {
     }
 
     #[test]
-    fn a_blank_slot_and_a_slot_of_an_earlier_node_are_joined_for_the_first_time() {
+    fn a_slot_without_a_record_of_this_node_is_joined_for_the_first_time() {
         assert_eq!(claim(1, None), JoinClaim::First);
         let other = NodeUid::from_bytes([2; 16]);
         assert_eq!(claim(1, Some(slot(other, 9))), JoinClaim::First);
     }
 
     #[test]
-    fn within_a_boot_the_rows_are_kept_even_if_the_run_directory_was_lost() {
+    fn within_a_boot_the_vms_are_kept_even_if_the_run_directory_was_lost() {
         let from = slot(ME, 9).owner;
         assert_eq!(claim(4, Some(slot(ME, 9))), JoinClaim::SameBoot { from });
     }

@@ -1,5 +1,5 @@
-//! The holder's side of a lease: renews the own heartbeat records and knows until when this node
-//! may write.
+//! The holder's side of a lease: renews this node's heartbeat and computes until when the node may
+//! write. (sanlock: delta lease.)
 //!
 //! ```text
 //!   start(None) ───► Lapsed ──NewGeneration──► Begun ──first record acknowledged──► Held
@@ -9,23 +9,24 @@
 //!                      │                                                         ▼ │ in time (R2)
 //!                      └────────────────────────────────────────────── Rereading ─► Renewing
 //!
-//!   any state ──foreign UID, newer generation or a lost record in the own slot──► Stopped
+//!   any state ──another node's UID, a newer generation or a lost record in the slot──► Stopped
 //!   Held, nothing outstanding ──Leave──► one last record, "detached" ──► Stopped(Left)
 //! ```
 //!
 //! # Rules
 //! - **R1** The expiry counts from before the record was submitted: from the issue of the re-read
-//!   that preceded it. So two processes that hold the same slot by mistake do not outlast what a
-//!   watcher concludes from the newer one's records.
+//!   that preceded it. If two processes hold the same slot by mistake, the older one's lease ends
+//!   before a watcher can conclude, from the newer one's records, that it has ended.
 //! - **R2** An acknowledgement extends the lease only if it arrives before the current expiry. A
 //!   generation without an acknowledged record has an expiry too: the moment of its beginning + L.
 //! - **R3** One renewal is outstanding at a time; a sequence number is sent once, over all lives of
 //!   the process (the gate page keeps the highest).
-//! - Before each renewal the own records are read. A foreign node, a newer generation, or the
-//!   absence of the record that was acknowledged last stops this machine for good.
-//! - A lapsed lease never comes back: the next one has a newer generation, which the node chooses
-//!   itself, higher than any in its slot and its slot's row. That gives it no row yet: the
-//!   coordinator hands rows over by `Change::Rejoin`, which names the generation before.
+//! - Before each renewal the slot's records are read. Another node's UID, a newer generation, or the
+//!   absence of the record that was acknowledged last stops this machine; only a new process starts
+//!   again.
+//! - A lapsed lease is not renewed. The next lease has a newer generation, which the node chooses
+//!   itself: higher than any in its slot and in the slot's row. The new generation owns no VM until
+//!   the coordinator grants `Change::Rejoin`, which names the generation before.
 //!
 //! # Assumes
 //! A heartbeat write is submitted so that the end of the process waits for it (`pwrite`, not
@@ -45,9 +46,9 @@ use crate::rules::broken;
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct LeaseHolder {
     config: LeaseConfig,
-    /// The highest number ever sent.
+    /// The highest sequence number ever submitted, in any generation.
     sequence_sent: u64,
-    /// The highest number acknowledged in the present generation.
+    /// The highest sequence number acknowledged in the present generation.
     sequence_acked: Option<u64>,
     state: State,
 }
@@ -57,25 +58,25 @@ enum State {
     /// No lease. A write of the lapsed generation may still be outstanding.
     Lapsed { outstanding: Option<u64> },
     /// A generation that has begun, and a lease if it is `open`.
-    Leased { term: Term, step: Step },
-    /// For good.
+    Leased { lease: Lease, step: Step },
+    /// Final.
     Stopped(StopReason),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct Term {
+struct Lease {
     owner: Owner,
-    /// Before this an acknowledgement must arrive (R2); if `open`, until this writes may go.
+    /// An acknowledgement must arrive before this moment (R2). If `open`, writes pass until then.
     expiry: BootTime,
-    /// Whether a record of this generation was acknowledged in time.
+    /// Whether a record of this generation was acknowledged before the expiry.
     open: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Step {
-    /// Nothing outstanding; the next renewal is due at this moment.
+    /// Nothing outstanding; the next renewal is due at `due`.
     Waiting { due: BootTime },
-    /// The own records are being read.
+    /// The slot's records are being read.
     Rereading { issued_at: BootTime },
     /// A record was submitted. If it is acknowledged in time, the lease counts from `from` (R1).
     Renewing {
@@ -83,15 +84,15 @@ enum Step {
         from: BootTime,
         detached: bool,
     },
-    /// A record of the generation before is still outstanding: R3 makes this one wait.
+    /// A record of the previous generation is outstanding: R3 forbids the first of this one.
     WaitingForOld { sequence: u64 },
 }
 
 type Next = (LeaseHolder, Option<LeaseCommand>);
 
 impl LeaseHolder {
-    /// A holder at the start of its process. `held` is what the gate page of this boot showed;
-    /// `sequence_sent` is the highest number in the page **or** the own slot.
+    /// The state at the start of a process. `held` is the lease in the gate page of this boot;
+    /// `sequence_sent` is the highest sequence number in the page **or** in the slot.
     #[must_use]
     pub fn start(
         config: LeaseConfig,
@@ -101,7 +102,7 @@ impl LeaseHolder {
     ) -> Self {
         let state = match held {
             Some(Held { owner, expiry }) if now < expiry => State::Leased {
-                term: Term {
+                lease: Lease {
                     owner,
                     expiry,
                     open: true,
@@ -118,45 +119,45 @@ impl LeaseHolder {
         }
     }
 
-    /// The lease to publish in the gate page after every step; none closes the gate.
+    /// The lease to publish in the gate page after every event; none closes the gate.
     #[must_use]
     pub fn lease(&self) -> Option<Held> {
         match self.state {
-            State::Leased { term, .. } if term.open => Some(Held {
-                owner: term.owner,
-                expiry: term.expiry,
+            State::Leased { lease, .. } if lease.open => Some(Held {
+                owner: lease.owner,
+                expiry: lease.expiry,
             }),
             _ => None,
         }
     }
 
-    /// The generation that this holder speaks for; none while lapsed or stopped.
+    /// The slot and its present generation; none while lapsed or stopped.
     #[must_use]
     pub fn owner(&self) -> Option<Owner> {
         match self.state {
-            State::Leased { term, .. } => Some(term.owner),
+            State::Leased { lease, .. } => Some(lease.owner),
             _ => None,
         }
     }
 
-    /// The highest sequence number ever sent.
+    /// The highest sequence number ever submitted.
     #[must_use]
     pub fn sequence_sent(&self) -> u64 {
         self.sequence_sent
     }
 
-    /// The state, for logs and status.
+    /// The state without its data, for logs and status.
     #[must_use]
     pub fn phase(&self) -> LeasePhase {
         match self.state {
             State::Lapsed { .. } => LeasePhase::Lapsed,
-            State::Leased { term, .. } if term.open => LeasePhase::Held,
+            State::Leased { lease, .. } if lease.open => LeasePhase::Held,
             State::Leased { .. } => LeasePhase::Begun,
             State::Stopped(reason) => LeasePhase::Stopped(reason),
         }
     }
 
-    /// Whether the process may be replaced now: nothing of it is under way.
+    /// Whether the process may be replaced now: no read or write of it is outstanding.
     #[must_use]
     pub fn is_idle(&self) -> bool {
         !matches!(
@@ -170,13 +171,13 @@ impl LeaseHolder {
         )
     }
 
-    /// The next state and what to do.
+    /// The next state, and the command to perform.
     #[must_use]
     pub fn next(self, event: LeaseEvent) -> (Self, Option<LeaseCommand>) {
         match (self.state, event) {
             (State::Stopped(_), _) => (self, None),
             (State::Lapsed { outstanding }, event) => self.next_lapsed(outstanding, &event),
-            (State::Leased { term, step }, event) => self.next_leased(term, step, event),
+            (State::Leased { lease, step }, event) => self.next_leased(lease, step, event),
         }
     }
 
@@ -196,7 +197,7 @@ impl LeaseHolder {
                 let mut next = self;
                 next.sequence_acked = None;
                 next.to(State::Leased {
-                    term: Term {
+                    lease: Lease {
                         owner,
                         expiry,
                         open: false,
@@ -209,7 +210,7 @@ impl LeaseHolder {
         }
     }
 
-    fn next_leased(self, term: Term, step: Step, event: LeaseEvent) -> Next {
+    fn next_leased(self, lease: Lease, step: Step, event: LeaseEvent) -> Next {
         match (step, event) {
             (
                 Step::Renewing {
@@ -222,7 +223,7 @@ impl LeaseHolder {
                     sequence: acknowledged,
                 },
             ) if sequence == acknowledged => {
-                self.acknowledged(term, sequence, (from, now), detached)
+                self.acknowledged(lease, sequence, (from, now), detached)
             }
             (
                 Step::Renewing { sequence, .. } | Step::WaitingForOld { sequence },
@@ -234,25 +235,25 @@ impl LeaseHolder {
                     now,
                     sequence: failed,
                 },
-            ) if sequence == failed => self.wait(term, now, now),
+            ) if sequence == failed => self.wait(lease, now, now),
             (Step::Waiting { due }, LeaseEvent::Tick { now }) if now >= due => {
-                self.reread(term, now)
+                self.reread(lease, now)
             }
             (Step::Rereading { issued_at }, LeaseEvent::OwnRecords { now, records }) => {
-                self.reread_done(term, (issued_at, now), &records)
+                self.reread_done(lease, (issued_at, now), &records)
             }
-            (Step::Rereading { .. }, LeaseEvent::ReadFailed { now }) => self.wait(term, now, now),
-            (Step::Waiting { .. }, LeaseEvent::Leave { now }) if now < term.expiry => {
-                self.submit(term, now, true)
+            (Step::Rereading { .. }, LeaseEvent::ReadFailed { now }) => self.wait(lease, now, now),
+            (Step::Waiting { .. }, LeaseEvent::Leave { now }) if now < lease.expiry => {
+                self.submit(lease, now, true)
             }
-            (_, LeaseEvent::Tick { now }) => self.tick(term, step, now),
+            (_, LeaseEvent::Tick { now }) => self.tick(lease, step, now),
             _ => (self, None),
         }
     }
 
-    /// A tick on which nothing is due: the expiry may have passed.
-    fn tick(self, term: Term, step: Step, now: BootTime) -> Next {
-        if self.has_lapsed(term, now) {
+    /// A tick without a due renewal: the expiry may have passed.
+    fn tick(self, lease: Lease, step: Step, now: BootTime) -> Next {
+        if self.has_lapsed(lease, now) {
             let outstanding = match step {
                 Step::Renewing { sequence, .. } | Step::WaitingForOld { sequence } => {
                     Some(sequence)
@@ -274,27 +275,27 @@ impl LeaseHolder {
                 from: now,
                 detached,
             };
-            let command = Self::record(term, sequence, detached);
-            return (self.to(State::Leased { term, step }).0, Some(command));
+            let command = Self::record(lease, sequence, detached);
+            return (self.to(State::Leased { lease, step }).0, Some(command));
         }
         (self, None)
     }
 
-    fn reread(self, term: Term, now: BootTime) -> Next {
-        if self.has_lapsed(term, now) {
+    fn reread(self, lease: Lease, now: BootTime) -> Next {
+        if self.has_lapsed(lease, now) {
             return self.to(State::Lapsed { outstanding: None });
         }
         if broken!(self.config.rules, RenewWithoutReread) {
-            return self.submit(term, now, false);
+            return self.submit(lease, now, false);
         }
         let step = Step::Rereading { issued_at: now };
-        let (next, _) = self.to(State::Leased { term, step });
+        let (next, _) = self.to(State::Leased { lease, step });
         (next, Some(LeaseCommand::ReadOwnRecords))
     }
 
     fn reread_done(
         self,
-        term: Term,
+        lease: Lease,
         (issued_at, now): (BootTime, BootTime),
         records: &[OwnRecord],
     ) -> Next {
@@ -305,19 +306,19 @@ impl LeaseHolder {
         let stop = |reason| State::Stopped(reason);
         if let Some(record) = records
             .iter()
-            .find(|r| r.node != self.config.node && r.owner.generation >= term.owner.generation)
+            .find(|r| r.node != self.config.node && r.owner.generation >= lease.owner.generation)
         {
             let reason = StopReason::ForeignNode(found(record));
             return self.to(stop(reason));
         }
-        let newer = |r: &&OwnRecord| r.owner.generation > term.owner.generation;
+        let newer = |r: &&OwnRecord| r.owner.generation > lease.owner.generation;
         if let Some(record) = records.iter().find(newer) {
             let reason = StopReason::NewerGeneration(found(record));
             return self.to(stop(reason));
         }
         let newest = records
             .iter()
-            .filter(|r| r.owner == term.owner)
+            .filter(|r| r.owner == lease.owner)
             .map(|r| r.sequence)
             .max();
         if let Some(sequence) = self.sequence_acked
@@ -325,13 +326,13 @@ impl LeaseHolder {
         {
             return self.to(stop(StopReason::RecordLost { sequence }));
         }
-        if self.has_lapsed(term, now) {
+        if self.has_lapsed(lease, now) {
             return self.to(State::Lapsed { outstanding: None });
         }
-        self.submit(term, issued_at, false)
+        self.submit(lease, issued_at, false)
     }
 
-    fn submit(mut self, term: Term, from: BootTime, detached: bool) -> Next {
+    fn submit(mut self, lease: Lease, from: BootTime, detached: bool) -> Next {
         let sequence = self.sequence_sent + 1;
         self.sequence_sent = sequence;
         let step = Step::Renewing {
@@ -339,13 +340,13 @@ impl LeaseHolder {
             from,
             detached,
         };
-        let command = Self::record(term, sequence, detached);
-        (self.to(State::Leased { term, step }).0, Some(command))
+        let command = Self::record(lease, sequence, detached);
+        (self.to(State::Leased { lease, step }).0, Some(command))
     }
 
     fn acknowledged(
         mut self,
-        mut term: Term,
+        mut lease: Lease,
         sequence: u64,
         (from, now): (BootTime, BootTime),
         detached: bool,
@@ -354,7 +355,7 @@ impl LeaseHolder {
         if detached {
             return self.to(State::Stopped(StopReason::Left));
         }
-        if self.has_lapsed(term, now) {
+        if self.has_lapsed(lease, now) {
             return self.to(State::Lapsed { outstanding: None });
         }
         let from = if broken!(self.config.rules, LeaseCountsFromAcknowledgement) {
@@ -362,33 +363,33 @@ impl LeaseHolder {
         } else {
             from
         };
-        term.expiry = term.expiry.max(from.after(self.config.timings.lease));
-        term.open = true;
-        if now >= term.expiry {
+        lease.expiry = lease.expiry.max(from.after(self.config.timings.lease));
+        lease.open = true;
+        if now >= lease.expiry {
             return self.to(State::Lapsed { outstanding: None });
         }
         let due = from.after(self.config.timings.renewal);
-        self.wait(term, now, due)
+        self.wait(lease, now, due)
     }
 
-    fn wait(self, term: Term, now: BootTime, due: BootTime) -> Next {
-        if self.has_lapsed(term, now) {
+    fn wait(self, lease: Lease, now: BootTime, due: BootTime) -> Next {
+        if self.has_lapsed(lease, now) {
             return self.to(State::Lapsed { outstanding: None });
         }
         let step = Step::Waiting { due };
-        self.to(State::Leased { term, step })
+        self.to(State::Leased { lease, step })
     }
 
-    fn has_lapsed(&self, term: Term, now: BootTime) -> bool {
+    fn has_lapsed(&self, lease: Lease, now: BootTime) -> bool {
         if broken!(self.config.rules, LateAcknowledgementExtends) {
             return false;
         }
-        now >= term.expiry
+        now >= lease.expiry
     }
 
-    fn record(term: Term, sequence: u64, detached: bool) -> LeaseCommand {
+    fn record(lease: Lease, sequence: u64, detached: bool) -> LeaseCommand {
         LeaseCommand::WriteRecord {
-            owner: term.owner,
+            owner: lease.owner,
             sequence,
             detached,
         }

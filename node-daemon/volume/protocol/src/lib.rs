@@ -1,27 +1,27 @@
-//! The rules by which nodes share a volume: who may write, who coordinates, and when a silent
-//! node's virtual machines may run elsewhere.
+//! The protocol by which nodes share a volume: which node may write, which one is the coordinator,
+//! and when the virtual machines of a failed node may run elsewhere.
 //!
-//! Everything here is a state machine that takes events and yields commands. There is no I/O, no
-//! clock, no thread and no async: a driver (`bascule-volume`) performs the commands and feeds
-//! their completions back, and the models under `tests/model/` feed the same machines every schedule of
-//! crashes, restarts, freezes and late writes.
+//! Each part is a state machine that takes events and returns commands. There is no I/O, no clock,
+//! no thread and no async: a driver (`bascule-volume`) performs the commands and reports their
+//! completion as events. The models under `tests/model/` run the same machines through every
+//! schedule of crashes, restarts, freezes and late writes.
 //!
-//! | machine | who runs it | rules |
+//! | machine | runs on | rules |
 //! |---|---|---|
 //! | [`LeaseHolder`] | every attached node | R1, R2, R3, re-read before renewal, one lease per generation |
 //! | [`Watcher`] | every attached node | R4, R5, W |
-//! | [`fence`] | the coordinator | what proves that a silent owner will not write again |
-//! | [`Election`] | a node that wants to coordinate | Disk Paxos; leader block before old journal |
+//! | [`fence`] | the coordinator | the proof that a failed owner will not write again |
+//! | [`Election`] | a candidate for coordinator | Disk Paxos; the leader block is durable before the old journal is read |
 //! | [`Coordinator`] | the coordinator | an answer needs a durable record and a later re-read |
-//! | [`Writers`], [`watchdog`] | every attached node | pets, and when a volume may be withdrawn |
+//! | [`Writers`], [`watchdog_policy`] | every attached node | when to pet the watchdog, and when it may stop watching a volume |
 //!
-//! The source of a migration has a machine too, `bascule_migrate::commit`; the models here hold it
-//! against the volume's real metadata.
+//! The source of a migration has a state machine of its own, `bascule_migrate::commit`; a model here
+//! runs it against the volume's real metadata.
 //!
 //! # Guarantees
 //! With the assumptions of the format (one block is written atomically, a submitted write takes
 //! effect at most once, after the reset of its initiator within `settle` or never), invariants I1
-//! and I2 of the design hold. `tests/model/` looks for counterexamples, and
+//! and I2 of ARCHITECTURE.md hold. `tests/model/` searches for counterexamples, and
 //! `tests/model/mutations.rs` shows that each rule is needed.
 //!
 //! Read next: [`LeaseHolder`], then [`Watcher`] and [`fence`].

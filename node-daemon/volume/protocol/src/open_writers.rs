@@ -1,5 +1,5 @@
-//! Which processes of this node may have writes under way on one volume: decides when the volume
-//! may be withdrawn from the watchdog.
+//! The processes of this node that may have outstanding writes on one volume: decides when the
+//! watchdog may stop watching the volume's lease.
 //!
 //! ```text
 //!             Opened                 Closed{drained: true}
@@ -8,9 +8,9 @@
 //!                       └──Closed{drained: false}──► Unclean ──Settled──► absent
 //! ```
 //!
-//! A writer that was killed, or whose write timed out, is not drained: what it submitted may still
-//! land. Only when it is certain that nothing of it is in flight (the kernel's own count, or a
-//! reboot) is it settled.
+//! A writer that was killed, or one of whose writes timed out, is not drained: its writes may still
+//! land. It counts as settled only once none of its writes is in flight, by the kernel's own count
+//! or after a reboot.
 
 use std::collections::BTreeMap;
 
@@ -31,19 +31,19 @@ enum Writer {
     Unclean,
 }
 
-/// What happened.
+/// An input of the set of writers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum WriterEvent {
-    /// A process got the device for this VM. Enlist the volume with the watchdog before.
+    /// A process opens the device for this VM. Enlist the volume with the watchdog first.
     Opened(VmUid),
-    /// The process closed its gate or is gone.
+    /// The process closed its gate or ended.
     Closed {
-        /// The VM.
+        /// The process's VM.
         vm: VmUid,
         /// Whether every write that it submitted has completed.
         drained: bool,
     },
-    /// Nothing of this VM's writer is in flight any more.
+    /// No write of this VM's unclean writer is in flight any more.
     Settled(VmUid),
 }
 
@@ -80,13 +80,13 @@ impl Writers {
         self
     }
 
-    /// Whether the watchdog must watch this volume's lease.
+    /// Whether this volume must be enlisted with the watchdog.
     #[must_use]
     pub fn must_be_watched(&self) -> bool {
         !self.writers.is_empty()
     }
 
-    /// Whether this VM's row may be released: its writer closed its gate and drained.
+    /// Whether this VM may be released: its writer closed the gate and every write has completed.
     #[must_use]
     pub fn is_drained(&self, vm: VmUid) -> bool {
         !self.writers.contains_key(&vm)
@@ -128,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn settling_closes_no_open_writer() {
+    fn a_settled_event_does_not_close_an_open_writer() {
         let open = Writers::new(Rules::ENFORCED).next(WriterEvent::Opened(VM));
         assert!(open.next(WriterEvent::Settled(VM)).must_be_watched());
     }

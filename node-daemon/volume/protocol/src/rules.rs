@@ -1,7 +1,7 @@
-//! Which rules are in force: all of them, except in a test that shows that one is needed.
+//! The switch with which a test breaks one rule of the protocol, to show that the rule is needed.
 
-/// The rules of this crate. A release enforces all; with the feature `fault-injection` a test may
-/// break one and expect a counterexample.
+/// The rules in force. A release enforces all; with the feature `fault-injection` a test may break one
+/// and expect a counterexample.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Rules {
     #[cfg(feature = "fault-injection")]
@@ -24,7 +24,7 @@ impl Rules {
         }
     }
 
-    /// The rule that is broken, for a model whose own environment breaks it.
+    /// Whether `mutation` is switched on, for a rule that the model itself has to break.
     #[cfg(feature = "fault-injection")]
     #[must_use]
     pub fn breaks(self, mutation: Mutation) -> bool {
@@ -57,7 +57,7 @@ pub enum Mutation {
     LateAcknowledgementExtends,
     /// R3: a slow renewal is sent again under the same sequence number.
     SequenceSentTwice,
-    /// R3 across a restart: the successor goes on from the disk, not from the gate page.
+    /// R3 across a restart: the next process counts on from the disk, not from the gate page.
     SequenceFromDisk,
     /// R4: a watcher's interval starts when the read is issued.
     IntervalFromIssue,
@@ -65,7 +65,7 @@ pub enum Mutation {
     ConfirmedAtCompletion,
     /// W: one lease, without allowance for clock drift.
     WatchWithoutDrift,
-    /// A lease is renewed without re-reading the own records.
+    /// A lease is renewed without re-reading the slot's records.
     RenewWithoutReread,
     /// A ballot is decided without the last read.
     DecideWithoutReread,
@@ -81,21 +81,21 @@ pub enum Mutation {
     AnswerWithoutReread,
     /// A re-read counts that was issued before the record was durable.
     RereadIssuedEarly,
-    /// A row moves when the lease is over, without the watchdog's time.
+    /// A VM is taken over when the lease has ended, without the watchdog and settle times.
     TakeOverWithoutFence,
-    /// T_safe lacks the settle time.
+    /// The safe time lacks the settle time.
     SafeTimeWithoutSettle,
     /// The software watchdog counts as a hardware one.
     SoftwareWatchdogCounts,
     /// LeaseOnly takes over without an administrator's fencing confirmation.
     LeaseOnlyWithoutConfirmation,
-    /// An administrator's fencing confirmation for one generation is taken for a later one.
+    /// An administrator's fencing confirmation for one generation counts for a later one.
     ConfirmationForAnyGeneration,
-    /// A fenced node's rows go over to its next generation.
+    /// A fenced node's VMs go over to its next generation.
     RejoinKeepsFencedRows,
-    /// A taken row keeps its epoch.
+    /// A takeover does not raise the epoch.
     TakeOverKeepsEpoch,
-    /// A reboot releases the rows before the old boot's writes have settled.
+    /// A reboot releases the VMs before the old boot's writes have settled.
     RebootClaimedBeforeSettle,
     /// The watchdog is petted although a lease has lapsed.
     PetWithoutLease,
@@ -105,10 +105,10 @@ pub enum Mutation {
     WithdrawBeforeDrain,
     /// A transfer is not conditional on the epoch that the source owned.
     TransferIgnoresEpoch,
-    /// A row does not say which attempt made its tenure.
+    /// A row does not record which migration attempt began its epoch.
     AttemptForgotten,
     /// The source resumes when a commit request gets no answer.
     ResumeOnNoAnswer,
-    /// The source resumes on a refusal, though a copy of its request may still be under way.
+    /// The source resumes on a refusal, although a copy of its request may still be decided.
     ResumeOnRefusal,
 }

@@ -1,16 +1,16 @@
-//! When the owner of the node's watchdog pets it.
+//! When `bascule-watchdog` pets the node's watchdog device (in the kernel's terms: sends a keepalive).
 //!
 //! ```text
 //!   every enlisted volume's lease is valid ──► Pet
-//!   one has lapsed, or its gate page cannot be read ──► Withhold: the node is reset when the
-//!                                                       device's timeout has passed
+//!   one has lapsed, or its gate page cannot be read ──► Withhold: the device resets the node when
+//!                                                       its timeout has passed
 //! ```
 //!
 //! # Guarantees
-//! The decision to pet was made while every enlisted lease was valid. The pet itself may come late,
-//! if the process is frozen in between, but not later than one timeout after that moment: the
-//! device has counted on since the pet before. So the reset comes at the latest two timeouts after
-//! the earliest expiry. [`timeout_fits`] says whether T_safe has room for that.
+//! The decision to pet is made while every enlisted lease is valid. If the process is frozen in
+//! between, the pet comes late, but at most one timeout after the decision: the device has counted
+//! since the previous pet. So the node is reset at the latest two timeouts after the earliest
+//! expiry. [`timeout_fits`] checks that the safe time has room for that.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -22,24 +22,24 @@ use bascule_volume_format::Timings;
 use crate::drift::Drift;
 use crate::rules::{Rules, broken};
 
-/// The volumes whose lease the watchdog watches.
+/// The volumes on whose leases the watchdog depends.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Enlisted {
     rules: Rules,
     volumes: BTreeSet<VolumeId>,
 }
 
-/// What to do now.
+/// Whether to pet the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Decision {
-    /// Pet the device.
+    /// Every enlisted lease is valid.
     Pet,
-    /// Do not: this volume's lease is over.
+    /// The lease of this volume has ended: do not pet.
     Withhold(VolumeId),
 }
 
 impl Enlisted {
-    /// No volumes: the device is petted.
+    /// Without volumes: the device is always petted.
     #[must_use]
     pub fn new(rules: Rules) -> Self {
         Self {
@@ -48,14 +48,15 @@ impl Enlisted {
         }
     }
 
-    /// A volume has an open writer. Idempotent; a client that goes away changes nothing.
+    /// Adds a volume, before its first writer opens. Idempotent. The volume stays enlisted when the
+    /// client that enlisted it disconnects.
     #[must_use]
     pub fn enlist(mut self, volume: VolumeId) -> Self {
         self.volumes.insert(volume);
         self
     }
 
-    /// A volume's gates are closed and every submitted write has completed (see
+    /// Removes a volume whose gates are closed and whose submitted writes have completed (see
     /// [`crate::Writers`]). Idempotent.
     #[must_use]
     pub fn withdraw(mut self, volume: VolumeId) -> Self {
@@ -68,7 +69,8 @@ impl Enlisted {
         self.volumes.iter().copied()
     }
 
-    /// Whether to pet at `now`. `expiry` reads a volume's gate page: none if it cannot be read.
+    /// Whether to pet at `now`. `expiry` returns the expiry in a volume's gate page; none if the page
+    /// cannot be read.
     ///
     /// # Ordering
     /// Take `now` before the pages are read, and pet right after.
@@ -85,9 +87,9 @@ impl Enlisted {
     }
 }
 
-/// Whether a device with this timeout resets a node in the time that a volume's T_safe allows:
-/// the lease and two timeouts must fit W and the volume's watchdog time. Else the node has no
-/// watchdog as far as that volume is concerned, and its heartbeat must say so.
+/// Whether a device with the timeout `device` resets a node within the volume's safe time: the lease
+/// and two timeouts must fit W and the volume's watchdog time, and the timeout must not exceed the
+/// watchdog time. If not, the node's heartbeat on this volume must say `WatchdogKind::None`.
 #[must_use]
 pub fn timeout_fits(rules: Rules, timings: &Timings, device: Duration) -> bool {
     let reset_after = Drift::ASSUMED.watch_min(timings.lease + device * 2);

@@ -1,26 +1,26 @@
-//! The watcher's side of all leases: what this node's own reads of the heartbeat slots prove
-//! about the others.
+//! The watcher's side of all leases: what this node's own reads of the heartbeat slots prove about
+//! the other nodes. (sanlock: host id monitoring.)
 //!
 //! ```text
 //!   per slot:            value differs (any field, also a step back)
 //!              ┌───────────────────────────────────────────────┐
 //!              ▼                                               │
-//!   read ──► Shown{since = completion of the read} ──read issued at i, same value──► silent for
-//!                                                                                    i − since
+//!   read ──► Shown{since = completion of the read} ──read issued at i, same value──► no heartbeat
+//!                                                                                    for i − since
 //! ```
 //!
 //! # Rules
 //! - **R4** The interval starts at the *completion* of the read that first showed the value: the
 //!   value may have been written at any moment before.
-//! - **R5** It ends at the *issue* of the last read that still showed it: whatever was written
-//!   after that was not seen.
+//! - **R5** The interval ends at the *issue* of the last read that still showed the value: a later
+//!   write was not seen.
 //! - A generation that the journal names counts as a value of its own from the moment when this
-//!   node learned of it, until a record of it is seen.
-//! - The victim's own record says how long W, the watchdog's timeout and `settle` are. When its
-//!   slot is in a newer generation already, that one's record does: both are the same node, and
-//!   its reset ends both.
+//!   node learned of it until a record of it is seen.
+//! - W, the watchdog time and the settle time are those of the victim's own record, or of a newer
+//!   generation's record in the same slot: both generations are the same node, and a reset ends
+//!   both.
 //!
-//! Only this node's clock is used. What follows from the evidence is decided in [`crate::fence`].
+//! Only this node's clock is used. [`crate::fence`] decides what the evidence proves.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -30,7 +30,7 @@ use bascule_volume_format::{HeartbeatRecord, Timings, WatchdogKind};
 
 use crate::rules::{Rules, broken};
 
-/// What this node has seen of every slot.
+/// The observations of every heartbeat slot by this node.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Watcher {
     rules: Rules,
@@ -40,43 +40,42 @@ pub struct Watcher {
 /// The part of a heartbeat record that a watcher compares and uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct HeartbeatSeen {
-    /// The node.
+    /// The node that wrote the record.
     pub node: NodeUid,
-    /// Slot and generation.
+    /// The slot and generation of the record.
     pub owner: Owner,
     /// Rises with each renewal.
     pub sequence: u64,
-    /// What resets the node if it cannot renew.
+    /// What resets the node if it cannot renew its lease.
     pub watchdog: WatchdogKind,
-    /// Whether it left in order.
+    /// Whether the node has detached.
     pub detached: bool,
-    /// The times that it obeys.
+    /// The times by which the node's lease and watchdog work.
     pub timings: Timings,
 }
 
-/// What happened.
+/// An input of the watcher.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum WatchEvent {
-    /// All slots were read: for each, the newest record by (generation, sequence), if any can be
-    /// read.
+    /// All slots were read.
     Read {
-        /// The moment before the first block was asked for.
+        /// The boot time before the first read was issued.
         issued_at: BootTime,
-        /// The moment after the last one arrived.
+        /// The boot time after the last read completed.
         completed_at: BootTime,
-        /// One entry per slot that has an owner.
+        /// For each assigned slot the newest record by (generation, sequence), if one can be parsed.
         slots: Vec<(SlotId, Option<HeartbeatSeen>)>,
     },
-    /// This node learned (by granting it, or from the journal) that a slot is in this generation.
+    /// This node learned, by granting it or from the journal, that a slot is in this generation.
     Granted {
-        /// The moment.
+        /// The boot time.
         now: BootTime,
-        /// Slot and generation.
+        /// The slot and its generation.
         owner: Owner,
     },
 }
 
-/// How a victim's generation stands to what its slot shows.
+/// The relation of a victim's generation to its slot's newest one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Standing {
     /// The slot shows a record of this generation.
@@ -85,21 +84,21 @@ pub enum Standing {
     GrantedOnly,
     /// The slot is in a newer generation.
     Superseded,
-    /// Nothing is known about it.
+    /// The slot was not read yet, or is in an older generation.
     Unknown,
 }
 
-/// What this node's own reads prove about one (slot, generation).
+/// What this node's own reads prove about one slot and generation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Evidence {
-    /// About whom.
+    /// The slot and generation in question.
     pub victim: Owner,
-    /// Whether it is the slot's present generation.
+    /// Whether `victim` is the slot's present generation.
     pub standing: Standing,
     /// The slot's newest record: of the generation before when `standing` is
     /// [`Standing::GrantedOnly`], of a later one when it is [`Standing::Superseded`].
     pub record: Option<HeartbeatSeen>,
-    /// For how long, by R4 and R5, no sign of life was seen.
+    /// How long the slot has shown no new heartbeat, by R4 and R5.
     pub unchanged_for: Duration,
 }
 
@@ -113,7 +112,7 @@ struct Watch {
 }
 
 impl Watcher {
-    /// A watcher that has seen nothing.
+    /// A watcher without observations.
     #[must_use]
     pub fn new(rules: Rules) -> Self {
         Self {
@@ -188,7 +187,7 @@ impl Watcher {
         }
     }
 
-    /// What is proved about `victim`.
+    /// The evidence about `victim`.
     #[must_use]
     pub fn evidence(&self, victim: Owner) -> Evidence {
         let unknown = Evidence {
@@ -222,8 +221,8 @@ impl Watcher {
         }
     }
 
-    /// Whether `owner` showed a sign of life within its W: good enough to give it a row. If its
-    /// lease has lapsed all the same, its own gate stays closed.
+    /// Whether `owner`'s heartbeat rose within its W: sufficient to make it the owner of a VM. If its
+    /// lease has lapsed nevertheless, its own gate stays closed.
     #[must_use]
     pub fn is_alive(&self, owner: Owner, now: BootTime) -> bool {
         self.slots.get(&owner.slot).is_some_and(|watch| {
@@ -243,8 +242,8 @@ impl Watcher {
 }
 
 impl Evidence {
-    /// Whether the victim's lease is over for certain: no write passes its gate any more, if its
-    /// gate is checked at all (a frozen process checks nothing).
+    /// Whether the victim's lease has certainly ended: no further write passes its gate. A process that
+    /// was frozen after its check may still submit one write.
     #[must_use]
     pub fn lease_is_over(&self) -> bool {
         self.standing != Standing::Unknown

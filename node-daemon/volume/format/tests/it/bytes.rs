@@ -1,4 +1,4 @@
-//! The bytes of format version 1: golden ones, round trips, and hostile ones.
+//! The bytes of format version 1: golden files, round trips, hostile input.
 
 use std::fmt::Write as _;
 use std::time::Duration;
@@ -203,7 +203,7 @@ fn every_record() -> Vec<MetaRecord> {
 }
 
 #[test]
-fn the_widest_rows_fit_a_record_and_read_back() {
+fn the_largest_rows_fit_a_record_and_read_back() {
     for record in every_record() {
         round_trip(&JournalBlock {
             id: CHECKPOINT,
@@ -221,7 +221,7 @@ fn the_widest_rows_fit_a_record_and_read_back() {
 }
 
 #[test]
-fn every_flipped_bit_is_noticed() {
+fn every_flipped_bit_is_detected() {
     let sealed = seal(&heartbeat(), PLACE);
     for bit in 0..sealed.len() * 8 {
         let mut bytes = sealed;
@@ -231,7 +231,7 @@ fn every_flipped_bit_is_noticed() {
 }
 
 #[test]
-fn a_block_of_another_volume_place_or_kind_is_refused_by_name() {
+fn a_block_of_another_volume_place_or_kind_is_refused_with_a_distinct_error() {
     let sealed = seal(&heartbeat(), PLACE);
     let volume = VolumeId::from_bytes([0x12; 16]);
     let elsewhere = Place { volume, ..PLACE };
@@ -262,7 +262,7 @@ fn a_block_of_another_volume_place_or_kind_is_refused_by_name() {
     );
 }
 
-/// A superblock of a later release: the envelope and the checksum hold, the version does not.
+/// A superblock of a later release: magic and checksum are valid, the byte at `offset` is not known.
 fn newer_superblock(offset: usize, value: u8) -> [u8; 4096] {
     let (mut store, _) = formatted();
     let mut block = [0; 4096];
@@ -275,7 +275,7 @@ fn newer_superblock(offset: usize, value: u8) -> [u8; 4096] {
 }
 
 #[test]
-fn a_newer_format_is_told_from_a_damaged_one() {
+fn a_newer_format_is_distinguished_from_a_damaged_one() {
     let version = Superblock::parse_copy(&newer_superblock(48, 2), SUPERBLOCK_LBAS[0]);
     assert_eq!(version, Err(FormatError::Newer { found: 2, known: 1 }));
     let envelope = Superblock::parse_copy(&newer_superblock(6, 2), SUPERBLOCK_LBAS[0]);
@@ -318,7 +318,7 @@ fn the_default_safe_time_is_within_thirty_seconds() {
     assert!(Timings::DEFAULT.safe_time() <= Duration::from_secs(30));
 }
 
-/// Seals any body with a valid envelope, so that the parsers behind the checksum see it.
+/// Seals any body with a valid envelope, so that it reaches the parser behind the checksum.
 fn hostile<R: Record>(body: &[u8]) -> [u8; 512] {
     let mut bytes = seal(&heartbeat(), PLACE);
     bytes[4..6].copy_from_slice(&R::KIND.code().to_le_bytes());

@@ -1,4 +1,4 @@
-//! What the coordinator grants and refuses.
+//! The coordinator's decisions: which changes it grants and which it refuses.
 
 use crate::fixture::{Cluster, name, node, owner, vm};
 use bascule_types::{
@@ -56,7 +56,7 @@ fn disk_of(answer: Answer) -> DiskRow {
 }
 
 #[test]
-fn acquiring_a_free_row_raises_its_epoch_and_a_stale_asker_is_refused() {
+fn acquiring_a_vm_without_owner_raises_its_epoch_and_a_stale_epoch_is_refused() {
     let mut cluster = Cluster::with_two_nodes().with_running_vm();
     assert_eq!(cluster.row(1).epoch, Epoch(1));
     let refused = cluster.acquire(2, 1, 0, owner(1, 1));
@@ -81,7 +81,7 @@ fn acquiring_a_free_row_raises_its_epoch_and_a_stale_asker_is_refused() {
 }
 
 #[test]
-fn nobody_without_a_valid_lease_becomes_an_owner() {
+fn a_node_without_a_valid_lease_cannot_become_an_owner() {
     let mut cluster = Cluster::with_two_nodes();
     cluster.create_vm(1);
     cluster.seen.alive.remove(&owner(1, 1));
@@ -92,7 +92,7 @@ fn nobody_without_a_valid_lease_becomes_an_owner() {
 }
 
 #[test]
-fn a_transfer_is_known_by_its_attempt_even_after_the_destination_rejoined() {
+fn a_repeated_transfer_is_recognised_by_its_attempt_even_after_the_destination_rejoined() {
     let mut cluster = Cluster::with_two_nodes().with_running_vm();
     cluster.ask(1, &transfer(7)).unwrap();
     assert_eq!(cluster.row(1).owner, Some(owner(1, 1)));
@@ -122,7 +122,7 @@ fn a_transfer_is_known_by_its_attempt_even_after_the_destination_rejoined() {
 }
 
 #[test]
-fn only_the_owners_node_gives_its_row_away() {
+fn only_the_owners_node_releases_or_transfers_a_vm() {
     let mut cluster = Cluster::with_two_nodes().with_running_vm();
     let owner = owner(0, 1);
     let only = Err(Refusal::OwnersNodeOnly { owner });
@@ -153,7 +153,7 @@ fn a_takeover_needs_a_proof_and_records_it() {
 }
 
 #[test]
-fn a_fenced_node_takes_nothing_along_and_cannot_commit_a_migration() {
+fn a_fenced_node_keeps_no_vm_and_cannot_commit_a_migration() {
     let mut cluster = Cluster::with_two_nodes().with_running_vm();
     let victim = owner(0, 1);
     cluster.seen.alive.remove(&victim);
@@ -174,7 +174,7 @@ fn a_fenced_node_takes_nothing_along_and_cannot_commit_a_migration() {
 }
 
 #[test]
-fn a_word_is_refused_while_the_heartbeat_is_alive_and_binds_one_generation() {
+fn a_confirmation_is_refused_while_the_heartbeat_is_alive_and_binds_one_generation() {
     let mut cluster = Cluster::with_two_nodes().with_running_vm();
     let confirmation = AdminConfirmation::Confirmed;
     let victim = owner(0, 1);
@@ -205,7 +205,7 @@ fn a_word_is_refused_while_the_heartbeat_is_alive_and_binds_one_generation() {
 }
 
 #[test]
-fn a_rejoin_in_the_same_boot_keeps_rows_and_one_after_a_boot_releases_them() {
+fn a_rejoin_in_the_same_boot_keeps_vms_and_one_after_a_reboot_releases_them() {
     let mut cluster = Cluster::with_two_nodes().with_running_vm();
     cluster.seen.alive.insert(owner(0, 2));
     cluster.ask(1, &rejoin(1, false)).unwrap();
@@ -274,7 +274,7 @@ fn a_boot_image_is_cut_to_its_length_and_its_disk_is_found_again() {
 }
 
 #[test]
-fn a_kept_disk_goes_back_to_its_own_namespace_only() {
+fn a_kept_disk_is_attached_within_its_own_namespace_only() {
     let mut cluster = Cluster::with_two_nodes();
     cluster.create_vm(1);
     let disk = disk_of(cluster.ask(1, &create_disk(1, "shop/data", 4)).unwrap());
@@ -314,7 +314,7 @@ fn a_kept_disk_goes_back_to_its_own_namespace_only() {
 }
 
 #[test]
-fn a_full_volume_says_what_is_free_and_what_is_needed() {
+fn a_full_volume_reports_what_is_free_and_what_is_needed() {
     let mut cluster = Cluster::with_two_nodes();
     cluster.create_vm(1);
     let free = cluster.metadata.free();
@@ -396,7 +396,7 @@ fn saved_state_is_reserved_finished_and_dropped_by_the_owner() {
 }
 
 #[test]
-fn the_slots_run_out_with_a_name() {
+fn a_node_without_a_free_slot_is_refused() {
     let mut cluster = Cluster::with_two_nodes();
     cluster.join(3);
     cluster.join(4);

@@ -1,4 +1,4 @@
-//! Fixtures: a volume in memory, and a coordinator's view that a test sets.
+//! Fixtures: a volume in memory, and a coordinator whose evidence the test sets.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -51,7 +51,7 @@ pub(crate) fn formatted() -> (MemStore, Superblock) {
     (store, superblock)
 }
 
-/// What the coordinator sees: set by the test.
+/// The coordinator's evidence, set by the test.
 #[derive(Default)]
 pub(crate) struct Seen {
     pub(crate) alive: BTreeSet<Owner>,

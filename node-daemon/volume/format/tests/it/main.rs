@@ -1,4 +1,4 @@
-//! The format from outside: its bytes, its decisions, its crashes.
+//! The format through its public interface: bytes, decisions, crash states.
 #![expect(
     clippy::unwrap_used,
     clippy::unwrap_in_result,

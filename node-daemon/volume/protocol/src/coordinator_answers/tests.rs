@@ -48,7 +48,7 @@ fn many_records_share_one_re_read() {
 }
 
 #[test]
-fn i3_a_deposed_coordinator_answers_nothing_ever() {
+fn i3_a_deposed_coordinator_sends_no_answer() {
     let (deposed, commands) = steps(&[durable(1), durable(2), leader(5)]);
     assert!(!deposed.is_active());
     let unanswered = Deposed(vec![Ticket(1), Ticket(2)]);
@@ -59,7 +59,7 @@ fn i3_a_deposed_coordinator_answers_nothing_ever() {
 }
 
 #[test]
-fn an_epoch_below_the_own_one_is_a_lost_leader_block_and_deposes_too() {
+fn an_epoch_below_its_own_means_a_lost_leader_block_and_deposes_the_coordinator() {
     let (deposed, _) = steps(&[durable(1), leader(3)]);
     assert!(!deposed.is_active());
 }
@@ -72,7 +72,7 @@ fn a_failed_re_read_is_repeated_for_the_same_records() {
 }
 
 #[test]
-fn a_failed_journal_write_ends_the_tenure() {
+fn a_failed_journal_write_deposes_the_coordinator() {
     let (ended, commands) = steps(&[durable(1), CoordinatorEvent::JournalFailed]);
     assert!(!ended.is_active());
     assert_eq!(commands, [ReadLeader, Deposed(vec![Ticket(1)])]);

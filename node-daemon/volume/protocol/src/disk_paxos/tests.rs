@@ -115,13 +115,13 @@ fn i2_a_value_that_was_accepted_is_adopted_and_its_owner_wins() {
     let other = ElectionOutcome::Elected(CoordinatorEpoch(1), owner(5, 1));
     assert_eq!(fixture.alone(), other);
     assert_eq!(fixture.leaders, [], "only the winner writes its block");
-    // Slot 5 never shows up: the next attempt is for the next epoch.
+    // Slot 5 never writes its leader block: the next attempt is for the next epoch.
     let won = ElectionOutcome::Won(CoordinatorEpoch(2));
     assert_eq!(fixture.alone(), won);
 }
 
 #[test]
-fn i2_a_value_of_the_own_earlier_life_is_not_mistaken_for_ones_own() {
+fn i2_a_value_of_this_slots_earlier_generation_does_not_count_as_its_own() {
     let earlier = owner(2, 0);
     let accepted = block(1, 2, 10, Some((10, earlier)));
     let mut fixture = Fixture::new(vec![accepted], Vec::new());
@@ -130,7 +130,7 @@ fn i2_a_value_of_the_own_earlier_life_is_not_mistaken_for_ones_own() {
 }
 
 #[test]
-fn the_next_ballot_is_higher_than_every_one_seen_and_says_whose_it_is() {
+fn the_next_ballot_is_higher_than_every_ballot_seen_and_encodes_its_slot() {
     let mut fixture = Fixture::new(vec![block(1, 5, 85, None)], Vec::new());
     fixture.start(4);
     let Some(ElectionCommand::WritePaxos { subsector, block }) = fixture.blocks() else {
@@ -153,7 +153,7 @@ fn a_higher_ballot_and_a_later_instance_end_an_attempt() {
 }
 
 #[test]
-fn nothing_is_written_before_earlier_lives_writes_have_settled() {
+fn nothing_is_written_before_the_writes_of_earlier_processes_have_settled() {
     let mut fixture = Fixture::new(Vec::new(), Vec::new());
     let from = BootTime(0).after(Duration::from_secs(4));
     assert_eq!(fixture.start(3), done(ElectionOutcome::NotBefore(from)));
@@ -178,7 +178,7 @@ fn a_block_whose_write_failed_is_not_used_again() {
 }
 
 #[test]
-fn a_process_whose_leader_block_may_land_late_leads_no_more() {
+fn a_process_whose_leader_block_may_land_late_is_no_longer_a_candidate() {
     let mut fixture = Fixture::new(Vec::new(), Vec::new());
     let mut command = fixture.start(4);
     while !matches!(command, Some(ElectionCommand::WriteLeader(_))) {

@@ -54,7 +54,7 @@ fn the_safe_time_under_a_hardware_watchdog_is_a_proof_and_a_millisecond_less_is_
 }
 
 #[test]
-fn a_node_that_was_heard_of_within_a_lease_is_alive() {
+fn a_node_whose_heartbeat_rose_within_a_lease_is_alive() {
     let alive = Err(MissingProof::Alive);
     assert_eq!(under_watchdog(WatchdogKind::Hardware, 3_999), alive);
 }
@@ -73,7 +73,7 @@ fn i1_a_softdog_proves_nothing_unless_it_was_allowed() {
 }
 
 #[test]
-fn i1_lease_only_and_reservations_to_come_need_an_administrators_word() {
+fn i1_lease_only_and_unimplemented_reservations_need_an_administrators_confirmation() {
     for mode in [Fencing::LeaseOnly, Fencing::PersistentReservation] {
         let verdict = verify(policy(mode), &evidence(WatchdogKind::Hardware, 99_000));
         assert_eq!(verdict, Err(MissingProof::AdminConfirmation), "{mode:?}");
@@ -81,7 +81,7 @@ fn i1_lease_only_and_reservations_to_come_need_an_administrators_word() {
 }
 
 #[test]
-fn a_victim_that_no_record_tells_of_needs_an_administrators_word() {
+fn a_victim_without_a_heartbeat_record_needs_an_administrators_confirmation() {
     let unknown = Evidence {
         standing: Standing::Unknown,
         record: None,

@@ -1,146 +1,124 @@
-//! What goes into the lease machine and what comes out of it.
+//! The events and commands of [`LeaseHolder`](crate::LeaseHolder).
 
 use bascule_types::{BootTime, NodeUid, Owner};
 use bascule_volume_format::Timings;
 
 use crate::rules::Rules;
 
-/// What a lease needs to know for its whole life.
+/// The parameters of a lease holder.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct LeaseConfig {
-    /// This node.
+    /// This node's UID.
     pub node: NodeUid,
     /// The volume's times, from its superblock.
     pub timings: Timings,
-    /// The rules in force.
+    /// All rules, except in a test that breaks one.
     pub rules: Rules,
 }
 
-/// A lease as it goes from one process to the next: by a locked hand-over, or from the gate page
-/// after a crash.
+/// A lease, as the next process takes it over: by a locked hand-over, or from the gate page after a
+/// crash.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Held {
-    /// Slot and generation.
+    /// The slot and generation of the lease.
     pub owner: Owner,
-    /// When the lease ends.
+    /// The end of the lease.
     pub expiry: BootTime,
 }
 
-/// A record that lies in the own slot.
+/// A heartbeat record in this node's slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct OwnRecord {
-    /// Who wrote it.
+    /// The node that wrote the record; another one's means that the slot was reassigned.
     pub node: NodeUid,
-    /// Under which slot and generation.
+    /// The slot and generation of the record.
     pub owner: Owner,
-    /// Its sequence number.
+    /// The record's sequence number.
     pub sequence: u64,
 }
 
-/// What happened. `now` is always taken before the event is handed over.
+/// An input of the lease holder. `now` is the boot time, read before the call.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub enum LeaseEvent {
-    /// Time has passed; call at least four times per renewal interval.
-    Tick {
-        /// The moment.
-        now: BootTime,
-    },
-    /// The read of the own slot that [`LeaseCommand::ReadOwnRecords`] asked for: every record that
-    /// could be parsed.
+    /// Time has passed. At least four times per renewal interval.
+    Tick { now: BootTime },
+    /// The result of [`LeaseCommand::ReadOwnRecords`]: every record that could be parsed.
     OwnRecords {
-        /// The moment.
         now: BootTime,
-        /// The records.
         records: Vec<OwnRecord>,
     },
-    /// That read failed.
-    ReadFailed {
-        /// The moment.
-        now: BootTime,
-    },
+    /// The read of [`LeaseCommand::ReadOwnRecords`] failed.
+    ReadFailed { now: BootTime },
     /// A record was acknowledged as durable.
-    Written {
-        /// The moment.
-        now: BootTime,
-        /// Its sequence number.
-        sequence: u64,
-    },
-    /// A write ended with an error: whether it took effect is unknown, and it will not any more.
-    WriteFailed {
-        /// The moment.
-        now: BootTime,
-        /// Its sequence number.
-        sequence: u64,
-    },
-    /// Begin a new generation, higher than any in the own slot, its row and the gate page. Heeded
-    /// only while lapsed.
+    Written { now: BootTime, sequence: u64 },
+    /// A write ended with an error. Whether it took effect is unknown; it does not take effect later.
+    WriteFailed { now: BootTime, sequence: u64 },
+    /// Begin a new generation: higher than any in the slot, the slot's row and the gate page. Ignored
+    /// unless the lease has lapsed.
     NewGeneration {
-        /// The moment.
         now: BootTime,
         /// The slot and its new generation.
         owner: Owner,
     },
-    /// Every gate is closed, every submitted write has completed, every row is released: leave.
-    Leave {
-        /// The moment.
-        now: BootTime,
-    },
+    /// Detach from the volume: every gate is closed, every submitted write has completed, and every
+    /// VM is released.
+    Leave { now: BootTime },
 }
 
-/// What the driver must do now.
+/// A command to the driver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum LeaseCommand {
-    /// Read the own slot's records.
+    /// Read the records of this node's slot.
     ReadOwnRecords,
     /// Record `sequence` in the gate page, then write this record to block `sequence mod 4`.
     WriteRecord {
-        /// Slot and generation.
+        /// The slot and generation to write.
         owner: Owner,
-        /// The number.
+        /// The sequence number to write.
         sequence: u64,
-        /// Whether it is the last one: the node leaves.
+        /// Whether this is the last record, with which the node detaches.
         detached: bool,
     },
 }
 
-/// Why a holder stopped for good. Only a new start of `bascule-volume` goes on.
+/// Why a lease holder stopped. Only a new `bascule-volume` process takes a lease again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, thiserror::Error)]
 pub enum StopReason {
-    /// Another node writes this slot.
+    /// The slot has a record of another node, of this generation or a newer one.
     #[error("slot {} is written by another node, {}", .0.owner.slot, .0.node)]
     ForeignNode(OwnRecordFound),
-    /// A newer generation of this node writes the slot.
+    /// The slot has a record of this node in a newer generation.
     #[error("a newer process of this node writes the slot, as {}", .0.owner)]
     NewerGeneration(OwnRecordFound),
-    /// The record that was acknowledged is not there: the device lost it.
+    /// The record that was acknowledged last is missing: the device lost it.
     #[error("the device lost the acknowledged heartbeat {sequence}")]
     RecordLost {
-        /// Its number.
+        /// The missing record's sequence number.
         sequence: u64,
     },
-    /// The node left in order.
+    /// The node detached.
     #[error("the node left the volume")]
     Left,
 }
 
-/// Who was found in the own slot.
+/// The writer of an unexpected record in this node's slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct OwnRecordFound {
-    /// The node.
     pub node: NodeUid,
-    /// Its slot and generation.
     pub owner: Owner,
 }
 
 /// The state without its data, for logs and status.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum LeasePhase {
-    /// No lease: a new generation is needed.
+    /// No lease; only a new generation can take one.
     Lapsed,
-    /// A generation, and no acknowledged record of it yet.
+    /// A new generation without an acknowledged record: no lease yet.
     Begun,
-    /// A lease.
+    /// A lease: the gate is open until its expiry.
     Held,
-    /// Stopped for good.
+    /// Final.
     Stopped(StopReason),
 }

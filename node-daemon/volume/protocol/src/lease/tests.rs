@@ -188,7 +188,7 @@ fn a_failed_read_is_tried_again_while_the_lease_lasts() {
 }
 
 #[test]
-fn a_lapsed_lease_never_comes_back_in_its_generation() {
+fn a_lapsed_lease_is_never_renewed_in_its_generation() {
     let mut fixture = Fixture::held();
     assert_eq!(fixture.tick(4000), None);
     assert_eq!(fixture.0.phase(), LeasePhase::Lapsed);
@@ -199,7 +199,7 @@ fn a_lapsed_lease_never_comes_back_in_its_generation() {
 }
 
 #[test]
-fn a_foreign_node_in_the_slot_stops_the_holder_for_good() {
+fn another_node_in_the_slot_stops_the_holder_permanently() {
     let mut fixture = Fixture::held();
     fixture.tick(1000);
     let found = vec![record(ME, 1, 1), record(OTHER, 1, 7)];
@@ -215,7 +215,7 @@ fn a_foreign_node_in_the_slot_stops_the_holder_for_good() {
 }
 
 #[test]
-fn what_an_earlier_node_left_in_the_slot_stops_nobody() {
+fn an_older_record_of_the_slots_earlier_node_does_not_stop_the_holder() {
     let mut fixture = Fixture::lapsed();
     let (now, owner) = (at(0), owner(5));
     fixture.step(LeaseEvent::NewGeneration { now, owner });
@@ -223,7 +223,7 @@ fn what_an_earlier_node_left_in_the_slot_stops_nobody() {
 }
 
 #[test]
-fn a_newer_generation_in_the_slot_stops_the_holder_for_good() {
+fn a_newer_generation_in_the_slot_stops_the_holder_permanently() {
     let mut fixture = Fixture::held();
     fixture.tick(1000);
     fixture.records(1000, vec![record(ME, 1, 1), record(ME, 2, 1)]);
@@ -243,7 +243,7 @@ fn i6_a_device_that_lost_an_acknowledged_record_stops_the_holder() {
 }
 
 #[test]
-fn i4_the_next_process_goes_on_with_the_lease_and_the_numbers() {
+fn i4_the_next_process_continues_the_lease_and_the_sequence_numbers() {
     let first = Fixture::held();
     assert!(first.0.is_idle());
     let (held, sent) = (first.0.lease(), first.0.sequence_sent());

@@ -42,7 +42,7 @@ fn watching(record: HeartbeatSeen) -> Watcher {
 }
 
 #[test]
-fn r4_r5_silence_lasts_from_a_completed_read_to_an_issued_one() {
+fn r4_r5_the_interval_lasts_from_a_completed_read_to_an_issued_one() {
     let watcher = watching(seen(1, 1));
     assert_eq!(watcher.evidence(owner(1)).unchanged_for, Duration::ZERO);
     let watcher = read(watcher, 1100, 5000, seen(1, 1));
@@ -80,7 +80,7 @@ fn a_lease_is_over_after_the_victims_own_w_and_not_before() {
 }
 
 #[test]
-fn an_unseen_slot_and_a_generation_to_come_prove_nothing() {
+fn an_unread_slot_and_a_future_generation_prove_nothing() {
     let watcher = read(watching(seen(1, 1)), 60_000, 60_000, seen(1, 1));
     for victim in [
         owner(2),
@@ -108,7 +108,7 @@ fn a_generation_that_the_journal_names_is_watched_from_that_moment() {
 }
 
 #[test]
-fn a_generation_before_the_present_one_is_as_silent_as_its_node() {
+fn a_superseded_generation_has_no_heartbeat_for_as_long_as_its_node() {
     let watcher = read(watching(seen(1, 1)), 20_000, 20_000, seen(2, 1));
     assert_eq!(watcher.evidence(owner(1)).standing, Standing::Superseded);
     assert!(!watcher.evidence(owner(1)).lease_is_over());

@@ -1,10 +1,10 @@
-//! Running a model, and saying what it covered.
+//! Runs a model and prints what it covered.
 
 use std::time::{Duration, Instant};
 
 use stateright::{Checker, HasDiscoveries, Model};
 
-/// How far a model goes.
+/// The bounds of a model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Size {
     /// In every test run.
@@ -29,7 +29,7 @@ impl Size {
     }
 }
 
-/// Visits every state; every `always` must hold and every `sometimes` must be reached.
+/// Visits every state: every `always` must hold, and every `sometimes` must be reached.
 pub(crate) fn holds<M>(name: &str, model: M)
 where
     M: Model + Send + Sync + 'static,
@@ -48,7 +48,7 @@ where
     checker.assert_properties();
 }
 
-/// Looks for a counterexample; there must be one to the named property.
+/// Searches for a counterexample to the named property; there must be one within 300 s.
 pub(crate) fn is_caught<M>(name: &str, property: &'static str, model: M)
 where
     M: Model + Send + Sync + 'static,
@@ -65,9 +65,12 @@ where
         .join();
     let states = checker.unique_state_count();
     let path = checker.discovery(property);
-    assert!(path.is_some(), "{name}: not noticed in {states} states");
+    assert!(
+        path.is_some(),
+        "{name}: no counterexample in {states} states"
+    );
     println!(
-        "{name}: noticed after {states} states, {:.1} s: {:?}",
+        "{name}: counterexample after {states} states, {:.1} s: {:?}",
         started.elapsed().as_secs_f32(),
         path.map(|path| path.into_actions())
     );

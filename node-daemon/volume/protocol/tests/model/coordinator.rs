@@ -1,7 +1,7 @@
 //! A coordinator that is deposed while it journals, and its successor.
 //!
-//! The old one's records, re-reads and answers take their time; the successor runs the real
-//! election, reads the old journal when it has won, and crashes and starts again at any point.
+//! The old coordinator's records, re-reads and answers take arbitrary time. The successor runs the
+//! real election, reads the old journal after it has won, and crashes and restarts at any point.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -36,7 +36,7 @@ pub(crate) struct State {
     new: Successor,
     leaders: Vec<LeaderBlock>,
     paxos: Vec<PaxosBlock>,
-    /// What the successor found in the old journal.
+    /// The records that the successor found in the old journal.
     adopted: Option<BTreeSet<Ticket>>,
     crashes_left: u8,
 }
@@ -190,7 +190,7 @@ impl Model for CoordinatorModel {
             }
             actions.push(Action::OldCrashes);
         }
-        // Also after the old one is gone: a submitted write may land late.
+        // Also after the old coordinator has crashed: a submitted write may land late.
         actions.extend(state.submitted.iter().map(|t| Action::OldDurable(*t)));
         match state.new.pending {
             Some(_) => actions.push(Action::NewProceeds),
@@ -272,7 +272,7 @@ impl Model for CoordinatorModel {
     }
 }
 
-/// What the model is about.
+/// I3.
 pub(crate) const KEPT: &str = "an acknowledged change is never lost";
 
 #[test]

@@ -1,7 +1,7 @@
 //! Two or three processes elect coordinators, epoch after epoch, on one disk.
 //!
-//! Each slot is read at a moment of its own. Processes crash and come back in a new generation;
-//! what they had submitted lands late or never. Writes fail, and may land all the same.
+//! Each slot is read at a different moment. Processes crash and restart in a new generation; their
+//! outstanding writes land late or never. Writes fail, and may land nevertheless.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -47,7 +47,7 @@ struct Process {
     reading: Option<Reading>,
 }
 
-/// What was read so far, slot by slot.
+/// A read of all slots, in progress.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 struct Reading {
     next: u16,
@@ -59,7 +59,7 @@ struct Reading {
 struct Write {
     slot: u16,
     what: Block,
-    /// Whether a living process waits for it.
+    /// Whether a running process waits for the completion.
     awaited: bool,
 }
 
@@ -177,7 +177,7 @@ fn owner(slot: u16, generation: u64) -> Owner {
 }
 
 impl State {
-    /// Whether something that an earlier life of the slot submitted may still land.
+    /// Whether a write of an earlier process of the slot may still land.
     fn is_unsettled(&self, slot: u16) -> bool {
         self.in_flight.iter().any(|w| w.slot == slot && !w.awaited)
     }
@@ -238,7 +238,7 @@ impl Model for ElectionModel {
             Action::Start(slot) => {
                 let process = &mut state.processes[usize::from(slot)];
                 process.attempts_left -= 1;
-                // What a failed write of this life does is the machine's own business.
+                // The state machine itself accounts for failed writes of the present process.
                 let unsettled = process.generation > 1 && state.is_unsettled(slot);
                 let now = BootTime(if unsettled { 0 } else { 5 });
                 self.deliver(&mut state, slot, &ElectionEvent::Start { now });
@@ -298,9 +298,9 @@ impl Model for ElectionModel {
     }
 }
 
-/// What the model is about.
+/// I2.
 pub(crate) const AGREED: &str = "every epoch has one winner";
-/// A late write of a leader block must not hide a later epoch.
+/// A late write of a leader block must not overwrite a later epoch.
 pub(crate) const LED: &str = "the highest epoch that was ever led is shown";
 
 #[test]

@@ -1,10 +1,10 @@
-//! A node that may fall silent, its guest's writes, its watchdog; and the coordinator that takes
-//! the guest over.
+//! A takeover: node A with its guest's writes and its watchdog may fail; the coordinator, on node B,
+//! takes the guest over.
 //!
-//! Every process of node A may stop for any time at any point, between the gate's check and the
-//! submission too; writes land as late as they like while the node lives, and within `settle`
-//! after its reset or never. The watchdog device fires by itself. Node B reads, proves, takes the
-//! row and writes at once. Reads and renewals are instants here: `lease.rs` takes them apart.
+//! Every process of node A may stop for any time at any point, also between the gate check and the
+//! submission. Writes land arbitrarily late while A runs, and within `settle` after its reset or
+//! never. The watchdog device fires by itself. Node B reads A's slot, proves the fence, takes the VM
+//! and writes at once. Reads and renewals are atomic here; `lease.rs` splits them.
 
 use std::time::Duration;
 
@@ -42,7 +42,7 @@ pub(crate) struct FenceModel {
     pub(crate) power_cut: bool,
     pub(crate) reboots: u8,
     pub(crate) kill: bool,
-    /// Two steps of the watchdog's owner, or one.
+    /// Whether deciding and petting are two steps of `bascule-watchdog`, or one.
     pub(crate) late_pets: bool,
 }
 
@@ -50,9 +50,9 @@ pub(crate) struct FenceModel {
 pub(crate) struct State {
     now: u64,
     a: NodeState,
-    /// The newest record of A's slot, and the boot that wrote it.
+    /// The newest record of A's slot: owner, sequence number, and the boot that wrote it.
     record: (Owner, u64, u8),
-    /// The guest's writes that are under way, sorted: one of each life of the node.
+    /// The guest's outstanding writes, sorted: at most one of each boot of the node.
     flights: Vec<Flight>,
     /// The highest epoch of which a write took effect.
     written: Epoch,
@@ -60,9 +60,9 @@ pub(crate) struct State {
     watcher: Watcher,
     /// The epoch in which B wrote.
     b_wrote: Option<Epoch>,
-    /// An administrator's fencing confirmation on its way, about this generation of A.
+    /// An administrator's fencing confirmation that was sent and not yet decided: A's generation.
     confirmation: Option<u64>,
-    /// What it was about.
+    /// The generation that the administrator confirmed.
     confirmed: Option<u64>,
     confirmations_left: u8,
     overtaken: bool,
@@ -111,7 +111,7 @@ pub(crate) enum Action {
     Rejoin,
     GuestChecks,
     GuestSubmits,
-    GuestLooks,
+    GuestReadsRow,
     GuestEnds,
     Lands(usize),
     WatchdogDecides,
@@ -249,7 +249,7 @@ impl FenceModel {
         };
         let from = owner(A, state.table.generation(A));
         let since_boot = BootTime((state.now - node.booted_at) * TICK);
-        // The slot's newest record may be of this boot already: its heartbeat came first.
+        // The slot's newest record may be of this boot already: the heartbeat precedes the rejoin.
         let own = OwnSlot {
             node: NODE_A,
             owner: from,
@@ -312,12 +312,12 @@ impl FenceModel {
                 from,
                 epoch,
             };
-            // A refusal means that the row is somebody else's by now.
+            // A refusal means that another owner has the VM by now.
             self.ask(state, &change, requester).ok();
         }
     }
 
-    /// A runs the guest again: watched, in a tenure of its own.
+    /// A starts the guest again, enlisted with the watchdog and in a new epoch.
     fn a_acquires(&self, state: &mut State) {
         let NodeState::Up(node) = &state.a else {
             return;
@@ -425,7 +425,7 @@ impl State {
         self.flights.iter().any(|f| f.lands_until.is_none())
     }
 
-    fn guest_looks(&mut self) {
+    fn guest_reads_row(&mut self) {
         let row = self.table.row();
         let NodeState::Up(node) = &mut self.a else {
             return;
@@ -491,7 +491,7 @@ impl Model for FenceModel {
                         if !state.is_writing() && node.gate_is_open(state.moment(), own.owner) {
                             actions.push(Action::GuestChecks);
                         }
-                        actions.push(Action::GuestLooks);
+                        actions.push(Action::GuestReadsRow);
                         if self.kill {
                             actions.push(Action::GuestEnds);
                         }
@@ -534,7 +534,7 @@ impl Model for FenceModel {
             Action::TimePasses => self.time_passes(&mut state),
             Action::Renew => Self::renew(&mut state),
             Action::Rejoin => self.rejoin(&mut state),
-            Action::GuestLooks => state.guest_looks(),
+            Action::GuestReadsRow => state.guest_reads_row(),
             Action::GuestEnds => self.guest_ends(&mut state),
             Action::Lands(index) => state.lands(index),
             Action::PowerCut => self.reset(&mut state),
@@ -620,7 +620,7 @@ impl Model for FenceModel {
             ));
         } else {
             properties.push(Property::always(
-                "nobody takes a guest without a word",
+                "no guest is taken over without a confirmation",
                 |_, state: &State| state.b_wrote.is_none(),
             ));
         }
@@ -675,11 +675,12 @@ impl FenceModel {
 pub(crate) const I1: &str = "no write of an epoch lands after the first of a later one";
 /// I1.
 pub(crate) const ONE_WRITER: &str = "only A writes in the epoch that A owned";
-/// An administrator vouches for what he saw.
+/// A confirmation counts for the generation that the administrator named.
 pub(crate) const CONFIRMATION_BOUND: &str =
-    "under LeaseOnly only the generation that a word named is fenced";
+    "under LeaseOnly only the confirmed generation is fenced";
 /// I2.
-pub(crate) const FENCED_ENDS: &str = "a fenced owner's tenure ends with it";
+pub(crate) const FENCED_ENDS: &str =
+    "a fenced owner's ownership does not go over to its next generation";
 
 #[test]
 fn i1_no_write_lands_after_a_later_epochs_first_under_a_hardware_watchdog() {
@@ -704,7 +705,7 @@ fn i1_no_write_lands_after_a_later_epochs_first_through_power_cut_and_reboot() {
 }
 
 #[test]
-fn i1_a_killed_guests_writes_keep_its_row_until_they_have_landed() {
+fn i1_a_killed_guests_vm_is_not_released_until_its_writes_have_landed() {
     let model = FenceModel {
         ticks: Size::from_environment().pick(5, 9),
         kill: true,
@@ -730,7 +731,7 @@ fn i1_a_softdog_and_no_watchdog_prove_nothing() {
 }
 
 #[test]
-fn i1_lease_only_takes_over_on_a_word_about_this_very_generation() {
+fn i1_lease_only_takes_over_only_after_a_confirmation_of_this_generation() {
     let model = FenceModel {
         ticks: Size::from_environment().pick(4, 5),
         kind: WatchdogKind::None,
@@ -740,5 +741,5 @@ fn i1_lease_only_takes_over_on_a_word_about_this_very_generation() {
         late_pets: false,
         ..FenceModel::new(Rules::ENFORCED)
     };
-    holds("fence, administrator's word", model);
+    holds("fence, administrator's confirmation", model);
 }

@@ -1,10 +1,10 @@
-//! One migration's commit: the source's machine, the real metadata, a coordinator that dies with
-//! its answers, and a network that loses, delays, repeats and reorders.
+//! One migration's commit: the source's machine, the real metadata, a coordinator that crashes before
+//! it answers, and a network that loses, delays, repeats and reorders.
 //!
-//! The source has one request out at a time, and hears nothing of an earlier one any more; but any
-//! copy of it may still be decided. The destination runs when it sees its ownership. The source's node
-//! may go on in a new generation meanwhile, the destination's lease may look lapsed, and the source
-//! may want to give up.
+//! The source has one request outstanding at a time and ignores answers to earlier ones; but any copy
+//! of an earlier request may still be decided. The destination runs when it sees its ownership.
+//! Meanwhile the source's node may rejoin in a new generation, the destination's lease may appear to
+//! have lapsed, and the source may retract.
 
 use std::collections::BTreeMap;
 
@@ -33,11 +33,11 @@ pub(crate) struct HandOverModel {
 pub(crate) struct State {
     table: Table,
     source: Source,
-    /// Requests under way, sorted.
+    /// Outstanding requests, sorted.
     requests: Vec<Message>,
-    /// The answer under way to the last request, if there is one.
+    /// The outstanding answer to the last request.
     answer: Option<Outcome>,
-    /// How many requests were made.
+    /// How many requests the source has sent.
     asked: u8,
     losses_left: u8,
     destination_alive: bool,
@@ -47,19 +47,19 @@ pub(crate) struct State {
     two_owners: bool,
 }
 
-/// Where the source stands.
+/// The source's state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Source {
-    /// The guest is stopped; nothing was asked.
+    /// The guest is stopped; no request was sent.
     Paused,
-    /// It runs: nothing was ever asked.
+    /// The migration was cancelled before a request: the guest runs.
     Unasked,
     Committing(Commit),
-    /// It runs, against a rule that is broken.
+    /// The guest runs because a rule is broken.
     Broken,
 }
 
-/// A request, and which one it was.
+/// A request with its serial number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct Message {
     serial: u8,
@@ -76,7 +76,7 @@ enum Outcome {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Action {
     Ask,
-    /// A saved state was declared complete, and is not to count after all.
+    /// Retract: a saved state was declared complete and must not count.
     GiveUp,
     Cancel,
     NoAnswer,
@@ -99,7 +99,7 @@ impl HandOverModel {
         }
     }
 
-    /// Puts the source's present question on its way; an earlier one is no longer listened for.
+    /// Sends the source's present request; answers to earlier ones are ignored from now on.
     fn ask(state: &mut State) {
         let Source::Committing(commit) = state.source else {
             return;
@@ -358,10 +358,11 @@ impl Model for HandOverModel {
             Property::sometimes("the guest goes over", |_, state: &State| {
                 state.destination_runs && state.source_is_gone()
             }),
-            Property::sometimes("the guest stays, unasked", |_, state: &State| {
-                state.source == Source::Unasked
-            }),
-            Property::sometimes("the guest is taken back", |_, state: &State| {
+            Property::sometimes(
+                "the guest stays after a cancellation",
+                |_, state: &State| state.source == Source::Unasked,
+            ),
+            Property::sometimes("the guest is retracted", |_, state: &State| {
                 matches!(
                     state.source,
                     Source::Committing(Commit::Resumed {
@@ -381,7 +382,7 @@ pub(crate) const NEVER_AGAIN: &str = "after the commit the source never runs aga
 /// I1.
 pub(crate) const ONE_OWNER: &str = "an epoch has one owner";
 /// I5.
-pub(crate) const NOT_LOST: &str = "a guest that nobody took is not given up";
+pub(crate) const NOT_LOST: &str = "the source gives up a guest only after the commit";
 
 #[test]
 fn i2_i5_the_guest_runs_on_exactly_one_side_however_the_commit_ends() {

@@ -1,8 +1,8 @@
 //! One holder, one watcher, one slot, two drifting clocks.
 //!
-//! The holder's process crashes, restarts from the gate page, is frozen (no event reaches it while
-//! time passes), and its writes land and are acknowledged at any time. A record of a newer
-//! generation may appear in its slot, as a second process of the node would write it.
+//! The holder's process crashes, restarts from the gate page, and freezes (it gets no event while time
+//! passes); its writes land and are acknowledged at any time. A record of a newer generation may
+//! appear in its slot, as a second process of the node would write it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -365,13 +365,14 @@ impl Model for LeaseModel {
                 let phase = state.holder.as_ref().map(LeaseHolder::phase);
                 phase == Some(LeasePhase::Held) && state.page_sequence > 1
             }),
-            Property::sometimes("silence is noticed", |_, state: &State| {
-                !state.concluded.is_empty()
-            }),
+            Property::sometimes(
+                "a watcher concludes that a lease has ended",
+                |_, state: &State| !state.concluded.is_empty(),
+            ),
         ];
         if self.newer_process {
             properties.push(Property::sometimes(
-                "a holder stops for good",
+                "a holder stops permanently",
                 |_, state: &State| {
                     let phase = state.holder.as_ref().map(LeaseHolder::phase);
                     matches!(phase, Some(LeasePhase::Stopped(_)))
@@ -387,7 +388,7 @@ impl Model for LeaseModel {
     }
 }
 
-/// What the model is about.
+/// I1.
 pub(crate) const SAFE: &str = "no gate is open after a watcher concluded that its lease is over";
 
 #[test]

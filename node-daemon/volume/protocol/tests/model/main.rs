@@ -1,9 +1,9 @@
-//! The protocol's machines under every schedule: crashes, restarts, freezes, late writes, clocks
-//! that drift. Small bounds by default; `BASCULE_MODEL=large` widens them.
+//! Models of the protocol: its state machines under every schedule of crashes, restarts, freezes,
+//! late writes and drifting clocks. Small bounds by default; `BASCULE_MODEL=large` widens them.
 //!
-//! Each model drives the real machines and the real metadata; only the disk, the clocks and the
-//! scheduler are the model's own. `mutations.rs` breaks one rule at a time and expects the model to
-//! notice.
+//! Each model runs the real state machines and the real metadata; only the disk, the clocks and the
+//! scheduler are simulated. `mutations.rs` breaks one rule at a time and expects a model to find a
+//! counterexample.
 #![expect(clippy::unwrap_used, clippy::panic, reason = "fixtures of tests")]
 
 mod checker;

@@ -14,7 +14,7 @@ use bascule_volume_protocol::{Mutation, Rules};
 
 pub(crate) const VM: VmUid = VmUid::from_bytes([7; 16]);
 
-/// What the coordinator of a model sees on the volume.
+/// The evidence of a model's coordinator.
 pub(crate) struct Sight<L, P> {
     pub(crate) alive: L,
     pub(crate) proof: P,
@@ -34,7 +34,7 @@ where
     }
 }
 
-/// The rows.
+/// The metadata, hashed by the parts that a model changes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Table(Metadata);
 
@@ -201,7 +201,7 @@ impl Table {
     }
 }
 
-/// "I go on as the next generation."
+/// The change by which a node joins in its next generation.
 pub(crate) fn rejoin(from: Owner, rebooted: bool) -> Change {
     Change::Rejoin {
         node: node(from.slot),

@@ -1,7 +1,7 @@
 //! The source's side of the commit point.
 //!
 //! The source is stopped, drained and has the destination's `Ready`. From the moment in which
-//! [`Question::Transfer`] is handed to the volume, nobody but the volume knows who may run, and
+//! [`TransferRequest::Transfer`] is handed to the volume, nobody but the volume knows who may run, and
 //! the source asks until it knows too:
 //!
 //! ```text
@@ -37,8 +37,6 @@
 use bascule_types::{AttemptId, Epoch, Owner};
 
 #[cfg(test)]
-mod model;
-#[cfg(test)]
 mod tests;
 
 /// What a migration's commit is about. The same on both sides.
@@ -56,7 +54,7 @@ pub struct Terms {
 
 /// What a VM's row says, as far as a commit cares.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct RowSeen {
+pub struct OwnershipRecord {
     /// Who may write; nobody when the VM is stopped.
     pub owner: Option<Owner>,
     /// The tenure.
@@ -67,7 +65,7 @@ pub struct RowSeen {
 
 /// What to ask the volume.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Question {
+pub enum TransferRequest {
     /// Transfer the row to the destination.
     Transfer(Transfer),
     /// Transfer the row from the source to itself, so that no older request can be granted.
@@ -87,13 +85,13 @@ pub struct Transfer {
     pub attempt: AttemptId,
 }
 
-/// What came back for a [`Question`].
+/// What came back for a [`TransferRequest`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Reply {
     /// It is durable; this is the row.
-    Granted(RowSeen),
+    Granted(OwnershipRecord),
     /// It was refused; this is the row as read after the refusal.
-    Refused(RowSeen),
+    Refused(OwnershipRecord),
     /// Refused because the volume knows no such VM.
     NoSuchVm,
     /// No answer, or none that can be trusted: a lost connection, a time-out, an election.
@@ -104,7 +102,7 @@ pub enum Reply {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Commit {
     /// The transfer was asked for.
-    Asking(Claim),
+    Transferring(Claim),
     /// It was refused at least once; the source takes the row back for itself.
     Retracting(Claim),
     /// The row is the destination's.
@@ -136,7 +134,7 @@ pub struct Claim {
 impl Terms {
     /// Whether this row says that the transfer has happened and is the latest event.
     #[must_use]
-    pub fn transferred(&self, row: &RowSeen) -> bool {
+    pub fn transferred(&self, row: &OwnershipRecord) -> bool {
         row.owner == Some(self.destination)
             && row.epoch == self.epoch.next()
             && row.attempt == Some(self.attempt)
@@ -146,7 +144,7 @@ impl Terms {
     /// generation may have risen: that of one and the same slot is raised with the row kept
     /// only by the node that holds it.
     #[must_use]
-    pub fn still_source(&self, row: &RowSeen) -> Option<Owner> {
+    pub fn held_by_source(&self, row: &OwnershipRecord) -> Option<Owner> {
         row.owner.filter(|owner| {
             owner.slot == self.source.slot
                 && owner.generation >= self.source.generation
@@ -167,7 +165,7 @@ impl Commit {
             retraction != terms.attempt,
             "the retraction needs an attempt id of its own"
         );
-        Self::Asking(Claim {
+        Self::Transferring(Claim {
             terms,
             us: terms.source,
             retraction,
@@ -182,22 +180,22 @@ impl Commit {
     #[must_use]
     pub fn give_up(terms: Terms, retraction: AttemptId) -> Self {
         match Self::begin(terms, retraction) {
-            Self::Asking(claim) => Self::Retracting(claim),
+            Self::Transferring(claim) => Self::Retracting(claim),
             other => other,
         }
     }
 
     /// What to ask now; nothing once the outcome is known.
     #[must_use]
-    pub const fn question(&self) -> Option<Question> {
+    pub const fn request(&self) -> Option<TransferRequest> {
         match self {
-            Self::Asking(claim) => Some(Question::Transfer(Transfer {
+            Self::Transferring(claim) => Some(TransferRequest::Transfer(Transfer {
                 from: claim.us,
                 epoch: claim.terms.epoch,
                 to: claim.terms.destination,
                 attempt: claim.terms.attempt,
             })),
-            Self::Retracting(claim) => Some(Question::Retract(Transfer {
+            Self::Retracting(claim) => Some(TransferRequest::Retract(Transfer {
                 from: claim.us,
                 epoch: claim.terms.epoch,
                 to: claim.us,
@@ -211,8 +209,10 @@ impl Commit {
     #[must_use]
     pub fn next(self, reply: Reply) -> Self {
         match (self, reply) {
-            (Self::Asking(_) | Self::Retracting(_), Reply::NoSuchVm) => Self::Lost,
-            (Self::Asking(claim), Reply::Granted(row) | Reply::Refused(row)) => claim.asked(&row),
+            (Self::Transferring(_) | Self::Retracting(_), Reply::NoSuchVm) => Self::Lost,
+            (Self::Transferring(claim), Reply::Granted(row) | Reply::Refused(row)) => {
+                claim.asked(&row)
+            }
             (Self::Retracting(claim), Reply::Granted(row)) => claim.retracted(&row),
             (Self::Retracting(claim), Reply::Refused(row)) => claim.asked(&row),
             (same, _) => same,
@@ -221,10 +221,10 @@ impl Commit {
 }
 
 impl Claim {
-    fn asked(self, row: &RowSeen) -> Commit {
+    fn asked(self, row: &OwnershipRecord) -> Commit {
         if self.terms.transferred(row) {
             Commit::Committed { epoch: row.epoch }
-        } else if let Some(us) = self.terms.still_source(row) {
+        } else if let Some(us) = self.terms.held_by_source(row) {
             Commit::Retracting(Self { us, ..self })
         } else if self.is_retraction(row) {
             // An answer to an earlier retraction was lost, and its next copy was refused.
@@ -234,7 +234,7 @@ impl Claim {
         }
     }
 
-    fn retracted(self, row: &RowSeen) -> Commit {
+    fn retracted(self, row: &OwnershipRecord) -> Commit {
         if self.is_retraction(row) {
             self.resumed(row)
         } else {
@@ -243,13 +243,13 @@ impl Claim {
     }
 
     /// Whether this row was made by our own retraction, which nobody else could have asked for.
-    fn is_retraction(self, row: &RowSeen) -> bool {
+    fn is_retraction(self, row: &OwnershipRecord) -> bool {
         row.attempt == Some(self.retraction)
             && row.epoch == self.terms.epoch.next()
             && row.owner.is_some_and(|owner| owner.slot == self.us.slot)
     }
 
-    fn resumed(self, row: &RowSeen) -> Commit {
+    fn resumed(self, row: &OwnershipRecord) -> Commit {
         Commit::Resumed {
             owner: row.owner.unwrap_or(self.us),
             epoch: row.epoch,

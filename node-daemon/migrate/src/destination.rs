@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use bascule_types::{AttemptId, Bytes, Epoch, Owner, VmUid, VolumeId};
 
-use crate::commit::{RowSeen, Terms};
+use crate::commit::{OwnershipRecord, Terms};
 use crate::pages::{MemoryLayout, Pages};
 use crate::wire::{
     Abort, AbortReason, Batch, Committed, Config, Features, Frame, Hello, RoundEnd,
@@ -138,13 +138,13 @@ pub enum CommitEvent {
     /// The stream ended or brought what it may not.
     StreamLost,
     /// The own volume says what the row is, by the coordinator's word.
-    Row(RowSeen),
+    Record(OwnershipRecord),
     /// The own volume has no such row.
-    NoRow,
+    NoRecord,
     /// The own volume has no answer now.
     NoAnswer,
     /// Asked for long enough, as the node's policy has it.
-    PatienceOver,
+    TimedOut,
 }
 
 /// What to do then.
@@ -153,7 +153,7 @@ pub enum CommitStep {
     /// Wait for the source's word.
     Wait(ExpectCommit),
     /// Ask the own volume for the row, again after a pause.
-    AskVolume(ExpectCommit),
+    QueryVolume(ExpectCommit),
     /// The row is ours: announce and run.
     Run {
         /// The tenure.
@@ -391,7 +391,7 @@ impl ExpectCommit {
     /// # Guarantees
     /// [`CommitStep::Run`] only on the volume's word, or on the source's that it has it.
     /// [`CommitStep::Discard`] only when this attempt can no longer commit, except on
-    /// [`CommitEvent::PatienceOver`]: a transfer that is granted after that leaves the VM owned
+    /// [`CommitEvent::TimedOut`]: a transfer that is granted after that leaves the VM owned
     /// by this node without a process, and its node restarts it from its disks.
     #[must_use]
     pub fn next(self, event: &CommitEvent) -> CommitStep {
@@ -408,13 +408,13 @@ impl ExpectCommit {
                 CommitStep::Run { epoch: word.epoch }
             }
             // A word that cannot be true: whoever said it is not to be listened to any more.
-            CommitEvent::Committed(_) | CommitEvent::StreamLost => CommitStep::AskVolume(orphan),
+            CommitEvent::Committed(_) | CommitEvent::StreamLost => CommitStep::QueryVolume(orphan),
             CommitEvent::Aborted if self.link == Link::Up => CommitStep::Discard,
-            CommitEvent::Row(row) if self.terms.transferred(row) => {
+            CommitEvent::Record(row) if self.terms.transferred(row) => {
                 CommitStep::Run { epoch: row.epoch }
             }
-            CommitEvent::Row(row) if self.terms.still_source(row).is_some() => self.again(),
-            CommitEvent::Row(_) | CommitEvent::NoRow | CommitEvent::PatienceOver => {
+            CommitEvent::Record(row) if self.terms.held_by_source(row).is_some() => self.again(),
+            CommitEvent::Record(_) | CommitEvent::NoRecord | CommitEvent::TimedOut => {
                 CommitStep::Discard
             }
             CommitEvent::NoAnswer | CommitEvent::Aborted => self.again(),
@@ -424,7 +424,7 @@ impl ExpectCommit {
     const fn again(self) -> CommitStep {
         match self.link {
             Link::Up => CommitStep::Wait(self),
-            Link::Down => CommitStep::AskVolume(self),
+            Link::Down => CommitStep::QueryVolume(self),
         }
     }
 }

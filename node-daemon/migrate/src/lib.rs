@@ -24,7 +24,7 @@
 //!
 //! # The commit point
 //!
-//! It is the moment in which the source hands [`commit::Question::Transfer`] to its volume. Before
+//! It is the moment in which the source hands [`commit::TransferRequest::Transfer`] to its volume. Before
 //! it every failure, of either side or of the link, ends with the guest running on the source.
 //! After it the volume's row alone says who may run: see [`commit`] for the source's rules and
 //! [`destination::ExpectCommit`] for the destination's.
@@ -34,11 +34,13 @@
 
 pub mod commit;
 pub mod destination;
+#[cfg(test)]
+mod model;
 pub mod pages;
 pub mod precopy;
 pub mod source;
 pub mod wire;
 
-pub use commit::{Commit, RowSeen};
+pub use commit::{Commit, OwnershipRecord};
 pub use pages::{MemoryLayout, PAGE_BYTES, PageIndex, PageRange, Pages};
 pub use wire::{Frame, FrameBuffer, FrameWriter, WireError};

@@ -20,15 +20,13 @@ use bascule_types::Bytes;
 use crate::pages::{PAGE_BYTES, Pages};
 
 mod pace;
+mod rate;
 
 #[cfg(test)]
 mod tests;
 
 pub use pace::Pacer;
-
-/// Bytes per second.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Rate(pub u64);
+pub use rate::Rate;
 
 /// What the VM's policy allows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,7 +60,7 @@ pub struct FixedCost {
     pub save: Duration,
     /// Restoring: a dry run on the destination.
     pub restore: Duration,
-    /// The transfer on the volume: as long as a question to the coordinator takes.
+    /// The transfer on the volume: as long as a request to the coordinator takes.
     pub commit: Duration,
     /// One round trip; the blackout has two of them: `Ready`, and `Committed` to `Running`.
     pub round_trip: Duration,
@@ -127,20 +125,6 @@ pub struct Controller {
     best: Option<Duration>,
     stalled: u32,
     polished: u32,
-}
-
-impl Rate {
-    /// How long `bytes` take.
-    #[must_use]
-    pub fn time_for(self, bytes: Bytes) -> Duration {
-        let nanos = u128::from(bytes.0) * NANOS / u128::from(self.0.max(1));
-        Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
-    }
-
-    fn of(bytes: Bytes, took: Duration) -> Self {
-        let rate = u128::from(bytes.0) * NANOS / took.as_nanos().max(1);
-        Self(u64::try_from(rate).unwrap_or(u64::MAX).max(1))
-    }
 }
 
 impl FixedCost {
@@ -258,7 +242,6 @@ impl Controller {
     }
 }
 
-const NANOS: u128 = 1_000_000_000;
 /// Before anything was measured: a 1 Gbit/s link. A guess, on the careful side.
 const RATE_GUESS: Rate = Rate(117 << 20);
 /// The least that a round must send to be a measure of bandwidth.

@@ -25,7 +25,7 @@ use std::time::Duration;
 
 use bascule_types::{AttemptId, Epoch, Owner, VmUid, VolumeId};
 
-use crate::commit::{Commit, Question, Reply, Terms};
+use crate::commit::{Commit, Reply, Terms, TransferRequest};
 use crate::wire::{
     Abort, AbortReason, Committed, Features, Frame, Hello, VERSION_MAX, VERSION_MIN, Welcome,
 };
@@ -117,7 +117,7 @@ pub enum Event {
     AllSent,
     /// The destination has restored everything.
     Ready,
-    /// The volume replied to the question.
+    /// The volume replied to the request.
     Replied(Reply),
     /// Anything went wrong, on either side or between; or somebody cancelled.
     Failed(Abort),
@@ -139,7 +139,7 @@ pub enum Action {
     /// Wait for `Ready`.
     AwaitReady,
     /// Ask the volume, as often as it takes.
-    Ask(Question),
+    RequestTransfer(TransferRequest),
     /// Tell the destination that it may run, then end this process's guest for good.
     Depart(Committed),
     /// Put the dirty bits back and let the guest run, before anything else is tidied up; then
@@ -155,7 +155,7 @@ pub enum Action {
         epoch: Epoch,
     },
     /// End this process's guest for good: the row is somebody else's.
-    Die,
+    Terminate,
     /// Nothing: the event came too late or too early to matter.
     Nothing,
 }
@@ -348,10 +348,10 @@ impl State {
                     },
                 )
             }
-            Commit::Lost => (Self::Lost, Action::Die),
-            Commit::Asking(_) | Commit::Retracting(_) => {
-                let question = commit.question();
-                let action = question.map_or(Action::Nothing, Action::Ask);
+            Commit::Lost => (Self::Lost, Action::Terminate),
+            Commit::Transferring(_) | Commit::Retracting(_) => {
+                let request = commit.request();
+                let action = request.map_or(Action::Nothing, Action::RequestTransfer);
                 (Self::Committing(terms, commit), action)
             }
         }
@@ -380,6 +380,6 @@ pub fn event_of(frame: &Frame<'_>) -> Result<Option<Event>, Abort> {
 /// How long the source waits between two questions to a volume that does not answer: short at
 /// first, because the guest is stopped, then bounded.
 #[must_use]
-pub fn ask_again_after(asked: u32) -> Duration {
+pub fn retry_delay(asked: u32) -> Duration {
     Duration::from_millis(1 << asked.min(9))
 }

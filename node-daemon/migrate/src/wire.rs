@@ -48,7 +48,10 @@
 //! - 1: the first.
 
 mod cursor;
+mod error;
 mod frame;
+mod kind;
+mod limits;
 mod memory;
 mod message;
 mod stream;
@@ -56,81 +59,16 @@ mod stream;
 #[cfg(test)]
 mod tests;
 
-pub use frame::{FrameKind, HEADER_BYTES, Header};
-pub use memory::{
-    Batch, BatchBuilder, MEMORY_DATA_BYTES_MAX, MEMORY_RUNS_MAX, PAGE, RunContents, Runs,
+pub use error::WireError;
+pub use frame::{HEADER_BYTES, Header};
+pub use kind::FrameKind;
+pub use limits::{
+    ABORT_TEXT_BYTES_MAX, DESCRIPTION_BYTES_MAX, MEMORY_DATA_BYTES_MAX, MEMORY_RUNS_MAX,
+    STATE_BYTES_MAX, STATE_PIECE_BYTES_MAX, STREAMS_MAX, VERSION_MAX, VERSION_MIN,
 };
+pub use memory::{Batch, BatchBuilder, PAGE, RunContents, Runs};
 pub use message::{
     Abort, AbortReason, Committed, Config, Features, Frame, Hello, Progress, RoundEnd, StateEnd,
     StreamId, StreamMark, Welcome,
 };
 pub use stream::{FrameBuffer, FrameWriter};
-
-/// The lowest protocol version that this release speaks.
-pub const VERSION_MIN: u16 = 1;
-/// The highest protocol version that this release speaks.
-pub const VERSION_MAX: u16 = 1;
-/// Bound of a machine's device state: 240 vCPUs with 32 KiB each, and devices.
-pub const STATE_BYTES_MAX: u64 = 16 << 20;
-/// How much of the state one frame carries at most.
-pub const STATE_PIECE_BYTES_MAX: usize = 1 << 20;
-/// Bound of the machine description in `Config`.
-pub const DESCRIPTION_BYTES_MAX: usize = 64 << 10;
-/// Bound of an `Abort`'s text.
-pub const ABORT_TEXT_BYTES_MAX: usize = 512;
-/// Streams of one attempt.
-pub const STREAMS_MAX: u16 = 64;
-
-/// Bytes that are no frame of this protocol, or a stream that ended.
-#[derive(Debug, thiserror::Error)]
-pub enum WireError {
-    /// The stream failed, or ended within a frame.
-    #[error("the migration stream failed")]
-    Io(#[from] std::io::Error),
-    /// The first two bytes are not a frame's.
-    #[error("not a Bascule migration stream: a frame starts with {found:02x?}")]
-    BadMagic {
-        /// What was there instead.
-        found: [u8; 2],
-    },
-    /// A kind of frame that this version does not know.
-    #[error("unknown frame kind {kind}")]
-    UnknownKind {
-        /// The kind.
-        kind: u8,
-    },
-    /// A body longer than its kind allows.
-    #[error("a {kind:?} frame of {length} bytes; at most {limit} are allowed")]
-    TooLong {
-        /// The kind.
-        kind: FrameKind,
-        /// The length that its header claims.
-        length: u32,
-        /// The kind's bound.
-        limit: u32,
-    },
-    /// A body that its kind does not allow.
-    #[error("malformed {kind:?} frame: {what}")]
-    Malformed {
-        /// The kind.
-        kind: FrameKind,
-        /// What is wrong.
-        what: &'static str,
-    },
-    /// A frame is missing, or came twice.
-    #[error("frame {found} came on stream {stream} where {expected} was due")]
-    OutOfSequence {
-        /// The stream.
-        stream: u16,
-        /// The number that was due.
-        expected: u32,
-        /// The number that came.
-        found: u32,
-    },
-    /// A stream that was not agreed on.
-    #[error("a frame on stream {stream}, which was not agreed on")]
-    UnknownStream {
-        /// The stream.
-        stream: u16,
-    },
-}

@@ -2,6 +2,7 @@
 //! power button behind a generic event device.
 
 mod dsdt;
+mod oem;
 
 use acpi_tables::Aml;
 use acpi_tables::fadt::{FADTBuilder, Flags, PmProfile};
@@ -14,14 +15,11 @@ use acpi_tables::rsdp::Rsdp;
 use acpi_tables::xsdt::XSDT;
 use vm_memory::{Bytes as _, GuestAddress, GuestMemoryError};
 
+use self::oem::{OEM_ID, OEM_REVISION, OEM_TABLE_ID};
 use crate::layout;
 use crate::memory::GuestMemory;
 use crate::power;
 
-const OEM_ID: [u8; 6] = *b"BASCUL";
-const OEM_TABLE_ID: [u8; 8] = *b"BASCULE ";
-/// Rises with every change to the tables.
-const OEM_REVISION: u32 = 1;
 /// Tables begin at multiples of this.
 const ALIGNMENT: u64 = 16;
 /// `IAPC_BOOT_ARCH` (ACPI 6.5, table 5.10): no VGA, no PCIe ASPM, no CMOS clock.

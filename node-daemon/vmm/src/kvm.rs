@@ -1,5 +1,5 @@
 //! KVM itself: what this host's offers, and the bare virtual machine with its RAM and interrupt
-//! controllers. vCPUs are in [`crate::vcpu`].
+//! controllers. vCPUs are in `vcpu`.
 #![expect(unsafe_code, reason = "memory slots hand host addresses to the kernel")]
 
 use std::sync::Arc;

@@ -13,6 +13,7 @@
 //! [`VmBuilder`]'s `on_stop`, pauses it. All methods are called by one owner; what other threads may
 //! do at any time is in [`MachineHandle`].
 
+mod handle;
 mod lifecycle;
 mod save;
 
@@ -41,6 +42,9 @@ use crate::vcpu::state::StateShape;
 use crate::vcpu::{OnStop, Vcpu, msr};
 use crate::{acpi, boot, layout, memory};
 
+use self::handle::Machine;
+
+pub use handle::MachineHandle;
 pub use lifecycle::{PausedVm, RunningVm};
 pub use save::RestoreError;
 
@@ -58,24 +62,6 @@ pub struct VmBuilder {
 
 /// Told of a disk that failed, from the disk's thread.
 type OnDiskFailure = Arc<dyn Fn(DeviceFailure) + Send + Sync>;
-
-/// The machine in whichever state.
-pub(crate) struct Machine {
-    /// First, so that the threads have ended before all else goes.
-    pub(crate) vcpus: Vec<Vcpu>,
-    pub(crate) bus: Arc<Bus>,
-    pub(crate) dirty: Arc<KvmDirtyTracker>,
-    pub(crate) bare: BareVm,
-    pub(crate) memory: Arc<GuestMemory>,
-}
-
-/// What any thread may do with a machine, running or not, for as long as it exists.
-#[derive(Clone, Debug)]
-pub struct MachineHandle {
-    bus: Arc<Bus>,
-    memory: Arc<GuestMemory>,
-    dirty: Arc<KvmDirtyTracker>,
-}
 
 /// Why a machine cannot be built.
 #[derive(Debug, thiserror::Error)]
@@ -247,51 +233,6 @@ impl std::fmt::Debug for VmBuilder {
         f.debug_struct("VmBuilder")
             .field("cpus", &self.cpus)
             .finish_non_exhaustive()
-    }
-}
-
-impl std::fmt::Debug for Machine {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Machine")
-            .field("vcpus", &self.vcpus.len())
-            .finish_non_exhaustive()
-    }
-}
-
-impl Machine {
-    pub(crate) fn handle(&self) -> MachineHandle {
-        MachineHandle {
-            bus: Arc::clone(&self.bus),
-            memory: Arc::clone(&self.memory),
-            dirty: Arc::clone(&self.dirty),
-        }
-    }
-}
-
-impl MachineHandle {
-    /// The guest's RAM.
-    #[must_use]
-    pub const fn memory(&self) -> &Arc<GuestMemory> {
-        &self.memory
-    }
-
-    /// The log of written pages.
-    #[must_use]
-    pub const fn dirty(&self) -> &Arc<KvmDirtyTracker> {
-        &self.dirty
-    }
-
-    /// Presses the ACPI power button. What the guest does about it is its own affair.
-    ///
-    /// # Errors
-    /// When the interrupt cannot be raised.
-    pub fn press_power_button(&self) -> std::io::Result<()> {
-        self.bus.power.press_button()
-    }
-
-    /// Types into the serial console.
-    pub fn type_in(&self, input: &[u8]) {
-        self.bus.serial.type_in(input);
     }
 }
 

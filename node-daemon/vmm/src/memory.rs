@@ -1,7 +1,7 @@
 //! Guest RAM: one anonymous memory file, mapped in one or two regions around the hole below 4 GiB.
 //!
 //! Writes that go through [`GuestMemory`] set a bit per page in its bitmap. Writes by vCPUs do not:
-//! KVM keeps its own log. [`crate::dirty`] joins the two. Devices that let the kernel write (a read
+//! KVM keeps its own log. `dirty` merges the two. Devices that let the kernel write (a read
 //! by io_uring) mark the pages themselves.
 
 use std::fs::File;

@@ -29,9 +29,9 @@ mod copy;
 pub mod fault;
 pub mod guest;
 pub mod incoming;
-pub mod order;
 pub mod outgoing;
-pub mod row;
+pub mod ownership_client;
+pub mod request;
 pub mod saved;
 mod tls;
 
@@ -41,7 +41,9 @@ mod tests;
 pub use control::MigrationControl;
 pub use guest::{Arrival, Guest, GuestError};
 pub use incoming::{Incoming, IncomingEnd, prefault, receive_live};
-pub use order::{Outgoing, Refused};
 pub use outgoing::{OutgoingEnd, migrate_live};
-pub use row::{RowAnswer, RowAuthority, RowError, VolumeRow};
+pub use ownership_client::{
+    OwnershipAuthority, OwnershipClient, OwnershipClientError, RecordAnswer,
+};
+pub use request::{Outgoing, Refused};
 pub use saved::{Quick, SavedArea, migrate_quick, restore_saved};

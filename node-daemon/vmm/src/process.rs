@@ -1,22 +1,21 @@
-//! The process around one machine: configuration, log, control socket, volume, and the owner
-//! thread that alone changes what state the machine is in.
+//! The process around one machine: configuration, log, control socket, home volume, and the VM actor,
+//! the only thread that changes the machine's phase.
 //!
 //! ```text
 //!  vm.sock ──► connection threads ─┐
-//!  vCPU and device threads ────────┼─► inbox ──► owner (main thread): Phase
-//!  migration thread ───────────────┘
+//!  vCPU and device threads ────────┼─► inbox ──► VM actor (main thread)
+//!  task and migration threads ─────┘
 //! ```
-//! Read next: [`owner`].
+//! Read next: [`actor`].
 
-mod config;
-mod control;
+mod actor;
+mod boot_images;
+mod control_socket;
 mod devices;
-mod images;
-mod migration;
-pub(crate) mod owner;
-mod report;
-mod tenure;
-pub(crate) mod volume;
+mod home_volume;
+mod ownership_watch;
+mod run_dir;
+mod vm_config;
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -24,19 +23,19 @@ use std::process::ExitCode;
 use anyhow::Context as _;
 use bascule_ipc::vm::VmConfig;
 
-use self::owner::Owner;
-use self::report::RunDir;
+use self::actor::vm_actor::VmActor;
+use self::run_dir::RunDir;
 
-/// Runs the machine that `config` describes until it is told to exit. Files that it makes lie
-/// beside `config`.
+/// Runs the machine of the configuration file `config` until a client of `vm.sock` requests the exit.
+/// The process's files are made in the directory of `config`.
 #[must_use]
 pub fn run(config: &Path) -> ExitCode {
     match serve(config) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!(error = format_args!("{error:#}"), "cannot run");
-            // Before there is a log, the starter's end of the error stream is all there is.
-            report::complain(&format!("bascule-vm: {error:#}"));
+            // Before there is a log, standard error is all that the parent process can read.
+            run_dir::print_error(&format!("bascule-vm: {error:#}"));
             ExitCode::FAILURE
         }
     }
@@ -45,15 +44,15 @@ pub fn run(config: &Path) -> ExitCode {
 fn serve(path: &Path) -> anyhow::Result<()> {
     let run_dir = RunDir::of(path);
     run_dir.start_log().context("start the log")?;
-    let config: VmConfig = config::read(path)?;
+    let config: VmConfig = vm_config::read(path)?;
     run_dir.report_panics(config.uid);
     let span = tracing::info_span!("vm", name = config.name, uid = %config.uid);
     let _entered = span.enter();
     tracing::info!(release = env!("CARGO_PKG_VERSION"), "starting");
-    let (mut owner, inbox) = Owner::new(config, run_dir.clone())?;
-    control::listen(&run_dir, &owner.handle()).context("listen on vm.sock")?;
-    owner.start();
-    owner.serve(&inbox);
+    let (mut actor, inbox) = VmActor::new(config, run_dir.clone())?;
+    control_socket::listen(&run_dir, &actor.handle()).context("listen on vm.sock")?;
+    actor.start();
+    actor.serve(&inbox);
     tracing::info!("exiting");
     Ok(())
 }

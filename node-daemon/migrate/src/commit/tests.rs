@@ -26,8 +26,8 @@ const fn terms() -> Terms {
     }
 }
 
-const fn row(owner: Owner, epoch: u64, attempt: Option<AttemptId>) -> RowSeen {
-    RowSeen {
+const fn row(owner: Owner, epoch: u64, attempt: Option<AttemptId>) -> OwnershipRecord {
+    OwnershipRecord {
         owner: Some(owner),
         epoch: Epoch(epoch),
         attempt,
@@ -40,11 +40,11 @@ fn begun() -> Commit {
 
 #[test]
 fn an_unanswered_request_is_asked_again_with_the_same_attempt() {
-    let question = begun().question();
+    let request = begun().request();
     let mut commit = begun();
     for _ in 0..1000 {
         commit = commit.next(Reply::NoAnswer);
-        assert_eq!(commit.question(), question);
+        assert_eq!(commit.request(), request);
     }
 }
 
@@ -59,7 +59,7 @@ fn a_row_that_was_transferred_commits_whatever_the_answer_was() {
 #[test]
 fn a_refusal_is_followed_by_taking_the_row_back_in_a_new_epoch() {
     let commit = begun().next(Reply::Refused(row(SOURCE, 4, None)));
-    let Some(Question::Retract(retraction)) = commit.question() else {
+    let Some(TransferRequest::Retract(retraction)) = commit.request() else {
         panic!("{commit:?}");
     };
     assert_eq!((retraction.from, retraction.to), (SOURCE, SOURCE));
@@ -85,7 +85,7 @@ fn a_retraction_that_comes_too_late_is_a_commit() {
 #[test]
 fn a_generation_that_was_joined_again_is_asked_for_under_its_new_number() {
     let commit = begun().next(Reply::Refused(row(owner(1, 6), 4, None)));
-    let Some(Question::Retract(retraction)) = commit.question() else {
+    let Some(TransferRequest::Retract(retraction)) = commit.request() else {
         panic!("{commit:?}");
     };
     assert_eq!(retraction.from, owner(1, 6));
@@ -94,7 +94,7 @@ fn a_generation_that_was_joined_again_is_asked_for_under_its_new_number() {
 
 #[test]
 fn a_row_of_somebody_else_or_of_nobody_ends_this_side() {
-    let nobody = RowSeen {
+    let nobody = OwnershipRecord {
         owner: None,
         epoch: Epoch(4),
         attempt: None,
@@ -114,7 +114,10 @@ fn a_row_of_somebody_else_or_of_nobody_ends_this_side() {
 #[test]
 fn who_gives_up_takes_the_row_back_first() {
     let commit = Commit::give_up(terms(), RETRACTION);
-    assert!(matches!(commit.question(), Some(Question::Retract(_))));
+    assert!(matches!(
+        commit.request(),
+        Some(TransferRequest::Retract(_))
+    ));
     let resumed = commit.next(Reply::Granted(row(SOURCE, 5, Some(RETRACTION))));
     assert!(matches!(resumed, Commit::Resumed { .. }));
 }
@@ -150,7 +153,7 @@ proptest! {
                 prop_assert_eq!(row.epoch, Epoch(5));
                 prop_assert_eq!(slot, 1);
             }
-            if before.question().is_none() {
+            if before.request().is_none() {
                 prop_assert_eq!(before, commit, "an outcome is final");
             }
         }

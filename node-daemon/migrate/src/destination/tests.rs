@@ -110,7 +110,7 @@ fn in_commit() -> ExpectCommit {
 }
 
 fn row(owner: Option<Owner>, epoch: u64, attempt: Option<AttemptId>) -> CommitEvent {
-    CommitEvent::Row(RowSeen {
+    CommitEvent::Record(OwnershipRecord {
         owner,
         epoch: Epoch(epoch),
         attempt,
@@ -361,7 +361,7 @@ fn i2_the_destination_runs_only_on_the_sources_word_or_the_rows() {
     ] {
         assert!(matches!(
             waiting.next(&CommitEvent::Committed(wrong)),
-            CommitStep::AskVolume(_)
+            CommitStep::QueryVolume(_)
         ));
     }
     assert_eq!(waiting.next(&CommitEvent::Aborted), CommitStep::Discard);
@@ -369,12 +369,12 @@ fn i2_the_destination_runs_only_on_the_sources_word_or_the_rows() {
 
 #[test]
 fn i5_a_destination_that_lost_the_source_asks_until_the_row_says_it() {
-    let CommitStep::AskVolume(orphan) = in_commit().next(&CommitEvent::StreamLost) else {
+    let CommitStep::QueryVolume(orphan) = in_commit().next(&CommitEvent::StreamLost) else {
         panic!("it does not ask");
     };
     let attempt = Some(orphan.terms().attempt);
     let still = orphan.next(&row(Some(SOURCE), 4, None));
-    assert_eq!(still, CommitStep::AskVolume(orphan));
+    assert_eq!(still, CommitStep::QueryVolume(orphan));
     assert_eq!(orphan.next(&CommitEvent::NoAnswer), still);
     assert_eq!(
         orphan.next(&row(Some(DESTINATION), 5, attempt)),
@@ -386,8 +386,8 @@ fn i5_a_destination_that_lost_the_source_asks_until_the_row_says_it() {
         row(Some(DESTINATION), 6, attempt),
         row(Some(owner(3)), 5, None),
         row(None, 4, None),
-        CommitEvent::NoRow,
-        CommitEvent::PatienceOver,
+        CommitEvent::NoRecord,
+        CommitEvent::TimedOut,
     ] {
         assert_eq!(orphan.next(&gone), CommitStep::Discard, "{gone:?}");
     }
@@ -396,7 +396,7 @@ fn i5_a_destination_that_lost_the_source_asks_until_the_row_says_it() {
             epoch: Epoch(5),
             owner: DESTINATION
         })),
-        CommitStep::AskVolume(orphan),
+        CommitStep::QueryVolume(orphan),
         "nobody is listened to on a stream that broke its rules"
     );
 }

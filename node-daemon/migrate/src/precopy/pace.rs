@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use bascule_types::Bytes;
 
-use super::Rate;
+use super::rate::Rate;
 
 /// Spreads what is sent over time. Keeps no clock: moments are durations since any fixed start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -40,7 +40,7 @@ struct Outcome {
 
 impl Guest {
     fn dirtied_in(&self, time: Duration) -> Pages {
-        let writes = u128::from(self.dirties_per_second) * time.as_nanos() / NANOS;
+        let writes = u128::from(self.dirties_per_second) * time.as_nanos() / 1_000_000_000;
         Pages(
             u64::try_from(writes)
                 .unwrap_or(u64::MAX)

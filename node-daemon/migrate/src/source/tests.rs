@@ -3,7 +3,7 @@
 use bascule_types::{Generation, SlotId};
 
 use super::*;
-use crate::commit::RowSeen;
+use crate::commit::OwnershipRecord;
 
 const SOURCE: Owner = owner(1);
 const DESTINATION: Owner = owner(2);
@@ -66,8 +66,8 @@ fn after(events: impl IntoIterator<Item = Event>) -> (Source, Vec<Action>) {
     (source, actions)
 }
 
-fn committed_row() -> RowSeen {
-    RowSeen {
+fn committed_row() -> OwnershipRecord {
+    OwnershipRecord {
         owner: Some(DESTINATION),
         epoch: Epoch(5),
         attempt: Some(ATTEMPT.attempt),
@@ -98,7 +98,7 @@ fn a_move_without_incident_takes_these_steps() {
             Action::SendRemainder(3),
             Action::AwaitReady,
             Action::AwaitReady,
-            Action::Ask(asked.question().unwrap()),
+            Action::RequestTransfer(asked.request().unwrap()),
         ]
     );
     assert_eq!(source.side(), Side::Unknown);
@@ -199,14 +199,17 @@ fn a_destination_that_chose_what_was_not_offered_is_refused() {
 
 #[test]
 fn a_retracted_attempt_resumes_under_the_owner_that_the_row_names() {
-    let ours = |epoch, attempt| RowSeen {
+    let ours = |epoch, attempt| OwnershipRecord {
         owner: Some(SOURCE),
         epoch: Epoch(epoch),
         attempt,
     };
     let (source, _) = after(good_events());
     let (source, action) = source.next(Event::Replied(Reply::Refused(ours(4, None))));
-    assert!(matches!(action, Action::Ask(Question::Retract(_))));
+    assert!(matches!(
+        action,
+        Action::RequestTransfer(TransferRequest::Retract(_))
+    ));
     assert_eq!(source.side(), Side::Unknown);
     let retracted = ours(5, Some(ATTEMPT.retraction));
     let (source, action) = source.next(Event::Replied(Reply::Granted(retracted)));
@@ -231,6 +234,6 @@ fn only_what_a_destination_sends_becomes_an_event() {
 
 #[test]
 fn the_wait_between_two_questions_is_bounded() {
-    assert_eq!(ask_again_after(0), Duration::from_millis(1));
-    assert_eq!(ask_again_after(u32::MAX), Duration::from_millis(512));
+    assert_eq!(retry_delay(0), Duration::from_millis(1));
+    assert_eq!(retry_delay(u32::MAX), Duration::from_millis(512));
 }

@@ -1,6 +1,7 @@
 //! Reading and writing little-endian fields. A short body is an error, never a panic.
 
-use super::{FrameKind, WireError};
+use super::error::WireError;
+use super::kind::FrameKind;
 
 /// Takes fields off the front of one frame's body.
 #[derive(Debug)]

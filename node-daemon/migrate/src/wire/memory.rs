@@ -1,19 +1,14 @@
 //! `Memory` frames: runs of pages, zero or with contents.
 
 use super::cursor::{Cursor, Put};
-use super::{FrameKind, WireError};
+use super::error::WireError;
+use super::kind::FrameKind;
+use super::limits::{MEMORY_DATA_BYTES_MAX, MEMORY_RUNS_MAX, RUN_BYTES};
 use crate::pages::{PAGE_BYTES, PageIndex, PageRange, Pages};
 
 /// A page's size as a length in memory.
 #[expect(clippy::cast_possible_truncation, reason = "4096")]
 pub const PAGE: usize = PAGE_BYTES as usize;
-/// Contents that one frame carries at most: 256 pages. Large enough to make a system call per
-/// frame cheap, small enough to bound what both sides hold.
-pub const MEMORY_DATA_BYTES_MAX: usize = 1 << 20;
-/// Runs that one frame carries at most.
-pub const MEMORY_RUNS_MAX: usize = 4096;
-/// The size of a run's entry.
-pub(super) const RUN_BYTES: usize = 16;
 /// The size of what stands before the runs.
 const HEAD_BYTES: usize = 8;
 const KIND_ZERO: u32 = 0;

@@ -5,8 +5,10 @@ use std::time::Duration;
 use bascule_types::{AttemptId, Bytes, Epoch, Generation, Owner, SlotId, VmUid, VolumeId};
 
 use super::cursor::{Cursor, Put};
+use super::error::WireError;
+use super::kind::FrameKind;
+use super::limits::{ABORT_TEXT_BYTES_MAX, STATE_BYTES_MAX, STREAMS_MAX};
 use super::memory::Batch;
-use super::{ABORT_TEXT_BYTES_MAX, FrameKind, STATE_BYTES_MAX, STREAMS_MAX, WireError};
 use crate::pages::MemoryLayout;
 
 mod opening;

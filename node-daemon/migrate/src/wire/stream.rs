@@ -2,8 +2,11 @@
 
 use std::io::{self, Read, Write};
 
+use super::error::WireError;
+use super::frame::{HEADER_BYTES, Header};
+use super::kind::FrameKind;
 use super::memory::BatchBuilder;
-use super::{Frame, FrameKind, HEADER_BYTES, Header, StreamId, StreamMark, WireError};
+use super::message::{Frame, StreamId, StreamMark};
 
 /// How much is asked for at once while a body arrives: memory is taken as bytes come, not as the
 /// header announces them.

@@ -8,7 +8,7 @@ use acpi_tables::aml::{
 };
 use acpi_tables::sdt::Sdt;
 
-use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID};
+use super::oem::{OEM_ID, OEM_REVISION, OEM_TABLE_ID};
 use crate::{layout, power};
 
 /// DSDT revision: 64-bit integers.

@@ -7,7 +7,10 @@ use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header
 use linux_loader::loader::bzimage::BzImage;
 use vm_memory::{Address, GuestAddress};
 
-use super::{BootError, BootSource, Entry, load_initrd, map, no_memory_at, place, write_cmdline};
+use super::error::BootError;
+use super::map;
+use super::placement::{Entry, load_initrd, no_memory_at, place, write_cmdline};
+use super::source::BootSource;
 use crate::layout;
 use crate::memory::GuestMemory;
 

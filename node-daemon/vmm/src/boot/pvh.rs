@@ -8,7 +8,10 @@ use linux_loader::loader::elf::start_info::{
 use linux_loader::loader::elf::{Elf, PvhBootCapability};
 use vm_memory::{Address, GuestAddress};
 
-use super::{BootError, BootSource, Entry, load_initrd, map, no_memory_at, place, write_cmdline};
+use super::error::BootError;
+use super::map;
+use super::placement::{Entry, load_initrd, no_memory_at, place, write_cmdline};
+use super::source::BootSource;
 use crate::layout;
 use crate::memory::GuestMemory;
 

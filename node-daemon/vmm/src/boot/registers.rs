@@ -4,7 +4,7 @@ use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 use kvm_ioctls::VcpuFd;
 use vm_memory::{Bytes as _, GuestAddress};
 
-use super::BootError;
+use super::error::BootError;
 use crate::kvm::KvmError;
 use crate::layout;
 use crate::memory::{GuestMemory, PAGE_SIZE};

@@ -1,3 +1,5 @@
+use std::io::{self, Cursor};
+
 use bascule_types::Bytes;
 use vm_memory::{Bytes as _, GuestAddress};
 

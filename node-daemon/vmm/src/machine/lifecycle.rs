@@ -1,6 +1,6 @@
 //! Running, pausing, ending.
 
-use super::{Machine, MachineHandle};
+use super::handle::{Machine, MachineHandle};
 use crate::kvm::KvmError;
 
 /// A machine whose vCPUs are parked and whose devices are drained.

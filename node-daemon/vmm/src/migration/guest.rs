@@ -1,6 +1,6 @@
 //! How a migration handles a machine that stays with its owner.
 
-use bascule_types::{Epoch, Owner};
+use bascule_types::Ownership;
 
 /// The machine, as whoever owns it lets a migration handle it. Every call may be refused when the
 /// guest was stopped meanwhile; the attempt then ends.
@@ -28,7 +28,7 @@ pub trait Guest {
     ///
     /// # Errors
     /// When the guest is not paused any more: nothing is then asked for.
-    fn doubt(&mut self) -> Result<(), GuestError>;
+    fn mark_in_doubt(&mut self) -> Result<(), GuestError>;
 }
 
 /// Why the machine's owner did not do what a migration wanted.
@@ -49,7 +49,7 @@ pub trait Arrival {
     ///
     /// # Errors
     /// Why it cannot be done now.
-    fn take_over(&mut self, owner: Owner, epoch: Epoch) -> Result<(), GuestError>;
+    fn take_over(&mut self, ownership: Ownership) -> Result<(), GuestError>;
 
     /// Tells the network where the guest is now. Called before the guest runs and once after.
     fn announce(&mut self);

@@ -17,7 +17,7 @@ use bascule_migrate::destination::{
     Machine, MemoryStep, Restoring, StateStep,
 };
 use bascule_migrate::wire::{Abort, AbortReason};
-use bascule_types::{AttemptId, Epoch, Owner, VmUid, VolumeId, error_chain};
+use bascule_types::{AttemptId, Epoch, Owner, Ownership, VmUid, VolumeId, error_chain};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
@@ -26,8 +26,8 @@ use super::channel::{Channel, lost, lost_frame};
 use super::control::{MigrationControl, millis};
 use super::fault::{FaultPoint, Faults};
 use super::guest::Arrival;
-use super::order::{Refused, describe};
-use super::row::{RowAnswer, RowAuthority};
+use super::ownership_client::{OwnershipAuthority, RecordAnswer};
+use super::request::{Refused, describe};
 use crate::machine::MachineHandle;
 use crate::memory::GuestMemory;
 use crate::state;
@@ -48,7 +48,7 @@ pub struct Incoming {
     /// What must be equal on both sides.
     pub description: Vec<u8>,
     /// How long an unheard-of source is waited for once everything is here, while the row is still
-    /// its own. After that the machine is given up: see [`CommitEvent::PatienceOver`].
+    /// its own. After that the machine is given up: see [`CommitEvent::TimedOut`].
     pub patience: Duration,
     /// What a test breaks.
     pub faults: Faults,
@@ -151,7 +151,7 @@ pub fn receive_live(
     arrival: &mut dyn Arrival,
     machine: &MachineHandle,
     job: &Incoming,
-    authority: &mut dyn RowAuthority,
+    authority: &mut dyn OwnershipAuthority,
     control: &MigrationControl,
 ) -> IncomingEnd {
     let receiver = Receiver {
@@ -384,7 +384,7 @@ impl Receiver<'_> {
         &self,
         channel: &mut Channel,
         mut waiting: ExpectCommit,
-        authority: &mut dyn RowAuthority,
+        authority: &mut dyn OwnershipAuthority,
     ) -> Result<Epoch, Abort> {
         let given_up = Instant::now() + self.job.patience;
         let mut event = word(channel);
@@ -403,19 +403,19 @@ impl Receiver<'_> {
                     waiting = next;
                     word(channel)
                 }
-                CommitStep::AskVolume(next) => {
+                CommitStep::QueryVolume(next) => {
                     let asked_before = waiting == next;
                     waiting = next;
                     if asked_before {
                         self.control.wait(ASK_EVERY);
                     }
                     if Instant::now() >= given_up {
-                        CommitEvent::PatienceOver
+                        CommitEvent::TimedOut
                     } else {
-                        match authority.row() {
-                            RowAnswer::Row(row) => CommitEvent::Row(row),
-                            RowAnswer::NoRow => CommitEvent::NoRow,
-                            RowAnswer::NoAnswer => CommitEvent::NoAnswer,
+                        match authority.record() {
+                            RecordAnswer::Record(row) => CommitEvent::Record(row),
+                            RecordAnswer::NoRecord => CommitEvent::NoRecord,
+                            RecordAnswer::NoAnswer => CommitEvent::NoAnswer,
                         }
                     }
                 }
@@ -428,14 +428,14 @@ impl Receiver<'_> {
         arrival: &mut dyn Arrival,
         channel: &mut Channel,
         epoch: Epoch,
-        authority: &mut dyn RowAuthority,
+        authority: &mut dyn OwnershipAuthority,
     ) -> IncomingEnd {
         let began = Instant::now();
         let mut owner = self.job.owner;
-        while let Err(reason) = arrival.take_over(owner, epoch) {
+        while let Err(reason) = arrival.take_over(Ownership::new(owner, epoch)) {
             tracing::error!(%reason, "the volume cannot be opened yet; the guest waits");
             // The node's slot may have been joined again, or the row may be gone by now.
-            if let RowAnswer::Row(row) = authority.row() {
+            if let RecordAnswer::Record(row) = authority.record() {
                 match row.owner {
                     Some(now) if now.slot == owner.slot && row.epoch == epoch => owner = now,
                     _ => {

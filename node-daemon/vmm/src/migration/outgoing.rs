@@ -9,16 +9,16 @@ use std::time::{Duration, Instant};
 
 use bascule_ipc::vm::MigrationPhase;
 use bascule_migrate::Frame;
-use bascule_migrate::commit::{Question, Reply};
+use bascule_migrate::commit::{Reply, TransferRequest};
 use bascule_migrate::precopy::{
     Controller, Decision, Fallback, FixedCost, Limits, Pacer, Rate, Round,
 };
-use bascule_migrate::source::{Action, Attempt, Event, Phase, Source, ask_again_after, event_of};
+use bascule_migrate::source::{Action, Attempt, Event, Phase, Source, event_of, retry_delay};
 use bascule_migrate::wire::{
     Abort, AbortReason, Config, Hello, Progress, RoundEnd, STATE_BYTES_MAX, STATE_PIECE_BYTES_MAX,
     StateEnd,
 };
-use bascule_types::{AttemptId, Bytes, Epoch, Owner, error_chain};
+use bascule_types::{AttemptId, Bytes, Epoch, Ownership, error_chain};
 
 use super::apply::layout_of;
 use super::channel::{Channel, lost, lost_frame};
@@ -26,17 +26,17 @@ use super::control::{MigrationControl, millis};
 use super::copy::{Copier, CopyError};
 use super::fault::FaultPoint;
 use super::guest::Guest;
-use super::order::Outgoing;
-use super::row::RowAuthority;
+use super::ownership_client::OwnershipAuthority;
+use super::request::Outgoing;
 use crate::dirty::{DirtyBitmap, DirtyTracker};
 use crate::machine::MachineHandle;
 use crate::memory::PAGE_SIZE;
 use crate::state;
 
-mod ending;
-mod sink;
+mod channel_sink;
+mod outcome;
 
-use sink::ChannelSink;
+use channel_sink::ChannelSink;
 
 /// What became of a live migration.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,7 +46,7 @@ pub enum OutgoingEnd {
         /// Why it was not moved.
         failure: Abort,
         /// The tenure that it runs under, if the attempt made a new one.
-        tenure: Option<(Owner, Epoch)>,
+        ownership: Option<Ownership>,
     },
     /// The guest belongs to the destination; here it never runs again.
     Departed {
@@ -60,7 +60,7 @@ pub enum OutgoingEnd {
 struct Driver<'a> {
     job: &'a Outgoing,
     control: &'a MigrationControl,
-    authority: &'a mut dyn RowAuthority,
+    authority: &'a mut dyn OwnershipAuthority,
     guest: &'a mut dyn Guest,
     machine: MachineHandle,
     channel: Option<Channel>,
@@ -97,7 +97,7 @@ pub fn migrate_live(
     guest: &mut dyn Guest,
     machine: MachineHandle,
     job: &Outgoing,
-    authority: &mut dyn RowAuthority,
+    authority: &mut dyn OwnershipAuthority,
     control: &MigrationControl,
 ) -> OutgoingEnd {
     let limits = Limits {
@@ -152,14 +152,14 @@ impl Driver<'_> {
             self.show(source.phase());
             event = match action {
                 Action::Depart(word) => return self.depart(word),
-                Action::KeepRunning(because) => return self.keep(because, None),
+                Action::KeepRunning(because) => return self.resume_source(because, None),
                 Action::Resume {
                     because,
                     owner,
                     epoch,
-                } => return self.keep(because, Some((owner, epoch))),
-                Action::Die => return self.die(),
-                Action::Ask(question) => Ok(self.ask(&question)),
+                } => return self.resume_source(because, Some(Ownership::new(owner, epoch))),
+                Action::Terminate => return self.terminate(),
+                Action::RequestTransfer(request) => Ok(self.request(&request)),
                 before_commit => self.act(before_commit),
             };
         }
@@ -206,7 +206,7 @@ impl Driver<'_> {
         }))?;
         let accepted = self.receive()?;
         let asked = Instant::now();
-        self.authority.row();
+        self.authority.record();
         // A transfer is a journaled write and two such reads.
         self.fixed.commit = asked.elapsed() * 2;
         self.machine
@@ -227,13 +227,13 @@ impl Driver<'_> {
         let acked = self.receive()?;
         self.round_took = began.elapsed();
         if round == 1 {
-            self.rehearse()?;
+            self.dry_run()?;
         }
         Ok(acked)
     }
 
     /// Measures what does not depend on memory: stops and saves the guest once and lets it go on.
-    fn rehearse(&mut self) -> Result<(), Abort> {
+    fn dry_run(&mut self) -> Result<(), Abort> {
         let began = Instant::now();
         self.pause()?;
         let saved = self.save();
@@ -347,7 +347,9 @@ impl Driver<'_> {
         if event == Event::Ready {
             self.step("destination ready");
             self.fault(FaultPoint::SourceReady)?;
-            self.guest.doubt().map_err(|error| internal(error.0))?;
+            self.guest
+                .mark_in_doubt()
+                .map_err(|error| internal(error.0))?;
             if !self.control.pass_commit_point() {
                 return Err(cancelled());
             }
@@ -356,15 +358,15 @@ impl Driver<'_> {
     }
 
     /// After the commit point: asks once, and a little later again if there was no answer.
-    fn ask(&mut self, question: &Question) -> Event {
-        let reply = self.authority.ask(question);
+    fn request(&mut self, request: &TransferRequest) -> Event {
+        let reply = self.authority.request(&request);
         if reply == Reply::NoAnswer {
             tracing::warn!(
-                ?question,
+                ?request,
                 asked = self.asked,
                 "the outcome of the commit is unknown"
             );
-            std::thread::sleep(ask_again_after(self.asked));
+            std::thread::sleep(retry_delay(self.asked));
             self.asked = self.asked.saturating_add(1);
         }
         Event::Replied(reply)

@@ -19,24 +19,22 @@
 mod image;
 mod restore;
 
-use std::time::Duration;
-
 use bascule_ipc::vm::{MigrationPhase, VmConfig};
 use bascule_ipc::volume::{Request, Response};
-use bascule_migrate::commit::{Commit, Question, RowSeen, Terms};
-use bascule_migrate::source::ask_again_after;
+use bascule_migrate::commit::{Commit, OwnershipRecord, Terms, TransferRequest};
+use bascule_migrate::source::retry_delay;
 use bascule_migrate::wire::{Abort, AbortReason, Config, Features, Hello, VERSION_MAX};
 use bascule_types::{
-    Answer, AttemptId, Bytes, Change, Epoch, Owner, SavedStateRow, SavedStateSum, VmUid,
+    Answer, AttemptId, Bytes, Change, Epoch, Owner, Ownership, SavedStateRow, SavedStateSum, VmUid,
     error_chain,
 };
 
 use super::apply::layout_of;
 use super::control::MigrationControl;
 use super::guest::Guest;
-use super::order::{Refused, describe};
 use super::outgoing::OutgoingEnd;
-use super::row::{RowAnswer, RowAuthority, VolumeRow};
+use super::ownership_client::{OwnershipAuthority, OwnershipClient, RecordAnswer};
+use super::request::{Refused, describe};
 use crate::machine::MachineHandle;
 use crate::memory::{self, GuestMemory};
 use crate::state;
@@ -63,8 +61,6 @@ pub struct Quick {
     pub description: Vec<u8>,
 }
 
-/// How often a change without an answer is asked for while the guest still runs or could.
-const ASKS_MAX: u32 = 8;
 /// What an image has beside memory and state: headers and runs. A run is 16 bytes and a page may
 /// be a run of its own.
 const OVERHEAD_BYTES_PER_PAGE: u64 = 20;
@@ -76,10 +72,11 @@ impl Quick {
     /// [`Refused`].
     pub fn new(
         config: &VmConfig,
-        (from, epoch): (Owner, Epoch),
+        ownership: Ownership,
         attempt: AttemptId,
         to: Option<Owner>,
     ) -> Result<Self, Refused> {
+        let Ownership { owner: from, epoch } = ownership;
         config.home.as_ref().ok_or(Refused::NoHome)?;
         if to.is_some_and(|to| to.slot == from.slot) {
             return Err(Refused::SameNode);
@@ -95,7 +92,7 @@ impl Quick {
         })
     }
 
-    fn hello(&self, row: &VolumeRow) -> Hello {
+    fn hello(&self, row: &OwnershipClient) -> Hello {
         Hello {
             version_min: VERSION_MAX,
             version_max: VERSION_MAX,
@@ -134,7 +131,7 @@ pub fn migrate_quick(
     guest: &mut dyn Guest,
     machine: &MachineHandle,
     job: &Quick,
-    row: &mut VolumeRow,
+    row: &mut OwnershipClient,
     area: impl FnOnce(&SavedStateRow) -> Result<SavedArea, String>,
     control: &MigrationControl,
 ) -> OutgoingEnd {
@@ -147,7 +144,7 @@ pub fn migrate_quick(
     };
     match driver.save(area) {
         Ok(sum) => driver.commit(sum),
-        Err(failure) => driver.keep(failure, None),
+        Err(failure) => driver.resume_source(failure, None),
     }
 }
 
@@ -155,7 +152,7 @@ struct Driver<'a> {
     guest: &'a mut dyn Guest,
     machine: &'a MachineHandle,
     job: &'a Quick,
-    row: &'a mut VolumeRow,
+    row: &'a mut OwnershipClient,
     control: &'a MigrationControl,
 }
 
@@ -182,7 +179,9 @@ impl Driver<'_> {
         let head = (self.job.hello(self.row), self.job.config(memory));
         let sum = image::write(area, memory, head, &state, self.control)
             .map_err(|error| internal(error_chain(&error)))?;
-        self.guest.doubt().map_err(|error| internal(error.0))?;
+        self.guest
+            .mark_in_doubt()
+            .map_err(|error| internal(error.0))?;
         if !self.control.pass_commit_point() {
             return Err(Abort::new(
                 AbortReason::Cancelled,
@@ -223,21 +222,23 @@ impl Driver<'_> {
     /// Asks until it is known whose the row is.
     fn settle(self, mut commit: Commit, failure: Abort) -> OutgoingEnd {
         let mut asked = 0;
-        while let Some(question) = commit.question() {
-            let next = commit.next(self.row.ask(&question));
+        while let Some(request) = commit.request() {
+            let next = commit.next(self.row.request(&request));
             if next == commit {
-                std::thread::sleep(ask_again_after(asked));
+                std::thread::sleep(retry_delay(asked));
                 asked += 1;
             }
-            if matches!(question, Question::Transfer(_)) && next != commit {
+            if matches!(request, TransferRequest::Transfer(_)) && next != commit {
                 tracing::debug!(?next, "the transfer was answered");
             }
             commit = next;
         }
         match commit {
             Commit::Committed { epoch } => self.departed(epoch),
-            Commit::Resumed { owner, epoch } => self.keep(failure, Some((owner, epoch))),
-            Commit::Lost | Commit::Asking(_) | Commit::Retracting(_) => {
+            Commit::Resumed { owner, epoch } => {
+                self.resume_source(failure, Some(Ownership::new(owner, epoch)))
+            }
+            Commit::Lost | Commit::Transferring(_) | Commit::Retracting(_) => {
                 let what = "the VM's row is somebody else's";
                 self.control
                     .end(MigrationPhase::Failed, Some(what.to_owned()));
@@ -260,21 +261,21 @@ impl Driver<'_> {
                 Some(Response::Granted(_)) => break,
                 Some(Response::Refused(refusal)) => {
                     tracing::warn!(%refusal, "the volume refused to release the row");
-                    match self.row.row() {
+                    match self.row.record() {
                         // The node's slot was joined again, and the row kept.
-                        RowAnswer::Row(RowSeen {
+                        RecordAnswer::Record(OwnershipRecord {
                             owner: Some(now),
                             epoch: same,
                             ..
                         }) if now.slot == owner.slot && same == epoch => owner = now,
                         // Released by an earlier copy of the request, or gone on since.
-                        RowAnswer::Row(_) | RowAnswer::NoRow => break,
-                        RowAnswer::NoAnswer => {}
+                        RecordAnswer::Record(_) | RecordAnswer::NoRecord => break,
+                        RecordAnswer::NoAnswer => {}
                     }
                 }
                 other => tracing::info!(?other, "the release is not answered yet"),
             }
-            std::thread::sleep(ask_again_after(asked));
+            std::thread::sleep(retry_delay(asked));
         }
         self.departed(epoch)
     }
@@ -285,11 +286,11 @@ impl Driver<'_> {
     }
 
     /// The guest runs on here; what was reserved is given back afterwards.
-    fn keep(mut self, failure: Abort, tenure: Option<(Owner, Epoch)>) -> OutgoingEnd {
+    fn resume_source(mut self, failure: Abort, ownership: Option<Ownership>) -> OutgoingEnd {
         if let Err(error) = self.guest.resume() {
             tracing::warn!(%error, "the guest does not run on");
         }
-        let from = tenure.map_or(self.job.from, |(owner, _)| owner);
+        let from = ownership.map_or(self.job.from, |ownership| ownership.owner);
         let vm = self.job.vm;
         if let Err(abort) = self.change(&Change::DropSavedState { vm, from }) {
             tracing::warn!(text = %abort.text, "the reserved room was not given back");
@@ -300,26 +301,13 @@ impl Driver<'_> {
         };
         tracing::warn!(reason = ?failure.reason, text = %failure.text, "the quick migration failed");
         self.control.end(phase, Some(failure.text.clone()));
-        OutgoingEnd::Kept { failure, tenure }
+        OutgoingEnd::Kept { failure, ownership }
     }
 
     /// Asks for a change a bounded number of times.
     fn change(&mut self, change: &Change) -> Result<Answer, Abort> {
-        granted(self.row, change).map_err(internal)
+        self.row.request_change(change).map_err(internal)
     }
-}
-
-/// Asks for an idempotent change until it is answered, but not for ever.
-fn granted(row: &mut VolumeRow, change: &Change) -> Result<Answer, String> {
-    for asked in 0..ASKS_MAX {
-        match row.call(&Request::Change(change.clone())) {
-            Some(Response::Granted(answer)) => return Ok(answer),
-            Some(Response::Refused(refusal)) => return Err(refusal.to_string()),
-            Some(Response::Unavailable { reason }) => return Err(reason),
-            _ => std::thread::sleep(ask_again_after(asked).max(Duration::from_millis(50))),
-        }
-    }
-    Err("the volume does not answer".to_owned())
 }
 
 fn internal(text: impl Into<String>) -> Abort {

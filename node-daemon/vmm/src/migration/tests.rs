@@ -10,10 +10,12 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use bascule_ipc::vm::{MigrationLimits, MigrationPhase, MigrationStatus};
-use bascule_migrate::RowSeen;
-use bascule_migrate::commit::{Question, Reply};
+use bascule_migrate::OwnershipRecord;
+use bascule_migrate::commit::{Reply, TransferRequest};
 use bascule_migrate::wire::AbortReason;
-use bascule_types::{AttemptId, Bytes, Epoch, Generation, NodeUid, Owner, SlotId, VmUid, VolumeId};
+use bascule_types::{
+    AttemptId, Bytes, Epoch, Generation, NodeUid, Owner, Ownership, SlotId, VmUid, VolumeId,
+};
 
 use self::fixture::*;
 use super::fault::{FaultAction, FaultPoint, Faults};
@@ -40,7 +42,7 @@ fn i2_a_guest_moves_and_goes_on_where_it_was() {
         }
     );
     assert!(!here.is_running());
-    assert!(here.doubted);
+    assert!(here.in_doubt);
     assert_eq!(there.taken_over, Some(Epoch(5)));
     assert_goes_on(&there, &there_test);
     assert_uninterrupted(&here_test.console.recent(), &there_test.console.recent());
@@ -68,7 +70,13 @@ fn i5_a_destination_that_fails_at_any_point_before_ready_leaves_the_guest_unharm
         let arrives = order.listen(destination().0);
         let end = order.send(&mut here);
         assert!(
-            matches!(end, OutgoingEnd::Kept { tenure: None, .. }),
+            matches!(
+                end,
+                OutgoingEnd::Kept {
+                    ownership: None,
+                    ..
+                }
+            ),
             "{point:?}: {end:?}"
         );
         let (arrived, _) = arrives.join().unwrap();
@@ -184,11 +192,11 @@ fn i5_a_refused_transfer_is_retracted_and_the_guest_runs_on_in_a_new_epoch() {
     let ((mut here, here_test), (there, _)) = (source(), destination());
     let arrives = order.listen(there);
     let end = order.send(&mut here);
-    let OutgoingEnd::Kept { failure, tenure } = end else {
+    let OutgoingEnd::Kept { failure, ownership } = end else {
         panic!("{end:?}");
     };
     assert_eq!(failure.reason, AbortReason::CommitRefused);
-    assert_eq!(tenure, Some((HERE, Epoch(5))));
+    assert_eq!(ownership, Some(Ownership::new(HERE, Epoch(5))));
     assert_eq!(order.volume.seen().epoch, Epoch(5));
     assert_goes_on(&here, &here_test);
     assert_uninterrupted(&here_test.console.recent(), &[]);

@@ -15,7 +15,7 @@ use bascule_devices::rng::{RngConfig, RngDevice};
 use bascule_ipc::vm::{DiskConfig, DiskSource, VmConfig};
 use bascule_types::{Bytes, DiskRole, DiskRow, ExtentRun, Lba};
 
-use super::volume::Opened;
+use super::home_volume::Opened;
 use crate::VmBuilder;
 
 /// Most queues of a disk: one per vCPU is good, more than these only cost memory.

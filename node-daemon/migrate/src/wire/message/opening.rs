@@ -7,7 +7,8 @@ use bascule_types::{AttemptId, Epoch, VmUid, VolumeId};
 use super::{Config, Features, Hello, Welcome, owner_of, put_nanos, put_owner};
 use crate::pages::{MemoryLayout, PageIndex, PageRange, Pages, REGIONS_MAX};
 use crate::wire::cursor::{Cursor, Put};
-use crate::wire::{DESCRIPTION_BYTES_MAX, WireError};
+use crate::wire::error::WireError;
+use crate::wire::limits::DESCRIPTION_BYTES_MAX;
 
 /// What `Hello` starts with.
 const HELLO_MAGIC: &[u8; 8] = b"BASCMIG\0";

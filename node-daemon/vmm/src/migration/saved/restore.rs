@@ -4,14 +4,13 @@ use bascule_ipc::vm::VmConfig;
 use bascule_migrate::destination::{ExpectConfig, Machine, MemoryStep, StateStep};
 use bascule_migrate::wire::{Abort, StreamId};
 use bascule_migrate::{FrameBuffer, WireError};
-use bascule_types::{Change, Epoch, Owner, SavedStateRow};
+use bascule_types::{Change, Epoch, Ownership, SavedStateRow};
 
-use super::granted;
 use super::image::{ImageReader, SavedArea};
 use crate::machine::PausedVm;
 use crate::migration::apply::{Applier, layout_of};
-use crate::migration::order::describe;
-use crate::migration::row::{RowAuthority, VolumeRow};
+use crate::migration::ownership_client::{OwnershipAuthority, OwnershipClient};
+use crate::migration::request::describe;
 use crate::state::{self, MachineState, StateError};
 
 /// Why a saved state was not restored. The machine is of no more use.
@@ -22,7 +21,7 @@ pub enum RestoreSavedError {
     NotComplete,
     /// It is older than the last time that the guest ran.
     #[error("the saved state is of epoch {saved}, and the VM is in epoch {epoch}")]
-    OtherTenure {
+    OtherEpoch {
         /// The tenure that saved it.
         saved: Epoch,
         /// The present one.
@@ -67,20 +66,21 @@ pub enum RestoreSavedError {
 pub fn restore_saved(
     vm: &mut PausedVm,
     config: &VmConfig,
-    (owner, epoch): (Owner, Epoch),
+    ownership: Ownership,
     saved: &SavedStateRow,
     area: SavedArea,
-    row: &mut VolumeRow,
+    client: &mut OwnershipClient,
 ) -> Result<(), RestoreSavedError> {
+    let Ownership { owner, epoch } = ownership;
     let sum = saved.complete.ok_or(RestoreSavedError::NotComplete)?;
     if saved.epoch.next() != epoch {
-        return Err(RestoreSavedError::OtherTenure {
+        return Err(RestoreSavedError::OtherEpoch {
             saved: saved.epoch,
             epoch,
         });
     }
     let mut image = ImageReader::new(area, sum.length);
-    let expected = (config.uid, row.volume(), saved.epoch);
+    let expected = (config.uid, client.volume(), saved.epoch);
     let state = read(vm, config, &mut image, expected)?;
     let (found, whole) = image.checksum();
     if found != sum.crc32c || !whole {
@@ -94,7 +94,9 @@ pub fn restore_saved(
         vm: config.uid,
         from: owner,
     };
-    granted(row, &drop).map_err(RestoreSavedError::NotDropped)?;
+    client
+        .request_change(&drop)
+        .map_err(RestoreSavedError::NotDropped)?;
     Ok(())
 }
 

@@ -22,7 +22,7 @@ pub(super) enum Owned {
 
 pub(super) struct TestGuest {
     pub(super) vm: Owned,
-    pub(super) doubted: bool,
+    pub(super) in_doubt: bool,
     pub(super) announced: u32,
     pub(super) taken_over: Option<Epoch>,
 }
@@ -31,7 +31,7 @@ impl TestGuest {
     pub(super) fn new(vm: Owned) -> Self {
         Self {
             vm,
-            doubted: false,
+            in_doubt: false,
             announced: 0,
             taken_over: None,
         }
@@ -78,8 +78,8 @@ impl Guest for TestGuest {
         Ok(())
     }
 
-    fn doubt(&mut self) -> Result<(), GuestError> {
-        self.doubted = true;
+    fn mark_in_doubt(&mut self) -> Result<(), GuestError> {
+        self.in_doubt = true;
         Ok(())
     }
 }
@@ -93,8 +93,8 @@ impl Arrival for TestGuest {
             .map_err(failed)
     }
 
-    fn take_over(&mut self, _owner: Owner, epoch: Epoch) -> Result<(), GuestError> {
-        self.taken_over = Some(epoch);
+    fn take_over(&mut self, ownership: Ownership) -> Result<(), GuestError> {
+        self.taken_over = Some(ownership.epoch);
         Ok(())
     }
 
@@ -110,7 +110,7 @@ impl Arrival for TestGuest {
 
 /// A row, and how its volume misbehaves.
 pub(super) struct Row {
-    pub(super) seen: RowSeen,
+    pub(super) seen: OwnershipRecord,
     /// Answers that get lost after they were decided.
     pub(super) lost_answers: u32,
     /// Transfers to the destination are refused.
@@ -123,7 +123,7 @@ pub(super) struct TestVolume(pub(super) Arc<Mutex<Row>>);
 impl TestVolume {
     pub(super) fn new() -> Self {
         Self(Arc::new(Mutex::new(Row {
-            seen: RowSeen {
+            seen: OwnershipRecord {
                 owner: Some(HERE),
                 epoch: Epoch(4),
                 attempt: None,
@@ -133,25 +133,25 @@ impl TestVolume {
         })))
     }
 
-    pub(super) fn seen(&self) -> RowSeen {
+    pub(super) fn seen(&self) -> OwnershipRecord {
         self.0.lock().unwrap().seen
     }
 }
 
-impl RowAuthority for TestVolume {
+impl OwnershipAuthority for TestVolume {
     fn volume(&self) -> VolumeId {
         VolumeId::from_bytes([7; 16])
     }
 
-    fn ask(&mut self, question: &Question) -> Reply {
+    fn request(&mut self, request: &TransferRequest) -> Reply {
         let mut row = self.0.lock().unwrap();
-        let (Question::Transfer(transfer) | Question::Retract(transfer)) = *question;
+        let (TransferRequest::Transfer(transfer) | TransferRequest::Retract(transfer)) = *request;
         let seen = row.seen;
         let done = seen.attempt == Some(transfer.attempt) && seen.epoch == transfer.epoch.next();
         let fits = seen.owner == Some(transfer.from) && seen.epoch == transfer.epoch;
         let allowed = !(row.refuse && transfer.to != transfer.from);
         if !done && fits && allowed {
-            row.seen = RowSeen {
+            row.seen = OwnershipRecord {
                 owner: Some(transfer.to),
                 epoch: transfer.epoch.next(),
                 attempt: Some(transfer.attempt),
@@ -168,8 +168,8 @@ impl RowAuthority for TestVolume {
         }
     }
 
-    fn row(&mut self) -> RowAnswer {
-        RowAnswer::Row(self.seen())
+    fn record(&mut self) -> RecordAnswer {
+        RecordAnswer::Record(self.seen())
     }
 }
 

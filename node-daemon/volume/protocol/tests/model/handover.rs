@@ -8,7 +8,7 @@
 
 use std::collections::BTreeMap;
 
-use bascule_migrate::commit::{Commit, Question, Reply, RowSeen, Terms};
+use bascule_migrate::commit::{Commit, OwnershipRecord, Reply, Terms, TransferRequest};
 use bascule_types::{Answer, AttemptId, Change, Epoch, MissingProof, SlotId};
 use bascule_volume_format::Fencing;
 use bascule_volume_protocol::{Mutation, Rules};
@@ -104,9 +104,9 @@ impl HandOverModel {
         let Source::Committing(commit) = state.source else {
             return;
         };
-        let (retracts, transfer) = match commit.question() {
-            Some(Question::Transfer(transfer)) => (false, transfer),
-            Some(Question::Retract(transfer)) => (true, transfer),
+        let (retracts, transfer) = match commit.request() {
+            Some(TransferRequest::Transfer(transfer)) => (false, transfer),
+            Some(TransferRequest::Retract(transfer)) => (true, transfer),
             None => return,
         };
         assert_eq!(transfer.epoch, Epoch(1));
@@ -198,8 +198,8 @@ fn terms() -> Terms {
 }
 
 impl Row {
-    fn seen(self) -> RowSeen {
-        RowSeen {
+    fn seen(self) -> OwnershipRecord {
+        OwnershipRecord {
             owner: self.owner,
             epoch: self.epoch,
             attempt: self.attempt,
@@ -233,7 +233,7 @@ impl State {
 
     fn has_question(&self) -> bool {
         match self.source {
-            Source::Committing(commit) => commit.question().is_some(),
+            Source::Committing(commit) => commit.request().is_some(),
             _ => false,
         }
     }

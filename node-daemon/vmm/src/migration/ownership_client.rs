@@ -5,36 +5,37 @@ use std::time::Duration;
 
 use bascule_ipc::Connection;
 use bascule_ipc::volume::{Request, Response};
-use bascule_migrate::RowSeen;
-use bascule_migrate::commit::{Question, Reply, Transfer};
+use bascule_migrate::OwnershipRecord;
+use bascule_migrate::commit::{Reply, Transfer, TransferRequest};
+use bascule_migrate::source::retry_delay;
 use bascule_types::{Answer, Change, Refusal, VmRow, VmUid, VolumeId};
 
 /// Whoever can transfer a machine's row, and read it.
-pub trait RowAuthority: Send {
+pub trait OwnershipAuthority: Send {
     /// The volume on which the row is.
     fn volume(&self) -> VolumeId;
 
-    /// Asks once. Bounded in time; the same question may be asked again.
-    fn ask(&mut self, question: &Question) -> Reply;
+    /// Asks once. Bounded in time; the same request may be asked again.
+    fn request(&mut self, request: &TransferRequest) -> Reply;
 
     /// The row as a coordinator reads it now.
-    fn row(&mut self) -> RowAnswer;
+    fn record(&mut self) -> RecordAnswer;
 }
 
 /// What came back for the wish to read a row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RowAnswer {
+pub enum RecordAnswer {
     /// The row.
-    Row(RowSeen),
+    Record(OwnershipRecord),
     /// The volume has no such row.
-    NoRow,
+    NoRecord,
     /// No answer now.
     NoAnswer,
 }
 
 /// A row behind a node's `volume.sock`.
 #[derive(Debug)]
-pub struct VolumeRow {
+pub struct OwnershipClient {
     socket: PathBuf,
     vm: VmUid,
     volume: VolumeId,
@@ -43,7 +44,7 @@ pub struct VolumeRow {
 
 /// Why there is no way to the row.
 #[derive(Debug, thiserror::Error)]
-pub enum RowError {
+pub enum OwnershipClientError {
     /// The volume's process does not answer.
     #[error("the volume's process at {socket} does not answer")]
     Ipc {
@@ -61,25 +62,29 @@ pub enum RowError {
     },
 }
 
-/// How long one question may take. `bascule-volume` asks through elections by itself; when it is
-/// slower than this the question is asked anew, which is harmless.
+/// How long one request may take. `bascule-volume` asks through elections by itself; when it is
+/// slower than this the request is asked anew, which is harmless.
 const ASK_TIMEOUT: Duration = Duration::from_secs(5);
+/// Attempts to get an answer for a change while the guest still runs or could.
+const CHANGE_ATTEMPTS: u32 = 8;
+/// Shortest pause between two of them.
+const RETRY_PAUSE_MIN: Duration = Duration::from_millis(50);
 
-impl VolumeRow {
+impl OwnershipClient {
     /// Connects to the volume's process.
     ///
     /// # Errors
-    /// [`RowError`].
-    pub fn connect(socket: &Path, vm: VmUid) -> Result<Self, RowError> {
+    /// [`OwnershipClientError`].
+    pub fn connect(socket: &Path, vm: VmUid) -> Result<Self, OwnershipClientError> {
         let socket = socket.to_owned();
-        let ipc = |source| RowError::Ipc {
+        let ipc = |source| OwnershipClientError::Ipc {
             socket: socket.clone(),
             source,
         };
         let mut connection = Connection::connect(&socket, ASK_TIMEOUT).map_err(ipc)?;
         let (response, _) = connection.call(&Request::Status).map_err(ipc)?;
         let Response::Status(status) = response else {
-            return Err(RowError::NoStatus { socket });
+            return Err(OwnershipClientError::NoStatus { socket });
         };
         Ok(Self {
             volume: status.volume,
@@ -106,13 +111,31 @@ impl VolumeRow {
     }
 }
 
-impl RowAuthority for VolumeRow {
+impl OwnershipClient {
+    /// Requests an idempotent change until it is answered, at most [`CHANGE_ATTEMPTS`] times.
+    ///
+    /// # Errors
+    /// The refusal, or why there is no answer.
+    pub(super) fn request_change(&mut self, change: &Change) -> Result<Answer, String> {
+        for attempts in 0..CHANGE_ATTEMPTS {
+            match self.call(&Request::Change(change.clone())) {
+                Some(Response::Granted(answer)) => return Ok(answer),
+                Some(Response::Refused(refusal)) => return Err(refusal.to_string()),
+                Some(Response::Unavailable { reason }) => return Err(reason),
+                _ => std::thread::sleep(retry_delay(attempts).max(RETRY_PAUSE_MIN)),
+            }
+        }
+        Err("the volume does not respond".to_owned())
+    }
+}
+
+impl OwnershipAuthority for OwnershipClient {
     fn volume(&self) -> VolumeId {
         self.volume
     }
 
-    fn ask(&mut self, question: &Question) -> Reply {
-        let (Question::Transfer(transfer) | Question::Retract(transfer)) = *question;
+    fn request(&mut self, request: &TransferRequest) -> Reply {
+        let (TransferRequest::Transfer(transfer) | TransferRequest::Retract(transfer)) = *request;
         let Transfer {
             from,
             epoch,
@@ -130,31 +153,33 @@ impl RowAuthority for VolumeRow {
             Some(Response::Granted(Answer::Row(row))) => Reply::Granted(seen(&row)),
             Some(Response::Refused(Refusal::NoSuchVm)) => Reply::NoSuchVm,
             Some(Response::Refused(refusal)) => {
-                tracing::warn!(%refusal, ?question, "the volume refused");
-                match self.row() {
-                    RowAnswer::Row(row) => Reply::Refused(row),
-                    RowAnswer::NoRow => Reply::NoSuchVm,
-                    RowAnswer::NoAnswer => Reply::NoAnswer,
+                tracing::warn!(%refusal, ?request, "the volume refused");
+                match self.record() {
+                    RecordAnswer::Record(row) => Reply::Refused(row),
+                    RecordAnswer::NoRecord => Reply::NoSuchVm,
+                    RecordAnswer::NoAnswer => Reply::NoAnswer,
                 }
             }
             _ => Reply::NoAnswer,
         }
     }
 
-    fn row(&mut self) -> RowAnswer {
+    fn record(&mut self) -> RecordAnswer {
         match self.call(&Request::Rows) {
             Some(Response::Rows(rows)) => rows
                 .vms
                 .iter()
                 .find(|row| row.vm == self.vm)
-                .map_or(RowAnswer::NoRow, |row| RowAnswer::Row(seen(row))),
-            _ => RowAnswer::NoAnswer,
+                .map_or(RecordAnswer::NoRecord, |row| {
+                    RecordAnswer::Record(seen(row))
+                }),
+            _ => RecordAnswer::NoAnswer,
         }
     }
 }
 
-const fn seen(row: &VmRow) -> RowSeen {
-    RowSeen {
+const fn seen(row: &VmRow) -> OwnershipRecord {
+    OwnershipRecord {
         owner: row.owner,
         epoch: row.epoch,
         attempt: row.attempt,

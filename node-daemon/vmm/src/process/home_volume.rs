@@ -1,21 +1,23 @@
-//! The home volume, as its `bascule-volume` on this node serves it.
+//! The client of the VM's home volume, which this node's `bascule-volume` serves on `volume.sock`.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use bascule_ipc::volume::{Request, Response};
 use bascule_ipc::{Connection, IpcError, Kind};
-use bascule_types::{Change, DiskRow, Epoch, Owner, SavedStateRow, VmUid};
+use bascule_types::{Change, DiskRow, Ownership, SavedStateRow, VmUid};
 use bascule_volume_gate::GateReader;
 
-/// Longest wait for an answer: longer than `bascule-volume` itself waits for a coordinator.
+use crate::migration::OwnershipClient;
+
+/// Longest wait for a response: longer than `bascule-volume` itself waits for a coordinator.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// A client of `volume.sock` for one VM. Threads take turns.
+/// A client of `volume.sock` for one VM. One request at a time; other threads wait.
 #[derive(Debug)]
 pub(crate) struct VolumeClient {
     socket: PathBuf,
@@ -23,10 +25,10 @@ pub(crate) struct VolumeClient {
     connection: Mutex<Option<Connection>>,
 }
 
-/// What the volume gave this VM.
+/// What the volume passes when it is opened.
 #[derive(Debug)]
 pub(crate) struct Opened {
-    /// The device, for reading images and saved states.
+    /// The device that holds the VM's extents.
     pub(crate) device: Arc<File>,
     /// The gate page, until [`Opened::take_gate`].
     gate: Option<OwnedFd>,
@@ -36,13 +38,23 @@ pub(crate) struct Opened {
     pub(crate) saved: Option<SavedStateRow>,
 }
 
-/// The answer to a writer whose node has re-joined.
+/// Whether the ownership outlived the re-join of its node.
 #[derive(Debug)]
 pub(crate) enum Reopened {
-    /// The row is still this VM process's, under the new generation.
+    /// This process still owns the VM, under the new generation.
     Kept,
-    /// It is not, and why.
+    /// It does not, for this reason.
     Lost(String),
+}
+
+/// Why a VM without a home volume is not migrated.
+pub(super) const NO_HOME: &str =
+    "the VM has no home volume: only the ownership record there says on which side it may run";
+
+/// A client for the ownership record of `vm`.
+pub(super) fn ownership_client(socket: &Path, vm: VmUid) -> Result<OwnershipClient, String> {
+    OwnershipClient::connect(socket, vm)
+        .map_err(|error| format!("{:#}", anyhow::Error::from(error)))
 }
 
 impl Opened {
@@ -69,8 +81,9 @@ impl VolumeClient {
         }
     }
 
-    /// Becomes the VM's writer in this tenure.
-    pub(crate) fn open(&self, owner: Owner, epoch: Epoch) -> anyhow::Result<Opened> {
+    /// Opens the VM's disks for writing in this ownership.
+    pub(crate) fn open(&self, ownership: Ownership) -> anyhow::Result<Opened> {
+        let Ownership { owner, epoch } = ownership;
         let (vm, pid) = (self.vm, std::process::id());
         self.opened(&Request::OpenVm {
             vm,
@@ -80,8 +93,9 @@ impl VolumeClient {
         })
     }
 
-    /// Asks whether the row was kept when the node's slot went over to `owner`'s generation.
-    pub(crate) fn reopen(&self, owner: Owner, epoch: Epoch) -> anyhow::Result<Reopened> {
+    /// Opens the VM's disks again after the node joined the volume in the generation of `ownership`.
+    pub(crate) fn reopen(&self, ownership: Ownership) -> anyhow::Result<Reopened> {
+        let Ownership { owner, epoch } = ownership;
         let (vm, pid) = (self.vm, std::process::id());
         match self.call(&Request::OpenVm {
             vm,
@@ -95,30 +109,30 @@ impl VolumeClient {
         }
     }
 
-    /// Looks at the VM's disks without becoming their writer.
+    /// Opens the VM's disks for reading only.
     pub(crate) fn peek(&self) -> anyhow::Result<Opened> {
         self.opened(&Request::PeekVm { vm: self.vm })
     }
 
-    /// Every write of this tenure has completed, and there will be no more.
-    pub(crate) fn close(&self, owner: Owner, epoch: Epoch) -> anyhow::Result<()> {
+    /// Reports that every write of this ownership has completed and that there will be no more.
+    pub(crate) fn close(&self, ownership: Ownership) -> anyhow::Result<()> {
         match self.call(&Request::CloseVm {
             vm: self.vm,
-            owner,
-            epoch,
+            owner: ownership.owner,
+            epoch: ownership.epoch,
         })? {
             (Response::Closed, _) => Ok(()),
             (other, _) => bail!("close: the volume answers {other:?}"),
         }
     }
 
-    /// Asks for a metadata change.
+    /// Requests a metadata change.
     pub(crate) fn change(&self, change: Change) -> Result<Response, IpcError> {
         self.call(&Request::Change(change))
             .map(|(response, _)| response)
     }
 
-    /// Says that a disk failed: nothing more of this node is to be written to the volume.
+    /// Reports a failed disk: this node must not write to the volume any more.
     pub(crate) fn report_failure(&self, what: &str) -> Result<(), IpcError> {
         self.call(&Request::ReportFailure {
             vm: self.vm,
@@ -128,7 +142,7 @@ impl VolumeClient {
     }
 
     fn opened(&self, request: &Request) -> anyhow::Result<Opened> {
-        let (response, fds) = self.call(request).context("ask the home volume")?;
+        let (response, fds) = self.call(request).context("open the home volume")?;
         let opened = match response {
             Response::Opened(opened) => opened,
             Response::Refused(refusal) => bail!("the home volume refuses: {refusal}"),
@@ -147,16 +161,16 @@ impl VolumeClient {
         })
     }
 
-    /// One request and its answer, over the present connection or, when `bascule-volume` was
-    /// restarted since, over a new one: every request is idempotent.
+    /// Sends one request over the present connection or, when `bascule-volume` was restarted since,
+    /// over a new one. Every request is idempotent.
     fn call(&self, request: &Request) -> Result<(Response, Vec<OwnedFd>), IpcError> {
         let mut slot = self
             .connection
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         if let Some(mut connection) = slot.take() {
-            let asked = connection.require(request.since());
-            match asked.and_then(|()| connection.call(request)) {
+            let known = connection.require(request.since());
+            match known.and_then(|()| connection.call(request)) {
                 Ok(answer) => {
                     *slot = Some(connection);
                     return Ok(answer);

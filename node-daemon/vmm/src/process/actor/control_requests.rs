@@ -1,4 +1,4 @@
-//! What `vm.sock` asks.
+//! Requests on `vm.sock`, applied by the actor.
 
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -6,23 +6,17 @@ use std::os::unix::net::UnixStream;
 use anyhow::Context as _;
 use bascule_ipc::vm::{Request, Response, StopReason};
 
-use super::{Done, Owner, Phase};
+use super::event::{Answer, Done};
+use super::phase::Phase;
+use super::vm_actor::VmActor;
 use crate::MachineHandle;
 
-/// What is read from a terminal at once.
+/// Most input that is read from a console client at once.
 const TERMINAL_BYTES: usize = 1024;
 
-/// What a request is answered with.
-pub(crate) enum Answer {
-    /// This, with file descriptors.
-    Now(Response, Vec<OwnedFd>),
-    /// [`Response::Accepted`], or why it failed, when it is done.
-    When(Done),
-}
-
-impl Owner {
-    /// Answers one request, or says what its answer waits for.
-    pub(crate) fn request(&mut self, request: &Request) -> Answer {
+impl VmActor {
+    /// Applies one request. Where the change takes time, the answer waits for it.
+    pub(super) fn control_request(&mut self, request: &Request) -> Answer {
         let begun = match request {
             Request::Stop => self.stop_requested(),
             Request::Pause => self.pause_requested(),
@@ -35,7 +29,7 @@ impl Owner {
         }
     }
 
-    /// Answers what is done at once.
+    /// Applies a request that is done at once.
     fn answer(&mut self, request: &Request) -> Answer {
         let done = match *request {
             Request::Status => {
@@ -54,7 +48,7 @@ impl Owner {
             Request::PowerButton => self.press_power_button(),
             Request::Resume => self.resume_requested(),
             Request::Announce => self.announce(),
-            // Not answered here, but by `request`.
+            // Applied by `control_request`.
             Request::Stop | Request::Pause | Request::Exit => Ok(()),
             Request::MigrateLive {
                 attempt,
@@ -93,13 +87,14 @@ impl Owner {
         Ok(self.stop(StopReason::Requested))
     }
 
-    /// A migration pauses and resumes by itself.
+    /// Refused during a migration, which pauses and resumes the guest itself.
     fn pause_requested(&mut self) -> anyhow::Result<Done> {
         self.no_migration()?;
         self.pause()
     }
 
-    /// Only a guest that was paused on request: the others go on by their migration's outcome.
+    /// Only for a guest that was paused on request. Incoming and in-doubt guests are resumed by their
+    /// migration.
     fn resume_requested(&mut self) -> anyhow::Result<()> {
         self.no_migration()?;
         if !matches!(self.phase, Phase::Paused(_)) {
@@ -108,10 +103,10 @@ impl Owner {
         self.resume()
     }
 
-    /// [`Owner::exit`] follows when the asker has its answer.
+    /// The client sends [`super::event::Event::Exit`] once the reply is sent.
     fn may_exit(&mut self) -> anyhow::Result<Done> {
         match self.phase {
-            // One that is coming in never ran here: nothing is lost.
+            // An incoming guest has never run here: nothing is lost.
             Phase::Stopped(_) | Phase::Departed | Phase::Incoming(_) => {
                 Ok(self.stop(StopReason::Requested))
             }
@@ -119,9 +114,9 @@ impl Owner {
         }
     }
 
-    /// One end of a new stream to the serial console; a thread of its own reads what is typed.
+    /// One end of a new stream to the serial console; a thread passes its input to the guest.
     fn attach_console(&self) -> anyhow::Result<OwnedFd> {
-        let machine = self.machine().context("there is no guest")?;
+        let machine = self.phase.machine().context("there is no guest")?;
         let (ours, theirs) = UnixStream::pair().context("make a socket pair")?;
         let reader = ours.try_clone().context("clone a socket")?;
         self.console.attach(ours);
@@ -133,7 +128,7 @@ impl Owner {
     }
 }
 
-/// Passes on what is typed until the terminal is closed.
+/// Passes input to the guest until the client closes its end.
 fn type_from(mut terminal: UnixStream, machine: &MachineHandle) {
     let mut typed = [0; TERMINAL_BYTES];
     while let Ok(count @ 1..) = std::io::Read::read(&mut terminal, &mut typed) {

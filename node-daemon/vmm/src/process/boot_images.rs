@@ -8,7 +8,7 @@ use anyhow::{Context as _, bail, ensure};
 use bascule_ipc::vm::{Boot, ImageSource};
 use bascule_types::{DiskRow, ExtentRun};
 
-use super::volume::Opened;
+use super::home_volume::Opened;
 use crate::boot::{BootSource, Initrd};
 
 /// Longest kernel: ten times a distribution's.

@@ -5,7 +5,7 @@ use std::time::Duration;
 use bascule_ipc::vm::MigrationPhase;
 use bascule_migrate::Frame;
 use bascule_migrate::wire::{Abort, AbortReason, Committed};
-use bascule_types::{Epoch, Owner};
+use bascule_types::Ownership;
 
 use super::{Driver, OutgoingEnd, cancelled};
 use crate::dirty::DirtyTracker as _;
@@ -18,7 +18,11 @@ const RUNNING_TIMEOUT: Duration = Duration::from_secs(5);
 
 impl Driver<'_> {
     /// The guest runs on here, before anything else is done.
-    pub(super) fn keep(mut self, because: Abort, tenure: Option<(Owner, Epoch)>) -> OutgoingEnd {
+    pub(super) fn resume_source(
+        mut self,
+        because: Abort,
+        ownership: Option<Ownership>,
+    ) -> OutgoingEnd {
         if let Err(error) = self.guest.resume() {
             tracing::warn!(%error, "the guest does not run on");
         }
@@ -43,7 +47,7 @@ impl Driver<'_> {
         };
         tracing::warn!(reason = ?failure.reason, text = %failure.text, "the migration failed");
         self.control.end(phase, Some(failure.text.clone()));
-        OutgoingEnd::Kept { failure, tenure }
+        OutgoingEnd::Kept { failure, ownership }
     }
 
     pub(super) fn depart(mut self, word: Committed) -> OutgoingEnd {
@@ -79,7 +83,7 @@ impl Driver<'_> {
         }
     }
 
-    pub(super) fn die(self) -> OutgoingEnd {
+    pub(super) fn terminate(self) -> OutgoingEnd {
         let failure = "the VM's row is somebody else's";
         self.control
             .end(MigrationPhase::Failed, Some(failure.to_owned()));

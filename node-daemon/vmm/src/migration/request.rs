@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use bascule_ipc::vm::{MigrationLimits, VmConfig};
-use bascule_types::{AttemptId, Epoch, Owner, VmUid};
+use bascule_types::{AttemptId, Epoch, Owner, Ownership, VmUid};
 
 use super::fault::Faults;
 
@@ -59,12 +59,11 @@ impl Outgoing {
     /// [`Refused`].
     pub fn new(
         config: &VmConfig,
-        tenure: (Owner, Epoch),
-        order: (AttemptId, SocketAddr, Owner),
+        ownership: Ownership,
+        (attempt, peer, to): (AttemptId, SocketAddr, Owner),
         limits: MigrationLimits,
     ) -> Result<Self, Refused> {
-        let (from, epoch) = tenure;
-        let (attempt, peer, to) = order;
+        let Ownership { owner: from, epoch } = ownership;
         config.home.as_ref().ok_or(Refused::NoHome)?;
         if to.slot == from.slot {
             return Err(Refused::SameNode);

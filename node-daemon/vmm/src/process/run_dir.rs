@@ -1,4 +1,4 @@
-//! The files of a VM's run directory: log, console log, its ownership and its last state.
+//! The files of a VM's run directory: socket, log, console log, ownership and last state.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -9,12 +9,12 @@ use bascule_ipc::vm::{LastState, StopReason, VmState};
 use bascule_types::{Ownership, VmUid};
 use serde::Serialize;
 
-/// The directory of the configuration file.
+/// A VM's run directory: the directory of its configuration file.
 #[derive(Clone, Debug)]
 pub(crate) struct RunDir(PathBuf);
 
 impl RunDir {
-    /// The directory that `config` is in.
+    /// The run directory of the configuration file `config`.
     pub(crate) fn of(config: &Path) -> Self {
         Self(config.parent().unwrap_or_else(|| Path::new(".")).to_owned())
     }
@@ -42,17 +42,18 @@ impl RunDir {
         logger.map_err(io::Error::other)
     }
 
-    /// Replaces `state.json`.
+    /// Replaces `state.json`, which `bascule-node` reads when the process has ended.
     pub(crate) fn write_state(&self, last: &LastState) {
         self.replace("state.json", last);
     }
 
-    /// Replaces `ownership.json`.
+    /// Replaces `ownership.json`, which `bascule-node` reads when the process was killed or does not
+    /// respond.
     pub(crate) fn write_ownership(&self, ownership: &Ownership) {
         self.replace("ownership.json", ownership);
     }
 
-    /// A failure is only logged: nobody's life hangs on these.
+    /// A failure is only logged: no decision about ownership depends on these files.
     fn replace(&self, name: &str, content: &impl Serialize) {
         let (next, path) = (self.0.join(format!("{name}.new")), self.0.join(name));
         let written = serde_json::to_vec(content)
@@ -64,8 +65,8 @@ impl RunDir {
         }
     }
 
-    /// From now on a panic of any thread leaves its reason in `state.json` and ends the process:
-    /// a broken invariant must not go on running a guest.
+    /// From now on a panic of any thread writes its message to `state.json` and aborts the process: a
+    /// guest must not run on after a broken invariant.
     pub(crate) fn report_panics(&self, uid: VmUid) {
         let run_dir = self.clone();
         std::panic::set_hook(Box::new(move |panic| {
@@ -78,8 +79,8 @@ impl RunDir {
     }
 }
 
-/// The last resort for a message: standard error, if anyone holds it.
-pub(super) fn complain(message: &str) {
+/// Writes `message` to standard error, for failures before there is a log.
+pub(super) fn print_error(message: &str) {
     if let Err(error) = writeln!(io::stderr(), "{message}") {
         tracing::debug!(%error, "standard error is closed");
     }

@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 use bascule_types::{AttemptId, Epoch, Generation, Owner, SlotId, VmUid, VolumeId};
 use stateright::{Checker, Model, Property};
 
-use super::{Commit, Question, Reply, RowSeen, Terms, Transfer};
+use crate::commit::{Commit, OwnershipRecord, Reply, Terms, Transfer, TransferRequest};
 use crate::destination::{CommitEvent, CommitStep, ExpectCommit};
 use crate::source::{Action, Attempt, Event, Phase, Source};
 use crate::wire::{Abort, AbortReason, Committed, Features, Welcome};
@@ -53,7 +53,7 @@ struct World {
     link: bool,
     to_destination: Vec<ToDestination>,
     ready_on_its_way: bool,
-    row: RowSeen,
+    row: OwnershipRecord,
     /// Every request ever sent: any copy may still be decided, at any time.
     requests: BTreeSet<RequestKey>,
     /// The node of the source lost its lease and joined again, the row kept.
@@ -92,7 +92,7 @@ enum Step {
     DestinationNoticesTheLoss,
     DestinationReadsTheRow,
     SourceReceivesReady,
-    /// The volume decides the source's present question and the answer arrives.
+    /// The volume decides the source's present request and the answer arrives.
     Answer {
         lease: bool,
     },
@@ -130,7 +130,7 @@ impl World {
             link: true,
             to_destination: Vec::new(),
             ready_on_its_way: false,
-            row: RowSeen {
+            row: OwnershipRecord {
                 owner: Some(SOURCE),
                 epoch: EPOCH,
                 attempt: None,
@@ -156,15 +156,15 @@ impl World {
             + usize::from(self.third_runs)
     }
 
-    fn question(&self) -> Option<Transfer> {
+    fn request(&self) -> Option<Transfer> {
         let committing = !self.source_crashed && self.source.phase() == Phase::Committing;
-        // The machine repeats its question whenever there was no answer.
+        // The machine repeats its request whenever there was no answer.
         let (_, action) =
             committing.then(|| self.source.clone().next(Event::Replied(Reply::NoAnswer)))?;
         match action {
-            Action::Ask(Question::Transfer(transfer) | Question::Retract(transfer)) => {
-                Some(transfer)
-            }
+            Action::RequestTransfer(
+                TransferRequest::Transfer(transfer) | TransferRequest::Retract(transfer),
+            ) => Some(transfer),
             _ => None,
         }
     }
@@ -176,7 +176,7 @@ impl CommitModel {
     }
 
     /// The coordinator's rule for a transfer (`Change::Transfer`).
-    fn decide(&self, row: &mut RowSeen, request: RequestKey, lease: bool) -> bool {
+    fn decide(&self, row: &mut OwnershipRecord, request: RequestKey, lease: bool) -> bool {
         let (from, epoch, to, attempt) = request;
         if row.attempt == Some(attempt) && row.epoch == epoch.next() {
             return true;
@@ -185,7 +185,7 @@ impl CommitModel {
         if !lease || row.owner != Some(from) || !epoch_fits {
             return false;
         }
-        *row = RowSeen {
+        *row = OwnershipRecord {
             owner: Some(to),
             epoch: row.epoch.next(),
             attempt: Some(attempt),
@@ -201,7 +201,9 @@ impl CommitModel {
 
     fn act(&self, world: &mut World, action: &Action) {
         match action {
-            Action::Ask(Question::Transfer(transfer) | Question::Retract(transfer)) => {
+            Action::RequestTransfer(
+                TransferRequest::Transfer(transfer) | TransferRequest::Retract(transfer),
+            ) => {
                 world.asked = true;
                 world.requests.insert(key(transfer));
                 if self.is(Mutation::SourceTellsBeforeTheAnswer) && transfer.to == DESTINATION {
@@ -257,7 +259,7 @@ impl CommitModel {
     fn destination_steps(&self, world: &mut World, step: CommitStep) {
         world.destination = match step {
             CommitStep::Wait(waiting) => Destination::Waiting(waiting),
-            CommitStep::AskVolume(waiting) => Destination::Orphaned(waiting),
+            CommitStep::QueryVolume(waiting) => Destination::Orphaned(waiting),
             CommitStep::Run { .. } => Destination::Running,
             CommitStep::Discard => Destination::Discarded,
         };
@@ -309,15 +311,15 @@ impl CommitModel {
             if self.is(Mutation::DestinationIgnoresTheAttempt) {
                 row.attempt = Some(ATTEMPT);
             }
-            self.destination_steps(world, waiting.next(&CommitEvent::Row(row)));
+            self.destination_steps(world, waiting.next(&CommitEvent::Record(row)));
         }
     }
 
     fn answer(&self, world: &mut World, lease: bool) {
-        let Some(question) = world.question() else {
+        let Some(request) = world.request() else {
             return;
         };
-        let granted = self.decide(&mut world.row, key(&question), lease);
+        let granted = self.decide(&mut world.row, key(&request), lease);
         let row = world.row;
         if !granted && self.is(Mutation::SourceResumesOnRefusal) && terms().transferred(&row) {
             return self.source_takes(world, Event::Replied(Reply::Refused(row)));
@@ -415,7 +417,7 @@ impl Model for CommitModel {
         if alive && world.ready_on_its_way {
             steps.push(Step::SourceReceivesReady);
         }
-        if world.question().is_some() {
+        if world.request().is_some() {
             steps.extend([
                 Step::Answer { lease: true },
                 Step::Answer { lease: false },
@@ -487,7 +489,7 @@ impl Model for CommitModel {
                 });
             }
             Step::TakeOver(to) => {
-                world.row = RowSeen {
+                world.row = OwnershipRecord {
                     owner: Some(to),
                     epoch: world.row.epoch.next(),
                     attempt: None,
@@ -596,7 +598,7 @@ fn every_rule_that_is_taken_away_is_missed() {
 #[test]
 fn a_commit_begins_by_asking_for_the_transfer() {
     let commit = Commit::begin(terms(), RETRACTION);
-    let Some(Question::Transfer(transfer)) = commit.question() else {
+    let Some(TransferRequest::Transfer(transfer)) = commit.request() else {
         panic!("{commit:?}");
     };
     assert_eq!(key(&transfer), (SOURCE, EPOCH, DESTINATION, ATTEMPT));

@@ -1,5 +1,5 @@
-//! A disk that failed. Its guest sees errors; the volume that it is on is told, because what the
-//! other virtual machines of this node wrote to the same device may be lost too.
+//! Reporting a failed disk. Its guest sees I/O errors; the home volume is told, because writes of this
+//! node's other virtual machines to the same device may be lost too.
 
 use std::time::Duration;
 
@@ -7,19 +7,19 @@ use bascule_devices::failure::DeviceFailure;
 use bascule_ipc::Kind;
 use bascule_ipc::vm::{DiskSource, VmConfig};
 
-use super::Owner;
+use super::vm_actor::VmActor;
 
-/// Between two attempts to tell a volume that does not answer.
+/// Pause between two attempts to report to a volume that does not respond.
 const PAUSE: Duration = Duration::from_secs(1);
 
-impl Owner {
-    /// Tells the home volume, until it has heard.
+impl VmActor {
+    /// Reports to the home volume until it has acknowledged.
     pub(super) fn disk_failed(&self, failure: &DeviceFailure) {
         let (Some(volume), Some(what)) = (self.volume.clone(), on_volume(&self.config, failure))
         else {
             return;
         };
-        let tell = move || {
+        let report = move || {
             while let Err(error) = volume.report_failure(&what) {
                 let gives_up = error.kind() == Kind::Protocol;
                 tracing::warn!(%error, gives_up, "the volume was not told of the failed disk");
@@ -30,13 +30,14 @@ impl Owner {
             }
         };
         let builder = std::thread::Builder::new().name("disk-failed".to_owned());
-        if let Err(error) = builder.spawn(tell) {
+        if let Err(error) = builder.spawn(report) {
             tracing::error!(%error, "the volume was not told of the failed disk");
         }
     }
 }
 
-/// What failed, in the words of the configuration; none for what is not on the home volume.
+/// The failed disk by its name in the configuration, and how it failed; none for a disk that is not on
+/// the home volume.
 fn on_volume(config: &VmConfig, failure: &DeviceFailure) -> Option<String> {
     let DeviceFailure::DiskFailed {
         device,
@@ -103,7 +104,7 @@ mod tests {
     }
 
     #[test]
-    fn only_a_failed_disk_of_the_volume_is_told_and_by_its_own_name() {
+    fn only_a_failed_volume_disk_is_reported_under_its_configured_name() {
         let file = DiskSource::File {
             path: PathBuf::new(),
             read_only: false,

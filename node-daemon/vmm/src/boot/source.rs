@@ -1,0 +1,39 @@
+//! What a machine boots.
+
+use std::io::Read;
+
+/// What a machine boots.
+pub struct BootSource {
+    /// The kernel: bzImage, or ELF with a PVH note.
+    pub kernel: Vec<u8>,
+    /// The initial RAM disk.
+    pub initrd: Option<Initrd>,
+    /// The kernel command line.
+    pub cmdline: String,
+}
+
+/// An initial RAM disk, read straight into guest memory.
+pub struct Initrd {
+    /// Its length in bytes.
+    pub length: u64,
+    /// Its bytes.
+    pub content: Box<dyn Read + Send>,
+}
+
+impl std::fmt::Debug for BootSource {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("BootSource")
+            .field("kernel_bytes", &self.kernel.len())
+            .field("initrd", &self.initrd)
+            .field("cmdline", &self.cmdline)
+            .finish()
+    }
+}
+
+impl std::fmt::Debug for Initrd {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Initrd")
+            .field("length", &self.length)
+            .finish_non_exhaustive()
+    }
+}

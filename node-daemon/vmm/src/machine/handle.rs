@@ -1,0 +1,72 @@
+//! The parts of a machine, and the handle to it for other threads.
+
+use std::sync::Arc;
+
+use crate::bus::Bus;
+use crate::dirty::KvmDirtyTracker;
+use crate::kvm::BareVm;
+use crate::memory::GuestMemory;
+use crate::vcpu::Vcpu;
+
+/// The machine in whichever state.
+pub(crate) struct Machine {
+    /// First, so that the threads have ended before all else goes.
+    pub(crate) vcpus: Vec<Vcpu>,
+    pub(crate) bus: Arc<Bus>,
+    pub(crate) dirty: Arc<KvmDirtyTracker>,
+    pub(crate) bare: BareVm,
+    pub(crate) memory: Arc<GuestMemory>,
+}
+
+/// What any thread may do with a machine, running or not, for as long as it exists.
+#[derive(Clone, Debug)]
+pub struct MachineHandle {
+    bus: Arc<Bus>,
+    memory: Arc<GuestMemory>,
+    dirty: Arc<KvmDirtyTracker>,
+}
+
+impl std::fmt::Debug for Machine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Machine")
+            .field("vcpus", &self.vcpus.len())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Machine {
+    pub(super) fn handle(&self) -> MachineHandle {
+        MachineHandle {
+            bus: Arc::clone(&self.bus),
+            memory: Arc::clone(&self.memory),
+            dirty: Arc::clone(&self.dirty),
+        }
+    }
+}
+
+impl MachineHandle {
+    /// The guest's RAM.
+    #[must_use]
+    pub const fn memory(&self) -> &Arc<GuestMemory> {
+        &self.memory
+    }
+
+    /// The log of written pages.
+    #[must_use]
+    pub const fn dirty(&self) -> &Arc<KvmDirtyTracker> {
+        &self.dirty
+    }
+
+    /// Presses the ACPI power button. What the guest does about it is its own affair.
+    ///
+    /// # Errors
+    /// When the interrupt cannot be raised.
+    pub fn press_power_button(&self) -> std::io::Result<()> {
+        self.bus.power.press_button()
+    }
+
+    /// Types into the serial console.
+    pub fn type_in(&self, input: &[u8]) {
+        self.bus.serial.type_in(input);
+    }
+}

@@ -1,0 +1,173 @@
+//! Pausing and ending a machine.
+//!
+//! Both wait: vCPUs park, devices complete the disk commands under way, the volume releases the
+//! ownership. With a device that hangs the wait has no bound, because a write that may still land
+//! must not be forgotten. So a task thread waits, while the actor serves requests and reports what
+//! the machine waits for.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use bascule_ipc::vm::{StopReason, VmState};
+use bascule_ipc::volume::Response as VolumeResponse;
+use bascule_types::{Change, Ownership, VmUid};
+
+use super::event::{ActorHandle, Done, TaskOutcome};
+use super::phase::Phase;
+use super::vm_actor::VmActor;
+use crate::kvm::KvmError;
+use crate::process::home_volume::VolumeClient;
+use crate::{PausedVm, RunningVm};
+
+/// Attempts to release the ownership before the guest counts as stopped. Later attempts go on in
+/// the background until the volume answers.
+const RELEASE_ATTEMPTS: u32 = 2;
+/// Pause between two attempts in the background.
+const RELEASE_PAUSE: Duration = Duration::from_secs(1);
+
+impl VmActor {
+    /// Begins to pause a running guest.
+    pub(super) fn pause(&mut self) -> anyhow::Result<Done> {
+        match self.take_phase() {
+            Phase::Running(vm) => {
+                let done = self.pausing.join();
+                self.park(vm);
+                Ok(done)
+            }
+            phase => {
+                self.phase = phase;
+                bail!(self.refusal());
+            }
+        }
+    }
+
+    fn park(&mut self, vm: RunningVm) {
+        self.phase = Phase::Pausing(vm.handle());
+        self.spawn_task("pause", move |actor| {
+            actor.task_ended(TaskOutcome::Parked(vm.pause()));
+        });
+    }
+
+    pub(super) fn parked(&mut self, paused: Result<PausedVm, KvmError>) {
+        match (paused, self.stop_wanted.take()) {
+            (Ok(vm), None) => {
+                self.phase = Phase::Paused(vm);
+                self.pausing.finish(&Ok(()));
+            }
+            (Ok(vm), Some(reason)) => {
+                self.pausing
+                    .finish(&Err("the guest was stopped".to_owned()));
+                self.end(Some(vm), VmState::Running, reason);
+            }
+            (Err(error), _) => {
+                let what = format!("pause: {error}");
+                tracing::error!(what, "the machine is lost");
+                self.pausing.finish(&Err(what.clone()));
+                self.end(None, VmState::Running, StopReason::Failed { what });
+            }
+        }
+    }
+
+    /// Begins to end the machine: pauses it, drains its devices and releases the ownership. The
+    /// process lives on to report the reason.
+    pub(super) fn stop(&mut self, reason: StopReason) -> Done {
+        let done = self.stopping.join();
+        let shown = self.phase.state();
+        match self.take_phase() {
+            Phase::Running(vm) => {
+                self.stop_wanted = Some(reason);
+                self.park(vm);
+            }
+            Phase::Paused(vm) | Phase::Incoming(vm) => self.end(Some(vm), shown, reason),
+            phase @ (Phase::Starting | Phase::Pausing(_)) => {
+                self.phase = phase;
+                self.stop_wanted.get_or_insert(reason);
+            }
+            phase @ Phase::Ending(_) => self.phase = phase,
+            // In doubt, only the volume decides about the guest; departed or stopped, nothing is
+            // left to end.
+            phase @ (Phase::InDoubt(_) | Phase::Departed | Phase::Stopped(_)) => {
+                self.phase = phase;
+                self.stopping.finish(&Ok(()));
+            }
+        }
+        done
+    }
+
+    /// Tears the machine down if there is one, tells the volume that the writes of this ownership
+    /// are complete, and releases it. The status shows `shown` until then.
+    pub(super) fn end(&mut self, machine: Option<PausedVm>, shown: VmState, reason: StopReason) {
+        self.phase = Phase::Ending(shown);
+        let (uid, volume, ended) = (self.config.uid, self.volume.clone(), self.end_ownership());
+        self.spawn_task("end", move |actor| {
+            if let Some(machine) = machine {
+                machine.end();
+            }
+            let owned = volume.zip(ended);
+            let release = || match &owned {
+                Some((volume, ownership)) => try_release(volume, uid, *ownership),
+                None => true,
+            };
+            let released = (0..RELEASE_ATTEMPTS).any(|_| release());
+            actor.task_ended(TaskOutcome::Ended(reason));
+            if !released {
+                tracing::warn!(
+                    "the volume does not respond: releasing the ownership in the background"
+                );
+                while !release() {
+                    std::thread::sleep(RELEASE_PAUSE);
+                }
+            }
+        });
+    }
+
+    /// Runs `task` on a thread of its own; it reports its outcome to the actor. When there is no
+    /// thread, the guest counts as stopped and its ownership is not released.
+    pub(super) fn spawn_task(
+        &mut self,
+        name: &str,
+        task: impl FnOnce(&ActorHandle) + Send + 'static,
+    ) {
+        let actor = self.handle();
+        let spawned = std::thread::Builder::new()
+            .name(name.to_owned())
+            .spawn(move || task(&actor));
+        if let Err(error) = spawned {
+            tracing::error!(%error, name, "cannot start a thread: the ownership is not released");
+            let what = format!("{name}: no thread: {error}");
+            self.pausing.finish(&Err(what.clone()));
+            self.stopped(StopReason::Failed { what });
+        }
+    }
+}
+
+/// Makes one attempt; returns `true` when the volume granted or refused it.
+fn try_release(volume: &Arc<VolumeClient>, vm: VmUid, ownership: Ownership) -> bool {
+    let release = Change::Release {
+        vm,
+        from: ownership.owner,
+        epoch: ownership.epoch,
+    };
+    let released = volume
+        .close(ownership)
+        .and_then(|()| volume.change(release).context("release the ownership"));
+    match released {
+        Ok(VolumeResponse::Granted(_)) => true,
+        Ok(VolumeResponse::Refused(refusal)) => {
+            tracing::warn!(%refusal, "the volume refused to release the ownership");
+            true
+        }
+        Ok(other) => {
+            tracing::info!(response = ?other, "the ownership is not released yet");
+            false
+        }
+        Err(error) => {
+            tracing::info!(
+                error = format_args!("{error:#}"),
+                "the ownership is not released yet"
+            );
+            false
+        }
+    }
+}

@@ -7,7 +7,7 @@ use bascule_e2e::kubernetes::scenarios::{self, Drained, PowerCut, SAFE_TIME};
 use bascule_e2e::kubernetes::{ClusterVm, Installation};
 use bascule_lab::{Lab, Tier};
 
-/// Drains a node with one and with three virtual machines, weighs the operator, and pulls a plug.
+/// Drains a node with one and with three VMs, measures the operator's memory, and cuts a node's power.
 pub(crate) fn run() -> Result<()> {
     let cluster = Installation::on(Lab::for_test(Tier::Emulated, NODES)?)?;
     cluster.volume()?;
@@ -63,16 +63,12 @@ fn print_drains(one: &Drained, three: &Drained) {
         let ratio = three / one;
         println!("{name:<34}{one:>12.2}{three:>12.2}{ratio:>8.2}");
     };
-    let silence = |drained: &Drained| {
+    let outage = |drained: &Drained| {
         let gaps = drained.guests.iter().map(|guest| guest.seen.gap_max);
         gaps.max().unwrap_or_default()
     };
     row("kubectl drain (s)", one.took, three.took);
-    row(
-        "longest silence of a guest (s)",
-        silence(one),
-        silence(three),
-    );
+    row("longest outage of a guest (s)", outage(one), outage(three));
 }
 
 fn print_cut(cut: &PowerCut) {
@@ -82,10 +78,10 @@ fn print_cut(cut: &PowerCut) {
         let ratio = after.as_secs_f64() / SAFE_TIME.as_secs_f64();
         println!("{stage:<34}{:>12.1}{ratio:>12.2}", after.as_secs_f64());
     };
-    for (stage, after) in cut.takeover.stages(cut.plug) {
+    for (stage, after) in cut.takeover.stages(cut.cut_at) {
         row(stage, after);
     }
-    row("guest answering", cut.outage);
+    row("guest responding", cut.outage);
 }
 
 const NODES: u8 = 3;

@@ -21,7 +21,7 @@ use clap::Parser;
 use crate::measure::{Load, Outcome};
 
 /// Moves the probe guest live with Bascule and with QEMU and prints what each move cost; then drains
-/// emulated nodes and pulls a plug, and prints what that cost.
+/// emulated nodes, cuts a node's power, and prints the figures.
 #[derive(Debug, Parser)]
 #[command(name = "bascule-bench", version)]
 struct Options {

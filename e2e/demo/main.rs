@@ -1,4 +1,4 @@
-//! The whole story on one machine: a three-node cluster, a virtual machine, a drain, a power cut.
+//! Demo on one machine: a three-node cluster, a virtual machine, a drain, a power cut.
 //!
 //! Everything is done as a user would do it (helm, kubectl) and seen as a client of the guest sees
 //! it. The lab is taken down at the end, also when this is interrupted, unless `--keep` is given.
@@ -62,7 +62,7 @@ fn demo(args: &Args) -> Result<()> {
     let what = "starting a virtual machine (usually 1 min)";
     let vm = steps.step(what, || cluster.vm("web", 100))?;
     say(&format!(
-        "{} runs on {} and answers on {}",
+        "{} runs on {} and responds on {}",
         vm.name,
         vm.node()?,
         vm.address
@@ -75,7 +75,7 @@ fn demo(args: &Args) -> Result<()> {
     summary(&drained, cut.as_ref());
     println!("{}", cluster.overview()?);
     say(&format!(
-        "the whole story took {:.0} s",
+        "the demo took {:.0} s",
         begin.elapsed().as_secs_f64()
     ));
     if args.keep {
@@ -90,7 +90,7 @@ fn drain(steps: &mut Steps, cluster: &Installation, vm: &ClusterVm<'_>) -> Resul
         scenarios::drain_moves_vms_live(cluster, &source, &[vm])
     })?;
     say(&format!(
-        "the guest is on {}; the TCP session of before goes on",
+        "the guest is on {}; its TCP session survived",
         vm.node()?
     ));
     Ok(drained)
@@ -98,39 +98,36 @@ fn drain(steps: &mut Steps, cluster: &Installation, vm: &ClusterVm<'_>) -> Resul
 
 fn power_cut(steps: &mut Steps, cluster: &Installation, vm: &ClusterVm<'_>) -> Result<PowerCut> {
     let what = format!(
-        "cutting the power of {}, until the guest answers elsewhere (usually 2 min)",
+        "cutting the power of {}, until the guest responds elsewhere (usually 2 min)",
         vm.node()?
     );
     let cut = steps.step(&what, || scenarios::power_cut(cluster, vm))?;
     say(&format!(
-        "the guest is on {}; every flushed record is there",
+        "the guest is on {}; every acknowledged record is on its disk",
         cut.to
     ));
     Ok(cut)
 }
 
 fn summary(drained: &Drained, cut: Option<&PowerCut>) {
-    println!("\nThe move, as the client saw it:");
+    println!("\nThe drain, as the client saw it:");
     let row = |what: &str, value: String| println!("  {what:<24} {value}");
     row("drain took", format!("{:.1} s", drained.took.as_secs_f64()));
     for guest in &drained.guests {
         let (seen, moved) = (&guest.seen, &guest.moved);
-        row(
-            "longest silence",
-            format!("{} ms", seen.gap_max.as_millis()),
-        );
+        row("longest outage", format!("{} ms", seen.gap_max.as_millis()));
         row("packets lost", format!("{} of {}", seen.lost, seen.sent));
         let downtime = moved.downtime.as_deref().unwrap_or("-");
-        row("blackout by our timers", downtime.to_owned());
+        row("blackout measured by VMM", downtime.to_owned());
         row(&moved.mode, format!("{} to {}", moved.source, moved.target));
     }
     if let Some(cut) = cut {
-        println!("The power cut, from the plug on:");
-        for (stage, after) in cut.takeover.stages(cut.plug) {
+        println!("The power cut, seconds after it:");
+        for (stage, after) in cut.takeover.stages(cut.cut_at) {
             row(stage, format!("{} s", after.as_secs()));
         }
         let outage = cut.outage.as_secs_f64();
-        row("guest answering", format!("{outage:.1} s"));
+        row("guest responding", format!("{outage:.1} s"));
         row("proof", cut.takeover.detail.clone());
     }
     println!();

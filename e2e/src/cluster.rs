@@ -41,16 +41,16 @@ pub struct TestNode {
     volume: Child,
 }
 
-/// A VM on the volume: its row, its disk and its kernel.
+/// A VM on the volume: its ownership record, its disk and its kernel.
 #[derive(Clone, Debug)]
 pub struct VmOnVolume {
-    /// The VM.
+    /// UID of the VM.
     pub uid: VmUid,
     spec: TestVmSpec,
 }
 
 impl VmOnVolume {
-    /// The same VM, in a process that breaks at a point of a migration: see
+    /// The same VM with a fault injected into its process at a point of a migration: see
     /// [`TestVmSpec::with_fault`].
     #[must_use]
     pub fn with_fault(&self, fault: &str) -> Self {
@@ -64,7 +64,7 @@ impl TestCluster {
     /// A volume of `volume_mib`, formatted for a first node, and that node.
     ///
     /// # Errors
-    /// When anything of it fails.
+    /// When a step fails.
     pub fn new(volume_mib: u32) -> Result<(Self, TestNode)> {
         let cluster = ClusterId::random();
         let (authority, _) = Authority::create("e2e").context("make an authority")?;
@@ -103,15 +103,15 @@ impl TestCluster {
     /// A further node, registered through `other`.
     ///
     /// # Errors
-    /// When it is not let in.
+    /// When its registration is refused.
     pub fn join(&self, index: u16, other: &TestNode) -> Result<TestNode> {
         let node = NodeUid::random();
         other.change(Change::RegisterNode { node })?;
         self.start_node(node, index)
     }
 
-    /// Puts the probe guest on the volume, with a disk of `disk_mib`, through `node`. `spec` says
-    /// the rest.
+    /// Creates a VM on the volume through `node`: its record, a data disk of `disk_mib` MiB and the
+    /// probe guest as its kernel. The rest of the configuration is `spec`.
     ///
     /// # Errors
     /// When the volume refuses.
@@ -149,7 +149,7 @@ impl TestCluster {
         Ok(VmOnVolume { uid, spec })
     }
 
-    /// Acquires the row for `node` and boots the VM there.
+    /// Acquires ownership of the VM for `node` and boots it there.
     ///
     /// # Errors
     /// When the volume or the VMM refuses.
@@ -166,7 +166,7 @@ impl TestCluster {
         self.start(node, vm, row.epoch, StartMode::Boot)
     }
 
-    /// Starts a process at `node` that waits for the VM, which runs elsewhere in `epoch`.
+    /// Starts the destination process of a live migration on `node`. `epoch` is the source's.
     ///
     /// # Errors
     /// When the VMM refuses.
@@ -213,7 +213,7 @@ impl TestCluster {
         self.directory.path().join("volume.img")
     }
 
-    /// What was allocated for a disk of a VM, read straight from the volume's file.
+    /// Reads a VM's disk at `offset` (bytes) directly from the volume's file.
     ///
     /// # Errors
     /// When the file cannot be read.
@@ -272,7 +272,7 @@ impl TestCluster {
     /// Starts a node's `bascule-volume` again, after it was killed.
     ///
     /// # Errors
-    /// When it does not come back.
+    /// When it does not join the volume again in time.
     pub fn restart_volume(&self, node: &mut TestNode) -> Result<()> {
         node.volume = self.start_volume(node.uid, node.index, &node.run_dir, &node.tls_dir)?;
         node.wait_joined()
@@ -329,10 +329,10 @@ impl TestCluster {
 }
 
 impl TestNode {
-    /// How the volume does here.
+    /// Status of the volume on this node.
     ///
     /// # Errors
-    /// When the process does not say.
+    /// When the process does not respond.
     pub fn status(&self) -> Result<VolumeStatus> {
         match self.ask(&Request::Status)? {
             Response::Status(status) => Ok(status),
@@ -340,7 +340,7 @@ impl TestNode {
         }
     }
 
-    /// All rows, from the coordinator.
+    /// All VM and disk records, from the coordinator.
     ///
     /// # Errors
     /// When there is none.
@@ -361,7 +361,7 @@ impl TestNode {
             .with_context(|| format!("{} has not joined", self.name))
     }
 
-    /// A metadata change, asked again while its outcome is unknown.
+    /// Requests a metadata change, again while its outcome is unknown.
     ///
     /// # Errors
     /// When it is refused.
@@ -429,6 +429,6 @@ impl TestNode {
 
 const VOLUME: &str = "shared";
 const FIRST_PORT: u16 = 17_000;
-/// A first lease takes the volume's watch time, so that a predecessor's has lapsed.
+/// The first lease takes the volume's watch time, so that a previous one has expired.
 const JOIN_TIME: Duration = Duration::from_secs(60);
 const CHANGE_TIME: Duration = Duration::from_secs(30);

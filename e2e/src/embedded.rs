@@ -1,5 +1,4 @@
-//! Nodes without Kubernetes, as a person runs them: `bascule-node` on the command line, in a network
-//! of the test's own.
+//! Embedded mode: `bascule-node` on the command line, without Kubernetes, in a private network.
 
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddrV4};
@@ -30,7 +29,7 @@ pub struct EmbeddedHost<'a> {
     pub address: Ipv4Addr,
 }
 
-/// A command that goes on, with what it prints followed as a guest's console.
+/// A running command whose standard output is followed as a guest's console.
 #[derive(Debug)]
 pub struct RunningCommand {
     /// Its standard output: the guest's console.
@@ -43,7 +42,7 @@ impl EmbeddedHosts {
     /// A network and an empty directory; the programs are built.
     ///
     /// # Errors
-    /// When anything of it fails.
+    /// When a step fails.
     pub fn new() -> Result<Self> {
         let program = binary("bascule-node", "bascule-node")?;
         // The others are found beside it.
@@ -129,7 +128,7 @@ impl Drop for EmbeddedHosts {
 }
 
 impl EmbeddedHost<'_> {
-    /// Runs a command of `bascule-node` on this host that must succeed, and says what it printed.
+    /// Runs a command of `bascule-node` on this host that must succeed, and returns its output.
     ///
     /// # Errors
     /// When it fails, with what it printed.
@@ -143,7 +142,7 @@ impl EmbeddedHost<'_> {
         self.hosts.run(&words)
     }
 
-    /// Runs a command that must fail, and says what it complained of.
+    /// Runs a command that must fail, and returns its standard error.
     ///
     /// # Errors
     /// When it succeeds.
@@ -180,7 +179,7 @@ impl EmbeddedHost<'_> {
         Ok(daemon)
     }
 
-    /// Starts a command that goes on, and follows what it prints.
+    /// Starts a command and follows its standard output as a console.
     ///
     /// # Errors
     /// When it cannot be started.
@@ -234,7 +233,7 @@ impl RunningCommand {
     /// Waits for its end; whether it succeeded, and what it said beside the console.
     ///
     /// # Errors
-    /// When it goes on.
+    /// When it is still running after the limit.
     pub fn wait(&mut self) -> Result<(bool, String)> {
         let ended = wait_for("the command's end", SOON, || {
             self.inner.try_wait().context("ask for its end")
@@ -244,7 +243,7 @@ impl RunningCommand {
         Ok((status.success(), said))
     }
 
-    /// What it has said beside the console.
+    /// Its standard error so far.
     #[must_use]
     pub fn said(&self) -> String {
         read(&self.errors)

@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 
 use crate::network::run;
 
-/// A file that can be made to hang; removed when dropped.
+/// A file whose writes can be made to hang; removed when dropped.
 #[derive(Debug)]
 pub struct HangingDisk {
     directory: tempfile::TempDir,

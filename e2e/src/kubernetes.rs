@@ -1,4 +1,4 @@
-//! Bascule installed on a lab's cluster, as a user installs it, and what a scenario does with it.
+//! Bascule installed on a lab's cluster with helm, and the operations of the scenarios.
 //!
 //! An [`Installation`] is a [`Lab`] with the chart on it. [`Installation::vm`] applies a
 //! VirtualMachine whose guest can be talked to: the probe guest on native nodes, an unmodified
@@ -207,7 +207,7 @@ impl Installation {
         })
     }
 
-    /// Lets no further pod land on a node.
+    /// `kubectl cordon`.
     ///
     /// # Errors
     /// When kubectl fails.
@@ -224,7 +224,7 @@ impl Installation {
         self.wait_volume()
     }
 
-    /// Lets pods land on a node again.
+    /// `kubectl uncordon`.
     ///
     /// # Errors
     /// When kubectl fails.
@@ -252,7 +252,7 @@ impl Installation {
         })
     }
 
-    /// Deletes such a pod and waits until it is gone.
+    /// Deletes a pod of [`Self::pod`] and waits until it is gone.
     ///
     /// # Errors
     /// When it does not go.
@@ -262,7 +262,7 @@ impl Installation {
         run.deadline(DELETE_LIMIT).done()
     }
 
-    /// What a user would look at.
+    /// Output of `kubectl get vm,sv,vmmig,failover`.
     ///
     /// # Errors
     /// When kubectl fails.
@@ -297,7 +297,7 @@ impl ClusterVm<'_> {
             .with_context(|| format!("{} has no node", self.name))
     }
 
-    /// The UID of the one pod that holds its place on a node.
+    /// UID of its reservation pod.
     ///
     /// # Errors
     /// When there are several, or none that stays.
@@ -358,10 +358,10 @@ impl ClusterVm<'_> {
         })
     }
 
-    /// Packets to the guest and back, as many as this tier's guest bears.
+    /// A flow of packets to the guest and back, at the rate that this tier's guest can handle.
     ///
     /// # Errors
-    /// When there is no socket to be had.
+    /// When the socket cannot be created.
     pub fn flow(&self) -> Result<crate::Flow> {
         self.cluster.guest.flow(&self.cluster.lab, self.address)
     }
@@ -374,7 +374,7 @@ impl ClusterVm<'_> {
         objects::moves(&self.cluster.lab, &self.name)
     }
 
-    /// Asks for a migration and waits for its end; an unsuccessful one is an error.
+    /// Creates a VirtualMachineMigration and waits for its end; one that fails is an error.
     ///
     /// # Errors
     /// When it fails, or does not end in time.
@@ -431,10 +431,10 @@ pub use bascule_lab::project::NAMESPACE as SYSTEM_NAMESPACE;
 /// The SharedVolume of a scenario.
 pub const VOLUME: &str = "gold";
 
-/// On emulated nodes everything is ten times slower than on real ones.
 /// The label of everything that belongs to a VirtualMachine.
 const LABEL_VM: &str = "bascule.dev/virtual-machine";
-/// A coordinator's write takes milliseconds.
+/// A coordinator's write takes milliseconds. All limits here allow for emulated nodes, which are ten
+/// times slower than real ones.
 const ROWS_LIMIT: Duration = Duration::from_secs(20);
 /// A node that was turned on again: its boot, its services.
 const NODE_LIMIT: Duration = Duration::from_secs(420);

@@ -1,12 +1,11 @@
-//! What end-to-end tests and benchmarks are made of: the probe guest, a network of their own,
-//! virtual machines under our VMM and under QEMU, and watchers that see from outside what a guest's
-//! client would see.
+//! Fixtures of the end-to-end tests and benchmarks: the probe guest, a private network, virtual
+//! machines under `bascule-vm` and under QEMU, and watchers that observe a guest as its clients do.
 //!
 //! A test starts with a [`Network`], boots a guest on it, watches it with a [`Console`], a
 //! [`Session`] and a [`Flow`], does something to it, and asserts on what the watchers saw. Dropping
 //! the values removes every process, namespace and file that they made.
 //!
-//! Read next: `watch.rs` (what is seen), `vm.rs` (our VMM), `qemu.rs` (the one to compare with).
+//! Read next: `watch.rs` (observation), `vm.rs` (`bascule-vm`), `qemu.rs` (the baseline).
 #![forbid(unsafe_code)]
 
 mod binaries;

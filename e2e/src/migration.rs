@@ -1,4 +1,4 @@
-//! Two nodes on one volume with the probe guest on it: what tests of migrations start from.
+//! Fixture of the migration tests: two nodes, one volume, one VM with the probe guest.
 
 use std::time::Duration;
 
@@ -30,7 +30,7 @@ pub struct MovableGuest {
     pub at: usize,
     /// Its console, over all its processes.
     pub console: Console,
-    /// A session that must not notice.
+    /// A TCP session that must survive every migration.
     pub session: Session,
 }
 
@@ -39,7 +39,7 @@ impl TwoNodes {
     /// disk that it writes to.
     ///
     /// # Errors
-    /// When anything of it fails.
+    /// When a step fails.
     pub fn new(options: &str) -> Result<Self> {
         let (cluster, first) = TestCluster::new(VOLUME_MIB)?;
         let second = cluster.join(1, &first)?;
@@ -71,13 +71,13 @@ impl TwoNodes {
         })
     }
 
-    /// The epoch of the VM's row.
+    /// The VM's epoch on the volume.
     ///
     /// # Errors
-    /// When there is no coordinator or no row.
+    /// When there is no coordinator, or no such VM.
     pub fn epoch(&self) -> Result<Epoch> {
         let rows = self.nodes[0].rows()?;
-        Ok(rows.vms.first().context("the VM has no row")?.epoch)
+        Ok(rows.vms.first().context("the volume has no such VM")?.epoch)
     }
 
     /// The node that the guest is not on.
@@ -144,7 +144,7 @@ impl TwoNodes {
 }
 
 impl MovableGuest {
-    /// That the guest goes on, and finds nothing wrong with its memory, its disk and its session.
+    /// Checks that the guest runs and reports no fault of its memory, disk and session.
     ///
     /// # Errors
     /// What is wrong.
@@ -161,8 +161,8 @@ impl MovableGuest {
 
 const VOLUME_MIB: u32 = 512;
 const DISK_MIB: u32 = 16;
-/// Many times what a quiet machine takes: that a busy one is slower is no failure.
+/// Many times the duration on an idle machine: slowness is not a failure.
 const DOWNTIME_MS_MAX: u64 = 2000;
-/// Some more than could be on their way already.
+/// More ticks than can be in flight.
 const TICKS: usize = 20;
 const SOON: Duration = Duration::from_secs(60);

@@ -109,7 +109,7 @@ impl Network {
         })
     }
 
-    /// Runs `work` on a thread within the namespace: a socket stays where it was made.
+    /// Runs `work` on a thread within the namespace; sockets that it creates stay there.
     fn within<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
         let path = format!("/run/netns/{}", self.name);
         let namespace = File::open(&path).with_context(|| format!("open {path}"))?;
@@ -145,7 +145,7 @@ impl Drop for Network {
     }
 }
 
-/// Removes namespaces whose test process is gone without having dropped them.
+/// Removes namespaces of test processes that were killed.
 fn remove_leftovers() -> Result<()> {
     let Ok(entries) = std::fs::read_dir("/run/netns") else {
         return Ok(());

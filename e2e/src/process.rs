@@ -1,4 +1,4 @@
-//! Child processes that do not outlive the test, and what they cost.
+//! Child processes that do not outlive the test, and their CPU time and memory.
 
 use std::collections::HashMap;
 use std::fs;
@@ -20,8 +20,7 @@ pub struct Child {
     inner: std::process::Child,
 }
 
-/// Measures the processor time that processes use beside running guest code, from when it is made
-/// until it is asked.
+/// Measures the CPU time of processes outside guest code, from its creation until it is read.
 ///
 /// A thread that runs guest code may end in between, and takes what it used to the process's total
 /// with it. So a sampler keeps the last value seen of each of them.
@@ -65,7 +64,7 @@ impl CpuMeter {
         })
     }
 
-    /// What was used since, guest code left out.
+    /// CPU time used since the start, without guest code.
     ///
     /// # Errors
     /// When a process is gone.
@@ -115,10 +114,10 @@ impl Child {
         self.inner.id()
     }
 
-    /// How it ended, if it has.
+    /// Exit status, if it has ended.
     ///
     /// # Errors
-    /// When the kernel does not say.
+    /// When the kernel call fails.
     pub fn ended(&mut self) -> Result<Option<ExitStatus>> {
         self.inner
             .try_wait()
@@ -137,7 +136,7 @@ impl Child {
     /// Kills it (SIGKILL) and reaps it.
     ///
     /// # Errors
-    /// When the kernel does not.
+    /// When the kernel call fails.
     pub fn kill(&mut self) -> Result<()> {
         self.inner
             .kill()

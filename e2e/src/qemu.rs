@@ -1,4 +1,4 @@
-//! The probe guest under QEMU: what ours is compared with, and a second opinion on the guest.
+//! The probe guest under QEMU: the baseline of the benchmarks, and a check of the guest itself.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use crate::{Child, Network, Tap, probe, wait_for};
 
-/// What to run.
+/// Configuration of a QEMU process.
 #[derive(Clone, Debug)]
 pub struct QemuSpec {
     /// Guest RAM in MiB.
@@ -32,7 +32,7 @@ pub struct Qemu {
     serial: PathBuf,
 }
 
-/// What QEMU says about a completed migration.
+/// QEMU's figures of a completed migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct QemuMigration {
     /// By QEMU's own measure.

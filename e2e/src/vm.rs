@@ -26,7 +26,7 @@ pub struct TestVm {
     directory: PathBuf,
 }
 
-/// What to run, in builder words: `TestVmSpec::probe().with_memory_mib(256).with_disk(path)`.
+/// Configuration of a [`TestVm`], as a builder: `TestVmSpec::probe().with_memory_mib(256).with_disk(path)`.
 #[derive(Clone, Debug)]
 pub struct TestVmSpec {
     config: VmConfig,
@@ -65,7 +65,7 @@ impl TestVmSpec {
         })
     }
 
-    /// With so much RAM.
+    /// Guest RAM in MiB.
     #[must_use]
     pub fn with_memory_mib(mut self, mib: u32) -> Self {
         self.config.memory = Bytes::mib(mib);
@@ -105,7 +105,7 @@ impl TestVmSpec {
         self
     }
 
-    /// Broken at a point of a migration: `<point>=kill|fail`, as `bascule_vmm::migration::fault`
+    /// Injects a fault at a point of a migration: `<point>=kill|fail`, as `bascule_vmm::migration::fault`
     /// names them. Needs a `bascule-vm` with the feature `fault-injection`, which tests build.
     #[must_use]
     pub fn with_fault(mut self, fault: &str) -> Self {
@@ -113,12 +113,12 @@ impl TestVmSpec {
         self
     }
 
-    /// The configuration, to alter what has no word of its own here.
+    /// The configuration, for fields without a builder method.
     pub fn config_mut(&mut self) -> &mut VmConfig {
         &mut self.config
     }
 
-    /// The same VM as it is started at a migration's destination.
+    /// The same VM as the destination of a live migration.
     #[must_use]
     pub fn incoming(mut self, tap: &Tap, home: Option<Home>, start: StartMode) -> Self {
         self.config
@@ -169,10 +169,10 @@ impl TestVm {
         Ok(vm)
     }
 
-    /// What the VM waits for at this moment.
+    /// Pending operations of the VM, such as a disk write, as the process reports them.
     ///
     /// # Errors
-    /// When it does not say.
+    /// When the process does not respond.
     pub fn waits_for(&mut self) -> Result<Option<String>> {
         match self.ask(&Request::WaitsFor)? {
             Response::WaitsFor(what) => Ok(what),
@@ -180,8 +180,8 @@ impl TestVm {
         }
     }
 
-    /// Makes every write of the process behind `offset` of a file fail from now on, as a device does
-    /// that has broken.
+    /// Makes every write of the process beyond `offset` (bytes) of a file fail from now on, as a
+    /// failed device does.
     ///
     /// # Errors
     /// When the kernel does not.
@@ -195,10 +195,10 @@ impl TestVm {
         Ok(())
     }
 
-    /// Asks for something, and says what was answered.
+    /// Sends a request and returns the response.
     ///
     /// # Errors
-    /// When there is no answer.
+    /// When there is no response.
     pub fn ask(&mut self, request: &Request) -> Result<Response> {
         let (response, _) = self
             .control
@@ -207,10 +207,10 @@ impl TestVm {
         Ok(response)
     }
 
-    /// Asks for something that must be accepted.
+    /// Sends a request that must succeed.
     ///
     /// # Errors
-    /// When it is refused or there is no answer.
+    /// When it is refused or there is no response.
     pub fn must(&mut self, request: &Request) -> Result<()> {
         match self.ask(request)? {
             Response::Accepted => Ok(()),
@@ -218,10 +218,10 @@ impl TestVm {
         }
     }
 
-    /// How the VM does.
+    /// State of the VM.
     ///
     /// # Errors
-    /// When it does not say.
+    /// When the process does not respond.
     pub fn status(&mut self) -> Result<VmStatus> {
         match self.ask(&Request::Status)? {
             Response::Status(status) => Ok(*status),
@@ -242,10 +242,10 @@ impl TestVm {
         .with_context(|| format!("state {last:?}; log: {}", self.log()))
     }
 
-    /// Waits until the guest is off and says why.
+    /// Waits until the guest is off and returns the reason.
     ///
     /// # Errors
-    /// When it goes on.
+    /// When it is still running after the limit.
     pub fn wait_stopped(&mut self, limit: Duration) -> Result<StopReason> {
         wait_for("the guest's end", limit, || match self.status()?.state {
             VmState::Stopped(reason) => Ok(Some(reason)),
@@ -254,7 +254,7 @@ impl TestVm {
         .with_context(|| format!("log: {}", self.log()))
     }
 
-    /// Waits until an incoming VM says where it listens.
+    /// Waits until an incoming VM reports its listening address.
     ///
     /// # Errors
     /// When it does not.
@@ -265,7 +265,7 @@ impl TestVm {
         .with_context(|| format!("log: {}", self.log()))
     }
 
-    /// Waits for the end of a migration, whichever it is.
+    /// Waits for the end of a migration, successful or not.
     ///
     /// # Errors
     /// When it does not end.
@@ -277,11 +277,11 @@ impl TestVm {
         .with_context(|| format!("log: {}", self.log()))
     }
 
-    /// The guest's console, as soon as there is a guest. Attach once per process: the past is shown
-    /// again each time.
+    /// The guest's console, as soon as there is a guest. Attach once per process: each attachment
+    /// receives the whole history.
     ///
     /// # Errors
-    /// When it is not handed out; the error says how the VM does.
+    /// When it is refused; the error contains the VM's state.
     pub fn console(&mut self) -> Result<UnixStream> {
         wait_for("a guest with a console", START_TIME, || {
             let state = self.status()?.state;
@@ -304,7 +304,7 @@ impl TestVm {
         Ok(UnixStream::from(fd))
     }
 
-    /// Drops the control connection, as a daemon that is killed does, and opens a new one.
+    /// Closes the control connection, as when the node daemon is killed, and opens a new one.
     ///
     /// # Errors
     /// When the process does not take another.
@@ -313,7 +313,7 @@ impl TestVm {
         Ok(())
     }
 
-    /// Lets the process of a stopped or departed VM end, and says how it did.
+    /// Releases the process of a stopped or migrated VM and returns its exit status.
     ///
     /// # Errors
     /// When it refuses or stays.
@@ -339,7 +339,8 @@ impl TestVm {
         &self.directory
     }
 
-    /// As whom the process writes, as it has left it for whoever finds it silent.
+    /// The ownership record that the process keeps in its run directory, for recovery when the
+    /// process does not respond.
     ///
     /// # Errors
     /// When it has written none.
@@ -349,7 +350,7 @@ impl TestVm {
         serde_json::from_slice(&json).with_context(|| format!("read {}", path.display()))
     }
 
-    /// What the process wrote to its standard streams and to its log.
+    /// The process's standard output, standard error and log.
     #[must_use]
     pub fn log(&self) -> String {
         let read = |name| fs::read_to_string(self.directory.join(name)).unwrap_or_default();

@@ -1,13 +1,13 @@
-//! Waiting on a condition, with a deadline, and saying what for.
+//! Polling for a condition with a deadline.
 
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 
-/// Asks again and again until there is an answer.
+/// Calls `condition` until it returns a value.
 ///
 /// # Errors
-/// What was waited for, when it did not come within `limit`; or the condition's own error.
+/// When `limit` passes (with `what`), or the condition's own error.
 pub fn wait_for<T>(
     what: &str,
     limit: Duration,
@@ -25,5 +25,5 @@ pub fn wait_for<T>(
     }
 }
 
-/// Short beside everything that is waited for, long beside what a look costs.
+/// Poll interval: short compared with all conditions, long compared with the cost of a probe.
 const POLL_PERIOD: Duration = Duration::from_millis(5);

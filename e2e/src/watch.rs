@@ -1,7 +1,7 @@
-//! Watchers: what is seen of a guest from outside.
+//! Watchers: a guest as seen from outside.
 //!
-//! All of them run on threads of their own and take the time when something arrives, so that a
-//! blackout is measured where a client would feel it, not by the timers of the one that caused it.
+//! Each runs on its own thread and takes the time when data arrives, so that a blackout is measured at
+//! the client, not by the timers of the process that caused it.
 
 mod console;
 mod flow;

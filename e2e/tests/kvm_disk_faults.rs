@@ -1,4 +1,4 @@
-//! Disks that hang and disks that fail under a running guest.
+//! Hanging and failing disks under a running guest.
 #![forbid(unsafe_code)]
 #![expect(
     clippy::unwrap_used,
@@ -18,7 +18,7 @@ use bascule_types::{Epoch, Lba};
 
 const SOON: Duration = Duration::from_secs(60);
 
-/// Waits until the guest's disk has stood still for a while of the guest's own time.
+/// Waits until the guest's disk has made no progress for a while of guest time.
 fn wait_standstill(session: &mut Session, console: &Console) {
     wait_for("the disk to stand still", SOON, || {
         let before = session.report()?.disk_ack;
@@ -43,11 +43,11 @@ fn refusal(vm: &mut TestVm, request: &Request) -> String {
     }
 }
 
-/// The thread that owns the machine used to wait for the disk itself, and with it everyone who asked
-/// it anything: a VM on a device that hangs looked like a process that hangs.
+/// Regression: the VM's control thread used to wait for the disk, so that every status request hung
+/// with the device.
 #[test]
-fn a_hanging_disk_keeps_nobody_from_asking_and_says_what_is_waited_for() {
-    if !kvm_or_skip("a_hanging_disk_keeps_nobody_from_asking_and_says_what_is_waited_for") {
+fn a_hanging_disk_blocks_no_status_request_and_is_named_as_pending() {
+    if !kvm_or_skip("a_hanging_disk_blocks_no_status_request_and_is_named_as_pending") {
         return;
     }
     let disk = HangingDisk::new(16).unwrap();
@@ -65,7 +65,7 @@ fn a_hanging_disk_keeps_nobody_from_asking_and_says_what_is_waited_for() {
     wait_progress(&mut session);
     assert_eq!(vm.waits_for().unwrap(), None);
 
-    // A pause that hangs is told, and comes about when the device is back.
+    // A pending pause is reported, and completes when the device is back.
     let hanging = disk.hang().unwrap();
     wait_standstill(&mut session, &console);
     vm.must(&Request::Pause).unwrap();
@@ -84,7 +84,7 @@ fn a_hanging_disk_keeps_nobody_from_asking_and_says_what_is_waited_for() {
     wait_progress(&mut session);
     console.check().unwrap();
 
-    // So does a stop, which may not forget a write that may still land.
+    // A stop waits as well: a pending write may still land.
     let hanging = disk.hang().unwrap();
     wait_standstill(&mut session, &console);
     vm.must(&Request::Stop).unwrap();
@@ -98,7 +98,7 @@ fn a_hanging_disk_keeps_nobody_from_asking_and_says_what_is_waited_for() {
     assert!(vm.exit(SOON).unwrap().success());
 }
 
-/// It used to be in that VM's log only, and the node's other VMs wrote on.
+/// Regression: the failure was only in that VM's log, and the node's other VMs kept writing.
 #[test]
 fn a_failed_disk_write_fails_the_volume_on_this_node_until_it_was_verified_and_on_no_other() {
     if !kvm_or_skip(
@@ -137,7 +137,7 @@ fn a_failed_disk_write_fails_the_volume_on_this_node_until_it_was_verified_and_o
     assert!(reason.contains("disk \"data\": write failed"), "{reason}");
     assert_eq!(lab.nodes[1].status().unwrap().path, PathState::Direct);
 
-    // The other VM stalls, and sees no error.
+    // The other VM stalls without an I/O error.
     wait_for("the other VM to stall", SOON, || {
         Ok(other.status()?.io_stalled.then_some(()))
     })
@@ -147,7 +147,7 @@ fn a_failed_disk_write_fails_the_volume_on_this_node_until_it_was_verified_and_o
     console.wait_ticks(50, SOON).unwrap();
     assert_eq!(console.disk_ack(), stalled_at);
 
-    // A new process verifies the volume, and the other VM goes on where it was.
+    // A new process verifies the volume, and the other VM continues.
     lab.nodes[0].volume_process().kill().unwrap();
     lab.cluster.restart_volume(&mut lab.nodes[0]).unwrap();
     wait_for("the other VM to go on", SOON, || {

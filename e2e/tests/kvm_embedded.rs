@@ -1,5 +1,5 @@
-//! The way without Kubernetes, from the first certificate to a guest that moves live, by nothing but
-//! the commands that a person types.
+//! Embedded mode from the first certificate to a live migration, with the commands that a person
+//! types.
 #![forbid(unsafe_code)]
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -127,7 +127,7 @@ fn a_guest_is_run_moved_live_and_shut_down_by_hand() {
         "{disks}"
     );
 
-    // It moves live, and its session does not notice.
+    // Live migration: the TCP session survives.
     let migrate = [
         "migrate",
         "web",
@@ -149,7 +149,7 @@ fn a_guest_is_run_moved_live_and_shut_down_by_hand() {
     let gone = a.complains(&["stop", "web"]).unwrap();
     assert!(gone.contains("no VM default/web on this node"), "{gone}");
 
-    // And ends by its power button, where it is now.
+    // The power button stops it on the new host.
     b.must(&["stop", "web"]).unwrap();
     let rows = b.must(&["volume", "rows", "gold"]).unwrap();
     assert!(
@@ -211,7 +211,7 @@ fn a_document_that_cannot_be_carried_out_is_refused_with_the_field_named() {
     let said = a.complains(&["run", "/nowhere.yaml"]).unwrap();
     assert!(said.contains("/nowhere.yaml"), "{said}");
 
-    // A kernel that is none. Each VM has its own, for it is on the volume from then on.
+    // Not a kernel image. Each VM has its own copy, imported to the volume once.
     let whole = std::fs::read(probe::build().unwrap()).unwrap();
     for (name, kernel, named) in [
         ("missing", None, "default/missing.boot-kernel: "),
@@ -234,8 +234,8 @@ fn a_document_that_cannot_be_carried_out_is_refused_with_the_field_named() {
 }
 
 #[test]
-fn a_guest_that_cannot_move_runs_on_and_nobody_claims_its_disk() {
-    if !kvm_or_skip("a_guest_that_cannot_move_runs_on_and_nobody_claims_its_disk") {
+fn a_guest_that_cannot_migrate_keeps_running_and_keeps_its_disk() {
+    if !kvm_or_skip("a_guest_that_cannot_migrate_keeps_running_and_keeps_its_disk") {
         return;
     }
     let hosts = two_hosts();
@@ -267,7 +267,7 @@ fn a_guest_that_cannot_move_runs_on_and_nobody_claims_its_disk() {
         .unwrap();
     assert!(said.contains("no address"), "{said}");
 
-    // Whoever speaks garbage to a daemon, or shows no certificate, changes nothing.
+    // Garbage, or a connection without a certificate, does not disturb a daemon.
     let _serving = b.serve().unwrap();
     for garbage in [[0xFF; 64].as_slice(), b"GET / HTTP/1.1\r\n\r\n"] {
         let address = SocketAddrV4::new(b.address, 7410);

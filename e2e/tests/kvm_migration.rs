@@ -32,7 +32,7 @@ fn a_guest_moves_live_and_its_session_goes_on() {
     let row = lab.nodes[0].rows().unwrap().vms.remove(0);
     assert_eq!(row.owner, Some(lab.nodes[1].owner().unwrap()));
 
-    // How it ends is said of the tenure in which it ran last.
+    // The exit is recorded with the ownership in which it ran last.
     guest.session.command("poweroff").unwrap();
     let reason = guest.vm.wait_stopped(SOON).unwrap();
     assert_eq!(reason, StopReason::GuestShutdown);

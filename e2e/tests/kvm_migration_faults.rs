@@ -1,4 +1,4 @@
-//! Migrations whose processes are killed at every step of them, and quick migration, with the probe
+//! Live migrations whose processes are killed at each phase, and quick migrations, with the probe
 //! guest on two nodes of one volume.
 #![forbid(unsafe_code)]
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
@@ -105,8 +105,8 @@ fn a_source_that_dies_before_the_commit_keeps_its_row() {
     let mut guest = lab.boot(&lab.vm.with_fault("source-ready=kill")).unwrap();
     let mut destination = begin(&lab, &mut guest, &lab.vm);
     guest.vm.process().wait(SOON).unwrap();
-    // The destination has everything, and may not run: the row is still the source's.
-    wait_for("the destination to look for the row", SOON, || {
+    // The destination has the whole state, but must not run: the source still owns the VM.
+    wait_for("the destination to query the ownership", SOON, || {
         let phase = destination.status()?.migration.map(|status| status.phase);
         Ok((phase == Some(MigrationPhase::Committing)).then_some(()))
     })
@@ -115,13 +115,13 @@ fn a_source_that_dies_before_the_commit_keeps_its_row() {
     let row = lab.nodes[0].rows().unwrap().vms.remove(0);
     assert_eq!(row.owner, Some(lab.nodes[0].owner().unwrap()));
     assert_eq!(row.epoch, Epoch(1));
-    // Somebody starts the VM elsewhere: the row goes on, and the destination gives up.
+    // The VM is started elsewhere: the epoch rises, and the destination gives up.
     let change = Change::Release {
         vm: lab.vm.uid,
         from: lab.nodes[0].owner().unwrap(),
         epoch: Epoch(1),
     };
-    wait_for("the dead source's writes to settle", SOON, || {
+    wait_for("the settle time of the killed source", SOON, || {
         Ok(lab.nodes[0].change(change.clone()).ok())
     })
     .unwrap();
@@ -160,7 +160,7 @@ fn a_second_migration_while_one_runs_and_one_to_its_own_node_are_refused() {
         panic!("{answer:?}");
     };
     assert_eq!(reason, "a migration is under way");
-    // The same one again, as a new leader orders it, is the one that runs.
+    // A repeated request for the same attempt, as from a new leader, is the running one.
     guest.vm.must(&order(attempt, there)).unwrap();
     guest
         .vm
@@ -180,7 +180,7 @@ fn quick_migration_round_trip() {
     let mut guest = lab.boot(&lab.vm).unwrap();
     let before = guest.session.clean_report().unwrap();
 
-    // There: the row is given to the other node.
+    // There: ownership is transferred to the other node.
     let to = Some(lab.nodes[1].owner().unwrap());
     let attempt = AttemptId::random();
     guest
@@ -212,7 +212,7 @@ fn quick_migration_round_trip() {
         "it is restored once"
     );
 
-    // And back, by way of a released row, as for a node that is rebooted.
+    // And back through a released ownership, as for a node that is rebooted.
     let attempt = AttemptId::random();
     guest
         .vm

@@ -45,14 +45,14 @@ fn a_guest_boots_from_the_volume_and_releases_its_row_at_the_end() {
     assert_eq!(
         node.rows().unwrap().vms[0].owner,
         None,
-        "the row is released"
+        "ownership is released"
     );
     running.exit(SOON).unwrap();
 
     let epoch = node.rows().unwrap().vms[0].epoch;
     let mut again = cluster.boot(&node, &vm, epoch).unwrap();
     assert_eq!(again.status().unwrap().state, VmState::Running);
-    // The guest answers before it has looked through its disk.
+    // The guest responds before it has scanned its disk.
     let console = Console::new();
     console.follow(again.console().unwrap()).unwrap();
     console.wait_line("disk last=", SOON).unwrap();

@@ -1,4 +1,4 @@
-//! The audit of the shared disk: which emulated machine wrote where, and when.
+//! Write audit of the shared disk: node, offset, length and time of each write of the emulated nodes.
 //!
 //! QEMU traces every write of its block layer with the wall clock of the machine that all nodes run on, so writes of
 //! different nodes can be put in order. A line is written before the write is submitted: a write that is not in a
@@ -37,7 +37,7 @@ impl Lab {
     /// Every write of every node to the shared disk since `since`, in the order of time. Emulated tier only.
     ///
     /// # Errors
-    /// When a trace cannot be read, or no machine ever opened the disk: such an audit would prove nothing.
+    /// When a trace cannot be read, or a machine never opened the disk: an empty audit would prove nothing.
     pub fn disk_writes(&self, since: SystemTime) -> Result<Vec<DiskWrite>> {
         ensure!(
             self.state().tier == Tier::Emulated,
@@ -107,7 +107,7 @@ pub(crate) fn dir(logs: &Path) -> PathBuf {
 
 const OPEN: &str = "bdrv_open_common";
 const WRITE: &str = "bdrv_co_pwritev_part";
-/// What QEMU is told to trace.
+/// QEMU trace events to enable.
 pub(crate) const EVENTS: [&str; 2] = [OPEN, WRITE];
 
 #[cfg(test)]

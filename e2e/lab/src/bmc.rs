@@ -1,4 +1,4 @@
-//! A small baseboard management controller: the watchdog outside the machine.
+//! A minimal baseboard management controller (IPMI): the watchdog outside the machine.
 //!
 //! The watchdogs that QEMU emulates count inside the QEMU process and so cannot fire while that is stopped. This one
 //! is a process of its own. QEMU's `ipmi-bmc-extern` device connects to it; the node's `ipmi_watchdog` driver arms it
@@ -27,7 +27,7 @@ use crate::node::Node;
 
 /// What `lab bmc` does; it returns only with an error.
 pub fn serve(name: &LabName, node: &str, socket: &Path) -> Result<()> {
-    // The remains of an earlier one.
+    // A stale socket of an earlier process.
     drop(std::fs::remove_file(socket));
     let listener = UnixListener::bind(socket).context("listen for the machine")?;
     for stream in listener.incoming() {
@@ -36,7 +36,7 @@ pub fn serve(name: &LabName, node: &str, socket: &Path) -> Result<()> {
             let lab = Lab::open_incomplete(name)?;
             let node = lab.node(node)?;
             node.cut().context("reset the machine")?;
-            // From here on nothing of the machine can write.
+            // QEMU is dead: no write of this machine can be submitted any more.
             println!("{EXPIRED}{}", unix_millis(SystemTime::now()));
             node.boot().context("reset the machine")?;
         }
@@ -45,7 +45,7 @@ pub fn serve(name: &LabName, node: &str, socket: &Path) -> Result<()> {
 }
 
 impl Node<'_> {
-    /// When its management controller has reset it because the pets stopped, oldest first.
+    /// Times at which the management controller has reset the node because its watchdog expired, oldest first.
     pub fn watchdog_resets(&self) -> Result<Vec<SystemTime>> {
         let log = bmc_log(self.lab.logs(), self.index());
         let text =
@@ -54,10 +54,10 @@ impl Node<'_> {
     }
 }
 
-/// What the log says at a reset by the watchdog, followed by the Unix time in milliseconds.
+/// Log line of a watchdog reset, followed by the Unix time in milliseconds.
 const EXPIRED: &str = "watchdog expired: machine reset at ";
 
-/// The resets by the watchdog that a log tells of, oldest first.
+/// Times of the watchdog resets in a log, oldest first.
 pub(crate) fn resets(log: &str) -> Vec<SystemTime> {
     let times = log.lines().filter_map(|line| line.strip_prefix(EXPIRED));
     times
@@ -80,7 +80,7 @@ enum End {
     Expired,
 }
 
-/// Serves one machine until it goes off or its watchdog expires.
+/// Serves one machine until it is powered off or its watchdog expires.
 fn watch(mut stream: UnixStream) -> Result<End> {
     let mut frames = Framer::default();
     let mut watchdog = Watchdog::default();
@@ -93,7 +93,7 @@ fn watch(mut stream: UnixStream) -> Result<End> {
         let wait = watchdog
             .deadline
             .map(|deadline| deadline.saturating_duration_since(now));
-        // A timeout of zero would mean none.
+        // A zero timeout is not allowed by `set_read_timeout`.
         let wait = wait.map(|wait| wait.max(Duration::from_millis(1)));
         stream.set_read_timeout(wait).context("set a deadline")?;
         let mut byte = [0];
@@ -138,7 +138,7 @@ impl Watchdog {
         }
     }
 
-    /// False when there is nothing to start.
+    /// Starts or restarts the countdown; false if the watchdog was never set.
     fn reset(&mut self, now: Instant) -> bool {
         let Some(settings) = self.settings else {
             return false;

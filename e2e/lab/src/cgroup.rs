@@ -1,5 +1,5 @@
-//! The cgroups of a lab: every process that a lab starts, and everything that those start, is in one subtree of
-//! every hierarchy, so that "everything of this lab" can be frozen, killed and found without a list of processes.
+//! The cgroups of a lab. All processes of a lab are in one subtree of every hierarchy, so that they can be frozen,
+//! killed and listed together.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -104,7 +104,7 @@ impl Cgroup {
         Ok(found)
     }
 
-    /// Stops everything in it where it stands, all at once, or lets it go on.
+    /// Freezes or thaws all processes in it and below it.
     pub fn freeze(&self, frozen: bool) -> Result<()> {
         for hierarchy in &self.hierarchies {
             let dir = hierarchy.mount.join(&self.path);
@@ -144,7 +144,7 @@ impl Cgroup {
         })
     }
 
-    /// Kills everything in it and below it, until nothing is left; whatever is frozen goes, too.
+    /// Kills all processes in it and below it, frozen ones included, and waits until none is left.
     pub fn kill_all(&self) -> Result<()> {
         self.freeze(false)?;
         wait_for(
@@ -161,7 +161,7 @@ impl Cgroup {
         )
     }
 
-    /// Removes it and everything below it. Nothing may run in it.
+    /// Removes it and all cgroups below it. It must have no processes.
     pub fn remove(&self) -> Result<()> {
         for dir in self.dirs() {
             // The kernel lets a cgroup go a moment after its last process.
@@ -237,7 +237,7 @@ fn gone(error: &std::io::Error) -> bool {
         || error.raw_os_error() == Some(rustix::io::Errno::NODEV.raw_os_error())
 }
 
-/// A v1 cpuset is born empty and takes no process before it has CPUs and memory nodes.
+/// A new v1 cpuset has no CPUs and memory nodes and accepts no process until they are set.
 fn inherit_cpuset(dir: &Path) -> Result<()> {
     let Some(parent) = dir.parent() else {
         bail!("{} has no parent", dir.display())
@@ -250,7 +250,7 @@ fn inherit_cpuset(dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Hands every controller that `dir` has to its children (cgroup v2).
+/// Enables all controllers of `dir` for its children (cgroup v2).
 pub(crate) fn delegate_controllers(dir: &Path) -> Result<()> {
     let controllers = fs::read_to_string(dir.join("cgroup.controllers"))
         .with_context(|| format!("read the controllers of {}", dir.display()))?;

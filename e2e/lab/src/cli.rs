@@ -19,16 +19,16 @@ use crate::state::{LabPaths, State, Tier};
 use crate::up::prepare;
 use crate::{bmc, guard, init, process, project, web};
 
-/// Real Kubernetes clusters on one machine, with faults to order.
+/// Real Kubernetes clusters on one machine, with fault injection.
 ///
-/// A lab is an own small world: a control plane (etcd, API server, controller manager, scheduler, DNS), nodes with
+/// A lab has a control plane (etcd, API server, controller manager, scheduler, DNS), nodes with
 /// containerd, kubelet and kube-proxy, two networks (10.90.0.0/24 for the cluster, 10.91.0.0/24 for virtual machines,
-/// on the bridge vmbr0 of every node) and a disk that all nodes share (/dev/disk/by-id/virtio-shared0). It touches
-/// neither the host's network nor its disks, and `lab down` leaves nothing of it but its logs.
+/// on the bridge vmbr0 of every node) and a disk that all nodes share (/dev/disk/by-id/virtio-shared0). It changes
+/// neither the host's network nor its disks; `lab down` removes everything but the logs.
 #[derive(Debug, Parser)]
 #[command(name = "lab", version, max_term_width = 100)]
 struct Cli {
-    /// The lab's name: labs of different names do not touch each other.
+    /// Name of the lab. Labs with different names are independent.
     #[arg(long, global = true, default_value = "lab", env = "BASCULE_LAB")]
     lab: LabName,
     #[command(subcommand)]
@@ -37,9 +37,9 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Bring a lab up; missing tools are installed and built first, which takes a quarter of an hour once.
+    /// Bring a lab up. Missing tools are installed and built first (about 20 min on 2 cores, once).
     Up(Up),
-    /// Take the lab down with everything in it; works on the remains of killed runs, too.
+    /// Take the lab down and remove everything but its logs, also after a killed run.
     Down {
         /// All labs of this user.
         #[arg(long)]
@@ -49,17 +49,17 @@ enum Command {
     Status,
     /// Install and build everything that a lab needs, without starting one.
     Prepare {
-        /// Also what the emulated tier needs.
+        /// Prepare the emulated tier as well.
         #[arg(long)]
         emulated: bool,
     },
     /// Make the lab's guest (a Debian kernel and an initramfs) and print where its files are.
     Guest,
-    /// kubectl as cluster administrator.
+    /// Run kubectl as cluster administrator.
     Kubectl(Passthrough),
-    /// helm as cluster administrator.
+    /// Run helm as cluster administrator.
     Helm(Passthrough),
-    /// Install this checkout's chart with helm; the lab was brought up with Bascule's image.
+    /// Install this checkout's chart with helm. Needs a lab that was brought up with `--image`.
     Install {
         /// More arguments for helm, such as `--set operator.replicas=1`.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
@@ -67,31 +67,31 @@ enum Command {
     },
     /// Run a program in the hub's network, which reaches the API, nodes, pods and virtual machines.
     Run(Passthrough),
-    /// Run a program on a node; works while the node is cut off from the network.
+    /// Run a program on a node. Does not use the node's network, so it works during partitions.
     Exec {
-        /// The node.
+        /// Node name, such as n1.
         node: String,
         #[command(flatten)]
         command: Passthrough,
     },
-    /// Pull a node's plug.
+    /// Cut a node's power.
     Cut {
-        /// The node.
+        /// Node name, such as n1.
         node: String,
     },
-    /// Turn a node on again.
+    /// Power a node on again.
     Boot {
-        /// The node.
+        /// Node name, such as n1.
         node: String,
     },
-    /// Stop a node where it stands.
+    /// Freeze a node: no process on it runs until `lab thaw`.
     Freeze {
-        /// The node.
+        /// Node name, such as n1.
         node: String,
     },
-    /// Let a frozen node go on.
+    /// Thaw a frozen node.
     Thaw {
-        /// The node.
+        /// Node name, such as n1.
         node: String,
     },
     /// Cut the network between two machines, in one direction.
@@ -100,36 +100,37 @@ enum Command {
         from: String,
         /// Receiver: a node, or `hub`.
         to: String,
-        /// Which network.
+        /// The network.
         #[arg(long, value_enum, default_value = "management")]
         network: Network,
-        /// In the other direction as well.
+        /// Cut the other direction as well.
         #[arg(long)]
         both: bool,
     },
-    /// Cut a node off from all others on the management network; its virtual machines stay reachable.
+    /// Isolate a node from all others and the control plane on the management network; its virtual machines stay
+    /// reachable.
     Isolate {
-        /// The node.
+        /// Node name, such as n1.
         node: String,
     },
     /// End all partitions.
     Heal,
     /// Break a node's path to the shared disk (emulated tier).
     Disk {
-        /// The node.
+        /// Node name, such as n1.
         node: String,
-        /// What to do.
+        /// The action.
         #[arg(value_enum)]
         action: DiskAction,
     },
     /// Kill, stop or start a service of a node.
     Service {
-        /// The node.
+        /// Node name, such as n1.
         node: String,
         /// The service.
         #[arg(value_enum)]
         service: Service,
-        /// What to do: `kill` has it started again at once, `stop` leaves it down.
+        /// `kill`: it is restarted at once; `stop`: it stays down.
         #[arg(value_enum)]
         action: ServiceAction,
     },
@@ -138,25 +139,25 @@ enum Command {
         /// The component.
         #[arg(value_enum)]
         component: Component,
-        /// What to do.
+        /// The action.
         #[arg(value_enum)]
         action: ComponentAction,
     },
-    /// Offer a file to the lab's machines over HTTP; prints URL and SHA-256.
+    /// Publish a file on the lab's web server and print its URL and SHA-256.
     Publish {
         /// The file.
         file: PathBuf,
-        /// Its name there.
+        /// File name in the URL.
         #[arg(long)]
         name: String,
     },
-    /// Offer the lab's guest, a Debian kernel and an initramfs, to the lab's machines; prints URLs and SHA-256.
+    /// Publish the lab's guest, a Debian kernel and an initramfs, and print their URLs and SHA-256.
     PublishGuest,
     /// Print the ends of all logs.
     Logs,
     /// Build Bascule's container image, from a directory of static programs.
     Image {
-        /// Directory of the programs; what is not Bascule's is left out.
+        /// Directory of the programs; files that are not Bascule's are left out.
         #[arg(long)]
         bin_dir: PathBuf,
         /// Name and tag.
@@ -203,10 +204,10 @@ enum Command {
 
 #[derive(Debug, Args)]
 struct Up {
-    /// What a node is.
+    /// Kind of the nodes.
     #[arg(long, value_enum, default_value = "native")]
     tier: Tier,
-    /// How many nodes.
+    /// Number of nodes, 1 to 50.
     #[arg(long, default_value_t = 2)]
     nodes: u8,
     /// Image archive (see `lab image`) to import on every node; may be repeated.
@@ -242,13 +243,13 @@ enum ServiceAction {
 
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
 enum DiskAction {
-    /// Requests wait.
+    /// Requests wait until `resume`.
     Stall,
-    /// They go on.
+    /// End `stall`.
     Resume,
-    /// The device is gone.
+    /// Hot-unplug the device; requests fail.
     Remove,
-    /// It is there again.
+    /// Hot-plug the device again.
     Return,
 }
 
@@ -329,12 +330,12 @@ fn in_lab(lab: &Lab, command: &Command) -> Result<()> {
             lab.print_logs();
             Ok(())
         }
-        fault => break_or_mend(lab, fault),
+        fault => inject_fault(lab, fault),
     }
 }
 
-/// Commands that do something to a lab's machines.
-fn break_or_mend(lab: &Lab, command: &Command) -> Result<()> {
+/// Commands that inject or end a fault.
+fn inject_fault(lab: &Lab, command: &Command) -> Result<()> {
     match command {
         Command::Cut { node } => lab.node(node)?.cut(),
         Command::Boot { node } => lab.node(node)?.boot(),
@@ -383,7 +384,7 @@ fn break_or_mend(lab: &Lab, command: &Command) -> Result<()> {
             ComponentAction::Freeze => lab.freeze(*component, true),
             ComponentAction::Thaw => lab.freeze(*component, false),
         },
-        other => bail!("{other:?} needs no lab"),
+        other => bail!("{other:?} is not a fault"),
     }
 }
 
@@ -438,7 +439,7 @@ fn status(name: &LabName) -> Result<()> {
                     println!("  {service:<22} {pid}");
                 }
             }
-            Err(error) => println!("  does not answer: {error:#}"),
+            Err(error) => println!("  does not respond: {error:#}"),
         }
     }
     print!("{}", faults::describe(name));

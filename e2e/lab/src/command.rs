@@ -1,4 +1,4 @@
-//! Running a program to its end, with a deadline, and with its own words in the error.
+//! Running a program to completion with a deadline; an error contains the program's output.
 
 use std::ffi::OsStr;
 use std::io::{Read, Write};
@@ -11,18 +11,18 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow, bail};
 use rustix::process::{Pid, Signal, kill_process};
 
-/// What a program left behind.
+/// Exit status and output of a program that has ended.
 #[derive(Debug, Clone)]
 pub struct Output {
-    /// How it ended.
+    /// Exit status, or the signal that ended it.
     pub status: ExitStatus,
-    /// What it wrote to standard output, undecodable bytes replaced.
+    /// Standard output; invalid UTF-8 is replaced.
     pub stdout: String,
-    /// What it wrote to standard error, undecodable bytes replaced.
+    /// Standard error; invalid UTF-8 is replaced.
     pub stderr: String,
 }
 
-/// A program to run to its end.
+/// Builder of a program run: program, arguments, environment, input, deadline.
 #[derive(Debug)]
 pub struct Run {
     command: Command,
@@ -49,43 +49,43 @@ impl Run {
             .arg(program)
     }
 
-    /// One more argument.
+    /// Appends an argument.
     pub fn arg(mut self, arg: impl AsRef<OsStr>) -> Self {
         self.command.arg(arg);
         self
     }
 
-    /// More arguments.
+    /// Appends arguments.
     pub fn args<I: IntoIterator<Item: AsRef<OsStr>>>(mut self, args: I) -> Self {
         self.command.args(args);
         self
     }
 
-    /// An environment variable.
+    /// Sets an environment variable.
     pub fn env(mut self, key: &str, value: impl AsRef<OsStr>) -> Self {
         self.command.env(key, value);
         self
     }
 
-    /// Working directory.
+    /// Sets the working directory.
     pub fn dir(mut self, dir: &Path) -> Self {
         self.command.current_dir(dir);
         self
     }
 
-    /// Bytes for its standard input, which is empty otherwise.
+    /// Bytes for standard input. Default: /dev/null.
     pub fn stdin(mut self, bytes: impl Into<Vec<u8>>) -> Self {
         self.stdin = Some(bytes.into());
         self
     }
 
-    /// How long it may take; it is killed then. Two minutes if not set.
+    /// After this time the program is killed and the run fails. Default: 2 min.
     pub fn deadline(mut self, deadline: Duration) -> Self {
         self.deadline = deadline;
         self
     }
 
-    /// Runs it; any exit status is a success of this call.
+    /// Runs the program. A non-zero exit status is not an error here.
     pub fn output(mut self) -> Result<Output> {
         let shown = self.shown();
         self.command
@@ -102,7 +102,7 @@ impl Run {
             .with_context(|| format!("start {shown}"))?;
         let pid = child.id();
         if let (Some(bytes), Some(mut pipe)) = (self.stdin.take(), child.stdin.take()) {
-            // A program that does not read all of its input says so by its exit status.
+            // A write error means that the program did not read its input; its exit status tells.
             named_thread("stdin", move || drop(pipe.write_all(&bytes)))?;
         }
         let stdout = child.stdout.take().map(drain).transpose()?;
@@ -117,7 +117,7 @@ impl Run {
             }
         };
         let text = |rx: Option<mpsc::Receiver<Vec<u8>>>| {
-            // A grandchild may have kept the pipe open: take what is there after a moment.
+            // A grandchild may keep the pipe open: after PIPE_GRACE the output is taken as empty.
             let bytes = rx
                 .and_then(|rx| rx.recv_timeout(PIPE_GRACE).ok())
                 .unwrap_or_default();
@@ -141,12 +141,12 @@ impl Run {
         Err(anyhow!("{shown}: {}: {}", output.status, words.trim()))
     }
 
-    /// Runs it for its effect.
+    /// [`Self::text`] without the output.
     pub fn done(self) -> Result<()> {
         self.text().map(drop)
     }
 
-    /// Becomes it: input, output and exit code are its own. It returns only when it could not be started.
+    /// Replaces this process with the program (`execve`). Returns only on failure.
     pub fn replace_self(mut self) -> anyhow::Error {
         use std::os::unix::process::CommandExt;
 
@@ -176,7 +176,7 @@ fn drain(mut pipe: impl Read + Send + 'static) -> Result<mpsc::Receiver<Vec<u8>>
     let (bytes_tx, bytes_rx) = mpsc::channel();
     named_thread("drain", move || {
         let mut bytes = Vec::new();
-        // What came before a read error is still worth showing.
+        // A read error keeps the bytes that were read before it.
         drop(pipe.read_to_end(&mut bytes));
         drop(bytes_tx.send(bytes));
     })?;
@@ -194,7 +194,7 @@ fn kill_pid(pid: u32) -> Result<()> {
     }
 }
 
-/// A guess that no quick helper program exceeds; builds and downloads set their own.
+/// A guess for short helper programs; builds and downloads set their own deadline.
 const DEADLINE_DEFAULT: Duration = Duration::from_secs(120);
 /// How long to wait for output after the program itself has ended.
 const PIPE_GRACE: Duration = Duration::from_secs(2);
@@ -216,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn a_failure_shows_the_command_and_its_words() {
+    fn a_failure_shows_the_command_and_its_output() {
         let error = Run::new("sh")
             .args(["-c", "echo no disk >&2; exit 3"])
             .done()

@@ -28,14 +28,14 @@ pub fn kubelet() -> Value {
         "cgroupDriver": "cgroupfs",
         "enforceNodeAllocatable": [],
         "failSwapOn": false,
-        // The host's disk is not the lab's to judge; memory pressure must be possible.
+        // Disk eviction at 1 % only: the host's disk is not under test. A scenario needs memory pressure.
         "evictionHard": {
             "memory.available": "300Mi",
             "nodefs.available": "1%",
             "nodefs.inodesFree": "1%",
             "imagefs.available": "1%",
         },
-        // What comes after a scenario of memory pressure does not wait five minutes for its end.
+        // Default 5 min. Shorter, so that the scenario after one of memory pressure does not wait.
         "evictionPressureTransitionPeriod": "10s",
         "imageGCHighThresholdPercent": 100,
         "imageGCLowThresholdPercent": 99,
@@ -113,7 +113,7 @@ pub fn kube_proxy() -> Value {
         "mode": "nftables",
         "clusterCIDR": POD_CIDR,
         "clientConnection": {"kubeconfig": format!("{NODE_CONF}/kube-proxy.kubeconfig")},
-        // Zero leaves the kernel's own limits alone, which are not ours to write in a namespace.
+        // 0: do not set the kernel's limits; they are not writable in a network namespace.
         "conntrack": {
             "maxPerCore": 0,
             "min": 0,

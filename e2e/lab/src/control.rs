@@ -16,17 +16,17 @@ use serde::{Deserialize, Serialize};
 /// A request.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Request {
-    /// Repeated in the response.
+    /// Chosen by the lab; the response repeats it.
     pub id: u64,
-    /// What is asked for.
+    /// The operation.
     pub op: Op,
 }
 
-/// What a node's PID 1 can do.
+/// An operation of a node's PID 1.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Op {
-    /// How are you?
+    /// Report the state of all services.
     Status,
     /// Run a program to its end.
     Exec {
@@ -47,51 +47,51 @@ pub enum Op {
         /// The service.
         service: String,
     },
-    /// Send a service a signal; when it dies of it, it is started again, as an init system does.
+    /// Send a service a signal. If the service ends, it is restarted.
     Signal {
         /// The service.
         service: String,
         /// Signal number.
         signal: i32,
     },
-    /// Turn the machine off in an orderly way, as far as disks go.
+    /// Sync the disks and power off.
     PowerOff,
 }
 
 /// A response.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Response {
-    /// The request's.
+    /// The request's id.
     pub id: u64,
-    /// What came of it.
+    /// Reply, or an error message.
     pub result: Result<Reply, String>,
 }
 
-/// What comes of a request.
+/// Reply to a successful request.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Reply {
-    /// It was done.
+    /// The operation has no other result.
     Done,
-    /// To [`Op::Status`].
+    /// Reply to [`Op::Status`].
     Status {
-        /// Whether all services were started once.
+        /// Whether all services have been started.
         started: bool,
         /// Each service and its process id in the node; none while it is down.
         services: Vec<(String, Option<i32>)>,
     },
-    /// To [`Op::Exec`].
+    /// Reply to [`Op::Exec`].
     Exec(ExecOutcome),
 }
 
-/// How a program on a node ended.
+/// Result of a program on a node.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExecOutcome {
-    /// Its exit code; none when a signal ended it.
+    /// Exit code; `None` when a signal ended it.
     pub code: Option<i32>,
-    /// What it wrote to standard output.
+    /// Standard output.
     pub stdout: String,
-    /// What it wrote to standard error.
+    /// Standard error.
     pub stderr: String,
 }
 
@@ -109,7 +109,7 @@ impl Control {
         }
     }
 
-    /// Asks, and waits up to `deadline` for the answer.
+    /// Sends a request and waits up to `deadline` for the response.
     pub fn ask(&self, op: Op, deadline: Duration) -> Result<Reply> {
         static NEXT_ID: AtomicU64 = AtomicU64::new(0);
         let seq = NEXT_ID.fetch_add(1, Ordering::Relaxed);
@@ -125,25 +125,25 @@ impl Control {
             .set_write_timeout(Some(deadline))
             .context("set a write timeout")?;
         let mut line = serde_json::to_vec(&Request { id, op }).context("serialize")?;
-        // The leading line end closes what a client that died halfway through its request has left in a port.
+        // The leading newline ends a partial request that a killed client may have left in the port.
         line.insert(0, b'\n');
         line.push(b'\n');
         stream
             .write_all(&line)
-            .with_context(|| format!("ask {shown}"))?;
+            .with_context(|| format!("send a request to {shown}"))?;
 
         let mut reader = BufReader::new(stream);
         loop {
             let mut answer = Vec::new();
             let count = reader
                 .read_until(b'\n', &mut answer)
-                .with_context(|| format!("no answer from {shown} within {deadline:?}"))?;
-            ensure!(count > 0, "{shown} hung up");
+                .with_context(|| format!("no response from {shown} within {deadline:?}"))?;
+            ensure!(count > 0, "{shown} closed the connection");
             match serde_json::from_slice::<Response>(&answer) {
                 Ok(response) if response.id == id => {
                     return response.result.map_err(|error| anyhow!(error));
                 }
-                // Somebody else's, abandoned.
+                // The response to another client's abandoned request.
                 _ => {}
             }
         }
@@ -161,7 +161,7 @@ impl Control {
             stdin: stdin.map(str::to_owned),
             deadline_s: deadline.as_secs(),
         };
-        // The node's own deadline comes first, so that its words arrive.
+        // Longer than the node's own deadline, so that its error arrives.
         match self.ask(op, deadline + Duration::from_secs(10))? {
             Reply::Exec(outcome) => Ok(outcome),
             other => Err(anyhow!("unexpected reply {other:?}")),
@@ -176,7 +176,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_answer_to_an_abandoned_request_is_skipped() {
+    fn a_response_to_an_abandoned_request_is_skipped() {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("control.sock");
         let listener = UnixListener::bind(&socket).unwrap();

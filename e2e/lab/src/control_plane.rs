@@ -22,7 +22,7 @@ use crate::wait::{Hopeless, wait_for};
 /// A component of the control plane.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Component {
-    /// The store.
+    /// etcd.
     Etcd,
     /// kube-apiserver.
     Apiserver,
@@ -86,7 +86,7 @@ impl ControlPlane<'_> {
             .try_for_each(|component| self.start(component).map(drop))
     }
 
-    /// Starts one component, again perhaps: everything that it needs is on disk.
+    /// Starts one component, also after it was killed: its configuration is on disk.
     pub fn start(&self, component: Component) -> Result<ProcessId> {
         let cgroup = self.cgroup_path(component);
         Cgroup::at(&cgroup)?.create()?;
@@ -107,7 +107,7 @@ impl ControlPlane<'_> {
         Cgroup::at(self.cgroup_path(component))?.kill_all()
     }
 
-    /// Stops one component where it stands, or lets it go on.
+    /// Freezes or thaws one component.
     pub fn freeze(&self, component: Component, frozen: bool) -> Result<()> {
         Cgroup::at(self.cgroup_path(component))?.freeze(frozen)
     }
@@ -202,7 +202,7 @@ impl ControlPlane<'_> {
                 "--default-not-ready-toleration-seconds=20".into(),
                 "--default-unreachable-toleration-seconds=20".into(),
                 "--allow-privileged=true".into(),
-                // The lab's node names are in nobody's DNS.
+                // The lab's node names are in no DNS.
                 "--kubelet-preferred-address-types=InternalIP".into(),
                 "--service-account-issuer=https://kubernetes.default.svc".into(),
                 file("service-account-key-file", "sa.pub"),
@@ -224,7 +224,7 @@ impl ControlPlane<'_> {
                 "--use-service-account-credentials=true".into(),
                 "--authentication-skip-lookup=true".into(),
                 "--leader-elect=false".into(),
-                // 40 s by default: scenarios wait for it often, and nothing of ours may depend on it.
+                // Default 40 s. Shorter, because scenarios wait for it; Bascule must not depend on its value.
                 "--node-monitor-grace-period=16s".into(),
             ],
             Component::Scheduler => vec![
@@ -247,5 +247,5 @@ impl ControlPlane<'_> {
     }
 }
 
-/// 3.4 s measured; a machine that builds beside it takes its time.
+/// 3.4 s measured on an idle machine; several times that beside a build.
 const API_DEADLINE: Duration = Duration::from_secs(90);

@@ -1,4 +1,4 @@
-//! Taking a lab down: everything is found by the lab's name, so it works on whatever a killed run has left.
+//! Taking a lab down. Resources are found by the lab's name, so remains of a killed run are removed as well.
 
 use std::fs;
 use std::path::Path;
@@ -14,21 +14,21 @@ use crate::names::LabName;
 use crate::state::LabPaths;
 use crate::wait::wait_for;
 
-/// Takes the lab `name` down and leaves no trace but logs; without such a lab it does nothing.
+/// Takes the lab `name` down and removes everything but its logs. Does nothing if there is no such lab.
 pub fn down(name: &LabName) -> Result<()> {
     let paths = LabPaths::new(name)?;
     let _lock = paths.lock()?;
     clear(name, &paths)
 }
 
-/// Takes down every lab of which there is a directory, and returns their names.
+/// Takes down all labs of this user and returns their names.
 pub fn down_all() -> Result<Vec<LabName>> {
     let names = LabPaths::all_labs()?;
     names.iter().try_for_each(down)?;
     Ok(names)
 }
 
-/// What [`down`] does, with the lock held.
+/// [`down`] for a caller that holds the lab's lock.
 pub(crate) fn clear(name: &LabName, paths: &LabPaths) -> Result<()> {
     let cgroup = Cgroup::at(name.cgroup())?;
     cgroup.kill_all()?;
@@ -37,7 +37,7 @@ pub(crate) fn clear(name: &LabName, paths: &LabPaths) -> Result<()> {
     }
     detach_loops(&paths.disks())?;
     cgroup.remove()?;
-    // The mount namespaces of killed nodes go a moment after their last process.
+    // A mount namespace disappears shortly after its last process.
     wait_for("the removal of the lab's files", REMOVE_DEADLINE, || {
         remove_all(&paths.dir())
     })?;

@@ -1,4 +1,4 @@
-//! Nodes of the emulated tier: QEMU machines with a kernel, a /dev/kvm, a watchdog, disks and cables of their own.
+//! Nodes of the emulated tier: QEMU machines with their own kernel, /dev/kvm, watchdog, disks and network interfaces.
 //!
 //! # Disks (by serial number)
 //! `root`: Debian, an overlay per node that survives power cuts · `bin`: the programs and image archives of this run,
@@ -60,7 +60,7 @@ impl Accelerator {
     }
 }
 
-/// What emulated nodes are made of, ready in the cache.
+/// Cached inputs of emulated nodes: system disk, programs, image archives, accelerator.
 #[derive(Debug)]
 pub(crate) struct Assets {
     image: NodeImage,
@@ -70,7 +70,7 @@ pub(crate) struct Assets {
 }
 
 impl Assets {
-    /// Finds or makes everything that does not depend on the lab.
+    /// Finds the inputs in the cache or makes them; they do not depend on the lab.
     pub(crate) fn ensure(tools: &Tools, archives: &[PathBuf]) -> Result<Self> {
         require_static(&lab_binary()?)?;
         let image = NodeImage::ensure()?;
@@ -86,7 +86,7 @@ impl Assets {
     }
 }
 
-/// What every node's PID 1 is told.
+/// The emulated tier's [`NodePlan`].
 pub(crate) fn plan(nodes: &[NodeIndex], disks: Vec<DiskSpec>, options: &Options) -> NodePlan {
     let bin = |name: &str| format!("{BIN}/bin/{name}");
     NodePlan {
@@ -191,13 +191,13 @@ fn watchdog_modules(watchdog: Watchdog) -> Vec<String> {
     modules.iter().map(|&module| module.to_owned()).collect()
 }
 
-/// Turns a machine on and returns its QEMU, whose death is the power cut.
+/// Powers a machine on and returns its QEMU process. Killing that process is a power cut.
 pub(crate) fn start(context: &MachineContext<'_>, node: NodeIndex) -> Result<ProcessId> {
     let name = node.name();
     let hub = Hub::new(context.name);
     for bridge in [MGMT_BRIDGE, VM_BRIDGE] {
         let port = Hub::port(bridge, node);
-        // Left from the last time it was on; there is none the first time.
+        // Left from the last boot; absent on the first.
         hub.run("ip").args(["link", "delete", &port]).output()?;
         hub.ip(&["tuntap", "add", &port, "mode", "tap"])?;
         hub.ip(&["link", "set", &port, "master", bridge])?;
@@ -214,7 +214,7 @@ pub(crate) fn start(context: &MachineContext<'_>, node: NodeIndex) -> Result<Pro
         .start()
 }
 
-/// A command line in the making.
+/// Builder of a QEMU command line.
 #[derive(Default)]
 struct Args(Vec<String>);
 
@@ -265,7 +265,7 @@ impl Machine<'_> {
 
     fn add_watchdog(&self, args: &mut Args) {
         match self.options.watchdog {
-            // A reset by the watchdog is a reset: the node comes up again by itself.
+            // After a watchdog reset the node boots again.
             Watchdog::Board => {
                 args.device("i6300esb");
                 args.add(&["-action", "watchdog=reset"]);
@@ -353,8 +353,8 @@ impl Machine<'_> {
     }
 }
 
-/// Finds out, once per boot of this machine, whether a node boots quickly on the machine's own KVM and could have
-/// guests itself; the CPU's name says neither.
+/// Tests, once per boot of the host, whether a node boots quickly on the host's KVM and has nested virtualization;
+/// the CPU model does not tell.
 fn find_accelerator(image: &NodeImage) -> Result<Accelerator> {
     let known = cache_dir()?.join(format!("accelerator-{}", boot_id()?));
     let nested = match fs::read_to_string(&known) {
@@ -401,7 +401,7 @@ fn probe_kvm(image: &NodeImage) -> Result<bool> {
         .arg("-initrd")
         .arg(image.initrd())
         .deadline(KVM_PROBE_DEADLINE);
-    // Killed for being slow, or refused by KVM: both mean no.
+    // A timeout and a refusal by KVM both mean that nesting does not work.
     Ok(run
         .text()
         .is_ok_and(|console| console.contains("lab-probe: nested")))
@@ -449,7 +449,7 @@ const PROGRAMS: &[&str] = &[
 ];
 /// Services with a log port of their own.
 const SERVICES: &[&str] = &["containerd", "kubelet", "kube-proxy"];
-/// A panic resets the node after a second; mitigations cost time under emulation and protect nobody here.
+/// A panic resets the node after 1 s. CPU mitigations are off: they slow emulation and serve no purpose in a lab.
 const KERNEL_ARGS: &str = "console=ttyS0 panic=1 mitigations=off net.ifnames=0 no_timer_check";
-/// A machine with working nested virtualization needs three seconds; interpreted ones never finish.
+/// 3 s with working nested virtualization; a machine without it does not finish.
 const KVM_PROBE_DEADLINE: Duration = Duration::from_secs(15);

@@ -1,4 +1,4 @@
-//! Network faults between the machines of a lab: rules on the hub's bridges.
+//! Network partitions between the machines of a lab: nftables rules on the hub's bridges.
 
 use anyhow::{Context, Result};
 
@@ -15,7 +15,7 @@ pub enum Side {
     Hub,
 }
 
-/// Which cable.
+/// A network of the lab.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Network {
     /// API, pods, migration streams.
@@ -61,7 +61,7 @@ impl Lab {
 
     /// Ends all partitions.
     pub fn heal(&self) -> Result<()> {
-        // Adding a table that is there does nothing, so deleting it afterwards always works.
+        // Adding an existing table does nothing; deleting a missing one fails.
         let script = "add table bridge faults\ndelete table bridge faults\n";
         self.hub().run("nft").args(["-f", "-"]).stdin(script).done()
     }
@@ -104,7 +104,7 @@ add chain bridge faults input { type filter hook input priority 0; }
 add chain bridge faults output { type filter hook output priority 0; }
 ";
 
-/// What the rules of a lab are in; shown by `lab status`.
+/// The partitions in force, as nftables rules; `lab status` prints them.
 pub(crate) fn describe(name: &LabName) -> String {
     let hub = Hub::new(name);
     hub.run("nft")

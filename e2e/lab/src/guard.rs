@@ -1,4 +1,4 @@
-//! The guard: a process that outlives the one that brings a lab up, and clears up after it.
+//! The guard: a process that outlives the one that brings a lab up and takes the lab down after it.
 //!
 //! When the guarded process ends, by Ctrl-C or SIGKILL for that matter, the lab is taken down if it was meant to
 //! end with that process, or had not come up yet.
@@ -16,7 +16,7 @@ pub fn guard(name: &LabName, process: i32) -> Result<()> {
     // A terminal's Ctrl-C is for the guarded process alone.
     rustix::process::setsid().context("start a session")?;
     let pid = Pid::from_raw(process).context("process id")?;
-    // Gone already is as good as seeing it go.
+    // If the process has already ended, there is nothing to wait for.
     if let Ok(pidfd) = pidfd_open(pid, PidfdFlags::empty()) {
         let mut fds = [PollFd::new(&pidfd, PollFlags::IN)];
         while fds[0].revents().is_empty() {

@@ -1,8 +1,8 @@
 //! The guest of the emulated tier: an unmodified Debian kernel (the cloud flavour) and a busybox initramfs whose
-//! last word is `guest-agentlet`, which a test can talk to.
+//! init executes `guest-agentlet`, the server that tests talk to.
 //!
 //! Kernel command line: `guest.ip=10.91.0.100/24` (needed for the network), `guest.tick_ms=100`. The first disk is
-//! formatted (ext4) when it is blank, and never when it is not. What the agentlet answers is in
+//! formatted (ext4) only when it is blank. What the agentlet answers is in
 //! `src/bin/guest-agentlet.rs`; [`GuestSession`] speaks to it.
 
 use std::fs;
@@ -61,7 +61,7 @@ pub struct GuestSources {
 }
 
 impl Lab {
-    /// Offers the lab's guest to the machines of this lab.
+    /// Publishes the lab's guest on the web server.
     pub fn publish_guest(&self) -> Result<GuestSources> {
         let image = GuestImage::ensure()?;
         Ok(GuestSources {
@@ -77,8 +77,8 @@ impl Lab {
     }
 }
 
-/// A TCP session with a guest's agentlet. It lives as long as the guest's side of the connection does: a guest that
-/// was migrated goes on counting, one that was restarted resets it.
+/// A TCP session with a guest's agentlet. It survives a migration of the guest; a restarted guest resets the
+/// connection.
 #[derive(Debug)]
 pub struct GuestSession {
     stream: BufReader<TcpStream>,

@@ -1,4 +1,4 @@
-//! The hub: one network namespace per lab with the bridges that its nodes are plugged into.
+//! The hub: one network namespace per lab with the bridges that its nodes are connected to.
 //!
 //! The control plane runs in it, and so do the clients of a test ([`Hub::connect`], [`Hub::run`]): nothing of a lab
 //! is reachable from, or reaches, the host's own network.
@@ -26,7 +26,7 @@ impl Hub {
         Self { name: name.clone() }
     }
 
-    /// Makes the namespace and its bridges.
+    /// Creates the namespace and its bridges.
     pub fn create(&self) -> Result<()> {
         create_netns(&self.name.hub_netns())?;
         self.ip(&["link", "set", "lo", "up"])?;
@@ -38,13 +38,13 @@ impl Hub {
         Ok(())
     }
 
-    /// The hub's end of a node's cable.
+    /// Name of the hub's interface for a node on this bridge.
     pub fn port(bridge: &str, node: NodeIndex) -> String {
         let kind = if bridge == MGMT_BRIDGE { "m" } else { "v" };
         format!("{kind}-{}", node.name())
     }
 
-    /// Lets the hub reach a node's pods: admission webhooks and tests do.
+    /// Adds a route to a node's pods, for admission webhooks and tests.
     pub fn route_pods(&self, node: NodeIndex) -> Result<()> {
         let via = node.address().to_string();
         self.ip(&[

@@ -18,11 +18,11 @@ use crate::cache::cached;
 /// One file of an image.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ImageFile {
-    /// Where it goes, without a leading slash.
+    /// Path in the image, without a leading slash.
     pub path: String,
     /// Permission bits.
     pub mode: u32,
-    /// What is in it.
+    /// Content.
     pub content: Content,
 }
 
@@ -42,16 +42,16 @@ pub enum Content {
 /// An image of one layer.
 #[derive(Debug, Clone)]
 pub struct Image {
-    /// Name with tag, as pods ask for it; with a domain, or the runtime puts one in front.
+    /// Name with tag, as in a pod's `image`. It needs a domain, otherwise the runtime prepends one.
     pub name: String,
     /// Its files.
     pub files: Vec<ImageFile>,
-    /// What runs when a pod says nothing else; may be empty.
+    /// Entry point; may be empty.
     pub entrypoint: Vec<String>,
 }
 
 impl Image {
-    /// The project's image: every program of `bin_dir` in /usr/bin, and what a program expects of a file system.
+    /// The project's image: every program of `bin_dir` in /usr/bin, /etc/passwd and the usual directories.
     pub fn of_programs(name: &str, bin_dir: &Path) -> Result<Self> {
         let mut files = skeleton();
         let entries =
@@ -84,7 +84,7 @@ impl Image {
         })
     }
 
-    /// The lab's pause image: busybox that waits for ever. It is a handy image for test pods as well.
+    /// The lab's pause image: busybox that sleeps without end. Test pods use it as well.
     pub fn pause() -> Self {
         let mut files = skeleton();
         files.push(ImageFile {

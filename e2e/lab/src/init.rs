@@ -1,8 +1,8 @@
 //! PID 1 of a node, in both tiers: `lab node-init`.
 //!
 //! It prepares the node (mounts, network, devices), supervises containerd, kubelet and kube-proxy as an init system
-//! does, reaps what nobody waits for, and answers the lab's control connection ([`crate::control`]), which does not
-//! go over the node's network, so that it works during partitions.
+//! does, reaps orphans, and answers requests on the lab's control connection ([`crate::control`]), which does not use
+//! the node's network and therefore works during partitions.
 //!
 //! Native: it runs in fresh mount, PID, UTS, IPC and cgroup namespaces and in the node's network namespace.
 //! Emulated: it is what the initramfs switches to; the machine is its own.
@@ -30,14 +30,14 @@ use crate::wait::wait_for;
 pub(crate) use serve::CONTROL;
 use supervisor::{Reaper, Supervisor};
 
-/// Everything that a node's PID 1 is told. It is `spec.json` in the node's configuration directory.
+/// Configuration of a node's PID 1: `spec.json` in the node's configuration directory, written by `lab up`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NodeSpec {
-    /// Which node this is.
+    /// This node's index.
     pub index: NodeIndex,
-    /// What it is made of.
+    /// The lab's tier.
     pub tier: Tier,
-    /// All nodes of the lab: their pod networks are routed.
+    /// All nodes of the lab; a route is added to each node's pod network.
     pub nodes: Vec<NodeIndex>,
     /// `PATH` of services and commands.
     pub path: String,
@@ -47,7 +47,7 @@ pub struct NodeSpec {
     pub images: Vec<PathBuf>,
     /// Shared disks.
     pub disks: Vec<DiskSpec>,
-    /// Kernel modules that nothing waits for, in this order: the watchdog's.
+    /// Kernel modules of the watchdog, in load order. Loaded in the background.
     pub late_modules: Vec<String>,
     /// Native: the node's own directories on the host.
     pub native: Option<NativeSpec>,
@@ -113,7 +113,7 @@ pub fn run(spec_file: &Path) -> Result<()> {
     load_late_modules(&spec, &supervisor)?;
     start_services(&spec, &supervisor)?;
     loop {
-        // The end of PID 1 is the end of the node: an error here must not be.
+        // When PID 1 exits the node is gone, so errors from here on are logged, not returned.
         if let Err(error) = serve::serve(&spec, &supervisor) {
             eprintln!("node-init: serve the lab: {error:#}");
         }
@@ -143,7 +143,7 @@ fn start_services(spec: &NodeSpec, supervisor: &Supervisor) -> Result<()> {
     })
 }
 
-/// The driver of a management controller takes many seconds to find it.
+/// The ipmi_si driver takes many seconds to detect the management controller.
 fn load_late_modules(spec: &NodeSpec, supervisor: &Supervisor) -> Result<()> {
     let (modules, supervisor) = (spec.late_modules.clone(), supervisor.clone());
     crate::command::named_thread("modules", move || {
@@ -157,7 +157,7 @@ fn load_late_modules(spec: &NodeSpec, supervisor: &Supervisor) -> Result<()> {
     })
 }
 
-/// Once in a node's life: it still has them when it comes back.
+/// Done once per node: the images survive a reboot.
 fn import(supervisor: &Supervisor, image: &Path) -> Result<()> {
     let name = image.file_name().context("an archive has a name")?;
     let mark = Path::new(IMPORTED).join(name);
@@ -177,18 +177,18 @@ fn import(supervisor: &Supervisor, image: &Path) -> Result<()> {
         );
         Ok(())
     })?;
-    // A power cut must not keep the mark and lose the image.
+    // The image is on disk before the mark: after a power cut the mark must not exist without it.
     rustix::fs::sync();
     fs::create_dir_all(IMPORTED).with_context(|| format!("make {IMPORTED}"))?;
     fs::write(&mark, []).with_context(|| format!("write {}", mark.display()))
 }
 
-/// On the node's own disk: the archives that containerd has.
+/// Directory on the node's disk with an empty file per imported archive.
 const IMPORTED: &str = "/var/lib/bascule-lab/imported";
 
 /// 25 s were measured for a management controller's.
 const MODULE_DEADLINE: Duration = Duration::from_secs(180);
-/// Between two attempts to listen for the lab.
+/// Pause between two attempts to open the control socket.
 const SERVE_PAUSE: Duration = Duration::from_secs(1);
 /// Seconds natively; an emulated node unpacks some ten megabytes a second.
 const IMPORT_DEADLINE: Duration = Duration::from_secs(240);

@@ -1,9 +1,8 @@
 //! Test labs that stay up between runs: `make scenario KEEP=1`.
 //!
-//! A run that keeps its lab takes the one of the last run again only if nothing tells the two apart: the same tier,
-//! number of nodes, image archives and `lab` program, every node Ready and schedulable, no network fault left, and no
-//! scenario that failed on it. Otherwise it says why not and brings up a new one. A run without `KEEP=1` never takes
-//! a lab again.
+//! A run with `KEEP=1` uses the lab of the last run again only if it is equivalent to a new one: the same tier, number
+//! of nodes, image archives and `lab` program, every node Ready and schedulable, no partition, and no failed scenario.
+//! Otherwise it prints the reason and brings up a new one. A run without `KEEP=1` never uses an existing lab.
 
 use std::time::Duration;
 
@@ -98,8 +97,8 @@ fn check_cluster(lab: &Lab) -> Result<()> {
 }
 
 impl Lab {
-    /// Records which scenario uses the lab now; `None` when the last one has succeeded. A lab with one on record is
-    /// not taken again.
+    /// Records the scenario that has begun on the lab; `None` when it has succeeded. A lab with a recorded scenario is
+    /// not used again.
     pub fn set_unfinished(&self, scenario: Option<&str>) -> Result<()> {
         self.record(|state| state.unfinished = scenario.map(str::to_owned))
     }

@@ -51,7 +51,7 @@ impl Lab {
         })
     }
 
-    /// As [`Self::open`], also while it is still coming up: for the lab's own helpers.
+    /// As [`Self::open`], also while the lab is coming up: for the management controllers.
     pub(crate) fn open_incomplete(name: &LabName) -> Result<Self> {
         let paths = LabPaths::new(name)?;
         let state = State::load(&paths)?.with_context(|| format!("there is no lab {name}"))?;
@@ -66,13 +66,13 @@ impl Lab {
         })
     }
 
-    /// Takes it down and leaves no trace but the logs.
+    /// Takes the lab down and removes everything but its logs.
     pub fn down(mut self) -> Result<()> {
         self.ephemeral = false;
         down(&self.state.name)
     }
 
-    /// Its state, as recorded.
+    /// The state file's content when this handle was made.
     pub fn state(&self) -> &State {
         &self.state
     }
@@ -140,7 +140,7 @@ impl Lab {
         self.paths.pki().join("admin.kubeconfig")
     }
 
-    /// Waits as [`wait_for`]; a failure prints the ends of all logs.
+    /// As [`wait_for`]; on failure the ends of all logs are printed.
     pub fn wait_for<T>(
         &self,
         what: &str,
@@ -169,7 +169,7 @@ impl Lab {
         }
     }
 
-    /// Stops a component of the control plane where it stands, or lets it go on.
+    /// Freezes or thaws a component of the control plane.
     pub fn freeze(&self, component: Component, frozen: bool) -> Result<()> {
         self.control_plane().freeze(component, frozen)
     }
@@ -198,7 +198,7 @@ impl Lab {
         &self.paths
     }
 
-    /// Changes the recorded state, whatever another process has recorded meanwhile.
+    /// Changes the state file: locks it, reads it, applies `change`, writes it.
     pub(crate) fn record(&self, change: impl FnOnce(&mut State)) -> Result<()> {
         let _lock = self.paths.lock_state()?;
         let mut state = State::load(&self.paths)?.context("the lab is gone")?;
@@ -206,7 +206,7 @@ impl Lab {
         state.save(&self.paths)
     }
 
-    /// What is recorded now.
+    /// Reads the state file.
     pub(crate) fn recorded(&self) -> Result<State> {
         State::load(&self.paths)?.context("the lab is gone")
     }
@@ -247,7 +247,7 @@ fn read_tail(file: &Path) -> Result<String> {
     Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
-/// How much of each log is shown on failure.
+/// Bytes of the end of each log that are shown on failure.
 const TAIL_BYTES: u64 = 3000;
 /// `helm --wait` has a shorter one of its own (5 minutes).
 const HELM_DEADLINE: Duration = Duration::from_secs(600);

@@ -1,8 +1,8 @@
-//! The lab: real Kubernetes clusters on one machine, with faults to order.
+//! The lab: real Kubernetes clusters on one machine, with fault injection.
 //!
-//! A lab is a small world of its own: a control plane, nodes, two networks and a disk that all nodes share. It touches
-//! neither the host's network nor its disks, needs root and nothing else that it does not install or build itself, and
-//! leaves nothing behind but its logs, whatever happens to the process that made it.
+//! A lab has a control plane, nodes, two networks and a disk that all nodes share. It changes neither the host's network
+//! nor its disks, needs root, installs or builds everything else, and leaves only its logs behind, also when the process
+//! that brought it up is killed.
 //!
 //! # Two tiers behind one interface
 //! | | [`Tier::Native`] | [`Tier::Emulated`] |
@@ -65,9 +65,9 @@
 //! and the guest, each keyed by what it was made from ([`cache`]). `$XDG_STATE_HOME/bascule` holds labs and logs.
 //!
 //! # Cleaning up
-//! Every process is in the lab's cgroups, every namespace has the lab's name in its own: [`down::down()`] finds them by
-//! that, not by a list, so it works on whatever a killed run has left, and `up` begins with it. A [`guard`] process
-//! takes a test's lab down when the test is killed.
+//! Every process is in the lab's cgroups and every namespace is named after the lab: [`down::down()`] finds them by name,
+//! so it also removes the remains of a killed run; `up` begins with it. A [`guard`] process takes a test's lab down when
+//! the test is killed.
 //!
 //! Where to start reading: [`lab`], then `up.rs`, [`node`], [`init`].
 

@@ -1,4 +1,4 @@
-//! What both tiers do alike to start a node: its configuration directory.
+//! A node's configuration directory, the same in both tiers.
 
 use std::fs;
 use std::net::IpAddr;
@@ -12,7 +12,7 @@ use crate::names::{LabName, NodeIndex};
 use crate::pki::{Pki, Subject};
 use crate::state::Tier;
 
-/// What the start of a machine needs to know.
+/// Input of `native::start` and `emulated::start`.
 #[derive(Debug)]
 pub(crate) struct MachineContext<'a> {
     pub(crate) name: &'a LabName,
@@ -23,9 +23,9 @@ pub(crate) struct MachineContext<'a> {
 /// Directories of a node on the host.
 #[derive(Debug, Clone)]
 pub(crate) struct NodeFiles {
-    /// All of it.
+    /// Root of the node's files.
     pub(crate) dir: PathBuf,
-    /// What the node sees as its configuration.
+    /// The node's configuration directory (`NODE_CONF` on the node).
     pub(crate) conf: PathBuf,
 }
 
@@ -39,7 +39,7 @@ impl NodeFiles {
     }
 }
 
-/// Where a node finds its programs, and what it is to do with them.
+/// The part of a [`NodeSpec`] that all nodes of a lab share.
 #[derive(Debug)]
 pub(crate) struct NodePlan {
     pub(crate) tier: Tier,
@@ -52,9 +52,9 @@ pub(crate) struct NodePlan {
     pub(crate) path: String,
     pub(crate) images: Vec<PathBuf>,
     pub(crate) disks: Vec<DiskSpec>,
-    /// Kernel modules that nothing waits for.
+    /// Kernel modules to load in the background.
     pub(crate) late_modules: Vec<String>,
-    /// Native: directory of the logs. Emulated: none, they are virtio ports.
+    /// Native: directory of the logs. Emulated: `None`, logs go to virtio ports.
     pub(crate) logs: Option<PathBuf>,
 }
 

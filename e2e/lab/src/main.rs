@@ -1,4 +1,4 @@
-//! `lab`: real Kubernetes clusters on one machine, with faults to order.
+//! `lab`: real Kubernetes clusters on one machine, with fault injection.
 
 use std::process::ExitCode;
 

@@ -1,5 +1,5 @@
-//! Names and addresses: everything that a lab creates can be found again from the lab's name alone,
-//! so that cleaning up needs no luck, even after the process that made it was killed.
+//! Names and addresses. Everything that a lab creates is named after the lab, so that it can be found and removed even
+//! after the process that created it was killed.
 
 use std::fmt;
 use std::net::Ipv4Addr;

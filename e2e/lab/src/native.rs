@@ -16,7 +16,7 @@ use crate::process::{Daemon, ProcessId};
 use crate::tools::lab_binary;
 use crate::wait::{Hopeless, wait_for};
 
-/// What the node's PID 1 is told about its host.
+/// The native part of a node's `spec.json`: host directories, cgroup hierarchies, device nodes.
 pub(crate) fn native_spec(files: &NodeFiles) -> Result<NativeSpec> {
     let (var_lib, var_log) = (files.dir.join("var-lib"), files.dir.join("var-log"));
     for dir in [&var_lib, &var_log] {
@@ -31,12 +31,12 @@ pub(crate) fn native_spec(files: &NodeFiles) -> Result<NativeSpec> {
     })
 }
 
-/// Starts the node and returns its PID 1, whose death is its power cut.
+/// Starts the node and returns its PID 1. Killing that process is a power cut.
 pub(crate) fn start(context: &MachineContext<'_>, node: NodeIndex) -> Result<ProcessId> {
     let name = node.name();
     let netns = context.name.node_netns(&name);
     if netns_with_prefix(&netns)?.contains(&netns) {
-        // What a node had configured is gone with its power.
+        // A power cut loses the node's network configuration.
         Run::new("ip").args(["netns", "del", &netns]).done()?;
     }
     create_netns(&netns)?;

@@ -1,4 +1,4 @@
-//! A node, and everything that can befall it.
+//! A node of a lab: running programs on it, power, services, and faults of its disk and network.
 
 use std::path::Path;
 use std::time::Duration;
@@ -85,9 +85,9 @@ impl<'a> Node<'a> {
         self.index
     }
 
-    /// Runs a program on it; its standard output, or an error with all that it wrote.
+    /// Runs a program on the node and returns its standard output; an error contains all output.
     ///
-    /// The way there is not the node's network: it works during partitions.
+    /// Does not use the node's network, so it works during partitions.
     pub fn exec(&self, argv: &[&str]) -> Result<String> {
         let outcome = self.try_exec(argv, None, EXEC_DEADLINE)?;
         match outcome.code {
@@ -111,7 +111,7 @@ impl<'a> Node<'a> {
         self.control().exec(argv, stdin, deadline)
     }
 
-    /// Turns it on.
+    /// Powers the node on.
     pub fn boot(&self) -> Result<()> {
         ensure!(
             self.machine()?.is_none_or(|m| !m.alive()),
@@ -132,13 +132,13 @@ impl<'a> Node<'a> {
         self.record(Some(machine))
     }
 
-    /// Pulls its plug: everything on it stops between two instructions, nothing is flushed.
+    /// Cuts the node's power (SIGKILL): all processes stop at once, nothing is flushed.
     pub fn cut(&self) -> Result<()> {
         let machine = self
             .machine()?
             .with_context(|| format!("{} is off", self.name()))?;
         machine.signal(Signal::KILL)?;
-        // A frozen node has to be let go to die; it runs no instruction of its own any more.
+        // A frozen process dies only when it is thawed; it executes no further instruction.
         self.cgroup()?.freeze(false)?;
         wait_for(&format!("the end of {}", self.name()), CUT_DEADLINE, || {
             let left = self.cgroup()?.processes()?;
@@ -153,18 +153,18 @@ impl<'a> Node<'a> {
         Ok(self.machine()?.is_some_and(ProcessId::alive))
     }
 
-    /// Stops it where it stands, with all that it has in flight.
+    /// Freezes the node: no process on it runs until [`Self::thaw`]; I/O in flight stays in flight.
     pub fn freeze(&self) -> Result<()> {
         self.cgroup()?.freeze(true)
     }
 
-    /// Lets it go on, back from the dead.
+    /// Ends [`Self::freeze`]. The node continues as if no time had passed.
     pub fn thaw(&self) -> Result<()> {
         self.cgroup()?.freeze(false)
     }
 
-    /// Makes its path to the shared disk stand still: what is submitted waits until [`Self::resume_disk`].
-    /// Emulated tier only, as the other faults of a disk.
+    /// Stalls the node's path to the shared disk: submitted requests wait until [`Self::resume_disk`]. Emulated tier
+    /// only, like all disk faults.
     pub fn stall_disk(&self) -> Result<()> {
         self.monitor()?.stall_disk(true)
     }
@@ -174,12 +174,12 @@ impl<'a> Node<'a> {
         self.monitor()?.stall_disk(false)
     }
 
-    /// Pulls the shared disk out of it: the device is gone, what is submitted fails.
+    /// Hot-unplugs the shared disk: the device disappears, submitted requests fail.
     pub fn remove_disk(&self) -> Result<()> {
         self.monitor()?.remove_disk()
     }
 
-    /// Puts the shared disk in again.
+    /// Hot-plugs the shared disk again.
     pub fn return_disk(&self) -> Result<()> {
         self.monitor()?.return_disk(&self.lab.shared_disk())
     }
@@ -193,7 +193,7 @@ impl<'a> Node<'a> {
         Monitor::connect(&self.lab.paths().node(&self.name()).join(emulated::MONITOR))
     }
 
-    /// Kills a service; it is started again at once, as an init system does.
+    /// Kills a service; PID 1 restarts it.
     pub fn kill_service(&self, service: Service) -> Result<()> {
         self.signal_service(service, Signal::KILL)
     }
@@ -206,7 +206,7 @@ impl<'a> Node<'a> {
         })
     }
 
-    /// Kills a service and leaves it down.
+    /// Kills a service; it stays down until [`Self::start_service`].
     pub fn stop_service(&self, service: Service) -> Result<()> {
         self.ask(Op::Stop {
             service: service.name(),
@@ -220,18 +220,17 @@ impl<'a> Node<'a> {
         })
     }
 
-    /// Unplugs its network cables, both ends dark; heartbeats on the shared disk go on.
+    /// Takes the node's links down on both networks; the shared disk stays reachable.
     pub fn unplug(&self) -> Result<()> {
         self.link("down")
     }
 
-    /// Plugs its network cables in again.
+    /// Ends [`Self::unplug`].
     pub fn plug(&self) -> Result<()> {
         self.link("up")
     }
 
-    /// Imports an image archive that the node can see: any path of the host natively, a URL's file copied before
-    /// in the emulated tier.
+    /// Imports an image archive into containerd. `archive` is a path on the node; a native node sees the host's files.
     pub fn import_image(&self, archive: &Path) -> Result<()> {
         let archive = archive.to_string_lossy();
         let argv = [
@@ -240,13 +239,13 @@ impl<'a> Node<'a> {
         self.exec(&argv).map(drop)
     }
 
-    /// Waits until all its services were started and its Node object says Ready.
+    /// Waits until all services have been started and the Node object is Ready.
     pub fn wait_ready(&self, deadline: Duration) -> Result<()> {
         let name = self.name();
         wait_for(&format!("node {name} to be Ready"), deadline, || {
             ensure!(
                 self.is_on()?,
-                crate::wait::Hopeless(format!("{name} has died"))
+                crate::wait::Hopeless(format!("{name} is off or has crashed"))
             );
             let ready = r#"jsonpath={.status.conditions[?(@.type=="Ready")].status}"#;
             let status = self.lab.kubectl(&["get", "node", &name, "-o", ready])?;
@@ -266,7 +265,7 @@ impl<'a> Node<'a> {
         }
     }
 
-    /// The process whose end is its power cut.
+    /// The node's PID 1 (native) or QEMU (emulated); `None` while the node is off.
     pub fn machine(&self) -> Result<Option<ProcessId>> {
         let state = self.lab.recorded()?;
         Ok(state.node(self.index).and_then(|node| node.machine))
@@ -318,9 +317,9 @@ impl<'a> Node<'a> {
     }
 }
 
-/// Quick answers; an emulated node under load takes its seconds.
+/// Status and service requests; an emulated node under load needs several seconds.
 const CONTROL_DEADLINE: Duration = Duration::from_secs(30);
-/// Most commands on a node are short.
+/// Default deadline of a program on a node.
 const EXEC_DEADLINE: Duration = Duration::from_secs(120);
 /// The kernel takes a PID namespace apart in milliseconds.
 const CUT_DEADLINE: Duration = Duration::from_secs(20);

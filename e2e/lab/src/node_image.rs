@@ -142,7 +142,7 @@ const MODULES: &[&str] = &[
 ];
 
 /// Finds the disks by serial number, as no udev does here, and hands over to the node's PID 1. With `lab.probe`
-/// it says what the CPU offers and turns the machine off: that is how the lab finds out about accelerators.
+/// it prints whether the CPU has nested virtualization and powers off (see `find_accelerator`).
 const INIT: &str = r#"#!/bin/sh
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys

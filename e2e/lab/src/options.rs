@@ -1,4 +1,4 @@
-//! What a lab is to be: its tier, size, disk, images and watchdog.
+//! Options of a new lab: tier, number of nodes, shared disk, images, watchdog.
 
 use std::path::PathBuf;
 
@@ -7,10 +7,10 @@ use anyhow::Result;
 use crate::names::{LabName, NodeIndex};
 use crate::state::Tier;
 
-/// What a lab is to be.
+/// Options of a new lab.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// Its name. Labs of different names do not touch each other.
+    /// Name of the lab. Labs with different names are independent.
     pub name: LabName,
     /// Kind of its nodes.
     pub tier: Tier,
@@ -24,7 +24,7 @@ pub struct Options {
     pub node_memory_mib: u32,
     /// The watchdog of an emulated node.
     pub watchdog: Watchdog,
-    /// Whether the lab ends with the process that made it, however that ends.
+    /// Whether the lab is taken down when this process ends, also by a signal.
     pub ephemeral: bool,
 }
 
@@ -48,12 +48,12 @@ impl Options {
     }
 }
 
-/// What pulls the plug of an emulated node that does not pet its /dev/watchdog.
+/// What resets an emulated node whose /dev/watchdog is not petted in time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Watchdog {
     /// A management controller outside the machine (`bmc.rs`): it fires while the machine is frozen, too.
     Bmc,
-    /// QEMU's i6300esb, for hangs and panics: it stands still with a frozen machine. Faster to come up.
+    /// QEMU's i6300esb, for hangs and panics. It stops while the machine is frozen. The node boots faster.
     Board,
 }
 

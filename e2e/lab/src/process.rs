@@ -1,4 +1,4 @@
-//! Processes by identity: a process id alone may have been given to somebody else in the meantime.
+//! Process identity: process id plus start time, because process ids are reused.
 
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::process::CommandExt;
@@ -43,7 +43,7 @@ impl ProcessId {
         Self::of(self.pid).is_ok_and(|now| now == self)
     }
 
-    /// Sends it a signal; a process that is gone takes no harm and is no error.
+    /// Sends it a signal. Does nothing if it has ended.
     pub fn signal(self, signal: Signal) -> Result<()> {
         if !self.alive() {
             return Ok(());
@@ -87,7 +87,7 @@ impl Daemon {
         self
     }
 
-    /// Starts it in a session of its own with nothing but its log open.
+    /// Starts it in its own session, with standard output and error to the log.
     pub fn start(self) -> Result<ProcessId> {
         let log = OpenOptions::new().create(true).append(true).open(&self.log);
         let log = log.with_context(|| format!("open {}", self.log.display()))?;

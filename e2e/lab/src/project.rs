@@ -1,4 +1,4 @@
-//! Bascule itself in a lab: packed and installed as a user would have it. `make image` builds the programs.
+//! Bascule in a lab: its image, and its installation with helm as a user does it. `make image` builds the programs.
 
 use std::path::{Path, PathBuf};
 
@@ -10,7 +10,7 @@ use crate::names::VM_BRIDGE;
 use crate::progress::step;
 use crate::state::Tier;
 
-/// Packs the project's programs among those of `directory`.
+/// Writes the project's image from the programs in `directory`; other files there are left out. Returns the digest.
 pub fn pack(name: &str, directory: &Path, out: &Path) -> Result<String> {
     let mut image = Image::of_programs(name, directory)?;
     image.files.retain(|file| match &file.content {
@@ -68,7 +68,7 @@ impl Lab {
 }
 
 impl Lab {
-    /// Prints what Bascule says of itself on standard error, as far as the API server answers.
+    /// Prints Bascule's objects and the logs of its pods to standard error, if the API server responds.
     pub(crate) fn print_bascule(&self) {
         let show = [
             "get",

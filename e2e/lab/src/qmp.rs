@@ -1,4 +1,4 @@
-//! QEMU's monitor, for faults of an emulated node's hardware.
+//! Client of QEMU's monitor (QMP), for disk faults of an emulated node.
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
@@ -56,13 +56,13 @@ impl Monitor {
             .stream
             .read_line(&mut line)
             .context("read from the monitor")?;
-        ensure!(count > 0, "the monitor hung up");
-        serde_json::from_str(&line).context("parse what the monitor says")
+        ensure!(count > 0, "the monitor closed the connection");
+        serde_json::from_str(&line).context("parse the reply of the monitor")
     }
 
-    /// Makes the shared disk stand still, or go on with what has piled up.
+    /// Stalls the shared disk, or resumes it with the queued requests.
     pub(crate) fn stall_disk(&mut self, stalled: bool) -> Result<()> {
-        // One byte per second is as good as none.
+        // 1 byte/s stalls; 0 means no limit.
         let bps = u8::from(stalled);
         let limits = json!({
             "device": SHARED_DISK, "bps": bps, "bps_rd": 0, "bps_wr": 0,
@@ -71,7 +71,7 @@ impl Monitor {
         self.execute("block_set_io_throttle", &limits).map(drop)
     }
 
-    /// Pulls the shared disk out; the guest's kernel has noticed when this returns.
+    /// Hot-unplugs the shared disk; returns when the guest's kernel has released it.
     pub(crate) fn remove_disk(&mut self) -> Result<()> {
         self.execute("device_del", &json!({"id": DISK_DEVICE}))?;
         wait_for("the node to let its disk go", UNPLUG_DEADLINE, || {
@@ -85,7 +85,7 @@ impl Monitor {
         })
     }
 
-    /// Puts the shared disk in again.
+    /// Hot-plugs the shared disk again.
     pub(crate) fn return_disk(&mut self, image: &Path) -> Result<()> {
         let drive = format!("drive_add dummy {}", shared_drive(image));
         self.execute("human-monitor-command", &json!({"command-line": drive}))?;
@@ -110,9 +110,9 @@ pub(crate) fn shared_drive(image: &Path) -> String {
 
 /// Device of the shared disk.
 pub(crate) const DISK_DEVICE: &str = "disk-shared0";
-/// Port that it is plugged into: a disk on the root complex itself could not be pulled out.
+/// Root port of the shared disk: a device on the root complex itself cannot be hot-unplugged.
 pub(crate) const DISK_BUS: &str = "port-shared0";
 /// The monitor answers from QEMU's main loop, which a busy machine holds up for a moment.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(30);
-/// PCI Express hot-plug leaves five seconds to change one's mind.
+/// PCI Express hot-unplug takes at least 5 s: the time to cancel after a press of the attention button.
 const UNPLUG_DEADLINE: Duration = Duration::from_secs(60);

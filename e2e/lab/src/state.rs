@@ -1,4 +1,5 @@
-//! What a lab has made, on disk before it is made, so that the next run can undo it whatever happened to this one.
+//! A lab's state file and directories. State is written before a resource is created, so that a later run can remove
+//! it even if this one is killed.
 
 use std::fs::{self, File};
 use std::io::{ErrorKind, Write};
@@ -14,7 +15,7 @@ use crate::names::{LabName, NodeIndex, SHARED_DISK};
 use crate::process::ProcessId;
 use crate::wait::wait_for;
 
-/// What a node is made of.
+/// Kind of a lab's nodes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Tier {
@@ -24,12 +25,12 @@ pub enum Tier {
     Emulated,
 }
 
-/// A node as recorded.
+/// A node in the state file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NodeRecord {
     /// Its index.
     pub index: NodeIndex,
-    /// The process whose death is the node's power cut: its PID 1, or its QEMU. None while it is off.
+    /// The node's PID 1 (native) or QEMU (emulated); killing it is a power cut. `None` while the node is off.
     pub machine: Option<ProcessId>,
 }
 
@@ -42,15 +43,15 @@ pub struct State {
     pub name: LabName,
     /// Kind of its nodes.
     pub tier: Tier,
-    /// Boot of the host in which its processes ran; after another boot there is nothing left to kill.
+    /// The host's boot id when the lab came up. After a reboot none of its processes exist.
     pub boot_id: String,
     /// Where the logs of this run are.
     pub logs: PathBuf,
     /// Its nodes.
     pub nodes: Vec<NodeRecord>,
-    /// Whether `up` came to its end.
+    /// Whether `up` succeeded.
     pub complete: bool,
-    /// Whether the lab ends with the process that made it.
+    /// Whether the lab is taken down when the process that brought it up ends.
     pub ephemeral: bool,
     /// SHA-256 of the `lab` program and of each image archive that the nodes were made from.
     #[serde(default)]
@@ -80,7 +81,7 @@ impl State {
         Ok(Some(state))
     }
 
-    /// Replaces the state file in one step.
+    /// Replaces the state file atomically.
     pub fn save(&self, paths: &LabPaths) -> Result<()> {
         let (file, new) = (paths.state_file(), paths.dir().join("state.json.new"));
         let text = serde_json::to_vec_pretty(self).context("serialize the state")?;
@@ -149,7 +150,7 @@ impl LabPaths {
         self.disks().join(format!("{SHARED_DISK}.img"))
     }
 
-    /// What the lab's web server shows.
+    /// Document root of the lab's web server.
     pub fn web(&self) -> PathBuf {
         self.dir().join("web")
     }
@@ -163,7 +164,7 @@ impl LabPaths {
     pub fn lock(&self) -> Result<File> {
         let file = self.lock_file("lock")?;
         let what = format!("another process to leave the lab {} alone", self.name);
-        // A guard that clears up after a killed run is done within seconds; an `up` in progress is not.
+        // A guard that takes down a killed run's lab needs seconds; an `up` in progress takes longer and is an error.
         wait_for(&what, LOCK_DEADLINE, || {
             flock(&file, FlockOperation::NonBlockingLockExclusive)
                 .context("it is being brought up or down")
@@ -193,7 +194,7 @@ impl LabPaths {
         Ok(file)
     }
 
-    /// Names of all labs that have left a directory.
+    /// Names of all labs with a directory.
     pub fn all_labs() -> Result<Vec<LabName>> {
         let dir = xdg_dir("XDG_STATE_HOME", ".local/state")?.join("labs");
         let Ok(entries) = fs::read_dir(&dir) else {
@@ -276,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn a_lab_waits_for_the_one_who_works_on_it() {
+    fn the_lock_of_a_lab_waits_for_its_holder() {
         let root = tempfile::tempdir().unwrap();
         let paths = LabPaths {
             root: root.path().to_owned(),

@@ -17,7 +17,7 @@ pub struct Tools {
 }
 
 impl Tools {
-    /// Finds them in the cache, or builds them: 12 to 15 minutes on two cores when everything is missing.
+    /// Finds the programs in the cache, or builds them: about 18 min on 2 cores when everything is missing.
     pub fn ensure() -> Result<Self> {
         let mut dirs = Vec::new();
         for module in &MODULES {
@@ -28,7 +28,7 @@ impl Tools {
         Ok(Self { dirs })
     }
 
-    /// Path of one program.
+    /// Absolute path of a program, for example `kubectl`.
     pub fn path(&self, program: &str) -> Result<PathBuf> {
         let found = self
             .dirs
@@ -38,7 +38,7 @@ impl Tools {
         found.with_context(|| format!("{program} is not among the lab's tools"))
     }
 
-    /// The directories, for a `PATH`.
+    /// Directories of all programs, for a `PATH`.
     pub fn dirs(&self) -> &[PathBuf] {
         &self.dirs
     }
@@ -79,7 +79,7 @@ fn installed(package: &str) -> bool {
 
 /// The `lab` program itself, which is the lab's launcher, a node's PID 1, web server and BMC as well.
 ///
-/// `BASCULE_LAB_BIN`, or this very program, or the one that cargo built beside this test.
+/// `BASCULE_LAB_BIN`; else this process, if it is `lab`; else the `lab` that cargo built beside this test program.
 pub fn lab_binary() -> Result<PathBuf> {
     if let Some(path) = std::env::var_os("BASCULE_LAB_BIN") {
         return Ok(PathBuf::from(path));
@@ -110,16 +110,16 @@ pub fn require_static(program: &Path) -> Result<()> {
     Ok(())
 }
 
-/// A Go module of e2e/tools: embedded, so that the key of the cache and what is built cannot drift apart.
+/// A Go module of e2e/tools, embedded in this program, so that the cache key always matches what is built.
 struct GoModule {
-    /// First word of the cache key.
+    /// Prefix of the cache key.
     name: &'static str,
-    /// Word of each key dependency, and its module path: their versions are the rest of the key.
+    /// Label and module path of each dependency whose version is part of the cache key.
     keyed_by: &'static [(&'static str, &'static str)],
     files: &'static [(&'static str, &'static str)],
-    /// Programs, as package paths.
+    /// Package paths of the programs.
     packages: &'static [&'static str],
-    /// Packages whose program gets another name.
+    /// Package path and program name, where the name is not the path's last element.
     renamed: &'static [(&'static str, &'static str)],
     cost: &'static str,
 }
@@ -262,7 +262,7 @@ const MODULES: [GoModule; 3] = [
     },
 ];
 
-/// What every tier needs on the host.
+/// Debian packages that both tiers need on the host.
 pub const PACKAGES: &[&str] = &[
     "busybox-static",
     "conntrack",
@@ -279,7 +279,7 @@ pub const PACKAGES: &[&str] = &[
     "xz-utils",
 ];
 
-/// What the emulated tier needs besides.
+/// Debian packages that only the emulated tier needs.
 pub const PACKAGES_EMULATED: &[&str] = &[
     "debian-archive-keyring",
     "mmdebstrap",
@@ -301,7 +301,7 @@ mod tests {
     }
 
     #[test]
-    fn a_longer_module_path_is_not_taken_for_the_one_asked_for() {
+    fn a_module_path_with_the_same_prefix_is_not_confused_with_the_required_one() {
         let go_mod =
             "require (\n\tk8s.io/kubernetes-more v9.0.0\n\tk8s.io/kubernetes v1.2.3 // x\n)";
         assert_eq!(

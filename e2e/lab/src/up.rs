@@ -28,8 +28,8 @@ use crate::tools::{PACKAGES, PACKAGES_EMULATED, Tools, ensure_packages, lab_bina
 use crate::wait::wait_for;
 
 impl Lab {
-    /// A native lab of `nodes` nodes for one test: it is gone when this is dropped, and also when the test is killed.
-    /// Tests that want one at the same time wait for each other.
+    /// A native lab of `nodes` nodes for one test. It is taken down when the value is dropped, and by the guard
+    /// process when the test is killed. Concurrent tests wait for each other.
     ///
     /// The image archives in `BASCULE_LAB_IMAGES` (separated by `:`) are imported.
     pub fn native(nodes: u8) -> Result<Self> {
@@ -41,10 +41,10 @@ impl Lab {
         Self::for_test(Tier::Emulated, nodes)
     }
 
-    /// [`Self::native`] or [`Self::emulated`].
+    /// A lab of `nodes` nodes of this tier for one test.
     ///
-    /// With `BASCULE_LAB_KEEP=1` the lab stays up when the test ends, and the next test with it takes it again, if
-    /// it is still what a new one would be (`kept.rs`).
+    /// With `BASCULE_LAB_KEEP=1` the lab stays up when the test ends, and the next such test uses it again if it is
+    /// equivalent to a new one (`kept.rs`).
     pub fn for_test(tier: Tier, nodes: u8) -> Result<Self> {
         let mut options = Options::new("test".parse()?, tier, nodes);
         options.images = images_from_env();
@@ -63,10 +63,10 @@ impl Lab {
         Ok(lab)
     }
 
-    /// Brings a lab up; the remains of an earlier one of the same name are cleared away first.
+    /// Brings a lab up. An existing lab of the same name is removed first.
     ///
     /// # Errors
-    /// When something does not come up in time: the ends of all logs are printed, and the lab is down again.
+    /// When a component does not start in time: the last lines of all logs are printed and the lab is taken down.
     pub fn up(options: &Options) -> Result<Self> {
         up(options)
     }
@@ -106,7 +106,7 @@ fn up(options: &Options) -> Result<Lab> {
     }
 }
 
-/// Installs and builds everything that labs of this tier need, and the pause image; does nothing where all is there.
+/// Installs and builds everything that labs of this tier need, the pause image included. Cached results are kept.
 pub fn prepare(tier: Tier) -> Result<()> {
     prepare_for(tier, &[])?;
     pause_archive().map(drop)
@@ -168,7 +168,7 @@ fn build(
         lab.nodes()
             .try_for_each(|node| node.wait_ready(ready_deadline(options.tier)))
     })?;
-    // Without it no pod can be made.
+    // Pods cannot be created before it exists.
     wait_for(
         "the default service account",
         Duration::from_secs(60),
@@ -202,7 +202,7 @@ fn new_state(options: &Options, paths: &LabPaths) -> Result<State> {
     })
 }
 
-/// The disk that all nodes share, and natively its loop device.
+/// Creates the shared disk's file. Returns its loop device in the native tier.
 fn make_shared_disk(lab: &Lab, options: &Options) -> Result<Option<PathBuf>> {
     let path = lab.shared_disk();
     let file = File::create(&path).with_context(|| format!("create {}", path.display()))?;
@@ -211,7 +211,7 @@ fn make_shared_disk(lab: &Lab, options: &Options) -> Result<Option<PathBuf>> {
     if options.tier == Tier::Emulated {
         return Ok(None);
     }
-    // Direct, or the host's page cache would answer for the disk.
+    // Direct I/O: otherwise reads would be served by the host's page cache.
     let device = Run::new("losetup")
         .args(["--find", "--show", "--direct-io=on"])
         .arg(&path)
@@ -274,7 +274,7 @@ fn start_guard(options: &Options) -> Result<()> {
         .map(drop)
 }
 
-/// Native: 3 s measured. Emulated: 66 s for three nodes alone on two cores; builds beside it make it several times that.
+/// Measured: 3 s native; 66 s for three emulated nodes on 2 idle cores, several times that beside a build.
 fn ready_deadline(tier: Tier) -> Duration {
     match tier {
         Tier::Native => Duration::from_secs(120),
@@ -282,5 +282,5 @@ fn ready_deadline(tier: Tier) -> Duration {
     }
 }
 
-/// Where Debian has its programs.
+/// Debian's default `PATH` of root.
 const SYSTEM_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";

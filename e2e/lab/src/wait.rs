@@ -1,4 +1,4 @@
-//! Waiting for a condition, never for an amount of time.
+//! Polling for a condition with a deadline.
 
 use std::error::Error;
 use std::fmt;
@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow};
 
-/// An error that no waiting cures: [`wait_for`] gives up at once when its probe returns it.
+/// A permanent error: [`wait_for`] returns at once when its probe fails with it.
 #[derive(Debug)]
 pub struct Hopeless(pub String);
 
@@ -18,11 +18,11 @@ impl fmt::Display for Hopeless {
 
 impl Error for Hopeless {}
 
-/// Probes until the probe succeeds; its errors mean "not yet" and the last one is told when `deadline` has passed.
+/// Calls `probe` until it succeeds. Its errors mean "not yet"; after `deadline` the last one is returned.
 ///
 /// # Errors
-/// When the deadline passes (saying what was waited for, how long, and why it was not so), or at once when
-/// the probe fails with [`Hopeless`].
+/// When the deadline passes (with `what`, the time waited and the last error), or at once when the probe fails with
+/// [`Hopeless`].
 pub fn wait_for<T>(
     what: &str,
     deadline: Duration,

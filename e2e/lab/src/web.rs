@@ -16,14 +16,14 @@ use crate::image::sha256_file;
 use crate::lab::Lab;
 use crate::names::{HUB_ADDRESS, WEB_PORT};
 
-/// A file that guests can be made from.
+/// A published file, as the `http` source of a VirtualMachine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Source {
-    /// Where nodes find it.
+    /// URL, reachable from every node.
     pub url: String,
     /// SHA-256 of it, hexadecimal.
     pub sha256: String,
-    /// Its size.
+    /// Size in bytes.
     pub bytes: u64,
 }
 
@@ -63,7 +63,7 @@ fn answer(stream: &TcpStream, dir: &Path) -> Result<()> {
     let mut head = BufReader::new(stream.take(REQUEST_BYTES_MAX));
     let mut request = String::new();
     head.read_line(&mut request).context("read a request")?;
-    // The rest of the head says nothing of interest, but closing with it unread would reset the connection.
+    // The remaining header lines are read and ignored: closing with unread data would reset the connection.
     let mut line = String::new();
     while head.read_line(&mut line).context("read a request")? > 2 {
         line.clear();
@@ -106,9 +106,9 @@ fn refuse(mut out: &TcpStream, status: &str) -> Result<()> {
     out.write_all(head.as_bytes()).context("refuse a request")
 }
 
-/// An emulated node takes its time for a hundred megabytes; per read or write, not for all of it.
+/// Per read or write. An emulated node is slow to fetch a hundred megabytes.
 const CLIENT_DEADLINE: Duration = Duration::from_secs(60);
-/// No client of ours sends more.
+/// Limit of a request head; the importer sends far less.
 const REQUEST_BYTES_MAX: u64 = 16 << 10;
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! The native tier, for real: it needs root and a few seconds per test, and builds Kubernetes the first time.
+//! The native tier on this machine. Needs root and a few seconds per test; builds Kubernetes the first time.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::{Duration, Instant};
@@ -34,7 +34,7 @@ fn pods_reach_services_by_name_across_nodes() -> Result<()> {
     })
 }
 
-/// A virtual machine's process is started by a pod and must not end with it (LAB.md).
+/// A VM's process is started by the node daemon's pod and must outlive it.
 #[test]
 #[ignore = "needs root and builds Kubernetes: run with --ignored"]
 fn a_process_moved_out_of_its_privileged_pod_survives_it_but_not_the_power_cut() -> Result<()> {

@@ -1,4 +1,4 @@
-//! Just enough ACPI (6.5, chapters 4 and 5) to switch the machine off and to hear its power button.
+//! The part of ACPI (6.5, chapters 4 and 5) needed to power off and to detect the power button.
 
 use crate::boot::read_at;
 use crate::port;

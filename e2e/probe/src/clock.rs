@@ -16,7 +16,8 @@ pub(crate) struct Clock {
 }
 
 impl Clock {
-    /// The clock, given the counter's frequency if somebody knows it.
+    /// The clock. `known_khz` is the TSC's frequency from the command line; without it the
+    /// hypervisor's CPUID leaf or a measurement gives the frequency.
     pub(crate) fn new(known_khz: Option<u64>) -> Self {
         let khz = known_khz
             .or_else(hypervisor_khz)

@@ -299,7 +299,7 @@ impl Device {
         let token = match request {
             Request::Read { bytes } => {
                 let data = &mut self.data[..bytes];
-                // SAFETY: header, data and status live for ever and are not touched until
+                // SAFETY: header, data and status are never freed and are not touched until
                 // `completed` pops this token: one request is in flight at a time.
                 unsafe { queue.add(&[header], &mut [data, status]) }
             }

@@ -1,4 +1,4 @@
-//! The memory check: a part of RAM that is filled once and verified for ever after, and a part that
+//! The memory check: a part of RAM that is filled once and verified continuously, and a part that
 //! is rewritten over and over, each page verified before.
 
 use bascule_probe_wire::options::Options;

@@ -34,7 +34,7 @@ impl Nic {
         let mut receiving = [const { None }; QUEUE_SIZE];
         for _ in 0..BUFFERS {
             let buffer = arena::bytes(BUFFER_BYTES);
-            // SAFETY: the buffer lives for ever and is not touched until its token completes.
+            // SAFETY: the buffer is never freed and is not touched until its token completes.
             let token = unsafe { raw.receive_begin(buffer) }.ok()?;
             receiving[usize::from(token)] = Some(buffer);
         }
@@ -142,7 +142,7 @@ impl Sender {
     }
 
     fn send(&mut self, buffer: &'static mut [u8], length: usize) {
-        // SAFETY: the buffer lives for ever and is not touched until its token completes.
+        // SAFETY: the buffer is never freed and is not touched until its token completes.
         match unsafe { self.raw.transmit_begin(&buffer[..length]) } {
             Ok(token) => self.sending[usize::from(token)] = Some(buffer),
             Err(_) => self.put_back(buffer),

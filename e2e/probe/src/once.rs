@@ -20,7 +20,7 @@ impl<T> Once<T> {
         }
     }
 
-    /// The value; `None` when somebody has it.
+    /// The value; `None` when it was taken before.
     #[expect(
         clippy::mut_from_ref,
         reason = "handing out the only reference is the purpose"

@@ -1,4 +1,4 @@
-//! The guests of scenarios: what a VirtualMachine boots, and how to talk to it.
+//! Guests of the scenarios: their boot sources, and sessions with them.
 
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::time::Duration;
@@ -29,7 +29,7 @@ pub enum Guest {
     },
 }
 
-/// A TCP session with a guest, which counts.
+/// A TCP session with a guest, which numbers its responses.
 #[derive(Debug)]
 pub enum Talk {
     /// With the probe guest.
@@ -70,7 +70,7 @@ impl Guest {
                 ),
                 "128Mi",
                 "64Mi",
-                // Many times what a quiet machine takes: that a busy one is slower is no failure.
+                // Many times the duration on an idle machine: slowness is not a failure.
                 "2s",
             ),
             Self::Debian { kernel, initrd } => (
@@ -140,11 +140,11 @@ spec:
 }
 
 impl Talk {
-    /// One round trip within the session; the guest's count must be ours, so that neither a restart
-    /// nor a lost or doubled request goes unnoticed.
+    /// One round trip within the session. The guest numbers its responses, so that a restart and a
+    /// lost or repeated request are detected.
     ///
     /// # Errors
-    /// When the session broke or the guest counted otherwise.
+    /// When the session breaks or the number is wrong.
     pub fn ping(&mut self) -> Result<()> {
         match self {
             Self::Probe(session) => session.count(),
@@ -152,7 +152,7 @@ impl Talk {
         }
     }
 
-    /// Checks what the guest knows of its own disk and memory.
+    /// Has the guest verify its disk and memory; returns the number of its last record.
     ///
     /// # Errors
     /// When it found a fault.
@@ -164,7 +164,7 @@ impl Talk {
     }
 
     /// Has the guest write one more record to its disk, flushed, and returns the number of the last
-    /// record that it was promised. The probe guest writes all the time by itself.
+    /// acknowledged record. The probe guest writes continuously by itself.
     ///
     /// # Errors
     /// When it cannot.

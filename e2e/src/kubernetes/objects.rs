@@ -1,4 +1,4 @@
-//! The documents that scenarios apply, and what they read from the objects.
+//! Manifests that scenarios apply, and parsers of the objects' status.
 
 use anyhow::{Context, Result, bail};
 use bascule_lab::image::PAUSE_IMAGE;
@@ -7,18 +7,18 @@ use serde_json::Value;
 
 use super::NAMESPACE;
 
-/// What a VirtualMachineMigration says about a move.
+/// Result of a VirtualMachineMigration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Moved {
     /// Its name.
     pub name: String,
     /// Live or Quick.
     pub mode: String,
-    /// The node that was left.
+    /// Source node.
     pub source: String,
-    /// The node that was reached.
+    /// Target node.
     pub target: String,
-    /// How it ended.
+    /// Phase at its end.
     pub phase: String,
     /// The blackout as the VM processes measured it.
     pub downtime: Option<String>,
@@ -26,7 +26,7 @@ pub struct Moved {
     pub total: Option<String>,
 }
 
-/// Succeeds when the object's condition of that type is true; says why it is not.
+/// Succeeds when the object's condition `kind` is True; the error has its reason and message.
 ///
 /// # Errors
 /// When it is absent or not true.
@@ -51,7 +51,7 @@ pub fn condition(object: &Value, kind: &str) -> Result<()> {
     )
 }
 
-/// The end of a migration that has succeeded. One that has failed is hopeless.
+/// The result of a migration that has succeeded; [`Hopeless`] when it has failed.
 pub(super) fn ended(object: &Value) -> Result<Moved> {
     let moved = read(object)?;
     match moved.phase.as_str() {
@@ -106,7 +106,7 @@ fn read(object: &Value) -> Result<Moved> {
 }
 
 pub(super) fn shared_volume(name: &str, fencing: &str) -> String {
-    // Where a word is needed anyway, the taint may be one.
+    // LeaseOnly needs a manual fencing confirmation; the out-of-service taint may be one.
     let taint = fencing == "LeaseOnly";
     format!(
         "apiVersion: bascule.dev/v1alpha1

@@ -1,5 +1,5 @@
-//! What is on record outside the API: the rows of the shared volume, read straight from its disk, and
-//! the audit of who wrote where.
+//! Ownership as recorded on the shared volume, read directly from its disk, and the audit of which
+//! node wrote where.
 
 use std::fs::File;
 use std::io;
@@ -12,7 +12,7 @@ use bascule_volume_format::{BLOCK_BYTES_U64, BlockStore, Metadata, Severity, che
 
 use super::{ClusterVm, Installation, NAMESPACE};
 
-/// The last write of a tenure to a disk and the first of the next.
+/// The last write of one owner to a disk and the first of the next.
 #[derive(Clone, Copy, Debug)]
 pub struct Succession {
     /// The old owner's last write.
@@ -22,10 +22,10 @@ pub struct Succession {
 }
 
 impl Installation {
-    /// The shared volume's metadata, as an offline checker finds it on the disk.
+    /// The shared volume's metadata, read with the offline checker.
     ///
     /// # Errors
-    /// When the checker finds damage, or a coordinator is writing at this very moment.
+    /// When the checker finds damage, or a coordinator is writing at the same time.
     pub fn metadata(&self) -> Result<Metadata> {
         let path = self.lab.shared_disk();
         let file = File::open(&path).with_context(|| format!("open {}", path.display()))?;
@@ -41,7 +41,7 @@ impl Installation {
 }
 
 impl ClusterVm<'_> {
-    /// Its row on the volume.
+    /// Its record on the volume.
     ///
     /// # Errors
     /// When there is none.
@@ -50,17 +50,17 @@ impl ClusterVm<'_> {
         let name = format!("{NAMESPACE}/{}", self.name);
         let row = metadata.vms().find(|row| row.name.as_str() == name);
         row.cloned()
-            .with_context(|| format!("the volume has no row {name}"))
+            .with_context(|| format!("the volume has no record of {name}"))
     }
 
-    /// Whose it is on the volume, and in which epoch. The generation is left out: a node that stood
-    /// still for longer than its lease joins again in the next one, with everything that nobody took.
+    /// Slot of its owner and epoch, from the volume. Without the generation: a node that was frozen
+    /// for longer than its lease rejoins with the next generation and keeps what was not taken over.
     ///
     /// # Errors
-    /// When it is nobody's.
-    pub fn tenure(&self) -> Result<(SlotId, Epoch)> {
+    /// When it has no owner.
+    pub fn slot_and_epoch(&self) -> Result<(SlotId, Epoch)> {
         let row = self.row()?;
-        let owner = row.owner.context("nobody owns the row")?;
+        let owner = row.owner.context("the VM has no owner")?;
         Ok((owner.slot, row.epoch))
     }
 
@@ -104,9 +104,11 @@ impl ClusterVm<'_> {
 
     /// Read again while a coordinator is in the middle of writing.
     fn metadata(&self) -> Result<Metadata> {
-        bascule_lab::wait_for("the volume's rows", super::ROWS_LIMIT, || {
-            self.cluster.metadata()
-        })
+        bascule_lab::wait_for(
+            "consistent metadata on the volume",
+            super::ROWS_LIMIT,
+            || self.cluster.metadata(),
+        )
     }
 }
 

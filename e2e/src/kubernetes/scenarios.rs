@@ -1,5 +1,5 @@
-//! Scenarios that every tier runs: the same story on native nodes with the probe guest and on
-//! emulated ones with a Debian guest.
+//! Scenarios of both tiers: on native nodes with the probe guest, on emulated nodes with a Debian
+//! guest.
 
 use std::time::{Duration, Instant};
 
@@ -10,43 +10,43 @@ use jiff::Timestamp;
 use super::{ClusterVm, Installation, Moved, Takeover, Writer};
 use crate::FlowSummary;
 
-/// What a drain cost, as administrator and clients saw it.
+/// Figures of a drain, as an administrator and the guests' clients see it.
 #[derive(Clone, Debug)]
 pub struct Drained {
     /// How long `kubectl drain` took.
     pub took: Duration,
-    /// What each guest went through, in the order that was asked for.
+    /// Figures of each guest, in the order of the request.
     pub guests: Vec<DrainedGuest>,
 }
 
-/// What a drain cost a guest.
+/// Figures of one guest of a drain.
 #[derive(Clone, Debug)]
 pub struct DrainedGuest {
-    /// What became of its client's packets.
+    /// Packets of a client during the drain.
     pub seen: FlowSummary,
-    /// What the VirtualMachineMigration says.
+    /// Its VirtualMachineMigration.
     pub moved: Moved,
 }
 
-/// What a power cut cost.
+/// Figures of a power cut.
 #[derive(Clone, Debug)]
 pub struct PowerCut {
-    /// The node whose plug was pulled.
+    /// The node whose power was cut.
     pub from: String,
     /// The node that the guest runs on now.
     pub to: String,
-    /// When the plug was pulled.
-    pub plug: Timestamp,
-    /// From then to the guest's answer.
+    /// When the power was cut, by the host's clock.
+    pub cut_at: Timestamp,
+    /// From the power cut to the guest's first response elsewhere.
     pub outage: Duration,
     /// The Failover's record.
     pub takeover: Takeover,
 }
 
-/// The chart is installed and the guest answers: what a user looks at shows both.
+/// The chart is installed, the guest responds, and `kubectl get` shows both.
 ///
 /// # Errors
-/// When something is not as it should be; so in all scenarios.
+/// When an expectation is not met; the same for all scenarios.
 pub fn install_and_first_vm(cluster: &Installation, vm: &ClusterVm<'_>) -> Result<()> {
     let mut talk = vm.talk()?;
     talk.ping()?;
@@ -62,8 +62,8 @@ pub fn install_and_first_vm(cluster: &Installation, vm: &ClusterVm<'_>) -> Resul
     Ok(())
 }
 
-/// `kubectl drain` moves all guests of a node live: the sessions of before go on, and drain exits
-/// with 0.
+/// `kubectl drain` moves all guests of a node live: open TCP sessions survive, and drain exits with
+/// 0.
 ///
 /// # Errors
 /// As [`install_and_first_vm`].
@@ -98,22 +98,22 @@ pub fn drain_moves_vms_live(
     Ok(Drained { took, guests })
 }
 
-/// The plug of the guest's node is pulled: it starts elsewhere, not before the safe time, and has
-/// everything that it promised. The node stays off.
+/// The power of the guest's node is cut: the guest starts elsewhere, not before the safe time, with
+/// every acknowledged record. The node stays off.
 ///
 /// # Errors
 /// As [`install_and_first_vm`].
 pub fn power_cut(cluster: &Installation, vm: &ClusterVm<'_>) -> Result<PowerCut> {
     let writer = vm.writer()?;
     let from = vm.node()?;
-    let (plug, begin) = (Timestamp::now(), Instant::now());
+    let (cut_at, begin) = (Timestamp::now(), Instant::now());
     cluster.lab().node(&from)?.cut()?;
     let (to, takeover) = restarted_elsewhere(vm, &from, writer)?;
     let outage = begin.elapsed();
-    // By the coordinator's clock, which alone counts, and by the host's as far as the two agree.
-    let (silent, required) = takeover.silence()?;
-    ensure!(required >= SAFE_TIME && silent >= required, "{takeover:?}");
-    let after = Duration::try_from(takeover.taken_over - plug).unwrap_or_default();
+    // By the coordinator's clock, which decides, and by the host's within the clocks' difference.
+    let (elapsed, required) = takeover.time_without_heartbeat()?;
+    ensure!(required >= SAFE_TIME && elapsed >= required, "{takeover:?}");
+    let after = Duration::try_from(takeover.taken_over - cut_at).unwrap_or_default();
     ensure!(
         after + RENEWAL + CLOCKS_DIFFER_MAX >= SAFE_TIME,
         "taken over {after:?} after the power cut"
@@ -121,14 +121,14 @@ pub fn power_cut(cluster: &Installation, vm: &ClusterVm<'_>) -> Result<PowerCut>
     Ok(PowerCut {
         from,
         to,
-        plug,
+        cut_at,
         outage,
         takeover,
     })
 }
 
-/// The guest of a lost node answers elsewhere with everything that it had promised, and its record
-/// says why that was safe. Returns the new node and the record.
+/// The guest of a lost node responds elsewhere with every acknowledged record, and its Failover has a
+/// fence proof. Returns the new node and the Failover.
 ///
 /// # Errors
 /// As [`install_and_first_vm`].
@@ -144,14 +144,14 @@ pub fn restarted_elsewhere(
     let promised = writer.finish()?;
     ensure!(
         found >= promised,
-        "{promised} records were flushed, {found} are there"
+        "{promised} records were acknowledged, {found} are on the disk"
     );
     let takeover = vm.takeover()?;
     ensure!(takeover.proof == "SafeTimeElapsed", "{takeover:?}");
     Ok((to, takeover))
 }
 
-/// Two quick migrations: the session of before goes on after each.
+/// Two quick migrations, there and back: an open TCP session survives both.
 ///
 /// # Errors
 /// As [`install_and_first_vm`].
@@ -170,7 +170,8 @@ pub fn quick_migration_round_trip(vm: &ClusterVm<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Without daemons, operators and API server the guest runs on; when they are back, it can be moved.
+/// The guest keeps running without node daemons, operators and API server; when they are back, it can
+/// be migrated.
 ///
 /// # Errors
 /// As [`install_and_first_vm`].
@@ -180,24 +181,24 @@ pub fn killing_daemon_operator_apiserver_stops_no_guest(
 ) -> Result<()> {
     let mut talk = vm.talk()?;
     let lab = cluster.lab();
-    let tenure = vm.tenure()?;
+    let before = vm.slot_and_epoch()?;
     let daemons = cluster.kill_pods("node")?;
     let operators = cluster.kill_pods("operator")?;
     lab.kill(Component::Apiserver)?;
     let begin = Instant::now();
-    while begin.elapsed() < WITHOUT_ANYBODY {
+    while begin.elapsed() < CONTROL_PLANE_OUTAGE {
         talk.ping()?;
         talk.append()?;
     }
     lab.restart(Component::Apiserver)?;
     talk.ping()?;
     talk.check()?;
-    // The VirtualMachine's status is one of before until an operator is back.
+    // The VirtualMachine's status is stale until an operator is back.
     cluster.wait_replaced("node", &daemons)?;
     cluster.wait_replaced("operator", &operators)?;
     vm.wait_ready(BACK_LIMIT)?;
-    ensure!(vm.tenure()? == tenure, "it changed hands meanwhile");
-    // The daemons that came back know the guest.
+    ensure!(vm.slot_and_epoch()? == before, "another node took it over");
+    // The restarted daemons have re-adopted the guest.
     let moved = vm.migrate("Live", None)?;
     ensure!(moved.source != moved.target, "{moved:?}");
     talk.ping()
@@ -205,15 +206,15 @@ pub fn killing_daemon_operator_apiserver_stops_no_guest(
 
 /// An operator that has just moved a guest reports it within seconds.
 const SETTLED_LIMIT: Duration = Duration::from_secs(120);
-/// Longer than a volume's lease: the heartbeat goes on without any of them.
-const WITHOUT_ANYBODY: Duration = Duration::from_secs(10);
+/// Longer than a volume's lease: the heartbeat must not depend on any of them.
+const CONTROL_PLANE_OUTAGE: Duration = Duration::from_secs(10);
 /// An emulated node starts its daemon's container again within a minute.
 const BACK_LIMIT: Duration = Duration::from_secs(240);
-/// From the loss of a node to its guest answering elsewhere, on a machine that is busy besides.
+/// From the loss of a node to its guest responding elsewhere, on a busy machine.
 const RESTART_LIMIT: Duration = Duration::from_secs(420);
 /// T_safe of a SharedVolume with the default times.
 pub const SAFE_TIME: Duration = Duration::from_secs(27);
-/// The last sign of life may be this much older than the power cut.
+/// The last heartbeat may be this much older than the power cut.
 const RENEWAL: Duration = Duration::from_secs(1);
 /// The API's times are whole seconds, rounded down, and an emulated node sets its clock at boot by one
 /// that shows whole seconds.

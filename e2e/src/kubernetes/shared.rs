@@ -1,4 +1,4 @@
-//! One cluster for all scenarios of a test program: they run one after the other.
+//! One cluster for all scenarios of a test program, which run one after the other.
 
 use std::sync::OnceLock;
 use std::time::Duration;
@@ -10,7 +10,8 @@ use bascule_lab::{Lab, Tier};
 use super::{ClusterVm, Installation};
 use crate::kvm_or_skip;
 
-/// Made when the first scenario asks for it. The lab ends with the process.
+/// A cluster that the first scenario brings up. The lab is taken down when the process ends, unless
+/// `BASCULE_LAB_KEEP` is set.
 #[derive(Debug)]
 pub struct SharedCluster {
     tier: Tier,
@@ -45,7 +46,7 @@ impl SharedCluster {
         }
         let cluster = self.get();
         let done = step(&format!("scenario {name}"), || {
-            // A panic leaves the mark, so that a lab that is kept is not taken for an unused one.
+            // A panic leaves the record, so that a kept lab is not used again after a failure.
             cluster.lab().set_unfinished(Some(name))?;
             scenario(cluster);
             cluster.lab().set_unfinished(None)
@@ -75,8 +76,8 @@ impl SharedCluster {
         });
     }
 
-    /// Runs a scenario on it with the one virtual machine that stays from scenario to scenario, on
-    /// whichever node the last one left it: where a start takes a minute, that is half of the time.
+    /// Runs a scenario on it with the one virtual machine that all these scenarios share, on the node
+    /// where the last one left it. Starting one per scenario would double the duration.
     ///
     /// # Panics
     /// When the cluster or the virtual machine does not come up.
@@ -111,7 +112,7 @@ impl SharedCluster {
     }
 }
 
-/// Makes its address.
+/// Its address is 10.91.0.99.
 const RESIDENT: u8 = 99;
-/// The scenario before may have left it on its way.
+/// It may still be migrating from the previous scenario.
 const READY_LIMIT: Duration = Duration::from_secs(240);

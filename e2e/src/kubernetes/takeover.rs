@@ -1,4 +1,4 @@
-//! What a restart after a failure left on record.
+//! The Failover record of a restart after a node failure.
 
 use std::time::Duration;
 
@@ -8,26 +8,25 @@ use serde_json::Value;
 
 use super::{ClusterVm, NAMESPACE};
 
-/// A Failover that has ended well.
+/// A Failover that has succeeded.
 #[derive(Clone, Debug)]
 pub struct Takeover {
-    /// When the node was found silent.
+    /// When the node was found to have no heartbeat.
     pub suspected: Timestamp,
-    /// When the volume had its proof.
+    /// When the fence proof was recorded.
     pub proved: Timestamp,
-    /// When the row was the new node's.
+    /// When the new node had acquired ownership.
     pub taken_over: Timestamp,
     /// When the guest had been started.
     pub started: Timestamp,
     /// The proof's kind.
     pub proof: String,
-    /// The proof in words.
+    /// The proof's detail, a sentence for administrators.
     pub detail: String,
 }
 
 impl Takeover {
-    /// The stages after a moment, with how long after it each was reached; to the second, as the API
-    /// records them.
+    /// Each stage with its time after `since`, in whole seconds, as the API records times.
     #[must_use]
     pub fn stages(&self, since: Timestamp) -> [(&'static str, Duration); 4] {
         [
@@ -39,18 +38,18 @@ impl Takeover {
         .map(|(stage, at)| (stage, Duration::try_from(at - since).unwrap_or_default()))
     }
 
-    /// How long the node had been silent by the coordinator's own clock, and how long it had to be.
+    /// Time without a heartbeat by the coordinator's clock, and the safe time required.
     ///
     /// # Errors
-    /// When the proof does not say.
-    pub fn silence(&self) -> Result<(Duration, Duration)> {
+    /// When the proof has no such figures.
+    pub fn time_without_heartbeat(&self) -> Result<(Duration, Duration)> {
         let words = self.detail.split(' ').filter_map(|word| word.parse().ok());
         let numbers: Vec<u64> = words.collect();
-        let [silent, required] = numbers[..] else {
+        let [elapsed, required] = numbers[..] else {
             bail!("the proof has no two times: {}", self.detail);
         };
         Ok((
-            Duration::from_millis(silent),
+            Duration::from_millis(elapsed),
             Duration::from_millis(required),
         ))
     }
@@ -69,7 +68,7 @@ impl ClusterVm<'_> {
         Ok(items.iter().filter(of_vm).cloned().collect())
     }
 
-    /// How often it was taken from one of its nodes.
+    /// Number of its takeovers.
     ///
     /// # Errors
     /// When kubectl fails.
@@ -79,10 +78,10 @@ impl ClusterVm<'_> {
         Ok(records.iter().filter(taken).count())
     }
 
-    /// The last of its Failovers, complete.
+    /// Its latest Failover, once that is complete.
     ///
     /// # Errors
-    /// When there is none, or it does not say that it is complete in time.
+    /// When there is none, or it is not complete in time.
     pub fn takeover(&self) -> Result<Takeover> {
         let what = format!("the Failover of {} to be complete", self.name);
         self.cluster.lab.wait_for(&what, RECORD_LIMIT, || {
@@ -115,7 +114,7 @@ fn read(record: &Value) -> Result<Takeover> {
     })
 }
 
-/// The guest runs already; the record follows.
+/// The record is completed shortly after the guest runs.
 const RECORD_LIMIT: Duration = Duration::from_secs(60);
 
 #[cfg(test)]
@@ -134,8 +133,11 @@ mod tests {
         let takeover = read(&record).unwrap();
         let stages = takeover.stages("2026-01-01T00:00:00Z".parse().unwrap());
         assert_eq!(stages.map(|(_, after)| after.as_secs()), [5, 27, 28, 30]);
-        let (silent, required) = takeover.silence().unwrap();
-        assert_eq!((silent.as_millis(), required.as_millis()), (27_024, 27_000));
+        let (elapsed, required) = takeover.time_without_heartbeat().unwrap();
+        assert_eq!(
+            (elapsed.as_millis(), required.as_millis()),
+            (27_024, 27_000)
+        );
         record["status"]["startedAt"] = Value::Null;
         assert!(read(&record).is_err());
     }

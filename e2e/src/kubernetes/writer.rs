@@ -1,4 +1,4 @@
-//! A client that has the guest write to its disk without a pause, and counts what it was promised.
+//! A client that has the guest write to its disk continuously and counts the acknowledged records.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -8,8 +8,7 @@ use anyhow::{Context, Result, anyhow};
 
 use super::{ClusterVm, Talk};
 
-/// Appends records one after the other until it is told to stop or the session breaks; stopped when
-/// dropped.
+/// Appends records until it is stopped or the session breaks; stopped when dropped.
 #[derive(Debug)]
 pub struct Writer {
     running: Arc<AtomicBool>,
@@ -40,7 +39,7 @@ impl ClusterVm<'_> {
 }
 
 impl Writer {
-    /// Stops, and says what was promised last.
+    /// Stops and returns the number of the last acknowledged record.
     ///
     /// # Errors
     /// When the thread panicked.
@@ -54,7 +53,7 @@ impl Writer {
 
 fn write(talk: &mut Talk, running: &AtomicBool, promised: &AtomicU64) {
     while running.load(Ordering::Relaxed) {
-        // A session that breaks is the end of what this client was promised.
+        // A broken session ends the acknowledged records.
         let Ok(number) = talk.append() else { return };
         promised.store(number, Ordering::Release);
     }

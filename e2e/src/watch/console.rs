@@ -1,4 +1,4 @@
-//! The guest's serial console: its ticks, its acknowledged blocks, its findings.
+//! The guest's serial console: ticks, acknowledged block numbers, detected faults.
 
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Read};
@@ -20,8 +20,8 @@ pub struct Tick {
     pub guest: Duration,
 }
 
-/// A follower of one guest's console, over as many streams as the guest has lives: after a
-/// migration the destination's stream is followed too.
+/// Follows one guest's console over all its streams: one per process the guest ran in, for example
+/// the source and the destination of a migration.
 #[derive(Clone, Debug, Default)]
 pub struct Console {
     seen: Arc<Mutex<Seen>>,
@@ -30,8 +30,8 @@ pub struct Console {
 #[derive(Debug, Default)]
 struct Seen {
     streams: usize,
-    /// Each with the stream that it came by. Two streams have a reader each: of their lines none
-    /// arrives before the other, so only the order within a stream means anything.
+    /// Each line with the index of its stream. Each stream has its own reader thread, so only the
+    /// order within one stream is meaningful.
     ticks: Vec<(usize, Tick)>,
     lines: Vec<String>,
     findings: Vec<String>,
@@ -39,7 +39,7 @@ struct Seen {
 }
 
 impl Console {
-    /// A follower that follows nothing yet.
+    /// A console without streams; see [`Self::follow`].
     #[must_use]
     pub fn new() -> Self {
         Self::default()
@@ -137,12 +137,12 @@ impl Console {
             .unwrap_or_default()
     }
 
-    /// That the guest found nothing wrong, and that it lived one life: its ticks and its clock only
-    /// ever rose, and each process that it ran in had one stretch of them. A guest that ran in two
-    /// places, or was rolled back, repeats a tick.
+    /// Checks that the guest reported no fault and never ran twice: ticks and clock are strictly
+    /// increasing, and the ticks of each process are contiguous. A guest that ran in two places, or
+    /// was rolled back, repeats a tick.
     ///
     /// # Errors
-    /// What is wrong.
+    /// The first violation.
     pub fn check(&self) -> Result<()> {
         let seen = self.seen();
         ensure!(
@@ -247,8 +247,8 @@ mod tests {
         console
     }
 
-    /// A reader that the machine has no time for passes the source's last lines on after the
-    /// destination's first: tests of migrations used to fail with that, now and then, under load.
+    /// On a busy machine the source's last lines may be read after the destination's first. Migration
+    /// tests used to fail because of that.
     #[test]
     fn lines_of_the_source_that_arrive_after_the_destinations_are_no_step_back() {
         let late = arrived(&[

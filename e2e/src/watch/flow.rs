@@ -20,18 +20,18 @@ pub struct Flow {
     receiver: Option<JoinHandle<Vec<Arrival>>>,
 }
 
-/// What became of a flow.
+/// Result of a flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FlowSummary {
     /// Packets sent.
     pub sent: u64,
-    /// Packets that came back, each counted once.
+    /// Packets that came back, without duplicates.
     pub received: u64,
     /// Packets that came back more than once.
     pub duplicated: u64,
     /// Packets that did not come back.
     pub lost: u64,
-    /// The longest time between two arrivals in a row.
+    /// Longest time between two consecutive arrivals: the outage that a client sees.
     pub gap_max: Duration,
 }
 
@@ -45,7 +45,7 @@ impl Flow {
     /// Starts a flow to `guest`.
     ///
     /// # Errors
-    /// When there is no socket or no thread to be had.
+    /// When the socket or a thread cannot be created.
     pub fn start(network: &Network, guest: Ipv4Addr) -> Result<Self> {
         Self::over(network.udp(SocketAddrV4::new(guest, UDP_PORT))?, PERIOD)
     }
@@ -54,7 +54,7 @@ impl Flow {
     /// gets.
     ///
     /// # Errors
-    /// When there is no thread to be had.
+    /// When a thread cannot be started.
     pub fn over(socket: UdpSocket, period: Duration) -> Result<Self> {
         socket
             .set_read_timeout(Some(READ_TIME))
@@ -80,7 +80,7 @@ impl Flow {
         })
     }
 
-    /// Stops the flow and says what became of it.
+    /// Stops the flow and returns its result.
     ///
     /// # Errors
     /// When a thread of it panicked.
@@ -157,7 +157,7 @@ fn summarize(sent: u64, arrivals: &[Arrival]) -> FlowSummary {
 }
 
 const PERIOD: Duration = Duration::from_millis(1);
-/// How long to wait for stragglers at the end.
+/// How long to wait for late packets at the end.
 const READ_TIME: Duration = Duration::from_millis(200);
 
 #[cfg(test)]

@@ -1,4 +1,5 @@
-//! A TCP session with the guest, which counts its lines.
+//! A TCP session with the guest. The guest numbers its responses, so that a restart or a lost or
+//! repeated request is detected.
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::{Ipv4Addr, SocketAddrV4, TcpStream};
@@ -45,10 +46,10 @@ impl Session {
         })
     }
 
-    /// Sends a line and checks that the guest answers to it as the next one of this session.
+    /// Sends a line and checks that the response has the session's next number.
     ///
     /// # Errors
-    /// When the connection breaks, the answer takes too long, or the guest has counted otherwise.
+    /// When the connection breaks, the response is late, or its number is wrong.
     pub fn count(&mut self) -> Result<()> {
         let text = format!("line{}", self.lines + 1);
         let answer = self.ask(&text)?;
@@ -69,7 +70,7 @@ impl Session {
         answer.parse().with_context(|| format!("read {answer:?}"))
     }
 
-    /// The guest's report, of which every fault counter is zero.
+    /// The guest's report; an error if one of its fault counters is not zero.
     ///
     /// # Errors
     /// As [`Self::count`], or the report.
@@ -79,7 +80,7 @@ impl Session {
         Ok(report)
     }
 
-    /// Gives a command that is answered by `ok`: `poweroff`, `reset`, `fault`, `set KEY=VALUE`.
+    /// Sends a command whose response is `ok`: `poweroff`, `reset`, `fault`, `set KEY=VALUE`.
     ///
     /// # Errors
     /// As [`Self::count`], or another answer.

@@ -1,5 +1,5 @@
-//! A node whose clock is wrong: leases are counted in what a clock of one's own has run, never in
-//! what somebody else's shows.
+//! A node with a wrong wall clock: leases are measured with each node's monotonic clock, never by
+//! comparing clocks of different nodes.
 
 use anyhow::{Context, Result, ensure};
 use bascule_lab::Node;

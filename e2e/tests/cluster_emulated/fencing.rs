@@ -1,4 +1,4 @@
-//! Nodes that are lost, and nodes that come back from the dead: never two writers.
+//! Nodes that lose power or freeze and resume: never two writers.
 
 use std::time::{Duration, Instant, SystemTime};
 
@@ -22,7 +22,7 @@ fn power_cut_restarts_vm_elsewhere_with_proof() {
     });
 }
 
-/// The whole machine stands still, its clock and its watchdog outside go on.
+/// The whole machine is frozen; its watchdog outside keeps counting.
 #[test]
 fn frozen_node_never_writes_after_takeover() {
     CLUSTER.with_resident("frozen", |cluster, vm| {
@@ -36,14 +36,15 @@ fn frozen_node_never_writes_after_takeover() {
     });
 }
 
-/// Only our processes stand still, and the rest of the node goes on, its watchdog's owner included.
+/// Only bascule-volume and bascule-vm are stopped; the rest of the node runs, bascule-watchdog
+/// included.
 #[test]
 fn frozen_node_never_writes_after_takeover_with_only_our_processes_frozen() {
     CLUSTER.with_resident("stopped", |cluster, vm| {
         let run = |node: &Node<'_>, script: &str| node.exec(&["sh", "-c", script]).map(drop);
         let stop = "pkill -STOP -x bascule-volume && pkill -STOP -x bascule-vm";
         let go_on = "pkill -CONT -x bascule-volume && pkill -CONT -x bascule-vm";
-        // All of it in one order: the way to a busy node may take seconds each time.
+        // In one command: each command on a busy node may take seconds.
         let while_it_sleeps = format!("{stop} && sleep {} && {go_on}", SHORT_FREEZE.as_secs());
         let for_a_while = |node: &Node<'_>| run(node, &while_it_sleeps);
         frozen_for_less_than_the_timeout(cluster, vm, for_a_while).unwrap();
@@ -51,7 +52,7 @@ fn frozen_node_never_writes_after_takeover_with_only_our_processes_frozen() {
     });
 }
 
-/// It goes on with its lease lapsed, checks it, and finds that nobody took anything from it.
+/// The node resumes with an expired lease, checks its ownership, and has lost nothing.
 fn frozen_for_less_than_the_timeout(
     cluster: &Installation,
     vm: &ClusterVm<'_>,
@@ -60,7 +61,7 @@ fn frozen_for_less_than_the_timeout(
     let name = vm.node()?;
     let node = cluster.lab().node(&name)?;
     let resets = node.watchdog_resets()?;
-    let (_, epoch) = vm.tenure()?;
+    let (_, epoch) = vm.slot_and_epoch()?;
     let taken = vm.times_taken_over()?;
     let mut talk = vm.talk()?;
     let promised = talk.append()?;
@@ -70,13 +71,13 @@ fn frozen_for_less_than_the_timeout(
     talk.check()?;
     vm.wait_ready(BACK_LIMIT)?;
     ensure!(vm.node()? == name);
-    ensure!(vm.tenure()?.1 == epoch, "somebody took it");
+    ensure!(vm.slot_and_epoch()?.1 == epoch, "another node took it over");
     ensure!(vm.times_taken_over()? == taken);
     ensure!(node.watchdog_resets()? == resets);
     Ok(())
 }
 
-/// It is reset before the guest starts elsewhere, and none of its writes comes after.
+/// The watchdog resets the node before the guest starts elsewhere, and none of its writes lands after.
 fn frozen_for_longer(
     cluster: &Installation,
     vm: &ClusterVm<'_>,
@@ -110,5 +111,5 @@ fn frozen_for_longer(
 /// The length of the fault itself, longer than a lease (4 s) and shorter than the watchdog's timeout
 /// (8 s): nothing is waited for.
 const SHORT_FREEZE: Duration = Duration::from_secs(5);
-/// The watchdog's timeout, and the machine's death.
+/// The watchdog's timeout plus the reset of the machine.
 const RESET_LIMIT: Duration = Duration::from_secs(60);

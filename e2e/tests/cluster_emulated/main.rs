@@ -46,5 +46,5 @@ fn killing_daemon_operator_apiserver_stops_no_guest() {
     });
 }
 
-/// A node and its daemon that come back under emulation.
+/// Boot of an emulated node and the start of its daemon.
 const BACK_LIMIT: Duration = Duration::from_secs(420);

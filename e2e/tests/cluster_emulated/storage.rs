@@ -1,4 +1,4 @@
-//! The backing device is gone: on all nodes for a moment, on one for good.
+//! Loss of the backing device: on all nodes for a few seconds, on one node permanently.
 
 use std::time::{Duration, SystemTime};
 
@@ -7,13 +7,13 @@ use bascule_e2e::kubernetes::{VOLUME, scenarios};
 
 use crate::{BACK_LIMIT, CLUSTER};
 
-/// Guests stall and see no error, and nobody takes anything from anybody.
+/// Guests stall without an I/O error, and no takeover happens.
 #[test]
 fn backing_gone_on_all_nodes_for_a_moment_loses_nothing() {
     CLUSTER.with_resident("stalled", |cluster, vm| {
         let mut talk = vm.talk().unwrap();
         let promised = talk.append().unwrap();
-        let (_, epoch) = vm.tenure().unwrap();
+        let (_, epoch) = vm.slot_and_epoch().unwrap();
         let taken = vm.times_taken_over().unwrap();
         for node in cluster.lab().nodes() {
             node.stall_disk().unwrap();
@@ -26,14 +26,14 @@ fn backing_gone_on_all_nodes_for_a_moment_loses_nothing() {
         assert_eq!(talk.append().unwrap(), promised + 1);
         talk.check().unwrap();
         vm.wait_ready(BACK_LIMIT).unwrap();
-        assert_eq!(vm.tenure().unwrap().1, epoch);
+        assert_eq!(vm.slot_and_epoch().unwrap().1, epoch);
         assert_eq!(vm.times_taken_over().unwrap(), taken);
         cluster.wait_volume().unwrap();
     });
 }
 
-/// The node says which device is gone. What it cannot finish writing, nobody can: its watchdog
-/// resets it, and the guest starts elsewhere.
+/// The node reports the lost device. It cannot finish its writes, so its watchdog resets it, and the
+/// guest starts elsewhere.
 #[test]
 fn backing_gone_on_one_node_restarts_vm_elsewhere() {
     CLUSTER.with_resident("pathless", |cluster, vm| {

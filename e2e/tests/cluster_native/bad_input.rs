@@ -1,5 +1,5 @@
-//! Bad input: what the API refuses names the field; what only a node or the volume can know ends in
-//! a condition that names it; and nothing that runs is any the worse for it.
+//! Bad input: the API refuses it and names the field, or, where only a node or the volume can check
+//! it, a condition names it. Running guests are not affected.
 
 use std::fs;
 use std::io;
@@ -71,7 +71,7 @@ fn the_api_refuses_a_bad_document_and_names_the_field() {
 }
 
 #[test]
-fn what_cannot_be_done_is_said_in_a_condition_and_hurts_nobody_else() {
+fn a_vm_that_cannot_start_says_why_in_a_condition_and_does_not_affect_others() {
     CLUSTER.with_vm("bystander", 61, |cluster, vm| {
         let lab = cluster.lab();
         let mut talk = vm.talk().unwrap();
@@ -96,7 +96,7 @@ fn what_cannot_be_done_is_said_in_a_condition_and_hurts_nobody_else() {
         ] {
             await_ready_says(cluster, &["vm", name, "-n", NAMESPACE], reason, words);
         }
-        // Tried as often as its budget allows, and never worn down by it.
+        // Retried within its budget; the condition stays.
         lab.wait_for("nokernel to say what it is not", SAID_LIMIT, || {
             let vm = lab.get(&["vm", "nokernel", "-n", NAMESPACE])?;
             let told = vm["status"].to_string();
@@ -167,7 +167,7 @@ fn a_migration_that_makes_no_sense_is_refused_with_its_reason() {
         }
         await_refusal(cluster, "no-vm", "VirtualMachineNotFound");
         await_refusal(cluster, "at-rest", "VirtualMachineNotRunning");
-        // Nothing can take it while the other node is cordoned: the first waits, the second is told.
+        // The other node is cordoned: the first migration waits for a node, the second is refused.
         ask("first", "mover", "");
         lab.wait_for("the first to be under way", SAID_LIMIT, || {
             let first = lab.get(&["vmmig", "first", "-n", NAMESPACE])?;
@@ -295,7 +295,7 @@ fn a_node_without_kvm_says_so_and_is_given_no_guest() {
         let pinned = ["vm", "pinned", "-n", NAMESPACE];
         await_ready_says(cluster, &pinned, "Unschedulable", "/dev/kvm");
         node.exec(&["mv", "/dev/kvm.away", "/dev/kvm"]).unwrap();
-        // It is back in the game at once.
+        // The node accepts guests again at once.
         cluster.handle("pinned", 67).wait_ready(MOVE_LIMIT).unwrap();
         lab.kubectl(&["delete", "vm", "pinned", "-n", NAMESPACE])
             .unwrap();
@@ -304,7 +304,7 @@ fn a_node_without_kvm_says_so_and_is_given_no_guest() {
     });
 }
 
-/// A virtual machine on such a volume waits, says for what, and can be deleted.
+/// A VM on an unusable volume waits, names the reason in its condition, and can be deleted.
 fn strand_a_vm(cluster: &Installation) {
     let lab = cluster.lab();
     let stranded = cluster.document("stranded", 65).replacen(
@@ -320,7 +320,7 @@ fn strand_a_vm(cluster: &Installation) {
         .unwrap();
 }
 
-/// Virtual machines of which each has one thing wrong that the API server cannot see.
+/// VMs with one error each that the API server cannot detect.
 fn apply_bad_vms(cluster: &Installation) {
     let lab = cluster.lab();
     let garbage = tempfile::NamedTempFile::new().unwrap();
@@ -392,7 +392,7 @@ fn complaint(object: &Value, kind: &str) -> Result<String> {
     Ok(format!("{}: {}", text("reason"), text("message")))
 }
 
-/// Where a node's own copy of a bad volume lies.
+/// Path of a node's copy of a bad volume.
 fn on_node(file: &str) -> String {
     format!("/var/lib/bascule/bad-{file}")
 }

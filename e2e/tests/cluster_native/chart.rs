@@ -1,4 +1,4 @@
-//! The chart: what it renders, what it refuses, and that guests do not care what becomes of it.
+//! The chart: rendering, validation of values, and guests that survive its upgrade and removal.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -63,7 +63,7 @@ fn a_bad_value_is_refused_and_named() {
     }
 }
 
-/// Least rights: what the operator does not do it may not do, and the nodes may do nothing at all.
+/// Least privilege: the operator has only the rights it uses, the nodes have none.
 #[test]
 fn the_charts_roles_grant_what_is_used_and_nothing_else() {
     let rendered = helm(&["template", "bascule", &chart(), "--namespace", "away"]).unwrap();
@@ -141,7 +141,7 @@ fn upgrade_and_uninstall_leave_guests_running() {
         let lab = cluster.lab();
         let doomed = cluster.vm("doomed", 31).unwrap();
         let mut talk = vm.talk().unwrap();
-        let mut last_words = doomed.talk().unwrap();
+        let mut doomed_talk = doomed.talk().unwrap();
         talk.ping().unwrap();
         let process = processes(cluster);
         assert_eq!(process.len(), 2, "{process:?}");
@@ -151,11 +151,11 @@ fn upgrade_and_uninstall_leave_guests_running() {
         vm.wait_ready(SETTLE_LIMIT).unwrap();
         uninstall(cluster);
         talk.ping().unwrap();
-        last_words.ping().unwrap();
+        doomed_talk.ping().unwrap();
         assert_eq!(
             processes(cluster),
             process,
-            "the very same processes run on"
+            "the same processes keep running"
         );
         assert_eq!(
             vm.object().unwrap()["status"]["phase"],
@@ -163,11 +163,11 @@ fn upgrade_and_uninstall_leave_guests_running() {
             "the object stays"
         );
 
-        // Nobody is there to see to it: the object waits, and so does what it stands for.
+        // No operator runs: the deleted object waits for its finalizer, and the guest keeps running.
         let delete = ["delete", "vm", "doomed", "-n", NAMESPACE, "--wait=false"];
         lab.kubectl(&delete).unwrap();
-        last_words.ping().unwrap();
-        last_words.check().unwrap();
+        doomed_talk.ping().unwrap();
+        doomed_talk.check().unwrap();
         let waiting = doomed.object().unwrap();
         assert!(
             waiting["metadata"]["deletionTimestamp"].is_string(),
@@ -209,7 +209,7 @@ fn upgrade(cluster: &Installation) {
     replaced.unwrap();
 }
 
-/// The user is told before that guests run on, and at the end what stays.
+/// helm's notes say before that guests keep running, and at the end what remains.
 fn uninstall(cluster: &Installation) {
     let lab = cluster.lab();
     let notes = lab
@@ -321,5 +321,5 @@ fn processes(cluster: &Installation) -> Vec<String> {
     found
 }
 
-/// Pods that roll, a Lease that changes hands, a guest that shuts down.
+/// A rollout, a leader election, a guest's shutdown.
 const SETTLE_LIMIT: Duration = Duration::from_secs(180);

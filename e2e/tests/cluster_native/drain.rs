@@ -1,4 +1,4 @@
-//! Reasons to leave a node beyond a plain drain, and guests that do not like to move.
+//! Drains of guests that do not converge, and evictions other than a drain.
 
 use std::time::Duration;
 
@@ -36,12 +36,12 @@ fn a_guest_that_does_not_converge_leaves_by_quick_migration_at_once() {
         talk.ping().unwrap();
         talk.check().unwrap();
         let moves = vm.moves().unwrap();
-        let told: Vec<(&str, &str)> = moves
+        let outcomes: Vec<(&str, &str)> = moves
             .iter()
             .map(|m| (m.mode.as_str(), m.phase.as_str()))
             .collect();
         assert_eq!(
-            told,
+            outcomes,
             [("Live", "Failed"), ("Quick", "Succeeded")],
             "{moves:?}"
         );

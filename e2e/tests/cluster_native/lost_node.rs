@@ -1,5 +1,5 @@
-//! A node's power is cut on a volume without hardware fencing: nothing moves without a word, and
-//! everything does with it.
+//! A power cut on a volume without hardware fencing: no takeover without a manual fencing
+//! confirmation, and a takeover with it.
 
 use std::time::Duration;
 
@@ -9,10 +9,10 @@ use serde_json::Value;
 use super::CLUSTER;
 
 #[test]
-fn an_administrators_word_starts_the_guest_of_a_lost_node_elsewhere() {
-    CLUSTER.with_vm("word", 20, |cluster, vm| {
+fn a_manual_fencing_confirmation_restarts_the_guest_of_a_lost_node_elsewhere() {
+    CLUSTER.with_vm("confirmed", 20, |cluster, vm| {
         let proof = lose_node(cluster, vm, |_, command| {
-            // The record says what to run: exactly that is run.
+            // Runs exactly the command that the Failover shows.
             let words: Vec<&str> = command.split_whitespace().skip(1).collect();
             cluster.lab().kubectl(&words).unwrap();
         });
@@ -26,7 +26,7 @@ fn an_administrators_word_starts_the_guest_of_a_lost_node_elsewhere() {
 }
 
 #[test]
-fn the_out_of_service_taint_is_a_word_where_the_volume_trusts_it() {
+fn the_out_of_service_taint_confirms_fencing_where_the_volume_trusts_it() {
     CLUSTER.with_vm("taint", 21, |cluster, vm| {
         let lab = cluster.lab();
         let taint = "node.kubernetes.io/out-of-service=nodeshutdown:NoExecute";
@@ -37,10 +37,14 @@ fn the_out_of_service_taint_is_a_word_where_the_volume_trusts_it() {
     });
 }
 
-/// Cuts the power of the guest's node, sees that nothing is taken from it, has `say` give the word,
-/// and sees the guest elsewhere with everything that it was promised. The node is back at the end.
-/// Says which proof is on record. `say` is given the node and the command that the record asks for.
-fn lose_node(cluster: &Installation, vm: &ClusterVm<'_>, say: impl FnOnce(&str, &str)) -> String {
+/// Cuts the power of the guest's node, checks that no takeover happens, calls `confirm` with the node
+/// and the command that the Failover shows, and checks that the guest runs elsewhere with every
+/// acknowledged record. Powers the node on again and returns the kind of the fence proof.
+fn lose_node(
+    cluster: &Installation,
+    vm: &ClusterVm<'_>,
+    confirm: impl FnOnce(&str, &str),
+) -> String {
     let lab = cluster.lab();
     let promised = vm.talk().unwrap().append().unwrap();
     let node = vm.node().unwrap();
@@ -61,16 +65,16 @@ fn lose_node(cluster: &Installation, vm: &ClusterVm<'_>, say: impl FnOnce(&str, 
     assert_eq!(
         self::epoch(vm),
         epoch,
-        "the volume was asked and has refused"
+        "the volume refuses a takeover without a proof"
     );
 
-    say(&node, &command);
+    confirm(&node, &command);
     vm.wait_elsewhere(&node, TAKEOVER_LIMIT).unwrap();
     let mut talk = vm.talk().unwrap();
     let found = talk.check().unwrap();
     assert!(
         found >= promised,
-        "{promised} were flushed, {found} are there"
+        "{promised} records were acknowledged, {found} are on the disk"
     );
     let closed = lab
         .wait_for("the Failover to be closed", TAKEOVER_LIMIT, || {
@@ -87,7 +91,11 @@ fn lose_node(cluster: &Installation, vm: &ClusterVm<'_>, say: impl FnOnce(&str, 
     untaint(cluster, &node);
     cluster.wait_volume().unwrap();
     talk.ping().unwrap();
-    assert_ne!(vm.node().unwrap(), node, "nothing came back with the node");
+    assert_ne!(
+        vm.node().unwrap(),
+        node,
+        "the guest did not return with the node"
+    );
     let proof = closed["status"]["proof"]["kind"]
         .as_str()
         .unwrap_or_default();
@@ -133,7 +141,7 @@ fn untaint(cluster: &Installation, node: &str) {
 }
 
 const CONFIRM: &str = "bascule.dev/confirm-fenced";
-/// Three leases, the daemon's stream, another leader's Lease.
+/// Three leases, the daemon's stream timeout, and possibly a new leader election.
 const SUSPECT_LIMIT: Duration = Duration::from_secs(120);
 const TAKEOVER_LIMIT: Duration = Duration::from_secs(90);
 const BOOT_LIMIT: Duration = Duration::from_secs(60);

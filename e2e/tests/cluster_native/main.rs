@@ -53,12 +53,12 @@ fn two_operators_cannot_double_start() {
         let mut talk = vm.talk().unwrap();
         let home = vm.node().unwrap();
         let since = ready_since(vm);
-        // Without its Lease both replicas believe that they may lead.
+        // Without the Lease both replicas may act as leader.
         let args = ["-n", SYSTEM_NAMESPACE, "delete", "lease", "--all"];
         for _ in 0..3 {
             lab.kubectl(&args).unwrap();
             talk.ping().unwrap();
-            // What a new leader does not know yet it does not deny.
+            // A new leader must not report as not ready what it has not observed yet.
             condition(&vm.object().unwrap(), "Ready").unwrap();
             lab.wait_for(
                 "the new leader to find the guest where it is",
@@ -72,7 +72,7 @@ fn two_operators_cannot_double_start() {
             .unwrap();
         }
         talk.check().unwrap();
-        assert_eq!(ready_since(vm), since, "it was never said not to be ready");
+        assert_eq!(ready_since(vm), since, "Ready was never set to False");
         let processes: usize = lab
             .nodes()
             .map(|node| {
@@ -88,7 +88,7 @@ fn two_operators_cannot_double_start() {
     });
 }
 
-/// Since when the virtual machine is ready.
+/// lastTransitionTime of the VM's Ready condition.
 fn ready_since(vm: &ClusterVm<'_>) -> String {
     let object = vm.object().unwrap();
     let conditions = object["status"]["conditions"].as_array().unwrap();
@@ -96,5 +96,5 @@ fn ready_since(vm: &ClusterVm<'_>) -> String {
     ready["lastTransitionTime"].to_string()
 }
 
-/// A Lease of 15 s that was lost, and the nodes' streams.
+/// Expiry of a Lease of 15 s, and the reconnection of the nodes' streams.
 const LEADER_LIMIT: Duration = Duration::from_secs(90);

@@ -1,4 +1,4 @@
-//! PID 1 of the lab's guest, once the initramfs script is through: something that a test can talk to.
+//! PID 1 of the lab's guest after the initramfs script: a TCP and UDP server for tests.
 //!
 //! TCP port 7000, a line per request, answered by the number of the session's request and:
 //! `ping` → `pong`; `append` → the number of a new record of the log on the disk, written and flushed;
@@ -50,7 +50,7 @@ fn run() -> Result<()> {
     spawn("echo", move || {
         let mut packet = [0; 2048];
         while let Ok((size, from)) = echo.recv_from(&mut packet) {
-            // A lost answer is a lost packet to the one who counts them.
+            // A failed send counts as a lost packet at the client.
             echo.send_to(&packet[..size], from).ok();
         }
     })?;

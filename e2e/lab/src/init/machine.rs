@@ -13,7 +13,7 @@ use crate::wait::wait_for;
 /// Loads modules and gives the shared disks their names.
 pub(crate) fn prepare(spec: &NodeSpec) -> Result<()> {
     for module in MODULES {
-        // One that this kernel has built in, or not at all, shows where it is missed.
+        // A module may be built in; if it is missing, the step that needs it fails.
         if let Err(error) = Run::new("modprobe")
             .env("PATH", &spec.path)
             .arg(module)
@@ -55,7 +55,7 @@ fn find_by_attribute(class: &Path, attribute: &str, value: &str) -> Result<PathB
 /// Devices are there within a second of their modules.
 const DEVICE_DEADLINE: std::time::Duration = std::time::Duration::from_secs(30);
 
-/// In the order in which they are loaded; what they need comes with them.
+/// Modules in load order; modprobe loads their dependencies.
 const MODULES: &[&str] = &[
     "virtio_net",
     "virtio_console",

@@ -109,7 +109,7 @@ fn mount_cgroups(native: &NativeSpec) -> Result<()> {
     Ok(())
 }
 
-/// A /dev with just the devices that the node is said to have.
+/// A /dev with only the device nodes that the node's specification lists.
 fn make_dev(spec: &NodeSpec, native: &NativeSpec) -> Result<()> {
     let disks = spec.disks.iter().filter_map(|disk| disk.device.clone());
     let listed = native
@@ -158,7 +158,7 @@ fn make_node(path: &Path, metadata: &fs::Metadata) -> Result<()> {
     };
     mknodat(CWD, path, kind, Mode::from_raw_mode(0o600), metadata.rdev())
         .with_context(|| format!("make {}", path.display()))?;
-    // The umask has no say in it.
+    // mknod applies the umask; chmod does not.
     fs::set_permissions(path, fs::Permissions::from_mode(metadata.mode() & 0o777))
         .with_context(|| format!("set the mode of {}", path.display()))
 }

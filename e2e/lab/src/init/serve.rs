@@ -21,7 +21,7 @@ use crate::state::Tier;
 /// Name of the control socket in the node's configuration directory, and of the virtio port.
 pub(crate) const CONTROL: &str = "control";
 
-/// Answers for ever.
+/// Serves requests until the node ends.
 pub(crate) fn serve(spec: &NodeSpec, supervisor: &Supervisor) -> Result<()> {
     match spec.tier {
         Tier::Native => serve_socket(supervisor),
@@ -31,7 +31,7 @@ pub(crate) fn serve(spec: &NodeSpec, supervisor: &Supervisor) -> Result<()> {
 
 fn serve_socket(supervisor: &Supervisor) -> Result<()> {
     let path = Path::new(NODE_CONF).join(CONTROL);
-    // The remains of a node that was cut off.
+    // A stale socket from before a power cut.
     drop(std::fs::remove_file(&path));
     let listener = UnixListener::bind(&path).context("listen for the lab")?;
     for stream in listener.incoming() {
@@ -43,7 +43,7 @@ fn serve_socket(supervisor: &Supervisor) -> Result<()> {
     Ok(())
 }
 
-/// A port takes one opener, so it is opened once and for all. Reading it ends whenever nobody is at the other end.
+/// A virtio port can be opened once only. A read returns end-of-file while no client is connected.
 fn serve_port(supervisor: &Supervisor) -> Result<()> {
     let path = port_by_name(CONTROL)?;
     let open = || OpenOptions::new().read(true).write(true).open(&path);
@@ -56,7 +56,7 @@ fn serve_port(supervisor: &Supervisor) -> Result<()> {
     }
 }
 
-/// Requests are answered as they are done, each in a thread of its own: a long one does not hold up the others.
+/// Each request runs in its own thread, so that a long one does not delay the others.
 fn answer_all(reader: impl Read, writer: impl Write + Send + 'static, supervisor: &Supervisor) {
     let writer = Arc::new(Mutex::new(writer));
     for line in BufReader::new(reader).lines().map_while(Result::ok) {
@@ -74,7 +74,7 @@ fn answer_all(reader: impl Read, writer: impl Write + Send + 'static, supervisor
                 return;
             };
             bytes.push(b'\n');
-            // Nobody may be there any more to hear it.
+            // The client may have disconnected.
             drop(
                 writer
                     .lock()
@@ -113,5 +113,5 @@ fn perform(op: Op, supervisor: &Supervisor) -> Result<Reply> {
     }
 }
 
-/// Nothing tells when somebody is there again.
+/// Poll interval for the next client of a virtio port, which signals no connection.
 const PORT_PAUSE: Duration = Duration::from_millis(50);

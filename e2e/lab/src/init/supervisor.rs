@@ -23,7 +23,7 @@ use crate::control::ExecOutcome;
 /// Waits for every child of this process.
 #[derive(Debug)]
 pub(crate) struct Reaper {
-    /// Children that somebody waits for.
+    /// Children with a receiver for their exit status.
     awaited: Mutex<HashMap<i32, Sender<WaitStatus>>>,
     spawned: Condvar,
 }
@@ -75,7 +75,7 @@ impl Reaper {
             }
             while let Ok(Some((pid, status))) = wait(WaitOptions::NOHANG) {
                 if let Some(status_tx) = awaited.remove(&pid.as_raw_nonzero().get()) {
-                    // Nobody may be interested any more.
+                    // The receiver may be gone.
                     status_tx.send(status).ok();
                 }
             }
@@ -265,7 +265,7 @@ impl Supervisor {
         Ok(command)
     }
 
-    /// The life of one service's thread.
+    /// Loop of a service's thread: starts, restarts and stops the service.
     fn keep_running(&self, name: &str) {
         loop {
             let spec = self.wait_wanted(name);
@@ -337,7 +337,7 @@ fn read_all(mut pipe: impl Read + Send + 'static) -> Result<Receiver<Vec<u8>>> {
     let (bytes_tx, bytes_rx) = mpsc::channel();
     named_thread("output", move || {
         let mut bytes = Vec::new();
-        // What came before an error is still worth having.
+        // A read error keeps the bytes that were read before it.
         drop(pipe.read_to_end(&mut bytes));
         drop(bytes_tx.send(bytes));
     })?;

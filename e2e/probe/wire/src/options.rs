@@ -1,7 +1,7 @@
-//! The guest's command line: words `key=value`, separated by spaces. Unknown words are left alone,
+//! The guest's command line: options `key=value`, separated by spaces. Unknown options are ignored,
 //! because a boot loader or VMM may add some.
 
-/// What the guest was told to do.
+/// Options of the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Options {
     /// `ip=10.77.0.5/24`: address and prefix length of the first NIC.
@@ -12,7 +12,7 @@ pub struct Options {
     pub dirty_bytes: u64,
     /// `rate=64M`: at most so much of it per second; without it, as fast as it can.
     pub dirty_rate_bytes: Option<u64>,
-    /// `fill=1G`: how much memory to fill once and to verify for ever after.
+    /// `fill=1G`: how much memory to fill once and then verify continuously.
     pub fill_bytes: u64,
     /// `tick_ms=10`: the period of the tick on the serial console; 0 for none.
     pub tick_ms: u64,
@@ -57,7 +57,7 @@ impl Options {
     /// Reads a command line.
     ///
     /// # Errors
-    /// The first word whose key is known and whose value is not understood.
+    /// The first option with a known key and an invalid value.
     pub fn parse(line: &str) -> Result<Self, &str> {
         let mut options = Self::default();
         for word in line.split_ascii_whitespace() {

@@ -1,33 +1,38 @@
-//! `bascule-volume`: one process per attached SharedVolume, and the offline tools.
+//! `bascule-volume`: one process per attached SharedVolume, and the offline tools `format` and
+//! `check`.
 //!
-//! The process holds this node's place on the volume: it renews the heartbeat, watches the others,
-//! coordinates when it is elected, and hands the device to `bascule-vm` processes, whose every write
-//! passes the gate page that it publishes. The rules are in `bascule-volume-protocol` and the bytes
-//! in `bascule-volume-format`; here are threads, devices and sockets.
+//! The process holds this node's slot on the volume: it renews the node's heartbeat, watches the
+//! heartbeats of the other nodes, coordinates while it is elected, and hands the device to
+//! `bascule-vm` processes. Every disk write of those passes the gate page that this process
+//! publishes. The rules are in `bascule-volume-protocol`, the on-disk bytes in
+//! `bascule-volume-format`; this crate has the threads, device I/O and sockets.
 //!
 //! ```text
-//!  volume.sock ──► control ──► Node::ask ──► lead (here)  or  peer (TCP, mTLS) ──► lead (there)
-//!                                             │ decide, journal, re-read leaders, answer
-//!  lease thread ──► heartbeat slot, gate page │
-//!  watch thread ──► everybody's heartbeats ───┘ evidence
+//!  volume.sock ─► local_api ─► VolumeContext::request_coordinator
+//!                                 ├─► coordinator::term (this process)
+//!                                 └─► peer_rpc (TCP, mTLS) ─► coordinator::term (other node)
+//!                                        decide, journal, re-read leader blocks, answer
+//!  heartbeat_renewal thread ──► heartbeat slot, gate page
+//!  peer_watch thread ─────────► heartbeats of all nodes, leader blocks: evidence for fencing
 //! ```
 //!
-//! Read next: [`node`] (what the threads share), [`lead`] (the coordinator), [`lease`].
+//! Read next: [`volume_context`] (what the threads share), [`coordinator`], [`heartbeat_renewal`].
 #![forbid(unsafe_code)]
 
-pub mod control;
-pub mod coordinate;
-pub mod device;
-pub mod join;
-pub mod lead;
-pub mod lease;
-pub mod minder;
-pub mod node;
-pub mod offline;
-pub mod peer;
-pub mod records;
-pub mod serve;
-pub mod signal;
-pub mod status;
-pub mod watch;
+pub mod block_device;
+pub mod control_blocks;
+pub mod coordinator;
+pub mod heartbeat_renewal;
+pub mod listeners;
+pub mod local_api;
+pub mod offline_tools;
+pub mod peer_rpc;
+pub mod peer_watch;
+pub mod serve_command;
+pub mod shutdown_signal;
+pub mod slot_registration;
+pub mod volume_context;
+pub mod volume_status;
+pub mod watchdog_client;
+pub mod writer_table;
 pub mod writers;

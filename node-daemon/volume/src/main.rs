@@ -5,9 +5,9 @@
 use std::io::IsTerminal as _;
 use std::process::ExitCode;
 
-use bascule_volume::offline::{CheckArgs, FormatArgs};
-use bascule_volume::serve::ServeArgs;
-use bascule_volume::{offline, serve};
+use bascule_volume::offline_tools::{CheckArgs, FormatArgs};
+use bascule_volume::serve_command::ServeArgs;
+use bascule_volume::{offline_tools, serve_command};
 use clap::{Parser, Subcommand, ValueEnum};
 use tracing_subscriber::EnvFilter;
 
@@ -54,9 +54,9 @@ fn main() -> ExitCode {
         LogFormat::Json => log.json().init(),
     }
     let outcome = match &cli.command {
-        Command::Format(args) => offline::format(args),
-        Command::Check(args) => offline::check(args),
-        Command::Serve(args) => serve::serve(args),
+        Command::Format(args) => offline_tools::format(args),
+        Command::Check(args) => offline_tools::check(args),
+        Command::Serve(args) => serve_command::serve(args),
     };
     outcome.unwrap_or_else(|error| {
         eprintln!("bascule-volume: {error:#}");

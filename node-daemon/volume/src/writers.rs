@@ -1,270 +1,82 @@
-//! The processes of this node that may have writes under way, kept in the run directory so that a
-//! new `bascule-volume` knows them too.
+//! Opening and closing writers, and the writers thread, which detects writers that died.
+//!
+//! A writer is a process that holds the device for a VM ([`crate::writer_table`]). The volume is
+//! enlisted with the node's watchdog before a writer gets the device, and withdrawn after the last
+//! writer has closed or settled.
 
-use std::collections::BTreeMap;
-use std::fs;
 use std::io;
-use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use bascule_types::{BootTime, VmUid};
-use bascule_volume_protocol::{Rules, WriterEvent, Writers};
+use bascule_types::VmUid;
+use bascule_volume_format::WatchdogKind;
+use bascule_volume_gate::boot_time_now;
 
-/// Every writer and its processes: a `bascule-vm`, or importers of several disks at once.
-#[derive(Debug)]
-pub struct WriterTable {
-    writers: Writers,
-    processes: BTreeMap<(VmUid, u32), Process>,
-    directory: PathBuf,
-}
+use crate::volume_context::VolumeContext;
+use crate::watchdog_client;
 
-#[derive(Clone, Copy, Debug)]
-struct Process {
-    /// When it started, in clock ticks: tells it from a later one with the same id.
-    started: u64,
-    /// Since when it is gone without having closed.
-    gone: Option<BootTime>,
-}
-
-impl WriterTable {
-    /// Forgets the writers of an earlier boot.
-    ///
-    /// # Errors
-    /// The system's.
-    pub fn forget_all(run_dir: &Path) -> io::Result<()> {
-        match fs::remove_dir_all(run_dir.join("writers")) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-            _ => Ok(()),
-        }
+/// Once a second until the process stops: settles the writers of dead processes and refreshes the
+/// watchdog enlistment.
+pub fn run(context: &VolumeContext) {
+    while !context.is_stopping() {
+        let idle = context.state().writers.has_gone() && device_is_idle(context);
+        let settle = context.superblock.timings.settle;
+        context.update(|state| state.writers.reap(boot_time_now(), settle, idle));
+        watchdog_client::refresh(context);
+        context.wait_until(INTERVAL, |state| state.stopping);
     }
+}
 
-    /// The writers that an earlier process noted in `run_dir`.
-    ///
-    /// # Errors
-    /// The system's.
-    pub fn load(run_dir: &Path) -> io::Result<Self> {
-        let directory = run_dir.join("writers");
-        fs::create_dir_all(&directory)?;
-        let mut table = Self {
-            writers: Writers::new(Rules::ENFORCED),
-            processes: BTreeMap::new(),
-            directory,
-        };
-        for entry in fs::read_dir(&table.directory)? {
-            let entry = entry?;
-            let name = entry.file_name();
-            let parts = name.to_str().and_then(|name| name.split_once('.'));
-            if let Some((vm, pid)) = parts
-                && let (Ok(vm), Ok(pid)) = (vm.parse(), pid.parse())
-            {
-                let started = fs::read_to_string(entry.path())?.trim().parse();
-                table.insert(vm, pid, started.unwrap_or(0));
+/// Whether the kernel reported no write in flight on the device in at least one of
+/// [`IDLE_SAMPLES`] samples. A file has no such counter: only the settle time covers its writes,
+/// which is one reason why a file backs a volume only in a lab.
+fn device_is_idle(context: &VolumeContext) -> bool {
+    !context.device.is_block()
+        || (0..IDLE_SAMPLES).any(|_| {
+            std::thread::park_timeout(IDLE_SAMPLE_INTERVAL);
+            context.device.writes_in_flight() == Some(0)
+        })
+}
+
+/// Records process `pid` as a writer of `vm`, after enlisting the volume with the watchdog. While
+/// the heartbeat publishes a watchdog, a writer that cannot be enlisted is refused. Returns whether
+/// the writer is new.
+///
+/// # Errors
+/// The reason, for a person; the process must not get the device.
+pub fn open(context: &VolumeContext, vm: VmUid, pid: u32) -> Result<bool, String> {
+    let call = context.watchdog_call.lock();
+    let is_new = context
+        .update(|state| state.writers.open(vm, pid))
+        .map_err(|error| format!("cannot record the writer: {error}"))?;
+    let published = context.state().watchdog != WatchdogKind::None;
+    let enlisted = if watchdog_client::is_required(context) {
+        watchdog_client::enlist(context)
+    } else {
+        Ok(WatchdogKind::None)
+    };
+    drop(call);
+    match enlisted {
+        Err(error) if published => {
+            if is_new && let Err(error) = close(context, vm, pid) {
+                tracing::warn!(%vm, pid, %error, "cannot remove a writer that was not opened");
             }
+            Err(format!("the watchdog does not watch this volume: {error}"))
         }
-        Ok(table)
-    }
-
-    /// A process is about to get the device for this VM. Whether it had not got it before.
-    ///
-    /// # Errors
-    /// The system's; the process must not get it then.
-    pub fn open(&mut self, vm: VmUid, pid: u32) -> io::Result<bool> {
-        let fresh = !self.processes.contains_key(&(vm, pid));
-        let started = start_time(pid).unwrap_or(0);
-        fs::write(self.file(vm, pid), started.to_string())?;
-        self.insert(vm, pid, started);
-        Ok(fresh)
-    }
-
-    /// The process closed its gate, and every write that it submitted has completed.
-    ///
-    /// # Errors
-    /// The system's; the writer then counts as open.
-    pub fn close(&mut self, vm: VmUid, pid: u32) -> io::Result<()> {
-        if !self.processes.contains_key(&(vm, pid)) {
-            return Ok(());
-        }
-        self.forget(vm, pid)?;
-        if self.of(vm).all(|gone| gone.is_some()) {
-            let drained = self.of(vm).next().is_none();
-            self.step(WriterEvent::Closed { vm, drained });
-        }
-        Ok(())
-    }
-
-    /// Notices processes that are gone without having closed, and settles those of which nothing
-    /// can be in flight any more: gone for `settle`, and since then `quiet` (the kernel has no
-    /// write in flight on the device).
-    pub fn reap(&mut self, now: BootTime, settle: Duration, quiet: bool) {
-        let keys: Vec<(VmUid, u32)> = self.processes.keys().copied().collect();
-        for (vm, pid) in keys {
-            let Some(process) = self.processes.get_mut(&(vm, pid)) else {
-                continue;
-            };
-            match process.gone {
-                None if start_time(pid) != Some(process.started) => {
-                    tracing::warn!(%vm, pid, "a writer is gone without having closed");
-                    process.gone = Some(now);
-                    if self.of(vm).all(|gone| gone.is_some()) {
-                        let drained = false;
-                        self.step(WriterEvent::Closed { vm, drained });
-                    }
-                }
-                Some(gone) if quiet && now.since(gone) >= settle => {
-                    self.settle(vm, pid);
-                }
-                _ => {}
-            }
-        }
-    }
-
-    fn settle(&mut self, vm: VmUid, pid: u32) {
-        if self.forget(vm, pid).is_ok() && self.of(vm).next().is_none() {
-            tracing::info!(%vm, pid, "its writes have settled");
-            self.step(WriterEvent::Settled(vm));
-        }
-    }
-
-    /// Whether anything of this node may be written.
-    #[must_use]
-    pub fn must_be_watched(&self) -> bool {
-        self.writers.must_be_watched()
-    }
-
-    /// Whether nothing of this VM's writer is under way.
-    #[must_use]
-    pub fn is_drained(&self, vm: VmUid) -> bool {
-        self.writers.is_drained(vm)
-    }
-
-    /// Whether some process is gone without having closed.
-    #[must_use]
-    pub fn has_gone(&self) -> bool {
-        self.processes
-            .values()
-            .any(|process| process.gone.is_some())
-    }
-
-    /// Whether a process of this VM lives that has not closed.
-    #[must_use]
-    pub fn is_held(&self, vm: VmUid) -> bool {
-        self.of(vm).any(|gone| gone.is_none())
-    }
-
-    /// Since when each process of this VM is gone, if it is.
-    fn of(&self, vm: VmUid) -> impl Iterator<Item = Option<BootTime>> {
-        let of_vm = self.processes.iter().filter(move |(key, _)| key.0 == vm);
-        of_vm.map(|(_, process)| process.gone)
-    }
-
-    fn file(&self, vm: VmUid, pid: u32) -> PathBuf {
-        self.directory.join(format!("{vm}.{pid}"))
-    }
-
-    fn insert(&mut self, vm: VmUid, pid: u32, started: u64) {
-        let gone = None;
-        self.processes.insert((vm, pid), Process { started, gone });
-        self.step(WriterEvent::Opened(vm));
-    }
-
-    fn forget(&mut self, vm: VmUid, pid: u32) -> io::Result<()> {
-        match fs::remove_file(self.file(vm, pid)) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
-        self.processes.remove(&(vm, pid));
-        Ok(())
-    }
-
-    fn step(&mut self, event: WriterEvent) {
-        self.writers = self.writers.clone().next(event);
+        _ => Ok(is_new),
     }
 }
 
-/// When a process started, in clock ticks after boot; none if there is none. A zombie has ended: its
-/// descriptors are closed.
-fn start_time(pid: u32) -> Option<u64> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // proc_pid_stat(5): the name, field 2, may hold anything; state is field 3, start time 22.
-    let (_, rest) = stat.rsplit_once(") ")?;
-    let mut fields = rest.split(' ');
-    let state = fields.next()?;
-    let started = fields.nth(18)?.parse().ok()?;
-    (!state.starts_with(['Z', 'X'])).then_some(started)
+/// Removes a writer whose submitted writes have all completed.
+///
+/// # Errors
+/// Those of the run directory; the writer then still counts as open.
+pub fn close(context: &VolumeContext, vm: VmUid, pid: u32) -> io::Result<()> {
+    let closed = context.update(|state| state.writers.close(vm, pid));
+    watchdog_client::refresh(context);
+    closed
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const VM: VmUid = VmUid::from_bytes([1; 16]);
-    const SETTLE: Duration = Duration::from_secs(4);
-
-    fn at(seconds: u64) -> BootTime {
-        BootTime(0).after(Duration::from_secs(seconds))
-    }
-
-    #[test]
-    fn a_new_process_knows_the_writers_of_the_one_before() {
-        let run_dir = tempfile::tempdir().unwrap();
-        let mut table = WriterTable::load(run_dir.path()).unwrap();
-        table.open(VM, std::process::id()).unwrap();
-        let mut next = WriterTable::load(run_dir.path()).unwrap();
-        assert!(next.must_be_watched() && !next.is_drained(VM));
-        next.close(VM, std::process::id()).unwrap();
-        assert!(!WriterTable::load(run_dir.path()).unwrap().must_be_watched());
-    }
-
-    #[test]
-    fn a_writer_that_died_counts_until_its_writes_have_settled() {
-        let run_dir = tempfile::tempdir().unwrap();
-        let mut table = WriterTable::load(run_dir.path()).unwrap();
-        let mut child = std::process::Command::new("true").spawn().unwrap();
-        let pid = child.id();
-        child.wait().unwrap();
-        table.open(VM, pid).unwrap();
-        table.reap(at(10), SETTLE, true);
-        table.reap(at(13), SETTLE, true);
-        assert!(!table.is_drained(VM), "settle has not passed");
-        table.reap(at(15), SETTLE, false);
-        assert!(!table.is_drained(VM), "the device has a write in flight");
-        table.reap(at(16), SETTLE, true);
-        assert!(table.is_drained(VM));
-    }
-
-    #[test]
-    fn a_later_process_with_the_same_id_is_another_one() {
-        let run_dir = tempfile::tempdir().unwrap();
-        let mut table = WriterTable::load(run_dir.path()).unwrap();
-        let pid = std::process::id();
-        table.open(VM, pid).unwrap();
-        fs::write(table.file(VM, pid), "1").unwrap();
-        let mut next = WriterTable::load(run_dir.path()).unwrap();
-        next.reap(at(10), SETTLE, true);
-        assert!(!next.is_held(VM) && !next.is_drained(VM));
-        next.reap(at(14), SETTLE, true);
-        assert!(next.is_drained(VM));
-    }
-
-    #[test]
-    fn two_importers_of_one_vm_are_two_writers() {
-        let run_dir = tempfile::tempdir().unwrap();
-        let mut table = WriterTable::load(run_dir.path()).unwrap();
-        table.open(VM, 1).unwrap();
-        table.open(VM, std::process::id()).unwrap();
-        table.close(VM, 1).unwrap();
-        assert!(!table.is_drained(VM));
-        table.close(VM, std::process::id()).unwrap();
-        assert!(table.is_drained(VM));
-    }
-
-    #[test]
-    fn a_living_writer_is_left_alone() {
-        let run_dir = tempfile::tempdir().unwrap();
-        let mut table = WriterTable::load(run_dir.path()).unwrap();
-        table.open(VM, std::process::id()).unwrap();
-        table.reap(at(10), SETTLE, true);
-        table.reap(at(99), SETTLE, true);
-        assert!(table.must_be_watched());
-    }
-}
+const INTERVAL: Duration = Duration::from_secs(1);
+/// 50 samples at 2 ms: at most 100 ms per second, and only while a dead writer is not settled.
+const IDLE_SAMPLES: u32 = 50;
+const IDLE_SAMPLE_INTERVAL: Duration = Duration::from_millis(2);

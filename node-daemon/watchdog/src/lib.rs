@@ -1,31 +1,32 @@
-//! The owner of a node's watchdog: pets the device only while every volume with an open writer
-//! has a valid lease.
+//! `bascule-watchdog`: the one process of a node that owns the node's watchdog device. It sends
+//! keepalives only while every volume with an open writer has a valid lease; otherwise the watchdog
+//! resets the node.
 //!
 //! ```text
-//!   bascule-volume ──Enlist, Withdraw──► server ──► registry ◄── petting loop ──pet──► device
+//!   bascule-volume ──Enlist, Withdraw──► server ──► EnlistedVolumes ◄── keepalive loop ──► device
 //!                                                     │  ▲
 //!                                      watchdog.json ◄┘  └── gate pages (read-only)
 //! ```
 //!
 //! # Guarantees
-//! - A volume stays enlisted until it is withdrawn: through the end of the client's connection, the
-//!   client's crash, and a restart of this process (`watchdog.json` beside the socket, bound to the
-//!   boot). A client that is gone renews nothing, its lease lapses, and the pets end.
-//! - The device is disarmed only on request and only while nothing is enlisted. When this process
-//!   ends in any other way the device counts on.
+//! - A volume stays enlisted until it is withdrawn, even if the client disconnects, the client
+//!   crashes, or this process restarts (`watchdog.json` beside the socket, bound to the boot). The
+//!   lease of a dead client is not renewed, so it expires and the keepalives stop.
+//! - The device is disarmed only on request and only while no volume is enlisted. When this process
+//!   ends in any other way, the device stays armed and its timeout keeps running.
 //! - The kernel's softdog is refused unless it was allowed: it hangs with its kernel.
 //!
-//! The decision itself is [`bascule_volume_protocol::watchdog_policy`]. Read next: [`Registry`], then
-//! [`petting`] and [`server`].
+//! The decision itself is [`bascule_volume_protocol::watchdog_policy`]. Read next:
+//! [`EnlistedVolumes`], then [`keepalive`] and [`server`].
 
-mod device;
-mod linux;
-mod persist;
-pub mod petting;
-mod registry;
+mod enlisted_volumes;
+mod enlistment_store;
+pub mod keepalive;
+mod linux_watchdog;
 pub mod server;
+mod watchdog_device;
 
-pub use device::{Kind, NoDevice, PipeDevice, WatchdogDevice};
-pub use linux::LinuxDevice;
-pub use persist::{PersistError, Store};
-pub use registry::{EnlistRefused, Registry};
+pub use enlisted_volumes::{EnlistRefused, EnlistedVolumes};
+pub use enlistment_store::{EnlistmentStore, StoreError};
+pub use linux_watchdog::LinuxDevice;
+pub use watchdog_device::{Kind, NoDevice, PipeDevice, WatchdogDevice};

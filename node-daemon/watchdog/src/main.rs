@@ -1,38 +1,38 @@
-//! `bascule-watchdog`: the one process of a node that owns its watchdog.
+//! `bascule-watchdog`: the process that owns the watchdog device of its node.
 
 use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use bascule_watchdog::petting::{self, Shared};
+use bascule_watchdog::keepalive::{self, Shared};
 use bascule_watchdog::{
-    LinuxDevice, NoDevice, PipeDevice, Registry, Store, WatchdogDevice, server,
+    EnlistedVolumes, EnlistmentStore, LinuxDevice, NoDevice, PipeDevice, WatchdogDevice, server,
 };
 use clap::Parser;
 use rustix::fs::{FlockOperation, flock};
 use rustix::mm::{MlockAllFlags, mlockall};
 
-/// Pet the node's watchdog while every volume with open writers has a valid lease.
+/// Keep the watchdog of this node from firing while every volume with open writers has a valid lease.
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Arguments {
     /// The watchdog device. Opening it arms it.
     #[arg(long, default_value = "/dev/watchdog", conflicts_with = "none")]
     device: PathBuf,
-    /// This node has no watchdog. Volumes with fencing Watchdog then take over this node's virtual
-    /// machines only on an administrator's fencing confirmation.
+    /// This node has no watchdog. On volumes with fencing mode Watchdog, its virtual machines are then
+    /// taken over only after a manual fencing confirmation.
     #[arg(long)]
     none: bool,
     /// Accept the kernel's softdog, which does not fire when its kernel hangs.
     #[arg(long)]
     allow_softdog: bool,
-    /// The timeout to set, in whole seconds. A volume takes this node's watchdog for one only if
-    /// lease + 2 × timeout is less than the volume's watch + watchdog times.
+    /// The timeout to set, in seconds. A volume counts this watchdog only if lease + 2 × timeout is
+    /// less than the watch + watchdog times of the volume.
     #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u64).range(1..=3600))]
     timeout_seconds: u64,
-    /// The device is a named pipe to a watchdog outside of this machine, which resets it when no
-    /// byte came for this many milliseconds.
+    /// The device is a named pipe to a watchdog outside of this machine, which resets the machine
+    /// when no byte arrives for this many milliseconds.
     #[arg(long, conflicts_with_all = ["none", "allow_softdog"],
           value_parser = clap::value_parser!(u64).range(100..=3_600_000))]
     pipe_timeout_ms: Option<u64>,
@@ -56,49 +56,50 @@ fn main() -> anyhow::Result<()> {
             run_dir.display()
         );
     }
-    // Memory pressure must not keep this process waiting for its own pages. Only what it touches,
-    // so that the threads' stacks cost nothing.
+    // The keepalive loop must not wait for its own pages under memory pressure. ONFAULT locks only
+    // pages that are touched, not the whole stacks of the threads.
     let kept = MlockAllFlags::CURRENT | MlockAllFlags::FUTURE | MlockAllFlags::ONFAULT;
     if let Err(error) = mlockall(kept) {
         tracing::warn!(%error, "cannot lock this process in memory");
     }
-    // The list first: a process that does not know whom it watches must not arm anything.
-    let store = Store::new(run_dir.join("watchdog.json"))?;
-    let registry = Registry::load(store).context("load the enlisted volumes")?;
+    // Before the device is opened, because opening arms it: a process that cannot tell which volumes
+    // have writers must not arm anything.
+    let store = EnlistmentStore::new(run_dir.join("watchdog.json"))?;
+    let volumes = EnlistedVolumes::load(store).context("load the enlisted volumes")?;
     let listener = server::listen(&run_dir.join("watchdog.sock")).context("listen")?;
     let path = &arguments.device;
     let opened = || format!("open the watchdog {}", path.display());
     if arguments.none {
-        run(NoDevice, registry, listener)
+        run(NoDevice, volumes, listener)
     } else if let Some(timeout_ms) = arguments.pipe_timeout_ms {
         let timeout = Duration::from_millis(timeout_ms);
         let device = PipeDevice::open(path, timeout).with_context(opened)?;
-        run(device, registry, listener)
+        run(device, volumes, listener)
     } else {
         let timeout = Duration::from_secs(arguments.timeout_seconds);
         let device =
             LinuxDevice::open(path, timeout, arguments.allow_softdog).with_context(opened)?;
-        run(device, registry, listener)
+        run(device, volumes, listener)
     }
 }
 
 fn run(
     device: impl WatchdogDevice,
-    registry: Registry,
+    volumes: EnlistedVolumes,
     listener: std::os::unix::net::UnixListener,
 ) -> anyhow::Result<()> {
     tracing::info!(
         kind = ?device.kind(),
         timeout = ?device.timeout(),
-        enlisted = registry.volumes().len(),
+        enlisted = volumes.ids().len(),
         "the watchdog is armed"
     );
-    let shared = Shared::new(&device, registry);
+    let shared = Shared::new(&device, volumes);
     let served = std::sync::Arc::clone(&shared);
     std::thread::Builder::new()
         .name("server".to_owned())
         .spawn(move || server::serve(&listener, &served))
         .context("start the server")?;
-    petting::run(device, &shared);
+    keepalive::run(device, &shared);
     Ok(())
 }

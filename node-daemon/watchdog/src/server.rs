@@ -12,10 +12,10 @@ use bascule_ipc::volume::WatchdogKind;
 use bascule_ipc::watchdog::{Request, Response};
 use bascule_ipc::{Connection, IpcError};
 
-use crate::device::Kind;
-use crate::petting::{Shared, State};
+use crate::keepalive::{Shared, State};
+use crate::watchdog_device::Kind;
 
-/// Listen at `path`, in place of whatever an earlier process left there.
+/// Listens at `path`, in place of the socket of an earlier process.
 ///
 /// # Errors
 /// Those of the socket.
@@ -32,7 +32,7 @@ pub fn listen(path: &Path) -> io::Result<UnixListener> {
     Ok(listener)
 }
 
-/// Serve clients, each on its own thread, for as long as the process lives.
+/// Serves clients, each on its own thread, until the process ends.
 pub fn serve(listener: &UnixListener, shared: &Arc<Shared>) {
     let open = Arc::new(AtomicUsize::new(0));
     for stream in listener.incoming() {
@@ -45,7 +45,7 @@ pub fn serve(listener: &UnixListener, shared: &Arc<Shared>) {
         };
         if open.fetch_add(1, Ordering::SeqCst) >= CONNECTIONS_MAX {
             open.fetch_sub(1, Ordering::SeqCst);
-            tracing::warn!("too many connections: one was closed");
+            tracing::warn!("closed a connection: too many are open");
             continue;
         }
         let (shared, counted) = (Arc::clone(shared), OpenGuard(Arc::clone(&open)));
@@ -61,7 +61,7 @@ pub fn serve(listener: &UnixListener, shared: &Arc<Shared>) {
     }
 }
 
-/// One client, until it goes away. That it does changes nothing.
+/// Serves one client until it disconnects. Its volumes stay enlisted after that.
 fn converse(stream: UnixStream, shared: &Shared) {
     let ended = Connection::open(stream, TIMEOUT).and_then(|mut connection| {
         connection.set_timeout(None)?;
@@ -70,7 +70,7 @@ fn converse(stream: UnixStream, shared: &Shared) {
             let disarm = matches!(request, Request::Disarm);
             let response = answer(request, &mut shared.lock());
             let sent = connection.send(&response, &[]);
-            // Not before it is answered: this process ends with it.
+            // After the answer was sent, because the process exits.
             if disarm && matches!(response, Response::Status { .. }) {
                 shared.end();
             }
@@ -80,27 +80,27 @@ fn converse(stream: UnixStream, shared: &Shared) {
     });
     match ended {
         Ok(()) | Err(IpcError::Closed) => {}
-        Err(error) => tracing::warn!(error = %error, "a client's connection broke"),
+        Err(error) => tracing::warn!(error = %error, "the connection of a client failed"),
     }
 }
 
-/// Grant or refuse one request.
+/// Grants or refuses one request.
 fn answer(request: Request, state: &mut State) -> Response {
     let done = match request {
         Request::Status => Ok(()),
-        Request::Enlist { .. } if state.leaving => {
-            Err("this watchdog was told to disarm its device and ends".to_owned())
+        Request::Enlist { .. } if state.disarming => {
+            Err("bascule-watchdog is disarming its device and exits: start it again".to_owned())
         }
         Request::Enlist { volume, gate_page } => {
-            let enlisted = state.registry.enlist(volume, &gate_page);
+            let enlisted = state.volumes.enlist(volume, &gate_page);
             enlisted.map_err(|error| describe(&error))
         }
         Request::Withdraw { volume } => {
-            let withdrawn = state.registry.withdraw(volume);
+            let withdrawn = state.volumes.withdraw(volume);
             withdrawn.map_err(|error| describe(&error))
         }
-        Request::Disarm if state.registry.volumes().is_empty() => {
-            state.leaving = true;
+        Request::Disarm if state.volumes.ids().is_empty() => {
+            state.disarming = true;
             Ok(())
         }
         Request::Disarm => Err("a volume with open writers is enlisted".to_owned()),
@@ -113,7 +113,7 @@ fn answer(request: Request, state: &mut State) -> Response {
                 Kind::None => WatchdogKind::None,
             },
             timeout_ms: u64::try_from(state.timeout.as_millis()).unwrap_or(u64::MAX),
-            enlisted: state.registry.volumes(),
+            enlisted: state.volumes.ids(),
         },
         Err(reason) => {
             tracing::warn!(reason, "refused a request");
@@ -133,7 +133,7 @@ fn describe(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// Counts a connection while it lives.
+/// Counts an open connection; uncounts it on drop.
 struct OpenGuard(Arc<AtomicUsize>);
 
 impl Drop for OpenGuard {
@@ -142,9 +142,9 @@ impl Drop for OpenGuard {
     }
 }
 
-/// One per attached volume, and room for people.
+/// One per attached volume, and room for administrators.
 const CONNECTIONS_MAX: usize = 64;
-/// For the hellos: the peer is on this host.
+/// For the handshake; the client is on this host.
 const TIMEOUT: Duration = Duration::from_secs(5);
 
 #[cfg(test)]
@@ -152,17 +152,17 @@ mod tests {
     use bascule_types::VolumeId;
 
     use super::*;
-    use crate::device::NoDevice;
-    use crate::persist::Store;
-    use crate::registry::Registry;
+    use crate::enlisted_volumes::EnlistedVolumes;
+    use crate::enlistment_store::EnlistmentStore;
+    use crate::watchdog_device::NoDevice;
 
-    /// The loop could end the process, by its own timer, before the answer was sent; and a volume that
-    /// was enlisted in between lost its watchdog.
+    /// Regression: the loop could exit on its own timer before the answer was sent, and a volume
+    /// enlisted in between lost its watchdog.
     #[test]
-    fn i1_once_disarming_is_granted_nobody_is_enlisted_and_the_end_waits_for_the_answer() {
+    fn i1_after_disarm_is_granted_no_volume_is_enlisted_and_the_exit_waits_for_the_answer() {
         let dir = tempfile::tempdir().unwrap();
-        let store = Store::new(dir.path().join("watchdog.json")).unwrap();
-        let shared = Shared::new(&NoDevice, Registry::load(store).unwrap());
+        let store = EnlistmentStore::new(dir.path().join("watchdog.json")).unwrap();
+        let shared = Shared::new(&NoDevice, EnlistedVolumes::load(store).unwrap());
         let mut state = shared.lock();
         let granted = answer(Request::Disarm, &mut state);
         assert!(matches!(granted, Response::Status { .. }), "{granted:?}");
@@ -174,6 +174,6 @@ mod tests {
         let Response::Refused { reason } = answer(enlist, &mut state) else {
             panic!("enlisted");
         };
-        assert!(reason.contains("ends"), "{reason}");
+        assert!(reason.contains("exits"), "{reason}");
     }
 }

@@ -1,4 +1,4 @@
-//! The program itself, with a named pipe in the place of a device.
+//! The `bascule-watchdog` binary, with a named pipe in place of a device.
 #![expect(clippy::unwrap_used, clippy::panic, reason = "fixtures of tests")]
 
 use std::io::Read;
@@ -14,7 +14,7 @@ use rustix::fs::{CWD, FileType, Mode, OFlags, mknodat};
 
 const DEADLINE: Duration = Duration::from_secs(10);
 
-/// Killed by its id when the test ends, however it ends.
+/// Killed when the test ends, also when it fails.
 struct Program(Child);
 
 impl Drop for Program {
@@ -34,7 +34,7 @@ fn start(run_dir: &Path, arguments: &[&str]) -> Program {
     Program(command(run_dir).args(arguments).spawn().unwrap())
 }
 
-/// The end of a program that must refuse to start.
+/// The stderr of a program that must refuse to start.
 fn refusal(mut command: Command) -> String {
     let output = command.output().unwrap();
     assert!(!output.status.success());
@@ -61,18 +61,18 @@ fn kind(run_dir: &Path) -> WatchdogKind {
 }
 
 #[test]
-fn without_a_device_it_says_that_there_is_none() {
+fn without_a_device_the_reported_kind_is_none() {
     let dir = tempfile::tempdir().unwrap();
     let _program = start(dir.path(), &["--none"]);
     assert_eq!(kind(dir.path()), WatchdogKind::None);
 }
 
 #[test]
-fn a_killed_owner_leaves_the_device_armed_and_a_disarm_request_writes_the_magic() {
+fn a_killed_process_leaves_the_device_armed_and_a_disarm_request_writes_the_magic_close() {
     let dir = tempfile::tempdir().unwrap();
     let pipe = dir.path().join("pipe");
     mknodat(CWD, &pipe, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
-    // Both ends, so that the pipe outlives the programs and reads do not end.
+    // Both ends, so that the pipe outlives the programs and reads never return end of file.
     let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let mut reader = std::fs::File::from(rustix::fs::open(&pipe, flags, Mode::empty()).unwrap());
     let arguments = ["--pipe-timeout-ms", "400", "--device"].map(str::to_owned);
@@ -96,7 +96,7 @@ fn a_killed_owner_leaves_the_device_armed_and_a_disarm_request_writes_the_magic(
 }
 
 #[test]
-fn a_second_owner_and_a_missing_device_are_refused_by_name() {
+fn a_second_process_and_a_missing_device_are_refused_with_a_named_reason() {
     let dir = tempfile::tempdir().unwrap();
     let mut missing = command(dir.path());
     missing.args(["--device", "/nonexistent/watchdog"]);

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use bascule_pki::{Authority, Identity};
 use bascule_types::{NodeUid, VolumeId};
-use bascule_volume::peer::{Ask, PeerError, PeerRequest, PeerResponse, Tls};
+use bascule_volume::peer_rpc::{PeerError, PeerOperation, PeerRequest, PeerResponse, Tls};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -25,7 +25,7 @@ fn request() -> PeerRequest {
         node: NodeUid::from_bytes([2; 16]),
         owner: None,
         boot: [3; 16],
-        ask: Ask::Rows,
+        operation: PeerOperation::Rows,
     }
 }
 
@@ -42,7 +42,7 @@ fn meet(client: &Path, server: &Path) -> (Result<PeerResponse, PeerError>, Resul
             };
             Tls::new(server).serve(stream, PATIENCE, answer)
         });
-        let asked = Tls::new(client).ask(address, &request(), PATIENCE);
+        let asked = Tls::new(client).request(address, &request(), PATIENCE);
         (asked, served.join().unwrap())
     })
 }
@@ -103,7 +103,7 @@ fn an_identity_in_one_file_serves_and_goes_before_three_that_do_not_fit() {
     );
     std::fs::write(one.path().join("node.key"), node(1).key_pem).unwrap();
     let nobody = "127.0.0.1:1".parse().unwrap();
-    let asked = Tls::new(one.path()).ask(nobody, &request(), PATIENCE);
+    let asked = Tls::new(one.path()).request(nobody, &request(), PATIENCE);
     assert!(matches!(asked, Err(PeerError::Tls(_))), "{asked:?}");
     let whole = node(1);
     let bundle = bascule_ipc::tls::TlsIdentity {

@@ -1,4 +1,4 @@
-//! The loop that pets the device.
+//! The keepalive loop, the only user of the watchdog device.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -7,42 +7,44 @@ use bascule_types::VolumeId;
 use bascule_volume_gate::boot_time_now;
 use bascule_volume_protocol::watchdog_policy::Decision;
 
-use crate::device::{Kind, WatchdogDevice};
-use crate::registry::Registry;
+use crate::enlisted_volumes::EnlistedVolumes;
+use crate::watchdog_device::{Kind, WatchdogDevice};
 
-/// What the loop and the server share.
+/// The state that the keepalive loop and the server share.
 #[derive(Debug)]
 pub struct Shared {
     state: Mutex<State>,
     changed: Condvar,
 }
 
-/// What is behind the lock.
+/// The locked part of [`Shared`].
 #[derive(Debug)]
 pub struct State {
     /// The enlisted volumes.
-    pub registry: Registry,
-    /// What resets the node. [`Kind::None`] once the device failed to be petted.
+    pub volumes: EnlistedVolumes,
+    /// What resets the node. [`Kind::None`] once a keepalive has failed.
     pub kind: Kind,
-    /// The device's timeout.
+    /// How long after the last keepalive the device resets the node.
     pub timeout: Duration,
-    /// Disarming was granted: no volume is enlisted any more.
-    pub leaving: bool,
-    /// It was also answered: the device is disarmed now, and this process ends.
+    /// Disarming was granted: no further volume may be enlisted.
+    pub disarming: bool,
+    /// The client has received the answer to its disarm request: the loop disarms the device and
+    /// this process exits.
     pub ending: bool,
+    /// The volume whose expired lease last stopped the keepalives.
     withheld: Option<VolumeId>,
 }
 
 impl Shared {
-    /// For this device and these volumes.
+    /// The state before the loop starts.
     #[must_use]
-    pub fn new(device: &dyn WatchdogDevice, registry: Registry) -> Arc<Self> {
+    pub fn new(device: &dyn WatchdogDevice, volumes: EnlistedVolumes) -> Arc<Self> {
         Arc::new(Self {
             state: Mutex::new(State {
-                registry,
+                volumes,
                 kind: device.kind(),
                 timeout: device.timeout(),
-                leaving: false,
+                disarming: false,
                 ending: false,
                 withheld: None,
             }),
@@ -50,30 +52,30 @@ impl Shared {
         })
     }
 
-    /// The state, locked. Hold it briefly: the petting loop waits for it.
+    /// The locked state. Hold it briefly: the keepalive loop waits for the lock.
     pub fn lock(&self) -> MutexGuard<'_, State> {
-        // A panic in a handler thread must not end the pets of a healthy node; the registry is
-        // replaced in single assignments, so it is whole.
+        // A panic in a handler thread must not stop the keepalives of a healthy node. The list of
+        // volumes is replaced in single assignments, so it is consistent.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Wake the loop: something is enlisted or withdrawn.
+    /// Wakes the loop after the list of volumes changed.
     pub fn wake(&self) {
         self.changed.notify_all();
     }
 
-    /// Let the loop disarm the device and end.
+    /// Makes the loop disarm the device and return.
     pub fn end(&self) {
         self.lock().ending = true;
         self.wake();
     }
 }
 
-/// Pet `device` by the rule until somebody disarms it. Does nothing but count with no device.
+/// Sends keepalives to `device` as [`EnlistedVolumes::decide`] says, until a client disarms it.
 ///
 /// # Ordering
-/// The moment is taken before the gate pages are read, and the pet follows at once. If this process
-/// is frozen in between, the pet is late by at most one timeout: see
+/// The clock is read before the gate pages, and the keepalive follows at once. If this process
+/// freezes in between, the keepalive is late by at most one timeout: see
 /// [`bascule_volume_protocol::watchdog_policy::timeout_fits`].
 pub fn run(mut device: impl WatchdogDevice, shared: &Shared) {
     let interval = interval(device.timeout());
@@ -81,7 +83,7 @@ pub fn run(mut device: impl WatchdogDevice, shared: &Shared) {
     loop {
         if state.ending {
             if let Err(error) = device.disarm() {
-                tracing::error!(error = %error, "cannot disarm the watchdog: it counts on");
+                tracing::error!(error = %error, "cannot disarm the watchdog: it stays armed");
             }
             return;
         }
@@ -95,15 +97,15 @@ pub fn run(mut device: impl WatchdogDevice, shared: &Shared) {
 
 fn step(device: &mut impl WatchdogDevice, state: &mut State) {
     let now = boot_time_now();
-    match state.registry.decide(now) {
+    match state.volumes.decide(now) {
         Decision::Pet => {
             if let Some(volume) = state.withheld.take() {
-                tracing::info!(%volume, "its lease is valid again or it was withdrawn: petting");
+                tracing::info!(%volume, "lease valid again, or volume withdrawn: sending keepalives");
             }
-            if let Err(error) = device.pet()
+            if let Err(error) = device.keepalive()
                 && state.kind != Kind::None
             {
-                tracing::error!(error = %error, "cannot pet the watchdog");
+                tracing::error!(error = %error, "cannot send a keepalive to the watchdog");
                 state.kind = Kind::None;
             }
         }
@@ -113,15 +115,16 @@ fn step(device: &mut impl WatchdogDevice, state: &mut State) {
                 tracing::error!(
                     %volume,
                     ?timeout,
-                    "a volume with open writers has no valid lease: not petting"
+                    "a volume with open writers has no valid lease: no keepalives, the watchdog resets \
+                     this node after its timeout"
                 );
             }
         }
     }
 }
 
-/// Eight pets per timeout, so that a few late ones do no harm; and often enough to notice a lapsed
-/// lease when there is no device.
+/// Eight keepalives per timeout, so that a few late ones do not reset the node; between 10 ms and
+/// 1 s. Without a device (timeout 0) the loop only logs expired leases.
 fn interval(timeout: Duration) -> Duration {
     (timeout / 8).clamp(INTERVAL_MIN, INTERVAL_MAX)
 }

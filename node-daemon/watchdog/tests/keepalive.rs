@@ -1,4 +1,4 @@
-//! The watchdog's owner with a device of the test's own.
+//! The keepalive loop and the server of `bascule-watchdog` with a watchdog device of the test.
 #![expect(clippy::unwrap_used, clippy::panic, reason = "fixtures of tests")]
 
 use std::io;
@@ -13,19 +13,19 @@ use bascule_ipc::volume::WatchdogKind;
 use bascule_ipc::watchdog::{Request, Response};
 use bascule_types::{BootTime, Generation, Owner, SlotId, VolumeId};
 use bascule_volume_gate::{GateWriter, boot_time_now};
-use bascule_watchdog::petting::{self, Shared};
-use bascule_watchdog::{Kind, Registry, Store, WatchdogDevice, server};
+use bascule_watchdog::keepalive::{self, Shared};
+use bascule_watchdog::{EnlistedVolumes, EnlistmentStore, Kind, WatchdogDevice, server};
 
 const GOLD: VolumeId = VolumeId::from_bytes([1; 16]);
 const TIMEOUT: Duration = Duration::from_millis(400);
-/// Several pets are due within this time.
+/// Several keepalives are due within this time.
 const QUIET: Duration = Duration::from_millis(250);
 /// For a condition that must come true.
 const DEADLINE: Duration = Duration::from_secs(10);
 
 #[derive(Debug, PartialEq, Eq)]
 enum Seen {
-    Pet(BootTime),
+    Keepalive(BootTime),
     Disarmed,
 }
 
@@ -42,8 +42,8 @@ impl WatchdogDevice for Probe {
         TIMEOUT
     }
 
-    fn pet(&mut self) -> io::Result<()> {
-        let seen = Seen::Pet(boot_time_now());
+    fn keepalive(&mut self) -> io::Result<()> {
+        let seen = Seen::Keepalive(boot_time_now());
         self.tx.send(seen).map_err(io::Error::other)
     }
 
@@ -77,9 +77,9 @@ impl Host {
         expiry
     }
 
-    fn registry(&self) -> Registry {
-        let store = Store::new(self.dir.path().join("watchdog.json")).unwrap();
-        Registry::load(store).unwrap()
+    fn volumes(&self) -> EnlistedVolumes {
+        let store = EnlistmentStore::new(self.dir.path().join("watchdog.json")).unwrap();
+        EnlistedVolumes::load(store).unwrap()
     }
 
     fn gate_page(&self) -> PathBuf {
@@ -93,17 +93,17 @@ impl Host {
     fn start(&self) -> Running {
         let (tx, rx) = channel();
         let device = Probe { tx };
-        let shared = Shared::new(&device, self.registry());
+        let shared = Shared::new(&device, self.volumes());
         let listener = server::listen(&self.socket()).unwrap();
         let served = Arc::clone(&shared);
         let spawn = |name: &str| std::thread::Builder::new().name(name.to_owned());
         spawn("server")
             .spawn(move || server::serve(&listener, &served))
             .unwrap();
-        let petting = spawn("petting")
-            .spawn(move || petting::run(device, &shared))
+        let keepalive = spawn("keepalive")
+            .spawn(move || keepalive::run(device, &shared))
             .unwrap();
-        Running { rx, petting }
+        Running { rx, keepalive }
     }
 
     fn client(&self) -> Connection {
@@ -124,34 +124,34 @@ impl Host {
 
 struct Running {
     rx: Receiver<Seen>,
-    petting: JoinHandle<()>,
+    keepalive: JoinHandle<()>,
 }
 
 impl Running {
-    /// The moment of a pet that comes after this call.
-    fn pet(&self) -> BootTime {
+    /// The time of a keepalive that is sent after this call.
+    fn next_keepalive(&self) -> BootTime {
         let from = boot_time_now();
         loop {
             match self.rx.recv_timeout(DEADLINE).unwrap() {
-                Seen::Pet(at) if at >= from => return at,
-                Seen::Pet(_) => {}
+                Seen::Keepalive(at) if at >= from => return at,
+                Seen::Keepalive(_) => {}
                 Seen::Disarmed => panic!("the device was disarmed"),
             }
         }
     }
 
-    /// The last pet before the pets end; they must end soon.
-    fn last_pet(&self) -> Option<BootTime> {
+    /// The last keepalive before they stop; they must stop within [`DEADLINE`].
+    fn last_keepalive(&self) -> Option<BootTime> {
         let until = boot_time_now().after(DEADLINE);
         let mut last = None;
         loop {
             match self.rx.recv_timeout(QUIET) {
-                Ok(Seen::Pet(at)) => last = Some(at),
+                Ok(Seen::Keepalive(at)) => last = Some(at),
                 Ok(Seen::Disarmed) => panic!("the device was disarmed"),
                 Err(RecvTimeoutError::Timeout) => return last,
-                Err(RecvTimeoutError::Disconnected) => panic!("the petting loop ended"),
+                Err(RecvTimeoutError::Disconnected) => panic!("the keepalive loop ended"),
             }
-            assert!(boot_time_now() < until, "the pets do not end");
+            assert!(boot_time_now() < until, "the keepalives do not stop");
         }
     }
 }
@@ -164,10 +164,10 @@ fn refusal(response: Response) -> String {
 }
 
 #[test]
-fn i1_the_pets_end_with_the_lease_of_an_enlisted_volume_and_resume_with_it() {
+fn i1_keepalives_stop_when_the_lease_of_an_enlisted_volume_expires_and_resume_with_it() {
     let host = Host::new();
     let running = host.start();
-    running.pet();
+    running.next_keepalive();
     assert_eq!(
         host.ask(&host.enlist()),
         Response::Status {
@@ -176,32 +176,32 @@ fn i1_the_pets_end_with_the_lease_of_an_enlisted_volume_and_resume_with_it() {
             enlisted: vec![GOLD],
         }
     );
-    running.pet();
+    running.next_keepalive();
     let expiry = host.renew(Duration::from_millis(300));
-    let last = running.last_pet().unwrap();
+    let last = running.last_keepalive().unwrap();
     assert!(last < expiry.after(TIMEOUT), "{last:?} {expiry:?}");
     host.renew(Duration::from_secs(60));
-    running.pet();
+    running.next_keepalive();
 }
 
 #[test]
-fn a_volume_that_is_not_enlisted_may_lapse() {
+fn the_lease_of_a_volume_that_is_not_enlisted_may_expire() {
     let host = Host::new();
     let running = host.start();
     host.gate.close();
-    running.pet();
+    running.next_keepalive();
 }
 
 #[test]
-fn i1_a_client_that_vanishes_leaves_its_volume_enlisted() {
+fn i1_a_volume_stays_enlisted_after_its_client_has_disconnected() {
     let host = Host::new();
     let running = host.start();
     let mut client = host.client();
     client.call::<_, Response>(&host.enlist()).unwrap();
     drop(client);
-    running.pet();
+    running.next_keepalive();
     host.gate.close();
-    running.last_pet();
+    running.last_keepalive();
     let Response::Status { enlisted, .. } = host.ask(&Request::Status) else {
         panic!("no status");
     };
@@ -209,36 +209,36 @@ fn i1_a_client_that_vanishes_leaves_its_volume_enlisted() {
 }
 
 #[test]
-fn a_withdrawn_volume_may_lapse() {
+fn the_lease_of_a_withdrawn_volume_may_expire() {
     let host = Host::new();
     let running = host.start();
     host.ask(&host.enlist());
     host.ask(&Request::Withdraw { volume: GOLD });
     host.gate.close();
-    running.pet();
+    running.next_keepalive();
 }
 
 #[test]
-fn i1_a_restarted_owner_knows_which_volumes_it_watches() {
+fn i1_a_restarted_process_still_has_its_enlisted_volumes() {
     let host = Host::new();
-    let mut registry = host.registry();
-    registry.enlist(GOLD, &host.gate_page()).unwrap();
-    drop(registry);
+    let mut volumes = host.volumes();
+    volumes.enlist(GOLD, &host.gate_page()).unwrap();
+    drop(volumes);
     let running = host.start();
-    running.pet();
+    running.next_keepalive();
     host.gate.close();
-    running.last_pet();
+    running.last_keepalive();
     host.renew(Duration::from_secs(60));
-    running.pet();
+    running.next_keepalive();
 }
 
 #[test]
-fn i1_an_enlisted_volume_whose_page_is_gone_at_a_restart_counts_as_lapsed() {
+fn i1_an_enlisted_volume_without_a_gate_page_at_a_restart_counts_as_expired() {
     let host = Host::new();
-    host.registry().enlist(GOLD, &host.gate_page()).unwrap();
+    host.volumes().enlist(GOLD, &host.gate_page()).unwrap();
     std::fs::remove_file(host.gate_page()).unwrap();
     let running = host.start();
-    assert_eq!(running.last_pet(), None);
+    assert_eq!(running.last_keepalive(), None);
 }
 
 #[test]
@@ -257,7 +257,7 @@ fn a_volume_without_a_valid_lease_or_page_is_not_enlisted_and_says_why() {
     let (volume, gate_page) = (VolumeId::from_bytes([2; 16]), host.gate_page());
     let reason = refusal(host.ask(&Request::Enlist { volume, gate_page }));
     assert!(reason.contains(&GOLD.to_string()), "{reason}");
-    running.pet();
+    running.next_keepalive();
 }
 
 #[test]
@@ -267,11 +267,11 @@ fn the_device_is_disarmed_on_request_but_never_while_a_volume_is_enlisted() {
     host.ask(&host.enlist());
     let reason = refusal(host.ask(&Request::Disarm));
     assert_eq!(reason, "a volume with open writers is enlisted");
-    running.pet();
+    running.next_keepalive();
 
     host.ask(&Request::Withdraw { volume: GOLD });
     host.ask(&Request::Disarm);
-    running.petting.join().unwrap();
+    running.keepalive.join().unwrap();
     let last = running.rx.try_iter().last();
     assert_eq!(last, Some(Seen::Disarmed));
 }

@@ -43,13 +43,14 @@ pub struct PeerRequest {
     pub owner: Option<Owner>,
     /// Its kernel's boot id.
     pub boot: [u8; 16],
-    /// For what.
-    pub ask: Ask,
+    /// The requested operation; `ask` in the JSON.
+    #[serde(rename = "ask")]
+    pub operation: PeerOperation,
 }
 
 /// What is asked.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Ask {
+pub enum PeerOperation {
     /// A change.
     Change(Change),
     /// All rows.
@@ -132,7 +133,7 @@ impl Tls {
     ///
     /// # Errors
     /// [`PeerError`].
-    pub fn ask(
+    pub fn request(
         &self,
         address: SocketAddr,
         request: &PeerRequest,
@@ -299,7 +300,7 @@ mod tests {
             node: NodeUid::from_bytes([0x22; 16]),
             owner: Some(owner),
             boot: [1; 16],
-            ask: Ask::Change(Change::Release {
+            operation: PeerOperation::Change(Change::Release {
                 vm: VmUid::from_bytes([0x33; 16]),
                 from: owner,
                 epoch: Epoch(5),

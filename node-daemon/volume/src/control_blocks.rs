@@ -4,11 +4,11 @@ use std::io;
 
 use bascule_types::{Lba, SlotId};
 use bascule_volume_format::{
-    BLOCK_BYTES, BlockStore, HEARTBEAT_RECORDS, HeartbeatRecord, LeaderBlock, PAXOS_SUBSECTORS,
-    PaxosBlock, Record, RegionKind, Superblock, open, seal_block,
+    BLOCK_BYTES, BlockStore, CoordinatorEpoch, HEARTBEAT_RECORDS, HeartbeatRecord, LeaderBlock,
+    PAXOS_SUBSECTORS, PaxosBlock, Record, RegionKind, Superblock, open, seal_block,
 };
 
-use crate::device::Handle;
+use crate::block_device::Handle;
 
 /// Reads `count` consecutive blocks and yields every record that can be parsed.
 fn read_run<R: Record>(
@@ -92,6 +92,19 @@ pub fn read_leaders(handle: &mut Handle, superblock: &Superblock) -> io::Result<
         }
     }
     Ok(leaders)
+}
+
+/// The highest coordinator epoch of any leader block; 0 when there is none.
+///
+/// # Errors
+/// As for [`read_leaders`].
+pub fn read_highest_epoch(
+    handle: &mut Handle,
+    superblock: &Superblock,
+) -> io::Result<CoordinatorEpoch> {
+    let leaders = read_leaders(handle, superblock)?;
+    let highest = leaders.iter().map(|leader| leader.epoch).max();
+    Ok(highest.unwrap_or_default())
 }
 
 /// Writes a record and makes it durable.

@@ -5,13 +5,13 @@ use bascule_types::{BootTime, Bytes, Epoch};
 use bascule_volume_format::{Fencing, SlotRow, WatchdogKind as FormatKind};
 use bascule_volume_gate::boot_time_now;
 
-use crate::node::{Node, State};
+use crate::volume_context::{State, VolumeContext};
 
 /// The status of this moment.
 #[must_use]
-pub fn status(node: &Node) -> VolumeStatus {
+pub fn status(context: &VolumeContext) -> VolumeStatus {
     let now = boot_time_now();
-    let state = node.state();
+    let state = context.state();
     let reason = reason(&state, now);
     let broken = state.failed.is_some() || state.read_error.is_some();
     let path = if state.is_open(now) && !broken {
@@ -21,7 +21,7 @@ pub fn status(node: &Node) -> VolumeStatus {
     } else {
         PathState::Paused
     };
-    let superblock = &node.superblock;
+    let superblock = &context.superblock;
     let rows = state.metadata.as_ref().map(|(_, rows)| rows);
     let capacity = rows.map_or(Bytes(0), |rows| rows.capacity());
     let free = rows.map_or(Bytes(0), |rows| rows.free());

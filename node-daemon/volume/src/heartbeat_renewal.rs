@@ -14,35 +14,35 @@ use bascule_volume_protocol::{
     OwnSlot, Rules, StopReason, join_claim,
 };
 
-use crate::device::Handle;
-use crate::node::{LeaseView, Node};
-use crate::records;
+use crate::block_device::Handle;
+use crate::control_blocks;
+use crate::volume_context::{LeaseView, VolumeContext};
 
 /// The thread's own state.
 struct Renewal<'a> {
-    node: &'a Node,
+    context: &'a VolumeContext,
     handle: Handle,
     holder: Option<LeaseHolder>,
 }
 
 /// Renews until the process stops. `held` is the lease that an earlier process of this boot left in
 /// the gate page, `sequence_sent` the highest number there.
-pub fn run(node: &Node, held: Option<Held>, sequence_sent: u64) {
+pub fn run(context: &VolumeContext, held: Option<Held>, sequence_sent: u64) {
     let mut renewal = Renewal {
-        node,
-        handle: node.device.handle(),
+        context,
+        handle: context.device.handle(),
         holder: None,
     };
     // Four ticks per renewal interval are asked for.
-    let tick = node.superblock.timings.renewal / 5;
+    let tick = context.superblock.timings.renewal / 5;
     loop {
         renewal.start_holder(held, sequence_sent);
         renewal.tick();
-        let state = node.state();
+        let state = context.state();
         if state.stopping && (!state.leaving || renewal.has_left()) {
             return;
         }
-        drop(node.wait(state, tick));
+        drop(context.wait(state, tick));
     }
 }
 
@@ -52,17 +52,18 @@ impl Renewal<'_> {
         if self.holder.is_some() {
             return;
         }
-        let Some(slot) = self.node.state().slot else {
+        let Some(slot) = self.context.state().slot else {
             return;
         };
-        let found = records::read_slot(&mut self.handle, &self.node.superblock, slot.slot);
+        let found =
+            control_blocks::read_slot(&mut self.handle, &self.context.superblock, slot.slot);
         let Some(records) = self.note(found, "read the own heartbeats") else {
             return;
         };
         let on_disk = records.iter().map(|record| record.sequence).max();
         let config = LeaseConfig {
-            node: self.node.config.node,
-            timings: self.node.superblock.timings,
+            node: self.context.config.node,
+            timings: self.context.superblock.timings,
             rules: Rules::ENFORCED,
         };
         let held = held.filter(|held| held.owner.slot == slot.slot);
@@ -75,7 +76,7 @@ impl Renewal<'_> {
         let Some(holder) = &self.holder else { return };
         let now = boot_time_now();
         let (leaving, stopping) = {
-            let state = self.node.state();
+            let state = self.context.state();
             (state.leaving, state.stopping)
         };
         let event = match holder.phase() {
@@ -126,7 +127,7 @@ impl Renewal<'_> {
     fn read_own_records(&mut self) -> LeaseEvent {
         let slot = self.holder.as_ref().and_then(LeaseHolder::owner);
         let slot = slot.map(|owner| owner.slot).unwrap_or_default();
-        let found = records::read_slot(&mut self.handle, &self.node.superblock, slot);
+        let found = control_blocks::read_slot(&mut self.handle, &self.context.superblock, slot);
         let now = boot_time_now();
         match self.note(found, "read the own heartbeats") {
             Some(records) => LeaseEvent::OwnRecords {
@@ -139,26 +140,26 @@ impl Renewal<'_> {
 
     fn write_record(&mut self, owner: Owner, sequence: u64, detached: bool) -> io::Result<()> {
         let record = HeartbeatRecord {
-            node: self.node.config.node,
-            boot: self.node.config.boot,
+            node: self.context.config.node,
+            boot: self.context.config.boot,
             owner,
             sequence,
-            watchdog: self.node.state().watchdog,
+            watchdog: self.context.state().watchdog,
             detached,
-            timings: self.node.superblock.timings,
-            address: self.node.config.address.to_string(),
+            timings: self.context.superblock.timings,
+            address: self.context.config.address.to_string(),
         };
-        let superblock = &self.node.superblock;
+        let superblock = &self.context.superblock;
         let lba = superblock.heartbeat_lba(owner.slot, record.block_of_slot());
         // R3 over restarts: the number is spent before it is sent.
-        self.node.gate.record_sequence_sent(sequence);
-        records::write_durably(&mut self.handle, superblock, lba, &record)
+        self.context.gate.record_sequence_sent(sequence);
+        control_blocks::write_durably(&mut self.handle, superblock, lba, &record)
     }
 
     /// The next generation of the own slot, once its writes of an earlier boot have settled.
     fn new_generation(&mut self, now: BootTime) -> Option<Owner> {
-        let row = self.node.state().slot?;
-        let found = records::read_slot(&mut self.handle, &self.node.superblock, row.slot);
+        let row = self.context.state().slot?;
+        let found = control_blocks::read_slot(&mut self.handle, &self.context.superblock, row.slot);
         let records = self.note(found, "read the own heartbeats")?;
         let newest = records.iter().max_by_key(|record| record.order());
         let own = newest.map(|record| OwnSlot {
@@ -166,14 +167,16 @@ impl Renewal<'_> {
             owner: record.owner,
             boot: record.boot,
         });
-        let settle = self.node.superblock.timings.settle;
-        let (node, boot) = (self.node.config.node, self.node.config.boot);
-        if let JoinClaim::Wait { .. } = join_claim(Rules::ENFORCED, now, boot, node, own, settle) {
+        let settle = self.context.superblock.timings.settle;
+        let (context, boot) = (self.context.config.node, self.context.config.boot);
+        if let JoinClaim::Wait { .. } = join_claim(Rules::ENFORCED, now, boot, context, own, settle)
+        {
             let reason = "writes of the node's last boot may still land".to_owned();
-            self.node.update(|state| state.waiting_for = Some(reason));
+            self.context
+                .update(|state| state.waiting_for = Some(reason));
             return None;
         }
-        let shown = self.node.gate.view().owner;
+        let shown = self.context.gate.view().owner;
         let shown = shown.filter(|owner| owner.slot == row.slot);
         let generation = newest
             .map(|record| record.owner.generation)
@@ -197,25 +200,25 @@ impl Renewal<'_> {
             expiry: lease.map(|held| held.expiry).unwrap_or_default(),
         };
         let (joined, before) = {
-            let state = self.node.state();
+            let state = self.context.state();
             (state.joined, state.lease.phase)
         };
         if let Some(held) = lease.filter(|held| joined == Some(held.owner))
-            && let Err(error) = self.node.gate.publish(held.owner, held.expiry)
+            && let Err(error) = self.context.gate.publish(held.owner, held.expiry)
         {
-            self.node
+            self.context
                 .fail(&format!("cannot publish the lease: {error}"));
         }
         if let LeasePhase::Stopped(reason) = view.phase {
-            self.node.gate.close();
+            self.context.gate.close();
             if before != view.phase && reason != StopReason::Left {
-                self.node.fail(&reason.to_string());
+                self.context.fail(&reason.to_string());
             }
         }
         if before != view.phase {
             tracing::info!(phase = ?view.phase, owner = ?view.owner, "lease");
         }
-        self.node.update(|state| state.lease = view);
+        self.context.update(|state| state.lease = view);
     }
 
     fn has_left(&self) -> bool {
@@ -234,8 +237,8 @@ impl Renewal<'_> {
         if let Some(error) = &error {
             tracing::warn!(error, "heartbeat");
         }
-        if self.node.state().write_error != error {
-            self.node.update(|state| state.write_error = error);
+        if self.context.state().write_error != error {
+            self.context.update(|state| state.write_error = error);
         }
         result.ok()
     }

@@ -1,4 +1,4 @@
-//! Coordinating: one tenure, from the won election until the node is deposed, its lease lapses or
+//! Coordinating: one term, from the won election until the node is deposed, its lease lapses or
 //! its I/O fails.
 //!
 //! # Ordering
@@ -23,15 +23,15 @@ use bascule_volume_protocol::{
     Watcher,
 };
 
-use crate::coordinate::highest_epoch;
-use crate::device::Handle;
-use crate::node::{Job, Node};
-use crate::peer::{Ask, PeerRequest, PeerResponse};
-use crate::watch;
+use crate::block_device::Handle;
+use crate::control_blocks::read_highest_epoch;
+use crate::peer_rpc::{PeerOperation, PeerRequest, PeerResponse};
+use crate::peer_watch;
+use crate::volume_context::{Job, VolumeContext};
 
-/// One tenure's own state.
-struct Tenure<'a> {
-    node: &'a Node,
+/// One term's own state.
+struct Term<'a> {
+    context: &'a VolumeContext,
     handle: &'a mut Handle,
     me: Owner,
     log: Log,
@@ -41,18 +41,18 @@ struct Tenure<'a> {
 }
 
 /// Coordinates in `epoch` for as long as that is allowed.
-pub fn lead(node: &Node, handle: &mut Handle, me: Owner, epoch: CoordinatorEpoch) {
-    let started = start(node, handle, me, epoch);
+pub fn run(context: &VolumeContext, handle: &mut Handle, me: Owner, epoch: CoordinatorEpoch) {
+    let started = start(context, handle, me, epoch);
     let (log, metadata) = match started {
         Ok(started) => started,
         Err(error) => {
-            report(node, &error);
+            report(context, &error);
             return;
         }
     };
     let (queue, jobs) = sync_channel(JOBS_MAX);
-    let mut tenure = Tenure {
-        node,
+    let mut term = Term {
+        context,
         handle,
         me,
         log,
@@ -60,39 +60,39 @@ pub fn lead(node: &Node, handle: &mut Handle, me: Owner, epoch: CoordinatorEpoch
         rule: Some(Coordinator::new(epoch, Rules::ENFORCED)),
         tickets: 0,
     };
-    tenure.announce_slots();
-    node.update(|state| {
+    term.announce_slots();
+    context.update(|state| {
         state.coordinator = Some((epoch, queue));
         state.leader = Some(LeaderBlock {
             epoch,
             coordinator: me,
         });
-        state.metadata = Some((epoch, tenure.metadata.clone()));
+        state.metadata = Some((epoch, term.metadata.clone()));
     });
     tracing::info!(%epoch, "coordinates");
-    tenure.serve(&jobs);
-    node.update(|state| state.coordinator = None);
+    term.serve(&jobs);
+    context.update(|state| state.coordinator = None);
     tracing::info!(%epoch, "coordinates no longer");
 }
 
 fn start(
-    node: &Node,
+    context: &VolumeContext,
     handle: &mut Handle,
     me: Owner,
     epoch: CoordinatorEpoch,
 ) -> Result<(Log, Metadata), LogError> {
-    let recovered: Recovered = recover(handle, &node.superblock)?;
+    let recovered: Recovered = recover(handle, &context.superblock)?;
     tracing::info!(base = ?recovered.base, journaled = recovered.journaled, "recovered the metadata");
     if recovered.base.epoch >= epoch {
         // Somebody coordinates in a later epoch already: its checkpoint says so.
         return Err(LogError::Failed);
     }
-    let log = Log::start(handle, &node.superblock, &recovered, me.slot, epoch)?;
+    let log = Log::start(handle, &context.superblock, &recovered, me.slot, epoch)?;
     Ok((log, recovered.metadata))
 }
 
-/// A failed metadata write or flush closes the gate for good; damage ends the tenure only.
-fn report(node: &Node, error: &LogError) {
+/// A failed metadata write or flush closes the gate for good; damage ends the term only.
+fn report(context: &VolumeContext, error: &LogError) {
     let text = error_chain(error);
     let fatal = match error {
         LogError::Io { what, .. } => *what != READ,
@@ -100,16 +100,16 @@ fn report(node: &Node, error: &LogError) {
         _ => false,
     };
     if fatal {
-        node.fail(&text);
+        context.fail(&text);
     } else {
         tracing::error!(error = text, "cannot coordinate");
     }
 }
 
-impl Tenure<'_> {
+impl Term<'_> {
     fn serve(&mut self, jobs: &Receiver<Job>) {
         while self.may_go_on() {
-            match jobs.recv_timeout(self.node.superblock.timings.poll / 2) {
+            match jobs.recv_timeout(self.context.superblock.timings.poll / 2) {
                 Ok(job) => {
                     if let Some(response) = self.answer(&job.request) {
                         // Whoever asked may have given up.
@@ -122,9 +122,9 @@ impl Tenure<'_> {
         }
     }
 
-    /// Cheap reasons to end the tenure; the re-read before each answer is the one that counts.
+    /// Cheap reasons to end the term; the re-read before each answer is the one that counts.
     fn may_go_on(&self) -> bool {
-        let state = self.node.state();
+        let state = self.context.state();
         let mine = state.lease.phase == LeasePhase::Held
             && state.lease.owner == Some(self.me)
             && boot_time_now() < state.lease.expiry;
@@ -139,9 +139,9 @@ impl Tenure<'_> {
 
     /// The answer, or none when its outcome is unknown.
     fn answer(&mut self, request: &PeerRequest) -> Option<PeerResponse> {
-        let response = match &request.ask {
-            Ask::Rows => PeerResponse::Rows(self.rows()),
-            Ask::Change(change) => match self.decide(change, request) {
+        let response = match &request.operation {
+            PeerOperation::Rows => PeerResponse::Rows(self.rows()),
+            PeerOperation::Change(change) => match self.decide(change, request) {
                 Ok(decision) => {
                     self.commit(&decision.records)?;
                     PeerResponse::Granted(decision.answer)
@@ -156,7 +156,7 @@ impl Tenure<'_> {
         match self.decide_by_what_was_seen(change, request) {
             // The heartbeat may be newer than the last poll.
             Err(Refusal::LeaseInvalid { .. }) => {
-                watch::watch(self.node, self.handle);
+                peer_watch::read_once(self.context, self.handle);
                 self.decide_by_what_was_seen(change, request)
             }
             decided => decided,
@@ -168,7 +168,7 @@ impl Tenure<'_> {
         change: &Change,
         request: &PeerRequest,
     ) -> Result<Decision, Refusal> {
-        let view = View::of(self.node);
+        let view = FenceView::of(self.context);
         let context = Context {
             requester: Requester {
                 node: request.node,
@@ -187,12 +187,12 @@ impl Tenure<'_> {
         }
         if let Err(error) = self.log.commit(self.handle, &mut self.metadata, records) {
             self.next(CoordinatorEvent::JournalFailed);
-            report(self.node, &error);
+            report(self.context, &error);
             return None;
         }
         self.announce_slots();
         let (epoch, rows) = (self.log.epoch(), self.metadata.clone());
-        self.node
+        self.context
             .update(|state| state.metadata = Some((epoch, rows)));
         Some(())
     }
@@ -205,13 +205,15 @@ impl Tenure<'_> {
         let mut commands = self.next(CoordinatorEvent::Durable(mine));
         loop {
             let event = match commands.as_slice() {
-                [CoordinatorCommand::ReadLeader] => match highest_epoch(self.node, self.handle) {
-                    Ok(highest) => CoordinatorEvent::Leader { highest },
-                    Err(error) => {
-                        tracing::warn!(%error, "cannot re-read the leader blocks");
-                        CoordinatorEvent::JournalFailed
+                [CoordinatorCommand::ReadLeader] => {
+                    match read_highest_epoch(self.handle, &self.context.superblock) {
+                        Ok(highest) => CoordinatorEvent::Leader { highest },
+                        Err(error) => {
+                            tracing::warn!(%error, "cannot re-read the leader blocks");
+                            CoordinatorEvent::JournalFailed
+                        }
                     }
-                },
+                }
                 [CoordinatorCommand::Answer(tickets)] => return tickets.contains(&mine),
                 _ => return false,
             };
@@ -242,7 +244,7 @@ impl Tenure<'_> {
     fn announce_slots(&self) {
         let now = boot_time_now();
         let owners: Vec<Owner> = self.metadata.slots().map(|row| row.owner()).collect();
-        self.node.update(|state| {
+        self.context.update(|state| {
             for owner in owners {
                 let event = WatchEvent::Granted { now, owner };
                 state.watcher = state.watcher.clone().next(event);
@@ -252,27 +254,27 @@ impl Tenure<'_> {
 }
 
 /// What this node has seen of the others, at one moment.
-struct View {
+struct FenceView {
     watcher: Watcher,
     now: BootTime,
     policy: FencePolicy,
 }
 
-impl View {
-    fn of(node: &Node) -> Self {
+impl FenceView {
+    fn of(context: &VolumeContext) -> Self {
         Self {
-            watcher: node.state().watcher.clone(),
+            watcher: context.state().watcher.clone(),
             now: boot_time_now(),
             policy: FencePolicy {
-                mode: node.superblock.fencing,
-                allowed: node.superblock.policy,
+                mode: context.superblock.fencing,
+                allowed: context.superblock.policy,
                 rules: Rules::ENFORCED,
             },
         }
     }
 }
 
-impl Witness for View {
+impl Witness for FenceView {
     fn lease_valid(&self, owner: Owner) -> bool {
         self.watcher.is_alive(owner, self.now)
     }

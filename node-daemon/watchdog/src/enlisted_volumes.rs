@@ -1,4 +1,4 @@
-//! Which volumes are enlisted, and what their gate pages show.
+//! The enlisted volumes, and the lease expiry that each one's gate page shows.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -8,12 +8,12 @@ use bascule_volume_gate::{GateError, GateReader, boot_time_now};
 use bascule_volume_protocol::Rules;
 use bascule_volume_protocol::watchdog_policy::{Decision, Enlisted};
 
-use crate::persist::{PersistError, Store};
+use crate::enlistment_store::{EnlistmentStore, StoreError};
 
 /// The enlisted volumes with their gate pages.
 #[derive(Debug)]
-pub struct Registry {
-    store: Store,
+pub struct EnlistedVolumes {
+    store: EnlistmentStore,
     enlisted: Enlisted,
     pages: BTreeMap<VolumeId, Page>,
 }
@@ -21,38 +21,38 @@ pub struct Registry {
 #[derive(Debug)]
 struct Page {
     path: PathBuf,
-    /// None if it could not be read when this process started: counts as a lapsed lease.
+    /// `None` if the page could not be read when this process started: counts as an expired lease.
     reader: Option<GateReader>,
 }
 
-/// A volume was not enlisted: no writer may be opened on it.
+/// Why a volume was not enlisted. The client must not open a writer on it.
 #[derive(Debug, thiserror::Error)]
 pub enum EnlistRefused {
-    /// Its gate page cannot be used.
-    #[error("its gate page cannot be read")]
+    /// The gate page cannot be opened.
+    #[error("the gate page of the volume cannot be read")]
     Page(#[from] GateError),
-    /// The page is another volume's.
+    /// The gate page belongs to another volume.
     #[error("the gate page at {path} is for volume {found}")]
     OtherVolume {
-        /// The page.
+        /// The gate page.
         path: PathBuf,
-        /// Its volume.
+        /// The volume that the page belongs to.
         found: VolumeId,
     },
-    /// The lease is over: to enlist the volume would reset the node.
+    /// The lease has expired: enlisting the volume would reset the node.
     #[error("the volume's lease is not valid")]
     NoLease,
-    /// The list could not be saved.
+    /// The list could not be written to `watchdog.json`.
     #[error("the list of enlisted volumes cannot be saved")]
-    Persist(#[from] PersistError),
+    Persist(#[from] StoreError),
 }
 
-impl Registry {
-    /// What an earlier process of this boot enlisted.
+impl EnlistedVolumes {
+    /// Loads the volumes that an earlier process of this boot enlisted.
     ///
     /// # Errors
-    /// [`PersistError`]: which volumes have writers is unknown, so nothing may be petted.
-    pub fn load(store: Store) -> Result<Self, PersistError> {
+    /// [`StoreError`]: which volumes have writers is then unknown, so no device may be armed.
+    pub fn load(store: EnlistmentStore) -> Result<Self, StoreError> {
         let mut enlisted = Enlisted::new(Rules::ENFORCED);
         let mut pages = BTreeMap::new();
         for (volume, path) in store.load()? {
@@ -74,10 +74,11 @@ impl Registry {
         })
     }
 
-    /// Enlist a volume, durably. Idempotent; a page of another path replaces the earlier one.
+    /// Enlists a volume and saves the list. Idempotent; a gate page at another path replaces the
+    /// earlier one.
     ///
     /// # Errors
-    /// [`EnlistRefused`]; nothing is changed then.
+    /// [`EnlistRefused`]; the list is then unchanged.
     pub fn enlist(&mut self, volume: VolumeId, path: &Path) -> Result<(), EnlistRefused> {
         let reader = GateReader::open(path)?;
         if reader.volume() != volume {
@@ -91,7 +92,7 @@ impl Registry {
             return Err(EnlistRefused::NoLease);
         }
         let mut paths = self.paths();
-        // Clients repeat themselves every second: only a change is worth a write.
+        // Clients repeat the request every second: the list is saved only when it changes.
         if paths.insert(volume, path.to_owned()).as_deref() != Some(path) {
             self.store.save(&paths)?;
         }
@@ -104,11 +105,11 @@ impl Registry {
         Ok(())
     }
 
-    /// Withdraw a volume: its gates are closed and every submitted write has completed.
+    /// Withdraws a volume whose gates are closed and whose submitted writes have all completed.
     ///
     /// # Errors
-    /// [`PersistError`]; the volume is then still enlisted.
-    pub fn withdraw(&mut self, volume: VolumeId) -> Result<(), PersistError> {
+    /// [`StoreError`]; the volume is then still enlisted.
+    pub fn withdraw(&mut self, volume: VolumeId) -> Result<(), StoreError> {
         let mut paths = self.paths();
         if paths.remove(&volume).is_some() {
             self.store.save(&paths)?;
@@ -118,13 +119,13 @@ impl Registry {
         Ok(())
     }
 
-    /// The enlisted volumes.
+    /// The ids of the enlisted volumes.
     #[must_use]
-    pub fn volumes(&self) -> Vec<VolumeId> {
+    pub fn ids(&self) -> Vec<VolumeId> {
         self.enlisted.volumes().collect()
     }
 
-    /// Whether to pet at `now`, which was taken before this call.
+    /// Whether to send a keepalive. `now` must have been read before this call.
     #[must_use]
     pub fn decide(&self, now: BootTime) -> Decision {
         self.enlisted.decide(now, |volume| {

@@ -1,4 +1,4 @@
-//! `/dev/watchdog`, by the kernel's watchdog API (`Documentation/watchdog/watchdog-api.rst`).
+//! `/dev/watchdog` through the watchdog API of the kernel (`Documentation/watchdog/watchdog-api.rst`).
 #![expect(unsafe_code, reason = "three ioctls of the kernel's watchdog API")]
 
 use std::fs::{File, OpenOptions};
@@ -8,9 +8,9 @@ use std::time::Duration;
 
 use rustix::ioctl::{Getter, Opcode, Updater, ioctl, opcode};
 
-use crate::device::{Kind, MAGIC_CLOSE, PET, WatchdogDevice};
+use crate::watchdog_device::{KEEPALIVE, Kind, MAGIC_CLOSE, WatchdogDevice};
 
-/// The kernel's watchdog device. Opening it arms it.
+/// A watchdog device of the kernel. Opening it arms it.
 #[derive(Debug)]
 pub struct LinuxDevice {
     device: File,
@@ -19,12 +19,12 @@ pub struct LinuxDevice {
 }
 
 impl LinuxDevice {
-    /// Open and arm the device at `path`, and set its timeout to `timeout`, in whole seconds. The
-    /// device may choose another: see [`WatchdogDevice::timeout`].
+    /// Opens and so arms the device at `path`, and sets its timeout to `timeout`, in whole seconds.
+    /// The device may round it: [`WatchdogDevice::timeout`] returns the actual one.
     ///
     /// # Errors
     /// Those of the device; [`io::ErrorKind::Unsupported`] for a softdog unless `allow_softdog`
-    /// (it is disarmed again).
+    /// (the softdog is disarmed again).
     pub fn open(path: &Path, timeout: Duration, allow_softdog: bool) -> io::Result<Self> {
         let device = OpenOptions::new().write(true).open(path)?;
         let mut watchdog = Self {
@@ -54,8 +54,8 @@ impl WatchdogDevice for LinuxDevice {
         self.timeout
     }
 
-    fn pet(&mut self) -> io::Result<()> {
-        self.device.write_all(PET)
+    fn keepalive(&mut self) -> io::Result<()> {
+        self.device.write_all(KEEPALIVE)
     }
 
     fn disarm(&mut self) -> io::Result<()> {
@@ -80,7 +80,7 @@ fn identify(device: &File) -> io::Result<Kind> {
     Ok(kind_of(&info.identity))
 }
 
-/// What an identity says. The softdog has had this name since Linux 2.6.
+/// The kind of a device, by its identity. The softdog has had this name since Linux 2.6.
 fn kind_of(identity: &[u8; 32]) -> Kind {
     let name = identity.split(|byte| *byte == 0).next().unwrap_or_default();
     if name == b"Software Watchdog" {
@@ -90,7 +90,8 @@ fn kind_of(identity: &[u8; 32]) -> Kind {
     }
 }
 
-/// Set the timeout, and say which one the device chose. A device with a fixed timeout tells that.
+/// Sets the timeout and returns the one that the device chose. A device with a fixed timeout only
+/// reports it.
 fn set_timeout(device: &File, wanted: Duration) -> io::Result<Duration> {
     let mut seconds = i32::try_from(wanted.as_secs()).unwrap_or(i32::MAX).max(1);
     // SAFETY: WDIOC_SETTIMEOUT reads and writes one `int`, which `seconds` is.
@@ -109,7 +110,9 @@ fn set_timeout(device: &File, wanted: Duration) -> io::Result<Duration> {
     }
     let seconds = u64::try_from(seconds).unwrap_or(0);
     if seconds == 0 {
-        return Err(io::Error::other("the device reports no timeout"));
+        return Err(io::Error::other(
+            "the watchdog device reports a timeout of 0 s",
+        ));
     }
     Ok(Duration::from_secs(seconds))
 }
@@ -146,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_is_no_watchdog_is_refused() {
+    fn a_file_that_is_not_a_watchdog_is_refused() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let refused = LinuxDevice::open(file.path(), Duration::from_secs(10), true);
         assert_eq!(

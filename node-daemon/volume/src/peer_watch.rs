@@ -9,23 +9,23 @@ use bascule_volume_format::{HeartbeatRecord, LeaderBlock, read_superblock, recov
 use bascule_volume_gate::boot_time_now;
 use bascule_volume_protocol::{HeartbeatSeen, WatchEvent};
 
-use crate::device::Handle;
-use crate::node::Node;
-use crate::records;
+use crate::block_device::Handle;
+use crate::control_blocks;
+use crate::volume_context::VolumeContext;
 
 /// Watches until the process stops.
-pub fn run(node: &Node) {
-    let mut handle = node.device.handle();
+pub fn run(context: &VolumeContext) {
+    let mut handle = context.device.handle();
     let mut rows_due = boot_time_now();
     loop {
-        watch(node, &mut handle);
+        read_once(context, &mut handle);
         if boot_time_now() >= rows_due {
-            read_rows(node, &mut handle);
+            read_rows(context, &mut handle);
             rows_due = boot_time_now().after(ROWS_EVERY);
         }
         // The poll interval is kept whatever else changes: a notification does not shorten it.
-        let next = boot_time_now().after(node.superblock.timings.poll);
-        let mut state = node.state();
+        let next = boot_time_now().after(context.superblock.timings.poll);
+        let mut state = context.state();
         loop {
             let left = next.since(boot_time_now());
             if state.stopping {
@@ -34,19 +34,19 @@ pub fn run(node: &Node) {
             if left.is_zero() {
                 break;
             }
-            state = node.wait(state, left);
+            state = context.wait(state, left);
         }
     }
 }
 
 /// Reads everybody's heartbeats and leader blocks once.
-pub fn watch(node: &Node, handle: &mut Handle) {
-    let slots = slots_in_use(node);
+pub fn read_once(context: &VolumeContext, handle: &mut Handle) {
+    let slots = slots_in_use(context);
     let issued_at = boot_time_now();
-    let seen = read_all(node, handle, slots);
+    let seen = read_all(context, handle, slots);
     let completed_at = boot_time_now();
     match seen {
-        Ok((heartbeats, leaders)) => node.update(|state| {
+        Ok((heartbeats, leaders)) => context.update(|state| {
             let of = |slot: SlotId| {
                 let record = heartbeats.iter().find(|record| record.owner.slot == slot);
                 (slot, record.map(HeartbeatSeen::from))
@@ -64,17 +64,17 @@ pub fn watch(node: &Node, handle: &mut Handle) {
         Err(error) => {
             let error = format!("cannot read the volume: {error}");
             tracing::warn!(error, "watch");
-            node.update(|state| state.read_error = Some(error));
-            reopen(node);
+            context.update(|state| state.read_error = Some(error));
+            reopen(context);
         }
     }
 }
 
 /// How many slots, from the first, have a holder: the others' heartbeats are not read. All of them
 /// while the rows are not known.
-fn slots_in_use(node: &Node) -> u16 {
-    let state = node.state();
-    let all = node.superblock.slot_count;
+fn slots_in_use(context: &VolumeContext) -> u16 {
+    let state = context.state();
+    let all = context.superblock.slot_count;
     state.metadata.as_ref().map_or(all, |(_, rows)| {
         let last = rows.slots().map(|row| row.slot.0).max();
         last.map_or(all, |last| last.saturating_add(1).min(all))
@@ -82,20 +82,20 @@ fn slots_in_use(node: &Node) -> u16 {
 }
 
 fn read_all(
-    node: &Node,
+    context: &VolumeContext,
     handle: &mut Handle,
     slots: u16,
 ) -> io::Result<(Vec<HeartbeatRecord>, Vec<LeaderBlock>)> {
-    node.device.check_present()?;
-    let heartbeats = records::read_heartbeats(handle, &node.superblock, slots)?;
-    let leaders = records::read_leaders(handle, &node.superblock)?;
+    context.device.check_present()?;
+    let heartbeats = control_blocks::read_heartbeats(handle, &context.superblock, slots)?;
+    let leaders = control_blocks::read_leaders(handle, &context.superblock)?;
     Ok((heartbeats, leaders))
 }
 
 /// The device may be back, under the same path: only if it is still this volume.
-fn reopen(node: &Node) {
-    let volume = node.superblock.volume;
-    let same = node.device.reopen_if(|candidate| {
+fn reopen(context: &VolumeContext) {
+    let volume = context.superblock.volume;
+    let same = context.device.reopen_if(|candidate| {
         read_superblock(&mut candidate.handle()).is_ok_and(|found| found.volume == volume)
     });
     match same {
@@ -107,13 +107,13 @@ fn reopen(node: &Node) {
 
 /// The rows as they lie on the volume, for the status. The coordinator may be writing them at this
 /// moment: a picture that contradicts itself is dropped.
-fn read_rows(node: &Node, handle: &mut Handle) {
-    if node.state().coordinator.is_some() {
+fn read_rows(context: &VolumeContext, handle: &mut Handle) {
+    if context.state().coordinator.is_some() {
         return;
     }
-    let found = recover(handle, &node.superblock);
+    let found = recover(handle, &context.superblock);
     if let Ok(recovered) = found {
-        node.update(|state| {
+        context.update(|state| {
             if state.coordinator.is_none() {
                 state.metadata = Some((recovered.base.epoch, recovered.metadata));
             }

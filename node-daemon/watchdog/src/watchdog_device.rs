@@ -1,4 +1,4 @@
-//! The seam to the device.
+//! The watchdog device behind a trait, so that tests can use one of their own.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -11,36 +11,36 @@ use rustix::fs::OFlags;
 /// What resets the node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// Something that counts on when the kernel does not.
+    /// A device that keeps counting when the kernel hangs.
     Hardware,
-    /// The kernel's softdog.
+    /// The softdog of the kernel, which hangs with its kernel.
     Soft,
-    /// Nothing.
+    /// The node has no watchdog.
     None,
 }
 
-/// A watchdog that is armed from the moment when it was opened.
+/// A watchdog device. It is armed from the moment when it is opened.
 pub trait WatchdogDevice: Send {
-    /// What it is.
+    /// Published in the heartbeats of this node.
     fn kind(&self) -> Kind;
 
-    /// After how long without a pet it resets the node.
+    /// How long after the last keepalive the device resets the node.
     fn timeout(&self) -> Duration;
 
-    /// Start the timeout anew.
+    /// Restarts the timeout ("ping" or "pet" in other implementations).
     ///
     /// # Errors
-    /// The device's.
-    fn pet(&mut self) -> io::Result<()>;
+    /// Those of the device.
+    fn keepalive(&mut self) -> io::Result<()>;
 
-    /// Stop counting. Only while no writer is open on any volume.
+    /// Stops the timeout. Only while no writer is open on any volume.
     ///
     /// # Errors
-    /// The device's. It then counts on.
+    /// Those of the device, which then stays armed.
     fn disarm(&mut self) -> io::Result<()>;
 }
 
-/// A node without a watchdog, on record.
+/// The device of a node that has no watchdog.
 #[derive(Clone, Copy, Debug)]
 pub struct NoDevice;
 
@@ -53,7 +53,7 @@ impl WatchdogDevice for NoDevice {
         Duration::ZERO
     }
 
-    fn pet(&mut self) -> io::Result<()> {
+    fn keepalive(&mut self) -> io::Result<()> {
         Ok(())
     }
 
@@ -62,9 +62,9 @@ impl WatchdogDevice for NoDevice {
     }
 }
 
-/// A watchdog outside of this machine, petted by a byte through a named pipe. Whoever reads the
-/// pipe resets the machine when nothing came for the timeout; like /dev/watchdog it takes `V` as
-/// "disarm".
+/// A watchdog outside of this machine; each byte written to a named pipe is a keepalive. The reader
+/// of the pipe resets the machine when no byte arrives for the timeout. Like `/dev/watchdog`, it
+/// takes `V` as "disarm".
 #[derive(Debug)]
 pub struct PipeDevice {
     pipe: File,
@@ -72,10 +72,10 @@ pub struct PipeDevice {
 }
 
 impl PipeDevice {
-    /// The pipe at `path`, whose reader must be there already.
+    /// Opens the pipe at `path`, which a reader must have open already.
     ///
     /// # Errors
-    /// [`io::ErrorKind::InvalidInput`] when it is no named pipe; those of opening it.
+    /// [`io::ErrorKind::InvalidInput`] when `path` is not a named pipe; those of opening it.
     pub fn open(path: &Path, timeout: Duration) -> io::Result<Self> {
         if !std::fs::metadata(path)?.file_type().is_fifo() {
             return Err(io::Error::new(
@@ -83,12 +83,12 @@ impl PipeDevice {
                 "not a named pipe",
             ));
         }
-        // Non-blocking: a reader that does not read must not hang the petting loop.
+        // Non-blocking: a reader that does not read must not block the keepalive loop.
         let flags = i32::try_from(OFlags::NONBLOCK.bits()).unwrap_or(0);
         let mut options = OpenOptions::new();
         let pipe = options.write(true).custom_flags(flags).open(path)?;
         let mut device = Self { pipe, timeout };
-        device.pet()?;
+        device.keepalive()?;
         Ok(device)
     }
 }
@@ -102,8 +102,8 @@ impl WatchdogDevice for PipeDevice {
         self.timeout
     }
 
-    fn pet(&mut self) -> io::Result<()> {
-        self.pipe.write_all(PET)
+    fn keepalive(&mut self) -> io::Result<()> {
+        self.pipe.write_all(KEEPALIVE)
     }
 
     fn disarm(&mut self) -> io::Result<()> {
@@ -112,6 +112,6 @@ impl WatchdogDevice for PipeDevice {
 }
 
 /// Any byte but [`MAGIC_CLOSE`].
-pub(crate) const PET: &[u8] = b".";
+pub(crate) const KEEPALIVE: &[u8] = b".";
 /// Linux `Documentation/watchdog/watchdog-api.rst`: "magic close".
 pub(crate) const MAGIC_CLOSE: &[u8] = b"V";

@@ -14,25 +14,25 @@ use bascule_types::{Answer, Change, Owner};
 use bascule_volume_format::{LogError, SlotRow, recover};
 use bascule_volume_protocol::LeasePhase;
 
-use crate::device::Handle;
-use crate::node::{Node, State};
-use crate::peer::{Ask, PeerResponse};
+use crate::block_device::Handle;
+use crate::peer_rpc::{PeerOperation, PeerResponse};
+use crate::volume_context::{State, VolumeContext};
 
 /// Joins, and joins again, until the process stops.
-pub fn run(node: &Node) {
-    let mut handle = node.device.handle();
+pub fn run(context: &VolumeContext) {
+    let mut handle = context.device.handle();
     loop {
-        let Some(need) = wait_for_need(node) else {
+        let Some(need) = wait_for_need(context) else {
             return;
         };
         let done = match need {
-            Need::Slot => get_slot(node, &mut handle),
-            Need::Rejoin(owner) => rejoin(node, &mut handle, owner),
+            Need::Slot => get_slot(context, &mut handle),
+            Need::Rejoin(owner) => rejoin(context, &mut handle, owner),
         };
         if let Err(reason) = done {
             tracing::info!(reason, "waits to join");
-            node.update(|state| state.waiting_for = Some(reason));
-            node.wait_until(RETRY, |state| state.stopping);
+            context.update(|state| state.waiting_for = Some(reason));
+            context.wait_until(RETRY, |state| state.stopping);
         }
     }
 }
@@ -42,7 +42,7 @@ enum Need {
     Rejoin(Owner),
 }
 
-fn wait_for_need(node: &Node) -> Option<Need> {
+fn wait_for_need(context: &VolumeContext) -> Option<Need> {
     let need = |state: &State| {
         if state.slot.is_none() {
             return Some(Need::Slot);
@@ -52,8 +52,8 @@ fn wait_for_need(node: &Node) -> Option<Need> {
         fresh.then_some(Need::Rejoin(owner))
     };
     loop {
-        node.wait_until(RETRY, |state| state.stopping || need(state).is_some());
-        let state = node.state();
+        context.wait_until(RETRY, |state| state.stopping || need(state).is_some());
+        let state = context.state();
         if state.stopping {
             return None;
         }
@@ -64,17 +64,17 @@ fn wait_for_need(node: &Node) -> Option<Need> {
 }
 
 /// This node's slot, from the volume itself; if it has none, the coordinator is asked for one.
-fn get_slot(node: &Node, handle: &mut Handle) -> Result<(), String> {
-    if let Some(row) = read_slot_row(node, handle)? {
-        node.update(|state| {
+fn get_slot(context: &VolumeContext, handle: &mut Handle) -> Result<(), String> {
+    if let Some(row) = read_slot_row(context, handle)? {
+        context.update(|state| {
             state.slot = Some(row);
             state.waiting_for = Some("the lease".to_owned());
         });
         return Ok(());
     }
-    let me = node.config.node;
-    let register = Ask::Change(Change::RegisterNode { node: me });
-    match node.ask(&register, ASK) {
+    let me = context.config.node;
+    let register = PeerOperation::Change(Change::RegisterNode { node: me });
+    match context.request_coordinator(&register, ASK) {
         // The row is read from the volume in the next round.
         Some(PeerResponse::Granted(_)) => Ok(()),
         Some(PeerResponse::Refused(refusal)) => Err(format!("registration was refused: {refusal}")),
@@ -82,21 +82,21 @@ fn get_slot(node: &Node, handle: &mut Handle) -> Result<(), String> {
     }
 }
 
-fn rejoin(node: &Node, handle: &mut Handle, owner: Owner) -> Result<(), String> {
-    let row = read_slot_row(node, handle)?.ok_or("the slot's row is gone")?;
+fn rejoin(context: &VolumeContext, handle: &mut Handle, owner: Owner) -> Result<(), String> {
+    let row = read_slot_row(context, handle)?.ok_or("the slot's row is gone")?;
     let change = Change::Rejoin {
-        node: node.config.node,
+        node: context.config.node,
         from: row.owner(),
-        rebooted: row.boot != node.config.boot,
+        rebooted: row.boot != context.config.boot,
     };
-    match node.ask(&Ask::Change(change), ASK) {
+    match context.request_coordinator(&PeerOperation::Change(change), ASK) {
         Some(PeerResponse::Granted(Answer::Slot { owner: now, kept })) if now == owner => {
             tracing::info!(%owner, kept = kept.len(), "joined");
-            node.update(|state| {
+            context.update(|state| {
                 state.joined = Some(owner);
                 state.slot = Some(SlotRow {
                     generation: owner.generation,
-                    boot: node.config.boot,
+                    boot: context.config.boot,
                     ..row
                 });
                 state.waiting_for = None;
@@ -110,18 +110,20 @@ fn rejoin(node: &Node, handle: &mut Handle, owner: Owner) -> Result<(), String> 
 }
 
 /// The coordinator may be writing the metadata at this moment, so a contradiction is tried again.
-fn read_slot_row(node: &Node, handle: &mut Handle) -> Result<Option<SlotRow>, String> {
+fn read_slot_row(context: &VolumeContext, handle: &mut Handle) -> Result<Option<SlotRow>, String> {
     let mut attempt = 0;
     loop {
         attempt += 1;
-        match recover(handle, &node.superblock) {
-            Ok(recovered) => return Ok(recovered.metadata.slot_of(node.config.node).copied()),
+        match recover(handle, &context.superblock) {
+            Ok(recovered) => {
+                return Ok(recovered.metadata.slot_of(context.config.node).copied());
+            }
             Err(LogError::Io { .. }) => return Err("the volume cannot be read".to_owned()),
             Err(error) if attempt == READ_ATTEMPTS => {
                 return Err(format!("the metadata is damaged: {error}"));
             }
             Err(_) => {
-                node.wait_until(RETRY, |state| state.stopping);
+                context.wait_until(RETRY, |state| state.stopping);
             }
         }
     }

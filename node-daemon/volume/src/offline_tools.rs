@@ -13,7 +13,7 @@ use bascule_volume_format::{
 };
 use clap::{Args, ValueEnum};
 
-use crate::device::{Access, Device};
+use crate::block_device::{Access, Device};
 
 /// What `format` takes.
 #[derive(Args, Debug)]

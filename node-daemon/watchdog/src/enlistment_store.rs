@@ -1,4 +1,4 @@
-//! The enlisted volumes on disk, so that a restart of this process forgets none.
+//! `watchdog.json`: the enlisted volumes, kept over restarts of this process within one boot.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -8,37 +8,35 @@ use std::path::{Path, PathBuf};
 use bascule_types::VolumeId;
 use serde::{Deserialize, Serialize};
 
-/// The file beside the socket.
+/// Reads and writes `watchdog.json`.
 #[derive(Clone, Debug)]
-pub struct Store {
+pub struct EnlistmentStore {
     path: PathBuf,
     boot: String,
 }
 
-/// The list cannot be read or written.
+/// `watchdog.json` cannot be read or written.
 #[derive(Debug, thiserror::Error)]
-pub enum PersistError {
-    /// The file system's error.
+#[expect(missing_docs, reason = "the field names say all")]
+pub enum StoreError {
+    /// An error of the file system.
     #[error("cannot {action} {path}")]
     Io {
-        /// What was tried.
+        /// The verb: read, write or replace.
         action: &'static str,
-        /// The file.
         path: PathBuf,
-        /// Why it failed.
         source: io::Error,
     },
-    /// The file is damaged, or of a later release. Which volumes have writers is then unknown.
-    #[error("the list of enlisted volumes in {path} cannot be understood")]
+    /// The file is damaged, or was written by a later release. Which volumes have writers is then
+    /// unknown.
+    #[error("the list of enlisted volumes in {path} cannot be parsed")]
     Damaged {
-        /// The file.
         path: PathBuf,
-        /// Where.
         source: serde_json::Error,
     },
 }
 
-/// The file's contents.
+/// The contents of `watchdog.json`.
 #[derive(Debug, Serialize, Deserialize)]
 struct Document {
     version: u32,
@@ -46,12 +44,12 @@ struct Document {
     enlisted: BTreeMap<VolumeId, PathBuf>,
 }
 
-impl Store {
-    /// The list at `path`, for this boot.
+impl EnlistmentStore {
+    /// The list at `path`, bound to the current boot.
     ///
     /// # Errors
     /// When the kernel's boot id cannot be read.
-    pub fn new(path: impl Into<PathBuf>) -> Result<Self, PersistError> {
+    pub fn new(path: impl Into<PathBuf>) -> Result<Self, StoreError> {
         let boot = fs::read_to_string(BOOT_ID).map_err(io_error("read", Path::new(BOOT_ID)))?;
         Ok(Self {
             path: path.into(),
@@ -59,22 +57,22 @@ impl Store {
         })
     }
 
-    /// The volumes that were enlisted in this boot.
+    /// The gate page of each volume that was enlisted in this boot; empty without a file.
     ///
     /// # Errors
-    /// [`PersistError`].
-    pub fn load(&self) -> Result<BTreeMap<VolumeId, PathBuf>, PersistError> {
+    /// [`StoreError`].
+    pub fn load(&self) -> Result<BTreeMap<VolumeId, PathBuf>, StoreError> {
         let text = match fs::read(&self.path) {
             Ok(text) => text,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(BTreeMap::new()),
             Err(error) => return Err(io_error("read", &self.path)(error)),
         };
         let document: Document =
-            serde_json::from_slice(&text).map_err(|source| PersistError::Damaged {
+            serde_json::from_slice(&text).map_err(|source| StoreError::Damaged {
                 path: self.path.clone(),
                 source,
             })?;
-        // No process of an earlier boot writes any more.
+        // The reboot ended every writer of an earlier boot.
         let same_boot = document.boot == self.boot;
         Ok(if same_boot {
             document.enlisted
@@ -83,17 +81,17 @@ impl Store {
         })
     }
 
-    /// Replace the list.
+    /// Replaces the list atomically.
     ///
     /// # Errors
-    /// [`PersistError::Io`]; the old list is then still there.
-    pub fn save(&self, enlisted: &BTreeMap<VolumeId, PathBuf>) -> Result<(), PersistError> {
+    /// [`StoreError::Io`]; the previous list is then unchanged.
+    pub fn save(&self, enlisted: &BTreeMap<VolumeId, PathBuf>) -> Result<(), StoreError> {
         let document = Document {
             version: VERSION,
             boot: self.boot.clone(),
             enlisted: enlisted.clone(),
         };
-        let text = serde_json::to_vec(&document).map_err(|source| PersistError::Damaged {
+        let text = serde_json::to_vec(&document).map_err(|source| StoreError::Damaged {
             path: self.path.clone(),
             source,
         })?;
@@ -108,9 +106,9 @@ impl Store {
     }
 }
 
-fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> PersistError {
+fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StoreError {
     let path = path.to_owned();
-    move |source| PersistError::Io {
+    move |source| StoreError::Io {
         action,
         path,
         source,
@@ -118,7 +116,7 @@ fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Pers
 }
 
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
-/// The version of the document.
+/// Of [`Document`].
 const VERSION: u32 = 1;
 
 #[cfg(test)]
@@ -126,23 +124,23 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_list_of_another_boot_is_not_believed_and_a_damaged_one_is_an_error() {
+    fn a_list_of_another_boot_is_ignored_and_a_damaged_one_is_an_error() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("watchdog.json");
-        let store = Store::new(&path).unwrap();
+        let store = EnlistmentStore::new(&path).unwrap();
         assert_eq!(store.load().unwrap(), BTreeMap::new());
         let gold = VolumeId::from_bytes([1; 16]);
         let list = BTreeMap::from([(gold, PathBuf::from("/run/gate"))]);
         store.save(&list).unwrap();
         assert_eq!(store.load().unwrap(), list);
 
-        let other_boot = Store {
+        let other_boot = EnlistmentStore {
             boot: "another".to_owned(),
             ..store.clone()
         };
         assert_eq!(other_boot.load().unwrap(), BTreeMap::new());
         fs::write(&path, b"{").unwrap();
         let error = store.load().unwrap_err();
-        assert!(matches!(error, PersistError::Damaged { .. }), "{error}");
+        assert!(matches!(error, StoreError::Damaged { .. }), "{error}");
     }
 }

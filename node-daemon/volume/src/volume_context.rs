@@ -23,15 +23,15 @@ use bascule_volume_format::{
 use bascule_volume_gate::{GateWriter, boot_time_now};
 use bascule_volume_protocol::{LeasePhase, Rules, Watcher};
 
-use crate::device::Device;
-use crate::peer::{Ask, PeerRequest, PeerResponse, Tls};
-use crate::writers::WriterTable;
+use crate::block_device::Device;
+use crate::peer_rpc::{PeerOperation, PeerRequest, PeerResponse, Tls};
+use crate::writer_table::WriterTable;
 
 /// One attached volume, as one process serves it.
 #[derive(Debug)]
-pub struct Node {
+pub struct VolumeContext {
     /// Who and where this process is.
-    pub config: NodeConfig,
+    pub config: ProcessConfig,
     /// The volume.
     pub superblock: Superblock,
     /// Its device.
@@ -42,16 +42,16 @@ pub struct Node {
     pub tls: Tls,
     /// Held while the watchdog's owner is told what to watch: what it is told last must be what
     /// holds.
-    pub watchdog_talk: Mutex<()>,
+    pub watchdog_call: Mutex<()>,
     /// Held while a disk is zeroed.
-    pub filling: Mutex<()>,
+    pub zeroing: Mutex<()>,
     state: Mutex<State>,
     changed: Condvar,
 }
 
 /// Who and where a process is.
 #[derive(Clone, Debug)]
-pub struct NodeConfig {
+pub struct ProcessConfig {
     /// The node.
     pub node: NodeUid,
     /// The kernel's boot id.
@@ -128,9 +128,9 @@ pub struct Job {
 
 /// What a process knows when it starts.
 #[derive(Debug)]
-pub struct NodeParts {
+pub struct VolumeContextParts {
     /// Who and where.
-    pub config: NodeConfig,
+    pub config: ProcessConfig,
     /// The volume.
     pub superblock: Superblock,
     /// The device.
@@ -145,10 +145,10 @@ pub struct NodeParts {
     pub joined: Option<Owner>,
 }
 
-impl Node {
+impl VolumeContext {
     /// A node that has not read anything yet.
     #[must_use]
-    pub fn new(parts: NodeParts) -> Self {
+    pub fn new(parts: VolumeContextParts) -> Self {
         let state = State {
             lease: LeaseView {
                 phase: LeasePhase::Lapsed,
@@ -179,8 +179,8 @@ impl Node {
             device: parts.device,
             gate: parts.gate,
             tls: parts.tls,
-            watchdog_talk: Mutex::new(()),
-            filling: Mutex::new(()),
+            watchdog_call: Mutex::new(()),
+            zeroing: Mutex::new(()),
             state: Mutex::new(state),
             changed: Condvar::new(),
         }
@@ -239,14 +239,18 @@ impl Node {
 
     /// Asks the coordinator, wherever it is, again and again until one answers. None if `limit`
     /// passes first: the outcome is then unknown.
-    pub fn ask(&self, ask: &Ask, limit: Duration) -> Option<PeerResponse> {
+    pub fn request_coordinator(
+        &self,
+        operation: &PeerOperation,
+        limit: Duration,
+    ) -> Option<PeerResponse> {
         let deadline = boot_time_now().after(limit);
         loop {
             let left = deadline.since(boot_time_now());
             if left.is_zero() || self.is_stopping() {
                 return None;
             }
-            if let Some(response) = self.ask_once(ask, left) {
+            if let Some(response) = self.request_once(operation, left) {
                 self.update(|state| {
                     state.unreachable_since = None;
                     state.peer_error = None;
@@ -260,7 +264,7 @@ impl Node {
         }
     }
 
-    fn ask_once(&self, ask: &Ask, left: Duration) -> Option<PeerResponse> {
+    fn request_once(&self, operation: &PeerOperation, left: Duration) -> Option<PeerResponse> {
         let (request, route) = {
             let state = self.state();
             let request = PeerRequest {
@@ -268,25 +272,27 @@ impl Node {
                 node: self.config.node,
                 owner: state.lease.owner,
                 boot: self.config.boot,
-                ask: ask.clone(),
+                operation: operation.clone(),
             };
             (request, state.route())
         };
         match route? {
-            Route::Local(queue) => self.ask_local(&queue, request, left),
-            Route::Peer(address) => match self.tls.ask(address, &request, left.min(self.step())) {
-                Ok(PeerResponse::NotCoordinator | PeerResponse::WrongVolume) => None,
-                Ok(response) => Some(response),
-                Err(error) => {
-                    let error = format!("{:#}", anyhow::Error::from(error));
-                    let mut state = self.state();
-                    if state.peer_error.as_ref() != Some(&error) {
-                        tracing::warn!(%address, error, "the coordinator does not answer");
-                        state.peer_error = Some(error);
+            Route::Local(queue) => self.request_local_coordinator(&queue, request, left),
+            Route::Peer(address) => {
+                match self.tls.request(address, &request, left.min(self.step())) {
+                    Ok(PeerResponse::NotCoordinator | PeerResponse::WrongVolume) => None,
+                    Ok(response) => Some(response),
+                    Err(error) => {
+                        let error = format!("{:#}", anyhow::Error::from(error));
+                        let mut state = self.state();
+                        if state.peer_error.as_ref() != Some(&error) {
+                            tracing::warn!(%address, error, "the coordinator does not answer");
+                            state.peer_error = Some(error);
+                        }
+                        None
                     }
-                    None
                 }
-            },
+            }
         }
     }
 
@@ -296,7 +302,7 @@ impl Node {
     }
 
     /// Asks the coordinator in this process.
-    pub fn ask_local(
+    pub fn request_local_coordinator(
         &self,
         queue: &SyncSender<Job>,
         request: PeerRequest,

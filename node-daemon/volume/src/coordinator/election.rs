@@ -12,36 +12,35 @@
 use std::time::Duration;
 
 use bascule_types::{BootTime, Owner};
-use bascule_volume_format::CoordinatorEpoch;
 use bascule_volume_gate::boot_time_now;
 use bascule_volume_protocol::{
     Election, ElectionCommand, ElectionConfig, ElectionEvent, ElectionOutcome, LeasePhase, Rules,
 };
 use rand::RngExt as _;
 
-use crate::device::Handle;
-use crate::lead;
-use crate::node::{Node, State};
-use crate::records;
+use crate::block_device::Handle;
+use crate::control_blocks;
+use crate::coordinator::term;
+use crate::volume_context::{State, VolumeContext};
 
 /// Takes part until the process stops.
-pub fn run(node: &Node) {
-    let mut handle = node.device.handle();
+pub fn run(context: &VolumeContext) {
+    let mut handle = context.device.handle();
     let mut election: Option<Election> = None;
     let mut not_before = BootTime(0);
-    while let Some(me) = wait_for_vacancy(node, not_before) {
+    while let Some(me) = wait_for_vacancy(context, not_before) {
         let participant = match election.take() {
             Some(election) => election.renamed(me),
-            None => Election::new(config(node, me)),
+            None => Election::new(config(context, me)),
         };
-        let (participant, outcome) = elect(node, &mut handle, participant);
+        let (participant, outcome) = elect(context, &mut handle, participant);
         election = Some(participant);
         tracing::debug!(?outcome, "election");
         let now = boot_time_now();
-        let timings = &node.superblock.timings;
+        let timings = &context.superblock.timings;
         not_before = match outcome {
             ElectionOutcome::Won(epoch) => {
-                lead::lead(node, &mut handle, me, epoch);
+                term::run(context, &mut handle, me, epoch);
                 // Whoever deposed this node, or its own lost lease, needs a moment.
                 boot_time_now().after(timings.poll)
             }
@@ -60,29 +59,29 @@ pub fn run(node: &Node) {
     }
 }
 
-fn config(node: &Node, me: Owner) -> ElectionConfig {
+fn config(context: &VolumeContext, me: Owner) -> ElectionConfig {
     ElectionConfig {
         me,
-        slots: node.superblock.slot_count,
+        slots: context.superblock.slot_count,
         // Paxos and leader blocks are written by pwrite: the end of a process waits for them, and
         // the gate page's lock with it. What is left is the boot before.
         quiet_since: BootTime(0),
-        settle: node.superblock.timings.settle,
+        settle: context.superblock.timings.settle,
         rules: Rules::ENFORCED,
     }
 }
 
 /// Waits until this node should stand; none when the process stops.
-fn wait_for_vacancy(node: &Node, not_before: BootTime) -> Option<Owner> {
+fn wait_for_vacancy(context: &VolumeContext, not_before: BootTime) -> Option<Owner> {
     loop {
-        node.wait_until(node.superblock.timings.poll, |state| state.stopping);
+        context.wait_until(context.superblock.timings.poll, |state| state.stopping);
         let now = boot_time_now();
-        let state = node.state();
+        let state = context.state();
         if state.stopping {
             return None;
         }
         if now >= not_before
-            && let Some(me) = vacancy(&state, node, now)
+            && let Some(me) = vacancy(&state, context, now)
         {
             return Some(me);
         }
@@ -90,7 +89,7 @@ fn wait_for_vacancy(node: &Node, not_before: BootTime) -> Option<Owner> {
 }
 
 /// Who this node would be as coordinator, if there is reason to stand.
-fn vacancy(state: &State, node: &Node, now: BootTime) -> Option<Owner> {
+fn vacancy(state: &State, context: &VolumeContext, now: BootTime) -> Option<Owner> {
     let me = state.lease.owner?;
     let fit = state.lease.phase == LeasePhase::Held && now < state.lease.expiry;
     if !fit || state.failed.is_some() || state.read_error.is_some() {
@@ -105,7 +104,7 @@ fn vacancy(state: &State, node: &Node, now: BootTime) -> Option<Owner> {
     // gone.
     let gone = leader.slot == me.slot
         || record.is_none_or(|record| record.owner != leader || record.detached);
-    let lease = node.superblock.timings.lease;
+    let lease = context.superblock.timings.lease;
     let silent = state.watcher.evidence(leader).unchanged_for >= lease;
     let unreachable = state
         .unreachable_since
@@ -114,13 +113,17 @@ fn vacancy(state: &State, node: &Node, now: BootTime) -> Option<Owner> {
 }
 
 /// Runs one election to its end.
-fn elect(node: &Node, handle: &mut Handle, election: Election) -> (Election, ElectionOutcome) {
+fn elect(
+    context: &VolumeContext,
+    handle: &mut Handle,
+    election: Election,
+) -> (Election, ElectionOutcome) {
     let now = boot_time_now();
     let (mut election, mut command) = election.next(&ElectionEvent::Start { now });
     loop {
         let event = match command {
             Some(ElectionCommand::Done(outcome)) => return (election, outcome),
-            Some(command) => perform(node, handle, command),
+            Some(command) => perform(context, handle, command),
             // The machine always commands something until it is done.
             None => ElectionEvent::Failed,
         };
@@ -131,12 +134,16 @@ fn elect(node: &Node, handle: &mut Handle, election: Election) -> (Election, Ele
     }
 }
 
-fn perform(node: &Node, handle: &mut Handle, command: ElectionCommand) -> ElectionEvent {
-    let superblock = &node.superblock;
+fn perform(
+    context: &VolumeContext,
+    handle: &mut Handle,
+    command: ElectionCommand,
+) -> ElectionEvent {
+    let superblock = &context.superblock;
     let written = match command {
         ElectionCommand::ReadBlocks => {
-            let paxos = records::read_paxos(handle, superblock);
-            let leaders = records::read_leaders(handle, superblock);
+            let paxos = control_blocks::read_paxos(handle, superblock);
+            let leaders = control_blocks::read_leaders(handle, superblock);
             return match (paxos, leaders) {
                 (Ok(paxos), Ok(leaders)) => ElectionEvent::Blocks { paxos, leaders },
                 _ => ElectionEvent::Failed,
@@ -144,11 +151,11 @@ fn perform(node: &Node, handle: &mut Handle, command: ElectionCommand) -> Electi
         }
         ElectionCommand::WritePaxos { subsector, block } => {
             let lba = superblock.paxos_lba(block.writer.slot, subsector);
-            records::write_durably(handle, superblock, lba, &block)
+            control_blocks::write_durably(handle, superblock, lba, &block)
         }
         ElectionCommand::WriteLeader(leader) => {
             let lba = superblock.leader_lba(leader.coordinator.slot);
-            records::write_durably(handle, superblock, lba, &leader)
+            control_blocks::write_durably(handle, superblock, lba, &leader)
         }
         ElectionCommand::Done(_) => return ElectionEvent::Failed,
     };
@@ -159,14 +166,4 @@ fn perform(node: &Node, handle: &mut Handle, command: ElectionCommand) -> Electi
             ElectionEvent::Failed
         }
     }
-}
-
-/// The highest epoch of any leader block, read now.
-///
-/// # Errors
-/// The device's.
-pub fn highest_epoch(node: &Node, handle: &mut Handle) -> std::io::Result<CoordinatorEpoch> {
-    let leaders = records::read_leaders(handle, &node.superblock)?;
-    let highest = leaders.iter().map(|leader| leader.epoch).max();
-    Ok(highest.unwrap_or_default())
 }

@@ -1,0 +1,198 @@
+//! The sockets of one `bascule-volume`: volume.sock for the processes of this node, and the TCP port
+//! for other nodes. One thread per connection.
+
+use std::fs;
+use std::io;
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread::{Builder, JoinHandle};
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow};
+use bascule_ipc::volume::{Request, Response};
+use bascule_ipc::{Connection, IpcError};
+
+use crate::local_api;
+use crate::peer_rpc::PeerResponse;
+use crate::volume_context::VolumeContext;
+
+/// Listens at `sock`, in place of a socket that an earlier process left.
+///
+/// # Errors
+/// Those of the file system and the socket.
+///
+/// # Assumes
+/// No other process serves at `sock`: the caller holds the lock on the gate page, or knows that no
+/// process does.
+pub fn listen(sock: &Path) -> Result<UnixListener> {
+    match fs::remove_file(sock) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            return Err(error).with_context(|| format!("remove {}", sock.display()));
+        }
+        _ => {}
+    }
+    UnixListener::bind(sock).with_context(|| format!("listen on {}", sock.display()))
+}
+
+/// Serves the processes of this node until this process ends.
+///
+/// # Errors
+/// When the thread cannot be started.
+pub fn accept_local(context: &Arc<VolumeContext>, listener: UnixListener) -> Result<()> {
+    let context = Arc::clone(context);
+    let accept = move || {
+        let open = Arc::new(AtomicUsize::new(0));
+        for stream in listener.incoming().flatten() {
+            let context = Arc::clone(&context);
+            spawn_bounded(&open, "local", move || local_api::serve(&context, stream));
+        }
+    };
+    Builder::new()
+        .name("accept-local".to_owned())
+        .spawn(accept)
+        .map(drop)
+        .context("start the server on volume.sock")
+}
+
+/// Serves other nodes until this process ends.
+///
+/// # Errors
+/// When the thread cannot be started.
+pub fn accept_peers(context: &Arc<VolumeContext>, listener: TcpListener) -> Result<()> {
+    let context = Arc::clone(context);
+    let accept = move || {
+        let open = Arc::new(AtomicUsize::new(0));
+        for stream in listener.incoming().flatten() {
+            let context = Arc::clone(&context);
+            spawn_bounded(&open, "peer", move || serve_peer(&context, stream));
+        }
+    };
+    Builder::new()
+        .name("accept-peers".to_owned())
+        .spawn(accept)
+        .map(drop)
+        .context("start the server for other nodes")
+}
+
+fn serve_peer(context: &VolumeContext, stream: TcpStream) {
+    let served = context.tls.serve(stream, STEP_TIMEOUT, |request| {
+        if request.volume != context.superblock.volume {
+            return PeerResponse::WrongVolume;
+        }
+        let queue = context
+            .state()
+            .coordinator
+            .as_ref()
+            .map(|(_, queue)| queue.clone());
+        queue
+            .and_then(|queue| context.request_local_coordinator(&queue, request, STEP_TIMEOUT))
+            .unwrap_or(PeerResponse::NotCoordinator)
+    });
+    if let Err(error) = served {
+        tracing::debug!(
+            error = format!("{:#}", anyhow!(error)),
+            "the connection of another node failed"
+        );
+    }
+}
+
+/// Runs `run` on a thread of its own; drops it when [`CONNECTIONS_MAX`] run already.
+fn spawn_bounded(open: &Arc<AtomicUsize>, name: &str, run: impl FnOnce() + Send + 'static) {
+    struct Guard(Arc<AtomicUsize>);
+    impl Drop for Guard {
+        fn drop(&mut self) {
+            self.0.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+    let guard = Guard(Arc::clone(open));
+    if open.fetch_add(1, Ordering::Relaxed) >= CONNECTIONS_MAX {
+        tracing::warn!(name, "closed a connection: too many are open");
+        return;
+    }
+    let spawned = Builder::new().name(name.to_owned()).spawn(move || {
+        let _guard = guard;
+        run();
+    });
+    if let Err(error) = spawned {
+        tracing::error!(%error, name, "cannot start a thread for a connection");
+    }
+}
+
+/// Answers every request on volume.sock with `Unavailable`, until it is dropped.
+#[derive(Debug)]
+pub struct UnavailableServer {
+    reason: String,
+    sock: PathBuf,
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl UnavailableServer {
+    /// Listens at `sock`; every answer carries `reason`, which is for a person.
+    ///
+    /// # Errors
+    /// Those of the socket, and when the thread cannot be started.
+    pub fn start(sock: &Path, reason: String) -> Result<Self> {
+        let listener = listen(sock)?;
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let text = reason.clone();
+        let open = Arc::new(AtomicUsize::new(0));
+        let run = move || {
+            for stream in listener.incoming().flatten() {
+                if stopped.load(Ordering::Acquire) {
+                    return;
+                }
+                let reason = text.clone();
+                spawn_bounded(&open, "unavailable", move || {
+                    // On an error the client sees a closed connection.
+                    drop(answer_unavailable(stream, reason));
+                });
+            }
+        };
+        let thread = Builder::new()
+            .name("unavailable".to_owned())
+            .spawn(run)
+            .context("start the server that answers Unavailable")?;
+        Ok(Self {
+            reason,
+            sock: sock.to_owned(),
+            stop,
+            thread: Some(thread),
+        })
+    }
+
+    /// The reason that it answers with.
+    #[must_use]
+    pub fn reason(&self) -> &str {
+        &self.reason
+    }
+}
+
+impl Drop for UnavailableServer {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Release);
+        // Wakes the thread out of accept().
+        drop(UnixStream::connect(&self.sock));
+        if let Some(thread) = self.thread.take() {
+            drop(thread.join());
+        }
+    }
+}
+
+fn answer_unavailable(stream: UnixStream, reason: String) -> Result<(), IpcError> {
+    let mut connection = Connection::open(stream, STEP_TIMEOUT)?;
+    let response = Response::Unavailable { reason };
+    // One request per connection: the volume may be served when the client connects again.
+    connection.recv::<Request>()?;
+    connection.send(&response, &[])
+}
+
+/// For each read and write on a connection of another node, and of a client that is answered
+/// `Unavailable`.
+const STEP_TIMEOUT: Duration = Duration::from_secs(5);
+/// One per VM process, a few for the node daemon, and room.
+const CONNECTIONS_MAX: usize = 1024;

@@ -2,14 +2,14 @@
 //! exactly the acknowledged changes, plus at most the one in flight.
 
 use crate::fixture::{Cluster, DEVICE_BYTES, formatted, name, node, owner, request, vm};
-use bascule_types::{Bytes, Change, DiskRole, Epoch, SlotId};
+use bascule_types::{Bytes, Change, DiskRole, Epoch, SlotId, VolumeId};
 use bascule_volume_format::{
-    CoordinatorEpoch, Log, LogError, MemStore, MetaRecord, Metadata, Superblock, check_volume,
-    make_volume, read_superblock, recover,
+    CoordinatorEpoch, FormatRequest, Log, LogError, MemStore, MetaRecord, Metadata, Severity,
+    Superblock, check_volume, make_volume, read_superblock, recover,
 };
 
 /// The record groups of a small history: nodes join, VMs come, run, move and go.
-fn history(superblock: &Superblock) -> Vec<Vec<MetaRecord>> {
+pub(crate) fn history(superblock: &Superblock) -> Vec<Vec<MetaRecord>> {
     let mut cluster = Cluster::of(superblock);
     let mut groups = vec![cluster.metadata.rows().collect::<Vec<_>>()];
     let mut step = |cluster: &mut Cluster, change: &Change| {
@@ -50,7 +50,7 @@ fn difference(before: &Metadata, after: &Metadata) -> Vec<MetaRecord> {
 }
 
 /// Every state that the history passes through, the first being the freshly formatted one.
-fn states(superblock: &Superblock, groups: &[Vec<MetaRecord>]) -> Vec<Metadata> {
+pub(crate) fn states(superblock: &Superblock, groups: &[Vec<MetaRecord>]) -> Vec<Metadata> {
     let (mut store, _) = formatted();
     let mut metadata = recover(&mut store, superblock).unwrap().metadata;
     let mut states = vec![metadata.clone()];
@@ -64,7 +64,11 @@ fn states(superblock: &Superblock, groups: &[Vec<MetaRecord>]) -> Vec<Metadata> 
 }
 
 /// Runs the history until the device fails. Returns how many groups were acknowledged.
-fn run(store: &mut MemStore, superblock: &Superblock, groups: &[Vec<MetaRecord>]) -> usize {
+pub(crate) fn run(
+    store: &mut MemStore,
+    superblock: &Superblock,
+    groups: &[Vec<MetaRecord>],
+) -> usize {
     let Ok(recovered) = recover(store, superblock) else {
         return 0;
     };
@@ -108,7 +112,7 @@ fn assert_recovers(
 
 /// Which of `count` unflushed writes survive: all subsets of few, and for many the ones in which
 /// a prefix, a suffix, a single one or all but one survive.
-fn subsets(count: usize) -> Vec<Vec<bool>> {
+pub(crate) fn subsets(count: usize) -> Vec<Vec<bool>> {
     if count <= 6 {
         let all = 0..(1_usize << count);
         return all
@@ -231,22 +235,58 @@ fn a_damaged_journal_record_with_later_ones_behind_it_is_not_a_crash() {
     );
 }
 
+/// A device that was a volume of another id, with rows of its own.
+fn old_volume() -> (MemStore, Superblock) {
+    let mut store = MemStore::new(DEVICE_BYTES / 4096);
+    let request = FormatRequest {
+        volume: VolumeId::from_bytes([0x99; 16]),
+        ..request()
+    };
+    let superblock = make_volume(&mut store, &request, Some(node(1))).unwrap();
+    let groups = history(&superblock);
+    assert_eq!(run(&mut store, &superblock, &groups), groups.len());
+    (store, superblock)
+}
+
+/// After a crash of `format`: no volume, the untouched old one, or the complete new one.
+fn assert_no_mixture(mut crashed: MemStore, old: (&Superblock, &Metadata), made: bool) {
+    let superblock = match read_superblock(&mut crashed) {
+        Ok(superblock) => superblock,
+        Err(error) => {
+            assert!(!made, "acknowledged and lost: {error}");
+            return;
+        }
+    };
+    let found = recover(&mut crashed, &superblock).unwrap().metadata;
+    if superblock.volume == old.0.volume {
+        assert!(!made, "acknowledged, and the old volume is back");
+        assert_eq!(&found, old.1);
+    } else {
+        assert_eq!(found.row_count(), 1, "the first node's slot");
+        let report = check_volume(&mut crashed).unwrap();
+        assert_ne!(report.worst(), Some(Severity::Error), "{report:?}");
+    }
+}
+
 #[test]
-fn a_crash_while_formatting_leaves_no_volume_or_a_whole_one() {
-    for budget in 0.. {
-        let mut store = MemStore::new(DEVICE_BYTES / 4096);
-        store.fail_after(budget);
-        let made = make_volume(&mut store, &request(), Some(node(1)));
-        for keep in [true, false] {
-            let mut crashed = store.crashed(|_| keep);
-            if let Ok(superblock) = read_superblock(&mut crashed) {
-                recover(&mut crashed, &superblock).unwrap();
-            } else {
-                assert!(made.is_err(), "acknowledged and lost");
+fn a_crash_while_formatting_leaves_no_volume_the_old_one_or_the_complete_new_one() {
+    let (old, old_superblock) = old_volume();
+    let old_rows = recover(&mut old.clone(), &old_superblock).unwrap().metadata;
+    let mut crashes = 0;
+    for device in [old, MemStore::new(DEVICE_BYTES / 4096)] {
+        for budget in 0.. {
+            let mut store = device.clone();
+            store.fail_after(budget);
+            let made = make_volume(&mut store, &request(), Some(node(1))).is_ok();
+            for subset in subsets(store.unflushed().len()) {
+                let crashed = store.crashed(|index| subset[index]);
+                assert_no_mixture(crashed, (&old_superblock, &old_rows), made);
+                crashes += 1;
+            }
+            if made {
+                break;
             }
         }
-        if made.is_ok() {
-            break;
-        }
     }
+    assert!(crashes > 4000, "only {crashes} crash states");
 }

@@ -48,13 +48,17 @@ impl<S: BlockStore + ?Sized> BlockStore for &mut S {
 }
 
 /// A device in memory for tests. It keeps unflushed writes separately, so that a simulated power loss
-/// can lose any subset of them.
+/// can lose any subset of them; and the writes that it reported as failed, so that they can land late.
 #[derive(Clone, Debug)]
 pub struct MemStore {
     size: u64,
     /// Blocks that are missing here are zero. Shared between clones, because a test makes many.
     durable: BTreeMap<Lba, Arc<[u8]>>,
     unflushed: Vec<(Lba, Arc<[u8]>)>,
+    /// Blocks of writes that were reported as failed, oldest first.
+    failed: Vec<(Lba, Arc<[u8]>)>,
+    /// How many more writes and flushes succeed before one fails; `None` means that none fails.
+    fail_once: Option<u64>,
     /// How many more writes and flushes succeed; `None` means all.
     budget: Option<u64>,
 }
@@ -67,8 +71,15 @@ impl MemStore {
             size: blocks,
             durable: BTreeMap::new(),
             unflushed: Vec::new(),
+            failed: Vec::new(),
+            fail_once: None,
             budget: None,
         }
+    }
+
+    /// Makes one write or flush fail, after `count` more; the following ones succeed again.
+    pub const fn fail_once(&mut self, count: u64) {
+        self.fail_once = Some(count);
     }
 
     /// Makes every write and flush fail after `count` more.
@@ -80,6 +91,24 @@ impl MemStore {
     #[must_use]
     pub fn unflushed(&self) -> &[(Lba, Arc<[u8]>)] {
         &self.unflushed
+    }
+
+    /// The blocks of all failed writes that have not landed, oldest first. As long as the initiator
+    /// lives, each may still land.
+    #[must_use]
+    pub fn failed(&self) -> &[(Lba, Arc<[u8]>)] {
+        &self.failed
+    }
+
+    /// Lets those failed blocks land for whose index in [`MemStore::failed`] `landed` is true: after
+    /// every earlier write to the same address, and not yet flushed. The others never land.
+    pub fn land_failed(&mut self, landed: impl Fn(usize) -> bool) {
+        let failed = std::mem::take(&mut self.failed).into_iter().enumerate();
+        self.unflushed.extend(
+            failed
+                .filter(|(index, _)| landed(*index))
+                .map(|(_, written)| written),
+        );
     }
 
     /// The device after a power loss that kept exactly those unflushed blocks for whose index `kept`
@@ -97,11 +126,21 @@ impl MemStore {
             size: self.size,
             durable,
             unflushed: Vec::new(),
+            failed: Vec::new(),
+            fail_once: None,
             budget: None,
         }
     }
 
     fn spend(&mut self) -> io::Result<()> {
+        match &mut self.fail_once {
+            Some(0) => {
+                self.fail_once = None;
+                return Err(io::Error::other("injected fault"));
+            }
+            Some(left) => *left -= 1,
+            None => {}
+        }
         match &mut self.budget {
             Some(0) => Err(io::Error::other("injected fault")),
             Some(left) => {
@@ -139,11 +178,17 @@ impl BlockStore for MemStore {
     }
 
     fn write(&mut self, lba: Lba, blocks: &[u8]) -> io::Result<()> {
-        self.spend()?;
         self.check_range(lba, blocks.len())?;
         // A power loss may keep some blocks of one write and lose others.
         let blocks = blocks.chunks(BLOCK_BYTES).map(Arc::from);
-        self.unflushed.extend((lba.0..).map(Lba).zip(blocks));
+        let blocks = (lba.0..).map(Lba).zip(blocks);
+        match self.spend() {
+            Ok(()) => self.unflushed.extend(blocks),
+            Err(error) => {
+                self.failed.extend(blocks);
+                return Err(error);
+            }
+        }
         Ok(())
     }
 

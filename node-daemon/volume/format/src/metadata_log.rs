@@ -14,8 +14,8 @@
 //! - Rows are flushed before the head that makes them count. A group of records is flushed before
 //!   its request is answered, and the next group is written after that. So a hole in the journal
 //!   with a later group behind it is damage, not the effect of a crash.
-//! - A checkpoint goes to the area of this slot that is not the base of what was recovered: the base
-//!   is not overwritten while it may still be needed.
+//! - A checkpoint goes to the area of this slot that is not the base of what was recovered, after a
+//!   flush has made that base durable: the base is not overwritten while it may still be needed.
 
 use std::io;
 
@@ -284,6 +284,9 @@ impl Log {
             next: 0,
             failed: false,
         };
+        // The recovered head may only be in the device's cache, after its writer crashed before the
+        // flush. Losing it later would bring back the area that this checkpoint overwrites.
+        flush(store, "flush the recovered checkpoint")?;
         log.write_checkpoint(store, &recovered.metadata)?;
         Ok(log)
     }

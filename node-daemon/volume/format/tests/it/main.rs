@@ -10,3 +10,4 @@ mod bytes;
 mod coordinator_decisions;
 mod crash;
 mod fixture;
+mod late_writes;

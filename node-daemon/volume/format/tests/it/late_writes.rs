@@ -1,0 +1,192 @@
+//! I6 under failed writes: a metadata write that was reported as failed lands later, at any point of
+//! the next coordinator's work, followed by a power loss with any subset of the unflushed writes.
+
+use std::io;
+
+use bascule_types::{Lba, SlotId};
+use bascule_volume_format::{
+    BlockStore, CoordinatorEpoch, Log, MemStore, MetaRecord, Metadata, Superblock, check_volume,
+    recover,
+};
+
+use crate::crash::{history, run, states, subsets};
+use crate::fixture::formatted;
+
+/// A device on which failed writes land right before operation `land_at`, and which loses power right
+/// before operation `cut_at`. Reads count as operations, too.
+struct Late {
+    store: MemStore,
+    landed: Vec<bool>,
+    operation: u64,
+    land_at: u64,
+    cut_at: u64,
+}
+
+impl Late {
+    fn step(&mut self) -> io::Result<()> {
+        if self.operation == self.land_at {
+            self.store.land_failed(|index| self.landed[index]);
+        }
+        if self.operation >= self.cut_at {
+            return Err(io::Error::other("power loss"));
+        }
+        self.operation += 1;
+        Ok(())
+    }
+}
+
+impl BlockStore for Late {
+    fn read(&mut self, lba: Lba, blocks: &mut [u8]) -> io::Result<()> {
+        self.step()?;
+        self.store.read(lba, blocks)
+    }
+
+    fn write(&mut self, lba: Lba, blocks: &[u8]) -> io::Result<()> {
+        self.step()?;
+        self.store.write(lba, blocks)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.step()?;
+        self.store.flush()
+    }
+}
+
+/// A history of which the first coordinator, of slot 0, acknowledged some groups before a write or
+/// flush failed.
+struct Scenario<'a> {
+    superblock: &'a Superblock,
+    groups: &'a [Vec<MetaRecord>],
+    states: &'a [Metadata],
+    acknowledged: usize,
+}
+
+impl Scenario<'_> {
+    /// The next coordinator recovers and commits up to [`GROUPS`] more groups, until the power loss.
+    /// Returns which states the volume may show then.
+    fn succeed(&self, store: &mut Late, slot: SlotId) -> &[Metadata] {
+        let in_doubt = self.states.len().min(self.acknowledged + 2);
+        let undecided = &self.states[self.acknowledged..in_doubt];
+        let Ok(recovered) = recover(store, self.superblock) else {
+            return undecided;
+        };
+        let position = undecided.iter().position(|s| *s == recovered.metadata);
+        let mut next = self.acknowledged + position.expect("an acknowledged group was lost");
+        let epoch = CoordinatorEpoch(2);
+        let Ok(mut log) = Log::start(store, self.superblock, &recovered, slot, epoch) else {
+            return undecided;
+        };
+        let mut metadata = recovered.metadata;
+        for group in self.groups[next..].iter().take(GROUPS) {
+            if log.commit(store, &mut metadata, group).is_err() {
+                return &self.states[next..next + 2];
+            }
+            next += 1;
+        }
+        &self.states[next..=next]
+    }
+
+    /// Lets the failed write land at `land_at`, cuts the power at `cut_at`, and checks every state
+    /// that the power loss may leave. Returns their number, and whether the power was cut.
+    fn check(&self, device: &MemStore, slot: SlotId, (land_at, cut_at): (u64, u64)) -> (u64, bool) {
+        let mut checked = 0;
+        let mut was_cut = false;
+        for landed in subsets(device.failed().len()) {
+            let mut store = Late {
+                store: device.clone(),
+                landed: landed.clone(),
+                operation: 0,
+                land_at,
+                cut_at,
+            };
+            let allowed = self.succeed(&mut store, slot);
+            was_cut |= store.operation == cut_at;
+            if store.operation < land_at {
+                store.store.land_failed(|index| landed[index]);
+            }
+            for kept in subsets(store.store.unflushed().len()) {
+                let story = format!(
+                    "{} acknowledged, {landed:?} landed before operation {land_at} of {slot:?}, \
+                     power loss before {cut_at}, {kept:?} kept",
+                    self.acknowledged
+                );
+                let mut crashed = store.store.crashed(|index| kept[index]);
+                let found = recover(&mut crashed, self.superblock)
+                    .unwrap_or_else(|error| panic!("{story}: {error}"));
+                assert!(allowed.contains(&found.metadata), "{story}");
+                checked += 1;
+            }
+            let mut last = store.store.crashed(|_| true);
+            let report = check_volume(&mut last).unwrap();
+            let damage = report
+                .findings
+                .iter()
+                .find(|finding| !finding.text.contains("coordinator epoch"));
+            assert_eq!(damage, None);
+        }
+        (checked, was_cut)
+    }
+}
+
+/// For each write and flush of the first coordinator: a device on which that one failed, and how many
+/// groups were acknowledged before.
+fn failures(
+    pristine: &MemStore,
+    superblock: &Superblock,
+    groups: &[Vec<MetaRecord>],
+) -> Vec<(MemStore, usize)> {
+    let mut failures = Vec::new();
+    for operation in 0.. {
+        let mut store = pristine.clone();
+        store.fail_once(operation);
+        let acknowledged = run(&mut store, superblock, groups);
+        if acknowledged == groups.len() {
+            return failures;
+        }
+        failures.push((store, acknowledged));
+    }
+    failures
+}
+
+fn check_all(slot: SlotId, land_ats: &[u64]) -> u64 {
+    let (pristine, superblock) = formatted();
+    let groups = history(&superblock);
+    let states = states(&superblock, &groups);
+    let mut checked = 0;
+    for (device, acknowledged) in failures(&pristine, &superblock, &groups) {
+        let scenario = Scenario {
+            superblock: &superblock,
+            groups: &groups,
+            states: &states,
+            acknowledged,
+        };
+        for &land_at in land_ats {
+            for cut_at in land_at.. {
+                let (count, was_cut) = scenario.check(&device, slot, (land_at, cut_at));
+                checked += count;
+                if !was_cut {
+                    break;
+                }
+            }
+        }
+    }
+    checked
+}
+
+#[test]
+fn i6_a_failed_write_that_lands_during_another_nodes_term_changes_nothing_acknowledged() {
+    // Every third operation, to keep the test within seconds.
+    let checked = check_all(SlotId(1), &[0, 3, 6, 9, 12, 15, 18, 21, 24, 27]);
+    println!("{checked} crash states");
+    assert!(checked > 5000, "only {checked} crash states");
+}
+
+#[test]
+fn i6_a_failed_write_that_landed_before_the_same_slot_coordinates_again_loses_nothing() {
+    let checked = check_all(SlotId(0), &[0]);
+    println!("{checked} crash states");
+    assert!(checked > 2000, "only {checked} crash states");
+}
+
+/// Groups that the next coordinator commits.
+const GROUPS: usize = 2;

@@ -8,6 +8,8 @@
 //! ```
 //! A new device is running; the destination of a migration pauses it before it restores a state.
 
+use bascule_types::WriterState;
+
 use crate::state::{DeviceState, RestoreError};
 
 /// The life cycle of a device. Only [`Device::reset`] is called while vCPUs run.
@@ -22,7 +24,10 @@ pub trait Device: Send {
     /// has no I/O in flight, and every page that it wrote is in the dirty bitmap. Requests that it
     /// had popped from the queue but could not submit, because the write gate is closed, stay
     /// incomplete and are part of the saved state. Pausing a paused device does nothing.
-    fn pause(&mut self);
+    ///
+    /// Returns whether every write of the device has succeeded. No I/O in flight does not mean
+    /// that: a write that failed may still land after an unclean device has paused.
+    fn pause(&mut self) -> WriterState;
 
     /// Continues after [`Device::pause`]. A restored device re-reads its queues and interrupts the
     /// guest once for every queue, because notifications that were in flight when it was saved are

@@ -11,6 +11,8 @@
 //!   write to the same block.
 //! - A flush is submitted after every write that arrived before it has completed.
 //! - After a failed write or flush no further write is submitted (sticky-failed); reads continue.
+//!   The failed write may still land, so the engine is unclean for good
+//!   ([`DiskEngine::writer_state`]), even when it is idle.
 //!
 //! Read next: `engine` for the life of a request.
 
@@ -25,7 +27,7 @@ mod ring;
 mod slab;
 
 pub use backend::Disk;
-pub use engine::{DiskEngine, EngineStats};
+pub use engine::{DiskEngine, Drained, EngineStats};
 pub use extent::{ExtentError, ExtentMap};
 pub use gate::{AlwaysOpen, VolumeGate, WriteGate};
 pub use geometry::block_bytes_of;

@@ -5,7 +5,7 @@
 use std::os::unix::net::UnixDatagram;
 use std::sync::Arc;
 
-use bascule_types::{Bytes as ByteCount, ExtentRun, Lba};
+use bascule_types::{Bytes as ByteCount, ExtentRun, Lba, WriterState};
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -129,7 +129,7 @@ fn perform(driver: &mut TestDriver, action: &DriverAction) {
         }
         DriverAction::Notify { queue } => driver.notify(queue),
         DriverAction::PauseAndResume => {
-            driver.function.pause();
+            assert_eq!(driver.function.pause(), WriterState::Clean);
             let saved = driver.function.save();
             assert_eq!(driver.function.save(), saved);
             driver.function.resume();
@@ -150,7 +150,7 @@ fn survives(
     for action in actions {
         perform(&mut driver, action);
     }
-    driver.function.pause();
+    assert_eq!(driver.function.pause(), WriterState::Clean);
     driver.function.resume();
     driver.start(1 << 29, queue_count);
     work(&mut driver);
@@ -234,11 +234,11 @@ fn survives_state(
         *found.swap_remove(place) = value;
     }
     function.place_bar(0, GuestAddress(BAR_AT));
-    function.pause();
+    assert_eq!(function.pause(), WriterState::Clean);
     // The state may be refused or loaded.
     if function.restore(&state).is_ok() {
         function.resume();
-        function.pause();
+        assert_eq!(function.pause(), WriterState::Clean);
         let saved = function.save();
         assert_eq!(saved.kind, state.kind);
     }
@@ -263,7 +263,7 @@ fn the_states_are_loaded_when_they_are_not_corrupted() {
         (net, include_str!("../golden/virtio-net-v1.json")),
     ] {
         function.place_bar(0, GuestAddress(BAR_AT));
-        function.pause();
+        assert_eq!(function.pause(), WriterState::Clean);
         function
             .restore(&serde_json::from_str(golden).unwrap())
             .unwrap();

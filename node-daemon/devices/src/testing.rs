@@ -6,6 +6,7 @@ use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use bascule_types::WriterState;
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MmapRegion};
 use vmm_sys_util::eventfd::EventFd;
@@ -401,9 +402,9 @@ impl TestDriver {
 
 /// Migrates `driver`'s function: pauses and saves it, restores the state into `fresh` and resumes that.
 pub(crate) fn migrate(driver: &mut TestDriver, mut fresh: VirtioFunction) {
-    driver.function.pause();
+    assert_eq!(driver.function.pause(), WriterState::Clean);
     let saved = driver.function.save();
-    fresh.pause();
+    assert_eq!(fresh.pause(), WriterState::Clean);
     fresh.place_bar(0, GuestAddress(BAR_AT));
     fresh.restore(&saved).unwrap();
     assert_eq!(
@@ -422,12 +423,12 @@ pub(crate) fn migrate(driver: &mut TestDriver, mut fresh: VirtioFunction) {
 /// gets a new version and a new file.
 pub(crate) fn assert_golden(driver: &mut TestDriver, mut fresh: VirtioFunction, golden: &str) {
     let golden = golden.trim_end();
-    driver.function.pause();
+    assert_eq!(driver.function.pause(), WriterState::Clean);
     let saved = serde_json::to_string(&driver.function.save()).unwrap();
     assert_eq!(saved, golden, "\nthe device saves {saved}");
     let state: DeviceState = serde_json::from_str(golden).unwrap();
     fresh.place_bar(0, GuestAddress(BAR_AT));
-    fresh.pause();
+    assert_eq!(fresh.pause(), WriterState::Clean);
     fresh.restore(&state).unwrap();
     assert_eq!(serde_json::to_string(&fresh.save()).unwrap(), golden);
 }

@@ -16,12 +16,13 @@
 mod chain;
 pub(crate) mod constants;
 mod context;
-pub(crate) mod function;
+mod function;
 pub(crate) mod layout;
 mod queue;
-pub(crate) mod registers;
+pub(crate) mod queue_handler;
+mod registers;
 pub(crate) mod shared;
-pub(crate) mod worker;
+mod worker;
 
 pub use chain::{Chain, ChainError, Segment, Segments};
 pub use context::DeviceContext;

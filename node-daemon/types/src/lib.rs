@@ -13,6 +13,7 @@ mod refusals;
 mod requests;
 mod rows;
 mod units;
+mod writer_state;
 
 pub use aligned_buffer::AlignedBuffer;
 pub use error_chain::error_chain;
@@ -25,3 +26,4 @@ pub use rows::{
     SavedStateSum, VmRow,
 };
 pub use units::{BootTime, Bytes, Lba, Sectors, UnitError};
+pub use writer_state::WriterState;

@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use bascule_types::WriterState;
 use serde::Serialize;
 
 use crate::disk::EngineStats;
@@ -18,6 +19,7 @@ pub struct BlkMetrics {
     read_modify_writes: AtomicU64,
     in_flight: AtomicU64,
     stalled: AtomicBool,
+    unclean: AtomicBool,
 }
 
 /// The counters at one moment.
@@ -41,6 +43,9 @@ pub struct BlkCounts {
     pub in_flight: u64,
     /// Whether writes are waiting for the write gate.
     pub stalled: bool,
+    /// Unclean for good after a write or flush failed: that write may still land, even when
+    /// `in_flight` is 0.
+    pub writer_state: WriterState,
 }
 
 /// The kinds of requests that the disk performs.
@@ -66,6 +71,11 @@ impl BlkMetrics {
             read_modify_writes: get(&self.read_modify_writes),
             in_flight: get(&self.in_flight),
             stalled: self.stalled.load(Ordering::Relaxed),
+            writer_state: if self.unclean.load(Ordering::Relaxed) {
+                WriterState::Unclean
+            } else {
+                WriterState::Clean
+            },
         }
     }
 
@@ -88,6 +98,8 @@ impl BlkMetrics {
 
     pub(super) fn record(&self, stats: EngineStats) {
         self.stalled.store(stats.stalled, Ordering::Relaxed);
+        let unclean = stats.writer_state == WriterState::Unclean;
+        self.unclean.store(unclean, Ordering::Relaxed);
         self.read_modify_writes
             .store(stats.read_modify_writes, Ordering::Relaxed);
         self.in_flight.store(stats.in_flight, Ordering::Relaxed);

@@ -6,6 +6,7 @@ use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bascule_types::WriterState;
 use serde_json::Value;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_FLUSH,
@@ -20,8 +21,8 @@ use super::state::{BlkState, Unanswered};
 use crate::disk::{Completion, DiskEngine, DiskRequest, Operation};
 use crate::failure::DeviceFailure;
 use crate::virtio::constants::to_u8;
+use crate::virtio::queue_handler::{Active, HandlerError, QueueHandler};
 use crate::virtio::shared::Shared;
-use crate::virtio::worker::{Active, HandlerError, QueueHandler};
 use crate::virtio::{Chain, QueueError, Segments};
 
 #[derive(Debug)]
@@ -302,8 +303,12 @@ impl QueueHandler for BlkHandler {
         self.metrics.record(self.engine.stats());
         let drained = self.engine.drain();
         self.metrics.record(self.engine.stats());
-        self.complete(active, drained.map_err(host)?)?;
+        self.complete(active, drained.map_err(host)?.completions)?;
         self.signal(active)
+    }
+
+    fn writer_state(&self) -> WriterState {
+        self.engine.writer_state()
     }
 
     fn reset(&mut self) {

@@ -10,6 +10,8 @@ use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bascule_types::WriterState;
+
 use super::backend::Disk;
 use super::job::{Job, Stage, SubRequest, SubRequestKind};
 use super::request::{Completion, DiskRequest, Operation};
@@ -26,6 +28,18 @@ pub struct EngineStats {
     pub read_modify_writes: u64,
     /// Commands submitted to the kernel and not yet completed.
     pub in_flight: u64,
+    /// Unclean for good after the first write or flush that failed.
+    pub writer_state: WriterState,
+}
+
+/// The result of [`DiskEngine::drain`].
+#[derive(Debug)]
+pub struct Drained {
+    /// The requests that have completed, with success or with an error.
+    pub completions: Vec<Completion>,
+    /// Whether all writes have ended. An idle engine that is unclean still has a write that may
+    /// land later.
+    pub writer_state: WriterState,
 }
 
 /// Performs the requests on one disk. Used by one thread.
@@ -154,16 +168,28 @@ impl DiskEngine {
     /// have completed. Requests that were not submitted, or only in part, stay queued.
     ///
     /// # Errors
-    /// When io_uring itself fails.
-    pub fn drain(&mut self) -> io::Result<Vec<Completion>> {
+    /// When io_uring itself fails; the engine is then unclean.
+    pub fn drain(&mut self) -> io::Result<Drained> {
         while self.ring.in_flight() > 0 {
-            self.ring.wait()?;
+            if let Err(error) = self.ring.wait() {
+                self.stats.writer_state = WriterState::Unclean;
+                return Err(error);
+            }
             self.reap();
         }
-        Ok(std::mem::take(&mut self.completed))
+        Ok(Drained {
+            completions: std::mem::take(&mut self.completed),
+            writer_state: self.stats.writer_state,
+        })
     }
 
-    /// Drops all queued requests without completing them.
+    /// Whether every write and flush that was submitted so far has succeeded. Never becomes clean
+    /// again.
+    pub fn writer_state(&self) -> WriterState {
+        self.stats.writer_state
+    }
+
+    /// Drops all queued requests without completing them. The writer state stays.
     ///
     /// # Panics
     /// When commands are in flight: the engine must be drained first.
@@ -237,6 +263,10 @@ impl DiskEngine {
                 SubRequestKind::Sync => self.failure = Failure::New("flush", error.to_string()),
                 SubRequestKind::Read => {}
             }
+        }
+        if result.is_err() && sub_request.kind != SubRequestKind::Read {
+            // An error does not end a write: it may still land.
+            self.stats.writer_state = WriterState::Unclean;
         }
         let Some(job) = self.jobs.get_mut(sub_request.job) else {
             return;
@@ -388,7 +418,12 @@ impl DiskEngine {
         // which no references are held, or in the job's bounce buffer, which is neither moved,
         // read nor dropped before its last command has completed. Dropping the engine waits for
         // all completions first.
-        unsafe { self.ring.submit(&self.disk.file, command, tag) }
+        let submitted = unsafe { self.ring.submit(&self.disk.file, command, tag) };
+        if submitted.is_err() && sub_request.kind != SubRequestKind::Read {
+            // Whether the kernel has the command is unknown.
+            self.stats.writer_state = WriterState::Unclean;
+        }
+        submitted
     }
 }
 

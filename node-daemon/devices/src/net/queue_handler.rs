@@ -22,8 +22,8 @@ use super::state::NetState;
 use super::tap::{HEADER_BYTES, TUN_F_CSUM, TUN_F_TSO_ECN, TUN_F_TSO4, TUN_F_TSO6, Tap};
 use crate::guest_ram::GuestRam;
 use crate::virtio::constants::to_u8;
+use crate::virtio::queue_handler::{Active, HandlerError, QueueHandler};
 use crate::virtio::shared::Shared;
-use crate::virtio::worker::{Active, HandlerError, QueueHandler};
 use crate::virtio::{Chain, QueueError, Virtqueue};
 
 #[derive(Debug)]

@@ -1,5 +1,6 @@
 //! The host bridge at 00:00.0: identification registers only. Guests probe it to detect a PCI bus.
 
+use bascule_types::WriterState;
 use vm_memory::GuestAddress;
 
 use super::config::{ConfigSpace, ConfigState, Identity};
@@ -26,7 +27,9 @@ impl Device for HostBridge {
         KIND
     }
 
-    fn pause(&mut self) {}
+    fn pause(&mut self) -> WriterState {
+        WriterState::Clean
+    }
 
     fn resume(&mut self) {}
 

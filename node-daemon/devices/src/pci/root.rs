@@ -4,6 +4,7 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
 
+use bascule_types::WriterState;
 use serde::{Deserialize, Serialize};
 use vm_memory::GuestAddress;
 
@@ -165,11 +166,13 @@ impl PciRoot {
         true
     }
 
-    /// Pauses every device ([`crate::device::Device::pause`]).
-    pub fn pause(&self) {
+    /// Pauses every device ([`crate::device::Device::pause`]). Returns clean only if every device is.
+    pub fn pause(&self) -> WriterState {
+        let mut state = WriterState::Clean;
         for function in &self.functions {
-            lock(function).pause();
+            state = state.and(lock(function).pause());
         }
+        state
     }
 
     /// Resumes every device ([`crate::device::Device::resume`]).

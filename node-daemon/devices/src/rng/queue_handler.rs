@@ -11,7 +11,7 @@ use serde_json::Value;
 use super::metrics::RngMetrics;
 use super::state::RngState;
 use crate::virtio::QueueError;
-use crate::virtio::worker::{Active, HandlerError, QueueHandler};
+use crate::virtio::queue_handler::{Active, HandlerError, QueueHandler};
 
 #[derive(Debug)]
 pub(super) struct RngHandler {

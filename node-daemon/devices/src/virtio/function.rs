@@ -5,6 +5,7 @@ use std::fmt;
 use std::io;
 use std::sync::Arc;
 
+use bascule_types::WriterState;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use vm_memory::GuestAddress;
@@ -16,9 +17,10 @@ use super::layout::{
     TABLE_AT, config_space, notify_address,
 };
 use super::queue::Virtqueue;
+use super::queue_handler::{Active, QueueHandler};
 use super::registers::{self, Registers};
 use super::shared::Shared;
-use super::worker::{Active, QueueHandler, Worker, WorkerGone};
+use super::worker::{Worker, WorkerGone};
 
 use crate::device::Device;
 use crate::failure::DeviceFailure;
@@ -159,26 +161,7 @@ impl VirtioFunction {
                 let queue = usize::from(registers.queue_select);
                 self.shared.set_queue_vector(queue, word);
             }
-            _ => self.queue_write(offset, data.len(), value, word),
-        }
-    }
-
-    fn queue_write(&mut self, offset: u64, length: usize, value: u32, word: u16) {
-        let size_max = self
-            .model
-            .queue_sizes
-            .get(usize::from(self.registers.queue_select));
-        let size_max = size_max.copied().unwrap_or(0);
-        let Some(queue) = self.registers.changeable() else {
-            return;
-        };
-        match (offset, length) {
-            (0x18, 2) if word.is_power_of_two() && word <= size_max => queue.size = word,
-            (0x1C, 2) if word == 1 => queue.enabled = true,
-            (0x20 | 0x24, 4) => registers::set_half(&mut queue.descriptors, offset == 0x24, value),
-            (0x28 | 0x2C, 4) => registers::set_half(&mut queue.available, offset == 0x2C, value),
-            (0x30 | 0x34, 4) => registers::set_half(&mut queue.used, offset == 0x34, value),
-            _ => {}
+            _ => registers.write_queue(&self.model.queue_sizes, offset, data.len(), value),
         }
     }
 
@@ -339,10 +322,11 @@ impl Device for VirtioFunction {
         &self.model.name
     }
 
-    fn pause(&mut self) {
-        // A thread that has ended does not touch guest memory.
-        let _gone: Result<(), WorkerGone> = self.worker.pause();
+    fn pause(&mut self) -> WriterState {
         self.paused = true;
+        // A thread that has ended does not touch guest memory, but the outcome of its writes is
+        // unknown.
+        self.worker.pause().unwrap_or(WriterState::Unclean)
     }
 
     fn resume(&mut self) {

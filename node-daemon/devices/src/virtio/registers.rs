@@ -43,10 +43,35 @@ impl Registers {
 
     /// The selected queue, if the driver may still change it: it exists and is not enabled, and
     /// DRIVER_OK is not set (4.1.4.3.2).
-    pub(crate) fn changeable(&mut self) -> Option<&mut QueueSetup> {
+    fn changeable(&mut self) -> Option<&mut QueueSetup> {
         let in_use = self.status & STATUS_DRIVER_OK != 0;
         let queue = self.queues.get_mut(usize::from(self.queue_select))?;
         (!queue.enabled && !in_use).then_some(queue)
+    }
+
+    /// Handles a write of `length` bytes to the register at `offset` that configures the selected
+    /// queue, whose maximum is in `sizes_max`. Other sizes and offsets are ignored.
+    pub(crate) fn write_queue(
+        &mut self,
+        sizes_max: &[u16],
+        offset: u64,
+        length: usize,
+        value: u32,
+    ) {
+        let word = u16::try_from(value & 0xFFFF).unwrap_or(0);
+        let size_max = sizes_max.get(usize::from(self.queue_select));
+        let size_max = size_max.copied().unwrap_or(0);
+        let Some(queue) = self.changeable() else {
+            return;
+        };
+        match (offset, length) {
+            (0x18, 2) if word.is_power_of_two() && word <= size_max => queue.size = word,
+            (0x1C, 2) if word == 1 => queue.enabled = true,
+            (0x20 | 0x24, 4) => set_half(&mut queue.descriptors, offset == 0x24, value),
+            (0x28 | 0x2C, 4) => set_half(&mut queue.available, offset == 0x2C, value),
+            (0x30 | 0x34, 4) => set_half(&mut queue.used, offset == 0x34, value),
+            _ => {}
+        }
     }
 
     /// Sets the 32 driver feature bits at `driver_feature_select`, unless FEATURES_OK is set.
@@ -75,7 +100,7 @@ pub(crate) fn feature_word(features: u64, select: u32) -> u32 {
 }
 
 /// Replaces the high or low 32 bits of an address.
-pub(crate) fn set_half(address: &mut u64, high: bool, value: u32) {
+fn set_half(address: &mut u64, high: bool, value: u32) {
     let shift = if high { 32 } else { 0 };
     *address = (*address & !(u64::from(u32::MAX) << shift)) | (u64::from(value) << shift);
 }

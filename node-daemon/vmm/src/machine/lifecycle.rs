@@ -1,5 +1,7 @@
 //! Running, pausing, ending.
 
+use bascule_types::WriterState;
+
 use super::handle::{Machine, MachineHandle};
 use crate::kvm::KvmError;
 
@@ -7,6 +9,7 @@ use crate::kvm::KvmError;
 #[derive(Debug)]
 pub struct PausedVm {
     pub(super) machine: Machine,
+    writer_state: WriterState,
 }
 
 /// A machine whose guest runs, or has just ended by itself.
@@ -18,8 +21,11 @@ pub struct RunningVm {
 impl PausedVm {
     /// A machine just built: its vCPUs never ran, its devices are still to be paused.
     pub(super) fn new(machine: Machine) -> Self {
-        machine.bus.pci.pause();
-        Self { machine }
+        let writer_state = machine.bus.pci.pause();
+        Self {
+            machine,
+            writer_state,
+        }
     }
 
     /// Lets the guest run: devices first, so that nothing that it asks for is lost.
@@ -34,6 +40,12 @@ impl PausedVm {
         Ok(RunningVm {
             machine: self.machine,
         })
+    }
+
+    /// Whether every disk write of the virtual machine has succeeded. While it is unclean, a write
+    /// may land at any later time, so neither Close nor Transfer may report the writes as complete.
+    pub fn writer_state(&self) -> WriterState {
+        self.writer_state
     }
 
     /// What any thread may do with it.
@@ -65,9 +77,13 @@ impl RunningVm {
         for vcpu in &self.machine.vcpus {
             vcpu.await_parked()?;
         }
-        self.machine.bus.pci.pause();
+        let writer_state = self.machine.bus.pci.pause();
+        if writer_state == WriterState::Unclean {
+            tracing::warn!("a disk write failed and may still land after this pause");
+        }
         Ok(PausedVm {
             machine: self.machine,
+            writer_state,
         })
     }
 

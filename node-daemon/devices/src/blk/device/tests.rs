@@ -2,7 +2,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use bascule_types::{Bytes as ByteCount, ExtentRun, Lba};
+use bascule_types::{Bytes as ByteCount, ExtentRun, Lba, WriterState};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
@@ -368,7 +368,7 @@ fn every_page_that_the_device_writes_is_in_the_dirty_bitmap_when_it_has_paused()
     driver.notify(1);
     driver.used(0);
     driver.used(1);
-    driver.function.pause();
+    assert_eq!(driver.function.pause(), WriterState::Clean);
     let page = |address: u64| address / 4096;
     let expected = [
         page(aligned.data),
@@ -466,7 +466,7 @@ fn a_stalled_guest_continues_after_an_aborted_migration_and_after_a_reset() {
     let write = offer_write(&mut driver, 0, 0, &[9; 4096], 0);
     driver.notify(0);
     wait_until("the stall", || device.metrics.counts().stalled);
-    driver.function.pause();
+    assert_eq!(driver.function.pause(), WriterState::Clean);
     driver.function.resume();
     gate.0.store(true, Ordering::Relaxed);
     assert_eq!(driver.used(0).0, write.head);
@@ -513,6 +513,29 @@ fn a_failed_write_is_the_guests_error_and_is_reported_once() {
     );
     assert!(!failures[0].ends_the_machine());
     assert_eq!(driver.status() & 0x40, 0, "the device itself works");
+}
+
+#[test]
+fn a_device_whose_write_failed_pauses_unclean_even_after_a_reset() {
+    let machine = TestMachine::new();
+    let volume = Volume::new();
+    let disk = volume.disk(Arc::new(AlwaysOpen), 512, false);
+    let device = BlkDevice::new(&config(), disk, machine.context()).unwrap();
+    let mut driver = TestDriver::new(&machine, device.function);
+    driver.start(FLUSH, 1);
+    assert_eq!(driver.function.pause(), WriterState::Clean);
+    driver.function.resume();
+    let out = offer_write(&mut driver, 0, 0, &[1; 512], 0);
+    assert_eq!(answer(&mut driver, 0, &out), (1, 1));
+    driver.start(FLUSH, 1);
+    assert_eq!(driver.function.pause(), WriterState::Unclean);
+    driver.function.reset();
+    assert_eq!(driver.function.pause(), WriterState::Unclean);
+    let counts = device.metrics.counts();
+    assert_eq!(
+        (counts.in_flight, counts.writer_state),
+        (0, WriterState::Unclean)
+    );
 }
 
 #[test]
@@ -565,7 +588,7 @@ fn i7_a_chain_offered_again_and_again_is_refused_while_the_gate_is_closed() {
         text.contains("made available again") || text.contains("available ring index"),
         "{text}"
     );
-    driver.function.pause();
+    assert_eq!(driver.function.pause(), WriterState::Clean);
     driver.start(FLUSH, 1);
 }
 
@@ -598,12 +621,12 @@ fn requests_with_indirect_descriptors_complete() {
 #[test]
 fn a_disk_of_another_size_refuses_the_state_and_the_guest_keeps_its_block_size() {
     let (machine, volume, mut driver) = started();
-    driver.function.pause();
+    assert_eq!(driver.function.pause(), WriterState::Clean);
     let saved = driver.function.save();
     let restore = |disk: Disk| {
         let device = BlkDevice::new(&config(), disk, machine.context()).unwrap();
         let mut other = TestDriver::new(&machine, device.function);
-        other.function.pause();
+        assert_eq!(other.function.pause(), WriterState::Clean);
         let result = other.function.restore(&saved);
         (result, other)
     };

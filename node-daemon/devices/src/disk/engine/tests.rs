@@ -220,7 +220,7 @@ fn a_closed_gate_holds_writes_and_flushes_back_and_lets_reads_through() {
     bench.wait(read).unwrap();
     wait_until("the merge to stall", || {
         bench.progress();
-        bench.engine.stats().stalled && bench.engine.drain().unwrap().is_empty()
+        bench.engine.stats().stalled && bench.engine.drain().unwrap().completions.is_empty()
     });
     assert!(gate.checks.load(Ordering::Relaxed) > 0);
     assert!([write, merge, flush].iter().all(|tag| !bench.is_done(*tag)));
@@ -284,6 +284,66 @@ fn after_a_failed_write_no_write_is_submitted_and_reads_continue() {
     assert_eq!(error.to_string(), "the disk has failed");
     let read = bench.read(0, 0x1000, 512);
     bench.wait(read).unwrap();
+}
+
+#[test]
+fn a_failed_write_leaves_the_engine_unclean_for_good() {
+    let mut bench = Bench::with(512, Arc::new(AlwaysOpen), false);
+    let read = bench.read(0, 0x1000, 512);
+    bench.wait(read).unwrap();
+    assert_eq!(bench.engine.writer_state(), WriterState::Clean);
+    let write = bench.write(0, 0x1000, &[1; 512]);
+    bench.wait(write).unwrap_err();
+    let drained = bench.engine.drain().unwrap();
+    assert_eq!(bench.engine.stats().in_flight, 0);
+    assert_eq!(
+        drained.writer_state,
+        WriterState::Unclean,
+        "an idle engine whose write failed"
+    );
+    let read = bench.read(0, 0x1000, 512);
+    bench.wait(read).unwrap();
+    bench.engine.take_failure().unwrap();
+    bench.engine.clear();
+    let drained = bench.engine.drain().unwrap();
+    assert_eq!(drained.writer_state, WriterState::Unclean);
+    assert_eq!(bench.engine.stats().writer_state, WriterState::Unclean);
+}
+
+#[test]
+fn a_failed_flush_leaves_the_engine_unclean() {
+    let volume = tempfile::tempfile().unwrap();
+    // The null device accepts writes and refuses fdatasync.
+    let null = File::options().write(true).open("/dev/null").unwrap();
+    let mut bench = Bench::on(null, volume, 512, Arc::new(AlwaysOpen));
+    let write = bench.write(0, 0x1000, &[1; 512]);
+    bench.wait(write).unwrap();
+    let drained = bench.engine.drain().unwrap();
+    assert_eq!(drained.writer_state, WriterState::Clean);
+    let flush = bench.enqueue(Operation::Flush);
+    bench.wait(flush).unwrap_err();
+    let drained = bench.engine.drain().unwrap();
+    assert_eq!(drained.writer_state, WriterState::Unclean);
+}
+
+#[test]
+fn refused_requests_failed_reads_and_stalled_writes_leave_the_engine_clean() {
+    let gate = Arc::new(TestGate::default());
+    let mut bench = Bench::with(512, gate, true);
+    let refused = bench.write(DISK_BYTES as u64, 0x1000, &[1; 512]);
+    bench.wait(refused).unwrap_err();
+    bench.volume.set_len(70 * 4096).unwrap();
+    let read = bench.read(0, 0x1000, 8 * 4096);
+    bench.wait(read).unwrap_err();
+    bench.write(0, 0x1000, &[1; 512]);
+    bench.progress();
+    assert!(bench.engine.stats().stalled);
+    let drained = bench.engine.drain().unwrap();
+    assert_eq!(
+        drained.writer_state,
+        WriterState::Clean,
+        "a write that was never submitted cannot land"
+    );
 }
 
 #[test]

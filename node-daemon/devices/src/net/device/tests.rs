@@ -3,6 +3,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixDatagram;
 use std::sync::PoisonError;
 
+use bascule_types::WriterState;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
@@ -322,7 +323,7 @@ fn after_a_migration_the_guests_addresses_are_announced_before_it_runs() {
     let other = TestMachine::with_ram(bench.machine.ram.clone());
     let (tap, network) = tap();
     let fresh = make(&other, tap);
-    bench.driver.function.pause();
+    assert_eq!(bench.driver.function.pause(), WriterState::Clean);
     let saved = bench.driver.function.save();
     drop(bench.network);
     let NetDevice {
@@ -330,7 +331,7 @@ fn after_a_migration_the_guests_addresses_are_announced_before_it_runs() {
         handle,
         ..
     } = fresh;
-    function.pause();
+    assert_eq!(function.pause(), WriterState::Clean);
     network.send(&frame(60, 4)).unwrap();
     function.restore(&saved).unwrap();
     network.send(&frame(60, 5)).unwrap();
@@ -369,11 +370,11 @@ fn sending_and_receiving_go_on_after_a_migration() {
 #[test]
 fn a_state_of_another_address_is_refused() {
     let mut bench = started(0);
-    bench.driver.function.pause();
+    assert_eq!(bench.driver.function.pause(), WriterState::Clean);
     let mut saved = bench.driver.function.save();
     saved.body["device"]["mac"][5] = 7.into();
     let mut fresh = make(&bench.machine, tap().0).function;
-    fresh.pause();
+    assert_eq!(fresh.pause(), WriterState::Clean);
     let text = fresh.restore(&saved).unwrap_err().to_string();
     assert!(
         text.contains(

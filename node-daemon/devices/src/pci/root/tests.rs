@@ -6,6 +6,7 @@ use crate::pci::{ConfigSpace, ConfigState, Identity};
 struct Scratch {
     config: ConfigSpace,
     register: [u8; 8],
+    writer_state: WriterState,
 }
 
 impl Scratch {
@@ -22,6 +23,7 @@ impl Scratch {
         Self {
             config,
             register: [0; 8],
+            writer_state: WriterState::Clean,
         }
     }
 }
@@ -30,7 +32,9 @@ impl Device for Scratch {
     fn name(&self) -> &'static str {
         "scratch"
     }
-    fn pause(&mut self) {}
+    fn pause(&mut self) -> WriterState {
+        self.writer_state
+    }
     fn resume(&mut self) {}
     fn save(&self) -> DeviceState {
         DeviceState::new("scratch", 1, &self.config.save())
@@ -170,4 +174,17 @@ fn a_full_window_names_the_device() {
     root.add(Box::new(Scratch::new())).unwrap();
     let error = root.add(Box::new(Scratch::new())).unwrap_err();
     assert!(error.to_string().contains("scratch"), "{error}");
+}
+
+#[test]
+fn a_paused_bus_is_clean_only_if_every_device_is() {
+    let mut root = root();
+    assert_eq!(root.pause(), WriterState::Clean);
+    root.add(Box::new(Scratch {
+        writer_state: WriterState::Unclean,
+        ..Scratch::new()
+    }))
+    .unwrap();
+    root.add(Box::new(Scratch::new())).unwrap();
+    assert_eq!(root.pause(), WriterState::Unclean);
 }

@@ -8,7 +8,7 @@ use crate::testing::{
     BAR_AT, Buffer, QUEUE_SIZE, TestDriver, TestMachine, migrate, rings, wait_until,
     write_descriptor,
 };
-use crate::virtio::worker::HandlerError;
+use crate::virtio::queue_handler::HandlerError;
 
 /// Completes every chain by writing its sequence number to it.
 #[derive(Default)]
@@ -280,7 +280,7 @@ fn an_available_index_that_runs_ahead_is_refused() {
 }
 
 #[test]
-fn a_panic_in_the_device_thread_is_reported_and_blocks_no_caller() {
+fn a_panic_in_the_device_thread_is_reported_blocks_no_caller_and_is_unclean() {
     let machine = TestMachine::new();
     let handler = Counter {
         panic: true,
@@ -293,7 +293,7 @@ fn a_panic_in_the_device_thread_is_reported_and_blocks_no_caller() {
     assert!(
         matches!(&failures[0], DeviceFailure::Panicked { reason, .. } if reason == "panic requested")
     );
-    driver.function.pause();
+    assert_eq!(driver.function.pause(), WriterState::Unclean);
     driver.function.resume();
     driver.write8(0x14, 0);
     driver.notify(0);
@@ -305,8 +305,8 @@ fn no_request_completes_while_paused_and_all_after_resume() {
     let mut driver = driver(&machine);
     driver.start(0, 1);
     request(&mut driver, 0);
-    driver.function.pause();
-    driver.function.pause();
+    assert_eq!(driver.function.pause(), WriterState::Clean);
+    assert_eq!(driver.function.pause(), WriterState::Clean);
     let before = driver.function.save();
     let buffer = driver.buffer(1, 0);
     let head = driver.offer(0, &[Buffer::writable(buffer, 1)]);
@@ -343,14 +343,14 @@ fn a_state_that_does_not_fit_is_refused_by_name() {
     let machine = TestMachine::new();
     let mut source = driver(&machine);
     source.start(0, 1);
-    source.function.pause();
+    assert_eq!(source.function.pause(), WriterState::Clean);
     let saved = source.function.save();
 
     let refused = |change: &dyn Fn(&mut Value)| {
         let mut state = saved.clone();
         change(&mut state.body);
         let mut fresh = function(&machine, Counter::default()).unwrap();
-        fresh.pause();
+        assert_eq!(fresh.pause(), WriterState::Clean);
         fresh.restore(&state).unwrap_err().to_string()
     };
     let text = refused(&|body| body["features"] = 1.into());
@@ -395,7 +395,7 @@ fn virtio_4_1_4_9_registers_are_reachable_through_configuration_space() {
 fn a_guest_reboot_returns_the_device_to_its_initial_state() {
     let machine = TestMachine::new();
     let mut driver = driver(&machine);
-    driver.function.pause();
+    assert_eq!(driver.function.pause(), WriterState::Clean);
     let fresh = driver.function.save();
     driver.function.resume();
     driver.start(0, 1);
@@ -405,7 +405,7 @@ fn a_guest_reboot_returns_the_device_to_its_initial_state() {
         .config_write(0x10, &0xD000_0000_u32.to_le_bytes());
     request(&mut driver, 0);
     driver.function.reset();
-    driver.function.pause();
+    assert_eq!(driver.function.pause(), WriterState::Clean);
     assert_eq!(driver.function.save(), fresh);
     assert_eq!(machine.doorbells.addresses()[0], BAR_AT + 0x3000);
 }
@@ -435,7 +435,7 @@ proptest! {
                 function.bar_read(0, offset, &mut [0; 8][..length]);
             }
         }
-        function.pause();
+        assert_eq!(function.pause(), WriterState::Clean);
         let saved = function.save();
         function.reset();
         drop(saved);

@@ -14,6 +14,8 @@
 //! The daemon does not decide which node may run a VM: the ownership records on the volume do. It
 //! holds no state that a restart could lose.
 
+#![forbid(unsafe_code)]
+
 mod cli;
 mod config;
 mod daemon;

@@ -11,7 +11,7 @@ use anyhow::Context;
 use bascule_crds::names::JOIN_AUDIENCE;
 use bascule_node_api::proto::join_server::{Join, JoinServer};
 use bascule_node_api::proto::{JoinRequest, JoinResponse};
-use bascule_pki::{Authority, OPERATOR_NAME};
+use bascule_pki::{Authority, OPERATOR_TLS_NAME};
 use bascule_types::{ClusterId, NodeUid};
 use k8s_openapi::api::authentication::v1::{TokenReview, TokenReviewSpec, TokenReviewStatus};
 use k8s_openapi::api::core::v1::Node;
@@ -46,7 +46,10 @@ impl EnrollmentService {
         );
         Self {
             client,
-            identity: Arc::new(OwnIdentity::new(authority, vec![OPERATOR_NAME.to_owned()])),
+            identity: Arc::new(OwnIdentity::new(
+                authority,
+                vec![OPERATOR_TLS_NAME.to_owned()],
+            )),
             cluster,
             username,
         }
@@ -262,7 +265,7 @@ mod tests {
             .with_root_certificates(roots)
             .with_no_client_auth();
         config.alpn_protocols = vec![b"h2".to_vec()];
-        let name = ServerName::try_from(OPERATOR_NAME).unwrap();
+        let name = ServerName::try_from(OPERATOR_TLS_NAME).unwrap();
         let mut client = rustls::ClientConnection::new(Arc::new(config), name).unwrap();
         let mut stream = std::net::TcpStream::connect(address).unwrap();
         while client.is_handshaking() {
@@ -300,7 +303,7 @@ mod tests {
         let first = presented_now(address, &authority_pem).await;
         let tls = tonic::transport::ClientTlsConfig::new()
             .ca_certificate(tonic::transport::Certificate::from_pem(&authority_pem))
-            .domain_name(OPERATOR_NAME);
+            .domain_name(OPERATOR_TLS_NAME);
         let channel = tonic::transport::Endpoint::from_shared(format!("https://{address}"))
             .unwrap()
             .tls_config(tls)

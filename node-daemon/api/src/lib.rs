@@ -21,6 +21,7 @@ pub mod proto {
     tonic::include_proto!("bascule.node.v1");
 }
 
+pub use bascule_types::{NODE_TLS_NAME, OPERATOR_TLS_NAME};
 pub use connect::{ConnectError, connect};
 
 /// The highest version of this API that this release speaks.
@@ -33,10 +34,6 @@ pub const NODE_PORT: u16 = 7410;
 pub const JOIN_PORT: u16 = 7409;
 /// The first TCP port of the `bascule-volume` processes, one for each attached volume.
 pub const VOLUME_PORT_FIRST: u16 = 7420;
-/// The DNS name in every node's certificate; peers check it and the certificate authority.
-pub const NODE_TLS_NAME: &str = "node.bascule.dev";
-/// The DNS name in the operator's certificates, as server (Join) and as client (Node).
-pub const OPERATOR_TLS_NAME: &str = "operator.bascule.dev";
 /// The audience of the projected token.
 pub const TOKEN_AUDIENCE: &str = "bascule.dev";
 

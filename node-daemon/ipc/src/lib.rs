@@ -26,6 +26,8 @@
 #![forbid(unsafe_code)]
 
 mod frame;
+#[cfg(feature = "mutual-tls")]
+pub mod mutual_tls;
 pub mod tls;
 pub mod vm;
 pub mod volume;

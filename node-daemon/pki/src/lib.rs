@@ -3,7 +3,7 @@
 //! All traffic between operator and nodes, and between nodes, is mutual TLS under one authority per
 //! cluster. The operator holds its key (in a Secret) and signs a node's request after it has checked
 //! the node's token; without Kubernetes, `bascule-node cert init|issue` does. A certificate says
-//! what its holder is by a DNS name, [`NODE_NAME`] or [`OPERATOR_NAME`], and which node by its
+//! what its holder is by a DNS name, [`NODE_TLS_NAME`] or [`OPERATOR_TLS_NAME`], and which node by its
 //! common name.
 //!
 //! This crate knows no sockets and no files; keys and certificates are PEM texts.
@@ -12,6 +12,7 @@
 use std::time::Duration;
 
 use bascule_types::NodeUid;
+pub use bascule_types::{NODE_TLS_NAME, OPERATOR_TLS_NAME};
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateSigningRequestParams, DnType,
     ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType,
@@ -120,7 +121,7 @@ impl Authority {
     pub fn sign_node(&self, csr_pem: &str, node: NodeUid) -> Result<String, PkiError> {
         let mut request = CertificateSigningRequestParams::from_pem(csr_pem)
             .map_err(failed("read the certificate request"))?;
-        request.params = leaf(NODE_NAME, &node.to_string())?;
+        request.params = leaf(NODE_TLS_NAME, &node.to_string())?;
         let certificate = request
             .signed_by(&self.issuer)
             .map_err(failed("sign the certificate"))?;
@@ -132,7 +133,7 @@ impl Authority {
     /// # Errors
     /// [`PkiError::Certificate`].
     pub fn issue_node(&self, node: NodeUid) -> Result<Identity, PkiError> {
-        self.issue(NODE_NAME, &node.to_string(), &[])
+        self.issue(NODE_TLS_NAME, &node.to_string(), &[])
     }
 
     /// A key and certificate for the operator, which serves under `hosts` too.
@@ -140,7 +141,7 @@ impl Authority {
     /// # Errors
     /// [`PkiError::Certificate`].
     pub fn issue_operator(&self, hosts: &[String]) -> Result<Identity, PkiError> {
-        self.issue(OPERATOR_NAME, "operator", hosts)
+        self.issue(OPERATOR_TLS_NAME, "operator", hosts)
     }
 
     fn issue(&self, role: &str, who: &str, hosts: &[String]) -> Result<Identity, PkiError> {
@@ -182,8 +183,8 @@ impl Request {
     }
 }
 
-/// Whether the holder of a DER certificate, already verified by TLS, has this role: [`NODE_NAME`] or
-/// [`OPERATOR_NAME`].
+/// Whether the holder of a DER certificate, already verified by TLS, has this role: [`NODE_TLS_NAME`] or
+/// [`OPERATOR_TLS_NAME`].
 #[must_use]
 pub fn has_role(certificate_der: &[u8], role: &str) -> bool {
     let Ok((_, certificate)) = X509Certificate::from_der(certificate_der) else {
@@ -263,11 +264,6 @@ fn failed(what: &'static str) -> impl FnOnce(rcgen::Error) -> PkiError {
     move |source| PkiError::Certificate { what, source }
 }
 
-/// The DNS name in every node's certificate.
-pub const NODE_NAME: &str = "node.bascule.dev";
-/// The DNS name in the operator's certificates.
-pub const OPERATOR_NAME: &str = "operator.bascule.dev";
-
 /// An authority lives as long as a cluster may.
 const AUTHORITY_LIFE: time::Duration = time::Duration::days(3650);
 /// A certificate is renewed after two thirds of this, so the shortest that is left when the API goes
@@ -293,8 +289,8 @@ mod tests {
         let node = NodeUid::random();
         let request = Request::generate().unwrap();
         let certificate = der(&authority.sign_node(&request.csr_pem, node).unwrap());
-        assert!(has_role(&certificate, NODE_NAME));
-        assert!(!has_role(&certificate, OPERATOR_NAME));
+        assert!(has_role(&certificate, NODE_TLS_NAME));
+        assert!(!has_role(&certificate, OPERATOR_TLS_NAME));
         let (_, parsed) = X509Certificate::from_der(&certificate).unwrap();
         assert!(parsed.subject().to_string().contains(&node.to_string()));
     }
@@ -303,17 +299,17 @@ mod tests {
     fn a_request_that_asks_to_be_the_operator_is_signed_as_a_node() {
         let (authority, _) = Authority::create("test").unwrap();
         let key = KeyPair::generate().unwrap();
-        let greedy = CertificateParams::new(vec![OPERATOR_NAME.to_owned()]).unwrap();
+        let greedy = CertificateParams::new(vec![OPERATOR_TLS_NAME.to_owned()]).unwrap();
         let csr = greedy.serialize_request(&key).unwrap().pem().unwrap();
         let certificate = der(&authority.sign_node(&csr, NodeUid::random()).unwrap());
-        assert!(!has_role(&certificate, OPERATOR_NAME));
+        assert!(!has_role(&certificate, OPERATOR_TLS_NAME));
     }
 
     #[test]
     fn garbage_is_no_request_and_has_no_role() {
         let (authority, _) = Authority::create("test").unwrap();
         assert!(authority.sign_node("garbage", NodeUid::random()).is_err());
-        assert!(!has_role(b"garbage", NODE_NAME));
+        assert!(!has_role(b"garbage", NODE_TLS_NAME));
         assert!(validity("garbage", OffsetDateTime::now_utc()).is_err());
     }
 

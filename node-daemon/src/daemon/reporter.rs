@@ -1,6 +1,5 @@
 //! What this node reports to the operator.
 
-use std::fs;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,6 +7,7 @@ use anyhow::Result;
 use bascule_ipc::volume::VolumeStatus;
 use bascule_node_api::report::{NodeReport, VmReport, VolumeReport};
 use bascule_types::VmUid;
+use bascule_volume_gate::boot_id;
 
 use super::status_poller::StatusPoller;
 use crate::processes::supervisor::Supervisor;
@@ -39,7 +39,7 @@ impl Reporter {
             node: self.supervisor.identity.node,
             name: self.supervisor.identity.name.clone(),
             release: env!("CARGO_PKG_VERSION").to_owned(),
-            boot_id: boot_id(),
+            boot_id: boot_id().map(|id| id.to_string()).unwrap_or_default(),
             kvm_error: kvm_error(),
             volumes: self.volume_reports()?,
             vms: self.vm_reports()?,
@@ -77,26 +77,9 @@ impl Reporter {
     }
 }
 
-/// The kernel's boot id: another one is another boot.
-pub(crate) fn boot_id() -> String {
-    fs::read_to_string("/proc/sys/kernel/random/boot_id")
-        .map(|id| id.trim().to_owned())
-        .unwrap_or_default()
-}
-
 /// A process that is well answers in milliseconds; a report that is this late harms nobody.
 const ROUND_LIMIT: Duration = Duration::from_millis(200);
 /// A process of a busy node may take some seconds. One that has ended says so at once.
 const VM_MAX_AGE: Duration = Duration::from_secs(5);
 /// Less than a lease, which is part of the answer.
 const VOLUME_MAX_AGE: Duration = Duration::from_secs(2);
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn this_boot_has_an_id() {
-        assert_eq!(boot_id().len(), 36);
-    }
-}

@@ -12,7 +12,7 @@ use bascule_node_api::proto::node_server::{Node, NodeServer};
 use bascule_node_api::proto::{Command, Outcome, Report, WatchRequest};
 use bascule_node_api::report::NodeReport;
 use bascule_node_api::{VERSION, VERSION_MIN, agree, command};
-use bascule_pki::{NODE_NAME, OPERATOR_NAME, has_role};
+use bascule_pki::{NODE_TLS_NAME, OPERATOR_TLS_NAME, has_role};
 use futures::Stream;
 use tokio::sync::watch;
 use tokio_stream::StreamExt;
@@ -49,7 +49,9 @@ impl NodeService {
     fn authorize<T>(&self, request: &Request<T>) -> Result<(), Status> {
         let certificates = request.peer_certs().unwrap_or_default();
         let holder = certificates.first().map(AsRef::as_ref).unwrap_or_default();
-        if has_role(holder, OPERATOR_NAME) || (self.trust_nodes && has_role(holder, NODE_NAME)) {
+        if has_role(holder, OPERATOR_TLS_NAME)
+            || (self.trust_nodes && has_role(holder, NODE_TLS_NAME))
+        {
             Ok(())
         } else {
             Err(Status::permission_denied(

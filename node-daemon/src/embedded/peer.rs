@@ -10,7 +10,7 @@ use bascule_node_api::proto::node_client::NodeClient;
 use bascule_node_api::proto::{self, WatchRequest};
 use bascule_node_api::report::NodeReport;
 use bascule_node_api::{VERSION, VERSION_MIN, connect};
-use bascule_pki::NODE_NAME;
+use bascule_pki::NODE_TLS_NAME;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 
 /// A connection to another node.
@@ -27,7 +27,7 @@ impl Peer {
         let tls = ClientTlsConfig::new()
             .ca_certificate(Certificate::from_pem(own.authorities))
             .identity(Identity::from_pem(own.certificate, own.key))
-            .domain_name(NODE_NAME);
+            .domain_name(NODE_TLS_NAME);
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()

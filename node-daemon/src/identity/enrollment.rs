@@ -9,7 +9,7 @@ use bascule_ipc::tls::TlsIdentity;
 use bascule_node_api::proto::JoinRequest;
 use bascule_node_api::proto::join_client::JoinClient;
 use bascule_node_api::{NODE_PORT, connect};
-use bascule_pki::OPERATOR_NAME;
+use bascule_pki::OPERATOR_TLS_NAME;
 use tonic::transport::{Certificate, ClientTlsConfig, Endpoint};
 
 use super::certificate::{self, is_current, is_usable};
@@ -48,7 +48,7 @@ pub(crate) async fn join(args: &EnrollArgs, paths: &Paths, address: IpAddr) -> R
     let ca = read(&args.join_ca)?;
     let client = ClientTlsConfig::new()
         .ca_certificate(Certificate::from_pem(&ca))
-        .domain_name(OPERATOR_NAME);
+        .domain_name(OPERATOR_TLS_NAME);
     let endpoint = Endpoint::from_shared(format!("https://{operator}"))
         .with_context(|| format!("--join {operator}"))?
         .tls_config(client)

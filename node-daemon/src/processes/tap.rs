@@ -3,9 +3,8 @@
 //! A tap is made persistent, so that the VM process opens it by name without any rights on the
 //! network, and outlives the daemon. It is removed when the VM process is collected.
 
-use std::fs::OpenOptions;
-
 use anyhow::{Context, Result, bail};
+use bascule_devices::net::TapFd;
 use bascule_types::{NodeUid, VmUid};
 use futures::TryStreamExt;
 use rtnetlink::packet_route::link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage};
@@ -34,7 +33,8 @@ pub(crate) fn ensure(tap: &str, bridge: &str) -> Result<()> {
         if !is_bridge(&bridge_link) {
             bail!("it is not a bridge");
         }
-        create_persistent(tap).with_context(|| format!("create tap {tap}"))?;
+        TapFd::create_persistent(tap)
+            .with_context(|| format!("create tap {tap} (is the tun module loaded?)"))?;
         let Some(link) = find(handle, tap).await? else {
             bail!("tap {tap} vanished")
         };
@@ -108,66 +108,6 @@ fn is_bridge(link: &LinkMessage) -> bool {
             .any(|info| matches!(info, LinkInfo::Kind(InfoKind::Bridge))),
         _ => false,
     })
-}
-
-/// TUNSETIFF and TUNSETPERSIST (Linux, Documentation/networking/tuntap.rst).
-fn create_persistent(tap: &str) -> Result<()> {
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open("/dev/net/tun")
-        .context("open /dev/net/tun (is the tun module loaded?)")?;
-    ioctl::create(&file, tap)?;
-    Ok(())
-}
-
-mod ioctl {
-    //! The two ioctls that the kernel offers for making a tap.
-    #![expect(unsafe_code, reason = "tap devices can be made by ioctl only")]
-
-    use std::fs::File;
-    use std::io;
-
-    use rustix::ioctl::{IntegerSetter, Opcode, Setter, ioctl};
-
-    /// `struct ifreq` as TUNSETIFF reads it.
-    #[repr(C)]
-    struct InterfaceRequest {
-        name: [u8; 16],
-        flags: u16,
-        padding: [u8; 22],
-    }
-
-    pub(super) fn create(file: &File, tap: &str) -> io::Result<()> {
-        let mut name = [0; 16];
-        match name.get_mut(..tap.len()) {
-            Some(room) if tap.len() < 16 => room.copy_from_slice(tap.as_bytes()),
-            _ => return Err(io::Error::from(io::ErrorKind::InvalidFilename)),
-        }
-        let request = InterfaceRequest {
-            name,
-            flags: IFF_TAP | IFF_NO_PI | IFF_VNET_HDR,
-            padding: [0; 22],
-        };
-        // SAFETY: TUNSETIFF reads one `struct ifreq` of 40 bytes, which `InterfaceRequest` is by
-        // `repr(C)` (16 + 2 + 22).
-        let set = unsafe { Setter::<TUNSETIFF, InterfaceRequest>::new(request) };
-        // SAFETY: the opcode is TUNSETIFF on a file of /dev/net/tun; it keeps no pointer.
-        unsafe { ioctl(file, set) }?;
-        // SAFETY: TUNSETPERSIST takes its argument by value.
-        let persist = unsafe { IntegerSetter::<TUNSETPERSIST>::new_usize(1) };
-        // SAFETY: the opcode is TUNSETPERSIST on a tun file; it touches no memory of ours.
-        unsafe { ioctl(file, persist) }?;
-        Ok(())
-    }
-
-    /// From linux/if_tun.h: `_IOW('T', 202, int)`.
-    const TUNSETIFF: Opcode = 0x4004_54ca;
-    /// From linux/if_tun.h: `_IOW('T', 203, int)`.
-    const TUNSETPERSIST: Opcode = 0x4004_54cb;
-    const IFF_TAP: u16 = 0x0002;
-    const IFF_NO_PI: u16 = 0x1000;
-    const IFF_VNET_HDR: u16 = 0x4000;
 }
 
 #[cfg(test)]

@@ -90,6 +90,11 @@ uuid_id!(
     AttemptId
 );
 
+uuid_id!(
+    /// One boot of a host's kernel, as in `/proc/sys/kernel/random/boot_id`; changes at every boot.
+    BootId
+);
+
 /// The text is not a UUID.
 #[derive(Debug, thiserror::Error)]
 #[error("not a {what}: expected a UUID such as 6fa459ea-ee8a-4ca4-894e-db77e160355e")]

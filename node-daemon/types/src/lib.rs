@@ -8,6 +8,7 @@
 mod aligned_buffer;
 mod error_chain;
 mod id;
+mod names;
 mod ownership;
 mod refusals;
 mod requests;
@@ -17,7 +18,8 @@ mod writer_state;
 
 pub use aligned_buffer::AlignedBuffer;
 pub use error_chain::error_chain;
-pub use id::{AttemptId, ClusterId, DiskId, NodeUid, ParseIdError, VmUid, VolumeId};
+pub use id::{AttemptId, BootId, ClusterId, DiskId, NodeUid, ParseIdError, VmUid, VolumeId};
+pub use names::{NODE_TLS_NAME, OPERATOR_TLS_NAME};
 pub use ownership::{Epoch, Generation, Owner, Ownership, SlotId};
 pub use refusals::{MissingProof, Refusal, Table};
 pub use requests::{Answer, Change};

@@ -17,7 +17,7 @@
 //! | [`outgoing`] | the live source |
 //! | [`incoming`] | the live destination |
 //! | `copy`, `apply` | guest memory to frames and back |
-//! | `channel`, `tls` | frames over mutual TLS over TCP |
+//! | `channel` | frames over mutual TLS over TCP |
 //! | [`row`] | the volume's word on who owns the machine |
 //! | [`saved`] | quick migration: the machine as an image on its volume |
 //! | [`fault`] | where tests break an attempt |
@@ -33,7 +33,6 @@ pub mod outgoing;
 pub mod ownership_client;
 pub mod request;
 pub mod saved;
-mod tls;
 
 #[cfg(test)]
 mod tests;

@@ -14,18 +14,14 @@ use std::fmt;
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::Duration;
 
 use bascule_ipc::Hello;
-use bascule_ipc::tls::TlsIdentity;
+use bascule_ipc::mutual_tls::{MutualTlsError, client_config, node_server_name, server_config};
 use bascule_ipc::volume::Rows;
-use bascule_pki::{NODE_NAME, has_role};
+use bascule_pki::{NODE_TLS_NAME, has_role};
 use bascule_types::{Answer, Change, NodeUid, Owner, Refusal, VolumeId};
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
-use rustls::server::WebPkiClientVerifier;
-use rustls::{ClientConfig, ClientConnection, RootCertStore, ServerConfig, ServerConnection};
+use rustls::{ClientConnection, ServerConnection};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -78,18 +74,9 @@ pub enum PeerError {
     /// The connection failed or timed out.
     #[error("connection to the coordinator")]
     Io(#[from] io::Error),
-    /// A file of this node's identity is missing or not what it should be.
+    /// This node's own identity cannot be used.
     #[error("TLS set-up")]
-    Files(#[from] bascule_ipc::tls::TlsFilesError),
-    /// The certificate, key or authority cannot be used.
-    #[error("TLS set-up from {folder}")]
-    Certificates {
-        /// The folder.
-        folder: PathBuf,
-        /// Why.
-        #[source]
-        source: Box<dyn std::error::Error + Send + Sync>,
-    },
+    Identity(#[from] MutualTlsError),
     /// TLS refused.
     #[error("TLS with a peer")]
     Tls(#[from] rustls::Error),
@@ -139,11 +126,10 @@ impl Tls {
         request: &PeerRequest,
         timeout: Duration,
     ) -> Result<PeerResponse, PeerError> {
-        let config = self.client_config()?;
-        let name = ServerName::try_from(NODE_NAME).map_err(io::Error::other)?;
+        let config = client_config(&self.directory)?;
         let mut tcp = TcpStream::connect_timeout(&address, timeout.min(CONNECT_TIMEOUT))?;
         limit(&tcp, timeout)?;
-        let mut tls = ClientConnection::new(Arc::new(config), name)?;
+        let mut tls = ClientConnection::new(config, node_server_name())?;
         let mut stream = rustls::Stream::new(&mut tls, &mut tcp);
         send(&mut stream, &Hello::THIS)?;
         agree(recv(&mut stream, HELLO_BYTES_MAX)?)?;
@@ -162,7 +148,7 @@ impl Tls {
         answer: impl FnOnce(PeerRequest) -> PeerResponse,
     ) -> Result<(), PeerError> {
         limit(&tcp, timeout)?;
-        let mut tls = ServerConnection::new(Arc::new(self.server_config()?))?;
+        let mut tls = ServerConnection::new(server_config(&self.directory)?)?;
         let mut stream = rustls::Stream::new(&mut tls, &mut tcp);
         agree(recv(&mut stream, HELLO_BYTES_MAX)?)?;
         send(&mut stream, &Hello::THIS)?;
@@ -177,60 +163,7 @@ impl Tls {
         }
         Ok(())
     }
-
-    fn client_config(&self) -> Result<ClientConfig, PeerError> {
-        let (roots, chain, key) = self.load()?;
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
-        Ok(ClientConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()?
-            .with_root_certificates(roots)
-            .with_client_auth_cert(chain, key)?)
-    }
-
-    fn server_config(&self) -> Result<ServerConfig, PeerError> {
-        let (roots, chain, key) = self.load()?;
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let verifier =
-            WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider))
-                .build()
-                .map_err(|error| self.bad(error))?;
-        Ok(ServerConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()?
-            .with_client_cert_verifier(verifier)
-            .with_single_cert(chain, key)?)
-    }
-
-    fn load(&self) -> Result<Identity, PeerError> {
-        let found = TlsIdentity::read(&self.directory)?;
-        let mut roots = RootCertStore::empty();
-        for authority in self.certificates(&found.authorities)? {
-            roots.add(authority)?;
-        }
-        let chain = self.certificates(&found.certificate)?;
-        let key =
-            PrivateKeyDer::from_pem_slice(found.key.as_bytes()).map_err(|error| self.bad(error))?;
-        Ok((roots, chain, key))
-    }
-
-    fn certificates(&self, text: &str) -> Result<Vec<CertificateDer<'static>>, PeerError> {
-        CertificateDer::pem_slice_iter(text.as_bytes())
-            .collect::<Result<_, _>>()
-            .map_err(|error| self.bad(error))
-    }
-
-    fn bad(&self, error: impl std::error::Error + Send + Sync + 'static) -> PeerError {
-        PeerError::Certificates {
-            folder: self.directory.clone(),
-            source: Box::new(error),
-        }
-    }
 }
-
-type Identity = (
-    RootCertStore,
-    Vec<CertificateDer<'static>>,
-    PrivateKeyDer<'static>,
-);
 
 fn limit(tcp: &TcpStream, timeout: Duration) -> io::Result<()> {
     tcp.set_nodelay(true)?;
@@ -241,7 +174,7 @@ fn limit(tcp: &TcpStream, timeout: Duration) -> io::Result<()> {
 /// The cluster's authority signs operators too; only a node may ask.
 fn check_role(tls: &ServerConnection) -> Result<(), PeerError> {
     let certificate = tls.peer_certificates().and_then(<[_]>::first);
-    if certificate.is_some_and(|certificate| has_role(certificate, NODE_NAME)) {
+    if certificate.is_some_and(|certificate| has_role(certificate, NODE_TLS_NAME)) {
         Ok(())
     } else {
         Err(PeerError::NotANode)

@@ -21,7 +21,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use bascule_types::{ClusterId, NodeUid, VolumeId};
 use bascule_volume_format::{RO_COMPAT_KNOWN, Severity, Superblock, check_volume, read_superblock};
-use bascule_volume_gate::{GateError, GateTakenOver, GateView, GateWriter, boot_time_now};
+use bascule_volume_gate::{GateError, GateTakenOver, GateView, GateWriter, boot_id, boot_time_now};
 use bascule_volume_protocol::{Held, LeasePhase};
 use clap::Args;
 use rustix::mm::{MlockAllFlags, mlockall};
@@ -223,7 +223,7 @@ fn assemble(
     let context = VolumeContext::new(VolumeContextParts {
         config: ProcessConfig {
             node: args.node_uid,
-            boot: boot_id()?,
+            boot: boot_id().context("read the boot id")?.to_bytes(),
             run_dir: args.run_dir.clone(),
             watchdog_sock,
             address,
@@ -265,12 +265,6 @@ fn advertised(args: &ServeArgs, listener: &TcpListener) -> Result<SocketAddr> {
         args.listen
     );
     Ok(address)
-}
-
-fn boot_id() -> Result<[u8; 16]> {
-    let text = fs::read_to_string("/proc/sys/kernel/random/boot_id").context("read the boot id")?;
-    let id: NodeUid = text.trim().parse().context("parse the boot id")?;
-    Ok(id.to_bytes())
 }
 
 fn start_threads(

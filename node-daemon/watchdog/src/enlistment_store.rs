@@ -6,6 +6,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use bascule_types::VolumeId;
+use bascule_volume_gate::boot_id;
 use serde::{Deserialize, Serialize};
 
 /// Reads and writes `watchdog.json`.
@@ -50,10 +51,11 @@ impl EnlistmentStore {
     /// # Errors
     /// When the kernel's boot id cannot be read.
     pub fn new(path: impl Into<PathBuf>) -> Result<Self, StoreError> {
-        let boot = fs::read_to_string(BOOT_ID).map_err(io_error("read", Path::new(BOOT_ID)))?;
+        let path = path.into();
+        let boot = boot_id().map_err(io_error("read the boot id for", &path))?;
         Ok(Self {
-            path: path.into(),
-            boot: boot.trim().to_owned(),
+            path,
+            boot: boot.to_string(),
         })
     }
 
@@ -115,7 +117,6 @@ fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Stor
     }
 }
 
-const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 /// Of [`Document`].
 const VERSION: u32 = 1;
 

@@ -68,6 +68,20 @@ impl TapFd {
         Self(options).prepared()
     }
 
+    /// Makes the tap interface `name` in this thread's network namespace, if it does not exist, so
+    /// that it stays when this process ends. A later [`TapFd::open`] needs no rights on the network.
+    ///
+    /// # Errors
+    /// When `/dev/net/tun` is missing or the kernel refuses the name.
+    pub fn create_persistent(name: &str) -> io::Result<()> {
+        let tap = File::options()
+            .read(true)
+            .write(true)
+            .open("/dev/net/tun")?;
+        sys::attach(&tap, name, IFF_TAP | IFF_NO_PI | IFF_VNET_HDR)?;
+        sys::set_persistent(&tap)
+    }
+
     fn prepared(self) -> io::Result<Self> {
         let flags = rustix::fs::fcntl_getfl(&self.0)?;
         rustix::fs::fcntl_setfl(&self.0, flags | rustix::fs::OFlags::NONBLOCK)?;
@@ -145,6 +159,11 @@ mod sys {
         Ok((request.name, request.flags))
     }
 
+    pub(super) fn set_persistent(tap: &File) -> io::Result<()> {
+        // SAFETY: TUNSETPERSIST takes its argument by value and touches no memory of ours.
+        check(unsafe { libc::ioctl(tap.as_raw_fd(), TUNSETPERSIST, libc::c_ulong::from(1_u32)) })
+    }
+
     pub(super) fn set_header_bytes(tap: &File, bytes: libc::c_int) -> io::Result<()> {
         // SAFETY: TUNSETVNETHDRSZ reads one int, which outlives the call.
         check(unsafe { libc::ioctl(tap.as_raw_fd(), TUNSETVNETHDRSZ, &raw const bytes) })
@@ -166,6 +185,8 @@ mod sys {
     const _: () = assert!(size_of::<InterfaceRequest>() == size_of::<libc::ifreq>());
     /// `_IOW('T', 202, int)`
     const TUNSETIFF: libc::c_ulong = 0x4004_54CA;
+    /// `_IOW('T', 203, int)`
+    const TUNSETPERSIST: libc::c_ulong = 0x4004_54CB;
     /// `_IOW('T', 208, unsigned int)`
     const TUNSETOFFLOAD: libc::c_ulong = 0x4004_54D0;
     /// `_IOR('T', 210, unsigned int)`

@@ -5,11 +5,10 @@ use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
 use std::time::Duration;
 
+use bascule_ipc::mutual_tls::{self, MutualTlsError};
 use bascule_migrate::wire::{Abort, AbortReason, BatchBuilder, StreamId, StreamMark};
 use bascule_migrate::{Frame, FrameBuffer, FrameWriter, WireError};
 use rustls::{ClientConnection, ServerConnection, StreamOwned};
-
-use super::tls::{self, TlsError};
 
 /// One migration stream.
 pub(super) struct Channel {
@@ -23,7 +22,7 @@ pub(super) struct Channel {
 #[derive(Debug, thiserror::Error)]
 pub(super) enum OpenError {
     #[error(transparent)]
-    Tls(#[from] TlsError),
+    Tls(#[from] MutualTlsError),
     #[error("cannot {action} {peer}")]
     Io {
         action: &'static str,
@@ -49,7 +48,7 @@ const OPEN_TIMEOUT: Duration = Duration::from_secs(5);
 impl Channel {
     /// Connects to a destination.
     pub(super) fn connect(peer: SocketAddr, tls_dir: &Path) -> Result<Self, OpenError> {
-        let config = tls::client(tls_dir)?;
+        let config = mutual_tls::client_config(tls_dir)?;
         let failed = |action| {
             move |source| OpenError::Io {
                 action,
@@ -58,7 +57,7 @@ impl Channel {
             }
         };
         let tcp = TcpStream::connect_timeout(&peer, OPEN_TIMEOUT).map_err(failed("connect to"))?;
-        let connection = ClientConnection::new(config, tls::node_name())
+        let connection = ClientConnection::new(config, mutual_tls::node_server_name())
             .map_err(|error| failed("begin TLS with")(io::Error::other(error)))?;
         let socket = Socket::new(&tcp).map_err(failed("set up the connection to"))?;
         let mut stream = StreamOwned::new(connection, socket);
@@ -74,7 +73,7 @@ impl Channel {
 
     /// Takes a source's connection.
     pub(super) fn accept(tcp: TcpStream, tls_dir: &Path) -> Result<Self, OpenError> {
-        let config = tls::server(tls_dir)?;
+        let config = mutual_tls::server_config(tls_dir)?;
         let unknown = SocketAddr::from(([0, 0, 0, 0], 0));
         let peer = tcp.peer_addr().unwrap_or(unknown);
         let failed = |action| {

@@ -320,7 +320,7 @@ fn another_attempt_and_another_machine_are_turned_away_and_the_right_one_still_c
 #[test]
 fn a_missing_certificate_is_named() {
     let directory = tempfile::tempdir().unwrap();
-    let error = tls::client(directory.path()).unwrap_err();
+    let error = bascule_ipc::mutual_tls::client_config(directory.path()).unwrap_err();
     let text = bascule_types::error_chain(&error);
     assert!(text.contains("node.crt"), "{text}");
     assert!(!Path::new("node.crt").exists());

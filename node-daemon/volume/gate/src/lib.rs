@@ -28,7 +28,7 @@ mod page;
 mod reader;
 mod writer;
 
-pub use clock::boot_time_now;
+pub use clock::{boot_id, boot_time_now};
 pub use error::GateError;
 pub use reader::{GateClosed, GateClosedReason, GateReader, GateView};
 pub use writer::{GateTakenOver, GateWriter};

@@ -4,9 +4,10 @@ use std::fmt;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use bascule_types::{BootTime, Generation, Owner, SlotId, VolumeId};
+use bascule_types::{BootId, BootTime, Generation, Owner, SlotId, VolumeId};
 use rustix::fs::{Mode, OFlags, fstat};
 
+use crate::clock::boot_id;
 use crate::error::GateError;
 use crate::layout::{
     BOOT_ID, EXPIRY, FAILED, LAYOUT_VERSION, MAGIC, MAGIC_VALUE, OWNER, PAGE_BYTES, SEQUENCE_SENT,
@@ -185,25 +186,19 @@ pub(crate) fn verify(page: &Page) -> Result<(), GateError> {
             known: LAYOUT_VERSION,
         });
     }
-    if page.load_16(BOOT_ID) == boot_id()? {
+    if page.load_16(BOOT_ID) == page_boot_id()? {
         Ok(())
     } else {
         Err(GateError::EarlierBoot)
     }
 }
 
-/// The kernel's boot id.
-pub(crate) fn boot_id() -> Result<[u8; 16], GateError> {
-    let path = Path::new("/proc/sys/kernel/random/boot_id");
-    let text = std::fs::read_to_string(path).map_err(|error| {
-        let source = rustix::io::Errno::from_io_error(&error).unwrap_or(rustix::io::Errno::IO);
-        io_error("read the boot id for", path, source)
-    })?;
-    // The boot id is a UUID; `VolumeId` serves only as its parser.
-    text.trim()
-        .parse::<VolumeId>()
-        .map(VolumeId::to_bytes)
-        .map_err(|_| io_error("parse the boot id for", path, rustix::io::Errno::INVAL))
+/// This boot's id as the page stores it.
+pub(crate) fn page_boot_id() -> Result<[u8; 16], GateError> {
+    boot_id().map(BootId::to_bytes).map_err(|error| {
+        let source = rustix::io::Errno::from_io_error(&error).unwrap_or(rustix::io::Errno::INVAL);
+        io_error("read the boot id for", Path::new(""), source)
+    })
 }
 
 /// An owner as one word: generation << 16 | slot.

@@ -13,7 +13,9 @@ use crate::layout::{
     VERSION, VERSION_READER_MIN, VOLUME,
 };
 use crate::page::Page;
-use crate::reader::{GateView, boot_id, io_error, owner_from_word, verify, view, word_from_owner};
+use crate::reader::{
+    GateView, io_error, owner_from_word, page_boot_id, verify, view, word_from_owner,
+};
 
 /// The gate page, locked for writing. Dropping it releases the lock and leaves the page unchanged.
 #[derive(Debug)]
@@ -92,7 +94,7 @@ impl GateWriter {
         page.store(FAILED, 0);
         page.store(SEQUENCE_SENT, 0);
         page.store_16(VOLUME, volume.to_bytes());
-        page.store_16(BOOT_ID, boot_id()?);
+        page.store_16(BOOT_ID, page_boot_id()?);
         page.store(VERSION, LAYOUT_VERSION);
         page.store(VERSION_READER_MIN, LAYOUT_VERSION);
         page.store(MAGIC, MAGIC_VALUE);

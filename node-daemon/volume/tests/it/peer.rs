@@ -4,6 +4,7 @@ use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::time::Duration;
 
+use bascule_ipc::mutual_tls::MutualTlsError;
 use bascule_pki::{Authority, Identity};
 use bascule_types::{NodeUid, VolumeId};
 use bascule_volume::peer_rpc::{PeerError, PeerOperation, PeerRequest, PeerResponse, Tls};
@@ -104,7 +105,10 @@ fn an_identity_in_one_file_serves_and_goes_before_three_that_do_not_fit() {
     std::fs::write(one.path().join("node.key"), node(1).key_pem).unwrap();
     let nobody = "127.0.0.1:1".parse().unwrap();
     let asked = Tls::new(one.path()).request(nobody, &request(), PATIENCE);
-    assert!(matches!(asked, Err(PeerError::Tls(_))), "{asked:?}");
+    assert!(
+        matches!(asked, Err(PeerError::Identity(MutualTlsError::Config(_)))),
+        "{asked:?}"
+    );
     let whole = node(1);
     let bundle = bascule_ipc::tls::TlsIdentity {
         key: whole.key_pem,

@@ -1,30 +1,34 @@
-//! Mutual TLS under the cluster's certificate authority, with the node's own certificate.
+//! Mutual TLS 1.3 between the nodes of a cluster: both sides show the node's certificate and verify
+//! the peer's under the cluster's certificate authority.
+//!
+//! The identity is read for each configuration, because `bascule-node` renews it in place: callers
+//! make one configuration per connection. There is no session resumption.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use bascule_ipc::tls::TlsIdentity;
+use bascule_types::NODE_TLS_NAME;
 use rustls::crypto::{CryptoProvider, ring};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::server::WebPkiClientVerifier;
 use rustls::{CipherSuite, ClientConfig, RootCertStore, ServerConfig};
 
-/// The name in every node's certificate.
-const NODE_NAME: &str = "node.bascule.dev";
+use crate::tls::{TlsFilesError, TlsIdentity};
 
-/// Why there is no TLS identity.
+/// A node's TLS identity cannot be used.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum TlsError {
-    /// A file is missing or not what it should be.
+#[non_exhaustive]
+pub enum MutualTlsError {
+    /// A file is missing or incomplete.
     #[error(transparent)]
-    Files(#[from] bascule_ipc::tls::TlsFilesError),
-    /// What is in the files cannot be parsed.
+    Files(#[from] TlsFilesError),
+    /// The PEM text cannot be parsed.
     #[error("the identity in {folder} cannot be read")]
     Pem {
-        /// The folder.
+        /// The folder that [`TlsIdentity::read`] was called with.
         folder: PathBuf,
-        /// What is wrong.
+        /// The parser's error.
         #[source]
         source: rustls::pki_types::pem::Error,
     },
@@ -36,46 +40,55 @@ pub(super) enum TlsError {
     Authority(#[from] rustls::server::VerifierBuilderError),
 }
 
-/// What a node shows and what it demands.
-struct Identity {
+struct NodeCredentials {
     chain: Vec<CertificateDer<'static>>,
     key: PrivateKeyDer<'static>,
     roots: Arc<RootCertStore>,
 }
 
-/// The source's side.
-pub(super) fn client(directory: &Path) -> Result<Arc<ClientConfig>, TlsError> {
-    let identity = Identity::read(directory)?;
+/// The client's configuration, with the identity in `folder`.
+///
+/// # Errors
+/// [`MutualTlsError`].
+pub fn client_config(folder: &Path) -> Result<Arc<ClientConfig>, MutualTlsError> {
+    let own = NodeCredentials::read(folder)?;
     let mut config = ClientConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])?
-        .with_root_certificates(identity.roots)
-        .with_client_auth_cert(identity.chain, identity.key)?;
+        .with_root_certificates(own.roots)
+        .with_client_auth_cert(own.chain, own.key)?;
     config.resumption = rustls::client::Resumption::disabled();
     Ok(Arc::new(config))
 }
 
-/// The destination's side: a peer without a certificate of the same authority is refused.
-pub(super) fn server(directory: &Path) -> Result<Arc<ServerConfig>, TlsError> {
-    let identity = Identity::read(directory)?;
-    let verifier =
-        WebPkiClientVerifier::builder_with_provider(identity.roots, provider()).build()?;
+/// The server's configuration, with the identity in `folder`. A client without a certificate of the
+/// same authority is refused.
+///
+/// # Errors
+/// [`MutualTlsError`].
+pub fn server_config(folder: &Path) -> Result<Arc<ServerConfig>, MutualTlsError> {
+    let own = NodeCredentials::read(folder)?;
+    let verifier = WebPkiClientVerifier::builder_with_provider(own.roots, provider()).build()?;
     let config = ServerConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .with_client_cert_verifier(verifier)
-        .with_single_cert(identity.chain, identity.key)?;
+        .with_single_cert(own.chain, own.key)?;
     Ok(Arc::new(config))
 }
 
-/// The name that the source demands of the destination.
-pub(super) fn node_name() -> ServerName<'static> {
-    ServerName::try_from(NODE_NAME).expect("a constant DNS name")
+/// [`NODE_TLS_NAME`], which a client verifies in the server's certificate.
+///
+/// # Panics
+/// Never: the name is a constant DNS name.
+#[must_use]
+pub fn node_server_name() -> ServerName<'static> {
+    ServerName::try_from(NODE_TLS_NAME).expect("a constant DNS name")
 }
 
-impl Identity {
-    fn read(directory: &Path) -> Result<Self, TlsError> {
-        let found = TlsIdentity::read(directory)?;
-        let unreadable = |source| TlsError::Pem {
-            folder: directory.to_owned(),
+impl NodeCredentials {
+    fn read(folder: &Path) -> Result<Self, MutualTlsError> {
+        let found = TlsIdentity::read(folder)?;
+        let unreadable = |source| MutualTlsError::Pem {
+            folder: folder.to_owned(),
             source,
         };
         let certificates = |text: &str| {
@@ -95,7 +108,7 @@ impl Identity {
     }
 }
 
-/// The fastest cipher first: a move is as fast as both sides encrypt.
+/// Fastest cipher suite first: encryption bounds the speed of a live migration.
 fn provider() -> Arc<CryptoProvider> {
     let mut provider = ring::default_provider();
     let rank = |suite: CipherSuite| match suite {

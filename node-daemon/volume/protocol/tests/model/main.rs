@@ -12,6 +12,7 @@ mod table;
 
 mod coordinator;
 mod election;
+mod election_on_disk;
 mod fence;
 mod handover;
 mod lease;

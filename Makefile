@@ -39,7 +39,7 @@ help: ## This list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: demo
-demo: ## A three-node cluster, a VM on it, a drain, a power cut: the whole story, with figures
+demo: ## Three-node cluster, a VM, a drain and a power cut, with figures (usually 30 min the first time)
 	@+for n in 1:packages 2:lab 3:programs 4:demo-program; do \
 	  $(MAKE) --no-print-directory CARGO_QUIET= STEP="[$${n%:*}/11] " $${n#*:}; done
 	@$(pack)
@@ -113,7 +113,7 @@ lab-down: lab ## Remove the lab that `make scenario KEEP=1` left up
 	$(LAB) --lab test down
 
 .PHONY: bench
-bench: packages image ## The figures, each beside a baseline of the same run
+bench: packages image ## Benchmarks, each figure beside a baseline of the same run
 	BASCULE_BIN_DIR=$(STATIC)/image BASCULE_LAB_IMAGES=$(IMAGE) BASCULE_LAB_BIN=$(LAB) \
 	  cargo run $(CARGO_QUIET) --release -p bascule-e2e --bin bascule-bench
 
@@ -123,7 +123,7 @@ lab: checkout ## The lab's command line, static, so that it runs inside its node
 
 .PHONY: programs
 programs: checkout
-	@$(WITH_PROGRESS) "building the programs (usually 9 min the first time)" \
+	@$(WITH_PROGRESS) "building the programs (usually 7 min the first time)" \
 	  $(call static_build,$(foreach p,$(PACKAGES),-p $(p)))
 
 .PHONY: demo-program

@@ -1,4 +1,4 @@
-//! The figures of the emulated tier: whole clusters, as administrator and client see them.
+//! Benchmarks on an emulated cluster, as an administrator and the guests' clients see them.
 
 use std::time::Duration;
 
@@ -26,7 +26,7 @@ pub(crate) fn run() -> Result<()> {
     Ok(())
 }
 
-/// Two more on the node of the first, and all three have to leave it.
+/// Starts two more VMs on the node of the first and drains it of all three.
 fn drain_three(cluster: &Installation, first: &ClusterVm<'_>) -> Result<Drained> {
     let node = first.node()?;
     let all: Vec<String> = cluster.lab().nodes().map(|node| node.name()).collect();

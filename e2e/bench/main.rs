@@ -1,8 +1,9 @@
-//! `bascule-bench`: the figures, each beside a baseline of the same run.
+//! `bascule-bench`: benchmarks, each figure beside a baseline of the same run.
 //!
-//! Live migration: ours and QEMU's move the same probe guest between two processes on this machine, over the loopback address,
-//! with the same limits. The blackout is what a client sees: the longest gap between two ticks on
-//! the guest's console and between two packets of a 1 kHz flow, both over the whole move.
+//! Live migration: `bascule-vm` and QEMU each migrate the same probe guest between two processes on
+//! this machine, over the loopback address, with the same limits. The blackout is what a client
+//! sees: the longest gap between two ticks on the guest's console and between two packets of a 1 kHz
+//! flow, both over the whole migration.
 #![forbid(unsafe_code)]
 
 mod bascule;
@@ -20,12 +21,12 @@ use clap::Parser;
 
 use crate::measure::{Load, Outcome};
 
-/// Moves the probe guest live with Bascule and with QEMU and prints what each move cost; then drains
+/// Migrates the probe guest live with Bascule and with QEMU and prints the figures; then drains
 /// emulated nodes, cuts a node's power, and prints the figures.
 #[derive(Debug, Parser)]
 #[command(name = "bascule-bench", version)]
 struct Options {
-    /// How often each move is made; the median of each figure is printed.
+    /// Number of migrations per row of the table; the median of each figure is printed.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
     runs: u32,
     /// Measure only this.

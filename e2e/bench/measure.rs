@@ -1,4 +1,4 @@
-//! What one move of the guest cost.
+//! Figures of one live migration of the guest.
 
 use std::fmt;
 use std::time::{Duration, Instant};
@@ -6,16 +6,16 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use bascule_e2e::{Console, Flow, GUEST, Network, Session};
 
-/// What the guest does while it is moved.
+/// Load of the guest during the migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Load {
-    /// Nothing but polling and ticking.
+    /// Only polling and console ticks.
     Idle,
-    /// 256 MiB rewritten over and over, as fast as it goes.
+    /// 256 MiB rewritten continuously, as fast as possible.
     Rewriting,
 }
 
-/// What one move cost.
+/// Figures of one live migration.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Outcome {
     /// The longest gap between two console ticks of 1 ms.
@@ -24,19 +24,19 @@ pub(crate) struct Outcome {
     pub(crate) packet_gap: Duration,
     /// Packets of the flow that did not come back.
     pub(crate) packets_lost: u64,
-    /// By the mover's own measure.
+    /// Downtime as the migrating program reports it.
     pub(crate) downtime: Duration,
     /// From the request to the end.
     pub(crate) total: Duration,
     /// Bytes sent.
     pub(crate) bytes: u64,
-    /// Processor time of both processes, guest code left out.
+    /// CPU time of both processes, without guest code.
     pub(crate) cpu: Duration,
     /// Resident memory of the destination beyond guest RAM, where guest RAM can be told apart.
     pub(crate) resident_kib: Option<u64>,
 }
 
-/// What the mover itself says.
+/// Figures that the migrating program reports.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Said {
     pub(crate) downtime: Duration,
@@ -72,7 +72,7 @@ impl fmt::Display for Load {
 }
 
 impl Watch {
-    /// Waits until the guest is up and under its load, and starts watching.
+    /// Waits until the guest runs under its load, and starts watching.
     pub(crate) fn start(network: &Network, console: Console, load: Load) -> Result<Self> {
         let mut session = Session::open(network, GUEST, BOOT_TIME)?;
         if load == Load::Rewriting {
@@ -90,8 +90,8 @@ impl Watch {
         })
     }
 
-    /// Watches for a while longer, checks that the guest is unharmed, and sums up. `total` is how
-    /// long the move took, `cpu` what it used.
+    /// Watches a little longer, checks that the guest reports no fault, and returns the figures.
+    /// `total` is the duration of the migration, `cpu` its CPU time.
     pub(crate) fn finish(mut self, total: Duration, said: Said, cpu: Duration) -> Result<Outcome> {
         self.console.wait_ticks(300, BOOT_TIME)?;
         let tick_gap = self.console.gap_max(self.started);

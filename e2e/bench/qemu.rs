@@ -1,4 +1,4 @@
-//! QEMU moving the guest.
+//! The baseline: live migration of the guest by QEMU.
 
 use std::time::{Duration, Instant};
 
@@ -7,7 +7,7 @@ use bascule_e2e::{Console, CpuMeter, Network, Qemu, QemuSpec};
 
 use crate::measure::{Load, Outcome, Said, Watch};
 
-/// Boots the guest in one QEMU and moves it to another.
+/// Boots the guest in one QEMU and migrates it to another.
 pub(crate) fn migrate(load: Load, memory_mib: u32, downtime: Duration) -> Result<Outcome> {
     let network = Network::new()?;
     let directory = tempfile::tempdir().context("make a directory")?;

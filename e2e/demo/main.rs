@@ -51,7 +51,7 @@ fn demo(args: &Args) -> Result<()> {
     options.ephemeral = !args.keep;
     let begin = Instant::now();
     let mut steps = args.steps;
-    let what = "preparing Kubernetes and the nodes' system (usually 20 min the first time, then 0)";
+    let what = "preparing Kubernetes and the nodes' system (usually 18 min the first time, then 0)";
     steps.step(what, || prepare(tier))?;
     let what = format!("starting a Kubernetes cluster of {nodes} nodes (usually 2 min)");
     let lab = steps.step(&what, || Lab::up(&options))?;

@@ -1,4 +1,4 @@
-//! All memory that is handed out at run time: a static area, given away for good.
+//! Run-time memory allocation: a static area; memory is never freed.
 
 use core::cell::UnsafeCell;
 use core::sync::atomic::{AtomicUsize, Ordering};

@@ -1,5 +1,5 @@
-//! The guest's clock: the time-stamp counter and nothing else, so that what it shows after a
-//! migration is what the VMM restored.
+//! The guest's clock: the TSC alone, so that its value after a migration is the one that the VMM
+//! restored.
 
 use core::arch::x86_64::{__cpuid, _rdtsc};
 

@@ -1,12 +1,12 @@
-//! The disk check: one virtio-blk request at a time, never waited for, so that a disk that stalls
-//! stalls nothing else.
+//! The disk check: one virtio-blk request at a time, polled, so that a stalled disk stalls nothing
+//! else in the guest.
 //!
 //! ```text
 //! Survey ──all slots read──► Pause ──► ReadOld ──► Write ──► Flush ──► ReadBack ──► Pause
 //! ```
 //!
 //! A block counts as acknowledged once its flush has completed. Before a slot is overwritten it must
-//! still hold the block that this guest (or an earlier run) put there: another writer is noticed.
+//! still hold the block that this guest (or an earlier run) wrote: another writer is detected.
 
 use bascule_probe_wire::block::{BLOCK_BYTES, Block, Survey};
 use bascule_probe_wire::options::Options;
@@ -19,12 +19,12 @@ use crate::hal::Identity;
 use crate::pci::QueueTransport;
 use crate::serial::Console;
 
-/// The disk and how far its check is.
+/// The disk and the state of its check.
 pub(crate) struct Disk {
     device: Device,
     slots: u64,
     step: Step,
-    /// What the step's request is, if it was submitted.
+    /// The step's request in flight.
     pending: Option<u16>,
     survey: Survey,
     boot: u64,
@@ -43,7 +43,7 @@ enum Step {
 }
 
 impl Disk {
-    /// Takes the device into use.
+    /// Initializes the device.
     pub(crate) fn new(transport: QueueTransport, options: &Options, boot: u64) -> Option<Self> {
         let device = Device::new(transport)?;
         let slots = options.disk_slots.min(device.sectors / SECTORS_PER_BLOCK);
@@ -60,7 +60,7 @@ impl Disk {
         })
     }
 
-    /// Goes on with the check as far as the device lets it.
+    /// Advances the check as far as possible without waiting for the device.
     pub(crate) fn poll(
         &mut self,
         now_us: u64,
@@ -185,7 +185,7 @@ impl Disk {
     }
 
     /// The slot must hold what was written to it one round ago, by this run or an earlier one. What
-    /// the survey found amiss was reported then and is not reported again.
+    /// the survey found wrong was reported then and is not reported again.
     fn check_old(&mut self, report: &mut Report, console: Console) {
         let found = Block::decode(self.device.block_mut(0));
         let Some(seq) = self.seq.checked_sub(self.slots).filter(|&seq| seq > 0) else {

@@ -1,4 +1,4 @@
-//! What `virtio-drivers` needs to know of this machine: addresses are identical everywhere.
+//! The hardware abstraction of `virtio-drivers`: guest-physical and virtual addresses are identical.
 
 use core::ptr::NonNull;
 

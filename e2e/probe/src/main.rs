@@ -1,4 +1,5 @@
-//! The probe guest: a virtual machine that makes every loss visible from outside.
+//! The probe guest: it makes lost or repeated work of its disk, memory, network and clock visible from
+//! outside.
 //!
 //! It boots by PVH, goes to ring 3 at once and polls: no interrupts, no operating system, so it
 //! runs wherever KVM runs, at full speed even where ring 0 is interpreted. It answers ARP and ping,
@@ -138,7 +139,7 @@ impl Guest {
         if self.options.tick_ms > 0 && now_us >= self.next_tick_us {
             self.report.ticks += 1;
             self.tick(now_us);
-            // Ticks that were missed stay missing: the gap is what the watcher looks for.
+            // Missed ticks are not sent later: the gap is what the watcher measures.
             self.next_tick_us = now_us + self.options.tick_ms * 1000;
         }
         if now_us >= self.next_button_us {

@@ -1,5 +1,5 @@
 //! The memory check: a part of RAM that is filled once and verified continuously, and a part that
-//! is rewritten over and over, each page verified before.
+//! is rewritten continuously, each page verified before.
 
 use bascule_probe_wire::options::Options;
 use bascule_probe_wire::pattern::{PAGE_WORDS, check_page, fill_page};
@@ -14,7 +14,7 @@ pub(crate) struct Memory {
     filled: Area,
     dirty: Area,
     rate_pages: Option<u64>,
-    /// Since when, and how many pages since then, for the rate.
+    /// Start of the rate's period, and the pages rewritten since.
     rate_start_us: u64,
     rate_done: u64,
     next_check_us: u64,
@@ -110,7 +110,7 @@ impl Memory {
         let due = elapsed_us.saturating_mul(rate) / 1_000_000;
         let pages = due.saturating_sub(self.rate_done).min(SLICE_PAGES);
         self.rate_done += pages;
-        // After a pause the guest does not catch up on what it missed.
+        // After a pause the guest does not make up for the pages it missed.
         if due > self.rate_done + rate {
             self.rate_start_us = now_us;
             self.rate_done = 0;
@@ -191,7 +191,7 @@ const PAGE_BYTES: u64 = 4096;
 const AREA_START: u64 = 16 << 20;
 /// Firmware and loaders put tables at the end of RAM.
 const RESERVED_AT_END: u64 = 1 << 20;
-/// So many pages take about 20 microseconds.
+/// Pages per slice: about 20 µs.
 const SLICE_PAGES: u64 = 16;
 const CHECK_PERIOD_US: u64 = 1000;
 const FILL_SWEEP: u64 = u64::MAX >> 24;

@@ -1,4 +1,4 @@
-//! What the guest serves: ARP and ping (by smoltcp itself), the UDP echo, the counting TCP session.
+//! The guest's network services: ARP and ping (by smoltcp), UDP echo, and the numbered TCP session.
 //!
 //! TCP: each line is answered with `n <lines of this connection> <line>`, so a session that a
 //! migration rolled back or repeated shows a wrong number. Lines that are commands are in
@@ -19,7 +19,7 @@ use crate::serial::Text;
 use bascule_probe_wire::options::Options;
 use bascule_probe_wire::report::Report;
 
-/// What a line over TCP may ask for.
+/// A command line over TCP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Command {
     PowerOff,
@@ -74,7 +74,7 @@ impl Network {
         })
     }
 
-    /// Does what there is to do and returns what a client asked for.
+    /// Polls the interface and returns a client's command, if there is one.
     pub(crate) fn poll(
         &mut self,
         now_us: u64,
@@ -93,7 +93,7 @@ impl Network {
             let asked = session.serve(&mut self.sockets, report, options);
             command = command.or(asked);
         }
-        // What the sessions wrote goes out now, and not with the next packet that comes in.
+        // Sends what the sessions wrote now, not with the next received packet.
         self.interface.poll(now, &mut self.nic, &mut self.sockets);
         command
     }
@@ -230,6 +230,6 @@ const LINE_BYTES_MAX: usize = 256;
 const ANSWER_BYTES_MAX: usize = 512;
 const TCP_BUFFER_BYTES: usize = 16384;
 const UDP_BUFFER_BYTES: usize = 131_072;
-/// A second of a 1 kHz flow: a guest that was stopped for so long still answers every packet.
+/// One second of a 1 kHz flow: a guest that was stopped for that long still echoes every packet.
 const UDP_PACKETS: usize = 1024;
 const UDP_BYTES_MAX: usize = 1456;

@@ -1,4 +1,4 @@
-//! The NIC: virtio-net as a smoltcp device. Nothing here waits for the other side.
+//! The NIC: virtio-net as a smoltcp device. Polled; no call blocks.
 
 use smoltcp::phy::{Device, DeviceCapabilities, Medium, RxToken, TxToken};
 use smoltcp::time::Instant;
@@ -27,7 +27,7 @@ struct Sender {
 }
 
 impl Nic {
-    /// Takes the device into use.
+    /// Initializes the device.
     pub(crate) fn new(transport: QueueTransport) -> Option<Self> {
         let mut raw = Raw::new(transport).ok()?;
         raw.disable_interrupts();
@@ -57,7 +57,7 @@ impl Nic {
     }
 
     /// Copies the next received packet to `self.packet`, gives the buffer back to the device and
-    /// says how long the packet is.
+    /// returns the packet's length in bytes.
     fn take_packet(&mut self) -> Option<usize> {
         let token = self.sender.raw.poll_receive()?;
         let buffer = self.receiving[usize::from(token)].take()?;

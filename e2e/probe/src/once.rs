@@ -1,9 +1,9 @@
-//! A static value that is handed out once.
+//! A static value with a mutable reference that can be taken once.
 
 use core::cell::UnsafeCell;
 use core::sync::atomic::{AtomicBool, Ordering};
 
-/// A value in static memory, given to the first who asks.
+/// A value in static memory; the first `take` gets it.
 pub(crate) struct Once<T> {
     value: UnsafeCell<T>,
     taken: AtomicBool,

@@ -20,7 +20,7 @@ use crate::pattern::mix;
 /// The size of a block.
 pub const BLOCK_BYTES: usize = 4096;
 
-/// What a valid block says.
+/// Header of a valid block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Block {
     /// Its number, from 1.
@@ -29,7 +29,7 @@ pub struct Block {
     pub boot: u64,
 }
 
-/// What is wrong with a block.
+/// Reason why a block is invalid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BlockFault {
     /// All zeroes: never written.
@@ -80,7 +80,7 @@ impl Block {
     }
 }
 
-/// What a walk over all slots of a disk found.
+/// Result of a scan of all slots of a disk.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Survey {
     /// The highest number found; 0 when there is none.
@@ -98,7 +98,7 @@ pub struct Survey {
 }
 
 impl Survey {
-    /// Takes slot `slot` of `slots` into account.
+    /// Adds slot `slot` of `slots` to the result.
     pub fn add(&mut self, slot: u64, slots: u64, found: Result<Block, BlockFault>) {
         match found {
             Ok(block) if block.seq % slots == slot => {
@@ -119,7 +119,7 @@ impl Survey {
         }
     }
 
-    /// How many faults the walk found: damaged slots, and blocks up to [`Self::last`] that are
+    /// Number of faults that the scan found: damaged slots, and blocks up to [`Self::last`] that are
     /// missing or stale. The guest writes and flushes one block at a time, so the one slot that a
     /// crash may leave torn is the one after the last, which is not a fault.
     #[must_use]

@@ -1,5 +1,5 @@
-//! What the probe guest and the tests that watch it must agree on: its command line, the blocks
-//! that it writes to its disk, the pattern that it keeps in its memory, its report.
+//! Formats shared by the probe guest and the tests: its command line, the blocks on its disk, the
+//! pattern in its memory, its report.
 //!
 //! Pure values: no devices, no clock, no allocation. The guest is `e2e/probe/src`, the watcher is
 //! `bascule-e2e`.

@@ -1,5 +1,5 @@
-//! The pattern that the guest keeps in its memory: every page says which page it is and in which
-//! sweep it was written, so a page that a migration lost, duplicated or sent stale is noticed.
+//! The pattern that the guest keeps in its memory: every page encodes its index and in which
+//! sweep it was written, so a page that a migration lost, duplicated or sent stale is detected.
 
 /// Words in a page.
 pub const PAGE_WORDS: usize = 512;

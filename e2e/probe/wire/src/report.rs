@@ -49,7 +49,7 @@ report!(
     up_ms,
     /// Ticks written to the console.
     ticks,
-    /// The longest time that the guest's own main loop did not come round, in microseconds.
+    /// Longest iteration of the guest's main loop, in microseconds.
     stall_us_max,
     /// Packets echoed over UDP.
     udp,
@@ -61,9 +61,9 @@ report!(
     disk_bad,
     /// Disk requests that failed.
     disk_errors,
-    /// What was on the disk when the guest started: the last number.
+    /// Last block number on the disk when the guest started.
     disk_start,
-    /// Slots that were damaged or missing then.
+    /// Slots that were damaged or missing when the guest started.
     disk_start_bad,
     /// Pages rewritten.
     mem_pages,
@@ -86,7 +86,7 @@ impl fmt::Display for NotAReport {
 impl core::error::Error for NotAReport {}
 
 impl Report {
-    /// How many things the guest itself found wrong. 0 is what every test wants.
+    /// Sum of all fault counters; 0 when the guest found no fault.
     #[must_use]
     pub const fn faults(&self) -> u64 {
         self.disk_bad + self.disk_errors + self.disk_start_bad + self.mem_bad

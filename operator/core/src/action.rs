@@ -213,6 +213,50 @@ pub struct MigrationUpdate {
     pub progress: Option<MigrationStatus>,
 }
 
+impl MigrationUpdate {
+    /// Without nodes, epoch and progress.
+    #[must_use]
+    pub fn new(phase: MigrationPhase, reason: &'static str, message: impl Into<String>) -> Self {
+        Self {
+            phase,
+            source: None,
+            target: None,
+            source_epoch: None,
+            reason,
+            message: message.into(),
+            progress: None,
+        }
+    }
+
+    /// Sets the node that the guest leaves.
+    #[must_use]
+    pub fn with_source(mut self, source: Option<String>) -> Self {
+        self.source = source;
+        self
+    }
+
+    /// Sets the node that the guest goes to.
+    #[must_use]
+    pub fn with_target(mut self, target: Option<String>) -> Self {
+        self.target = target;
+        self
+    }
+
+    /// Sets the epoch that the migration began in.
+    #[must_use]
+    pub fn with_source_epoch(mut self, epoch: Option<Epoch>) -> Self {
+        self.source_epoch = epoch;
+        self
+    }
+
+    /// Sets the figures of the copy.
+    #[must_use]
+    pub fn with_progress(mut self, progress: Option<MigrationStatus>) -> Self {
+        self.progress = progress;
+        self
+    }
+}
+
 /// What a Failover's status should say. Timestamps follow from the stage.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum FailoverUpdate {

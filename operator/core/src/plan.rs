@@ -3,17 +3,19 @@
 //! ```text
 //!            row unknown ──► wait                       (nothing is torn down for lack of knowledge)
 //!            row absent  ──► create it
-//!            row unowned ──► reservation ─► bound ─► Acquire            [life, reservation]
+//!            row unowned ──► reservation ─► bound ─► Acquire         [lifecycle, reservation]
 //!  row owned by node N:
-//!     N healthy  ──► imports ─► StartVm ─► runs ─► drain, migrate, stop  [import, running, drain,
-//!                                                                         migration]
-//!     N suspect  ──► reservation elsewhere ─► TakeOver until granted     [failover]
+//!     N healthy  ──► imports ─► StartVm                              [lifecycle, import]
+//!                    guest runs ─► drain ─► migration, or shutdown   [running, drain, migration,
+//!                                                                     shutdown]
+//!     N suspect  ──► reservation elsewhere ─► TakeOver until granted [failover]
 //!     otherwise  ──► wait; the guest runs, or its disks wait
 //! ```
 //!
-//! One [`Planner`] lives for one call. Each file below adds the decisions of one chapter to it; the
-//! chapters only ever push actions and fill in the report.
+//! Each file below is one chapter. It reads the [`PlanContext`] and returns a [`Step`]; this file
+//! decides which chapters speak and makes the plan of their steps.
 
+mod context;
 mod delete;
 mod drain;
 mod failover;
@@ -21,63 +23,51 @@ mod import;
 mod lifecycle;
 mod migration;
 mod place;
+mod protection;
 mod report;
 mod reservation;
 mod running;
+mod shutdown;
+mod step;
 
 #[cfg(test)]
 mod tests;
 
-use std::time::Duration;
-
 use bascule_crds::names::reason;
 use bascule_ipc::vm::VmState;
-use bascule_types::Change;
+use bascule_types::{Change, Owner};
 
+use self::context::PlanContext;
+use self::place::Place;
+use self::step::{ReportChange, Step};
 use crate::observed::RowView;
-use crate::{Action, Condition, Fact, Moment, Observed, Phase, Plan, Pod, VmIntent, VmReport};
+use crate::{Action, Fact, Moment, NodeHealth, Observed, Phase, Plan, VmIntent};
 
 /// What to do next for one virtual machine. See the crate's documentation.
 #[must_use]
 pub fn plan(intent: &VmIntent, observed: &Observed, now: Moment) -> Plan {
-    let mut planner = Planner {
+    let context = PlanContext {
         intent,
         observed,
         now,
-        actions: vec![],
-        report: report::initial(intent, observed, now),
-        requeue: REQUEUE_IDLE,
     };
-    planner.run();
-    Plan {
-        actions: planner.actions,
-        report: planner.report,
-        requeue: planner.requeue,
-    }
+    context
+        .decide()
+        .into_plan(report::initial(intent, observed, now))
 }
 
-/// One call of [`plan`].
-struct Planner<'a> {
-    intent: &'a VmIntent,
-    observed: &'a Observed,
-    now: Moment,
-    actions: Vec<Action>,
-    report: VmReport,
-    requeue: Duration,
-}
-
-impl<'a> Planner<'a> {
-    fn run(&mut self) {
+impl<'a> PlanContext<'a> {
+    fn decide(&self) -> Step {
         if self.intent.deleting_since.is_some() {
             return self.delete();
         }
         if !self.intent.finalizer {
-            return self.push(Action::AddFinalizer);
+            return Step::action(Action::AddFinalizer);
         }
         match &self.observed.volume {
             Fact::Absent => {
                 let message = format!("SharedVolume {} does not exist", self.intent.volume);
-                return self.ready(Phase::Pending, false, reason::VOLUME_MISSING, message);
+                return Step::ready(Phase::Pending, false, reason::VOLUME_MISSING, message);
             }
             Fact::Unknown => {
                 let message = format!("nothing is known of volume {}", self.intent.volume);
@@ -92,8 +82,8 @@ impl<'a> Planner<'a> {
         }
     }
 
-    /// No node can say who owns the virtual machine.
-    fn row_unknown(&mut self) {
+    /// No node can tell who owns the virtual machine.
+    fn row_unknown(&self) -> Step {
         let volume = &self.intent.volume;
         if self.route().is_some() {
             let message = format!("the coordinator of volume {volume} does not answer");
@@ -111,22 +101,15 @@ impl<'a> Planner<'a> {
         match here {
             // That the disks of a guest wait is known without its row.
             Some(process) if !complaints.is_empty() => {
-                self.report.node = Some(process.node.clone());
-                self.report.protected = self.protection(&process.node);
-                self.ready(Phase::Running, false, reason::STORAGE_LOST, message);
-                self.requeue_soon();
+                let mut step = self.storage_lost(&process.node, message);
+                step.change(ReportChange::Node(Some(process.node.clone())));
+                step
             }
             _ => self.not_known(reason::VOLUME_UNAVAILABLE, message),
         }
     }
 
-    fn create_row(&mut self) {
-        self.ready(
-            Phase::Pending,
-            false,
-            reason::STARTING,
-            "being recorded on the volume",
-        );
+    fn create_row(&self) -> Step {
         let Some(via) = self.route() else {
             return self.row_unknown();
         };
@@ -135,74 +118,95 @@ impl<'a> Planner<'a> {
             name: self.intent.row.clone(),
             spec_digest: self.intent.digest.0,
         };
-        self.push(Action::Change { via, change });
-        self.requeue_soon();
+        let message = "being recorded on the volume";
+        let mut step = Step::ready(Phase::Pending, false, reason::STARTING, message);
+        step.push(Action::Change { via, change });
+        step.requeued_soon()
     }
 
-    fn with_row(&mut self, row: &'a RowView) {
+    fn with_row(&self, row: &'a RowView) -> Step {
         let (Fact::Known(pods), Fact::Known(_)) = (&self.observed.pods, &self.observed.migrations)
         else {
-            // The API is away or its caches are not filled: whatever runs goes on running.
+            // The API server is unreachable or the caches are not filled: a running guest stays.
             return self.not_known(reason::UNKNOWN, "the API server has not been heard of");
         };
-        self.end_left_reservations(row, pods);
-        self.finish_committed_migration(row);
-        self.follow_failovers(row);
-        match self.place(row) {
-            place::Place::Nowhere => self.unowned(row),
-            place::Place::On {
+        let mut step = self.end_left_reservations(row, pods);
+        step.append(self.finish_committed_migration(row));
+        step.append(self.follow_failovers(row));
+        let rest = match self.place(row) {
+            Place::Nowhere => self.unowned(row),
+            Place::On {
                 node,
                 health,
                 owner,
             } => {
-                self.report.node = Some(node.clone());
-                self.owned(row, &node, owner, health);
+                step.change(ReportChange::Node(Some(node.clone())));
+                self.owned(row, &node, owner, health)
             }
-            place::Place::UnknownHolder { owner } => {
+            Place::UnknownHolder { owner } => {
                 let message = format!("owned by {owner}, which no known node holds");
-                self.not_known(reason::NODE_UNREACHABLE, message);
+                self.not_known(reason::NODE_UNREACHABLE, message)
+            }
+        };
+        step.append(rest);
+        step
+    }
+
+    /// A node owns the virtual machine.
+    fn owned(&self, row: &'a RowView, node: &str, owner: Owner, health: NodeHealth) -> Step {
+        match health {
+            NodeHealth::Healthy => self.owned_by_healthy(row, node, owner),
+            NodeHealth::Suspect => self.failover(row, node, owner),
+            NodeHealth::StorageLost => {
+                let message = format!("{node} has lost its path to the volume; the guest waits");
+                self.storage_lost(node, message)
+            }
+            NodeHealth::Isolated => {
+                let message =
+                    format!("bascule-node on {node} does not answer; the guest runs on there");
+                let reason = reason::NODE_UNREACHABLE;
+                let mut step = Step::ready(Phase::Running, false, reason, message);
+                step.change(ReportChange::Protected(self.protection(node)));
+                step.requeued_soon()
+            }
+            NodeHealth::Undetermined => {
+                let message = format!("nothing is heard of {node}");
+                self.not_known(reason::NODE_UNREACHABLE, message)
             }
         }
     }
 
-    fn push(&mut self, action: Action) {
-        self.actions.push(action);
+    fn owned_by_healthy(&self, row: &'a RowView, node: &str, owner: Owner) -> Step {
+        let process = self.process_of(row, node).filter(|process| process.alive);
+        let Some(process) = process else {
+            return self.idle(row, node, owner);
+        };
+        match &process.status.state {
+            VmState::Running | VmState::Paused => self.running(row, node, process),
+            VmState::Incoming if !self.arrival_expected(row, process) => {
+                // It was built for another attempt, or for one whose guest is lost.
+                Step::action(Action::CollectVm {
+                    node: node.to_owned(),
+                    pid: process.status.pid,
+                })
+                .requeued_soon()
+            }
+            VmState::Starting | VmState::Incoming => {
+                let message = format!("starting on {node}");
+                Step::ready(Phase::Starting, false, reason::STARTING, message).requeued_soon()
+            }
+            // A row that still names a node which the guest has left is out of date.
+            VmState::InDoubt | VmState::Departed => {
+                let message = "waiting for the volume to say which side the guest is on";
+                Step::ready(Phase::Migrating, false, reason::MIGRATING, message).requeued_soon()
+            }
+            VmState::Stopped(_) => self.idle(row, node, owner),
+        }
     }
 
-    fn event(&mut self, reason: &'static str, warning: bool, message: impl Into<String>) {
-        self.push(Action::Event {
-            reason,
-            message: message.into(),
-            warning,
-        });
-    }
-
-    fn ready(
-        &mut self,
-        phase: Phase,
-        ready: bool,
-        reason: &'static str,
-        message: impl Into<String>,
-    ) {
-        self.report.phase = phase;
-        self.report.ready = Condition::new(Some(ready), reason, message);
-    }
-
-    /// Something is expected to happen: look again soon, even if nobody says so.
-    fn requeue_soon(&mut self) {
-        self.within(REQUEUE_BUSY);
-    }
-
-    fn within(&mut self, wait: Duration) {
-        self.requeue = self.requeue.min(wait);
-    }
-
-    fn pods(&self) -> &'a [Pod] {
-        self.observed.pods.known().map_or(&[], Vec::as_slice)
+    fn storage_lost(&self, node: &str, message: String) -> Step {
+        let mut step = Step::ready(Phase::Running, false, reason::STORAGE_LOST, message);
+        step.change(ReportChange::Protected(self.protection(node)));
+        step.requeued_soon()
     }
 }
-
-/// Reports and watches wake a plan at once; this only catches what they miss.
-const REQUEUE_IDLE: Duration = Duration::from_secs(30);
-/// While something is under way that nothing announces, such as the growth of a proof.
-const REQUEUE_BUSY: Duration = Duration::from_secs(1);

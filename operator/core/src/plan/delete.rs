@@ -4,98 +4,100 @@ use bascule_crds::names::reason;
 use bascule_ipc::vm::VmState;
 use bascule_types::{Change, DiskRow, Owner};
 
-use super::Planner;
+use super::context::PlanContext;
 use super::place::Place;
+use super::step::{Ready, Step};
 use crate::observed::RowView;
 use crate::{Action, Fact, NodeHealth, Phase, Stream};
 
-impl<'a> Planner<'a> {
-    pub(super) fn delete(&mut self) {
-        self.ready(Phase::Deleting, false, reason::DELETING, "being deleted");
+impl<'a> PlanContext<'a> {
+    pub(super) fn delete(&self) -> Step {
+        let being_deleted =
+            || Ready::new(Phase::Deleting, false, reason::DELETING, "being deleted");
         if !self.intent.finalizer {
-            return;
+            return Step::new().with_ready(being_deleted());
         }
-        self.requeue_soon();
-        match (&self.observed.volume, &self.observed.row) {
-            // Without its volume there is nothing to clean up, and nobody to ask.
+        let step = match (&self.observed.volume, &self.observed.row) {
+            // Without its volume nothing is left to clean up, and no node can be asked to.
             (Fact::Absent, _) | (Fact::Known(_), Fact::Absent) => self.delete_pods_then_finish(),
             (Fact::Known(volume), Fact::Unknown) if !volume.identified => {
-                self.delete_pods_then_finish();
+                self.delete_pods_then_finish()
             }
             (Fact::Unknown, _) | (Fact::Known(_), Fact::Unknown) => {
                 let message = format!("waiting for volume {}", self.intent.volume);
-                self.ready(Phase::Deleting, false, reason::VOLUME_UNAVAILABLE, message);
+                Step::ready(Phase::Deleting, false, reason::VOLUME_UNAVAILABLE, message)
             }
             (Fact::Known(_), Fact::Known(row)) => self.delete_row(row),
-        }
+        };
+        step.requeued_soon().or_ready(being_deleted)
     }
 
-    fn delete_row(&mut self, row: &'a RowView) {
+    fn delete_row(&self, row: &'a RowView) -> Step {
+        let mut step = Step::new();
         if let Fact::Known(pods) = &self.observed.pods {
-            self.end_left_reservations(row, pods);
+            step.append(self.end_left_reservations(row, pods));
         }
-        match self.place(row) {
+        let unreachable = |message: String| {
+            Step::ready(Phase::Deleting, false, reason::NODE_UNREACHABLE, message)
+        };
+        step.append(match self.place(row) {
             Place::Nowhere => self.delete_unowned(row),
             Place::On {
                 node,
                 owner,
                 health: NodeHealth::Healthy,
-            } => {
-                self.delete_owned(row, &node, owner);
-            }
+            } => self.delete_owned(row, &node, owner),
             Place::On {
                 node,
                 owner,
                 health: NodeHealth::Suspect,
-            } => {
-                self.take_over_to_delete(row, &node, owner);
-            }
+            } => self.take_over_to_delete(row, &node, owner),
             Place::On { node, .. } => {
-                let message = format!("waiting for node {node}, which owns it");
-                self.ready(Phase::Deleting, false, reason::NODE_UNREACHABLE, message);
+                unreachable(format!("waiting for node {node}, which owns it"))
             }
             Place::UnknownHolder { owner } => {
-                let message = format!("owned by {owner}, which no known node holds");
-                self.ready(Phase::Deleting, false, reason::NODE_UNREACHABLE, message);
+                unreachable(format!("owned by {owner}, which no known node holds"))
             }
-        }
+        });
+        step
     }
 
-    fn delete_owned(&mut self, row: &'a RowView, node: &str, owner: Owner) {
-        let Some(process) = self
-            .process_of(row, node)
-            .filter(|process| process.alive)
-            .cloned()
-        else {
-            self.collect_all();
-            return self.release(row, node, owner);
+    fn delete_owned(&self, row: &'a RowView, node: &str, owner: Owner) -> Step {
+        let mut step = Step::new();
+        let Some(process) = self.process_of(row, node).filter(|process| process.alive) else {
+            step.append(self.collect_all());
+            step.append(self.release(row, node, owner));
+            return step;
         };
-        if let Some(migration) = self.select_migration() {
-            self.give_up_migration(row, node, &process, migration, reason::SUPERSEDED);
+        let (active, refused) = self.select_migration();
+        step.append(refused);
+        if let Some(migration) = active {
+            let superseded = reason::SUPERSEDED;
+            step.append(self.give_up_migration(row, node, process, migration, superseded));
         }
         match &process.status.state {
             VmState::Running | VmState::Paused => {
-                self.stop(node);
-                self.ready(
-                    Phase::Deleting,
-                    false,
-                    reason::STOPPING,
-                    "asked to shut down",
-                );
+                step.append(self.shut_down(node));
+                let message = "asked to shut down";
+                let stopping = Ready::new(Phase::Deleting, false, reason::STOPPING, message);
+                step.with_ready(stopping)
             }
             VmState::Stopped(_) | VmState::Departed => {
-                self.collect_all();
-                self.release(row, node, owner);
+                step.append(self.collect_all());
+                step.append(self.release(row, node, owner));
+                step
             }
-            VmState::Starting | VmState::Incoming | VmState::InDoubt => {}
+            VmState::Starting | VmState::Incoming | VmState::InDoubt => step,
         }
     }
 
     /// A row cannot be deleted while it has an owner, and this one will never release it.
-    fn take_over_to_delete(&mut self, row: &RowView, node: &str, owner: Owner) {
+    fn take_over_to_delete(&self, row: &RowView, node: &str, owner: Owner) -> Step {
         let message = format!("{node} is silent; asking the volume for a proof");
-        self.ready(Phase::Deleting, false, reason::NODE_SUSPECT, message);
-        let Some(via) = self.route() else { return };
+        let mut step = Step::ready(Phase::Deleting, false, reason::NODE_SUSPECT, message);
+        let Some(via) = self.route() else {
+            return step;
+        };
         if let Ok(to) = self.can_host(&via) {
             let change = Change::TakeOver {
                 vm: self.intent.uid,
@@ -103,13 +105,16 @@ impl<'a> Planner<'a> {
                 epoch: row.epoch,
                 to,
             };
-            self.push(Action::Change { via, change });
+            step.push(Action::Change { via, change });
         }
+        step
     }
 
-    fn delete_unowned(&mut self, row: &RowView) {
-        self.collect_all();
-        let Some(via) = self.route() else { return };
+    fn delete_unowned(&self, row: &RowView) -> Step {
+        let mut step = self.collect_all();
+        let Some(via) = self.route() else {
+            return step;
+        };
         for disk in row
             .disks
             .iter()
@@ -125,13 +130,14 @@ impl<'a> Planner<'a> {
             if goes {
                 let change = Change::DeleteDisk { disk: disk.disk };
                 let via = self.importer_of(disk).unwrap_or_else(|| via.clone());
-                self.push(Action::Change { via, change });
+                step.push(Action::Change { via, change });
             }
         }
         let change = Change::DeleteVm {
             vm: self.intent.uid,
         };
-        self.push(Action::Change { via, change });
+        step.push(Action::Change { via, change });
+        step
     }
 
     /// The node that was filling a disk: while it lives, the volume lets nobody else delete it.
@@ -145,11 +151,11 @@ impl<'a> Planner<'a> {
         found.map(|(name, _)| name.clone())
     }
 
-    fn delete_pods_then_finish(&mut self) {
+    fn delete_pods_then_finish(&self) -> Step {
         let Fact::Known(pods) = &self.observed.pods else {
-            return;
+            return Step::new();
         };
-        self.collect_all();
+        let mut step = self.collect_all();
         for pod in pods {
             let answers = pod.node.as_ref().is_some_and(|node| {
                 self.observed
@@ -158,20 +164,22 @@ impl<'a> Planner<'a> {
                     .is_some_and(|n| n.stream == Stream::Up)
             });
             // No guest stands behind it any more, so nobody needs to wait for its kubelet.
-            self.delete_reservation(pod, pod.node.is_some() && !answers);
+            step.append(self.delete_reservation(pod, pod.node.is_some() && !answers));
             if let (Some(node), true) = (&pod.node, answers && pod.deleting) {
-                self.push(Action::EndReservation {
+                step.push(Action::EndReservation {
                     node: node.clone(),
                     pod_uid: pod.uid.clone(),
                 });
             }
         }
         if pods.is_empty() {
-            self.push(Action::RemoveFinalizer);
+            step.push(Action::RemoveFinalizer);
         }
+        step
     }
 
-    fn collect_all(&mut self) {
+    fn collect_all(&self) -> Step {
+        let mut step = Step::new();
         for process in &self.observed.processes {
             let over = !process.alive
                 || matches!(
@@ -179,11 +187,12 @@ impl<'a> Planner<'a> {
                     VmState::Stopped(_) | VmState::Departed | VmState::Incoming
                 );
             if over {
-                self.push(Action::CollectVm {
+                step.push(Action::CollectVm {
                     node: process.node.clone(),
                     pid: process.status.pid,
                 });
             }
         }
+        step
     }
 }

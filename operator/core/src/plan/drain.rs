@@ -5,20 +5,18 @@
 
 use bascule_crds::names::reason;
 
-use super::Planner;
+use super::context::PlanContext;
+use super::step::Step;
 use crate::MigrationPhase;
 use crate::{Action, DrainPolicy, Migration, MigrationMode, Moment, Phase, Pod};
 
-impl Planner<'_> {
+impl PlanContext<'_> {
     /// No migration is under way. Begins the next stage.
-    pub(super) fn evacuate(&mut self, node: &str, pod: &Pod, since: Moment) {
+    pub(super) fn evacuate(&self, node: &str, pod: &Pod, since: Moment) -> Step {
         let elapsed = self.now.since(since);
         let budgets = self.intent.budgets;
         let tried: Vec<&Migration> = self
-            .observed
-            .migrations
-            .known()
-            .map_or(&[][..], Vec::as_slice)
+            .migrations()
             .iter()
             .filter(|m| m.drain && m.name.contains(&drain_prefix(&self.intent.name, pod)))
             .collect();
@@ -46,17 +44,13 @@ impl Planner<'_> {
         } else if quick {
             (MigrationMode::Quick, "quick", quick_tries)
         } else {
-            return self.stop(node);
+            return self.shut_down(node);
         };
-        self.ready(
-            Phase::Running,
-            true,
-            reason::MIGRATING,
-            format!("leaving {node}"),
-        );
+        let message = format!("leaving {node}");
+        let mut step = Step::ready(Phase::Running, true, reason::MIGRATING, message);
         let name = format!("{}{word}-{ordinal}", drain_prefix(&self.intent.name, pod));
-        self.push(Action::CreateMigration { name, mode });
-        self.requeue_soon();
+        step.push(Action::CreateMigration { name, mode });
+        step.requeued_soon()
     }
 }
 

@@ -6,33 +6,40 @@
 use bascule_crds::names::{ANNOTATION_CONFIRM_FENCED, reason};
 use bascule_types::{Change, Epoch, FenceProof, MissingProof, Owner, Refusal};
 
-use super::Planner;
+use super::context::PlanContext;
+use super::place::Place;
+use super::step::{Ready, Step};
 use crate::action::FailoverUpdate;
 use crate::observed::RowView;
 use crate::{Action, Fact, FailoverView, FailurePolicy, NodeHealth, Phase, Purpose};
 
-impl Planner<'_> {
-    pub(super) fn failover(&mut self, row: &RowView, node: &str, owner: Owner) {
-        self.requeue_soon();
+impl PlanContext<'_> {
+    pub(super) fn failover(&self, row: &RowView, node: &str, owner: Owner) -> Step {
+        let mut step = Step::new().requeued_soon();
         if self.intent.on_failure == FailurePolicy::Leave {
             let message = format!("{node} is silent; availability.onNodeFailure is Leave");
-            return self.ready(Phase::Unknown, false, reason::NODE_SUSPECT, message);
+            let leave = Ready::new(Phase::Unknown, false, reason::NODE_SUSPECT, message);
+            return step.with_ready(leave);
         }
-        let waiting = self.missing_proof(node, owner);
-        self.record_silence(row.epoch, node, owner, &waiting.1);
-        self.ready(Phase::FailingOver, false, waiting.0, waiting.1);
+        let (reason, missing) = self.missing_proof(node, owner);
+        step.append(self.record_suspicion(row.epoch, node, owner, &missing));
+        let waiting = |reason, message| Ready::new(Phase::FailingOver, false, reason, message);
         let Some(pod) = self.candidate(Some(node)) else {
-            return self.create_reservation(row, Purpose::Current, None, vec![node.to_owned()]);
+            let avoid = vec![node.to_owned()];
+            step.append(self.create_reservation(row, Purpose::Current, None, avoid));
+            return step.with_ready(waiting(reason, missing));
         };
         let Some(target) = &pod.node else {
-            if let Some(why) = &pod.unschedulable {
-                let message = format!("{node} is silent; no other node has room: {why}");
-                self.ready(Phase::FailingOver, false, reason::UNSCHEDULABLE, message);
-            }
             if self.is_outdated(pod, Some(node)) {
-                self.delete_reservation(pod, false);
+                step.append(self.delete_reservation(pod, false));
             }
-            return;
+            return step.with_ready(match &pod.unschedulable {
+                Some(why) => waiting(
+                    reason::UNSCHEDULABLE,
+                    format!("{node} is silent; no other node has room: {why}"),
+                ),
+                None => waiting(reason, missing),
+            });
         };
         match self.can_host(target) {
             Ok(to) => {
@@ -42,42 +49,45 @@ impl Planner<'_> {
                     epoch: row.epoch,
                     to,
                 };
-                self.push(Action::Change {
+                step.push(Action::Change {
                     via: target.clone(),
                     change,
                 });
+                step.with_ready(waiting(reason, missing))
             }
             Err(why) => {
-                self.report.ready.message = format!("{node} is silent; {why}");
-                self.delete_reservation(pod, false);
+                step.append(self.delete_reservation(pod, false));
+                step.with_ready(waiting(reason, format!("{node} is silent; {why}")))
             }
         }
     }
 
-    /// Every silence has a record of its own: a node that came back in time and falls silent once
-    /// more in the same tenure is another one.
-    fn record_silence(&mut self, epoch: Epoch, node: &str, owner: Owner, waits_for: &str) {
+    /// Every outage of a node has a record of its own: a node that came back in time and stops
+    /// responding once more in the same epoch gets a second one.
+    fn record_suspicion(&self, epoch: Epoch, node: &str, owner: Owner, waits_for: &str) -> Step {
         let Fact::Known(records) = &self.observed.failovers else {
-            return;
+            return Step::new();
         };
         let of_this = |record: &&FailoverView| record.epoch == epoch && record.owner == owner;
         if let Some(open) = open(records).find(of_this) {
             let update = FailoverUpdate::Suspected {
                 message: waits_for.to_owned(),
             };
-            return self.push(Action::ReportFailover {
+            return Step::action(Action::ReportFailover {
                 name: open.name.clone(),
                 update,
             });
         }
+        let mut step = Step::new();
         let suspect = format!("{node} is silent on the network and on the volume");
-        self.event(reason::NODE_SUSPECT, true, suspect);
-        self.push(Action::CreateFailover {
+        step.event(reason::NODE_SUSPECT, true, suspect);
+        step.push(Action::CreateFailover {
             name: next_name(&self.intent.name, epoch, records),
             node: node.to_owned(),
             owner,
             epoch,
         });
+        step
     }
 
     /// What the takeover waits for, in words.
@@ -109,10 +119,11 @@ impl Planner<'_> {
     }
 
     /// Keeps open records in step with what became of the virtual machine.
-    pub(super) fn follow_failovers(&mut self, row: &RowView) {
+    pub(super) fn follow_failovers(&self, row: &RowView) -> Step {
+        let mut step = Step::new();
         let records = self.observed.failovers.known();
         let place = match self.place(row) {
-            super::place::Place::On { node, health, .. } => Some((node, health)),
+            Place::On { node, health, .. } => Some((node, health)),
             _ => None,
         };
         for record in open(records.map_or(&[][..], Vec::as_slice)) {
@@ -120,51 +131,36 @@ impl Planner<'_> {
                 let healthy = place
                     .as_ref()
                     .is_some_and(|(_, v)| *v == NodeHealth::Healthy);
-                self.withdraw(record, row.owner, healthy);
+                step.append(withdraw(record, row.owner, healthy));
             } else if let Some((target, _)) = &place {
                 let fence = row.fences.iter().find(|f| f.victim == record.owner);
                 let proof = fence.map(|f| f.proof);
-                self.report_takeover(row, target.clone(), record, proof);
+                step.append(self.report_takeover(row, target.clone(), record, proof));
             }
         }
-    }
-
-    /// Closes the record of a silence after which nothing was taken, once that is over.
-    fn withdraw(&mut self, record: &FailoverView, owner: Option<Owner>, healthy: bool) {
-        let node = &record.node;
-        let message = match owner {
-            Some(owner) if owner == record.owner && !healthy => return,
-            // After its lease had run out it came back in the next generation of its slot.
-            Some(owner) if owner.slot == record.owner.slot => {
-                format!("{node} came back before anything was taken from it")
-            }
-            Some(_) | None => format!("{node} gave the virtual machine up by itself"),
-        };
-        self.push(Action::ReportFailover {
-            name: record.name.clone(),
-            update: FailoverUpdate::Withdrawn { message },
-        });
+        step
     }
 
     fn report_takeover(
-        &mut self,
+        &self,
         row: &RowView,
         target: String,
         record: &FailoverView,
         proof: Option<FenceProof>,
-    ) {
+    ) -> Step {
+        let mut step = Step::new();
         let runs = self.process_of(row, &target).is_some_and(|process| {
             process.alive && process.status.state == bascule_ipc::vm::VmState::Running
         });
         if !record.taken_over {
             let message = format!("taken over by {target} in epoch {}", row.epoch);
-            self.event(reason::TAKEN_OVER, true, message);
+            step.event(reason::TAKEN_OVER, true, message);
             let update = FailoverUpdate::TakenOver {
                 target: target.clone(),
                 epoch: row.epoch,
                 proof,
             };
-            self.push(Action::ReportFailover {
+            step.push(Action::ReportFailover {
                 name: record.name.clone(),
                 update,
             });
@@ -175,12 +171,30 @@ impl Planner<'_> {
                 epoch: row.epoch,
                 proof,
             };
-            self.push(Action::ReportFailover {
+            step.push(Action::ReportFailover {
                 name: record.name.clone(),
                 update,
             });
         }
+        step
     }
+}
+
+/// Closes the record of an outage that ended before the volume granted a takeover.
+fn withdraw(record: &FailoverView, owner: Option<Owner>, healthy: bool) -> Step {
+    let node = &record.node;
+    let message = match owner {
+        Some(owner) if owner == record.owner && !healthy => return Step::new(),
+        // After its lease had run out it came back in the next generation of its slot.
+        Some(owner) if owner.slot == record.owner.slot => {
+            format!("{node} came back before anything was taken from it")
+        }
+        Some(_) | None => format!("{node} gave the virtual machine up by itself"),
+    };
+    Step::action(Action::ReportFailover {
+        name: record.name.clone(),
+        update: FailoverUpdate::Withdrawn { message },
+    })
 }
 
 /// The records that have not come to their end.

@@ -5,11 +5,12 @@ use std::time::Duration;
 use bascule_crds::names::reason;
 use bascule_types::{Change, DiskRow, Owner};
 
-use super::Planner;
+use super::context::PlanContext;
+use super::step::{Ready, ReportChange, Step};
 use crate::observed::{ImportPhase, RowView};
 use crate::{Action, Condition, DiskIntent, ImageSource, Origin, Phase};
 
-impl Planner<'_> {
+impl PlanContext<'_> {
     /// Whether every disk is there, complete, and this virtual machine's.
     pub(super) fn imported(&self, row: &RowView) -> bool {
         self.intent.disks.iter().all(|disk| {
@@ -28,23 +29,38 @@ impl Planner<'_> {
     }
 
     /// The next step for every disk that is not there yet. `node` owns the row.
-    pub(super) fn import(&mut self, row: &RowView, node: &str, owner: Owner) {
-        let message = format!("images are being copied to volume {}", self.intent.volume);
-        self.ready(Phase::Importing, false, reason::IMPORTING, message.clone());
-        self.report.imported = Condition::new(Some(false), reason::IMPORTING, message);
-        self.requeue_soon();
+    pub(super) fn import(&self, row: &RowView, node: &str, owner: Owner) -> Step {
+        let mut step = Step::new().requeued_soon();
+        // The last disk that failed decides the conditions.
+        let mut failure = None;
         for disk in &self.intent.disks {
             match self.disk_row(row, disk) {
-                None => self.make_disk(node, disk),
-                Some(r) if r.vm != Some(self.intent.uid) => self.attach_disk(node, disk),
-                Some(r) if r.importing => self.fill_disk(row, node, owner, disk, r),
+                None => step.push(self.make_disk(node, disk)),
+                Some(r) if r.vm != Some(self.intent.uid) => {
+                    step.push(self.attach_disk(node, disk));
+                }
+                Some(r) if r.importing => {
+                    failure = self.import_failure(node, disk, r).or(failure);
+                    step.actions
+                        .extend(self.fill_disk(row, node, owner, disk, r));
+                }
                 Some(_) => {}
             }
         }
-        self.report_error();
+        let (reason, message) = failure.map_or_else(
+            || {
+                let message = format!("images are being copied to volume {}", self.intent.volume);
+                (reason::IMPORTING, message)
+            },
+            |message| (reason::IMPORT_FAILED, message),
+        );
+        let imported = Condition::new(Some(false), reason, message.clone());
+        step.change(ReportChange::Imported(imported));
+        let ready = Ready::new(Phase::Importing, false, reason, message);
+        step.with_ready(self.or_last_error(ready))
     }
 
-    fn make_disk(&mut self, node: &str, disk: &DiskIntent) {
+    fn make_disk(&self, node: &str, disk: &DiskIntent) -> Action {
         let (size, importing) = match &disk.origin {
             Origin::Existing => return self.attach_disk(node, disk),
             Origin::Blank { size } => (*size, false),
@@ -57,78 +73,82 @@ impl Planner<'_> {
             role: disk.role,
             importing,
         };
-        self.push(Action::Change {
+        Action::Change {
             via: node.to_owned(),
             change,
-        });
+        }
     }
 
-    fn attach_disk(&mut self, node: &str, disk: &DiskIntent) {
+    fn attach_disk(&self, node: &str, disk: &DiskIntent) -> Action {
         let change = Change::AttachDisk {
             name: disk.row.clone(),
             vm: self.intent.uid,
         };
-        self.push(Action::Change {
+        Action::Change {
             via: node.to_owned(),
             change,
-        });
+        }
+    }
+
+    fn import_on(&self, node: &str, disk: &DiskRow) -> Option<&ImportPhase> {
+        self.observed
+            .imports
+            .iter()
+            .find(|import| import.disk == disk.disk && import.node == node)
+            .map(|import| &import.phase)
+    }
+
+    /// Why the import of a disk on `node` failed, if it did.
+    fn import_failure(&self, node: &str, disk: &DiskIntent, disk_row: &DiskRow) -> Option<String> {
+        let Origin::Image { source, .. } = &disk.origin else {
+            return None;
+        };
+        match self.import_on(node, disk_row)? {
+            ImportPhase::Failed { message } => Some(complaint(disk, source, message)),
+            ImportPhase::Running | ImportPhase::Complete { .. } => None,
+        }
     }
 
     fn fill_disk(
-        &mut self,
+        &self,
         row: &RowView,
         node: &str,
         owner: Owner,
         disk: &DiskIntent,
         disk_row: &DiskRow,
-    ) {
+    ) -> Option<Action> {
         let Origin::Image { source, .. } = &disk.origin else {
-            // The asker's volume process is still zeroing it, or died while it was: ask again.
-            return self.make_disk(node, disk);
+            // The requesting node's volume process is still zeroing it, or ended meanwhile: repeat it.
+            return Some(self.make_disk(node, disk));
         };
         let id = disk_row.disk;
-        let begun = self.observed.memory.imports_begun.get(&id);
-        let rested = begun.is_none_or(|at| self.now.since(*at) >= IMPORT_RETRY);
-        let import = self
-            .observed
-            .imports
-            .iter()
-            .find(|i| i.disk == id && i.node == node);
-        let again = match import.map(|import| &import.phase) {
-            Some(ImportPhase::Running) => false,
+        match self.import_on(node, disk_row) {
+            Some(ImportPhase::Running) => return None,
             Some(ImportPhase::Complete { length }) => {
                 let change = Change::FinishImport {
                     disk: id,
                     length: Some(*length),
                 };
-                self.push(Action::Change {
+                return Some(Action::Change {
                     via: node.to_owned(),
                     change,
                 });
-                false
             }
-            Some(ImportPhase::Failed { message }) => {
-                let message = complaint(disk, source, message);
-                self.ready(
-                    Phase::Importing,
-                    false,
-                    reason::IMPORT_FAILED,
-                    message.clone(),
-                );
-                self.report.imported = Condition::new(Some(false), reason::IMPORT_FAILED, message);
-                rested
+            Some(ImportPhase::Failed { .. }) => {
+                let begun = self.observed.memory.imports_begun.get(&id);
+                if begun.is_some_and(|at| self.now.since(*at) < IMPORT_RETRY) {
+                    return None;
+                }
             }
-            None => true,
-        };
-        if again {
-            self.push(Action::Import {
-                node: node.to_owned(),
-                owner,
-                epoch: row.epoch,
-                disk: id,
-                source: source.clone(),
-            });
+            None => {}
         }
+        Some(Action::Import {
+            node: node.to_owned(),
+            owner,
+            epoch: row.epoch,
+            disk: id,
+            source: source.clone(),
+        })
     }
 
     fn disk_row<'r>(&self, row: &'r RowView, disk: &DiskIntent) -> Option<&'r DiskRow> {
@@ -150,5 +170,5 @@ fn complaint(disk: &DiskIntent, source: &ImageSource, message: &str) -> String {
     }
 }
 
-/// How long a failed import rests: a web server that is down is not asked every second.
+/// Wait after a failed import, so that a web server that is down is not asked every second.
 const IMPORT_RETRY: Duration = Duration::from_secs(20);

@@ -1,211 +1,168 @@
-//! A virtual machine that does not run: start it, or leave it stopped.
+//! A virtual machine whose guest does not run: start it, or leave it stopped.
 
 use bascule_crds::names::reason;
 use bascule_ipc::vm::{StopReason, VmState};
 use bascule_types::{Change, Owner};
 
-use super::Planner;
+use super::context::PlanContext;
+use super::report::completed_before;
 use super::reservation::leaving;
+use super::step::{Ready, ReportChange, Step};
 use crate::observed::{RowView, SavedView};
-use crate::{Action, NodeHealth, Phase, Process, Purpose, RunPolicy};
+use crate::{Action, Phase, Process, Purpose, RunPolicy, Stream};
 
 /// What the processes that have ended mean for the next start.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Ended {
-    /// Nothing stands in the way.
-    MayStart,
-    /// Not now; the report says why.
-    MayNot,
+struct Ended {
+    step: Step,
+    /// Why the guest may not be started now; none if it may.
+    blocked: Option<Ready>,
+    /// Whether the guest shut itself down and its run policy leaves it down.
+    completed: bool,
 }
 
-impl<'a> Planner<'a> {
-    /// Nobody owns the row.
-    pub(super) fn unowned(&mut self, row: &'a RowView) {
-        self.report.restart_required = Some(false);
-        self.refuse_migrations(row);
+impl<'a> PlanContext<'a> {
+    /// No node owns the virtual machine.
+    pub(super) fn unowned(&self, row: &'a RowView) -> Step {
+        let mut step = Step::new();
+        step.change(ReportChange::RestartRequired(Some(false)));
+        step.append(self.refuse_migrations(row));
         let ended = self.ended_processes(row);
-        if !self.wanted() {
-            return self.stay_stopped(row);
+        step.append(ended.step);
+        if !self.wanted(ended.completed) {
+            step.append(self.stay_stopped(row, ended.completed));
+            return step;
         }
-        if ended == Ended::MayNot {
-            return;
+        if let Some(blocked) = ended.blocked {
+            return step.with_ready(blocked);
         }
-        if let Some((node, owner)) = self.startable_place(row, None) {
-            self.ready(
-                Phase::Starting,
-                false,
-                reason::STARTING,
-                format!("starting on {node}"),
-            );
-            self.report.node = Some(node.clone());
-            self.acquire(row, node, owner);
+        let (chosen, place) = self.startable_place(row, None);
+        step.append(chosen);
+        if let Some((node, owner)) = place {
+            step.change(ReportChange::Node(Some(node.clone())));
+            let ready = self.or_last_error(starting(&node));
+            step.append(self.acquire(row, node, owner));
+            step = step.with_ready(ready);
         }
+        step
     }
 
-    /// A node owns the row.
-    pub(super) fn owned(&mut self, row: &'a RowView, node: &str, owner: Owner, health: NodeHealth) {
-        match health {
-            NodeHealth::Healthy => {}
-            NodeHealth::Suspect => return self.failover(row, node, owner),
-            NodeHealth::StorageLost => {
-                self.report.protected = self.protection(node);
-                let message = format!("{node} has lost its path to the volume; the guest waits");
-                self.ready(Phase::Running, false, reason::STORAGE_LOST, message);
-                return self.requeue_soon();
-            }
-            NodeHealth::Isolated => {
-                self.report.protected = self.protection(node);
-                let message =
-                    format!("bascule-node on {node} does not answer; the guest runs on there");
-                self.ready(Phase::Running, false, reason::NODE_UNREACHABLE, message);
-                return self.requeue_soon();
-            }
-            NodeHealth::Undetermined => {
-                let message = format!("nothing is heard of {node}");
-                return self.not_known(reason::NODE_UNREACHABLE, message);
-            }
-        }
-        match self.process_of(row, node) {
-            Some(process) if process.alive => match &process.status.state {
-                VmState::Running | VmState::Paused => self.running(row, node, process),
-                VmState::Incoming if !self.arrival_expected(row, process) => {
-                    // It waited for another attempt, or for one whose guest is lost.
-                    self.push(Action::CollectVm {
-                        node: node.to_owned(),
-                        pid: process.status.pid,
-                    });
-                    self.requeue_soon();
-                }
-                VmState::Starting | VmState::Incoming => {
-                    let message = format!("starting on {node}");
-                    self.ready(Phase::Starting, false, reason::STARTING, message);
-                    self.requeue_soon();
-                }
-                // A row that still names a node which the guest has left is a stale one.
-                VmState::InDoubt | VmState::Departed => {
-                    let message = "waiting for the volume to say which side the guest is on";
-                    self.ready(Phase::Migrating, false, reason::MIGRATING, message);
-                    self.requeue_soon();
-                }
-                VmState::Stopped(_) => self.idle(row, node, owner),
-            },
-            _ => self.idle(row, node, owner),
-        }
-    }
-
-    /// A healthy node owns the row, and no guest runs there.
-    fn idle(&mut self, row: &RowView, node: &str, owner: Owner) {
-        self.report.restart_required = Some(false);
-        self.refuse_migrations(row);
+    /// A healthy node owns the virtual machine, and no guest runs there.
+    pub(super) fn idle(&self, row: &RowView, node: &str, owner: Owner) -> Step {
+        let mut step = Step::new();
+        step.change(ReportChange::RestartRequired(Some(false)));
+        step.append(self.refuse_migrations(row));
         let ended = self.ended_processes(row);
+        step.append(ended.step);
         if !self.imported(row) {
-            return self.import(row, node, owner);
+            step.append(self.import(row, node, owner));
+            return step;
         }
-        if !self.wanted() {
-            self.ready(Phase::Stopped, true, reason::STOPPED, "stopped, as asked");
-            return self.release(row, node, owner);
+        if !self.wanted(ended.completed) {
+            step.append(self.release(row, node, owner));
+            let message = "stopped, as asked";
+            return step.with_ready(Ready::new(Phase::Stopped, true, reason::STOPPED, message));
         }
-        if ended == Ended::MayNot {
-            return;
+        if let Some(blocked) = ended.blocked {
+            return step.with_ready(blocked);
         }
-        let Some((place, _)) = self.startable_place(row, Some(node)) else {
-            return;
+        let (chosen, place) = self.startable_place(row, Some(node));
+        step.append(chosen);
+        let Some((place, _)) = place else {
+            return step;
         };
-        self.ready(
-            Phase::Starting,
-            false,
-            reason::STARTING,
-            format!("starting on {place}"),
-        );
-        if place != node {
-            return self.release(row, node, owner);
-        }
         let saved = row.saved;
-        if saved.is_some_and(|saved| saved.is_restorable(row.epoch.next())) {
-            // Its process died between the end of saving and the transfer: the next tenure has it.
-            return self.release(row, node, owner);
+        // Complete, but saved for the next epoch: its process ended between the end of saving and the
+        // transfer of the ownership.
+        let saved_for_next = saved.is_some_and(|saved| saved.is_restorable(row.epoch.next()));
+        if place != node || saved_for_next {
+            step.append(self.release(row, node, owner));
+            return step.with_ready(starting(&place));
         }
         let restore = saved.is_some_and(|saved| saved.is_restorable(row.epoch));
         if let Some(saved) = saved.filter(|_| !restore) {
-            self.drop_saved(node, owner, saved);
+            step.append(self.drop_saved(node, owner, saved));
         }
-        self.report_error();
-        self.report.stopping_since = None;
-        self.push(Action::StartVm {
+        step.change(ReportChange::StoppingSince(None));
+        let ready = self.or_last_error(starting(&place));
+        step.push(Action::StartVm {
             node: place,
             owner,
             epoch: row.epoch,
             restore,
         });
-        self.requeue_soon();
+        step.requeued_soon().with_ready(ready)
     }
 
-    /// Gives the room of a saved state back that nobody may be restored from.
-    fn drop_saved(&mut self, node: &str, owner: Owner, saved: SavedView) {
+    /// Frees the space of a saved state that no epoch may restore any more.
+    fn drop_saved(&self, node: &str, owner: Owner, saved: SavedView) -> Step {
+        let mut step = Step::new();
         if saved.complete {
             let message = "its saved memory is older than its last owner; it boots from its disks";
-            self.event(reason::SAVED_STATE_OUTDATED, true, message);
+            step.event(reason::SAVED_STATE_OUTDATED, true, message);
         }
         let change = Change::DropSavedState {
             vm: self.intent.uid,
             from: owner,
         };
-        self.push(Action::Change {
+        step.push(Action::Change {
             via: node.to_owned(),
             change,
         });
+        step
     }
 
     /// Whether the guest should run.
-    pub(super) fn wanted(&self) -> bool {
+    fn wanted(&self, completed: bool) -> bool {
         match self.intent.run {
-            // Its pods go first, and the object only after them.
+            // In a namespace that is being deleted, the pods go first and the object only after them.
             _ if self.observed.memory.namespace_ending => false,
             RunPolicy::Always => true,
-            RunPolicy::OnFailure => !self.report.completed,
+            RunPolicy::OnFailure => !completed,
             RunPolicy::Stopped => false,
         }
     }
 
-    fn stay_stopped(&mut self, row: &RowView) {
-        self.report.stopping_since = None;
-        self.report.node = None;
-        let (reason, message) = if self.report.completed {
-            (reason::GUEST_SHUT_DOWN, "the guest shut itself down")
-        } else {
-            (reason::STOPPED, "stopped, as asked")
-        };
-        self.ready(Phase::Stopped, true, reason, message);
-        self.delete_other_reservations(&[]);
+    fn stay_stopped(&self, row: &RowView, completed: bool) -> Step {
+        let mut step = Step::new();
+        step.change(ReportChange::StoppingSince(None));
+        step.change(ReportChange::Node(None));
+        step.append(self.delete_other_reservations(&[]));
         if self.imported(row) {
-            return;
+            let (reason, message) = if completed {
+                (reason::GUEST_SHUT_DOWN, "the guest shut itself down")
+            } else {
+                (reason::STOPPED, "stopped, as asked")
+            };
+            return step.with_ready(Ready::new(Phase::Stopped, true, reason, message));
         }
+        let message = "images are being copied";
+        let importing = Ready::new(Phase::Importing, false, reason::IMPORTING, message);
         let importer = self
             .route()
             .and_then(|node| self.can_host(&node).ok().map(|o| (node, o)));
-        self.ready(
-            Phase::Importing,
-            false,
-            reason::IMPORTING,
-            "images are being copied",
-        );
-        if let Some((node, owner)) = importer {
-            self.acquire(row, node, owner);
-        }
+        let Some((node, owner)) = importer else {
+            return step.with_ready(importing);
+        };
+        step.append(self.acquire(row, node, owner));
+        step.with_ready(self.or_last_error(importing))
     }
 
-    /// Collects what has ended, and accounts for restarts: a guest that ended by itself is only
-    /// forgotten when its budget allows another start.
-    fn ended_processes(&mut self, row: &RowView) -> Ended {
-        let mut ended_as = Ended::MayStart;
+    /// Collects processes that have ended, and accounts for restarts: a guest that ended by itself is
+    /// collected only when its restart budget allows another start.
+    fn ended_processes(&self, row: &RowView) -> Ended {
+        let mut all = Ended {
+            step: Step::new(),
+            blocked: None,
+            completed: completed_before(self.intent, self.observed),
+        };
         for process in &self.observed.processes {
-            let answers = self.observed.nodes.get(&process.node);
-            if answers.is_none_or(|node| node.stream != crate::Stream::Up) {
+            let node = self.observed.nodes.get(&process.node);
+            if node.is_none_or(|node| node.stream != Stream::Up) {
                 continue;
             }
             let ended = match &process.status.state {
                 VmState::Departed => process.status.epoch < row.epoch || !process.alive,
-                // Whoever waits for a migration of an earlier tenure waits in vain.
+                // The migration of an earlier epoch that it was built for can no longer arrive.
                 VmState::Incoming => process.status.epoch < row.epoch,
                 VmState::Stopped(_) => true,
                 _ => !process.alive,
@@ -213,119 +170,139 @@ impl<'a> Planner<'a> {
             if !ended {
                 continue;
             }
-            if process.status.epoch == row.epoch && self.may_restart(process) == Ended::MayNot {
-                ended_as = Ended::MayNot;
-                continue;
+            if process.status.epoch == row.epoch {
+                let one = self.may_restart(process, all.completed);
+                all.step.append(one.step);
+                all.completed = one.completed;
+                if one.blocked.is_some() {
+                    all.blocked = one.blocked;
+                    continue;
+                }
             }
-            self.push(Action::CollectVm {
+            all.step.push(Action::CollectVm {
                 node: process.node.clone(),
                 pid: process.status.pid,
             });
-            self.requeue_soon();
+            all.step.requeue_soon();
         }
-        ended_as
+        all
     }
 
-    /// Whether a guest that ended in the present tenure may be started again now.
-    fn may_restart(&mut self, process: &Process) -> Ended {
-        let asked = self.report.stopping_since.is_some();
-        let what = match &process.status.state {
-            VmState::Stopped(StopReason::GuestReset) => return Ended::MayStart,
-            VmState::Departed | VmState::Incoming => return Ended::MayStart,
-            VmState::Stopped(StopReason::Requested) => {
-                self.report.stop_reason = Some("it was asked to stop".to_owned());
-                return Ended::MayStart;
+    /// Whether a guest that ended in the present epoch may be started again now.
+    fn may_restart(&self, process: &Process, completed: bool) -> Ended {
+        let mut ended = Ended {
+            step: Step::new(),
+            blocked: None,
+            completed,
+        };
+        let asked = self.observed.memory.stopping_since.is_some();
+        let why = match &process.status.state {
+            VmState::Stopped(StopReason::GuestReset) | VmState::Departed | VmState::Incoming => {
+                return ended;
             }
-            VmState::Stopped(StopReason::GuestShutdown) => {
-                self.report.stop_reason = Some("the guest shut itself down".to_owned());
-                if asked {
-                    return Ended::MayStart;
-                }
-                if self.intent.run == RunPolicy::OnFailure {
-                    self.report.completed = true;
-                    return Ended::MayStart;
-                }
-                "the guest shut itself down".to_owned()
-            }
+            VmState::Stopped(StopReason::Requested) => "it was asked to stop".to_owned(),
+            VmState::Stopped(StopReason::GuestShutdown) => "the guest shut itself down".to_owned(),
             VmState::Stopped(StopReason::GuestFault { what } | StopReason::Failed { what }) => {
                 what.clone()
             }
             _ => format!("its process on {} ended unexpectedly", process.node),
         };
-        self.report.stop_reason = Some(what.clone());
-        if asked || !self.wanted() {
-            return Ended::MayStart;
+        ended.step.change(ReportChange::StopReason(why.clone()));
+        match &process.status.state {
+            VmState::Stopped(StopReason::Requested) => return ended,
+            VmState::Stopped(StopReason::GuestShutdown)
+                if !asked && self.intent.run == RunPolicy::OnFailure =>
+            {
+                ended.step.change(ReportChange::Completed);
+                ended.completed = true;
+                return ended;
+            }
+            _ => {}
         }
-        let restarts = self
-            .intent
-            .restart
-            .recent(&self.observed.memory.restarts, self.now);
-        match self.intent.restart.next(&restarts, self.now) {
+        if asked || !self.wanted(completed) {
+            return ended;
+        }
+        self.within_restart_budget(ended, &why)
+    }
+
+    fn within_restart_budget(&self, mut ended: Ended, why: &str) -> Ended {
+        let budget = &self.intent.restart;
+        let restarts = budget.recent(&self.observed.memory.restarts, self.now);
+        match budget.next(&restarts, self.now) {
             Some(at) if at <= self.now => {
-                self.report.restarts.push(self.now);
-                self.event(reason::GUEST_FAILED, true, format!("restarting: {what}"));
-                Ended::MayStart
+                ended.step.change(ReportChange::Restarted(self.now));
+                let message = format!("restarting: {why}");
+                ended.step.event(reason::GUEST_FAILED, true, message);
             }
             Some(at) => {
                 let wait = at.since(self.now);
-                let message = format!("{what}; restarting in {} s", wait.as_secs() + 1);
-                self.ready(Phase::Failed, false, reason::BACKING_OFF, message);
-                self.within(wait);
-                Ended::MayNot
+                let message = format!("{why}; restarting in {} s", wait.as_secs() + 1);
+                ended.step.requeue_within(wait);
+                ended.blocked = Some(Ready::new(
+                    Phase::Failed,
+                    false,
+                    reason::BACKING_OFF,
+                    message,
+                ));
             }
             None => {
-                let message = format!("{what}; restarted {} times already", restarts.len());
-                self.ready(Phase::Failed, false, reason::RESTARTS_EXHAUSTED, message);
-                Ended::MayNot
+                let message = format!("{why}; restarted {} times already", restarts.len());
+                ended.blocked = Some(Ready::new(
+                    Phase::Failed,
+                    false,
+                    reason::RESTARTS_EXHAUSTED,
+                    message,
+                ));
             }
         }
+        ended
     }
 
-    /// The node of a reservation on which the guest can be started now. Asks for a reservation when
-    /// there is none, and reports what is being waited for.
-    fn startable_place(&mut self, row: &RowView, home: Option<&str>) -> Option<(String, Owner)> {
-        // Who owns the row already is the first choice: a quick migration has just brought it there.
+    /// The node of a reservation on which the guest can be started now. Without one, the step creates a
+    /// reservation where there is none, and its Ready condition says what is missing.
+    fn startable_place(
+        &self,
+        row: &RowView,
+        home: Option<&str>,
+    ) -> (Step, Option<(String, Owner)>) {
+        // The owner's node comes first: a quick migration has just brought the guest there.
         let at_home = home
             .and_then(|node| self.pod_on(node))
             .filter(|pod| !leaving(pod));
         let pod = at_home.or_else(|| self.candidate(None));
         let keep: Vec<_> = pod.into_iter().collect();
-        self.delete_other_reservations(&keep);
+        let mut step = self.delete_other_reservations(&keep);
         let Some(pod) = pod else {
-            self.report_unbound(None);
-            self.create_reservation(row, Purpose::Current, None, vec![]);
-            return None;
+            step.append(self.create_reservation(row, Purpose::Current, None, vec![]));
+            return (step.with_ready(self.unbound(None)), None);
         };
         if pod.digest != self.intent.digest {
             // The spec has changed since: the reservation is for another size or place.
-            self.report_unbound(None);
-            self.delete_reservation(pod, false);
-            return None;
+            step.append(self.delete_reservation(pod, false));
+            return (step.with_ready(self.unbound(None)), None);
         }
         let Some(node) = &pod.node else {
-            self.report_unbound(Some(pod));
             if self.is_outdated(pod, None) {
-                self.delete_reservation(pod, false);
+                step.append(self.delete_reservation(pod, false));
             }
-            return None;
+            return (step.with_ready(self.unbound(Some(pod))), None);
         };
         match self.can_host(node) {
             Ok(owner) => {
                 if pod.purpose != Purpose::Current {
-                    self.push(Action::PromoteReservation {
+                    step.push(Action::PromoteReservation {
                         name: pod.name.clone(),
                         uid: pod.uid.clone(),
                     });
                 }
-                Some((node.clone(), owner))
+                (step, Some((node.clone(), owner)))
             }
             Err(why) => {
-                self.ready(Phase::Pending, false, reason::VOLUME_UNAVAILABLE, why);
                 if self.another_node_can_host(node) {
-                    self.delete_reservation(pod, false);
+                    step.append(self.delete_reservation(pod, false));
                 }
-                self.requeue_soon();
-                None
+                let ready = Ready::new(Phase::Pending, false, reason::VOLUME_UNAVAILABLE, why);
+                (step.requeued_soon().with_ready(ready), None)
             }
         }
     }
@@ -337,67 +314,36 @@ impl<'a> Planner<'a> {
             .any(|(name, view)| name != node && !view.cordoned && self.can_host(name).is_ok())
     }
 
-    fn acquire(&mut self, row: &RowView, node: String, owner: Owner) {
-        self.report_error();
+    fn acquire(&self, row: &RowView, node: String, owner: Owner) -> Step {
         let change = Change::Acquire {
             vm: self.intent.uid,
             expected_epoch: row.epoch,
             to: owner,
         };
-        self.push(Action::Change { via: node, change });
-        self.requeue_soon();
+        Step::action(Action::Change { via: node, change }).requeued_soon()
     }
 
-    /// Gives the row up. Only while no process and no import of it lives on the node, which its own
-    /// volume process checks again.
-    pub(super) fn release(&mut self, row: &RowView, node: &str, owner: Owner) {
-        self.requeue_soon();
+    /// Gives the ownership up, but only while no process and no import of the virtual machine is left
+    /// on the node, which that node's volume process checks again.
+    pub(super) fn release(&self, row: &RowView, node: &str, owner: Owner) -> Step {
+        let mut step = Step::new().requeued_soon();
         if self.process_lives_on(node) || self.import_runs_on(node, row) {
-            return;
+            return step;
         }
         let change = Change::Release {
             vm: self.intent.uid,
             from: owner,
             epoch: row.epoch,
         };
-        self.push(Action::Change {
+        step.push(Action::Change {
             via: node.to_owned(),
             change,
         });
+        step
     }
+}
 
-    /// Whether a process on `node` runs the guest, or may.
-    pub(super) fn process_lives_on(&self, node: &str) -> bool {
-        self.observed.processes.iter().any(|process| {
-            process.node == node
-                && process.alive
-                && !matches!(
-                    process.status.state,
-                    VmState::Departed | VmState::Stopped(_) | VmState::Incoming
-                )
-        })
-    }
-
-    /// The process of the present tenure on `node`.
-    pub(super) fn process_of(&self, row: &RowView, node: &str) -> Option<&'a Process> {
-        self.observed
-            .processes
-            .iter()
-            .filter(|process| process.node == node)
-            .filter(|process| {
-                // An incoming process learns its new epoch when it runs.
-                process.status.epoch == row.epoch
-                    || process.status.epoch.next() == row.epoch
-                        && process.status.state == VmState::Incoming
-            })
-            .max_by_key(|process| (process.alive, process.status.epoch))
-    }
-
-    /// If something went wrong lately, that is what people want to read.
-    pub(super) fn report_error(&mut self) {
-        if let Some((reason, message)) = &self.observed.memory.error {
-            self.report.ready.reason = reason;
-            self.report.ready.message.clone_from(message);
-        }
-    }
+fn starting(node: &str) -> Ready {
+    let message = format!("starting on {node}");
+    Ready::new(Phase::Starting, false, reason::STARTING, message)
 }

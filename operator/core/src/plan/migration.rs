@@ -11,6 +11,7 @@
 //! later epoch than the attempt began in tells that it was committed; until then the guest is the
 //! source's, and every failure leaves it running there (I5).
 
+mod ending;
 mod placing;
 
 use std::net::SocketAddr;
@@ -20,85 +21,75 @@ use bascule_crds::names::reason;
 use bascule_ipc::vm::{self, MigrationLimits, MigrationStatus, VmState};
 use bascule_types::Owner;
 
-use super::Planner;
-use crate::MigrationPhase;
-use crate::action::MigrationUpdate;
+use self::ending::{report, update_of};
+use super::context::PlanContext;
+use super::place::Place;
+use super::step::{Ready, ReportChange, Step};
 use crate::observed::RowView;
-use crate::{Action, Migration, MigrationMode, Phase, Process, Purpose};
+use crate::{Action, Migration, MigrationMode, MigrationPhase, Phase, Process, Purpose};
 
-impl<'a> Planner<'a> {
-    /// The migration that is under way, or whose turn it is. Those that come too early are refused.
-    pub(super) fn select_migration(&mut self) -> Option<&'a Migration> {
+impl<'a> PlanContext<'a> {
+    /// The migration that is under way, or whose turn it is, and the refusal of all others.
+    pub(super) fn select_migration(&self) -> (Option<&'a Migration>, Step) {
+        let mut refused = Step::new();
         let mut open: Vec<&'a Migration> = self
-            .observed
-            .migrations
-            .known()
-            .map_or(&[][..], Vec::as_slice)
+            .migrations()
             .iter()
             .filter(|migration| !migration.phase.is_final())
             .collect();
         open.sort_by_key(|m| (m.phase == MigrationPhase::Pending, m.created, &m.name));
-        let (active, others) = open.split_first()?;
+        let Some((active, others)) = open.split_first() else {
+            return (None, refused);
+        };
         for other in others {
             let message = format!("migration {} of the same virtual machine runs", active.name);
-            self.end(
-                other,
-                MigrationPhase::Failed,
-                reason::ANOTHER_MIGRATION_RUNS,
-                message,
-            );
+            let reason = reason::ANOTHER_MIGRATION_RUNS;
+            refused.append(self.end(other, MigrationPhase::Failed, reason, message));
         }
-        Some(active)
+        (Some(active), refused)
     }
 
-    /// The guest does not run, so nothing can move.
-    pub(super) fn refuse_migrations(&mut self, row: &RowView) {
-        let Some(active) = self.select_migration() else {
-            return;
+    /// Ends migrations of a guest that does not run.
+    pub(super) fn refuse_migrations(&self, row: &RowView) -> Step {
+        let (active, mut step) = self.select_migration();
+        let Some(active) = active else {
+            return step;
         };
+        let failed = MigrationPhase::Failed;
         match active.source_epoch {
             None => {
                 let message = "the virtual machine is not running";
-                self.end(
-                    active,
-                    MigrationPhase::Failed,
-                    reason::VM_NOT_RUNNING,
-                    message,
-                );
+                step.append(self.end(active, failed, reason::VM_NOT_RUNNING, message));
             }
             Some(epoch) if epoch == row.epoch => {
                 let message = "the guest ended before it had moved";
-                self.end(active, MigrationPhase::Failed, reason::SUPERSEDED, message);
+                step.append(self.end(active, failed, reason::SUPERSEDED, message));
             }
-            Some(_) => self.report.migration = Some(active.name.clone()),
+            Some(_) => step.change(ReportChange::Migration(active.name.clone())),
         }
+        step
     }
 
     /// The next step of `migration`, whose guest runs on `node`.
     pub(super) fn drive_migration(
-        &mut self,
+        &self,
         row: &'a RowView,
         node: &str,
         process: &Process,
         migration: &'a Migration,
-    ) {
-        self.requeue_soon();
-        if migration
-            .source_epoch
-            .is_some_and(|epoch| epoch < row.epoch)
-        {
-            // It was committed: finish_committed_migration says the rest.
-            return;
+    ) -> Step {
+        if is_committed(migration, row) {
+            // finish_committed_migration reports the rest.
+            return Step::new().requeued_soon();
         }
         if migration.phase == MigrationPhase::Pending {
-            return self.begin_migration(row, node, migration);
+            return self.begin_migration(row, node, migration).requeued_soon();
         }
         let progress = progress_of(migration, process);
         if let Some(progress) = progress
             && let Some((phase, reason, message)) = outcome(progress)
         {
-            self.end_with(migration, phase, reason, message, Some(progress.clone()));
-            return;
+            return self.end_with(migration, phase, reason, message, Some(progress.clone()));
         }
         if migration.cancel {
             return self.give_up_migration(row, node, process, migration, reason::CANCELLED);
@@ -111,55 +102,68 @@ impl<'a> Planner<'a> {
             };
             return self.give_up_migration(row, node, process, migration, reason);
         }
-        self.ready(
-            Phase::Migrating,
-            true,
-            reason::MIGRATING,
-            format!("leaving {node}"),
-        );
+        let message = format!("leaving {node}");
+        self.carry_on(row, node, process, migration, progress)
+            .requeued_soon()
+            .with_ready(Ready::new(
+                Phase::Migrating,
+                true,
+                reason::MIGRATING,
+                message,
+            ))
+    }
+
+    /// Neither ended nor out of time: reports its progress, or finds its target and begins to copy.
+    fn carry_on(
+        &self,
+        row: &RowView,
+        node: &str,
+        process: &Process,
+        migration: &Migration,
+        progress: Option<&MigrationStatus>,
+    ) -> Step {
         if let Some(progress) = progress {
-            return self.report_progress(row, node, migration, progress);
+            return Step::action(self.report_progress(row, node, migration, progress));
         }
         if let Some(why) = self.rejected(migration) {
             return self.end(migration, MigrationPhase::Failed, reason::FAILED, why);
         }
-        let Some((target, to)) = self.place_migration(row, node, migration) else {
-            return;
+        let (mut step, target) = self.place_migration(row, node, migration);
+        let Some((target, to)) = target else {
+            return step;
         };
         match migration.mode {
-            MigrationMode::Live => self.go_live(row, process, migration, &target, to),
+            MigrationMode::Live => step.append(self.go_live(row, process, migration, &target, to)),
             MigrationMode::Quick if self.has_begun(migration, process) => {}
-            MigrationMode::Quick => self.push(Action::MigrateQuick {
+            MigrationMode::Quick => step.push(Action::MigrateQuick {
                 node: node.to_owned(),
                 pid: process.status.pid,
                 attempt: migration.attempt,
                 to,
             }),
         }
+        step
     }
 
     /// Takes the attempt back, unless it has passed its commit request: then only the volume knows.
     pub(super) fn give_up_migration(
-        &mut self,
+        &self,
         row: &RowView,
         node: &str,
         process: &Process,
         migration: &Migration,
         why: &'static str,
-    ) {
-        self.requeue_soon();
-        if migration
-            .source_epoch
-            .is_some_and(|epoch| epoch < row.epoch)
-        {
-            return;
+    ) -> Step {
+        if is_committed(migration, row) {
+            return Step::new().requeued_soon();
         }
         let in_flight = progress_of(migration, process).filter(|p| outcome(p).is_none());
         if in_flight.is_some() {
-            return self.push(Action::CancelMigration {
+            return Step::action(Action::CancelMigration {
                 node: node.to_owned(),
                 attempt: migration.attempt,
-            });
+            })
+            .requeued_soon();
         }
         let phase = if why == reason::CANCELLED {
             MigrationPhase::Cancelled
@@ -172,7 +176,7 @@ impl<'a> Planner<'a> {
             reason::SUPERSEDED => "the virtual machine is being stopped".to_owned(),
             _ => "given up, as asked".to_owned(),
         };
-        self.end(migration, phase, why, message);
+        self.end(migration, phase, why, message)
     }
 
     /// Why no node took the guest, in the scheduler's words if it had any.
@@ -185,30 +189,24 @@ impl<'a> Planner<'a> {
         }
     }
 
-    /// A migration in flight whose row has changed hands.
-    pub(super) fn finish_committed_migration(&mut self, row: &'a RowView) {
-        let Some(active) = self
-            .observed
-            .migrations
-            .known()
-            .map_or(&[][..], Vec::as_slice)
-            .iter()
-            .find(|m| !m.phase.is_final() && m.source_epoch.is_some_and(|e| e < row.epoch))
-        else {
-            return;
+    /// Reports a migration in flight whose ownership transfer the volume has committed.
+    pub(super) fn finish_committed_migration(&self, row: &'a RowView) -> Step {
+        let committed = |m: &&Migration| !m.phase.is_final() && is_committed(m, row);
+        let Some(active) = self.migrations().iter().find(committed) else {
+            return Step::new();
         };
-        let super::place::Place::On { node, .. } = self.place(row) else {
-            let message = "the guest moved, and ended there";
-            return self.end(active, MigrationPhase::Failed, reason::SUPERSEDED, message);
+        let superseded =
+            |message| self.end(active, MigrationPhase::Failed, reason::SUPERSEDED, message);
+        let Place::On { node, .. } = self.place(row) else {
+            return superseded("the guest moved, and ended there");
         };
         if active.source.as_ref() == Some(&node) {
-            let message = "the guest was started on its old node again";
-            return self.end(active, MigrationPhase::Failed, reason::SUPERSEDED, message);
+            return superseded("the guest was started on its old node again");
         }
         let there = self.process_of(row, &node).filter(|process| process.alive);
         let runs = there.is_some_and(|process| process.status.state == VmState::Running);
-        // The source knows the figures, the last of them a moment after the guest runs; its process
-        // stays until it is collected.
+        // The source measures the migration, the last figures a moment after the guest runs; its
+        // process stays until it is collected.
         let mut sources = (self.observed.processes.iter())
             .filter(|process| Some(&process.node) == active.source.as_ref());
         let measures = |process: &Process| {
@@ -220,42 +218,27 @@ impl<'a> Planner<'a> {
             .find_map(|process| progress_of(active, process))
             .or_else(|| there.and_then(|process| progress_of(active, process)))
             .cloned();
+        let mut step = Step::new().requeued_soon();
         let (phase, reason, message) = if runs {
-            let arrived = format!("{}: the guest runs on {node}", active.name);
-            self.event(reason::SUCCEEDED, false, arrived);
-            (
-                MigrationPhase::Succeeded,
-                reason::SUCCEEDED,
-                format!("the guest runs on {node}"),
-            )
+            let message = format!("the guest runs on {node}");
+            let arrived = format!("{}: {message}", active.name);
+            step.event(reason::SUCCEEDED, false, arrived);
+            (MigrationPhase::Succeeded, reason::SUCCEEDED, message)
         } else {
+            step.change(ReportChange::Migration(active.name.clone()));
             let message = format!("handed over to {node}");
             (MigrationPhase::Committing, reason::IN_PROGRESS, message)
         };
-        self.report.migration = (!runs).then(|| active.name.clone());
-        self.push(Action::ReportMigration {
-            name: active.name.clone(),
-            update: MigrationUpdate {
-                phase,
-                source: active.source.clone(),
-                target: Some(node),
-                source_epoch: active.source_epoch,
-                reason,
-                message,
-                progress,
-            },
-        });
-        self.requeue_soon();
+        let update = update_of(active, phase, reason, message)
+            .with_target(Some(node))
+            .with_progress(progress);
+        step.push(report(active, update));
+        step
     }
 
     /// Whether an incoming process may still become the guest of this tenure.
     pub(super) fn arrival_expected(&self, row: &RowView, process: &Process) -> bool {
-        let migrations = self
-            .observed
-            .migrations
-            .known()
-            .map_or(&[][..], Vec::as_slice);
-        migrations.iter().any(|migration| {
+        self.migrations().iter().any(|migration| {
             migration
                 .source_epoch
                 .is_some_and(|epoch| epoch.next() == row.epoch)
@@ -266,13 +249,13 @@ impl<'a> Planner<'a> {
     }
 
     fn go_live(
-        &mut self,
+        &self,
         row: &RowView,
         source: &Process,
         migration: &Migration,
         target: &str,
         to: Owner,
-    ) {
+    ) -> Step {
         let attempt = migration.attempt;
         let incoming = self.observed.processes.iter().find(|process| {
             process.node == target
@@ -287,20 +270,18 @@ impl<'a> Planner<'a> {
             .filter(|(a, _)| *a == attempt)
             .map(|(_, s)| s);
         let peer = incoming.and_then(|process| told.or_else(|| routable(process)));
-        self.push(Action::ReportMigration {
-            name: migration.name.clone(),
-            update: MigrationUpdate {
-                phase: MigrationPhase::Copying,
-                source: Some(source.node.clone()),
-                target: Some(target.to_owned()),
-                source_epoch: migration.source_epoch,
-                reason: reason::IN_PROGRESS,
-                message: format!("{target} is getting ready"),
-                progress: None,
-            },
-        });
+        let message = format!("{target} is getting ready");
+        let update = update_of(
+            migration,
+            MigrationPhase::Copying,
+            reason::IN_PROGRESS,
+            message,
+        )
+        .with_source(Some(source.node.clone()))
+        .with_target(Some(target.to_owned()));
+        let mut step = Step::action(report(migration, update));
         match peer {
-            None => self.push(Action::PrepareIncoming {
+            None => step.push(Action::PrepareIncoming {
                 node: target.to_owned(),
                 attempt,
                 owner: to,
@@ -309,7 +290,7 @@ impl<'a> Planner<'a> {
             Some(_) if self.has_begun(migration, source) => {}
             Some(peer) => {
                 let limits = self.limits(migration);
-                self.push(Action::MigrateLive {
+                step.push(Action::MigrateLive {
                     node: source.node.clone(),
                     pid: source.status.pid,
                     attempt,
@@ -319,15 +300,16 @@ impl<'a> Planner<'a> {
                 });
             }
         }
+        step
     }
 
     fn report_progress(
-        &mut self,
+        &self,
         row: &RowView,
         node: &str,
         migration: &Migration,
         progress: &MigrationStatus,
-    ) {
+    ) -> Action {
         let purpose = Purpose::Migration(migration.name.clone());
         let target = self
             .pods()
@@ -342,18 +324,12 @@ impl<'a> Planner<'a> {
             vm::MigrationPhase::Stopping => (MigrationPhase::Copying, "the last pages are sent"),
             _ => (MigrationPhase::Copying, "memory is being copied"),
         };
-        self.push(Action::ReportMigration {
-            name: migration.name.clone(),
-            update: MigrationUpdate {
-                phase,
-                source: Some(node.to_owned()),
-                target,
-                source_epoch: Some(row.epoch),
-                reason: reason::IN_PROGRESS,
-                message: message.to_owned(),
-                progress: Some(progress.clone()),
-            },
-        });
+        let update = update_of(migration, phase, reason::IN_PROGRESS, message)
+            .with_source(Some(node.to_owned()))
+            .with_target(target)
+            .with_source_epoch(Some(row.epoch))
+            .with_progress(Some(progress.clone()));
+        report(migration, update)
     }
 
     /// Why a node refused to begin, if no report since then says that it had begun already.
@@ -393,59 +369,16 @@ impl<'a> Planner<'a> {
             .started
             .is_some_and(|at| self.now.since(at) >= self.budget(migration))
     }
-
-    fn end(
-        &mut self,
-        migration: &Migration,
-        phase: MigrationPhase,
-        reason: &'static str,
-        message: impl Into<String>,
-    ) {
-        self.end_with(migration, phase, reason, message.into(), None);
-    }
-
-    fn end_with(
-        &mut self,
-        migration: &Migration,
-        phase: MigrationPhase,
-        reason: &'static str,
-        message: String,
-        progress: Option<MigrationStatus>,
-    ) {
-        if self.report.migration.as_ref() == Some(&migration.name) {
-            self.report.migration = None;
-        }
-        self.event(
-            reason,
-            phase == MigrationPhase::Failed,
-            format!("{}: {message}", migration.name),
-        );
-        self.push(Action::ReportMigration {
-            name: migration.name.clone(),
-            update: MigrationUpdate {
-                phase,
-                source: migration.source.clone(),
-                target: migration.target.clone(),
-                source_epoch: migration.source_epoch,
-                reason,
-                message,
-                progress,
-            },
-        });
-        // A destination that was built waits for nothing now.
-        for process in &self.observed.processes {
-            if process.alive && process.status.state == VmState::Incoming {
-                self.actions.push(Action::CollectVm {
-                    node: process.node.clone(),
-                    pid: process.status.pid,
-                });
-            }
-        }
-        self.requeue_soon();
-    }
 }
 
-/// What the process says of this attempt.
+/// Whether the volume has transferred the ownership since the attempt began.
+fn is_committed(migration: &Migration, row: &RowView) -> bool {
+    migration
+        .source_epoch
+        .is_some_and(|epoch| epoch < row.epoch)
+}
+
+/// What the process reports of this attempt.
 fn progress_of<'p>(migration: &Migration, process: &'p Process) -> Option<&'p MigrationStatus> {
     process
         .status

@@ -3,7 +3,7 @@
 use bascule_ipc::volume::PathState;
 use bascule_types::Owner;
 
-use super::Planner;
+use super::context::PlanContext;
 use crate::observed::{NodeView, RowView};
 use crate::{Fact, NodeHealth, Stream, node_health};
 
@@ -27,7 +27,7 @@ pub(super) enum Place {
     },
 }
 
-impl Planner<'_> {
+impl PlanContext<'_> {
     pub(super) fn place(&self, row: &RowView) -> Place {
         let Some(owner) = row.owner else {
             return Place::Nowhere;

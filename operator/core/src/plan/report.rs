@@ -1,13 +1,14 @@
-//! The status before anything is known, and when nothing is.
+//! The status that a plan begins with, and the status while the guest's state is unknown.
 
 use std::time::Duration;
 
 use bascule_crds::names::reason;
 
-use super::Planner;
+use super::context::PlanContext;
+use super::step::{ReportChange, Step};
 use crate::{Condition, Fact, Moment, Observed, Phase, VmIntent, VmReport};
 
-/// The report that the chapters fill in.
+/// The report that the steps of a plan change.
 pub(super) fn initial(intent: &VmIntent, observed: &Observed, now: Moment) -> VmReport {
     let imported = match &observed.row {
         Fact::Known(row) => {
@@ -41,35 +42,43 @@ pub(super) fn initial(intent: &VmIntent, observed: &Observed, now: Moment) -> Vm
         restart_required: None,
         migration: None,
         stopping_since: observed.memory.stopping_since,
-        completed: observed.memory.completed && intent.run == crate::RunPolicy::OnFailure,
+        completed: completed_before(intent, observed),
         restarts: intent.restart.recent(&observed.memory.restarts, now),
         stop_reason: None,
     }
 }
 
-impl Planner<'_> {
-    /// Too little is known to say anything. What was reported before stays for a while: a new leader
-    /// has not heard from the nodes yet, and that is no news about the virtual machine.
-    pub(super) fn not_known(&mut self, reason: &'static str, message: impl Into<String>) {
-        self.requeue_soon();
+/// Whether the guest had shut itself down before this plan, and stays down for it.
+pub(super) fn completed_before(intent: &VmIntent, observed: &Observed) -> bool {
+    observed.memory.completed && intent.run == crate::RunPolicy::OnFailure
+}
+
+impl PlanContext<'_> {
+    /// Too little is known to report a state. The previous status stays for [`UNKNOWN_AFTER`]: a new
+    /// leader has not received the nodes' reports yet, which says nothing about the guest.
+    pub(super) fn not_known(&self, reason: &'static str, message: impl Into<String>) -> Step {
         let reported = self.observed.memory.reported.as_ref();
         let Some(reported) = reported.filter(|reported| reported.phase != Phase::Pending) else {
-            return self.ready(Phase::Pending, false, reason, message);
+            return Step::ready(Phase::Pending, false, reason, message).requeued_soon();
         };
         let since = self.observed.memory.unknown_since.unwrap_or(self.now);
-        self.report.unknown_since = Some(since);
-        self.report.keep = self.now.since(since) < UNKNOWN_AFTER;
-        self.report.phase = Phase::Unknown;
-        if self.report.node.is_none() {
-            self.report.node.clone_from(&reported.node);
-        }
         let message = format!("{}; the guest may well be running", message.into());
-        self.report.ready = Condition::new(None, reason, message);
+        let mut step = Step::ready(Phase::Unknown, None, reason, message).requeued_soon();
+        step.change(ReportChange::Unknown {
+            since,
+            keep: self.now.since(since) < UNKNOWN_AFTER,
+            node: reported.node.clone(),
+        });
         let message = "nothing is known of the guest at present";
-        self.report.protected = Condition::new(None, reason::UNKNOWN, message);
+        step.change(ReportChange::Protected(Condition::new(
+            None,
+            reason::UNKNOWN,
+            message,
+        )));
+        step
     }
 }
 
-/// A new leader hears from every node within a few seconds; a node that does not answer is noticed
-/// after three. Longer than that, silence is what people should read.
+/// A new leader receives every node's report within a few seconds, and a node that does not respond is
+/// noticed after three. After this time the status says that the state is unknown.
 const UNKNOWN_AFTER: Duration = Duration::from_secs(30);

@@ -2,20 +2,22 @@
 
 use bascule_crds::names::reason;
 
-use super::Planner;
-use super::place::COMPLAINTS_MAX;
+use super::context::PlanContext;
+use super::place::{COMPLAINTS_MAX, Place};
+use super::step::{Ready, Step};
 use crate::observed::RowView;
 use crate::{Action, Phase, Pod, PodPhase, Purpose};
 
-impl<'a> Planner<'a> {
+impl<'a> PlanContext<'a> {
     /// Pods that are to leave and whose guest has left: their hold processes are ended, so that a
     /// drain goes on. Pods on a node that does not answer are removed from the books once the row
     /// has gone elsewhere.
-    pub(super) fn end_left_reservations(&mut self, row: &RowView, pods: &[Pod]) {
+    pub(super) fn end_left_reservations(&self, row: &RowView, pods: &[Pod]) -> Step {
+        let mut step = Step::new();
         let home = match self.place(row) {
-            super::place::Place::On { node, .. } => Some(node),
-            super::place::Place::Nowhere => None,
-            super::place::Place::UnknownHolder { .. } => return,
+            Place::On { node, .. } => Some(node),
+            Place::Nowhere => None,
+            Place::UnknownHolder { .. } => return step,
         };
         for pod in pods.iter().filter(|pod| pod.deleting) {
             let Some(node) = &pod.node else { continue };
@@ -32,15 +34,16 @@ impl<'a> Planner<'a> {
                 .get(node)
                 .is_some_and(|n| n.stream == crate::Stream::Up)
             {
-                self.push(Action::EndReservation {
+                step.push(Action::EndReservation {
                     node: node.clone(),
                     pod_uid: pod.uid.clone(),
                 });
-                self.requeue_soon();
+                step.requeue_soon();
             } else if home.is_some() && home.as_ref() != Some(node) {
-                self.delete_reservation(pod, true);
+                step.append(self.delete_reservation(pod, true));
             }
         }
+        step
     }
 
     /// Whether a guest runs, or might be about to, on the node that owns the row.
@@ -95,12 +98,12 @@ impl<'a> Planner<'a> {
 
     /// Creates a pod, by a name that everybody who sees the same pods would choose.
     pub(super) fn create_reservation(
-        &mut self,
+        &self,
         row: &RowView,
         purpose: Purpose,
         pin: Option<String>,
         mut avoid: Vec<String>,
-    ) {
+    ) -> Step {
         if pin.is_none() {
             avoid.extend(self.unsuitable_nodes());
             avoid.sort_unstable();
@@ -110,48 +113,52 @@ impl<'a> Planner<'a> {
             .map(|n: u32| format!("{}-e{}-{n}", self.intent.name, row.epoch))
             .find(|name| self.pods().iter().all(|pod| pod.name != *name))
             .unwrap_or_default();
-        self.push(Action::CreateReservation {
+        Step::action(Action::CreateReservation {
             name,
             purpose,
             pin,
             avoid,
-        });
-        self.requeue_soon();
+        })
+        .requeued_soon()
     }
 
-    pub(super) fn delete_reservation(&mut self, pod: &Pod, force: bool) {
-        if !pod.deleting || force {
-            self.push(Action::DeleteReservation {
-                name: pod.name.clone(),
-                uid: pod.uid.clone(),
-                force,
-            });
-            self.requeue_soon();
+    /// Does nothing to a pod that is being deleted already, unless by `force`.
+    pub(super) fn delete_reservation(&self, pod: &Pod, force: bool) -> Step {
+        if pod.deleting && !force {
+            return Step::new();
         }
+        Step::action(Action::DeleteReservation {
+            name: pod.name.clone(),
+            uid: pod.uid.clone(),
+            force,
+        })
+        .requeued_soon()
     }
 
     /// Deletes every pod but those that `keep` names.
-    pub(super) fn delete_other_reservations(&mut self, keep: &[&Pod]) {
+    pub(super) fn delete_other_reservations(&self, keep: &[&Pod]) -> Step {
+        let mut step = Step::new();
         for pod in self.pods() {
             if keep.iter().all(|kept| kept.uid != pod.uid) {
-                self.delete_reservation(pod, false);
+                step.append(self.delete_reservation(pod, false));
             }
         }
+        step
     }
 
     /// Says why there is no node yet.
-    pub(super) fn report_unbound(&mut self, pod: Option<&Pod>) {
+    pub(super) fn unbound(&self, pod: Option<&Pod>) -> Ready {
         match pod.and_then(|pod| pod.unschedulable.as_ref()) {
             Some(why) => {
                 let mut message = format!("no node has room or fits the placement: {why}");
                 for why in self.ruled_out(pod) {
                     message = format!("{message} {why}.");
                 }
-                self.ready(Phase::Pending, false, reason::UNSCHEDULABLE, message);
+                Ready::new(Phase::Pending, false, reason::UNSCHEDULABLE, message)
             }
             None => {
                 let message = "waiting for the scheduler to choose a node";
-                self.ready(Phase::Pending, false, reason::SCHEDULING, message);
+                Ready::new(Phase::Pending, false, reason::SCHEDULING, message)
             }
         }
     }
@@ -171,25 +178,29 @@ impl<'a> Planner<'a> {
 
     /// A running guest's place in the scheduler's books: made again where the guest is when it was
     /// lost.
-    pub(super) fn ensure_reservation(&mut self, row: &RowView, node: &str) {
+    pub(super) fn ensure_reservation(&self, row: &RowView, node: &str) -> Step {
+        let mut step = Step::new();
+        let again =
+            || self.create_reservation(row, Purpose::Current, Some(node.to_owned()), vec![]);
         match self.pod_on(node) {
             None => {
                 let lost = format!("the reservation on {node} is gone; making it again there");
-                self.event(reason::RESERVATION_LOST, true, lost);
-                self.create_reservation(row, Purpose::Current, Some(node.to_owned()), vec![]);
+                step.event(reason::RESERVATION_LOST, true, lost);
+                step.append(again());
             }
             Some(pod) if pod.phase == PodPhase::Failed => {
                 // A failed pod keeps its name and holds nothing: a new one takes its place.
-                self.delete_reservation(pod, true);
+                step.append(self.delete_reservation(pod, true));
                 let waiting = self.pods().iter().any(|p| p.node.is_none() && !leaving(p));
                 if !waiting {
                     let failed = format!("the reservation on {node} failed; making it again there");
-                    self.event(reason::RESERVATION_LOST, true, failed);
-                    self.create_reservation(row, Purpose::Current, Some(node.to_owned()), vec![]);
+                    step.event(reason::RESERVATION_LOST, true, failed);
+                    step.append(again());
                 }
             }
             Some(_) => {}
         }
+        step
     }
 }
 

@@ -5,160 +5,144 @@ use std::time::Duration;
 use bascule_crds::names::reason;
 use bascule_types::Owner;
 
-use super::Planner;
-use crate::MigrationPhase;
-use crate::action::MigrationUpdate;
+use super::ending::{report, update_of};
 use crate::observed::RowView;
+use crate::plan::context::PlanContext;
 use crate::plan::reservation::leaving;
-use crate::{Action, Fact, Migration, Moment, NodeView, Pod, Purpose, Stream};
+use crate::plan::step::{ReportChange, Step};
+use crate::{Action, Fact, Migration, MigrationPhase, Moment, NodeView, Pod, Purpose, Stream};
 
-impl Planner<'_> {
-    pub(super) fn begin_migration(&mut self, row: &RowView, node: &str, migration: &Migration) {
-        if let Some(target) = &migration.target {
-            let refusal = match self.observed.nodes.get(target) {
-                _ if target == node => Some((
-                    reason::TARGET_IS_SOURCE,
-                    format!("it runs on {node} already"),
-                )),
-                None => Some((
-                    reason::TARGET_UNKNOWN,
-                    format!("there is no node {target} that runs bascule-node"),
-                )),
-                Some(view) if view.cordoned => Some((
-                    reason::TARGET_CORDONED,
-                    format!("node {target} is cordoned"),
-                )),
-                // One that is silent for a moment is waited for once it has been placed.
-                Some(view) if silent_for_a_moment(view, self.now) => None,
-                Some(_) => self
-                    .can_host(target)
-                    .err()
-                    .map(|why| (reason::NO_TARGET, why)),
-            };
-            if let Some((reason, message)) = refusal {
-                return self.end(migration, MigrationPhase::Failed, reason, message);
-            }
+impl PlanContext<'_> {
+    pub(super) fn begin_migration(&self, row: &RowView, node: &str, migration: &Migration) -> Step {
+        if let Some((reason, message)) = self.refusal(node, migration) {
+            return self.end(migration, MigrationPhase::Failed, reason, message);
         }
         if migration.cancel {
-            let message = "given up before it began";
-            return self.end(
-                migration,
-                MigrationPhase::Cancelled,
-                reason::CANCELLED,
-                message,
-            );
+            let (phase, reason) = (MigrationPhase::Cancelled, reason::CANCELLED);
+            return self.end(migration, phase, reason, "given up before it began");
         }
-        self.push(Action::ReportMigration {
-            name: migration.name.clone(),
-            update: MigrationUpdate {
-                phase: MigrationPhase::Placing,
-                source: Some(node.to_owned()),
-                target: migration.target.clone(),
-                source_epoch: Some(row.epoch),
-                reason: reason::PLACING,
-                message: "waiting for the scheduler to choose a node".to_owned(),
-                progress: None,
-            },
-        });
+        let placing = MigrationPhase::Placing;
+        let update = update_of(migration, placing, reason::PLACING, SCHEDULING)
+            .with_source(Some(node.to_owned()))
+            .with_source_epoch(Some(row.epoch));
+        Step::action(report(migration, update))
+    }
+
+    /// Why a migration to the target that it asks for cannot begin.
+    fn refusal(&self, node: &str, migration: &Migration) -> Option<(&'static str, String)> {
+        let target = migration.target.as_ref()?;
+        match self.observed.nodes.get(target) {
+            _ if target == node => Some((
+                reason::TARGET_IS_SOURCE,
+                format!("it runs on {node} already"),
+            )),
+            None => Some((
+                reason::TARGET_UNKNOWN,
+                format!("there is no node {target} that runs bascule-node"),
+            )),
+            Some(view) if view.cordoned => Some((
+                reason::TARGET_CORDONED,
+                format!("node {target} is cordoned"),
+            )),
+            // One that does not respond for a moment is waited for once it has been placed.
+            Some(view) if briefly_unresponsive(view, self.now) => None,
+            Some(_) => self
+                .can_host(target)
+                .err()
+                .map(|why| (reason::NO_TARGET, why)),
+        }
     }
 
     /// The node that takes the guest, once its reservation is bound to one that can.
     pub(super) fn place_migration(
-        &mut self,
+        &self,
         row: &RowView,
         node: &str,
         migration: &Migration,
-    ) -> Option<(String, Owner)> {
-        let purpose = Purpose::Migration(migration.name.clone());
-        let pod = self
-            .pods()
-            .iter()
-            .find(|pod| pod.purpose == purpose && !leaving(pod));
-        let Some(pod) = pod else {
-            let lost = self.pods().iter().any(|pod| pod.purpose == purpose);
-            if lost && migration.phase != MigrationPhase::Placing {
-                let message = "the target's reservation was taken away";
-                self.end(
-                    migration,
-                    MigrationPhase::Failed,
-                    reason::NO_TARGET,
-                    message,
-                );
-                return None;
-            }
-            let pin = migration.target.clone();
-            self.create_reservation(row, purpose, pin, vec![node.to_owned()]);
-            return None;
+    ) -> (Step, Option<(String, Owner)>) {
+        let pod = match self.reservation_of(row, node, migration) {
+            Ok(pod) => pod,
+            Err(step) => return (step, None),
         };
-        if self.is_outdated(pod, Some(node)) {
-            self.delete_reservation(pod, false);
-            return None;
-        }
-        let target = self.bound_target(node, migration, pod)?;
-        match self.can_host(&target) {
-            Ok(owner) => Some((target, owner)),
-            Err(why) if self.is_waited_for(&target, migration) => {
-                self.report_placing(node, migration, Some(target), why);
-                None
+        let Some(target) = &pod.node else {
+            let message = match &pod.unschedulable {
+                Some(why) => format!("no node has room or fits the placement: {why}"),
+                None => SCHEDULING.to_owned(),
+            };
+            let asked_for = migration.target.clone();
+            let report = report_placing(node, migration, asked_for, message);
+            return (Step::action(report), None);
+        };
+        let why = match self.can_host(target) {
+            Ok(owner) => return (Step::new(), Some((target.clone(), owner))),
+            Err(why) => why,
+        };
+        let mut step = Step::new();
+        if self.may_recover(target) {
+            let since = self.target_lost_since(migration);
+            step.change(ReportChange::TargetLost(migration.attempt, since));
+            if self.now.since(since) < TARGET_PATIENCE {
+                step.push(report_placing(node, migration, Some(target.clone()), why));
+                return (step, None);
             }
-            Err(why) => {
-                self.end(migration, MigrationPhase::Failed, reason::NO_TARGET, why);
-                None
-            }
         }
+        step.append(self.end(migration, MigrationPhase::Failed, reason::NO_TARGET, why));
+        (step, None)
     }
 
-    /// Whether a target that cannot take the guest just now is given some time: an attempt that has
-    /// got as far as this is not ended because a node is busy or its daemon starts anew.
-    fn is_waited_for(&mut self, target: &str, migration: &Migration) -> bool {
-        if !self.may_recover(target) {
-            return false;
-        }
-        let lost = self.observed.memory.target_lost;
-        let since = lost
-            .filter(|(attempt, _)| *attempt == migration.attempt)
-            .map_or(self.now, |(_, since)| since);
-        self.report.target_lost = Some((migration.attempt, since));
-        self.now.since(since) < TARGET_PATIENCE
-    }
-
-    fn report_placing(
-        &mut self,
+    /// The reservation pod of a migration, or what to do as long as there is none.
+    fn reservation_of(
+        &self,
+        row: &RowView,
         node: &str,
         migration: &Migration,
-        target: Option<String>,
-        message: String,
-    ) {
-        self.push(Action::ReportMigration {
-            name: migration.name.clone(),
-            update: MigrationUpdate {
-                phase: MigrationPhase::Placing,
-                source: Some(node.to_owned()),
-                target,
-                source_epoch: migration.source_epoch,
-                reason: reason::PLACING,
+    ) -> Result<&Pod, Step> {
+        let purpose = Purpose::Migration(migration.name.clone());
+        let mine = || self.pods().iter().filter(|pod| pod.purpose == purpose);
+        if let Some(pod) = mine().find(|pod| !leaving(pod)) {
+            if self.is_outdated(pod, Some(node)) {
+                return Err(self.delete_reservation(pod, false));
+            }
+            return Ok(pod);
+        }
+        if mine().next().is_some() && migration.phase != MigrationPhase::Placing {
+            let message = "the target's reservation was taken away";
+            return Err(self.end(
+                migration,
+                MigrationPhase::Failed,
+                reason::NO_TARGET,
                 message,
-                progress: None,
-            },
-        });
+            ));
+        }
+        let pin = migration.target.clone();
+        let avoid = vec![node.to_owned()];
+        Err(self.create_reservation(row, purpose.clone(), pin, avoid))
     }
 
-    fn bound_target(&mut self, node: &str, migration: &Migration, pod: &Pod) -> Option<String> {
-        if let Some(target) = &pod.node {
-            return Some(target.clone());
-        }
-        let message = match &pod.unschedulable {
-            Some(why) => format!("no node has room or fits the placement: {why}"),
-            None => "waiting for the scheduler to choose a node".to_owned(),
-        };
-        self.report_placing(node, migration, migration.target.clone(), message);
-        None
+    /// Since when the target has been unable to take the guest. An attempt that has got this far is not
+    /// ended because a node is busy or its daemon restarts.
+    fn target_lost_since(&self, migration: &Migration) -> Moment {
+        let lost = self.observed.memory.target_lost;
+        lost.filter(|(attempt, _)| *attempt == migration.attempt)
+            .map_or(self.now, |(_, since)| since)
     }
+}
+
+fn report_placing(
+    node: &str,
+    migration: &Migration,
+    target: Option<String>,
+    message: String,
+) -> Action {
+    let update = update_of(migration, MigrationPhase::Placing, reason::PLACING, message)
+        .with_source(Some(node.to_owned()))
+        .with_target(target);
+    report(migration, update)
 }
 
 /// Whether a node or its volume's process does not answer, and may well do so before an attempt's time
 /// is up.
-fn silent_for_a_moment(node: &NodeView, now: Moment) -> bool {
+fn briefly_unresponsive(node: &NodeView, now: Moment) -> bool {
     match node.stream {
         Stream::Down { since } => now.since(since) < TARGET_PATIENCE,
         Stream::Unknown => true,
@@ -166,5 +150,6 @@ fn silent_for_a_moment(node: &NodeView, now: Moment) -> bool {
     }
 }
 
-/// As long as a daemon takes to start anew.
+const SCHEDULING: &str = "waiting for the scheduler to choose a node";
+/// As long as a daemon takes to restart.
 const TARGET_PATIENCE: Duration = Duration::from_secs(30);

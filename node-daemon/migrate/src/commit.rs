@@ -1,138 +1,140 @@
 //! The source's side of the commit point.
 //!
-//! The source is stopped, drained and has the destination's `Ready`. From the moment in which
-//! [`TransferRequest::Transfer`] is handed to the volume, nobody but the volume knows who may run, and
-//! the source asks until it knows too:
+//! The source is stopped and drained and has received the destination's `Ready`. Once
+//! [`TransferRequest::Transfer`] has been handed to the volume, only the ownership record on the volume
+//! says who may run, and the source repeats its request until it has an answer:
 //!
 //! ```text
-//!            no answer ┌──┐                        no answer ┌──┐  refused, row still ours
-//!                      ▼  │     refused, row still ours      ▼  │
-//!   start ──────────► Asking ──────────────────────────► Retracting
-//!                      │   │                             │   │    │
-//!      row transferred │   │ row is somebody's           │   │    │ our own transfer granted
-//!                      ▼   └────────► Lost ◄─────────────┘   │    ▼
-//!                  Committed ◄───────────────────────────────┘  Resumed (epoch + 1)
+//!               no answer ┌──┐                           no answer ┌──┐ refused, source still owner
+//!                         ▼  │    refused, source still owner      ▼  │
+//!   begin ──────────► Transferring ─────────────────────────────► Retracting ◄───────── give_up
+//!                      │  │   │                                   │   │   │
+//!          transferred │  │   │ another owner, or no such VM      │   │   │ own retraction
+//!                      │  │   └──────────────► Lost ◄─────────────┘   │   │ granted
+//!                      ▼  │                                           │   ▼
+//!               Committed │ ◄──────────── transferred ────────────────┘ Resumed (epoch + 1)
+//!                         └──────────── own retraction seen ──────────────▲
 //! ```
 //!
 //! | state | who may run |
 //! |---|---|
-//! | Asking, Retracting | unknown: this side stays stopped |
-//! | Committed | the destination, for ever; this side never again |
+//! | Transferring, Retracting | unknown: this side stays stopped |
+//! | Committed | the destination; this side never again |
 //! | Resumed | this side; the destination's transfer can no longer be granted |
-//! | Lost | whoever the row names; this side never again |
+//! | Lost | the owner in the ownership record; this side never again |
 //!
 //! # Why a refusal alone does not let the source resume
-//! An earlier copy of the same request may still be on its way: through a connection that broke,
-//! or a coordinator that was slow. If the source resumed on a refusal (say, because the
-//! destination's lease had just lapsed) and that copy were granted later, two would run. So the
-//! source first transfers the row **to itself** under an attempt id of its own. That raises the
-//! epoch, and every copy of the old request names an epoch that is gone. There is no moment
-//! without an owner in which someone else could start the VM.
+//! An earlier copy of the same request may still be on its way, on a broken connection or in a slow
+//! coordinator. If the source resumed on a refusal (say, because the destination's lease had just
+//! lapsed) and that copy were granted later, both sides would run the guest. So the source first
+//! transfers the ownership **to itself** under an attempt id of its own. That raises the epoch, and
+//! every copy of the old request names an epoch that is over. The VM has an owner throughout, so that
+//! no third node can start it.
 //!
 //! # Assumes
-//! [`Reply::Granted`] and [`Reply::Refused`] carry a row that a coordinator read after it had
-//! decided the request. A row read from an older state does no harm: it can show at most that a
-//! transfer has happened, never that it will not.
+//! [`Reply::Granted`] and [`Reply::Refused`] carry the ownership record that a coordinator read after
+//! it had decided the request. A record read from an older state does no harm: it can show at most that
+//! a transfer has happened, never that it will not.
 
 use bascule_types::{AttemptId, Epoch, Owner};
 
 #[cfg(test)]
 mod tests;
 
-/// What a migration's commit is about. The same on both sides.
+/// The two sides of a migration and its attempt; the same on both sides.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Terms {
-    /// The source.
+    /// The source, as it owned the VM when the attempt began.
     pub source: Owner,
-    /// The tenure that it holds.
+    /// The epoch in which the source owns the VM.
     pub epoch: Epoch,
-    /// The destination.
+    /// The node that is to own the VM.
     pub destination: Owner,
-    /// The attempt.
+    /// Makes the transfer request idempotent.
     pub attempt: AttemptId,
 }
 
-/// What a VM's row says, as far as a commit cares.
+/// The fields of a VM's ownership record on the volume that matter for a commit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct OwnershipRecord {
-    /// Who may write; nobody when the VM is stopped.
+    /// The only node that may write the VM's disks; none when the VM is stopped.
     pub owner: Option<Owner>,
-    /// The tenure.
+    /// Rises with every change of ownership.
     pub epoch: Epoch,
-    /// The transfer that made this tenure, if one did.
+    /// The attempt whose transfer began this epoch, if a transfer did.
     pub attempt: Option<AttemptId>,
 }
 
-/// What to ask the volume.
+/// A request to the volume.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum TransferRequest {
-    /// Transfer the row to the destination.
+    /// Transfer the ownership to the destination.
     Transfer(Transfer),
-    /// Transfer the row from the source to itself, so that no older request can be granted.
+    /// Transfer the ownership from the source to itself, so that no older request can be granted.
     Retract(Transfer),
 }
 
 /// The fields of an ownership transfer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Transfer {
-    /// Who must own the row.
+    /// The owner that the record must name.
     pub from: Owner,
-    /// In which epoch.
+    /// The epoch that the record must name.
     pub epoch: Epoch,
-    /// Who is to own it in the next.
+    /// The owner in the next epoch.
     pub to: Owner,
-    /// What makes the request idempotent.
+    /// Makes the request idempotent.
     pub attempt: AttemptId,
 }
 
-/// What came back for a [`TransferRequest`].
+/// The volume's reply to a [`TransferRequest`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Reply {
-    /// It is durable; this is the row.
+    /// Granted and durable, with the record as it is now.
     Granted(OwnershipRecord),
-    /// It was refused; this is the row as read after the refusal.
+    /// Refused, with the record as read after the refusal.
     Refused(OwnershipRecord),
     /// Refused because the volume knows no such VM.
     NoSuchVm,
-    /// No answer, or none that can be trusted: a lost connection, a time-out, an election.
+    /// No usable reply: a lost connection, a time-out, an election.
     NoAnswer,
 }
 
-/// The source's knowledge after it passed the commit point.
+/// What the source knows after it has passed the commit point.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Commit {
-    /// The transfer was asked for.
+    /// The transfer was requested.
     Transferring(Claim),
-    /// It was refused at least once; the source takes the row back for itself.
+    /// The transfer was refused at least once; the source requests the ownership for itself.
     Retracting(Claim),
-    /// The row is the destination's.
+    /// The destination owns the VM.
     Committed {
-        /// In this epoch.
+        /// The destination's epoch.
         epoch: Epoch,
     },
-    /// The row is the source's, and the destination's transfer can never be granted.
+    /// The source owns the VM, and the destination's transfer can never be granted.
     Resumed {
-        /// The source as it owns the row now.
+        /// The source as the record names it now.
         owner: Owner,
-        /// In this epoch.
+        /// The new epoch.
         epoch: Epoch,
     },
-    /// The row is somebody else's, or gone.
+    /// Another node owns the VM, or the volume has no such VM.
     Lost,
 }
 
-/// What a source that still hopes for an answer holds.
+/// What a source that waits for a reply holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Claim {
     terms: Terms,
-    /// The source as the volume knows it: its generation rises when the node's lease lapsed and
-    /// was joined again, and the row goes over in the same epoch.
+    /// The source as the record names it. Its generation rises when the node's lease lapsed and the
+    /// node joined again; the ownership is then kept in the same epoch.
     us: Owner,
     retraction: AttemptId,
 }
 
 impl Terms {
-    /// Whether this row says that the transfer has happened and is the latest event.
+    /// Whether `row` shows that the transfer has happened and nothing since.
     #[must_use]
     pub fn transferred(&self, row: &OwnershipRecord) -> bool {
         row.owner == Some(self.destination)
@@ -140,9 +142,8 @@ impl Terms {
             && row.attempt == Some(self.attempt)
     }
 
-    /// The source as this row names it, if the row is still its own in the same tenure. Its
-    /// generation may have risen: that of one and the same slot is raised with the row kept
-    /// only by the node that holds it.
+    /// The source as `row` names it, if it still owns the VM in the same epoch. Its generation may have
+    /// risen: only the node that holds a slot raises the slot's generation and keeps the ownership.
     #[must_use]
     pub fn held_by_source(&self, row: &OwnershipRecord) -> Option<Owner> {
         row.owner.filter(|owner| {
@@ -157,8 +158,7 @@ impl Commit {
     /// Passes the commit point. `retraction` is a fresh id, different from the attempt's.
     ///
     /// # Panics
-    /// When `retraction` is the attempt's own id: taking the row back would then look like the
-    /// transfer.
+    /// When `retraction` is the attempt's own id: the retraction would then look like the transfer.
     #[must_use]
     pub fn begin(terms: Terms, retraction: AttemptId) -> Self {
         assert!(
@@ -172,8 +172,8 @@ impl Commit {
         })
     }
 
-    /// Gives up, after something was asked for that a later owner would rely on (the completion of
-    /// a saved state): the row is taken back in a new epoch before the source may run.
+    /// Begins with the retraction, for an attempt that fails after a request that a later owner would
+    /// rely on (the completion of a saved state): the source may run only in a new epoch.
     ///
     /// # Panics
     /// As [`Self::begin`].
@@ -185,7 +185,7 @@ impl Commit {
         }
     }
 
-    /// What to ask now; nothing once the outcome is known.
+    /// The request to send now; none once the outcome is known.
     #[must_use]
     pub const fn request(&self) -> Option<TransferRequest> {
         match self {
@@ -211,17 +211,17 @@ impl Commit {
         match (self, reply) {
             (Self::Transferring(_) | Self::Retracting(_), Reply::NoSuchVm) => Self::Lost,
             (Self::Transferring(claim), Reply::Granted(row) | Reply::Refused(row)) => {
-                claim.asked(&row)
+                claim.answered(&row)
             }
             (Self::Retracting(claim), Reply::Granted(row)) => claim.retracted(&row),
-            (Self::Retracting(claim), Reply::Refused(row)) => claim.asked(&row),
+            (Self::Retracting(claim), Reply::Refused(row)) => claim.answered(&row),
             (same, _) => same,
         }
     }
 }
 
 impl Claim {
-    fn asked(self, row: &OwnershipRecord) -> Commit {
+    fn answered(self, row: &OwnershipRecord) -> Commit {
         if self.terms.transferred(row) {
             Commit::Committed { epoch: row.epoch }
         } else if let Some(us) = self.terms.held_by_source(row) {
@@ -238,11 +238,11 @@ impl Claim {
         if self.is_retraction(row) {
             self.resumed(row)
         } else {
-            self.asked(row)
+            self.answered(row)
         }
     }
 
-    /// Whether this row was made by our own retraction, which nobody else could have asked for.
+    /// Whether `row` is the result of this source's retraction; no other node knows that id.
     fn is_retraction(self, row: &OwnershipRecord) -> bool {
         row.attempt == Some(self.retraction)
             && row.epoch == self.terms.epoch.next()

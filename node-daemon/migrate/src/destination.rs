@@ -1,17 +1,24 @@
-//! The destination, as one type per awaited thing.
+//! The destination's state machine: one type per awaited frame.
 //!
 //! ```text
-//!  ExpectHello ─Hello─► ExpectConfig ─Config─► ExpectMemory ─State─► ExpectState ─StateEnd─►
-//!     Restoring ─restored─► ExpectCommit ─Committed, or the volume says so─► run the guest
+//!  ExpectHello ─Hello─► ExpectConfig ─Config─► ExpectMemory ─State─► ExpectState ─StateEnd─► Restoring
+//!     │                    │                    │ ▲ Memory,           │ ▲ State                │ restored
+//!     │                    │                    └─┘ RoundEnd, Ping    └─┘                      ▼
+//!     └────────────────────┴── refused or lost ─┴─────────────────────┴─► give up        ExpectCommit
+//!                                                                            ▲     ┌───── link up │ link down
+//!                                                                            │     │ Committed    │ ▲ no answer,
+//!                                                                            │     ▼              │ │ source still
+//!                                         Abort, other owner, timed out ─────┘  Run ◄─────────────┘─┘ owner: query
+//!                                                                                transferred         again
 //! ```
 //!
 //! Before [`ExpectCommit`] every failure ends in giving up: the guest runs on the source. In
-//! [`ExpectCommit`] the source may already have asked the volume, so a lost stream proves nothing
-//! and the destination asks its own volume who owns the row.
+//! [`ExpectCommit`] the source may already have requested the transfer, so a lost stream proves nothing
+//! and the destination reads the ownership record from its own volume.
 //!
-//! The peer is another node, known by its certificate, whose bytes may still be anything: every
-//! method takes a frame by value, refuses what the phase does not allow, and gives back a phase
-//! only when the frame was good.
+//! The peer is another node of the cluster, authenticated by its certificate, but its bytes are not
+//! trusted: every method takes a frame by value, refuses what the phase does not allow, and returns the
+//! next phase only for a valid frame.
 
 use std::time::Duration;
 
@@ -27,31 +34,31 @@ use crate::wire::{
 #[cfg(test)]
 mod tests;
 
-/// What the destination was told to wait for, and by whom it will be owned.
+/// The attempt that the destination waits for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Expected {
-    /// The VM.
+    /// The VM to receive.
     pub vm: VmUid,
-    /// The attempt that its node was told about.
+    /// Chosen by the operator; the source sends the same id.
     pub attempt: AttemptId,
     /// The VM's home volume.
     pub volume: VolumeId,
-    /// The destination.
+    /// This node, as it will own the VM.
     pub destination: Owner,
-    /// How long a dry run of the restore took.
+    /// How long restoring the state is estimated to take.
     pub restore_estimate: Duration,
 }
 
-/// The machine that was built here.
+/// The machine that was built on the destination.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Machine {
-    /// Virtual CPUs.
+    /// Number of virtual CPUs.
     pub vcpus: u16,
-    /// The versions of the device state that it can restore, lowest and highest.
+    /// The lowest and highest version of the device state that it can restore.
     pub state_versions: (u32, u32),
-    /// The memory.
+    /// Its RAM, in pages.
     pub layout: MemoryLayout,
-    /// What else must be equal, byte for byte.
+    /// Compared byte for byte with the source's.
     pub description: Vec<u8>,
 }
 
@@ -84,20 +91,20 @@ pub struct ExpectState {
     state: Vec<u8>,
 }
 
-/// Has everything; the adapter restores the machine now.
+/// Has received everything; the machine is being restored.
 #[derive(Debug)]
 pub struct Restoring {
     terms: Terms,
 }
 
-/// Has said `Ready`: the commit point may be passed at any moment.
+/// Has sent `Ready`: the source may pass the commit point at any time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ExpectCommit {
     terms: Terms,
     link: Link,
 }
 
-/// Whether the source can still be heard.
+/// Whether the stream from the source still works.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Link {
     Up,
@@ -115,7 +122,7 @@ pub enum MemoryStep<'a> {
     State(ExpectState),
     /// Answer `Pong`.
     Ping(ExpectMemory, u64),
-    /// Tell whoever asks.
+    /// Show this progress in the status.
     Progress(ExpectMemory, crate::wire::Progress),
 }
 
@@ -131,35 +138,35 @@ pub enum StateStep {
 /// What happens while waiting for the commit.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum CommitEvent {
-    /// The source says that the row was transferred.
+    /// The source reports that the ownership was transferred.
     Committed(Committed),
-    /// The source gives up: it has not asked, or has taken the row back.
+    /// The source gives up: it has not requested the transfer, or has taken the ownership back.
     Aborted,
-    /// The stream ended or brought what it may not.
+    /// The stream ended or carried an unexpected frame.
     StreamLost,
-    /// The own volume says what the row is, by the coordinator's word.
+    /// The ownership record, as the coordinator read it.
     Record(OwnershipRecord),
-    /// The own volume has no such row.
+    /// The volume has no ownership record of this VM.
     NoRecord,
-    /// The own volume has no answer now.
+    /// The volume did not answer.
     NoAnswer,
-    /// Asked for long enough, as the node's policy has it.
+    /// The volume has been queried for as long as the node's policy allows.
     TimedOut,
 }
 
 /// What to do then.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum CommitStep {
-    /// Wait for the source's word.
+    /// Wait for the source's `Committed`.
     Wait(ExpectCommit),
-    /// Ask the own volume for the row, again after a pause.
+    /// Query the volume for the ownership record, after a pause if it was queried before.
     QueryVolume(ExpectCommit),
-    /// The row is ours: announce and run.
+    /// This node owns the VM: announce and run.
     Run {
-        /// The tenure.
+        /// The new epoch.
         epoch: Epoch,
     },
-    /// The row will not become ours through this attempt: give up.
+    /// This attempt will not make this node the owner: give up.
     Discard,
 }
 
@@ -215,8 +222,8 @@ impl ExpectHello {
 
 impl ExpectConfig {
     /// Takes the first frame of a saved image (quick migration): there is no source to answer, and
-    /// what comes out of it is restored, not committed. `epoch` is the tenure that must have saved
-    /// it.
+    /// what comes out of it is restored, not committed. `epoch` is the epoch in which it must have
+    /// been saved.
     ///
     /// # Errors
     /// An `Abort` that says why this is not the image.
@@ -231,7 +238,7 @@ impl ExpectConfig {
         if hello.vm != vm || hello.volume != volume || hello.epoch != epoch {
             return Err(Abort::new(
                 AbortReason::WrongAttempt,
-                "the image is another VM's, or of another tenure",
+                "the image is of another VM, volume or epoch",
             ));
         }
         let terms = Terms {
@@ -364,7 +371,7 @@ impl ExpectState {
 }
 
 impl Restoring {
-    /// The machine is restored: `Ready` is about to be sent. From here on the row decides.
+    /// The machine is restored: `Ready` is about to be sent. From here on the ownership record decides.
     #[must_use]
     pub const fn ready(self) -> ExpectCommit {
         ExpectCommit {
@@ -389,10 +396,11 @@ impl ExpectCommit {
     /// Takes one event.
     ///
     /// # Guarantees
-    /// [`CommitStep::Run`] only on the volume's word, or on the source's that it has it.
+    /// [`CommitStep::Run`] only when the ownership record names this node, or the source reports that it
+    /// does.
     /// [`CommitStep::Discard`] only when this attempt can no longer commit, except on
-    /// [`CommitEvent::TimedOut`]: a transfer that is granted after that leaves the VM owned
-    /// by this node without a process, and its node restarts it from its disks.
+    /// [`CommitEvent::TimedOut`]: after a transfer that is granted later, this node owns the VM without
+    /// a process, and restarts it from its disks.
     #[must_use]
     pub fn next(self, event: &CommitEvent) -> CommitStep {
         let orphan = Self {
@@ -400,14 +408,16 @@ impl ExpectCommit {
             ..self
         };
         match event {
-            CommitEvent::Committed(word)
+            CommitEvent::Committed(committed)
                 if self.link == Link::Up
-                    && word.owner == self.terms.destination
-                    && word.epoch == self.terms.epoch.next() =>
+                    && committed.owner == self.terms.destination
+                    && committed.epoch == self.terms.epoch.next() =>
             {
-                CommitStep::Run { epoch: word.epoch }
+                CommitStep::Run {
+                    epoch: committed.epoch,
+                }
             }
-            // A word that cannot be true: whoever said it is not to be listened to any more.
+            // A `Committed` that cannot be true: the stream is not trusted any more.
             CommitEvent::Committed(_) | CommitEvent::StreamLost => CommitStep::QueryVolume(orphan),
             CommitEvent::Aborted if self.link == Link::Up => CommitStep::Discard,
             CommitEvent::Record(row) if self.terms.transferred(row) => {

@@ -1,9 +1,8 @@
 //! Moving a running virtual machine: the wire format and the state machines of both sides.
 //!
-//! This crate decides; it does not act. It must not know KVM, sockets, TLS, threads or clocks:
-//! bytes come in through [`std::io::Read`], moments as [`std::time::Duration`]s since the start of
-//! the attempt, and what to do goes out as values. The adapter that acts on them is
-//! `bascule-vmm`'s `migration` module.
+//! This crate decides and performs no I/O. It must not know KVM, sockets, TLS, threads or clocks:
+//! bytes come in through [`std::io::Read`], points in time as [`std::time::Duration`]s since the start
+//! of the attempt, and decisions go out as values. `bascule-vmm`'s `migration` module carries them out.
 //!
 //! ```text
 //!  source                                                     destination
@@ -12,22 +11,22 @@
 //!                  ◄─────────────────────────────── Welcome
 //!  Describing      Config ──────────────────────────────────► ExpectConfig
 //!                  ◄──────────────────────── RoundAck(round 0)
-//!  CopyingMemory   Memory … RoundEnd ───────────────────────► ExpectMemory   (guest runs)
+//!  Copying         Memory … RoundEnd ───────────────────────► ExpectMemory   (guest runs)
 //!                  ◄─────────────────────────────── RoundAck
-//!  SendingState    Memory … RoundEnd, State …, StateEnd ────► ExpectState    (guest stopped)
-//!                  ◄────────────────────────────────── Ready
-//!  ═══ commit point: the source asks the volume to transfer the row ═══════ ExpectCommit
-//!  Committing      (asks until the volume has answered)
-//!  Departed        Committed ───────────────────────────────► Committed
+//!  Sending         Memory … RoundEnd, State …, StateEnd ────► ExpectState    (guest stopped)
+//!  AwaitingReady   ◄────────────────────────────────── Ready
+//!  ═══ commit point: the source requests the ownership transfer ═══════════ ExpectCommit
+//!  Committing      (repeats the request until the volume answers)
+//!  Departed        Committed ───────────────────────────────► (runs the guest)
 //!                  ◄──────────────────────────────── Running
 //! ```
 //!
 //! # The commit point
 //!
-//! It is the moment in which the source hands [`commit::TransferRequest::Transfer`] to its volume. Before
-//! it every failure, of either side or of the link, ends with the guest running on the source.
-//! After it the volume's row alone says who may run: see [`commit`] for the source's rules and
-//! [`destination::ExpectCommit`] for the destination's.
+//! The commit point is passed when the source hands [`commit::TransferRequest::Transfer`] to its
+//! volume. Before it every failure of either side or of the link ends with the guest running on the
+//! source. After it only the ownership record on the volume says which side may run the guest: see
+//! [`commit`] for the source's rules and [`destination::ExpectCommit`] for the destination's.
 //!
 //! Read in this order: [`wire`], [`destination`], [`source`], [`precopy`], [`commit`].
 #![forbid(unsafe_code)]

@@ -1,5 +1,5 @@
 //! The commit, explored exhaustively: the real [`Source`], [`Commit`] and [`ExpectCommit`] against
-//! a volume whose requests may be lost, delayed for ever, decided twice, or refused at any moment,
+//! a volume whose requests may be lost, delayed without limit, decided twice, or refused at any moment,
 //! a link that may break, and parties that may crash between any two steps.
 //!
 //! Each rule is then removed in turn ([`Mutation`]), and the exploration must find the harm.
@@ -28,13 +28,13 @@ const fn owner(slot: u16) -> Owner {
     }
 }
 
-/// A rule taken away.
+/// A removed rule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Mutation {
     SourceResumesWithoutAnswer,
     SourceResumesOnRefusal,
-    SourceDiesWithoutAnswer,
-    SourceHonoursFailureAfterAsking,
+    SourceTerminatesWithoutAnswer,
+    SourceHonoursFailureAfterRequest,
     SourceTellsBeforeTheAnswer,
     DestinationRunsWhenReady,
     DestinationRunsWhenStreamIsLost,
@@ -48,7 +48,7 @@ struct World {
     source: Source,
     source_crashed: bool,
     /// The source has passed the commit point.
-    asked: bool,
+    requested: bool,
     destination: Destination,
     link: bool,
     to_destination: Vec<ToDestination>,
@@ -56,9 +56,9 @@ struct World {
     row: OwnershipRecord,
     /// Every request ever sent: any copy may still be decided, at any time.
     requests: BTreeSet<RequestKey>,
-    /// The node of the source lost its lease and joined again, the row kept.
+    /// The source's node lost its lease and joined again; its ownership was kept.
     rejoined: bool,
-    /// A guest started by someone who took the row over from a fenced source.
+    /// A guest started by a node that took over from a fenced source.
     third_runs: bool,
 }
 
@@ -96,7 +96,7 @@ enum Step {
     Answer {
         lease: bool,
     },
-    /// A copy of an earlier request is decided, and nobody hears of it.
+    /// A copy of an earlier request is decided, and its reply is lost.
     LateCopy(RequestKey),
     NoAnswer,
     Rejoin,
@@ -125,7 +125,7 @@ impl World {
         Self {
             source,
             source_crashed: false,
-            asked: false,
+            requested: false,
             destination: Destination::Receiving,
             link: true,
             to_destination: Vec::new(),
@@ -204,7 +204,7 @@ impl CommitModel {
             Action::RequestTransfer(
                 TransferRequest::Transfer(transfer) | TransferRequest::Retract(transfer),
             ) => {
-                world.asked = true;
+                world.requested = true;
                 world.requests.insert(key(transfer));
                 if self.is(Mutation::SourceTellsBeforeTheAnswer) && transfer.to == DESTINATION {
                     self.tell(
@@ -231,7 +231,7 @@ impl CommitModel {
     }
 
     fn return_to(&self, world: &mut World) {
-        // A source that breaks a rule: it runs as if it had never asked.
+        // A source that breaks a rule: it runs as if it had not sent the request.
         world.source = World::start().source.next(Event::Failed(failure())).0;
     }
 
@@ -444,9 +444,9 @@ impl Model for CommitModel {
         match step {
             Step::SourceAdvances => self.source_advances(&mut world),
             Step::SourceFails => {
-                let asked = world.source.phase() == Phase::Committing;
+                let requested = world.source.phase() == Phase::Committing;
                 self.source_takes(&mut world, Event::Failed(failure()));
-                if asked && self.is(Mutation::SourceHonoursFailureAfterAsking) {
+                if requested && self.is(Mutation::SourceHonoursFailureAfterRequest) {
                     self.return_to(&mut world);
                 }
             }
@@ -477,7 +477,7 @@ impl Model for CommitModel {
             Step::NoAnswer if self.is(Mutation::SourceResumesWithoutAnswer) => {
                 self.return_to(&mut world);
             }
-            Step::NoAnswer if self.is(Mutation::SourceDiesWithoutAnswer) => {
+            Step::NoAnswer if self.is(Mutation::SourceTerminatesWithoutAnswer) => {
                 self.source_takes(&mut world, Event::Replied(Reply::NoSuchVm));
             }
             Step::NoAnswer => self.source_takes(&mut world, Event::Replied(Reply::NoAnswer)),
@@ -503,7 +503,7 @@ impl Model for CommitModel {
     fn properties(&self) -> Vec<Property<Self>> {
         vec![
             Property::always(NEVER_TWO, |_, world: &World| world.runners() <= 1),
-            Property::always(THE_ROW_NAMES_THE_RUNNER, |_, world: &World| {
+            Property::always(ONLY_THE_OWNER_RUNS, |_, world: &World| {
                 let named = |slot| world.row.owner.is_some_and(|owner| owner.slot == slot);
                 (!world.source_runs() || named(SOURCE.slot))
                     && (world.destination != Destination::Running || named(DESTINATION.slot))
@@ -524,21 +524,25 @@ impl Model for CommitModel {
                 BEFORE_ASKING_THE_SOURCE_KEEPS_IT,
                 |model: &Self, world: &World| {
                     let failed = model.next_state(world, Step::SourceFails);
-                    world.asked
+                    world.requested
                         || world.source_crashed
                         || failed.unwrap_or_else(|| world.clone()).source_runs()
                 },
             ),
-            Property::sometimes("it commits by the source's word", |_, world: &World| {
-                world.link && world.destination == Destination::Running
-            }),
-            Property::sometimes("it commits by the row alone", |_, world: &World| {
-                world.source_crashed
-                    && !world.third_runs
-                    && world.destination == Destination::Running
-            }),
-            Property::sometimes("the source takes the row back", |_, world: &World| {
-                world.asked && world.source_runs() && world.row.attempt == Some(RETRACTION)
+            Property::sometimes(
+                "it commits by the source's Committed",
+                |_, world: &World| world.link && world.destination == Destination::Running,
+            ),
+            Property::sometimes(
+                "it commits by the ownership record alone",
+                |_, world: &World| {
+                    world.source_crashed
+                        && !world.third_runs
+                        && world.destination == Destination::Running
+                },
+            ),
+            Property::sometimes("the source takes the ownership back", |_, world: &World| {
+                world.requested && world.source_runs() && world.row.attempt == Some(RETRACTION)
             }),
             Property::sometimes("the source learns that it is gone", |_, world: &World| {
                 world.source.phase() == Phase::Departed && world.row.attempt == Some(ATTEMPT)
@@ -548,7 +552,7 @@ impl Model for CommitModel {
 }
 
 const NEVER_TWO: &str = "I2: the guest never runs twice";
-const THE_ROW_NAMES_THE_RUNNER: &str = "I2: only the row's owner runs the guest";
+const ONLY_THE_OWNER_RUNS: &str = "I2: only the owner runs the guest";
 const NEVER_NONE: &str = "I5: the owner that lives runs the guest once nothing fails any more";
 const BEFORE_ASKING_THE_SOURCE_KEEPS_IT: &str = "I5: a failure before the commit point is harmless";
 
@@ -565,24 +569,24 @@ fn i2_i5_no_order_of_crashes_and_losses_leaves_two_guests_or_none() {
 }
 
 #[test]
-fn every_rule_that_is_taken_away_is_missed() {
+fn the_exploration_finds_the_harm_of_every_removed_rule() {
     use Mutation::{
         CoordinatorIgnoresTheEpoch, DestinationDiscardsWhenStreamIsLost,
         DestinationIgnoresTheAttempt, DestinationRunsWhenReady, DestinationRunsWhenStreamIsLost,
-        SourceDiesWithoutAnswer, SourceHonoursFailureAfterAsking, SourceResumesOnRefusal,
-        SourceResumesWithoutAnswer, SourceTellsBeforeTheAnswer,
+        SourceHonoursFailureAfterRequest, SourceResumesOnRefusal, SourceResumesWithoutAnswer,
+        SourceTellsBeforeTheAnswer, SourceTerminatesWithoutAnswer,
     };
     for (mutation, harm) in [
         (SourceResumesWithoutAnswer, NEVER_TWO),
         (SourceResumesOnRefusal, NEVER_TWO),
-        (SourceDiesWithoutAnswer, NEVER_NONE),
-        (SourceHonoursFailureAfterAsking, NEVER_TWO),
+        (SourceTerminatesWithoutAnswer, NEVER_NONE),
+        (SourceHonoursFailureAfterRequest, NEVER_TWO),
         (SourceTellsBeforeTheAnswer, NEVER_TWO),
-        (DestinationRunsWhenReady, THE_ROW_NAMES_THE_RUNNER),
+        (DestinationRunsWhenReady, ONLY_THE_OWNER_RUNS),
         (DestinationRunsWhenStreamIsLost, NEVER_TWO),
         (DestinationDiscardsWhenStreamIsLost, NEVER_NONE),
         (DestinationIgnoresTheAttempt, NEVER_TWO),
-        (CoordinatorIgnoresTheEpoch, THE_ROW_NAMES_THE_RUNNER),
+        (CoordinatorIgnoresTheEpoch, ONLY_THE_OWNER_RUNS),
     ] {
         let model = CommitModel {
             mutation: Some(mutation),
@@ -596,7 +600,7 @@ fn every_rule_that_is_taken_away_is_missed() {
 }
 
 #[test]
-fn a_commit_begins_by_asking_for_the_transfer() {
+fn a_commit_begins_with_the_transfer_request() {
     let commit = Commit::begin(terms(), RETRACTION);
     let Some(TransferRequest::Transfer(transfer)) = commit.request() else {
         panic!("{commit:?}");

@@ -1,4 +1,4 @@
-//! When to stop the guest: bandwidth, prediction, rounds.
+//! The pre-copy controller: measures bandwidth, predicts the blackout, decides after each round.
 //!
 //! ```text
 //!  predicted blackout = fixed cost + remaining bytes / bandwidth
@@ -31,13 +31,13 @@ pub use rate::Rate;
 /// What the VM's policy allows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// The longest blackout that is aimed at.
+    /// The longest blackout (downtime) to aim at.
     pub downtime_max: Duration,
-    /// How long pre-copy may go on.
+    /// Longest duration of pre-copy.
     pub time_max: Duration,
-    /// How many rounds it may take.
+    /// Most rounds of pre-copy.
     pub rounds_max: u32,
-    /// The cap on what pre-copy sends.
+    /// Bandwidth cap of pre-copy; none for as fast as the link.
     pub rate_max: Option<Rate>,
     /// What to do with a guest that writes faster than the link carries.
     pub fallback: Fallback,
@@ -48,7 +48,7 @@ pub struct Limits {
 pub enum Fallback {
     /// Save it to the volume and restore it on the destination.
     Quick,
-    /// Leave it running here and say so.
+    /// Fail the migration; the guest runs on at the source.
     Fail,
 }
 
@@ -71,11 +71,11 @@ pub struct FixedCost {
 /// One finished round, acknowledged by the destination.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Round {
-    /// What was sent, with headers.
+    /// Bytes sent, with headers.
     pub sent: Bytes,
     /// From the first byte to the acknowledgement.
     pub took: Duration,
-    /// Of which this long was spent waiting because of the cap.
+    /// Time of that spent waiting for the bandwidth cap.
     pub paced: Duration,
     /// Pages that were dirty again at its end.
     pub dirty: Pages,
@@ -91,9 +91,9 @@ pub enum Decision {
         /// The blackout to expect.
         predicted: Duration,
     },
-    /// Give live migration up, and do what the policy says.
+    /// Give live migration up and fall back.
     DoesNotConverge {
-        /// What the policy says.
+        /// [`Limits::fallback`].
         fallback: Fallback,
         /// The blackout that there would have been.
         predicted: Duration,

@@ -1,16 +1,16 @@
-//! The source, as one machine. It decides the order of things and on which side the guest may run;
-//! how much is copied, and when to stop, is for [`crate::precopy`].
+//! The source's state machine. It decides the order of steps and on which side the guest may run;
+//! `precopy` decides how many rounds to copy and when to stop the guest.
 //!
 //! ```text
 //!  Greeting ─Welcome─► Describing ─RoundAck 0─► Copying ─stop─► Stopping ─stopped─► Sending
 //!     │                    │                      │ ▲next round    │                  │ all sent
 //!     │                    │                      └─┘              │                  ▼
-//!     └────────────────────┴─── any failure ──────┴────────────────┴──────────── AwaitingReady
-//!                                   ▼                                                 │ Ready
-//!                               Returned ◄──────────── Resumed ──────────────── Committing
-//!                                                                     Committed │     │ Lost
-//!                                                                               ▼     ▼
-//!                                                                           Departed  Lost
+//!     ├────────────────────┴───── any failure ──────┴──────────────┴──────────── AwaitingReady
+//!     ▼                                                                               │ Ready
+//!  Returned ◄───────────── retracted: resume in a new epoch ────────────────── Committing ◄┐
+//!                                                                  transferred │  │   │    │ no answer,
+//!                                                                              ▼  │   └────┘ refused
+//!                                                                       Departed  └─► Lost (another owner)
 //! ```
 //!
 //! | state | side | the guest here |
@@ -19,7 +19,7 @@
 //! | Stopping, Sending, AwaitingReady | source | is stopped, and resumed at once on any failure |
 //! | Committing | unknown | stays stopped until the volume has answered |
 //! | Returned | source | runs |
-//! | Departed, Lost | destination, or whoever the row names | never runs again |
+//! | Departed, Lost | destination, or the owner in the ownership record | never runs again |
 
 use std::time::Duration;
 
@@ -33,26 +33,26 @@ use crate::wire::{
 #[cfg(test)]
 mod tests;
 
-/// One attempt, as the source was told to make it.
+/// One attempt of a live migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Attempt {
-    /// The VM.
+    /// The VM to migrate.
     pub vm: VmUid,
-    /// The attempt.
+    /// Chosen by the operator; the destination waits for the same id.
     pub attempt: AttemptId,
-    /// A fresh id under which the source takes the row back if it must.
+    /// A fresh id, under which the source takes the ownership back if the transfer is refused.
     pub retraction: AttemptId,
-    /// The source.
+    /// The source, as it owns the VM.
     pub source: Owner,
-    /// The tenure that it holds.
+    /// The epoch in which it does.
     pub epoch: Epoch,
-    /// The VM's home.
+    /// The VM's home volume.
     pub volume: VolumeId,
-    /// Who is to own it, as the source was told.
+    /// The node that is to own the VM.
     pub destination: Owner,
 }
 
-/// The source's machine.
+/// The source's state machine.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Source {
     attempt: Attempt,
@@ -92,11 +92,11 @@ pub enum Phase {
 /// On which side the guest may run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Side {
-    /// Here and nowhere else.
+    /// On the source only.
     Source,
-    /// The volume's row says it; this side stays stopped until it has been read.
+    /// The ownership record says which; the source stays stopped until the volume has answered.
     Unknown,
-    /// Not here, never again.
+    /// Never again on the source.
     Elsewhere,
 }
 
@@ -105,11 +105,11 @@ pub enum Side {
 pub enum Event {
     /// The destination answered `Hello`.
     Welcomed(Welcome),
-    /// The destination has applied a round; 0 means that it accepted `Config`.
+    /// The destination has applied this round; 0 means that it accepted `Config`.
     RoundAcked(u32),
-    /// The controller wants another round.
+    /// The pre-copy controller decided for another round.
     NextRound,
-    /// The controller wants the guest stopped.
+    /// The pre-copy controller decided to stop the guest.
     Stop,
     /// The vCPUs are stopped and the devices drained.
     Stopped,
@@ -119,7 +119,7 @@ pub enum Event {
     Ready,
     /// The volume replied to the request.
     Replied(Reply),
-    /// Anything went wrong, on either side or between; or somebody cancelled.
+    /// Either side or the link failed, or the attempt was cancelled.
     Failed(Abort),
 }
 
@@ -130,7 +130,7 @@ pub enum Action {
     Describe,
     /// Copy what is dirty, then send `RoundEnd` with this round.
     CopyRound(u32),
-    /// Ask the controller: another round or stop.
+    /// Let the pre-copy controller decide: another round or stop.
     Decide(u32),
     /// Stop the vCPUs and drain the devices.
     StopGuest,
@@ -138,23 +138,23 @@ pub enum Action {
     SendRemainder(u32),
     /// Wait for `Ready`.
     AwaitReady,
-    /// Ask the volume, as often as it takes.
+    /// Send this request to the volume, again until there is a reply.
     RequestTransfer(TransferRequest),
-    /// Tell the destination that it may run, then end this process's guest for good.
+    /// Tell the destination that it may run, then end this process's guest.
     Depart(Committed),
-    /// Put the dirty bits back and let the guest run, before anything else is tidied up; then
-    /// tell the destination why, if it can be told.
+    /// Put the dirty bits back and run the guest before any clean-up; then send the destination the
+    /// reason, if it is reachable.
     KeepRunning(Abort),
-    /// Let the stopped guest run, as this owner in this epoch.
+    /// Run the stopped guest, in this ownership.
     Resume {
-        /// The reason for the destination.
+        /// The reason to send to the destination.
         because: Abort,
-        /// The owner as the row names it now.
+        /// The source as the ownership record names it now.
         owner: Owner,
-        /// The tenure, which may be a new one.
+        /// The epoch, which may be a new one.
         epoch: Epoch,
     },
-    /// End this process's guest for good: the row is somebody else's.
+    /// End this process's guest: another node owns the VM.
     Terminate,
     /// Nothing: the event came too late or too early to matter.
     Nothing,
@@ -280,7 +280,7 @@ impl State {
                 (Self::AwaitingReady(terms, round), Action::AwaitReady)
             }
             (Self::AwaitingReady(terms, _), Event::Ready) => {
-                // The commit point: from here on only the volume knows.
+                // The commit point: from here on only the ownership record decides.
                 Self::ask(terms, Commit::begin(terms, attempt.retraction))
             }
             (state, event) => {
@@ -302,13 +302,13 @@ impl State {
         if !known {
             return refuse(
                 AbortReason::Version,
-                "the destination chose what was not offered",
+                "the destination chose a version, feature or stream count that was not offered",
             );
         }
         if welcome.destination != attempt.destination || welcome.destination == attempt.source {
             return refuse(
                 AbortReason::WrongAttempt,
-                "another node answered than was meant",
+                "another node than the requested destination answered",
             );
         }
         let terms = Terms {
@@ -323,7 +323,7 @@ impl State {
     fn committing(terms: Terms, commit: Commit, event: &Event) -> (Self, Action) {
         match event {
             Event::Replied(reply) => Self::ask(terms, commit.next(*reply)),
-            // The link, the peer and whoever would cancel have no say any more.
+            // Failures of the link or the peer and cancelling have no effect after the commit point.
             _ => (Self::Committing(terms, commit), Action::Nothing),
         }
     }
@@ -331,11 +331,11 @@ impl State {
     fn ask(terms: Terms, commit: Commit) -> (Self, Action) {
         match commit {
             Commit::Committed { epoch } => {
-                let word = Committed {
+                let committed = Committed {
                     epoch,
                     owner: terms.destination,
                 };
-                (Self::Departed(word), Action::Depart(word))
+                (Self::Departed(committed), Action::Depart(committed))
             }
             Commit::Resumed { owner, epoch } => {
                 let because = Abort::new(AbortReason::CommitRefused, "the volume refused");
@@ -377,9 +377,9 @@ pub fn event_of(frame: &Frame<'_>) -> Result<Option<Event>, Abort> {
     }
 }
 
-/// How long the source waits between two questions to a volume that does not answer: short at
-/// first, because the guest is stopped, then bounded.
+/// The pause before the next request to a volume that has not answered `attempts` requests: 1 ms at
+/// first, because the guest is stopped, doubling up to 512 ms.
 #[must_use]
-pub fn retry_delay(asked: u32) -> Duration {
-    Duration::from_millis(1 << asked.min(9))
+pub fn retry_delay(attempts: u32) -> Duration {
+    Duration::from_millis(1 << attempts.min(9))
 }

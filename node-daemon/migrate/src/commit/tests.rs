@@ -39,7 +39,7 @@ fn begun() -> Commit {
 }
 
 #[test]
-fn an_unanswered_request_is_asked_again_with_the_same_attempt() {
+fn an_unanswered_request_is_repeated_with_the_same_attempt() {
     let request = begun().request();
     let mut commit = begun();
     for _ in 0..1000 {
@@ -49,7 +49,7 @@ fn an_unanswered_request_is_asked_again_with_the_same_attempt() {
 }
 
 #[test]
-fn a_row_that_was_transferred_commits_whatever_the_answer_was() {
+fn a_record_that_shows_the_transfer_commits_after_any_reply() {
     let transferred = row(DESTINATION, 5, Some(ATTEMPT));
     for reply in [Reply::Granted(transferred), Reply::Refused(transferred)] {
         assert_eq!(begun().next(reply), Commit::Committed { epoch: Epoch(5) });
@@ -57,7 +57,7 @@ fn a_row_that_was_transferred_commits_whatever_the_answer_was() {
 }
 
 #[test]
-fn a_refusal_is_followed_by_taking_the_row_back_in_a_new_epoch() {
+fn after_a_refusal_the_source_retracts_in_a_new_epoch() {
     let commit = begun().next(Reply::Refused(row(SOURCE, 4, None)));
     let Some(TransferRequest::Retract(retraction)) = commit.request() else {
         panic!("{commit:?}");
@@ -83,7 +83,7 @@ fn a_retraction_that_comes_too_late_is_a_commit() {
 }
 
 #[test]
-fn a_generation_that_was_joined_again_is_asked_for_under_its_new_number() {
+fn a_source_that_rejoined_requests_under_its_new_generation() {
     let commit = begun().next(Reply::Refused(row(owner(1, 6), 4, None)));
     let Some(TransferRequest::Retract(retraction)) = commit.request() else {
         panic!("{commit:?}");
@@ -93,8 +93,8 @@ fn a_generation_that_was_joined_again_is_asked_for_under_its_new_number() {
 }
 
 #[test]
-fn a_row_of_somebody_else_or_of_nobody_ends_this_side() {
-    let nobody = OwnershipRecord {
+fn another_owner_or_none_terminates_the_source() {
+    let no_owner = OwnershipRecord {
         owner: None,
         epoch: Epoch(4),
         attempt: None,
@@ -104,7 +104,7 @@ fn a_row_of_somebody_else_or_of_nobody_ends_this_side() {
         Reply::Refused(row(SOURCE, 5, None)),
         Reply::Refused(row(DESTINATION, 6, Some(ATTEMPT))),
         Reply::Refused(row(owner(1, 4), 4, None)),
-        Reply::Refused(nobody),
+        Reply::Refused(no_owner),
         Reply::NoSuchVm,
     ] {
         assert_eq!(begun().next(reply), Commit::Lost, "{reply:?}");
@@ -112,7 +112,7 @@ fn a_row_of_somebody_else_or_of_nobody_ends_this_side() {
 }
 
 #[test]
-fn who_gives_up_takes_the_row_back_first() {
+fn giving_up_begins_with_the_retraction() {
     let commit = Commit::give_up(terms(), RETRACTION);
     assert!(matches!(
         commit.request(),

@@ -129,7 +129,7 @@ fn the_highest_common_version_and_only_known_features_are_chosen() {
 }
 
 #[test]
-fn a_caller_that_was_not_agreed_on_is_refused_with_the_reason() {
+fn an_unexpected_source_is_refused_with_the_reason() {
     let cases = [
         (
             Hello {
@@ -183,7 +183,7 @@ fn a_caller_that_was_not_agreed_on_is_refused_with_the_reason() {
 }
 
 #[test]
-fn an_image_of_another_vm_or_tenure_is_refused() {
+fn an_image_of_another_vm_or_epoch_is_refused() {
     let of = (hello().vm, hello().volume, Epoch(4));
     assert!(ExpectConfig::of_image(Frame::Hello(hello()), of).is_ok());
     for of in [
@@ -262,7 +262,7 @@ fn rounds_count_up_and_miss_no_frame() {
 }
 
 #[test]
-fn no_phase_takes_another_phases_frame() {
+fn no_phase_accepts_a_frame_of_another_phase() {
     let frames = || {
         [
             Frame::Hello(hello()),
@@ -330,7 +330,7 @@ fn an_endless_state_is_refused() {
 }
 
 #[test]
-fn the_sources_own_abort_is_handed_through() {
+fn the_abort_of_the_source_is_passed_on() {
     let abort = Abort::new(AbortReason::Cancelled, "by the operator");
     let handed = in_memory()
         .frame(Frame::Abort(abort.clone()), mark(0))
@@ -339,24 +339,24 @@ fn the_sources_own_abort_is_handed_through() {
 }
 
 #[test]
-fn i2_the_destination_runs_only_on_the_sources_word_or_the_rows() {
+fn i2_the_destination_runs_only_when_source_or_record_reports_the_transfer() {
     let waiting = in_commit();
-    let word = Committed {
+    let committed = Committed {
         epoch: Epoch(5),
         owner: DESTINATION,
     };
     assert_eq!(
-        waiting.next(&CommitEvent::Committed(word)),
+        waiting.next(&CommitEvent::Committed(committed)),
         CommitStep::Run { epoch: Epoch(5) }
     );
     for wrong in [
         Committed {
             epoch: Epoch(4),
-            ..word
+            ..committed
         },
         Committed {
             owner: SOURCE,
-            ..word
+            ..committed
         },
     ] {
         assert!(matches!(
@@ -368,7 +368,7 @@ fn i2_the_destination_runs_only_on_the_sources_word_or_the_rows() {
 }
 
 #[test]
-fn i5_a_destination_that_lost_the_source_asks_until_the_row_says_it() {
+fn i5_a_destination_that_lost_the_source_queries_the_record_until_it_decides() {
     let CommitStep::QueryVolume(orphan) = in_commit().next(&CommitEvent::StreamLost) else {
         panic!("it does not ask");
     };
@@ -397,6 +397,6 @@ fn i5_a_destination_that_lost_the_source_asks_until_the_row_says_it() {
             owner: DESTINATION
         })),
         CommitStep::QueryVolume(orphan),
-        "nobody is listened to on a stream that broke its rules"
+        "frames after a protocol error are ignored"
     );
 }

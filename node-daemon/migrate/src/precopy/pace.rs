@@ -6,7 +6,7 @@ use bascule_types::Bytes;
 
 use super::rate::Rate;
 
-/// Spreads what is sent over time. Keeps no clock: moments are durations since any fixed start.
+/// Spreads sent bytes over time. Reads no clock: points in time are durations since a fixed start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Pacer {
     rate: Option<Rate>,
@@ -35,5 +35,5 @@ impl Pacer {
     }
 }
 
-/// How much unused time may be made up for.
+/// How much unused time may be caught up.
 const BURST: Duration = Duration::from_millis(20);

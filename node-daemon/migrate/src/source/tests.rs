@@ -36,7 +36,7 @@ fn welcome() -> Welcome {
 }
 
 fn failure() -> Abort {
-    Abort::new(AbortReason::Timeout, "silent")
+    Abort::new(AbortReason::Timeout, "no frame in time")
 }
 
 /// The events of a move without incident, up to the commit point.
@@ -75,9 +75,9 @@ fn committed_row() -> OwnershipRecord {
 }
 
 #[test]
-fn a_move_without_incident_takes_these_steps() {
+fn a_successful_migration_takes_these_steps() {
     let (source, actions) = after(good_events());
-    let asked = Commit::begin(
+    let committing = Commit::begin(
         Terms {
             source: SOURCE,
             epoch: Epoch(4),
@@ -98,7 +98,7 @@ fn a_move_without_incident_takes_these_steps() {
             Action::SendRemainder(3),
             Action::AwaitReady,
             Action::AwaitReady,
-            Action::RequestTransfer(asked.request().unwrap()),
+            Action::RequestTransfer(committing.request().unwrap()),
         ]
     );
     assert_eq!(source.side(), Side::Unknown);
@@ -128,9 +128,9 @@ fn i5_a_failure_before_the_commit_point_keeps_the_guest_here_in_every_phase() {
 }
 
 #[test]
-fn i2_after_the_commit_point_neither_failure_nor_peer_has_a_say() {
-    let (asked, _) = after(good_events());
-    assert!(!asked.phase().cancellable());
+fn i2_after_the_commit_point_failures_and_the_peer_have_no_effect() {
+    let (committing, _) = after(good_events());
+    assert!(!committing.phase().cancellable());
     for event in [
         Event::Failed(failure()),
         Event::Ready,
@@ -138,11 +138,11 @@ fn i2_after_the_commit_point_neither_failure_nor_peer_has_a_say() {
         Event::Welcomed(welcome()),
         Event::Stop,
     ] {
-        let (source, action) = asked.clone().next(event);
-        assert_eq!(source, asked);
+        let (source, action) = committing.clone().next(event);
+        assert_eq!(source, committing);
         assert_eq!(action, Action::Nothing);
     }
-    let (gone, _) = asked.next(Event::Replied(Reply::Granted(committed_row())));
+    let (gone, _) = committing.next(Event::Replied(Reply::Granted(committed_row())));
     for event in good_events() {
         let (source, action) = gone.clone().next(event);
         assert_eq!(source, gone);
@@ -168,7 +168,7 @@ fn an_event_out_of_order_keeps_the_guest_here() {
 }
 
 #[test]
-fn a_destination_that_chose_what_was_not_offered_is_refused() {
+fn a_choice_that_was_not_offered_is_refused() {
     let wrong = [
         Welcome {
             version: 2,
@@ -198,7 +198,7 @@ fn a_destination_that_chose_what_was_not_offered_is_refused() {
 }
 
 #[test]
-fn a_retracted_attempt_resumes_under_the_owner_that_the_row_names() {
+fn a_retracted_attempt_resumes_under_the_owner_in_the_record() {
     let ours = |epoch, attempt| OwnershipRecord {
         owner: Some(SOURCE),
         epoch: Epoch(epoch),
@@ -221,7 +221,7 @@ fn a_retracted_attempt_resumes_under_the_owner_that_the_row_names() {
 }
 
 #[test]
-fn only_what_a_destination_sends_becomes_an_event() {
+fn only_frames_of_a_destination_become_events() {
     assert_eq!(
         event_of(&Frame::RoundAck { round: 3 }),
         Ok(Some(Event::RoundAcked(3)))
@@ -233,7 +233,7 @@ fn only_what_a_destination_sends_becomes_an_event() {
 }
 
 #[test]
-fn the_wait_between_two_questions_is_bounded() {
+fn the_pause_between_two_requests_is_bounded() {
     assert_eq!(retry_delay(0), Duration::from_millis(1));
     assert_eq!(retry_delay(u32::MAX), Duration::from_millis(512));
 }

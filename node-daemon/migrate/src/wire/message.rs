@@ -42,7 +42,7 @@ pub enum Frame<'a> {
     Progress(Progress),
 }
 
-/// Who calls, and about which VM.
+/// The first frame: the source, the VM and the attempt.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Hello {
     /// The lowest version that the source speaks.
@@ -51,17 +51,17 @@ pub struct Hello {
     pub version_max: u16,
     /// Streams that the source would like to use.
     pub streams: u16,
-    /// What it offers.
+    /// Features that the source can use.
     pub offered: Features,
-    /// What it cannot do without.
+    /// Features that the source needs.
     pub required: Features,
-    /// The VM.
+    /// The VM to migrate.
     pub vm: VmUid,
-    /// The attempt.
+    /// The attempt that both sides were given.
     pub attempt: AttemptId,
-    /// The tenure that the source holds.
+    /// The epoch in which the source owns the VM.
     pub epoch: Epoch,
-    /// The source.
+    /// The source, as it owns the VM.
     pub source: Owner,
     /// The VM's home volume.
     pub volume: VolumeId,
@@ -76,20 +76,20 @@ pub struct Welcome {
     pub streams: u16,
     /// Offered features that will be used.
     pub features: Features,
-    /// Who is to own the row.
+    /// The destination, as it is to own the VM.
     pub destination: Owner,
-    /// How long restoring the state took in a dry run.
+    /// How long restoring the state is estimated to take.
     pub restore_estimate: Duration,
 }
 
 /// The machine that the destination must have built.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
-    /// Virtual CPUs.
+    /// Number of virtual CPUs.
     pub vcpus: u16,
     /// Version of the device state that will be sent.
     pub state_version: u32,
-    /// The memory.
+    /// The RAM, in pages.
     pub layout: MemoryLayout,
     /// What else must be equal on both sides, as the adapter writes it.
     pub description: Vec<u8>,
@@ -122,7 +122,7 @@ pub struct StateEnd {
     pub crc32c: u32,
 }
 
-/// The volume has transferred the row.
+/// The volume has transferred the ownership to the destination.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Committed {
     /// The new epoch.
@@ -154,7 +154,7 @@ pub struct Abort {
 /// Why an attempt was given up. The numbers are the wire's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum AbortReason {
-    /// 1: someone cancelled it.
+    /// 1: it was cancelled.
     Cancelled,
     /// 2: no common version, or a required feature is missing.
     Version,
@@ -168,9 +168,9 @@ pub enum AbortReason {
     Restore,
     /// 7: the guest writes faster than the link carries.
     NotConverging,
-    /// 8: the volume refused the transfer, and the source keeps the row.
+    /// 8: the volume refused the transfer, and the source still owns the VM.
     CommitRefused,
-    /// 9: the peer was silent for too long.
+    /// 9: the peer did not send in time.
     Timeout,
     /// 10: something else failed; the text says what.
     Internal,
@@ -179,7 +179,7 @@ pub enum AbortReason {
 }
 
 impl StreamId {
-    /// The stream that carries the conversation.
+    /// The stream that carries all frames but memory, and memory too.
     pub const FIRST: Self = Self(0);
 
     /// The stream with this number, if there may be one.
@@ -200,7 +200,7 @@ impl StreamId {
 }
 
 impl Features {
-    /// What this release knows.
+    /// All features that this release knows.
     pub const KNOWN: Self = Self(0);
 
     /// The features in both.

@@ -8,7 +8,7 @@ use super::kind::FrameKind;
 use super::memory::BatchBuilder;
 use super::message::{Frame, StreamId, StreamMark};
 
-/// How much is asked for at once while a body arrives: memory is taken as bytes come, not as the
+/// How much is read at once while a body arrives: memory is allocated as bytes come, not as the
 /// header announces them.
 const READ_STEP_BYTES: usize = 64 << 10;
 

@@ -205,7 +205,7 @@ impl Commit {
         }
     }
 
-    /// Takes the reply to [`Self::question`].
+    /// Takes the reply to [`Self::request`].
     #[must_use]
     pub fn next(self, reply: Reply) -> Self {
         match (self, reply) {

@@ -52,7 +52,7 @@ pub(crate) fn set_registers(
     }
 }
 
-/// All the firmware that there is. Linux on a hardware-reduced machine restarts by EFI services, and
+/// The only firmware. Linux on a hardware-reduced machine restarts by EFI services, and
 /// where there are none by jumping to the BIOS (arch/x86/kernel/reboot.c): it never tries the ACPI
 /// reset register, so this does.
 fn write_reset_vector(memory: &GuestMemory) -> Result<(), BootError> {

@@ -1,4 +1,4 @@
-//! Who answers when a vCPU reads or writes a port, or memory that is not RAM.
+//! Dispatch of a vCPU's accesses to I/O ports and MMIO.
 
 use std::sync::Arc;
 
@@ -9,7 +9,7 @@ use crate::layout;
 use crate::power::{Power, PowerRequest};
 use crate::serial::SerialPort;
 
-/// Everything that answers guest accesses. Shared by all vCPU threads.
+/// All devices with ports or MMIO. Shared by all vCPU threads.
 #[derive(Debug)]
 pub(crate) struct Bus {
     pub(crate) serial: SerialPort,
@@ -26,7 +26,7 @@ const RESET_CONTROL_RESET: u8 = 1 << 2;
 const ECAM_END: u64 = layout::ECAM_START + layout::ECAM_BUS_SIZE;
 
 impl Bus {
-    /// A guest read from `port`. Where nobody answers the data is all ones, as on a real bus.
+    /// A guest read from `port`. A port without a device reads as all ones, as on a real bus.
     pub(crate) fn port_read(&self, port: u16, data: &mut [u8]) {
         data.fill(0xFF);
         match port {
@@ -44,7 +44,7 @@ impl Bus {
         }
     }
 
-    /// A guest write to `port`, and what it asks of the machine.
+    /// A guest write to `port`; returns the power request that it makes, if any.
     pub(crate) fn port_write(&self, port: u16, data: &[u8]) -> Option<PowerRequest> {
         match (port, data) {
             // The UART's registers are bytes: longer data is a string instruction's.

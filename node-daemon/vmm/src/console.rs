@@ -1,4 +1,4 @@
-//! Where the guest's serial output goes: a file, a ring of the last bytes, and whoever is attached.
+//! The guest's serial output: to a log file, a ring of the last bytes, and an attached terminal.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -10,9 +10,9 @@ use self::terminal::Terminal;
 
 mod terminal;
 
-/// What a newly attached terminal is shown of the past.
+/// Past output that a newly attached terminal receives, in bytes.
 const RING_BYTES: usize = 64 << 10;
-/// The log is begun anew when it is this long: a guest must not fill the host's disk.
+/// The log is truncated at this length in bytes: a guest must not fill the host's disk.
 const LOG_BYTES_MAX: u64 = 16 << 20;
 
 /// The guest's console output. Clones share it.
@@ -30,7 +30,7 @@ struct Sinks {
 }
 
 impl Console {
-    /// A console that keeps its output in memory only, until a log or a terminal comes.
+    /// A console that keeps its output in memory only, until a terminal is attached.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
@@ -45,7 +45,7 @@ impl Console {
     }
 
     /// Sends all further output to `stream` too, in place of an earlier one, after the last 64 KiB
-    /// of the past. A terminal that does not keep up loses lines: the guest never waits for it.
+    /// of past output. A terminal that does not keep up loses lines: the guest never waits for it.
     pub fn attach(&self, stream: UnixStream) {
         let mut sinks = self.lock();
         let past: Vec<u8> = sinks.ring.iter().copied().collect();
@@ -85,7 +85,7 @@ impl Sinks {
         self.ring.drain(..excess);
     }
 
-    /// A log that cannot be written is given up: the guest's life does not hang on it.
+    /// Closes a log that cannot be written; the guest runs on.
     fn log(&mut self, bytes: &[u8]) {
         let Some(log) = self.log.as_mut() else {
             return;
@@ -97,7 +97,7 @@ impl Sinks {
             Ok(())
         };
         if let Err(error) = begun_anew.and_then(|()| log.write_all(bytes)) {
-            tracing::warn!(%error, "console log given up");
+            tracing::warn!(%error, "the console log cannot be written: it is closed");
             self.log = None;
             return;
         }

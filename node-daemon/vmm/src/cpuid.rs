@@ -1,4 +1,4 @@
-//! What the guest learns of its processors: the host's CPUID as KVM offers it, with the topology
+//! The guest's CPUID: the host's as KVM offers it, with the topology
 //! and identity of each vCPU filled in.
 
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
@@ -25,7 +25,7 @@ const KVM_ASYNC_PF: u32 = (1 << 4) | (1 << 10) | (1 << 14);
 const LEVEL_TYPE_THREAD: u32 = 1 << 8;
 const LEVEL_TYPE_CORE: u32 = 2 << 8;
 
-/// What every vCPU of a machine has in common.
+/// CPUID common to all vCPUs of a machine.
 #[derive(Clone, Debug)]
 pub(crate) struct CpuModel {
     entries: Vec<kvm_cpuid_entry2>,
@@ -33,8 +33,8 @@ pub(crate) struct CpuModel {
 }
 
 impl CpuModel {
-    /// This host's processor as far as KVM can virtualize it, in `cpus` sockets-in-one: one
-    /// package, one thread per core.
+    /// This host's processor as far as KVM can virtualize it: one package with `cpus` cores, one thread
+    /// per core.
     pub(crate) fn host(kvm: &Kvm, cpus: u32) -> Result<Self, KvmError> {
         let supported = kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
@@ -83,7 +83,7 @@ fn common(mut entry: kvm_cpuid_entry2, deadline: bool) -> kvm_cpuid_entry2 {
     entry
 }
 
-/// Fills in who vCPU `index` of `cpus` is.
+/// Fills in the APIC id and topology of vCPU `index` of `cpus`.
 fn identify(entry: &mut kvm_cpuid_entry2, index: u32, cpus: u32) {
     match (entry.function, entry.index) {
         (1, _) => {

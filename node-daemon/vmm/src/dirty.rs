@@ -1,4 +1,5 @@
-//! Which pages of guest RAM were written: by vCPUs (KVM's log) and by devices (vm-memory's bitmap).
+//! Dirty page tracking of guest RAM: writes by vCPUs (KVM's dirty log) and by devices (vm-memory's
+//! bitmap).
 //!
 //! A round of pre-copy is: [`DirtyTracker::fetch`] the pages, then per chunk first
 //! [`DirtyTracker::clear`] it, then read and send it. A page written after its chunk was cleared is
@@ -35,13 +36,13 @@ struct RegionBits {
     words: Vec<u64>,
 }
 
-/// Why the log of written pages is not to be had.
+/// Why the dirty log does not work.
 #[derive(Debug, thiserror::Error)]
 pub enum DirtyError {
     /// KVM refused.
     #[error("cannot {action} the dirty log of memory slot {slot}")]
     Kvm {
-        /// What was tried.
+        /// The step that failed.
         action: &'static str,
         /// The memory slot, which is the index of the region.
         slot: u32,
@@ -59,22 +60,22 @@ pub enum DirtyError {
     },
 }
 
-/// A log of written pages that can be switched on and off while the guest runs.
+/// A dirty log that can be switched on and off while the guest runs.
 pub trait DirtyTracker: Send + Sync {
-    /// Begins to log. Everything counts as written until it is cleared.
+    /// Begins to log. Every page counts as dirty until it is cleared.
     ///
     /// # Errors
     /// When KVM refuses; the log is then off.
     fn start(&self) -> Result<(), DirtyError>;
 
-    /// The pages written since they were last cleared. Those written by devices are handed out
-    /// once: the caller keeps what it has not yet sent.
+    /// The pages written since they were last cleared. Pages written by devices are returned once: the
+    /// caller keeps those that it has not yet sent.
     ///
     /// # Errors
     /// When KVM refuses.
     fn fetch(&self) -> Result<DirtyBitmap, DirtyError>;
 
-    /// Forgets that the pages with a bit in `words` were written. `first_page` is a multiple of
+    /// Clears the dirty bits of the pages with a bit in `words`. `first_page` is a multiple of
     /// [`PAGES_PER_WORD`] within the region.
     ///
     /// # Errors
@@ -84,7 +85,7 @@ pub trait DirtyTracker: Send + Sync {
     /// Ends the log.
     ///
     /// # Errors
-    /// When KVM refuses: the guest is then slower than it need be, no more.
+    /// When KVM refuses: the log stays on and slows the guest.
     fn stop(&self) -> Result<(), DirtyError>;
 }
 
@@ -128,7 +129,7 @@ impl DirtyBitmap {
         self.regions.get(region).map_or(&[], |bits| &bits.words)
     }
 
-    /// The words of a region, to take bits away.
+    /// The words of a region, for clearing bits.
     pub fn words_mut(&mut self, region: usize) -> &mut [u64] {
         self.regions
             .get_mut(region)
@@ -171,12 +172,12 @@ pub struct KvmDirtyTracker {
     memory: Arc<GuestMemory>,
     /// Fetching and clearing are two steps; without it KVM clears at the fetch.
     manual: bool,
-    /// Hand out every page at the next fetch: KVM was not asked to, or cannot.
+    /// Return every page at the next fetch, because KVM does not.
     all_dirty: AtomicBool,
 }
 
 impl KvmDirtyTracker {
-    /// A tracker, not yet started. Asks KVM for manual protection, with everything set initially.
+    /// A tracker, not yet started. Enables manual protection, with every page initially dirty.
     #[must_use]
     pub fn new(vm: Arc<VmFd>, memory: Arc<GuestMemory>) -> Self {
         let wanted = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET;

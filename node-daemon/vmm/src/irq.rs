@@ -1,4 +1,4 @@
-//! Interrupts and doorbells of devices, as KVM has them: GSI routes, irqfds and ioeventfds.
+//! Interrupts and doorbells of devices in KVM: GSI routes, irqfds and ioeventfds.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -111,7 +111,7 @@ impl DoorbellRegistry for Doorbells {
     }
 }
 
-/// Hands KVM the whole table: it has no way to change one entry.
+/// Passes the whole table to KVM, which cannot change single entries.
 fn apply(vm: &VmFd, routes: &Routes) -> io::Result<()> {
     let mut entries = Vec::with_capacity(40 + routes.messages.len());
     for line in 0..PIC_LINES {

@@ -1,4 +1,4 @@
-//! KVM itself: what this host's offers, and the bare virtual machine with its RAM and interrupt
+//! KVM: the capabilities of this host's, and the bare virtual machine with its RAM and interrupt
 //! controllers. vCPUs are in `vcpu`.
 #![expect(unsafe_code, reason = "memory slots hand host addresses to the kernel")]
 
@@ -28,18 +28,18 @@ pub enum KvmError {
     /// More vCPUs than KVM runs.
     #[error("cpus: {asked} is not between 1 and {max}")]
     Cpus {
-        /// The number asked for.
+        /// The requested number.
         asked: u32,
         /// The most that KVM and this machine's tables allow.
         max: u32,
     },
-    /// The thread of a vCPU is gone, which only its panic explains.
+    /// The thread of a vCPU has panicked.
     #[error("a vCPU's thread is gone")]
     VcpuGone,
     /// An ioctl failed.
     #[error("cannot {action}")]
     Ioctl {
-        /// What was tried.
+        /// The step that failed.
         action: &'static str,
         /// The kernel's answer.
         #[source]
@@ -119,7 +119,7 @@ pub(crate) fn set_memory_slot(
     unsafe { vm.set_user_memory_region(slot_region) }
 }
 
-/// What no guest of ours can do without.
+/// Checks the capabilities that every guest needs.
 fn check_host(kvm: &Kvm, cpus: u32) -> Result<(), KvmError> {
     if kvm.get_api_version() != 12 {
         return Err(KvmError::Lacks {

@@ -10,7 +10,7 @@
 //! 0x1_0000_0000  RAM that did not fit below 0xB000_0000
 //! ```
 //!
-//! A running guest keeps what it was told: none of these may change without a new state format.
+//! A running guest relies on these addresses: none may change without a new state format.
 
 /// End of the RAM below 4 GiB, and start of the hole.
 pub const RAM_LOW_END: u64 = 0xB000_0000;
@@ -47,7 +47,7 @@ pub const ACPI_SLEEP_CONTROL_PORT: u16 = 0x600;
 pub const ACPI_SLEEP_STATUS_PORT: u16 = 0x601;
 /// ACPI reset register, one byte (ACPI 6.5, 4.8.3.6).
 pub const ACPI_RESET_PORT: u16 = 0x602;
-/// What the guest's generic event device asks: which events are pending; reading clears them.
+/// Event register of the generic event device: the pending events; a read clears them.
 pub const ACPI_EVENT_PORT: u16 = 0x603;
 /// i8042 command port; a write of 0xFE pulses the reset line.
 pub const I8042_COMMAND_PORT: u16 = 0x64;
@@ -78,11 +78,11 @@ pub const CMDLINE: u64 = 0x2_0000;
 pub const CMDLINE_SIZE_MAX: usize = 2048;
 /// End of conventional memory: the extended BIOS data area would begin here.
 pub const EBDA_START: u64 = 0x9_FC00;
-/// ACPI tables, with the root pointer at the very start, where a guest looks for it by itself.
+/// ACPI tables, with the root pointer first, where guests search for it.
 pub const ACPI_START: u64 = 0xE_0000;
 /// Room for the ACPI tables.
 pub const ACPI_SIZE: u64 = 0x1_0000;
-/// Where a PC begins after a reset, in real mode: a guest that jumps there wants one.
+/// Reset vector of a PC, in real mode: a guest that jumps there requests a reset.
 pub const RESET_VECTOR: u64 = 0xF_FFF0;
 /// Where the kernel goes: 1 MiB.
 pub const HIMEM_START: u64 = 0x10_0000;

@@ -1,9 +1,9 @@
 //! bascule-vm: one process per virtual machine: the KVM guest, its devices, its disk I/O, its
 //! migration streams.
 //!
-//! [`machine`] is the machine as a value: [`VmBuilder`] → [`PausedVm`] ⇄ [`RunningVm`]. [`dirty`] is
-//! which pages were written, [`state`] what is saved of it. [`process`] is `bascule-vm` around it.
-//! Read [`layout`] for what the guest sees.
+//! [`machine`] is the machine as a value: [`VmBuilder`] → [`PausedVm`] ⇄ [`RunningVm`]. [`dirty`] tracks
+//! written pages, [`state`] is the saved device state, [`process`] is `bascule-vm` around the machine.
+//! [`layout`] is the guest's physical address space.
 
 mod acpi;
 mod blob;

@@ -1,4 +1,4 @@
-//! The machine and its life.
+//! Building a machine; its life cycle is in `lifecycle`, saving and restoring in `save`.
 //!
 //! ```text
 //!              boot, incoming            run
@@ -8,10 +8,10 @@
 //!                                 │
 //!                                 └─ dropped: threads joined, devices drained, KVM's VM closed
 //! ```
-//! Types say what is possible when: only a [`PausedVm`] has a state to save, only it can be ended.
-//! A guest that ends by itself stays a [`RunningVm`] with parked vCPUs until its owner, told through
-//! [`VmBuilder`]'s `on_stop`, pauses it. All methods are called by one owner; what other threads may
-//! do at any time is in [`MachineHandle`].
+//! The types say what is possible when: only a [`PausedVm`] can be saved, and only it can be ended. A
+//! guest that ends by itself stays a [`RunningVm`] with parked vCPUs until the VM actor, notified
+//! through [`VmBuilder`]'s `on_stop`, pauses it. One thread calls all methods; [`MachineHandle`] has
+//! what other threads may do at any time.
 
 mod handle;
 mod lifecycle;
@@ -60,28 +60,28 @@ pub struct VmBuilder {
     on_disk_failure: OnDiskFailure,
 }
 
-/// Told of a disk that failed, from the disk's thread.
+/// Called when a disk has failed, on the disk's thread.
 type OnDiskFailure = Arc<dyn Fn(DeviceFailure) + Send + Sync>;
 
 /// Why a machine cannot be built.
 #[derive(Debug, thiserror::Error)]
 pub enum BuildError {
-    /// No guest memory.
+    /// Guest memory cannot be created.
     #[error(transparent)]
     Memory(#[from] MemoryError),
-    /// KVM.
+    /// KVM refused.
     #[error(transparent)]
     Kvm(#[from] KvmError),
-    /// The kernel.
+    /// The kernel cannot be booted.
     #[error(transparent)]
     Boot(#[from] BootError),
     /// A device does not fit.
     #[error(transparent)]
     Device(#[from] AddError),
-    /// An eventfd or an interrupt route is not to be had.
+    /// An eventfd or an interrupt route cannot be set up.
     #[error("cannot {action}")]
     Interrupt {
-        /// What was tried.
+        /// The step that failed.
         action: &'static str,
         /// Why it failed.
         #[source]
@@ -93,9 +93,9 @@ pub enum BuildError {
 }
 
 impl VmBuilder {
-    /// A machine with `cpus` vCPUs and `memory` of RAM. `on_stop` is told, from a vCPU's or a
-    /// device's thread, when the guest ends by itself; it may be told more than once, the first
-    /// counts. It must not block.
+    /// A machine with `cpus` vCPUs and `memory` of RAM. `on_stop` is called on a vCPU's or a device's
+    /// thread when the guest ends by itself. It may be called more than once, the first reason counts,
+    /// and must not block.
     ///
     /// # Errors
     /// When the numbers are not possible or KVM refuses; the text names the field.
@@ -122,18 +122,18 @@ impl VmBuilder {
         })
     }
 
-    /// Has `told` told of each disk that fails; its guest goes on and sees errors. Called from the
-    /// disk's thread: it must not block. Before any device is added.
+    /// Calls `on_disk_failure` for each disk that fails; the guest runs on and sees I/O errors. Called on
+    /// the disk's thread, it must not block. Must be set before any device is added.
     #[must_use]
     pub fn with_disk_failures(
         mut self,
-        told: impl Fn(DeviceFailure) + Send + Sync + 'static,
+        on_disk_failure: impl Fn(DeviceFailure) + Send + Sync + 'static,
     ) -> Self {
-        self.on_disk_failure = Arc::new(told);
+        self.on_disk_failure = Arc::new(on_disk_failure);
         self
     }
 
-    /// What the devices of this machine are made with.
+    /// The RAM, interrupts and doorbells for the devices of this machine.
     #[must_use]
     pub fn device_context(&self) -> DeviceContext {
         DeviceContext {
@@ -159,7 +159,7 @@ impl VmBuilder {
     /// The machine with `source` loaded, about to execute its first instruction.
     ///
     /// # Errors
-    /// When the kernel is none or does not fit, or KVM refuses.
+    /// When the kernel cannot be booted or does not fit, or KVM refuses.
     pub fn boot(self, source: BootSource) -> Result<PausedVm, BuildError> {
         let rsdp = acpi::write(&self.memory, self.cpus).map_err(BuildError::Acpi)?;
         let entry = boot::load(&self.memory, source, rsdp)?;

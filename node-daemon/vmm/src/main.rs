@@ -1,4 +1,4 @@
-//! `bascule-vm`: runs one virtual machine, as its configuration file says.
+//! `bascule-vm`: runs one virtual machine from its configuration file.
 
 use std::path::PathBuf;
 use std::process::ExitCode;

@@ -16,26 +16,26 @@ use crate::layout;
 /// The guest's RAM.
 pub type GuestMemory = GuestMemoryMmap<AtomicBitmap>;
 
-/// Smallest unit of RAM that is sent, tracked and saved.
+/// Unit in which RAM is tracked, sent and saved, in bytes.
 pub const PAGE_SIZE: u64 = 4096;
 /// Least RAM of a guest: the boot structures and a small kernel.
 pub const RAM_MIN: Bytes = Bytes::mib(8);
 /// Most RAM of a guest: what 46 address bits hold with room to spare.
 pub const RAM_MAX: Bytes = Bytes::gib(16 * 1024);
 
-/// Why there is no guest RAM.
+/// Why guest RAM cannot be created.
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
     /// The size is not possible.
     #[error("memory: {size} is not between {RAM_MIN} and {RAM_MAX} in whole MiB")]
     Size {
-        /// The size as asked.
+        /// The requested size.
         size: Bytes,
     },
     /// The kernel has no memory file for it.
     #[error("cannot create a memory file of {size}")]
     Create {
-        /// The size as asked.
+        /// The requested size.
         size: Bytes,
         /// The kernel's answer.
         #[source]
@@ -62,7 +62,7 @@ pub fn ram_ranges(size: Bytes) -> Result<Vec<(GuestAddress, u64)>, MemoryError> 
     Ok(ranges)
 }
 
-/// Fresh guest RAM, all zeroes, nothing of it resident yet.
+/// Fresh guest RAM, all zeroes, not yet resident.
 ///
 /// # Errors
 /// When the size is not possible or the kernel refuses.
@@ -85,7 +85,7 @@ pub fn create(size: Bytes) -> Result<Arc<GuestMemory>, MemoryError> {
     Ok(Arc::new(memory))
 }
 
-/// How much RAM there is.
+/// The size of the RAM.
 #[must_use]
 pub fn size_of(memory: &GuestMemory) -> Bytes {
     Bytes(memory.iter().map(GuestMemoryRegion::len).sum())

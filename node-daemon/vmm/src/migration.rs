@@ -1,4 +1,4 @@
-//! Moving this machine to another process: `bascule-migrate`'s decisions, acted on.
+//! Migrating this machine to another process: carries out `bascule-migrate`'s decisions.
 //!
 //! ```text
 //!   migrate_live ──► Kept (the guest runs on here) │ Departed │ Lost (never again here)
@@ -6,21 +6,21 @@
 //!   migrate_quick ──► Kept │ Departed │ Lost          restore_saved ──► ready to run
 //! ```
 //!
-//! The machine stays with its owner, who goes on serving the control socket; a migration runs on a
-//! thread of its own and handles the machine through [`Guest`] or [`Arrival`]. Others reach the
-//! attempt through [`MigrationControl`].
+//! The machine stays with the VM actor, which goes on serving the control socket. A migration runs on a
+//! thread of its own and handles the machine through [`Guest`] or [`Arrival`]. Other threads show and
+//! cancel the attempt through [`MigrationControl`].
 //!
 //! | module | what |
 //! |---|---|
 //! | [`control`] | progress, cancelling |
-//! | [`order`], [`guest`] | what is asked for, and how a machine is handled |
+//! | [`request`], [`guest`] | what is requested, and how a machine is handled |
 //! | [`outgoing`] | the live source |
 //! | [`incoming`] | the live destination |
 //! | `copy`, `apply` | guest memory to frames and back |
 //! | `channel` | frames over mutual TLS over TCP |
-//! | [`row`] | the volume's word on who owns the machine |
+//! | [`ownership_client`] | transferring and reading the VM's ownership record |
 //! | [`saved`] | quick migration: the machine as an image on its volume |
-//! | [`fault`] | where tests break an attempt |
+//! | [`fault`] | fault injection for tests |
 
 mod apply;
 mod channel;

@@ -1,4 +1,4 @@
-//! Power: the ACPI sleep, reset and event registers, and the resets that guests try besides.
+//! Power: the ACPI sleep, reset and event registers, and the other ways by which guests reset.
 
 use std::io;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -7,7 +7,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::layout;
 
-/// What a guest asked of its machine.
+/// A power request of the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum PowerRequest {
     /// Switch off (S5).
@@ -66,7 +66,7 @@ impl Power {
         }
     }
 
-    /// Guest write of one byte, and what it asks for.
+    /// Guest write of one byte; returns the power request that it makes, if any.
     pub(crate) fn write(&self, port: u16, value: u8) -> Option<PowerRequest> {
         match (port, value) {
             (layout::ACPI_SLEEP_CONTROL_PORT, _)
@@ -81,12 +81,12 @@ impl Power {
         }
     }
 
-    /// Events that the guest has not fetched.
+    /// Pending events that the guest has not read.
     pub(crate) fn save(&self) -> u8 {
         self.pending.load(Ordering::SeqCst)
     }
 
-    /// Takes saved events over; the line's own state is the I/O APIC's.
+    /// Restores saved events; the state of the line is saved with the I/O APIC.
     pub(crate) fn restore(&self, pending: u8) {
         self.pending
             .store(pending & EVENT_POWER_BUTTON, Ordering::SeqCst);
@@ -119,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn the_usual_ways_to_reset_are_understood() {
+    fn the_usual_ways_to_reset_make_a_reset_request() {
         let power = Power::new(EventFd::new(0).unwrap());
         assert_eq!(
             power.write(layout::ACPI_RESET_PORT, 1),

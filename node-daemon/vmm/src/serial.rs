@@ -1,5 +1,5 @@
-//! COM1: a 16550A on line 4 whose output is the [`Console`] and whose input comes from whoever is
-//! attached to it.
+//! COM1: a 16550A on line 4 whose output goes to the [`Console`] and whose input comes from the attached
+//! terminal.
 
 use std::collections::VecDeque;
 use std::io;
@@ -12,7 +12,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::console::Console;
 
-/// Input that waits for the guest to read; what comes beyond it is dropped.
+/// Most unread input in bytes; input beyond it is dropped.
 const BACKLOG_BYTES_MAX: usize = 64 << 10;
 
 /// The serial port. Shared by all vCPU threads and the console's reader.
@@ -91,7 +91,7 @@ impl SerialPort {
     /// Guest write of register `offset`.
     pub(crate) fn write(&self, offset: u8, value: u8) {
         if let Err(error) = self.lock().uart.write(offset, value) {
-            tracing::warn!(?error, "serial port");
+            tracing::warn!(?error, "serial port write failed");
         }
     }
 
@@ -122,7 +122,7 @@ impl SerialPort {
         }
     }
 
-    /// Takes a saved state over. `false` when it holds more input than a 16550A can.
+    /// Restores a saved state. `false` when it holds more input than a 16550A can.
     pub(crate) fn restore(&self, saved: &SavedSerial) -> bool {
         let state = SerialState {
             baud_divisor_low: saved.baud_divisor_low,
@@ -166,7 +166,7 @@ impl Inner {
         let ready = ready.get(..room.min(ready.len())).unwrap_or_default();
         match self.uart.enqueue_raw_bytes(ready) {
             Ok(taken) => drop(self.backlog.drain(..taken)),
-            Err(error) => tracing::warn!(?error, "serial input"),
+            Err(error) => tracing::warn!(?error, "serial input dropped"),
         }
     }
 }

@@ -5,10 +5,10 @@
 //!   default, nothing is ever given another meaning; anything else takes a new [`VERSION`].
 //! - JSON: small (some ten KiB per vCPU), readable in a debugger. Kernel structures are base64.
 //! - It comes from a peer: every length is bounded by the message that carries it, every structure
-//!   has its exact size, and KVM judges the values.
+//!   has its exact size, and KVM checks the values.
 //!
-//! What is not in it: the layout ([`crate::layout`]) and the configuration, which the destination
-//! has from elsewhere; the guest's ACPI tables, which are RAM.
+//! Not included: the address space (`layout`), which is fixed; the configuration, which the destination
+//! has of its own; and the guest's ACPI tables, which are in RAM.
 
 use bascule_devices::state::DeviceState;
 use bascule_types::Bytes;
@@ -36,7 +36,7 @@ pub struct MachineState {
     pub(crate) pit: Option<Blob<kvm_pit_state2>>,
     pub(crate) clock: Blob<kvm_clock_data>,
     pub(crate) serial: SavedSerial,
-    /// Power events that the guest has not fetched.
+    /// Pending power events that the guest has not read.
     pub(crate) power_events: u8,
     pub(crate) devices: DeviceState,
 }
@@ -44,7 +44,7 @@ pub struct MachineState {
 /// A saved state that this release cannot use.
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
-    /// Not a machine state, or torn.
+    /// Not a machine state, or truncated.
     #[error("malformed machine state")]
     Malformed(#[source] serde_json::Error),
     /// From another release.

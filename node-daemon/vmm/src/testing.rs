@@ -1,4 +1,4 @@
-//! What the tests of this crate share: tiny guests, in machine code, and a machine to run them.
+//! Fixtures of this crate's tests: tiny guests in machine code, and a machine to run them.
 
 mod guests;
 
@@ -24,7 +24,7 @@ pub(crate) fn kvm_or_skip() -> bool {
     present
 }
 
-/// A machine without devices, and what it tells its owner.
+/// A machine without devices, and the stop reasons that it reports.
 pub(crate) struct TestVm {
     pub(crate) console: Console,
     pub(crate) stopped: Receiver<StopReason>,

@@ -1,4 +1,4 @@
-//! A vCPU: a thread of its own that runs the guest until it is told to pause or the guest ends.
+//! A vCPU: a thread that runs the guest until it is kicked or the guest ends.
 //!
 //! ```text
 //!            run                       kick, or the guest ends
@@ -36,13 +36,13 @@ use crate::bus::Bus;
 use crate::kvm::KvmError;
 use crate::power::PowerRequest;
 
-/// Whom a vCPU tells that the guest ended. Called once per vCPU that noticed; must not block.
+/// Called when the guest ended, once per vCPU that noticed; must not block.
 pub(crate) type OnStop = Arc<dyn Fn(StopReason) + Send + Sync>;
 
 /// How long to wait for a kicked vCPU before kicking it again: far more than an exit takes.
 const KICK_AGAIN: Duration = Duration::from_millis(50);
 
-/// The owner's end of a vCPU thread.
+/// The handle of a vCPU thread.
 #[derive(Debug)]
 pub(crate) struct Vcpu {
     index: u32,
@@ -52,7 +52,7 @@ pub(crate) struct Vcpu {
     thread: Option<JoinHandle<()>>,
 }
 
-/// What a parked vCPU can be told.
+/// A command to a parked vCPU.
 enum Command {
     Run,
     Save(SyncSender<Result<VcpuState, KvmError>>),
@@ -60,7 +60,7 @@ enum Command {
     TscOffset(u64, SyncSender<Result<(), KvmError>>),
 }
 
-/// The thread's end.
+/// The vCPU as its thread holds it.
 struct Runner {
     fd: VcpuFd,
     bus: Arc<Bus>,
@@ -69,7 +69,7 @@ struct Runner {
     on_stop: OnStop,
 }
 
-/// Why a vCPU left the guest for good.
+/// Why a vCPU left the guest.
 enum Ended {
     Paused,
     Stopped(StopReason),
@@ -217,8 +217,8 @@ impl Runner {
     }
 
     fn run_guest(&mut self) -> Ended {
-        // Tells a guest with kvm-clock that it was not its fault (KVM API, KVM_KVMCLOCK_CTRL);
-        // EINVAL from one without.
+        // Tells a guest with kvm-clock that the host stopped it, so that its watchdog does not fire
+        // (KVM API, KVM_KVMCLOCK_CTRL); fails with EINVAL for a guest without.
         if let Err(error) = self.fd.kvmclock_ctrl() {
             tracing::trace!(%error, "kvmclock_ctrl");
         }
@@ -267,7 +267,7 @@ impl Runner {
         }
     }
 
-    /// Where the guest stands, for whoever looks into one that hangs.
+    /// Logs the instruction pointer, for debugging a guest that hangs.
     fn log_place(&self) {
         if tracing::enabled!(tracing::Level::DEBUG)
             && let Ok(regs) = self.fd.get_regs()
@@ -276,7 +276,7 @@ impl Runner {
         }
     }
 
-    /// KVM gave up emulating; says where, as far as the registers tell.
+    /// KVM failed to emulate an instruction; reports its address.
     fn internal_error(&mut self) -> StopReason {
         let place = self.fd.get_regs().map_or(0, |regs| regs.rip);
         let run = self.fd.get_kvm_run();
@@ -356,7 +356,7 @@ thread_local! {
     static KVM_RUN: Cell<*mut kvm_run> = const { Cell::new(ptr::null_mut()) };
 }
 
-/// While it lives, this thread's vCPU can be kicked.
+/// Makes this thread's vCPU kickable until it is dropped.
 struct Kickable;
 
 impl Kickable {

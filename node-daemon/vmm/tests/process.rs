@@ -23,14 +23,14 @@ use bascule_types::{Bytes, VmUid};
 use tempfile::TempDir;
 
 const PATIENCE: Duration = Duration::from_secs(60);
-/// Between two looks: asking without a pause takes the time from whoever is asked.
+/// Poll interval of the status: polling without a pause would slow the process under test.
 const POLL: Duration = Duration::from_millis(2);
 
 struct TestProcess {
     child: Child,
     control: Connection,
     dir: TempDir,
-    /// The states in which it was seen before it stopped.
+    /// The states that were seen before it stopped.
     shown: Vec<VmState>,
 }
 
@@ -199,7 +199,7 @@ fn a_guest_runs_is_paused_resumed_and_stopped_over_the_control_socket() {
 }
 
 #[test]
-fn a_guest_that_switches_itself_off_leaves_its_reason_until_it_is_collected() {
+fn a_guest_that_switches_itself_off_leaves_its_reason_in_the_status() {
     if !kvm_or_skip() {
         return;
     }
@@ -274,7 +274,7 @@ fn a_guest_outlives_every_control_connection_and_garbage_on_the_socket() {
 }
 
 #[test]
-fn what_cannot_be_built_is_told_by_name_and_the_process_stays_to_tell() {
+fn a_failed_build_names_the_field_and_the_process_stays_to_report_it() {
     if !kvm_or_skip() {
         return;
     }

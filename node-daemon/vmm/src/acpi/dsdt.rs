@@ -1,4 +1,4 @@
-//! The differentiated system description: what cannot be discovered.
+//! The differentiated system description table (DSDT): devices that cannot be discovered.
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
@@ -145,7 +145,7 @@ fn power_button() -> Vec<u8> {
     ))
 }
 
-/// Generic event device (ACPI 6.5, 5.6.9): its interrupt means that the event register has news.
+/// Generic event device (ACPI 6.5, 5.6.9): its interrupt means that events are pending in the event register.
 fn event_device() -> Vec<u8> {
     let interrupt = Interrupt::new(true, true, false, false, layout::GED_GSI);
     let port = layout::ACPI_EVENT_PORT;

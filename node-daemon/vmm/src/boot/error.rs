@@ -10,7 +10,7 @@ pub enum BootError {
     /// Neither kind of kernel.
     #[error("boot.kernel: not a kernel: neither a Linux bzImage nor a 64-bit ELF file")]
     NotAKernel,
-    /// An ELF file that does not say where its PVH entry is.
+    /// An ELF file without a PVH entry note.
     #[error("boot.kernel: an ELF file without a PVH entry note")]
     NoPvhEntry,
     /// A bzImage without a 64-bit entry.
@@ -47,7 +47,7 @@ pub enum BootError {
     /// Guest memory is too small for the boot structures.
     #[error("memory: too small to boot")]
     Memory(#[source] vm_memory::GuestMemoryError),
-    /// The vCPU does not take its first registers.
+    /// KVM refused the vCPU's initial registers.
     #[error(transparent)]
     Kvm(#[from] KvmError),
 }

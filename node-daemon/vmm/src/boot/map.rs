@@ -1,11 +1,11 @@
-//! The memory map that the guest is told.
+//! The memory map that is passed to the guest.
 
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::layout;
 use crate::memory::GuestMemory;
 
-/// What a range is, with the numbers that E820 and PVH share.
+/// The type of a range, with the numbers that E820 and PVH share.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum RangeKind {
     /// Usable memory.

@@ -11,7 +11,7 @@ use super::source::Initrd;
 use crate::layout;
 use crate::memory::{GuestMemory, PAGE_SIZE};
 
-/// Where the boot processor begins.
+/// The boot processor's entry point.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Entry {
     /// 32-bit protected mode, EBX = `hvm_start_info`.
@@ -20,7 +20,7 @@ pub(crate) enum Entry {
     Linux64(u64),
 }
 
-/// Puts a kernel of `L`'s kind where kernels go.
+/// Loads a kernel with the loader `L`, at or above 1 MiB.
 pub(super) fn place<L: KernelLoader>(
     memory: &GuestMemory,
     kernel: &[u8],
@@ -29,7 +29,7 @@ pub(super) fn place<L: KernelLoader>(
     L::load(memory, None, &mut Cursor::new(kernel), himem).map_err(BootError::Load)
 }
 
-/// Guest memory ends before a boot structure.
+/// The error for guest memory that ends before the boot structure at `address`.
 pub(super) fn no_memory_at(address: u64) -> BootError {
     let at = GuestAddress(address);
     BootError::Memory(vm_memory::GuestMemoryError::InvalidGuestAddress(at))
@@ -93,5 +93,5 @@ pub(super) fn load_initrd(
     Ok(Some((start, length)))
 }
 
-/// How much of an initrd is copied at once.
+/// Bytes of an initrd that are copied at once.
 const COPY_BYTES: usize = 1 << 20;

@@ -15,7 +15,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use rustix::io::Errno;
 use rustix::net::SendFlags;
 
-/// What waits for a terminal at most: some screens full.
+/// Most bytes queued for a terminal: a few screens.
 const QUEUE_BYTES_MAX: usize = 256 << 10;
 
 /// A terminal, until it is dropped or gone.
@@ -34,11 +34,11 @@ struct Queue {
 #[derive(Debug, Default)]
 struct Waiting {
     bytes: Vec<u8>,
-    /// The thread is passing bytes on: later ones must queue behind them.
+    /// The thread is writing bytes: later ones must queue behind them.
     sending: bool,
     /// The rest of the present line is dropped.
     skipping: bool,
-    /// Nobody reads, or nobody writes any more.
+    /// The terminal is closed, or the console was dropped.
     closed: bool,
 }
 
@@ -59,7 +59,7 @@ impl Terminal {
         terminal
     }
 
-    /// Shows `bytes`, now or later. `false` when the terminal is gone.
+    /// Writes `bytes` to the terminal, now or from the queue. `false` when the terminal is gone.
     pub(super) fn show(&self, bytes: &[u8]) -> bool {
         let mut waiting = self.queue.lock();
         if waiting.closed {
@@ -95,7 +95,7 @@ impl Queue {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Passes on what is queued, as fast as the terminal takes it.
+    /// Writes queued bytes as fast as the terminal reads them.
     fn pass_on(&self, mut stream: &UnixStream) {
         let mut waiting = self.lock();
         loop {
@@ -123,7 +123,7 @@ impl Queue {
 }
 
 impl Waiting {
-    /// Queues `bytes`, and drops lines that there is no room for.
+    /// Queues `bytes`, dropping lines that do not fit.
     fn push(&mut self, bytes: &[u8]) {
         for &byte in bytes {
             if !self.skipping && self.bytes.len() >= QUEUE_BYTES_MAX {

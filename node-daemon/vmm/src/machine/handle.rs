@@ -8,9 +8,9 @@ use crate::kvm::BareVm;
 use crate::memory::GuestMemory;
 use crate::vcpu::Vcpu;
 
-/// The machine in whichever state.
+/// The parts of a machine, paused or running.
 pub(crate) struct Machine {
-    /// First, so that the threads have ended before all else goes.
+    /// First, so that the vCPU threads end before the other parts are dropped.
     pub(crate) vcpus: Vec<Vcpu>,
     pub(crate) bus: Arc<Bus>,
     pub(crate) dirty: Arc<KvmDirtyTracker>,
@@ -18,7 +18,7 @@ pub(crate) struct Machine {
     pub(crate) memory: Arc<GuestMemory>,
 }
 
-/// What any thread may do with a machine, running or not, for as long as it exists.
+/// Access to a machine from any thread, paused or running.
 #[derive(Clone, Debug)]
 pub struct MachineHandle {
     bus: Arc<Bus>,
@@ -51,13 +51,13 @@ impl MachineHandle {
         &self.memory
     }
 
-    /// The log of written pages.
+    /// The dirty log.
     #[must_use]
     pub const fn dirty(&self) -> &Arc<KvmDirtyTracker> {
         &self.dirty
     }
 
-    /// Presses the ACPI power button. What the guest does about it is its own affair.
+    /// Presses the ACPI power button. The guest may ignore it.
     ///
     /// # Errors
     /// When the interrupt cannot be raised.
@@ -65,7 +65,7 @@ impl MachineHandle {
         self.bus.power.press_button()
     }
 
-    /// Types into the serial console.
+    /// Passes `input` to the serial console.
     pub fn type_in(&self, input: &[u8]) {
         self.bus.serial.type_in(input);
     }

@@ -1,4 +1,13 @@
-//! Running, pausing, ending.
+//! The life cycle of a machine, in types.
+//!
+//! ```text
+//!  VmBuilder ─boot, incoming─► PausedVm ─────run─────► RunningVm
+//!                               │  ▲ │                    │
+//!                 save, restore └──┘ │ ◄──────pause───────┘
+//!                                    │
+//!                                    └─end─► threads joined, devices drained, KVM's VM closed
+//! ```
+//! `run` and `pause` consume the machine; when they fail, it is dropped and cannot be used again.
 
 use bascule_types::WriterState;
 
@@ -28,10 +37,10 @@ impl PausedVm {
         }
     }
 
-    /// Lets the guest run: devices first, so that nothing that it asks for is lost.
+    /// Runs the guest: devices first, so that no request of the guest is lost.
     ///
     /// # Errors
-    /// When a vCPU's thread is gone; the machine is then of no more use.
+    /// When a vCPU's thread is gone; the machine cannot be used again.
     pub fn run(self) -> Result<RunningVm, KvmError> {
         self.machine.bus.pci.resume();
         for vcpu in &self.machine.vcpus {
@@ -48,14 +57,14 @@ impl PausedVm {
         self.writer_state
     }
 
-    /// What any thread may do with it.
+    /// A handle for other threads.
     #[must_use]
     pub fn handle(&self) -> MachineHandle {
         self.machine.handle()
     }
 
-    /// Ends the machine: joins all its threads and closes it. The guest's RAM lives on for as long
-    /// as someone holds it.
+    /// Ends the machine: joins all its threads and closes it. The guest's RAM lives on while a
+    /// [`MachineHandle`] exists.
     pub fn end(self) {
         drop(self);
     }
@@ -65,11 +74,11 @@ impl RunningVm {
     /// Parks all vCPUs, then drains all devices.
     ///
     /// # Guarantees
-    /// When it returns, nobody writes guest memory any more, and every page that was written is in
-    /// the dirty log.
+    /// When it returns, neither vCPUs nor devices write guest memory any more, and every written page is
+    /// in the dirty log.
     ///
     /// # Errors
-    /// When a vCPU's thread is gone; the machine is then of no more use.
+    /// When a vCPU's thread is gone; the machine cannot be used again.
     pub fn pause(self) -> Result<PausedVm, KvmError> {
         for vcpu in &self.machine.vcpus {
             vcpu.kick();
@@ -87,7 +96,7 @@ impl RunningVm {
         })
     }
 
-    /// What any thread may do with it.
+    /// A handle for other threads.
     #[must_use]
     pub fn handle(&self) -> MachineHandle {
         self.machine.handle()

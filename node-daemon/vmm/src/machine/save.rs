@@ -1,4 +1,4 @@
-//! The state of a paused machine: reading it, and putting it into another.
+//! Saving the state of a paused machine, and restoring it in another.
 
 use bascule_types::Bytes;
 use kvm_bindings::{
@@ -13,7 +13,7 @@ use crate::memory;
 use crate::state::{MachineState, VERSION};
 use crate::vcpu;
 
-/// Why a machine does not take a saved state over. It is then of no more use.
+/// Why a machine does not restore a saved state. The machine cannot be used again.
 #[derive(Debug, thiserror::Error)]
 pub enum RestoreError {
     /// The state belongs to a machine of another shape.
@@ -21,9 +21,9 @@ pub enum RestoreError {
     Shape {
         /// What differs.
         what: &'static str,
-        /// How much the saved one has.
+        /// Its value in the saved machine.
         theirs: u64,
-        /// How much this one has.
+        /// Its value in this machine.
         ours: u64,
     },
     /// KVM refused.
@@ -94,7 +94,7 @@ impl PausedVm {
         })
     }
 
-    /// Takes `state` over. The machine must be [`crate::VmBuilder::incoming`], with the same devices,
+    /// Restores `state`. The machine must be [`crate::VmBuilder::incoming`], with the same devices,
     /// and its RAM must be the saved machine's already: devices read their queues from it.
     ///
     /// # Errors

@@ -38,7 +38,7 @@ fn is_alphabet(output: &[u8]) -> bool {
 }
 
 #[test]
-fn a_guest_prints_on_its_serial_port_and_stands_still_while_paused() {
+fn a_guest_prints_on_its_serial_port_and_executes_nothing_while_paused() {
     if !kvm_or_skip() {
         return;
     }
@@ -61,7 +61,7 @@ fn a_guest_prints_on_its_serial_port_and_stands_still_while_paused() {
 }
 
 #[test]
-fn a_restored_guest_goes_on_where_the_saved_one_stopped() {
+fn a_restored_guest_continues_where_the_saved_one_stopped() {
     if !kvm_or_skip() {
         return;
     }
@@ -178,7 +178,7 @@ fn the_dirty_log_sees_what_the_guest_writes_and_nothing_else() {
 }
 
 #[test]
-fn every_way_to_end_is_reported_as_what_it_is() {
+fn every_way_to_end_is_reported_with_its_reason() {
     if !kvm_or_skip() {
         return;
     }
@@ -228,7 +228,7 @@ fn the_power_button_reaches_the_guest() {
 }
 
 #[test]
-fn what_is_typed_reaches_the_guest_in_order() {
+fn serial_input_reaches_the_guest_in_order() {
     if !kvm_or_skip() {
         return;
     }
@@ -267,7 +267,7 @@ fn a_machine_of_several_vcpus_is_saved_and_restored() {
 }
 
 #[test]
-fn impossible_numbers_of_cpus_are_refused_by_name() {
+fn impossible_vcpu_counts_are_refused_with_the_field_named() {
     if !kvm_or_skip() {
         return;
     }

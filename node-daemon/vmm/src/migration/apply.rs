@@ -1,4 +1,4 @@
-//! Frames to guest memory.
+//! Writes received frames to guest memory.
 
 use bascule_migrate::wire::{Batch, PAGE, RunContents};
 use bascule_migrate::{MemoryLayout, PageIndex, PageRange, Pages};
@@ -6,7 +6,7 @@ use vm_memory::{Address, Bytes as _, GuestAddress, GuestMemoryBackend, GuestMemo
 
 use crate::memory::{GuestMemory, PAGE_SIZE};
 
-/// The memory as the wire describes it.
+/// The layout of the memory, as `Config` frames carry it.
 pub(super) fn layout_of(memory: &GuestMemory) -> MemoryLayout {
     let ranges = memory
         .iter()
@@ -18,7 +18,7 @@ pub(super) fn layout_of(memory: &GuestMemory) -> MemoryLayout {
     MemoryLayout::new(ranges).expect("guest memory has one or two regions in order")
 }
 
-/// Writes batches into memory that was all zero at first.
+/// Writes batches to memory that was all zero at first.
 pub(super) struct Applier<'a> {
     memory: &'a GuestMemory,
     layout: MemoryLayout,

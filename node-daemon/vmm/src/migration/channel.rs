@@ -18,7 +18,7 @@ pub(super) struct Channel {
     buffer: FrameBuffer,
 }
 
-/// Why there is no stream.
+/// Why the stream cannot be opened.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum OpenError {
     #[error(transparent)]
@@ -38,11 +38,11 @@ impl<T: Read + Write + Send> Duplex for T {}
 /// A socket that is read in large pieces: TLS asks for one record at a time.
 struct Socket(BufReader<TcpStream>);
 
-/// How much one read of the socket takes at most.
+/// Most bytes of one read of the socket.
 const READ_BYTES: usize = 256 << 10;
-/// How much encrypted data waits for the socket: a full memory frame and more.
+/// Most encrypted bytes that wait for the socket: more than a full memory frame.
 const WRITE_BUFFER_BYTES: usize = 2 << 20;
-/// How long connecting and the handshake may take.
+/// Longest wait for the connection, and for each step of the handshake.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(5);
 
 impl Channel {
@@ -106,7 +106,7 @@ impl Channel {
         }
     }
 
-    /// The socket, to be shut down by someone who cancels.
+    /// The socket, which cancelling shuts down.
     pub(super) fn socket(&self) -> io::Result<TcpStream> {
         self.tcp.try_clone()
     }
@@ -119,7 +119,7 @@ impl Channel {
         self.tcp.set_write_timeout(timeout)
     }
 
-    /// Sends one frame and sees it into the socket.
+    /// Sends one frame and flushes it to the socket.
     pub(super) fn send(&mut self, frame: &Frame<'_>) -> io::Result<u64> {
         let sent = self.writer.send(&mut self.tls, frame)?;
         self.tls.flush()?;
@@ -153,13 +153,13 @@ impl Channel {
         }
     }
 
-    /// Tells the peer that this is the end. It does not matter whether it arrives.
+    /// Sends the peer the reason of the end, best effort.
     pub(super) fn abort(&mut self, abort: &Abort) {
         let told = self
             .set_timeout(Duration::from_millis(200))
             .and_then(|()| self.send(&Frame::Abort(abort.clone())));
         if let Err(error) = told {
-            tracing::debug!(%error, "the peer was not told that the attempt is over");
+            tracing::debug!(%error, "the abort was not sent to the peer");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! What everybody may see of an attempt, and cancelling it.
+//! The status of an attempt for other threads, and cancelling it.
 
 use std::net::{Shutdown, TcpStream};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use bascule_ipc::vm::{MigrationPhase, MigrationStatus};
 use bascule_types::{AttemptId, Bytes};
 
-/// One attempt, as seen from outside the thread that makes it.
+/// One attempt, shared by its thread and the VM actor.
 #[derive(Debug)]
 pub struct MigrationControl {
     shared: Mutex<Shared>,
@@ -56,7 +56,7 @@ impl MigrationControl {
         }
     }
 
-    /// How it goes, or went.
+    /// The progress or the outcome.
     #[must_use]
     pub fn status(&self) -> MigrationStatus {
         let shared = self.lock();
@@ -67,8 +67,8 @@ impl MigrationControl {
         status
     }
 
-    /// Calls the attempt off, and says whether that was still possible. The guest then runs on
-    /// where it was.
+    /// Cancels the attempt, and returns whether that was still possible. The guest then runs on at the
+    /// source.
     pub fn cancel(&self) -> bool {
         let mut shared = self.lock();
         if shared.committed_to || shared.ended {
@@ -85,7 +85,7 @@ impl MigrationControl {
         true
     }
 
-    /// Whether it was called off.
+    /// Whether it was cancelled.
     #[must_use]
     pub fn is_cancelled(&self) -> bool {
         self.lock().cancel
@@ -104,14 +104,14 @@ impl MigrationControl {
         }
     }
 
-    /// From here on nothing is cancelled, unless it was cancelled already: then false.
+    /// Makes the attempt uncancellable; `false` when it was cancelled before.
     pub(super) fn pass_commit_point(&self) -> bool {
         let mut shared = self.lock();
         shared.committed_to = !shared.cancel;
         shared.committed_to
     }
 
-    /// Waits, but no longer than until someone cancels.
+    /// Waits for `time`, or until the attempt is cancelled.
     pub(super) fn wait(&self, time: Duration) {
         if time.is_zero() {
             return;
@@ -137,7 +137,7 @@ impl MigrationControl {
         change(&mut self.lock().status);
     }
 
-    /// The end, in `phase`.
+    /// Ends the attempt in `phase`.
     pub(super) fn end(&self, phase: MigrationPhase, failure: Option<String>) {
         let mut shared = self.lock();
         shared.leave_phase();
@@ -149,7 +149,7 @@ impl MigrationControl {
     }
 
     fn lock(&self) -> MutexGuard<'_, Shared> {
-        // A status is whole after every assignment.
+        // The status is consistent after every assignment.
         self.shared.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -163,7 +163,7 @@ impl Shared {
     }
 }
 
-/// Whole milliseconds, rounded up: what took time is never shown as nothing.
+/// Whole milliseconds, rounded up, so that a measured time is never shown as zero.
 pub(super) fn millis(time: Duration) -> u64 {
     u64::try_from(time.as_nanos().div_ceil(1_000_000)).unwrap_or(u64::MAX)
 }

@@ -1,4 +1,4 @@
-//! Guest memory to frames.
+//! Reads guest memory into frames.
 
 use std::io;
 use std::sync::Arc;
@@ -18,13 +18,13 @@ use crate::memory::{GuestMemory, PAGE_SIZE};
 const CHUNK_WORDS: usize = 64;
 const ZERO_PAGE: [u8; PAGE] = [0; PAGE];
 
-/// Takes batches when they are full.
+/// Where full batches are sent.
 pub(super) trait Sink {
     /// Sends the batch and leaves it empty.
     fn take(&mut self, batch: &mut BatchBuilder) -> io::Result<()>;
 }
 
-/// What one pass came to.
+/// The pages of one pass.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Passed {
     /// Pages sent with their contents.
@@ -68,8 +68,8 @@ impl Copier {
         }
     }
 
-    /// Sends every page in `pending`. While the guest runs, `tracker` is told of each chunk right
-    /// before it is read. `fresh` says that the other side has nothing yet: pages that never had
+    /// Sends every page in `pending`. While the guest runs, each chunk is cleared in `tracker` right
+    /// before it is read. `fresh` means that the other side has no memory yet: pages that never had
     /// contents are then left out.
     pub(super) fn pass(
         &mut self,
@@ -90,7 +90,7 @@ impl Copier {
                 if let Some(tracker) = tracker {
                     tracker.clear(index, first_page, words)?;
                 }
-                // Asked after the clear: what gets its first contents later is in the log again.
+                // Looked up after the clear: a page that gets its first contents later is dirty again.
                 let holes = if fresh {
                     Holes::find(region, first_page)
                 } else {

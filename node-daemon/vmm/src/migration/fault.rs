@@ -1,9 +1,9 @@
-//! Where tests break an attempt. Without the feature `fault-injection`, outside of this crate's own
-//! tests, nothing here does anything.
+//! Fault injection in an attempt. Without the feature `fault-injection`, and outside of this crate's own
+//! tests, no fault is ever injected.
 
 use std::io;
 
-/// A place at which an attempt may be broken.
+/// A step at which a fault may be injected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum FaultPoint {
     /// Destination: the source has said hello.
@@ -20,9 +20,9 @@ pub enum FaultPoint {
     DestinationReady,
     /// Source: the guest is stopped.
     SourceStopped,
-    /// Source: `Ready` has come, before the transfer is asked for.
+    /// Source: `Ready` was received, before the transfer is requested.
     SourceReady,
-    /// Source: the row was transferred, before the destination is told.
+    /// Source: the ownership was transferred, before `Committed` is sent.
     SourceCommitted,
 }
 
@@ -99,7 +99,7 @@ impl Faults {
         Self(point.map(|point| (point, action)))
     }
 
-    /// None: this build breaks nothing.
+    /// None: this build injects no faults.
     #[cfg(not(feature = "fault-injection"))]
     #[must_use]
     pub const fn from_environment() -> Self {

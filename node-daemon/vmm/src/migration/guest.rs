@@ -1,9 +1,9 @@
-//! How a migration handles a machine that stays with its owner.
+//! How a migration thread handles the machine, which stays with the VM actor.
 
 use bascule_types::Ownership;
 
-/// The machine, as whoever owns it lets a migration handle it. Every call may be refused when the
-/// guest was stopped meanwhile; the attempt then ends.
+/// The machine at the source. Every call may be refused when the guest was stopped meanwhile; the
+/// attempt then ends.
 pub trait Guest {
     /// Parks the vCPUs and drains the devices.
     ///
@@ -17,7 +17,7 @@ pub trait Guest {
     /// When it is not paused, or KVM refuses.
     fn save(&mut self) -> Result<Vec<u8>, GuestError>;
 
-    /// Lets the guest run if it does not. Called first whenever an attempt fails.
+    /// Runs the guest unless it runs. Called before any clean-up when an attempt fails.
     ///
     /// # Errors
     /// When there is no guest any more.
@@ -27,34 +27,34 @@ pub trait Guest {
     /// resume or stop the paused guest.
     ///
     /// # Errors
-    /// When the guest is not paused any more: nothing is then asked for.
+    /// When the guest is not paused any more: the commit request is then not sent.
     fn mark_in_doubt(&mut self) -> Result<(), GuestError>;
 }
 
-/// Why the machine's owner did not do what a migration wanted.
+/// Why a step was refused or failed.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct GuestError(pub String);
 
-/// The machine that is to arrive, as whoever owns it lets a migration handle it.
+/// The machine at the destination.
 pub trait Arrival {
-    /// Puts the encoded state into the machine, whose memory is complete.
+    /// Restores the encoded state. The machine's memory is complete.
     ///
     /// # Errors
-    /// When it does not fit; the machine is then of no more use.
+    /// When it does not fit; the machine cannot be used again.
     fn restore(&mut self, state: &[u8]) -> Result<(), GuestError>;
 
-    /// The row is this node's: opens the volume for writing. Asked again until it succeeds,
-    /// because nobody else may run the guest any more.
+    /// This node owns the VM: opens the volume for writing. Repeated until it succeeds, because no other
+    /// node may run the guest any more.
     ///
     /// # Errors
     /// Why it cannot be done now.
     fn take_over(&mut self, ownership: Ownership) -> Result<(), GuestError>;
 
-    /// Tells the network where the guest is now. Called before the guest runs and once after.
+    /// Announces the guest's addresses to the network. Called before the guest runs and once after.
     fn announce(&mut self);
 
-    /// Lets the guest run.
+    /// Runs the guest.
     ///
     /// # Errors
     /// When the machine failed.

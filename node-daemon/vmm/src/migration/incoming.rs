@@ -1,7 +1,7 @@
-//! The live destination: acts on what [`bascule_migrate::destination`] decides.
+//! The live destination: carries out what [`bascule_migrate::destination`] decides.
 //!
-//! The machine is complete before the source is let in. Until the first memory has come, a source
-//! that does not fit is turned away and the next one is waited for; after that, there is one try.
+//! The machine is complete before a source is admitted. Until memory is received, a source that does not
+//! fit is refused and the next connection is awaited; after that, a failure ends the attempt.
 
 use std::io;
 use std::net::TcpListener;
@@ -35,65 +35,65 @@ use crate::state;
 /// What a destination waits for.
 #[derive(Clone, Debug)]
 pub struct Incoming {
-    /// The VM.
+    /// The VM to receive.
     pub vm: VmUid,
-    /// The attempt that may come in.
+    /// Chosen by the operator; the source must send the same id.
     pub attempt: AttemptId,
-    /// Who will own the VM: this node.
+    /// This node, as it will own the VM.
     pub owner: Owner,
-    /// The node's certificate.
+    /// Directory of the node's certificate, key and authority.
     pub tls_dir: PathBuf,
-    /// Virtual CPUs.
+    /// Number of virtual CPUs.
     pub cpus: u16,
-    /// What must be equal on both sides.
+    /// Must be equal on both sides.
     pub description: Vec<u8>,
-    /// How long an unheard-of source is waited for once everything is here, while the row is still
-    /// its own. After that the machine is given up: see [`CommitEvent::TimedOut`].
-    pub patience: Duration,
-    /// What a test breaks.
+    /// Longest time, after `Ready`, of querying the ownership record while a source without a stream
+    /// still owns the VM. After it the machine is given up: see [`CommitEvent::TimedOut`].
+    pub orphan_timeout: Duration,
+    /// Faults injected by tests.
     pub faults: Faults,
 }
 
-/// What became of an incoming migration.
+/// The outcome of a live migration at the destination.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum IncomingEnd {
     /// The guest runs here.
     Running {
-        /// Its tenure.
+        /// This node, as it owns the VM.
         owner: Owner,
-        /// Its epoch.
+        /// The new epoch.
         epoch: Epoch,
     },
-    /// It did not come, and will not. The machine is of no more use.
+    /// The guest did not arrive. The machine cannot be used again.
     Discarded {
         /// Why.
         failure: Abort,
     },
-    /// It came, and could not be run: it is this node's, and must be started from its disks.
+    /// The guest arrived and could not be run: this node owns the VM and must start it from its disks.
     Broken {
         /// What failed.
         what: String,
     },
 }
 
-/// How long a connected source may be silent.
+/// Longest wait for a frame from a connected source.
 const PEER_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long after `Ready` the source's word is waited for, before the row is asked. Long against a
-/// commit, short against a guest's patience.
-const WORD_TIMEOUT: Duration = Duration::from_secs(2);
-/// How often an orphaned destination asks for the row.
-const ASK_EVERY: Duration = Duration::from_millis(200);
-/// How often a waiting listener looks whether it was cancelled.
-const LOOK_EVERY: Timespec = Timespec {
+/// Longest wait for `Committed` after `Ready`, before the ownership record is queried. Long against a
+/// commit, short against a guest's timeouts.
+const COMMITTED_TIMEOUT: Duration = Duration::from_secs(2);
+/// Interval at which a destination without a stream queries the ownership record.
+const QUERY_INTERVAL: Duration = Duration::from_millis(200);
+/// Interval at which a waiting listener checks for cancelling.
+const POLL_INTERVAL: Timespec = Timespec {
     tv_sec: 0,
     tv_nsec: 200_000_000,
 };
-/// What restoring is said to take: 1 to 3 ms were measured with one vCPU.
+/// The restore time that `Welcome` reports: 1 to 3 ms were measured with one vCPU.
 const RESTORE_ESTIMATE: Duration = Duration::from_millis(3);
-/// How much memory is made resident at once.
+/// Bytes of memory made resident by one system call.
 const PREFAULT_BYTES: usize = 64 << 20;
-/// The default of [`Incoming::patience`].
-const PATIENCE: Duration = Duration::from_secs(600);
+/// The default of [`Incoming::orphan_timeout`].
+const ORPHAN_TIMEOUT: Duration = Duration::from_secs(600);
 
 impl Incoming {
     /// What `config`'s machine waits for.
@@ -109,7 +109,7 @@ impl Incoming {
             tls_dir: config.tls_dir.clone().ok_or(Refused::NoTls)?,
             cpus: config.cpus.into(),
             description: describe(config).map_err(Refused::Description)?,
-            patience: PATIENCE,
+            orphan_timeout: ORPHAN_TIMEOUT,
             faults: Faults::from_environment(),
         })
     }
@@ -161,7 +161,7 @@ pub fn receive_live(
     };
     let arrived = receiver
         .admit(listener, authority.volume())
-        .and_then(|(channel, phase)| receiver.take_all(arrival, channel, phase));
+        .and_then(|(channel, phase)| receiver.receive_all(arrival, channel, phase));
     let (mut channel, waiting) = match arrived {
         Ok(arrived) => arrived,
         Err(failure) => return discard(control, failure),
@@ -188,11 +188,11 @@ struct Receiver<'a> {
     memory: Arc<GuestMemory>,
 }
 
-/// What came in whole.
+/// The stream and the phase after `Ready`.
 type Arrived = (Channel, ExpectCommit);
 
 impl Receiver<'_> {
-    /// The first source that fits.
+    /// Accepts connections until a source fits.
     fn admit(
         &self,
         listener: &TcpListener,
@@ -203,7 +203,7 @@ impl Receiver<'_> {
             .map_err(|error| lost(&error))?;
         loop {
             let mut ready = [PollFd::from_borrowed_fd(listener.as_fd(), PollFlags::IN)];
-            if let Err(errno) = poll(&mut ready, Some(&LOOK_EVERY))
+            if let Err(errno) = poll(&mut ready, Some(&POLL_INTERVAL))
                 && errno != rustix::io::Errno::INTR
             {
                 return Err(lost(&errno.into()));
@@ -215,13 +215,13 @@ impl Receiver<'_> {
                 Ok(accepted) => accepted,
                 Err(error) => {
                     if error.kind() != io::ErrorKind::WouldBlock {
-                        tracing::warn!(%error, "a connection was lost before it was taken");
+                        tracing::warn!(%error, "a connection was lost before it was accepted");
                     }
                     continue;
                 }
             };
             if let Err(error) = tcp.set_nonblocking(false) {
-                tracing::warn!(%error, %peer, "a connection is of no use");
+                tracing::warn!(%error, %peer, "a connection cannot be used");
                 continue;
             }
             match Channel::accept(tcp, &self.job.tls_dir) {
@@ -231,11 +231,11 @@ impl Receiver<'_> {
                         return Ok((channel, phase));
                     }
                     Err(abort) => {
-                        tracing::warn!(%peer, reason = ?abort.reason, text = %abort.text, "turned away");
+                        tracing::warn!(%peer, reason = ?abort.reason, text = %abort.text, "source refused");
                         channel.abort(&abort);
                     }
                 },
-                Err(error) => tracing::warn!(%peer, error = %error_chain(&error), "turned away"),
+                Err(error) => tracing::warn!(%peer, error = %error_chain(&error), "source refused"),
             }
         }
     }
@@ -267,8 +267,8 @@ impl Receiver<'_> {
         Ok(phase)
     }
 
-    /// Memory, state, restore, `Ready`. A failure is told to the source, which resumes.
-    fn take_all(
+    /// Memory, state, restore, `Ready`. A failure is sent to the source, which resumes.
+    fn receive_all(
         &self,
         arrival: &mut dyn Arrival,
         mut channel: Channel,
@@ -276,11 +276,11 @@ impl Receiver<'_> {
     ) -> Result<Arrived, Abort> {
         self.control.enter(MigrationPhase::PreCopy);
         let restored = self
-            .take_memory(&mut channel, phase)
-            .and_then(|phase| self.take_state(&mut channel, phase))
+            .receive_memory(&mut channel, phase)
+            .and_then(|phase| self.receive_state(&mut channel, phase))
             .and_then(|(phase, state)| self.restore(arrival, phase, &state))
             .and_then(|restored| {
-                // From `Ready` on the source may commit: nobody calls this side off any more.
+                // From `Ready` on the source may commit: this side cannot be cancelled any more.
                 let passed = self.control.pass_commit_point();
                 passed.then_some(restored).ok_or_else(cancelled)
             });
@@ -289,7 +289,7 @@ impl Receiver<'_> {
                 self.control.enter(MigrationPhase::Committing);
                 let waiting = phase.ready();
                 let told = send(&mut channel, &Frame::Ready { restore });
-                // Half of it may have arrived: from here on only the row counts.
+                // Part of it may have arrived: from here on only the ownership record counts.
                 if let Err(abort) = told.and_then(|()| self.fault(FaultPoint::DestinationReady)) {
                     tracing::warn!(text = %abort.text, "the stream broke at Ready");
                     channel.close();
@@ -303,7 +303,7 @@ impl Receiver<'_> {
         }
     }
 
-    fn take_memory(
+    fn receive_memory(
         &self,
         channel: &mut Channel,
         mut phase: ExpectMemory,
@@ -346,7 +346,7 @@ impl Receiver<'_> {
         }
     }
 
-    fn take_state(
+    fn receive_state(
         &self,
         channel: &mut Channel,
         mut phase: ExpectState,
@@ -379,15 +379,15 @@ impl Receiver<'_> {
         Ok((phase, took))
     }
 
-    /// Until it is known whose the machine is.
+    /// Waits until it is known which node owns the VM.
     fn await_commit(
         &self,
         channel: &mut Channel,
         mut waiting: ExpectCommit,
         authority: &mut dyn OwnershipAuthority,
     ) -> Result<Epoch, Abort> {
-        let given_up = Instant::now() + self.job.patience;
-        let mut event = word(channel);
+        let deadline = Instant::now() + self.job.orphan_timeout;
+        let mut event = next_commit_event(channel);
         loop {
             let step = waiting.next(&event);
             tracing::debug!(?event, ?step, "after Ready");
@@ -401,15 +401,15 @@ impl Receiver<'_> {
                 }
                 CommitStep::Wait(next) => {
                     waiting = next;
-                    word(channel)
+                    next_commit_event(channel)
                 }
                 CommitStep::QueryVolume(next) => {
-                    let asked_before = waiting == next;
+                    let queried_before = waiting == next;
                     waiting = next;
-                    if asked_before {
-                        self.control.wait(ASK_EVERY);
+                    if queried_before {
+                        self.control.wait(QUERY_INTERVAL);
                     }
-                    if Instant::now() >= given_up {
+                    if Instant::now() >= deadline {
                         CommitEvent::TimedOut
                     } else {
                         match authority.record() {
@@ -433,19 +433,19 @@ impl Receiver<'_> {
         let began = Instant::now();
         let mut owner = self.job.owner;
         while let Err(reason) = arrival.take_over(Ownership::new(owner, epoch)) {
-            tracing::error!(%reason, "the volume cannot be opened yet; the guest waits");
-            // The node's slot may have been joined again, or the row may be gone by now.
+            tracing::error!(%reason, "the volume cannot be opened yet; the guest stays paused");
+            // The node may have joined in a new generation, or another node may own the VM by now.
             if let RecordAnswer::Record(row) = authority.record() {
                 match row.owner {
                     Some(now) if now.slot == owner.slot && row.epoch == epoch => owner = now,
                     _ => {
-                        let what = "the row went on before the guest ran".to_owned();
+                        let what = "another owner took the VM before the guest ran".to_owned();
                         self.control.end(MigrationPhase::Failed, Some(what.clone()));
                         return IncomingEnd::Broken { what };
                     }
                 }
             }
-            std::thread::sleep(ASK_EVERY);
+            std::thread::sleep(QUERY_INTERVAL);
         }
         arrival.announce();
         if let Err(error) = arrival.run() {
@@ -455,7 +455,7 @@ impl Receiver<'_> {
         }
         let resume = began.elapsed();
         if let Err(abort) = send(channel, &Frame::Running { resume }) {
-            tracing::info!(text = %abort.text, "the source was not told that the guest runs");
+            tracing::info!(text = %abort.text, "the source did not receive that the guest runs");
         }
         self.control
             .update(|status| status.downtime_ms = Some(millis(resume)));
@@ -469,9 +469,9 @@ impl Receiver<'_> {
     }
 }
 
-/// What the source says after `Ready`.
-fn word(channel: &mut Channel) -> CommitEvent {
-    if channel.set_timeout(WORD_TIMEOUT).is_err() {
+/// The source's next frame after `Ready`.
+fn next_commit_event(channel: &mut Channel) -> CommitEvent {
+    if channel.set_timeout(COMMITTED_TIMEOUT).is_err() {
         return CommitEvent::StreamLost;
     }
     match channel.receive() {

@@ -1,8 +1,9 @@
-//! The live source: acts on what [`bascule_migrate::source`] and [`bascule_migrate::precopy`] decide.
+//! The live source: carries out what [`bascule_migrate::source`] and [`bascule_migrate::precopy`]
+//! decide.
 //!
-//! Which side the guest may run on is theirs to say. Here it is only made sure that before the
-//! commit point nothing stands between a failure and the resumed guest: every wait of a stopped
-//! guest ends at one deadline, and the resume comes before all tidying up.
+//! They decide on which side the guest may run. This module ensures that before the commit point a
+//! failure resumes the guest at once: every wait with a stopped guest ends at one deadline, and the
+//! resume comes before any clean-up.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -38,22 +39,22 @@ mod outcome;
 
 use channel_sink::ChannelSink;
 
-/// What became of a live migration.
+/// The outcome of a live migration at the source.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum OutgoingEnd {
     /// The guest was resumed here, unless it was stopped meanwhile.
     Kept {
         /// Why it was not moved.
         failure: Abort,
-        /// The tenure that it runs under, if the attempt made a new one.
+        /// The ownership in which it runs, if the attempt began a new one.
         ownership: Option<Ownership>,
     },
-    /// The guest belongs to the destination; here it never runs again.
+    /// The destination owns the VM; here the guest never runs again.
     Departed {
-        /// Its row's new epoch.
+        /// The destination's epoch.
         epoch: Epoch,
     },
-    /// The row is somebody else's, or gone; here the guest never runs again.
+    /// Another node owns the VM, or it was deleted; here the guest never runs again.
     Lost,
 }
 
@@ -80,10 +81,10 @@ struct Driver<'a> {
     stopped: Option<(Instant, Instant)>,
     /// What the blackout consisted of.
     steps: Vec<(&'static str, Duration)>,
-    asked: u32,
+    attempts: u32,
 }
 
-/// How long the peer may be silent while the guest runs.
+/// Longest wait for a frame from the peer while the guest runs.
 const PEER_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long the guest is stopped at most beyond the downtime that was aimed at, before the commit
 /// point. A prediction that is wrong by more than this is a failure.
@@ -125,7 +126,7 @@ pub fn migrate_live(
         sent_before: Bytes(0),
         stopped: None,
         steps: Vec::new(),
-        asked: 0,
+        attempts: 0,
         job,
         control,
         authority,
@@ -151,7 +152,7 @@ impl Driver<'_> {
             source = next;
             self.show(source.phase());
             event = match action {
-                Action::Depart(word) => return self.depart(word),
+                Action::Depart(committed) => return self.depart(committed),
                 Action::KeepRunning(because) => return self.resume_source(because, None),
                 Action::Resume {
                     because,
@@ -159,13 +160,13 @@ impl Driver<'_> {
                     epoch,
                 } => return self.resume_source(because, Some(Ownership::new(owner, epoch))),
                 Action::Terminate => return self.terminate(),
-                Action::RequestTransfer(request) => Ok(self.request(&request)),
+                Action::RequestTransfer(request) => Ok(self.request_transfer(&request)),
                 before_commit => self.act(before_commit),
             };
         }
     }
 
-    /// Everything that the guest survives: each failure ends in `keep`.
+    /// Actions before the commit point: each failure ends in `resume_source`.
     fn act(&mut self, action: Action) -> Result<Event, Abort> {
         match action {
             Action::Describe => self.describe(),
@@ -205,10 +206,10 @@ impl Driver<'_> {
             description: self.job.description.clone(),
         }))?;
         let accepted = self.receive()?;
-        let asked = Instant::now();
+        let requested = Instant::now();
         self.authority.record();
         // A transfer is a journaled write and two such reads.
-        self.fixed.commit = asked.elapsed() * 2;
+        self.fixed.commit = requested.elapsed() * 2;
         self.machine
             .dirty()
             .start()
@@ -250,7 +251,7 @@ impl Driver<'_> {
             other => return Err(internal(format!("{:?} instead of Pong", other.kind()))),
         }
         self.fixed.round_trip = pinged.elapsed();
-        tracing::debug!(fixed = ?self.fixed, "rehearsed");
+        tracing::debug!(fixed = ?self.fixed, "dry run");
         Ok(())
     }
 
@@ -357,17 +358,17 @@ impl Driver<'_> {
         Ok(event)
     }
 
-    /// After the commit point: asks once, and a little later again if there was no answer.
-    fn request(&mut self, request: &TransferRequest) -> Event {
-        let reply = self.authority.request(&request);
+    /// After the commit point: sends the request once, and pauses if there was no answer.
+    fn request_transfer(&mut self, request: &TransferRequest) -> Event {
+        let reply = self.authority.request(request);
         if reply == Reply::NoAnswer {
             tracing::warn!(
                 ?request,
-                asked = self.asked,
+                attempts = self.attempts,
                 "the outcome of the commit is unknown"
             );
-            std::thread::sleep(retry_delay(self.asked));
-            self.asked = self.asked.saturating_add(1);
+            std::thread::sleep(retry_delay(self.attempts));
+            self.attempts = self.attempts.saturating_add(1);
         }
         Event::Replied(reply)
     }
@@ -451,7 +452,7 @@ impl Driver<'_> {
         }
     }
 
-    /// Bounds the next wait by what is left of the time for which the guest may be stopped.
+    /// Bounds the next wait by the rest of the time for which the guest may be stopped.
     fn within_stop(&mut self) -> Result<(), Abort> {
         let Some((_, deadline)) = self.stopped else {
             return Ok(());

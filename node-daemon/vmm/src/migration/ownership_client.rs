@@ -1,4 +1,4 @@
-//! The volume's word on who owns the machine.
+//! The VM's ownership record on its home volume: transferring it and reading it.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -10,30 +10,30 @@ use bascule_migrate::commit::{Reply, Transfer, TransferRequest};
 use bascule_migrate::source::retry_delay;
 use bascule_types::{Answer, Change, Refusal, VmRow, VmUid, VolumeId};
 
-/// Whoever can transfer a machine's row, and read it.
+/// Transfers and reads a VM's ownership record.
 pub trait OwnershipAuthority: Send {
-    /// The volume on which the row is.
+    /// The volume that holds the record.
     fn volume(&self) -> VolumeId;
 
-    /// Asks once. Bounded in time; the same request may be asked again.
+    /// Sends the request once. Bounded in time; the same request may be sent again.
     fn request(&mut self, request: &TransferRequest) -> Reply;
 
-    /// The row as a coordinator reads it now.
+    /// Reads the record, through the coordinator.
     fn record(&mut self) -> RecordAnswer;
 }
 
-/// What came back for the wish to read a row.
+/// The outcome of reading the record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RecordAnswer {
-    /// The row.
+    /// The record as the coordinator read it.
     Record(OwnershipRecord),
-    /// The volume has no such row.
+    /// The volume has no record of this VM.
     NoRecord,
-    /// No answer now.
+    /// The volume did not answer.
     NoAnswer,
 }
 
-/// A row behind a node's `volume.sock`.
+/// A client of `volume.sock` for one VM's ownership record.
 #[derive(Debug)]
 pub struct OwnershipClient {
     socket: PathBuf,
@@ -42,11 +42,11 @@ pub struct OwnershipClient {
     connection: Option<Connection>,
 }
 
-/// Why there is no way to the row.
+/// Why the volume's process cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum OwnershipClientError {
-    /// The volume's process does not answer.
-    #[error("the volume's process at {socket} does not answer")]
+    /// The volume's process does not respond.
+    #[error("the volume's process at {socket} does not respond")]
     Ipc {
         /// Its socket.
         socket: PathBuf,
@@ -54,17 +54,17 @@ pub enum OwnershipClientError {
         #[source]
         source: bascule_ipc::IpcError,
     },
-    /// It answers with something else than its status.
-    #[error("the volume's process at {socket} did not say how it does")]
+    /// Its response is not a status.
+    #[error("the volume's process at {socket} did not respond with its status")]
     NoStatus {
         /// Its socket.
         socket: PathBuf,
     },
 }
 
-/// How long one request may take. `bascule-volume` asks through elections by itself; when it is
-/// slower than this the request is asked anew, which is harmless.
-const ASK_TIMEOUT: Duration = Duration::from_secs(5);
+/// Longest wait for a response. `bascule-volume` repeats a request through elections; when it is slower
+/// than this the request is sent again, which is harmless because it is idempotent.
+const RESPONSE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Attempts to get an answer for a change while the guest still runs or could.
 const CHANGE_ATTEMPTS: u32 = 8;
 /// Shortest pause between two of them.
@@ -81,7 +81,7 @@ impl OwnershipClient {
             socket: socket.clone(),
             source,
         };
-        let mut connection = Connection::connect(&socket, ASK_TIMEOUT).map_err(ipc)?;
+        let mut connection = Connection::connect(&socket, RESPONSE_TIMEOUT).map_err(ipc)?;
         let (response, _) = connection.call(&Request::Status).map_err(ipc)?;
         let Response::Status(status) = response else {
             return Err(OwnershipClientError::NoStatus { socket });
@@ -94,16 +94,16 @@ impl OwnershipClient {
         })
     }
 
-    /// One request, over a new connection if the old one is broken; nothing when that fails.
+    /// Sends one request, over a new connection if the old one is broken; none when that fails.
     pub(super) fn call(&mut self, request: &Request) -> Option<Response> {
         if self.connection.is_none() {
-            self.connection = Connection::connect(&self.socket, ASK_TIMEOUT).ok();
+            self.connection = Connection::connect(&self.socket, RESPONSE_TIMEOUT).ok();
         }
         let answer = self.connection.as_mut()?.call(request);
         match answer {
             Ok((response, _)) => Some(response),
             Err(error) => {
-                tracing::warn!(%error, "the volume's process did not answer");
+                tracing::warn!(%error, "the volume's process did not respond");
                 self.connection = None;
                 None
             }

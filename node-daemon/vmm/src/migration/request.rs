@@ -1,4 +1,4 @@
-//! What a machine is ordered to do, and why it may refuse.
+//! Requests for a live migration, and why one is refused.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -8,40 +8,42 @@ use bascule_types::{AttemptId, Epoch, Owner, Ownership, VmUid};
 
 use super::fault::Faults;
 
-/// A live migration as it was ordered.
+/// A requested live migration.
 #[derive(Clone, Debug)]
 pub struct Outgoing {
-    /// The VM.
+    /// The VM to migrate.
     pub vm: VmUid,
-    /// The attempt.
+    /// Chosen by the operator; the destination waits for the same id.
     pub attempt: AttemptId,
     /// Where the destination listens.
     pub peer: SocketAddr,
-    /// Who owns the VM now.
+    /// The present owner: the source.
     pub from: Owner,
-    /// In which epoch.
+    /// The present epoch.
     pub epoch: Epoch,
-    /// Who is to own it.
+    /// The next owner: the destination.
     pub to: Owner,
-    /// Limits.
+    /// Downtime, duration and bandwidth.
     pub limits: MigrationLimits,
-    /// The node's certificate.
+    /// Directory of the node's certificate, key and authority.
     pub tls_dir: PathBuf,
-    /// Virtual CPUs.
+    /// Number of virtual CPUs.
     pub cpus: u16,
-    /// What must be equal on both sides.
+    /// Must be equal on both sides, see [`describe`].
     pub description: Vec<u8>,
-    /// What a test breaks.
+    /// Faults injected by tests.
     pub faults: Faults,
 }
 
 /// Why a migration cannot even begin. Nothing was changed.
 #[derive(Debug, thiserror::Error)]
 pub enum Refused {
-    /// Nobody could say which side owns it.
-    #[error("the VM has no home volume: only its row there could say on which side it may run")]
+    /// Without a home volume there is no ownership record.
+    #[error(
+        "the VM has no home volume: only the ownership record there says on which side it may run"
+    )]
     NoHome,
-    /// No certificate.
+    /// The stream cannot be encrypted.
     #[error("no TLS directory was configured: a migration stream is never in the clear")]
     NoTls,
     /// Source and destination are one.
@@ -84,7 +86,7 @@ impl Outgoing {
     }
 }
 
-/// What of a configuration must be equal on both sides: what the guest sees of it.
+/// The part of a configuration that must be equal on both sides because the guest sees it.
 pub(super) fn describe(config: &VmConfig) -> Result<Vec<u8>, serde_json::Error> {
     let disks: Vec<_> = config.disks.iter().map(|disk| &disk.name).collect();
     let macs: Vec<_> = config.interfaces.iter().map(|nic| nic.mac).collect();

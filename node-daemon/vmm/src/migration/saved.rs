@@ -1,19 +1,18 @@
-//! Quick migration: the machine as an image on its home volume.
+//! Quick migration: the machine is saved as an image on its home volume.
 //!
-//! The image is the live migration's own stream, written down: `Hello`, `Config`, one round of
+//! The image is the stream of a live migration: `Hello`, `Config`, one round of
 //! `Memory`, `RoundEnd`, `State`, `StateEnd`. Its length and a CRC32C over all of it are in the
 //! volume's metadata, and are checked before the guest runs.
 //!
 //! ```text
 //!  reserve ─► pause ─► write, flush ─► finish ═► transfer or release ─► Departed
-//!     │          └────────┴─ failure: resume     └─ failure: take the row back in a new epoch
-//!     └─ no room: the guest was never paused        (commit), and only then resume
+//!     │          └────────┴─ failure: resume     └─ failure: retract, which begins a new epoch,
+//!     └─ no room: the guest was never paused        and only then resume; or Lost (another owner)
 //! ```
 //!
 //! # Guarantees
-//! - A saved state belongs to the tenure that saved it and is restored only in the very next one.
-//!   So a guest that ran on after its state was complete (in a new epoch, see above) is never put
-//!   back to it.
+//! - A saved state belongs to the epoch in which it was saved and is restored only in the next one. So
+//!   a guest that ran on after its state was complete (in a new epoch, see above) is never reverted.
 //! - It is dropped before the guest runs: it is restored at most once.
 
 mod image;
@@ -42,27 +41,27 @@ use crate::state;
 pub use image::{ImageReader, ImageWriter, SavedArea};
 pub use restore::{RestoreSavedError, restore_saved};
 
-/// A quick migration as it was ordered.
+/// A requested quick migration.
 #[derive(Clone, Debug)]
 pub struct Quick {
-    /// The VM.
+    /// The VM to migrate.
     pub vm: VmUid,
-    /// The attempt.
+    /// Chosen by the operator.
     pub attempt: AttemptId,
-    /// Who owns the VM now.
+    /// The present owner: the source.
     pub from: Owner,
-    /// In which epoch.
+    /// The present epoch.
     pub epoch: Epoch,
-    /// Who is to own it; nobody to release it.
+    /// The next owner; none to release the VM for any node.
     pub to: Option<Owner>,
-    /// Virtual CPUs.
+    /// Number of virtual CPUs.
     pub cpus: u16,
-    /// What must be equal on both sides.
+    /// Must be equal on both sides.
     pub description: Vec<u8>,
 }
 
-/// What an image has beside memory and state: headers and runs. A run is 16 bytes and a page may
-/// be a run of its own.
+/// Bytes per page that an image has beside its contents: headers and runs. A run is 16 bytes and a page
+/// may be a run of its own.
 const OVERHEAD_BYTES_PER_PAGE: u64 = 20;
 
 impl Quick {
@@ -117,7 +116,7 @@ impl Quick {
     }
 }
 
-/// The room that an image of this memory takes at most.
+/// The largest image of a machine with this memory.
 #[must_use]
 pub fn image_size(memory: &GuestMemory) -> Bytes {
     let Bytes(ram) = memory::size_of(memory);
@@ -125,8 +124,8 @@ pub fn image_size(memory: &GuestMemory) -> Bytes {
     Bytes(ram + overhead + bascule_migrate::wire::STATE_BYTES_MAX + (1 << 20))
 }
 
-/// Saves a running machine to its volume and gives its row away. `area` opens the reserved
-/// extents for writing.
+/// Saves a running machine to its volume and gives its ownership up. `area` opens the reserved extents
+/// for writing.
 pub fn migrate_quick(
     guest: &mut dyn Guest,
     machine: &MachineHandle,
@@ -157,7 +156,7 @@ struct Driver<'a> {
 }
 
 impl Driver<'_> {
-    /// Up to the complete image on the disk, which nobody knows of yet. A failure is harmless.
+    /// Up to the complete image on the disk, which is not recorded yet. A failure is harmless.
     fn save(
         &mut self,
         area: impl FnOnce(&SavedStateRow) -> Result<SavedArea, String>,
@@ -211,7 +210,7 @@ impl Driver<'_> {
         let retraction = AttemptId::random();
         match (finished, self.job.to) {
             (Ok(_), Some(_)) => {
-                let refused = internal("the volume refused to transfer the row");
+                let refused = internal("the volume refused to transfer the ownership");
                 self.settle(Commit::begin(terms, retraction), refused)
             }
             (Ok(_), None) => self.release(),
@@ -219,17 +218,17 @@ impl Driver<'_> {
         }
     }
 
-    /// Asks until it is known whose the row is.
+    /// Repeats the request until it is known which node owns the VM.
     fn settle(self, mut commit: Commit, failure: Abort) -> OutgoingEnd {
-        let mut asked = 0;
+        let mut attempts = 0;
         while let Some(request) = commit.request() {
             let next = commit.next(self.row.request(&request));
             if next == commit {
-                std::thread::sleep(retry_delay(asked));
-                asked += 1;
+                std::thread::sleep(retry_delay(attempts));
+                attempts += 1;
             }
             if matches!(request, TransferRequest::Transfer(_)) && next != commit {
-                tracing::debug!(?next, "the transfer was answered");
+                tracing::debug!(?next, "reply to the transfer");
             }
             commit = next;
         }
@@ -239,7 +238,7 @@ impl Driver<'_> {
                 self.resume_source(failure, Some(Ownership::new(owner, epoch)))
             }
             Commit::Lost | Commit::Transferring(_) | Commit::Retracting(_) => {
-                let what = "the VM's row is somebody else's";
+                let what = "another node owns the VM";
                 self.control
                     .end(MigrationPhase::Failed, Some(what.to_owned()));
                 OutgoingEnd::Lost
@@ -247,11 +246,12 @@ impl Driver<'_> {
         }
     }
 
-    /// Gives the row up, and asks until that is certain. Whoever acquires it next has the image.
+    /// Releases the ownership, and repeats the request until that is certain. The next owner restores
+    /// the image.
     fn release(self) -> OutgoingEnd {
         let (vm, epoch) = (self.job.vm, self.job.epoch);
         let mut owner = self.job.from;
-        for asked in 0.. {
+        for attempts in 0.. {
             // The guest is in doubt and never writes again: only then is a release a clean one.
             let close = Request::CloseVm { vm, owner, epoch };
             let closed = self.row.call(&close);
@@ -260,22 +260,22 @@ impl Driver<'_> {
             match closed.and_then(|_| self.row.call(&release)) {
                 Some(Response::Granted(_)) => break,
                 Some(Response::Refused(refusal)) => {
-                    tracing::warn!(%refusal, "the volume refused to release the row");
+                    tracing::warn!(%refusal, "the volume refused to release the ownership");
                     match self.row.record() {
-                        // The node's slot was joined again, and the row kept.
+                        // The node joined in a new generation, and the ownership was kept.
                         RecordAnswer::Record(OwnershipRecord {
                             owner: Some(now),
                             epoch: same,
                             ..
                         }) if now.slot == owner.slot && same == epoch => owner = now,
-                        // Released by an earlier copy of the request, or gone on since.
+                        // Released by an earlier copy of the request, or owned by another node since.
                         RecordAnswer::Record(_) | RecordAnswer::NoRecord => break,
                         RecordAnswer::NoAnswer => {}
                     }
                 }
-                other => tracing::info!(?other, "the release is not answered yet"),
+                other => tracing::info!(?other, "the ownership is not released yet"),
             }
-            std::thread::sleep(retry_delay(asked));
+            std::thread::sleep(retry_delay(attempts));
         }
         self.departed(epoch)
     }
@@ -285,15 +285,15 @@ impl Driver<'_> {
         OutgoingEnd::Departed { epoch }
     }
 
-    /// The guest runs on here; what was reserved is given back afterwards.
+    /// Resumes the guest, then gives the reserved extents back.
     fn resume_source(mut self, failure: Abort, ownership: Option<Ownership>) -> OutgoingEnd {
         if let Err(error) = self.guest.resume() {
-            tracing::warn!(%error, "the guest does not run on");
+            tracing::warn!(%error, "the guest could not be resumed");
         }
         let from = ownership.map_or(self.job.from, |ownership| ownership.owner);
         let vm = self.job.vm;
         if let Err(abort) = self.change(&Change::DropSavedState { vm, from }) {
-            tracing::warn!(text = %abort.text, "the reserved room was not given back");
+            tracing::warn!(text = %abort.text, "the reserved extents were not given back");
         }
         let phase = match failure.reason {
             AbortReason::Cancelled => MigrationPhase::Cancelled,
@@ -304,7 +304,7 @@ impl Driver<'_> {
         OutgoingEnd::Kept { failure, ownership }
     }
 
-    /// Asks for a change a bounded number of times.
+    /// Requests a change, a bounded number of times.
     fn change(&mut self, change: &Change) -> Result<Answer, Abort> {
         self.row.request_change(change).map_err(internal)
     }

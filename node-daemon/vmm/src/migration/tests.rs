@@ -24,7 +24,7 @@ use crate::testing::{COUNTER, TestVm, elf, kvm_or_skip};
 use crate::{BootSource, MachineHandle, MachineState, PausedVm, RunningVm};
 
 #[test]
-fn i2_a_guest_moves_and_goes_on_where_it_was() {
+fn i2_a_migrated_guest_continues_at_the_destination() {
     if !kvm_or_skip() {
         return;
     }
@@ -124,14 +124,14 @@ fn i5_a_source_that_fails_with_the_guest_stopped_resumes_it_at_once() {
 }
 
 #[test]
-fn i2_a_stream_lost_at_ready_is_settled_by_the_row() {
+fn i2_after_a_stream_lost_at_ready_the_ownership_record_decides() {
     if !kvm_or_skip() {
         return;
     }
     // The destination's stream breaks right after `Ready` went out: either the source saw it and
     // commits, or it did not and keeps the guest. Never both, never neither.
     let mut order = Move::new();
-    order.incoming.patience = Duration::from_secs(3);
+    order.incoming.orphan_timeout = Duration::from_secs(3);
     order.incoming.faults = Faults::at(FaultPoint::DestinationReady, FaultAction::Fail);
     let ((mut here, _), (there, there_test)) = (source(), destination());
     let arrives = order.listen(there);
@@ -148,7 +148,7 @@ fn i2_a_stream_lost_at_ready_is_settled_by_the_row() {
 }
 
 #[test]
-fn i2_a_source_that_vanishes_after_the_commit_is_succeeded_by_the_row() {
+fn i2_after_the_source_vanished_the_ownership_record_decides() {
     if !kvm_or_skip() {
         return;
     }
@@ -167,7 +167,7 @@ fn i2_a_source_that_vanishes_after_the_commit_is_succeeded_by_the_row() {
 }
 
 #[test]
-fn i2_lost_answers_to_the_commit_are_asked_for_until_they_come() {
+fn i2_a_commit_request_is_repeated_until_it_is_answered() {
     if !kvm_or_skip() {
         return;
     }
@@ -243,7 +243,7 @@ fn a_cancelled_migration_leaves_the_guest_where_it_was() {
 }
 
 #[test]
-fn a_peer_that_speaks_garbage_or_has_no_certificate_of_the_cluster_is_turned_away() {
+fn a_peer_that_speaks_garbage_or_has_no_certificate_of_the_cluster_is_refused() {
     if !kvm_or_skip() {
         return;
     }
@@ -271,7 +271,7 @@ fn a_peer_that_speaks_garbage_or_has_no_certificate_of_the_cluster_is_turned_awa
 }
 
 #[test]
-fn another_attempt_and_another_machine_are_turned_away_and_the_right_one_still_comes() {
+fn another_attempt_and_another_machine_are_refused_and_the_right_one_is_still_admitted() {
     if !kvm_or_skip() {
         return;
     }

@@ -13,17 +13,17 @@ use crate::boot::{BootSource, Initrd};
 
 /// Longest kernel: ten times a distribution's.
 const KERNEL_BYTES_MAX: u64 = 256 << 20;
-/// How much is read from a volume at once.
+/// Bytes read from a volume at once.
 const READ_BYTES: usize = 1 << 20;
 /// Direct I/O wants memory, offset and length aligned to a volume block.
 const ALIGNMENT: usize = 4096;
 
-/// Opens what `boot` names; `opened` is the home volume's answer.
+/// Opens the kernel and initrd that `boot` names, on the home volume `opened` or in files.
 pub(super) fn open(boot: &Boot, opened: Option<&Opened>) -> anyhow::Result<BootSource> {
     let (length, mut content) = image(&boot.kernel, opened).context("boot.kernel")?;
     ensure!(
         length <= KERNEL_BYTES_MAX,
-        "boot.kernel: {length} bytes are no kernel"
+        "boot.kernel: {length} bytes are too long for a kernel"
     );
     let mut kernel = Vec::with_capacity(usize::try_from(length)?);
     content
@@ -63,13 +63,13 @@ fn image(source: &ImageSource, opened: Option<&Opened>) -> anyhow::Result<Image>
     }
 }
 
-/// Reads a disk row's contents in order, with direct I/O.
+/// Reads the extents of a disk in order, with direct I/O.
 struct ExtentReader {
     device: Arc<File>,
     extents: std::vec::IntoIter<ExtentRun>,
-    /// What is left of the present run: offset on the device and length, in bytes.
+    /// The rest of the present run: offset on the device and length, in bytes.
     run: (u64, u64),
-    /// Bytes of the image that were not yet handed out.
+    /// Bytes of the image that were not yet read.
     left: u64,
     /// One allocation with room for an aligned [`READ_BYTES`]; the filled part of it.
     buffer: Vec<u8>,

@@ -18,10 +18,10 @@ use bascule_types::{Bytes, DiskRole, DiskRow, ExtentRun, Lba};
 use super::home_volume::Opened;
 use crate::VmBuilder;
 
-/// Most queues of a disk: one per vCPU is good, more than these only cost memory.
+/// Most queues of a disk. One per vCPU is best; more than four only cost memory.
 const DISK_QUEUES_MAX: u16 = 4;
 
-/// What the process keeps of its devices.
+/// The devices' counters and handles, for the status and announcements.
 #[derive(Debug, Default)]
 pub(crate) struct Devices {
     /// Each disk's name and counters, in order.
@@ -36,7 +36,7 @@ impl Devices {
         self.disks.iter().any(|(_, disk)| disk.counts().stalled)
     }
 
-    /// The disks that have commands under way, in words for a person.
+    /// The disks with commands under way, for the user; none when there are none.
     pub(crate) fn unanswered(&self) -> Option<String> {
         let disks = self.disks.iter().filter_map(|(name, disk)| {
             let count = disk.counts().in_flight;
@@ -46,10 +46,10 @@ impl Devices {
         (!words.is_empty()).then(|| words.join(", "))
     }
 
-    /// Tells the network once where the guest is, on every interface, even when some fail.
+    /// Announces the guest's addresses once on every interface, even when some fail.
     ///
     /// # Errors
-    /// The last one's that failed.
+    /// Of the last interface that failed.
     pub(crate) fn announce(&self) -> io::Result<()> {
         let mut announced = Ok(());
         for nic in &self.interfaces {
@@ -123,7 +123,7 @@ fn volume_disk(opened: &Opened, row: &DiskRow, gate: Arc<dyn WriteGate>) -> anyh
     ensure!(!row.importing, "{} is still being imported", row.name);
     ensure!(
         row.role == DiskRole::Data,
-        "{} is no disk but a {:?}",
+        "{} is not a data disk but a {:?}",
         row.name,
         row.role
     );
@@ -131,7 +131,7 @@ fn volume_disk(opened: &Opened, row: &DiskRow, gate: Arc<dyn WriteGate>) -> anyh
     Ok(Disk::new(device, &row.extents, row.size, gate)?)
 }
 
-/// A whole file as a disk that nobody else may write: only its user can promise that.
+/// A whole file as a disk, without a gate: the user must ensure that no other process writes it.
 fn file_disk(path: &Path, read_only: bool) -> anyhow::Result<Disk> {
     let file = open_direct(path, read_only)?;
     // Not the metadata's length, which a block device does not have.

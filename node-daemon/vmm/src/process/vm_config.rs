@@ -22,7 +22,7 @@ pub(super) fn read(path: &Path) -> anyhow::Result<VmConfig> {
 }
 
 fn parse(text: &[u8]) -> anyhow::Result<VmConfig> {
-    /// The field that is read before all else.
+    /// The field that is read first.
     #[derive(Deserialize)]
     struct Head {
         version: u32,
@@ -39,7 +39,7 @@ fn parse(text: &[u8]) -> anyhow::Result<VmConfig> {
     Ok(config)
 }
 
-/// What types cannot say.
+/// Checks what the types do not.
 fn check(config: &VmConfig) -> anyhow::Result<()> {
     if config.home.is_some() {
         return Ok(());

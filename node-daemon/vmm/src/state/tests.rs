@@ -82,14 +82,14 @@ fn version_1_is_written_and_read_as_it_always_was() {
 }
 
 #[test]
-fn a_field_of_a_later_release_is_passed_over() {
+fn a_field_of_a_later_release_is_ignored() {
     let text = String::from_utf8(sample().encode().unwrap()).unwrap();
     let later = text.replacen('{', "{\"mood\":\"new\",", 1);
     assert_eq!(MachineState::decode(later.as_bytes()).unwrap(), sample());
 }
 
 #[test]
-fn no_torn_state_is_taken_for_one() {
+fn a_truncated_state_is_refused() {
     let whole = sample().encode().unwrap();
     for length in (0..whole.len()).step_by(97) {
         assert!(

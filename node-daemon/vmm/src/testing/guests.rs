@@ -1,6 +1,6 @@
 //! Tiny guests in machine code. Shared with the tests of the process.
 
-/// Counts at 2 MiB and prints one letter of the alphabet's first sixteen per count, for ever.
+/// Counts at 2 MiB and prints one letter of the alphabet's first sixteen per count, without end.
 pub(crate) const COUNTER: &[u8] = &[
     0x66, 0xBA, 0xF8, 0x03, // mov dx, 0x3F8
     0xFF, 0x05, 0x00, 0x00, 0x20, 0x00, // again: inc dword [0x200000]
@@ -40,7 +40,7 @@ pub(crate) const JUMP_TO_BIOS: &[u8] = &[
 ];
 /// An invalid instruction without an interrupt table: a triple fault.
 pub(crate) const TRIPLE_FAULT: &[u8] = &[0x0F, 0x0B];
-/// Asks for power events until the button was pressed, then switches itself off.
+/// Polls the power events until the button is pressed, then switches itself off.
 pub(crate) const AWAIT_BUTTON: &[u8] = &[
     0x66, 0xBA, 0x03, 0x06, // mov dx, 0x603
     0xEC, // again: in al, dx
@@ -51,7 +51,7 @@ pub(crate) const AWAIT_BUTTON: &[u8] = &[
     0xEE, // out dx, al
     0xEB, 0xFE, // jmp $
 ];
-/// Prints what is typed.
+/// Echoes its serial input.
 pub(crate) const ECHO: &[u8] = &[
     0x66, 0xBA, 0xFD, 0x03, // again: mov dx, 0x3FD
     0xEC, // in al, dx

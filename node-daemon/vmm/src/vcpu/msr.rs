@@ -1,4 +1,4 @@
-//! Which model-specific registers make up a vCPU's state, and how they are read and written.
+//! The model-specific registers in a vCPU's state: their list, reading and writing.
 
 use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::{Kvm, VcpuFd};
@@ -58,8 +58,8 @@ pub(crate) fn read(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<(u32, u64)>, Kv
 }
 
 /// Writes `values`, TSC first and TSC_DEADLINE last: a deadline is armed against the clock in force.
-/// A register that this host does not let be written, such as a read-only capability, is skipped
-/// with a word in the log: the source's kernel may know registers that this one does not.
+/// A register that this host refuses to write, such as a read-only capability, is skipped and
+/// logged: the source's kernel may know registers that this one does not.
 pub(crate) fn write(vcpu: &VcpuFd, values: &[(u32, u64)]) -> Result<(), KvmError> {
     let mut ordered: Vec<_> = values
         .iter()
@@ -95,7 +95,7 @@ pub(crate) fn write(vcpu: &VcpuFd, values: &[(u32, u64)]) -> Result<(), KvmError
     Ok(())
 }
 
-/// What firmware would have left behind.
+/// Sets the registers that firmware would have initialized.
 pub(crate) fn set_up(vcpu: &VcpuFd) -> Result<(), KvmError> {
     write(
         vcpu,

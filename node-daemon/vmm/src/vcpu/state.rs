@@ -31,13 +31,13 @@ pub(crate) struct VcpuState {
     pub(crate) lapic: Blob<kvm_lapic_state>,
     pub(crate) msrs: Vec<(u32, u64)>,
     pub(crate) events: Blob<kvm_vcpu_events>,
-    /// Rate of the guest's time stamp counter in kHz, where KVM tells.
+    /// Rate of the guest's time stamp counter in kHz, where KVM reports it.
     pub(crate) tsc_khz: Option<u32>,
-    /// Guest TSC minus host TSC, modulo 2^64, where KVM tells.
+    /// Guest TSC minus host TSC, modulo 2^64, where KVM reports it.
     pub(crate) tsc_offset: Option<u64>,
 }
 
-/// What reading a vCPU needs to know of its machine, found out once.
+/// Sizes and capabilities needed to read a vCPU's state, determined once per machine.
 #[derive(Clone, Debug)]
 pub(crate) struct StateShape {
     pub(crate) msrs: Vec<u32>,
@@ -156,7 +156,7 @@ pub(crate) fn restore(
 }
 
 /// A guest keeps its TSC rate where the host can scale. Where it cannot, its clock source copes
-/// (kvm-clock carries the rate) and the log says so.
+/// (kvm-clock carries the rate), and a warning is logged.
 fn scale_tsc(vcpu: &VcpuFd, khz: Option<u32>) {
     let Some(khz) = khz else {
         return;

@@ -1,4 +1,4 @@
-//! Where the source's memory goes.
+//! Sends the source's memory to its channel.
 
 use std::io;
 use std::time::{Duration, Instant};
@@ -11,11 +11,11 @@ use crate::migration::channel::Channel;
 use crate::migration::control::MigrationControl;
 use crate::migration::copy::Sink;
 
-/// Sends batches, at the pace that is allowed.
+/// Sends batches within the bandwidth cap.
 pub(super) struct ChannelSink<'a> {
     pub(super) channel: &'a mut Channel,
     pub(super) control: &'a MigrationControl,
-    /// None once the guest is stopped: then nothing holds it up.
+    /// None once the guest is stopped: the last pass is not capped.
     pub(super) pacer: Option<&'a mut Pacer>,
     pub(super) started: Instant,
     pub(super) sent: &'a mut Bytes,

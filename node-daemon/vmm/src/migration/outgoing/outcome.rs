@@ -12,19 +12,18 @@ use crate::dirty::DirtyTracker as _;
 use crate::migration::control::millis;
 use crate::migration::fault::FaultPoint;
 
-/// How long the source waits for the destination to say that it runs. Only the measured downtime
-/// depends on it.
+/// Longest wait for the destination's `Running`. Only the measured downtime depends on it.
 const RUNNING_TIMEOUT: Duration = Duration::from_secs(5);
 
 impl Driver<'_> {
-    /// The guest runs on here, before anything else is done.
+    /// Resumes the guest, before any clean-up.
     pub(super) fn resume_source(
         mut self,
         because: Abort,
         ownership: Option<Ownership>,
     ) -> OutgoingEnd {
         if let Err(error) = self.guest.resume() {
-            tracing::warn!(%error, "the guest does not run on");
+            tracing::warn!(%error, "the guest could not be resumed");
         }
         if let Some((stopped, _)) = self.stopped.take() {
             tracing::info!(after = ?stopped.elapsed(), "the guest runs on at the source");
@@ -50,25 +49,27 @@ impl Driver<'_> {
         OutgoingEnd::Kept { failure, ownership }
     }
 
-    pub(super) fn depart(mut self, word: Committed) -> OutgoingEnd {
-        self.step("row transferred");
-        // If this or the stream is lost, the destination asks its own volume.
+    pub(super) fn depart(mut self, committed: Committed) -> OutgoingEnd {
+        self.step("ownership transferred");
+        // If this or the stream is lost, the destination reads the ownership record itself.
         if self.fault(FaultPoint::SourceCommitted).is_ok() {
-            self.tell_committed(word);
+            self.send_committed(committed);
         }
         self.control.end(MigrationPhase::Completed, None);
-        OutgoingEnd::Departed { epoch: word.epoch }
+        OutgoingEnd::Departed {
+            epoch: committed.epoch,
+        }
     }
 
-    fn tell_committed(&mut self, word: Committed) {
+    fn send_committed(&mut self, committed: Committed) {
         let Some(channel) = &mut self.channel else {
             return;
         };
         let told = channel
             .set_timeout(RUNNING_TIMEOUT)
-            .and_then(|()| channel.send(&Frame::Committed(word)));
+            .and_then(|()| channel.send(&Frame::Committed(committed)));
         if let Err(error) = told {
-            tracing::warn!(%error, "the destination was not told; it asks its volume");
+            tracing::warn!(%error, "the commit was not sent; the destination reads the ownership record itself");
             return;
         }
         match channel.receive() {
@@ -84,7 +85,7 @@ impl Driver<'_> {
     }
 
     pub(super) fn terminate(self) -> OutgoingEnd {
-        let failure = "the VM's row is somebody else's";
+        let failure = "another node owns the VM";
         self.control
             .end(MigrationPhase::Failed, Some(failure.to_owned()));
         OutgoingEnd::Lost

@@ -17,25 +17,25 @@ use crate::memory::GuestMemory;
 use crate::migration::control::MigrationControl;
 use crate::migration::copy::{Copier, CopyError, Sink};
 
-/// Where an image lies.
+/// The extents of an image.
 #[derive(Debug)]
 pub struct SavedArea {
     /// The volume's device.
     pub device: Arc<File>,
     /// The extents, in order.
     pub extents: Vec<ExtentRun>,
-    /// What every write must pass; none for an area that is only read.
+    /// Passed by every write; none for an area that is only read.
     pub gate: Option<Arc<dyn WriteGate>>,
 }
 
 /// Direct I/O wants memory, offset and length aligned to a volume block.
 const ALIGNMENT: usize = 4096;
-/// What is written or read at once.
+/// Bytes written or read at once.
 const PIECE_BYTES: usize = 1 << 20;
-/// How long a closed gate is waited for with the guest stopped.
-const GATE_PATIENCE: Duration = Duration::from_secs(10);
-/// How often a closed gate is looked at.
-const GATE_LOOK: Duration = Duration::from_millis(5);
+/// Longest wait for a closed gate, with the guest stopped.
+const GATE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Poll interval of a closed gate.
+const GATE_POLL_INTERVAL: Duration = Duration::from_millis(5);
 
 /// Writes an image.
 #[derive(Debug)]
@@ -74,7 +74,7 @@ struct Piece {
     filled: usize,
 }
 
-/// Writes the whole image and sees it onto the disk.
+/// Writes the whole image and flushes it to the disk.
 pub(super) fn write(
     area: SavedArea,
     memory: &Arc<GuestMemory>,
@@ -185,12 +185,12 @@ impl ImageWriter {
 
     /// Right before each write.
     fn await_gate(&self) -> io::Result<()> {
-        let deadline = Instant::now() + GATE_PATIENCE;
+        let deadline = Instant::now() + GATE_TIMEOUT;
         while !self.gate.is_open() {
             if Instant::now() >= deadline {
                 return Err(io::Error::other("the volume's gate stays closed"));
             }
-            std::thread::sleep(GATE_LOOK);
+            std::thread::sleep(GATE_POLL_INTERVAL);
         }
         Ok(())
     }

@@ -1,4 +1,4 @@
-//! From an image back to a machine.
+//! Restoring a machine from its image on the volume.
 
 use bascule_ipc::vm::VmConfig;
 use bascule_migrate::destination::{ExpectConfig, Machine, MemoryStep, StateStep};
@@ -13,7 +13,7 @@ use crate::migration::ownership_client::{OwnershipAuthority, OwnershipClient};
 use crate::migration::request::describe;
 use crate::state::{self, MachineState, StateError};
 
-/// Why a saved state was not restored. The machine is of no more use.
+/// Why a saved state was not restored. The machine cannot be used again.
 #[derive(Debug, thiserror::Error)]
 pub enum RestoreSavedError {
     /// It was never completed.
@@ -22,15 +22,15 @@ pub enum RestoreSavedError {
     /// It is older than the last time that the guest ran.
     #[error("the saved state is of epoch {saved}, and the VM is in epoch {epoch}")]
     OtherEpoch {
-        /// The tenure that saved it.
+        /// The epoch in which it was saved.
         saved: Epoch,
-        /// The present one.
+        /// The present epoch.
         epoch: Epoch,
     },
     /// It cannot be read.
     #[error("the saved state cannot be read")]
     Read(#[from] WireError),
-    /// Its contents are not what they were.
+    /// Its contents have changed.
     #[error("the saved state is corrupt: its checksum is {found:#010x} and not {expected:#010x}")]
     Corrupt {
         /// As computed.
@@ -38,7 +38,7 @@ pub enum RestoreSavedError {
         /// As recorded.
         expected: u32,
     },
-    /// It is another machine's, or not an image.
+    /// It is of another machine, or not an image.
     #[error("the saved state does not fit: {}", .0.text)]
     DoesNotFit(Abort),
     /// Guest memory cannot be written.
@@ -47,7 +47,7 @@ pub enum RestoreSavedError {
     /// The device state is not readable.
     #[error(transparent)]
     State(#[from] StateError),
-    /// The machine does not take it.
+    /// The machine does not restore it.
     #[error(transparent)]
     Machine(#[from] crate::RestoreError),
     /// The configuration cannot be compared.
@@ -58,7 +58,7 @@ pub enum RestoreSavedError {
     NotDropped(String),
 }
 
-/// Puts the saved state of the tenure before `epoch` into an incoming machine, and drops it from
+/// Restores the state saved in the epoch before `ownership` in an incoming machine, and drops it from
 /// the volume: the guest may then run.
 ///
 /// # Errors
@@ -100,7 +100,7 @@ pub fn restore_saved(
     Ok(())
 }
 
-/// Memory into the machine, and the device state.
+/// Reads memory into the machine; returns the device state.
 fn read(
     vm: &PausedVm,
     config: &VmConfig,

@@ -13,7 +13,7 @@ pub(super) const fn owner(slot: u16) -> Owner {
     }
 }
 
-/// The machine, as a process owns it.
+/// The machine of one side.
 pub(super) enum Owned {
     Running(RunningVm),
     Paused(PausedVm),
@@ -108,10 +108,10 @@ impl Arrival for TestGuest {
     }
 }
 
-/// A row, and how its volume misbehaves.
+/// An ownership record, and the faults of its volume.
 pub(super) struct Row {
     pub(super) seen: OwnershipRecord,
-    /// Answers that get lost after they were decided.
+    /// Replies to be lost after the request was decided.
     pub(super) lost_answers: u32,
     /// Transfers to the destination are refused.
     pub(super) refuse: bool,
@@ -194,7 +194,7 @@ pub(super) const LIMITS: MigrationLimits = MigrationLimits {
     bytes_per_second_max: None,
 };
 
-/// One attempt, with both sides' orders.
+/// One attempt, with the requests of both sides.
 pub(super) struct Move {
     pub(super) outgoing: Outgoing,
     pub(super) incoming: Incoming,
@@ -230,7 +230,7 @@ impl Move {
                 tls_dir: tls.path().to_owned(),
                 cpus: 1,
                 description,
-                patience: Duration::from_secs(20),
+                orphan_timeout: Duration::from_secs(20),
                 faults: Faults::NONE,
             },
             volume: TestVolume::new(),

@@ -162,7 +162,7 @@ impl VmActor {
     /// Refuses what a migration in progress forbids.
     pub(super) fn no_migration(&self) -> anyhow::Result<()> {
         match &self.migration {
-            Some(control) if !control.has_ended() => bail!("a migration is in progress"),
+            Some(control) if !control.has_ended() => bail!("a migration is under way"),
             _ => Ok(()),
         }
     }

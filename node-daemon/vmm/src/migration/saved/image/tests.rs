@@ -80,7 +80,7 @@ fn a_changed_byte_changes_the_checksum() {
 }
 
 #[test]
-fn i1_every_write_of_an_image_asks_the_gate() {
+fn i1_every_write_of_an_image_passes_the_gate() {
     let file = tempfile::tempfile().unwrap();
     let gate = Arc::new(TestGate::default());
     let mut writer = ImageWriter::new(area(&file, Some(gate.clone()))).unwrap();

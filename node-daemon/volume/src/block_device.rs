@@ -1,8 +1,8 @@
 //! The backing device of a volume: a block device, or a plain file in a lab.
 //!
 //! Reads and writes are `pread` and `pwrite` with `O_DIRECT`, from buffers aligned to 4096 bytes.
-//! The end of a process waits for a `pwrite` that is under way: that is what a successor of the
-//! same boot relies on. A file on a file system without `O_DIRECT` (tmpfs) is opened without it,
+//! A process exits only after a `pwrite` in progress has returned; the next process of the same boot
+//! relies on that. A file on a file system without `O_DIRECT` (tmpfs) is opened without it,
 //! with a warning; a block device never is.
 
 use std::fs::{File, OpenOptions};
@@ -16,7 +16,7 @@ use bascule_types::{AlignedBuffer, Bytes, Lba};
 use bascule_volume_format::{BLOCK_BYTES, BlockStore};
 use rustix::fs::{FallocateFlags, OFlags, SeekFrom};
 
-/// A device that can be re-opened after it went away.
+/// An open device that can be re-opened after its path was lost.
 #[derive(Clone, Debug)]
 pub struct Device {
     path: PathBuf,
@@ -27,9 +27,9 @@ pub struct Device {
 /// How a device is opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
-    /// The checker.
+    /// For the offline check.
     ReadOnly,
-    /// Everybody else.
+    /// For formatting and serving.
     ReadWrite,
 }
 
@@ -40,7 +40,7 @@ struct Opened {
     identity: Identity,
 }
 
-/// What tells a device or file from another one at the same path.
+/// Distinguishes a device or file from another one at the same path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Identity {
     device: u64,
@@ -52,7 +52,7 @@ impl Device {
     /// Opens the device.
     ///
     /// # Errors
-    /// The system's, with the path; a directory or a character device is refused.
+    /// Those of `open(2)`; [`io::ErrorKind::InvalidInput`] for a directory or a character device.
     pub fn open(path: &Path, access: Access) -> io::Result<Self> {
         let opened = open(path, access)?;
         Ok(Self {
@@ -62,8 +62,8 @@ impl Device {
         })
     }
 
-    /// Opens the path again, because the device went away and may be back, and goes on with it if
-    /// `accept` says so.
+    /// Opens the path again after an I/O error, and uses the new descriptor if `accept` returns
+    /// true. Returns whether it did.
     ///
     /// # Errors
     /// As for [`Device::open`].
@@ -77,10 +77,10 @@ impl Device {
         Ok(true)
     }
 
-    /// Checks that what the path names is still what is open.
+    /// Checks that the path still names the open device.
     ///
     /// # Errors
-    /// `NotFound` when the path names nothing or something else.
+    /// `NotFound` when the path names nothing or another device.
     pub fn check_present(&self) -> io::Result<()> {
         let now = identity(&std::fs::metadata(&self.path)?);
         if now == self.current().identity {
@@ -91,10 +91,10 @@ impl Device {
         }
     }
 
-    /// Its size.
+    /// The size of the device.
     ///
     /// # Errors
-    /// The system's.
+    /// Those of the system call.
     pub fn size(&self) -> io::Result<Bytes> {
         Ok(Bytes(rustix::fs::seek(
             &self.current().file,
@@ -102,13 +102,13 @@ impl Device {
         )?))
     }
 
-    /// Whether it is a block device.
+    /// Whether the device is a block device, not a file.
     #[must_use]
     pub fn is_block(&self) -> bool {
         self.current().is_block
     }
 
-    /// The logical block size: the alignment of direct I/O.
+    /// The logical block size in bytes: the alignment of direct I/O.
     #[must_use]
     pub fn block_bytes(&self) -> u32 {
         let opened = self.current();
@@ -120,26 +120,27 @@ impl Device {
             .unwrap_or(4096)
     }
 
-    /// How many writes the kernel has in flight on this block device; none when it cannot say.
+    /// How many writes the kernel has in flight on this block device, from `inflight` in sysfs;
+    /// `None` for a file.
     #[must_use]
     pub fn writes_in_flight(&self) -> Option<u64> {
         let text = sysfs(&self.current(), "inflight")?;
         text.split_whitespace().nth(1)?.parse().ok()
     }
 
-    /// A descriptor of its own for another process.
+    /// A duplicate of the descriptor, to pass to another process.
     ///
     /// # Errors
-    /// The system's.
+    /// Those of the system call.
     pub fn descriptor(&self) -> io::Result<OwnedFd> {
         Ok(self.current().file.try_clone()?.into())
     }
 
-    /// Makes a range read as zeroes, without data transfer where the device can. Not durable before
-    /// a flush.
+    /// Makes a range read as zeroes, by WRITE ZEROES if the device supports it. Durable only after a
+    /// flush.
     ///
     /// # Errors
-    /// The device's.
+    /// Those of the device.
     pub fn zero(&self, start: Lba, length: Bytes) -> io::Result<()> {
         let offset = start.lba_to_bytes().map_err(io::Error::other)?;
         let opened = self.current();
@@ -189,7 +190,7 @@ pub struct Handle {
 }
 
 impl Handle {
-    /// An aligned piece of the buffer.
+    /// The first `length` bytes of the aligned buffer, which grows as needed.
     fn aligned(&mut self, length: usize) -> &mut [u8] {
         if self.buffer.len() < length {
             self.buffer = AlignedBuffer::new(length, BLOCK_BYTES);
@@ -238,7 +239,7 @@ fn open(path: &Path, access: Access) -> io::Result<Opened> {
     };
     let file = match with(OFlags::DIRECT | OFlags::CLOEXEC) {
         Err(error) if !is_block && error.kind() == io::ErrorKind::InvalidInput => {
-            tracing::warn!(path = %path.display(), "the file system has no O_DIRECT: fit for a lab only");
+            tracing::warn!(path = %path.display(), "the file system does not support O_DIRECT: use this volume for a lab only");
             with(OFlags::CLOEXEC)?
         }
         other => other?,
@@ -258,7 +259,7 @@ fn identity(metadata: &std::fs::Metadata) -> Identity {
     }
 }
 
-/// A file of the block device's directory in sysfs.
+/// Reads a file of the sysfs directory of the block device.
 fn sysfs(opened: &Opened, file: &str) -> Option<String> {
     if !opened.is_block {
         return None;
@@ -267,10 +268,10 @@ fn sysfs(opened: &Opened, file: &str) -> Option<String> {
     let (major, minor) = (rustix::fs::major(number), rustix::fs::minor(number));
     let directory = format!("/sys/dev/block/{major}:{minor}");
     std::fs::read_to_string(format!("{directory}/{file}"))
-        // A partition has its queue one level up.
+        // The queue of a partition is in the directory of its disk.
         .or_else(|_| std::fs::read_to_string(format!("{directory}/../{file}")))
         .ok()
 }
 
-/// How much a device without write-zeroes is given at once.
+/// 1 MiB: the size of one write to a device without WRITE ZEROES.
 const ZERO_CHUNK_BLOCKS: usize = 256;

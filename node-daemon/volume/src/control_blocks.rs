@@ -1,4 +1,5 @@
-//! Reading the small blocks of a volume: heartbeats, Paxos blocks, leader blocks.
+//! Reading and writing the control blocks of a volume: heartbeats, Paxos blocks, leader blocks.
+//! Each is one 4096-byte block with a checksum.
 
 use std::io;
 
@@ -10,7 +11,7 @@ use bascule_volume_format::{
 
 use crate::block_device::Handle;
 
-/// Reads `count` consecutive blocks and yields every record that can be parsed.
+/// Reads `count` consecutive blocks and returns the records that can be parsed.
 fn read_run<R: Record>(
     handle: &mut Handle,
     superblock: &Superblock,
@@ -26,10 +27,10 @@ fn read_run<R: Record>(
         .collect())
 }
 
-/// The records of one slot.
+/// The heartbeat records of one slot.
 ///
 /// # Errors
-/// The device's.
+/// Those of the device.
 pub fn read_slot(
     handle: &mut Handle,
     superblock: &Superblock,
@@ -40,10 +41,10 @@ pub fn read_slot(
     Ok(of_slot(records, slot))
 }
 
-/// The newest record of each of the first `slots` slots that has one.
+/// The newest heartbeat record of each of the first `slots` slots that has one.
 ///
 /// # Errors
-/// The device's.
+/// Those of the device.
 pub fn read_heartbeats(
     handle: &mut Handle,
     superblock: &Superblock,
@@ -63,18 +64,18 @@ pub fn read_heartbeats(
 /// Every Paxos block that can be parsed.
 ///
 /// # Errors
-/// The device's.
+/// Those of the device.
 pub fn read_paxos(handle: &mut Handle, superblock: &Superblock) -> io::Result<Vec<PaxosBlock>> {
     let region = superblock.region(RegionKind::Paxos);
     let blocks = u64::from(superblock.slot_count) * PAXOS_SUBSECTORS;
     read_run(handle, superblock, region.start, blocks.min(region.blocks))
 }
 
-/// Every leader block.
+/// Every leader block; a slot that never coordinated has none.
 ///
 /// # Errors
-/// The device's; also when a leader block is damaged, because the one that cannot be read may be
-/// the newest.
+/// Those of the device; [`io::ErrorKind::InvalidData`] when a leader block is damaged, because that
+/// block may be the newest.
 pub fn read_leaders(handle: &mut Handle, superblock: &Superblock) -> io::Result<Vec<LeaderBlock>> {
     let region = superblock.region(RegionKind::Leaders);
     let count = usize::try_from(region.blocks).map_err(io::Error::other)?;
@@ -107,10 +108,10 @@ pub fn read_highest_epoch(
     Ok(highest.unwrap_or_default())
 }
 
-/// Writes a record and makes it durable.
+/// Writes a record and flushes the device.
 ///
 /// # Errors
-/// The device's. Whether the record is there is then unknown.
+/// Those of the device. Whether the record was written is then unknown.
 pub fn write_durably<R: Record>(
     handle: &mut Handle,
     superblock: &Superblock,

@@ -1,8 +1,8 @@
-//! The lease thread: renews this node's heartbeat by the rules of
+//! The heartbeat thread: renews the heartbeat of this node by the rules of
 //! [`bascule_volume_protocol::LeaseHolder`] and publishes the lease in the gate page.
 //!
-//! It does its I/O itself, one step at a time. When a write hangs, the thread hangs with it: the
-//! lease then runs out in the gate page by itself, which needs nobody awake.
+//! The thread does its I/O itself, one step at a time. When a write hangs, the thread hangs: the
+//! expiry in the gate page then passes, and every writer stops without being notified.
 
 use std::io;
 
@@ -18,7 +18,7 @@ use crate::block_device::Handle;
 use crate::control_blocks;
 use crate::volume_context::{LeaseView, VolumeContext};
 
-/// The thread's own state.
+/// The state of the thread.
 struct Renewal<'a> {
     context: &'a VolumeContext,
     handle: Handle,
@@ -26,14 +26,14 @@ struct Renewal<'a> {
 }
 
 /// Renews until the process stops. `held` is the lease that an earlier process of this boot left in
-/// the gate page, `sequence_sent` the highest number there.
+/// the gate page, `sequence_sent` the highest sequence number in that page.
 pub fn run(context: &VolumeContext, held: Option<Held>, sequence_sent: u64) {
     let mut renewal = Renewal {
         context,
         handle: context.device.handle(),
         holder: None,
     };
-    // Four ticks per renewal interval are asked for.
+    // The state machine needs at least four ticks per renewal interval.
     let tick = context.superblock.timings.renewal / 5;
     loop {
         renewal.start_holder(held, sequence_sent);
@@ -47,7 +47,7 @@ pub fn run(context: &VolumeContext, held: Option<Held>, sequence_sent: u64) {
 }
 
 impl Renewal<'_> {
-    /// The holder needs the highest sequence number in the own slot, so it waits for the slot.
+    /// Starts the state machine once the slot is known: it needs the highest sequence number there.
     fn start_holder(&mut self, held: Option<Held>, sequence_sent: u64) {
         if self.holder.is_some() {
             return;
@@ -57,7 +57,7 @@ impl Renewal<'_> {
         };
         let found =
             control_blocks::read_slot(&mut self.handle, &self.context.superblock, slot.slot);
-        let Some(records) = self.note(found, "read the own heartbeats") else {
+        let Some(records) = self.note(found, "read this node's heartbeat records") else {
             return;
         };
         let on_disk = records.iter().map(|record| record.sequence).max();
@@ -90,7 +90,7 @@ impl Renewal<'_> {
         self.step(event);
     }
 
-    /// Feeds the machine and performs what it commands, until it commands nothing.
+    /// Feeds the state machine and performs its commands until it has none.
     fn step(&mut self, event: LeaseEvent) {
         let mut next = Some(event);
         while let Some(event) = next {
@@ -129,7 +129,7 @@ impl Renewal<'_> {
         let slot = slot.map(|owner| owner.slot).unwrap_or_default();
         let found = control_blocks::read_slot(&mut self.handle, &self.context.superblock, slot);
         let now = boot_time_now();
-        match self.note(found, "read the own heartbeats") {
+        match self.note(found, "read this node's heartbeat records") {
             Some(records) => LeaseEvent::OwnRecords {
                 now,
                 records: records.iter().map(own_record).collect(),
@@ -151,16 +151,17 @@ impl Renewal<'_> {
         };
         let superblock = &self.context.superblock;
         let lba = superblock.heartbeat_lba(owner.slot, record.block_of_slot());
-        // R3 over restarts: the number is spent before it is sent.
+        // R3 across restarts: the number is recorded as used before the write is submitted.
         self.context.gate.record_sequence_sent(sequence);
         control_blocks::write_durably(&mut self.handle, superblock, lba, &record)
     }
 
-    /// The next generation of the own slot, once its writes of an earlier boot have settled.
+    /// The next generation of this node's slot; `None` until the writes of its last boot have
+    /// settled.
     fn new_generation(&mut self, now: BootTime) -> Option<Owner> {
         let row = self.context.state().slot?;
         let found = control_blocks::read_slot(&mut self.handle, &self.context.superblock, row.slot);
-        let records = self.note(found, "read the own heartbeats")?;
+        let records = self.note(found, "read this node's heartbeat records")?;
         let newest = records.iter().max_by_key(|record| record.order());
         let own = newest.map(|record| OwnSlot {
             node: record.node,
@@ -168,10 +169,10 @@ impl Renewal<'_> {
             boot: record.boot,
         });
         let settle = self.context.superblock.timings.settle;
-        let (context, boot) = (self.context.config.node, self.context.config.boot);
-        if let JoinClaim::Wait { .. } = join_claim(Rules::ENFORCED, now, boot, context, own, settle)
-        {
-            let reason = "writes of the node's last boot may still land".to_owned();
+        let (node, boot) = (self.context.config.node, self.context.config.boot);
+        if let JoinClaim::Wait { .. } = join_claim(Rules::ENFORCED, now, boot, node, own, settle) {
+            let reason =
+                "the settle time: writes of this node's last boot may still land".to_owned();
             self.context
                 .update(|state| state.waiting_for = Some(reason));
             return None;
@@ -185,12 +186,12 @@ impl Renewal<'_> {
             .max(row.generation)
             .next();
         let slot = row.slot;
-        tracing::info!(%slot, %generation, "begins a new generation");
+        tracing::info!(%slot, %generation, "beginning a new generation");
         Some(Owner { slot, generation })
     }
 
-    /// Publishes the lease in the gate page, if the coordinator knows of its generation, and in the
-    /// shared state.
+    /// Publishes the lease in the shared state, and in the gate page if the coordinator has
+    /// acknowledged its generation.
     fn publish(&mut self) {
         let Some(holder) = &self.holder else { return };
         let lease = holder.lease();
@@ -216,26 +217,25 @@ impl Renewal<'_> {
             }
         }
         if before != view.phase {
-            tracing::info!(phase = ?view.phase, owner = ?view.owner, "lease");
+            tracing::info!(phase = ?view.phase, owner = ?view.owner, "the lease changed its phase");
         }
         self.context.update(|state| state.lease = view);
     }
 
     fn has_left(&self) -> bool {
         let phase = self.holder.as_ref().map(LeaseHolder::phase);
-        // Without a lease there is nothing to leave.
+        // Without a lease no detached record is needed.
         !matches!(phase, Some(LeasePhase::Held | LeasePhase::Begun))
     }
 
-    /// Notes how I/O went, for the status. After a failure the device may have come back under
-    /// the same path.
+    /// Stores the result of an I/O step for the status, and returns the value on success.
     fn note<T>(&self, result: io::Result<T>, what: &str) -> Option<T> {
         let error = result
             .as_ref()
             .err()
             .map(|error| format!("cannot {what}: {error}"));
         if let Some(error) = &error {
-            tracing::warn!(error, "heartbeat");
+            tracing::warn!(error, "the heartbeat was not renewed");
         }
         if self.context.state().write_error != error {
             self.context.update(|state| state.write_error = error);

@@ -16,7 +16,7 @@ use tracing_subscriber::EnvFilter;
 #[derive(Parser)]
 #[command(name = "bascule-volume", version)]
 struct Cli {
-    /// How log lines look. What is logged is set by RUST_LOG.
+    /// The format of log lines. RUST_LOG sets the levels.
     #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text)]
     log_format: LogFormat,
     #[command(subcommand)]
@@ -25,14 +25,14 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Make a new volume. Refuses a device that holds anything, unless --force is given.
+    /// Make a new volume. Refuses a device that is not blank, unless --force is given.
     Format(FormatArgs),
     /// Check a volume that no node has attached, read-only.
     ///
     /// Exit codes: 0 clean, 1 warnings, 2 damaged, 3 not a Bascule volume, 4 a newer format,
     /// 5 unreadable.
     Check(CheckArgs),
-    /// Hold this node's place on a volume and serve the node's processes.
+    /// Attach a volume on this node and serve the processes of the node.
     Serve(ServeArgs),
 }
 

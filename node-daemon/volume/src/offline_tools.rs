@@ -1,4 +1,4 @@
-//! The offline tools: `format` and `check`.
+//! The subcommands `format` and `check`, which work on a volume that no node has attached.
 
 use std::fs::OpenOptions;
 use std::path::{Path, PathBuf};
@@ -15,7 +15,7 @@ use clap::{Args, ValueEnum};
 
 use crate::block_device::{Access, Device};
 
-/// What `format` takes.
+/// The arguments of `format`.
 #[derive(Args, Debug)]
 pub struct FormatArgs {
     /// The block device, by its stable path, or a plain file (for one host or a lab).
@@ -26,10 +26,10 @@ pub struct FormatArgs {
     /// The node that may attach the volume first; it registers all others.
     #[arg(long, visible_alias = "node-uid")]
     first_node: NodeUid,
-    /// The new volume's identity; random if not given.
+    /// The UUID of the new volume; random if not given.
     #[arg(long)]
     volume: Option<VolumeId>,
-    /// Overwrite whatever the device holds.
+    /// Overwrite the contents of the device.
     #[arg(long)]
     force: bool,
     /// Create a plain file of this many MiB first, if there is none.
@@ -41,10 +41,10 @@ pub struct FormatArgs {
     /// Print what was made as JSON.
     #[arg(long)]
     json: bool,
-    /// How a silent node's end is proved.
+    /// The evidence by which an unreachable node counts as fenced.
     #[arg(long, value_enum, default_value_t = FencingArg::Watchdog)]
     fencing: FencingArg,
-    /// Let a software watchdog (softdog) count. It hangs with the kernel that it should reset.
+    /// Let a software watchdog (softdog) count as a watchdog. It hangs with the kernel that it should reset.
     #[arg(long)]
     allow_software_watchdog: bool,
     /// Let the taint node.kubernetes.io/out-of-service count as an administrator's fencing confirmation.
@@ -71,14 +71,14 @@ pub struct FormatArgs {
 /// The volume's times, in milliseconds.
 #[derive(Args, Debug)]
 struct TimingArgs {
-    /// L: how long an acknowledged heartbeat lets its node write.
+    /// Lease (L): how long a node may write after it last renewed its heartbeat.
     #[arg(long, default_value_t = 4000, value_name = "MS")]
     lease_ms: u32,
-    /// W: how long a node must be silent before its lease counts as lapsed; at least, and if not
-    /// given, 3 L.
+    /// Watch (W): how long a heartbeat must be unchanged before its lease counts as expired; at least
+    /// 3 L, which is the default.
     #[arg(long, value_name = "MS")]
     watch_ms: Option<u32>,
-    /// How often the heartbeats are read; L / 8 if not given.
+    /// How often each node reads the heartbeats of the others; L / 8 if not given.
     #[arg(long, value_name = "MS")]
     poll_ms: Option<u32>,
     /// How often a node renews its lease; at most L / 2, and L / 4 if not given.
@@ -87,7 +87,7 @@ struct TimingArgs {
     /// The timeout of the nodes' hardware watchdogs.
     #[arg(long, default_value_t = 10_000, value_name = "MS")]
     watchdog_ms: u32,
-    /// After the reset of its host a write lands within this time or never.
+    /// Settle time: a write in flight lands within this time after the reset of its host, or never.
     #[arg(long, default_value_t = 4000, value_name = "MS")]
     settle_ms: u32,
 }
@@ -95,7 +95,7 @@ struct TimingArgs {
 /// The fencing modes on the command line.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum FencingArg {
-    /// The safe time elapsed under a hardware watchdog.
+    /// The heartbeat did not change for the safe time, and a hardware watchdog resets the node.
     Watchdog,
     /// Manual fencing confirmation only.
     LeaseOnly,
@@ -103,7 +103,7 @@ enum FencingArg {
     PersistentReservation,
 }
 
-/// What `check` takes.
+/// The arguments of `check`.
 #[derive(Args, Debug)]
 pub struct CheckArgs {
     /// The block device or file.
@@ -120,7 +120,7 @@ mod exit {
     pub(super) const UNREADABLE: u8 = 5;
 }
 
-/// Why a device was not formatted. Each has an exit code of its own.
+/// Why a device was not formatted. Each reason has an exit code.
 #[derive(Debug, thiserror::Error)]
 enum Refused {
     #[error("{path}: cannot use the device")]
@@ -156,10 +156,10 @@ impl Refused {
     }
 }
 
-/// Formats a device, and says why not if it is refused.
+/// Formats a device, or prints why not.
 ///
 /// # Errors
-/// None for a refusal: it has an exit code. Arguments that make no sense.
+/// Invalid arguments. A refusal is not an error: it has an exit code.
 pub fn format(args: &FormatArgs) -> Result<ExitCode> {
     if let Some(bytes) = args.extent_bytes {
         let whole = bytes.is_multiple_of(Bytes::mib(1).0);
@@ -217,7 +217,7 @@ fn make(args: &FormatArgs) -> Result<Superblock, Refused> {
     })
 }
 
-/// Checks a device, read-only, and prints what it found.
+/// Checks a device, read-only, and prints the findings.
 ///
 /// # Errors
 /// None: every outcome has an exit code.
@@ -291,7 +291,7 @@ impl FormatArgs {
     }
 }
 
-/// Makes a file, or lengthens the one that is there: asked again, it does the same.
+/// Creates a file, or extends a shorter one. Idempotent.
 fn create_file(path: &Path, size: Bytes) -> std::io::Result<()> {
     let file = OpenOptions::new()
         .write(true)
@@ -304,8 +304,8 @@ fn create_file(path: &Path, size: Bytes) -> std::io::Result<()> {
     file.sync_all()
 }
 
-/// Looks for anything that is not zero where file systems, partition tables, LVM and RAID keep
-/// their signatures: the first two MiB and the last one.
+/// Describes the first block that is not zero in the first two MiB and the last one, where file
+/// systems, partition tables, LVM and RAID keep their signatures.
 fn find_contents(device: &Device, size: Bytes) -> std::io::Result<Option<String>> {
     let mut handle = device.handle();
     let blocks = size.0 / BLOCK_BYTES_U64;
@@ -368,7 +368,7 @@ fn summary(report: &Report) -> String {
     );
     for vm in rows.vms() {
         let owner = vm.owner.map(|owner| owner.to_string());
-        let owner = owner.as_deref().unwrap_or("nobody");
+        let owner = owner.as_deref().unwrap_or("no owner");
         text += &format!("  VM {}: {owner}, epoch {}\n", vm.name, vm.epoch);
     }
     text

@@ -1,10 +1,11 @@
-//! Between nodes: a `bascule-volume` asks the coordinator's for a change, over TCP with mTLS.
+//! The protocol between nodes: a `bascule-volume` sends a request to the `bascule-volume` of the
+//! coordinator, over TCP with mTLS.
 //!
 //! # Constraints
-//! - Both sides prove themselves with a certificate of the cluster's authority; the peer's name is
-//!   `node.bascule.dev` for every node.
-//! - One request and one answer per connection. Lengths are bounded before anything is read, every
-//!   step has a time limit (I7).
+//! - Both sides authenticate with a certificate of the cluster's authority; the name in the
+//!   certificate is `node.bascule.dev` for every node.
+//! - One request and one answer per connection. Lengths are checked before anything is read, and
+//!   every step has a timeout (I7).
 //!
 //! # Frame
 //! A `u32`, little-endian, then that many bytes of JSON, at most [`FRAME_BYTES_MAX`]. The first
@@ -31,40 +32,40 @@ pub const FRAME_BYTES_MAX: usize = 64 << 20;
 /// One request to a coordinator.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PeerRequest {
-    /// Of which volume: a request that went astray is refused.
+    /// A server of another volume refuses the request.
     pub volume: VolumeId,
-    /// Who asks.
+    /// The requesting node.
     pub node: NodeUid,
-    /// Its slot and generation, as in its heartbeat; none before it has a slot.
+    /// The requester's slot and generation, as in its heartbeat; none before it has a slot.
     pub owner: Option<Owner>,
-    /// Its kernel's boot id.
+    /// The boot id of the requester's kernel.
     pub boot: [u8; 16],
     /// The requested operation; `ask` in the JSON.
     #[serde(rename = "ask")]
     pub operation: PeerOperation,
 }
 
-/// What is asked.
+/// The operation of a request.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum PeerOperation {
-    /// A change.
+    /// Change the metadata.
     Change(Change),
-    /// All rows.
+    /// Return all rows of the metadata.
     Rows,
 }
 
 /// The coordinator's answer.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum PeerResponse {
-    /// Granted and durable.
+    /// The change is granted and durable.
     Granted(Answer),
-    /// Refused; nothing was changed.
+    /// The change is refused; nothing was changed.
     Refused(Refusal),
-    /// All rows.
+    /// All rows of the metadata.
     Rows(Rows),
-    /// This node does not coordinate (any more). Whether the change happened is unknown.
+    /// This node does not coordinate, or no longer. Whether the change happened is unknown.
     NotCoordinator,
-    /// Another volume is served here.
+    /// The server serves another volume.
     WrongVolume,
 }
 
@@ -74,10 +75,10 @@ pub enum PeerError {
     /// The connection failed or timed out.
     #[error("connection to the coordinator")]
     Io(#[from] io::Error),
-    /// This node's own identity cannot be used.
+    /// This node's TLS identity cannot be used.
     #[error("TLS set-up")]
     Identity(#[from] MutualTlsError),
-    /// TLS refused.
+    /// The TLS handshake or a record failed.
     #[error("TLS with a peer")]
     Tls(#[from] rustls::Error),
     /// The peer's certificate is not a node's.
@@ -86,7 +87,7 @@ pub enum PeerError {
     /// A frame is longer than allowed.
     #[error("a frame of {0} bytes is too long")]
     TooLong(usize),
-    /// Not the expected JSON.
+    /// The JSON is not the expected message.
     #[error("a malformed message")]
     Malformed(#[from] serde_json::Error),
     /// No version in common.
@@ -94,7 +95,7 @@ pub enum PeerError {
     Version(#[source] bascule_ipc::IpcError),
 }
 
-/// Where this node's certificates are. They are read anew for every connection, because they are
+/// The TLS identity of this node. The files are read for every connection, because certificates are
 /// renewed in place.
 #[derive(Clone)]
 pub struct Tls {
@@ -116,7 +117,7 @@ impl Tls {
         }
     }
 
-    /// Asks the coordinator at `address`.
+    /// Sends a request to the coordinator at `address`; `timeout` is for each read and write.
     ///
     /// # Errors
     /// [`PeerError`].
@@ -171,7 +172,7 @@ fn limit(tcp: &TcpStream, timeout: Duration) -> io::Result<()> {
     tcp.set_write_timeout(Some(timeout))
 }
 
-/// The cluster's authority signs operators too; only a node may ask.
+/// Accepts only the certificate of a node: the cluster's authority signs operators too.
 fn check_role(tls: &ServerConnection) -> Result<(), PeerError> {
     let certificate = tls.peer_certificates().and_then(<[_]>::first);
     if certificate.is_some_and(|certificate| has_role(certificate, NODE_TLS_NAME)) {
@@ -213,7 +214,7 @@ fn recv<T: DeserializeOwned>(stream: &mut impl Read, max: usize) -> Result<T, Pe
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 const HELLO_BYTES_MAX: usize = 1 << 10;
-/// The largest change names a few identities and a name.
+/// The largest change has a few ids and one name.
 const REQUEST_BYTES_MAX: usize = 64 << 10;
 
 #[cfg(test)]
@@ -223,7 +224,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_first_request_of_version_1_on_the_wire_is_this() {
+    fn the_first_request_of_version_1_has_these_bytes_on_the_wire() {
         let owner = Owner {
             slot: SlotId(3),
             generation: Generation(7),
@@ -254,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn a_longer_frame_than_allowed_is_refused_before_it_is_read() {
+    fn a_frame_that_is_too_long_is_refused_before_it_is_read() {
         let wire = [0xFF; 8];
         let refused = recv::<Hello>(&mut wire.as_slice(), HELLO_BYTES_MAX);
         assert!(matches!(refused, Err(PeerError::TooLong(_))), "{refused:?}");

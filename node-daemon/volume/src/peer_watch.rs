@@ -1,5 +1,5 @@
-//! The watch thread: reads everybody's heartbeats and leader blocks, and keeps the picture that
-//! fence proofs, elections and the status are made from.
+//! The peer-watch thread: reads the heartbeats and leader blocks of all nodes. Fence proofs,
+//! elections and the status are based on what it has read.
 
 use std::io;
 use std::time::Duration;
@@ -13,17 +13,17 @@ use crate::block_device::Handle;
 use crate::control_blocks;
 use crate::volume_context::VolumeContext;
 
-/// Watches until the process stops.
+/// Reads once per poll interval until the process stops.
 pub fn run(context: &VolumeContext) {
     let mut handle = context.device.handle();
-    let mut rows_due = boot_time_now();
+    let mut metadata_due = boot_time_now();
     loop {
         read_once(context, &mut handle);
-        if boot_time_now() >= rows_due {
-            read_rows(context, &mut handle);
-            rows_due = boot_time_now().after(ROWS_EVERY);
+        if boot_time_now() >= metadata_due {
+            read_metadata(context, &mut handle);
+            metadata_due = boot_time_now().after(METADATA_INTERVAL);
         }
-        // The poll interval is kept whatever else changes: a notification does not shorten it.
+        // A notification of the shared state does not shorten the poll interval.
         let next = boot_time_now().after(context.superblock.timings.poll);
         let mut state = context.state();
         loop {
@@ -39,7 +39,7 @@ pub fn run(context: &VolumeContext) {
     }
 }
 
-/// Reads everybody's heartbeats and leader blocks once.
+/// Reads the heartbeats and leader blocks of all nodes once.
 pub fn read_once(context: &VolumeContext, handle: &mut Handle) {
     let slots = slots_in_use(context);
     let issued_at = boot_time_now();
@@ -63,15 +63,15 @@ pub fn read_once(context: &VolumeContext, handle: &mut Handle) {
         }),
         Err(error) => {
             let error = format!("cannot read the volume: {error}");
-            tracing::warn!(error, "watch");
+            tracing::warn!(error, "no heartbeat was read");
             context.update(|state| state.read_error = Some(error));
             reopen(context);
         }
     }
 }
 
-/// How many slots, from the first, have a holder: the others' heartbeats are not read. All of them
-/// while the rows are not known.
+/// How many slots are read: up to the last one that has a holder, or all while the metadata is not
+/// known.
 fn slots_in_use(context: &VolumeContext) -> u16 {
     let state = context.state();
     let all = context.superblock.slot_count;
@@ -92,7 +92,7 @@ fn read_all(
     Ok((heartbeats, leaders))
 }
 
-/// The device may be back, under the same path: only if it is still this volume.
+/// Re-opens the path after an I/O error, and uses it if it still holds this volume.
 fn reopen(context: &VolumeContext) {
     let volume = context.superblock.volume;
     let same = context.device.reopen_if(|candidate| {
@@ -105,9 +105,9 @@ fn reopen(context: &VolumeContext) {
     }
 }
 
-/// The rows as they lie on the volume, for the status. The coordinator may be writing them at this
-/// moment: a picture that contradicts itself is dropped.
-fn read_rows(context: &VolumeContext, handle: &mut Handle) {
+/// Reads the metadata for the status. A result that is inconsistent, because the coordinator is
+/// writing at the same time, is dropped.
+fn read_metadata(context: &VolumeContext, handle: &mut Handle) {
     if context.state().coordinator.is_some() {
         return;
     }
@@ -121,6 +121,6 @@ fn read_rows(context: &VolumeContext, handle: &mut Handle) {
     }
 }
 
-/// The status of a node that does not coordinate may be this old; and a node that registered
-/// through another coordinator is watched from then on.
-const ROWS_EVERY: Duration = Duration::from_secs(2);
+/// On a node that does not coordinate, the status is at most this old, and a newly registered node
+/// is watched after at most this time.
+const METADATA_INTERVAL: Duration = Duration::from_secs(2);

@@ -201,7 +201,7 @@ fn assemble(
         GateTakenOver::Existing(view) => Some(view),
         GateTakenOver::Fresh => {
             // A fresh gate page: no process of this boot has been a writer yet.
-            WriterTable::forget_all(&args.run_dir).context("clear the table of writers")?;
+            WriterTable::remove_all(&args.run_dir).context("clear the table of writers")?;
             None
         }
     };

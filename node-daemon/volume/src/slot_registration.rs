@@ -1,12 +1,15 @@
-//! The join thread: gets this node a slot, and tells the coordinator of every new generation.
+//! The registration thread: registers this node for a slot of the volume, and reports every new
+//! generation to the coordinator (rejoin).
+//!
+//! This is not the enrolment of a node in the cluster, which `bascule-node` does.
 //!
 //! ```text
-//!   no slot ──RegisterNode──► slot ──lease thread begins a generation──► Held
-//!                               ▲                                         │ Rejoin
-//!                               └────────── lease lapsed ◄── joined ◄─────┘
+//!   no slot ──RegisterNode──► slot ──heartbeat thread begins a generation──► Held
+//!                               ▲                                             │ Rejoin
+//!                               └─────────── lease lapsed ◄── joined ◄────────┘
 //! ```
-//! Until the coordinator has answered the re-join, the gate page does not show the generation: the
-//! rows may be somebody else's by now.
+//! Until the coordinator has answered the rejoin, the gate page does not show the new generation:
+//! the VMs may have another owner by now.
 
 use std::time::Duration;
 
@@ -18,7 +21,7 @@ use crate::block_device::Handle;
 use crate::peer_rpc::{PeerOperation, PeerResponse};
 use crate::volume_context::{State, VolumeContext};
 
-/// Joins, and joins again, until the process stops.
+/// Registers, and rejoins after every lapse of the lease, until the process stops.
 pub fn run(context: &VolumeContext) {
     let mut handle = context.device.handle();
     loop {
@@ -30,7 +33,7 @@ pub fn run(context: &VolumeContext) {
             Need::Rejoin(owner) => rejoin(context, &mut handle, owner),
         };
         if let Err(reason) = done {
-            tracing::info!(reason, "waits to join");
+            tracing::info!(reason, "cannot join the volume yet");
             context.update(|state| state.waiting_for = Some(reason));
             context.wait_until(RETRY, |state| state.stopping);
         }
@@ -63,7 +66,7 @@ fn wait_for_need(context: &VolumeContext) -> Option<Need> {
     }
 }
 
-/// This node's slot, from the volume itself; if it has none, the coordinator is asked for one.
+/// Reads this node's slot from the volume; if it has none, requests one from the coordinator.
 fn get_slot(context: &VolumeContext, handle: &mut Handle) -> Result<(), String> {
     if let Some(row) = read_slot_row(context, handle)? {
         context.update(|state| {
@@ -74,8 +77,8 @@ fn get_slot(context: &VolumeContext, handle: &mut Handle) -> Result<(), String> 
     }
     let me = context.config.node;
     let register = PeerOperation::Change(Change::RegisterNode { node: me });
-    match context.request_coordinator(&register, ASK) {
-        // The row is read from the volume in the next round.
+    match context.request_coordinator(&register, REQUEST_TIMEOUT) {
+        // The next call reads the slot from the volume.
         Some(PeerResponse::Granted(_)) => Ok(()),
         Some(PeerResponse::Refused(refusal)) => Err(format!("registration was refused: {refusal}")),
         _ => Err("not registered on this volume, and no coordinator answers".to_owned()),
@@ -83,15 +86,16 @@ fn get_slot(context: &VolumeContext, handle: &mut Handle) -> Result<(), String> 
 }
 
 fn rejoin(context: &VolumeContext, handle: &mut Handle, owner: Owner) -> Result<(), String> {
-    let row = read_slot_row(context, handle)?.ok_or("the slot's row is gone")?;
+    let row =
+        read_slot_row(context, handle)?.ok_or("this node's slot is no longer in the metadata")?;
     let change = Change::Rejoin {
         node: context.config.node,
         from: row.owner(),
         rebooted: row.boot != context.config.boot,
     };
-    match context.request_coordinator(&PeerOperation::Change(change), ASK) {
+    match context.request_coordinator(&PeerOperation::Change(change), REQUEST_TIMEOUT) {
         Some(PeerResponse::Granted(Answer::Slot { owner: now, kept })) if now == owner => {
-            tracing::info!(%owner, kept = kept.len(), "joined");
+            tracing::info!(%owner, kept = kept.len(), "joined the volume");
             context.update(|state| {
                 state.joined = Some(owner);
                 state.slot = Some(SlotRow {
@@ -109,7 +113,8 @@ fn rejoin(context: &VolumeContext, handle: &mut Handle, owner: Owner) -> Result<
     }
 }
 
-/// The coordinator may be writing the metadata at this moment, so a contradiction is tried again.
+/// Reads the slot of this node. Retries when the metadata is inconsistent, because the coordinator
+/// may be writing it at the same time.
 fn read_slot_row(context: &VolumeContext, handle: &mut Handle) -> Result<Option<SlotRow>, String> {
     let mut attempt = 0;
     loop {
@@ -131,7 +136,8 @@ fn read_slot_row(context: &VolumeContext, handle: &mut Handle) -> Result<Option<
 
 /// Between two attempts.
 const RETRY: Duration = Duration::from_millis(200);
-/// How long one attempt waits for a coordinator.
-const ASK: Duration = Duration::from_secs(5);
-/// A checkpoint is written within seconds; this many contradictions in a row are damage.
+/// How long one attempt waits for an answer of the coordinator.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
+/// A checkpoint is written within 2 s; inconsistent metadata in this many reads, 200 ms apart, is
+/// damage.
 const READ_ATTEMPTS: u32 = 10;

@@ -1,11 +1,11 @@
-//! What the threads of one `bascule-volume` share: the volume, this node's place on it, and what it
-//! has seen of the others.
+//! What the threads of one `bascule-volume` share: the volume, this node's slot on it, and what it
+//! has read of the other nodes.
 //!
 //! ```text
-//!   lease thread ──lease──►┐                        ┌──► control threads (volume.sock)
-//!   watch thread ──others─►│  State (one mutex,     │
-//!   join thread ──joined──►│  one condition)        ├──► peer threads (TCP)
-//!   coordinate thread ────►┘                        └──► lease thread publishes the gate page
+//!   heartbeat ────lease───────►┐                    ┌──► threads of volume.sock
+//!   peer-watch ───heartbeats──►│ State (one mutex,  │
+//!   registration ─joined──────►│ one condition      ├──► threads of the TCP port
+//!   coordinator ──metadata────►┘ variable)          └──► heartbeat publishes the gate page
 //! ```
 //! No thread does I/O while it holds the mutex.
 
@@ -30,123 +30,122 @@ use crate::writer_table::WriterTable;
 /// One attached volume, as one process serves it.
 #[derive(Debug)]
 pub struct VolumeContext {
-    /// Who and where this process is.
+    /// The identity and the addresses of this process.
     pub config: ProcessConfig,
-    /// The volume.
+    /// As read when the volume was opened.
     pub superblock: Superblock,
-    /// Its device.
+    /// The backing device.
     pub device: Device,
-    /// The page in which this node's lease is published.
+    /// The page in which this process publishes the lease; every writer reads it.
     pub gate: GateWriter,
-    /// This node's certificates.
+    /// For connections to and from other nodes.
     pub tls: Tls,
-    /// Held while the watchdog's owner is told what to watch: what it is told last must be what
-    /// holds.
+    /// Held during a call to `bascule-watchdog`, so that the last call carries the latest state of
+    /// the writers.
     pub watchdog_call: Mutex<()>,
-    /// Held while a disk is zeroed.
+    /// Held while a disk is zeroed: one at a time.
     pub zeroing: Mutex<()>,
     state: Mutex<State>,
     changed: Condvar,
 }
 
-/// Who and where a process is.
+/// The identity and the addresses of a process.
 #[derive(Clone, Debug)]
 pub struct ProcessConfig {
-    /// The node.
+    /// The UID of this Kubernetes node.
     pub node: NodeUid,
-    /// The kernel's boot id.
+    /// The boot id of the kernel.
     pub boot: [u8; 16],
     /// The run directory of this volume.
     pub run_dir: PathBuf,
-    /// The socket of the node's `bascule-watchdog`.
+    /// The socket of `bascule-watchdog` on this node.
     pub watchdog_sock: PathBuf,
-    /// Where other nodes reach this process.
+    /// The address at which other nodes reach this process; published in the heartbeat.
     pub address: SocketAddr,
 }
 
-/// What changes. One thread writes each field, as said there; all read.
+/// The mutable state. Each field names the thread that writes it; all threads read it.
 #[derive(Debug)]
 pub struct State {
-    /// The lease thread's.
+    /// Written by the heartbeat thread.
     pub lease: LeaseView,
-    /// The join thread's: the generation that the coordinator has acknowledged, whose rows this
-    /// node may write. The gate page is published for this one only.
+    /// Written by the registration thread: the slot and generation that the coordinator has
+    /// acknowledged. This node may write the VMs that it owns; the gate page is published only for
+    /// it.
     pub joined: Option<Owner>,
-    /// The join thread's: this node's slot.
+    /// Written by the registration thread: this node's slot.
     pub slot: Option<SlotRow>,
-    /// The join thread's: why this node has not joined yet.
+    /// Written by the registration and heartbeat threads: what this node waits for before it may
+    /// write, for a person.
     pub waiting_for: Option<String>,
-    /// The watch thread's.
+    /// Written by the peer-watch thread: since when each heartbeat has not changed.
     pub watcher: Watcher,
-    /// The watch thread's: the newest record of every slot.
+    /// Written by the peer-watch thread: the newest heartbeat record of every slot.
     pub heartbeats: BTreeMap<SlotId, HeartbeatRecord>,
-    /// The watch thread's: the leader block with the highest epoch.
+    /// Written by the peer-watch thread: the leader block with the highest epoch.
     pub leader: Option<LeaderBlock>,
-    /// The watch thread's: why the device cannot be read.
+    /// Written by the peer-watch thread: why the device cannot be read.
     pub read_error: Option<String>,
-    /// The lease thread's: why heartbeats cannot be written.
+    /// Written by the heartbeat thread: why heartbeats cannot be written.
     pub write_error: Option<String>,
-    /// Why this process must not be used any more.
+    /// Written by any thread, once: why this node must not write to the volume until a new process
+    /// has verified it.
     pub failed: Option<String>,
-    /// The coordinate and watch threads': the rows as last read.
+    /// Written by the coordinator and peer-watch threads: the metadata as last read.
     pub metadata: Option<(CoordinatorEpoch, Metadata)>,
-    /// The coordinate thread's: where requests go while this node coordinates.
+    /// Written by the coordinator thread: the queue of its requests while this node coordinates.
     pub coordinator: Option<(CoordinatorEpoch, SyncSender<Job>)>,
-    /// Since when the coordinator could not be reached although somebody asks.
+    /// Written by requesters: since when no request has reached a coordinator.
     pub unreachable_since: Option<BootTime>,
-    /// Why the coordinator could not be reached, as last logged.
+    /// Written by requesters: the last logged connection error, so that it is logged once.
     pub peer_error: Option<String>,
-    /// The processes that write to the volume.
+    /// The processes that may write to the volume.
     pub writers: WriterTable,
-    /// What resets this node.
+    /// Written by [`crate::watchdog_client`]; published in the heartbeat.
     pub watchdog: WatchdogKind,
-    /// The process is about to end.
+    /// All threads end.
     pub stopping: bool,
-    /// It shall leave the volume before.
+    /// The heartbeat thread writes a last, detached record before it ends.
     pub leaving: bool,
 }
 
-/// The lease as the lease thread last saw it.
+/// The lease as the heartbeat thread last published it.
 #[derive(Clone, Copy, Debug)]
 pub struct LeaseView {
-    /// The phase of the lease machine.
+    /// The phase of [`bascule_volume_protocol::LeaseHolder`].
     pub phase: LeasePhase,
-    /// The generation that it speaks for.
+    /// The slot and generation that the lease is for.
     pub owner: Option<Owner>,
-    /// When it ends.
+    /// No write of this node may be submitted from this time on.
     pub expiry: BootTime,
 }
 
-/// A request for the local coordinator.
+/// A request for the coordinator of this process.
 #[derive(Debug)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct Job {
-    /// The request.
     pub request: PeerRequest,
-    /// Where the answer goes. Dropped without one: the outcome is unknown.
+    /// Dropped without an answer when the outcome is unknown.
     pub reply: SyncSender<PeerResponse>,
 }
 
-/// What a process knows when it starts.
+/// The parts from which a [`VolumeContext`] is built.
 #[derive(Debug)]
+#[expect(missing_docs, reason = "as the fields of VolumeContext")]
 pub struct VolumeContextParts {
-    /// Who and where.
     pub config: ProcessConfig,
-    /// The volume.
     pub superblock: Superblock,
-    /// The device.
     pub device: Device,
-    /// The gate page.
     pub gate: GateWriter,
-    /// The certificates.
     pub tls: Tls,
-    /// Who wrote under an earlier process, and may still.
+    /// The writers of an earlier process, which may still write.
     pub writers: WriterTable,
-    /// The generation whose lease was taken over from an earlier process.
+    /// The slot and generation whose lease an earlier process left in the gate page.
     pub joined: Option<Owner>,
 }
 
 impl VolumeContext {
-    /// A node that has not read anything yet.
+    /// The context before any thread has started.
     #[must_use]
     pub fn new(parts: VolumeContextParts) -> Self {
         let state = State {
@@ -186,12 +185,12 @@ impl VolumeContext {
         }
     }
 
-    /// The shared state.
+    /// The shared state, locked.
     pub fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Alters the shared state and wakes whoever waits for it.
+    /// Changes the shared state and wakes the threads that wait for a change.
     pub fn update<T>(&self, alter: impl FnOnce(&mut State) -> T) -> T {
         let result = alter(&mut self.state());
         self.changed.notify_all();
@@ -217,34 +216,37 @@ impl VolumeContext {
         done(&state)
     }
 
-    /// Closes the gate for good: nothing of this node is written until the volume was re-opened
-    /// and re-verified by a new process. The first reason is the one that is shown.
+    /// Closes the gate permanently: this node writes nothing until a new process has re-opened and
+    /// verified the volume. The first `reason` is the one that the status shows.
     pub fn fail(&self, reason: &str) {
-        tracing::error!(reason, "the volume is failed on this node");
+        tracing::error!(
+            reason,
+            "the volume failed on this node: its gate stays closed"
+        );
         self.gate.mark_failed();
         let pid = std::process::id();
-        let told = format!(
-            "{reason}; nothing of this node is written until the device is sound, process {pid} has \
-             been ended, and the one that follows it has verified the volume"
+        let shown = format!(
+            "{reason}; this node writes nothing to the volume until the device works again, process \
+             {pid} has been ended, and the next process has verified the volume"
         );
         self.update(|state| {
-            state.failed.get_or_insert(told);
+            state.failed.get_or_insert(shown);
         });
     }
 
-    /// Whether the process is about to end.
+    /// Whether all threads shall end.
     pub fn is_stopping(&self) -> bool {
         self.state().stopping
     }
 
-    /// Asks the coordinator, wherever it is, again and again until one answers. None if `limit`
-    /// passes first: the outcome is then unknown.
+    /// Sends a request to the coordinator, in this process or on another node, and retries until one
+    /// answers. `None` if `timeout` passes first: the outcome is then unknown.
     pub fn request_coordinator(
         &self,
         operation: &PeerOperation,
-        limit: Duration,
+        timeout: Duration,
     ) -> Option<PeerResponse> {
-        let deadline = boot_time_now().after(limit);
+        let deadline = boot_time_now().after(timeout);
         loop {
             let left = deadline.since(boot_time_now());
             if left.is_zero() || self.is_stopping() {
@@ -279,14 +281,17 @@ impl VolumeContext {
         match route? {
             Route::Local(queue) => self.request_local_coordinator(&queue, request, left),
             Route::Peer(address) => {
-                match self.tls.request(address, &request, left.min(self.step())) {
+                match self
+                    .tls
+                    .request(address, &request, left.min(self.connection_timeout()))
+                {
                     Ok(PeerResponse::NotCoordinator | PeerResponse::WrongVolume) => None,
                     Ok(response) => Some(response),
                     Err(error) => {
                         let error = format!("{:#}", anyhow::Error::from(error));
                         let mut state = self.state();
                         if state.peer_error.as_ref() != Some(&error) {
-                            tracing::warn!(%address, error, "the coordinator does not answer");
+                            tracing::warn!(%address, error, "the coordinator does not respond");
                             state.peer_error = Some(error);
                         }
                         None
@@ -296,12 +301,16 @@ impl VolumeContext {
         }
     }
 
-    /// How long one connection may take: a frozen coordinator is replaced after about L.
-    fn step(&self) -> Duration {
-        self.superblock.timings.lease.clamp(STEP_MIN, STEP_MAX)
+    /// The timeout of one connection: the lease time, within bounds, because a frozen coordinator is
+    /// replaced after about that time.
+    fn connection_timeout(&self) -> Duration {
+        self.superblock
+            .timings
+            .lease
+            .clamp(CONNECTION_TIMEOUT_MIN, CONNECTION_TIMEOUT_MAX)
     }
 
-    /// Asks the coordinator in this process.
+    /// Sends a request to the coordinator thread of this process.
     pub fn request_local_coordinator(
         &self,
         queue: &SyncSender<Job>,
@@ -335,7 +344,7 @@ impl State {
         record.address.parse().ok().map(Route::Peer)
     }
 
-    /// Whether this node may write now.
+    /// Whether this node may write at `now`.
     #[must_use]
     pub fn is_open(&self, now: BootTime) -> bool {
         self.failed.is_none()
@@ -346,8 +355,8 @@ impl State {
     }
 }
 
-/// Between two attempts to reach a coordinator that is not there.
+/// Between two attempts to reach a coordinator.
 const RETRY: Duration = Duration::from_millis(100);
-/// A commit takes some writes and reads, on a slow device too.
-const STEP_MIN: Duration = Duration::from_secs(1);
-const STEP_MAX: Duration = Duration::from_secs(5);
+/// A commit takes several reads and writes; on a slow device, hundreds of milliseconds.
+const CONNECTION_TIMEOUT_MIN: Duration = Duration::from_secs(1);
+const CONNECTION_TIMEOUT_MAX: Duration = Duration::from_secs(5);

@@ -1,4 +1,4 @@
-//! How the volume does, in the words of `bascule-ipc`. Never waits for anything.
+//! The status of the volume on this node, as `bascule-ipc` defines it. Does no I/O and never waits.
 
 use bascule_ipc::volume::{FencingMode, PathState, PeerStatus, VolumeStatus, WatchdogKind};
 use bascule_types::{BootTime, Bytes, Epoch};
@@ -7,7 +7,7 @@ use bascule_volume_gate::boot_time_now;
 
 use crate::volume_context::{State, VolumeContext};
 
-/// The status of this moment.
+/// The current status.
 #[must_use]
 pub fn status(context: &VolumeContext) -> VolumeStatus {
     let now = boot_time_now();
@@ -51,7 +51,7 @@ pub fn status(context: &VolumeContext) -> VolumeStatus {
     }
 }
 
-/// Why the volume is not usable here, in words for a person.
+/// Why this node may not write to the volume, for a person; `None` if it may.
 #[must_use]
 pub fn reason(state: &State, now: BootTime) -> Option<String> {
     let device = state.failed.clone().or_else(|| state.read_error.clone());

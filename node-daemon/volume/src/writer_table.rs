@@ -1,5 +1,5 @@
-//! The processes of this node that may have writes under way, kept in the run directory so that a
-//! new `bascule-volume` knows them too.
+//! The processes of this node that may have writes in flight. The table is kept in the run
+//! directory, so that a new `bascule-volume` process knows them too.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -10,7 +10,7 @@ use std::time::Duration;
 use bascule_types::{BootTime, VmUid};
 use bascule_volume_protocol::{Rules, WriterEvent, Writers};
 
-/// Every writer and its processes: a `bascule-vm`, or importers of several disks at once.
+/// The writers of every VM: its `bascule-vm`, or one importer per disk.
 #[derive(Debug)]
 pub struct WriterTable {
     writers: Writers,
@@ -20,28 +20,29 @@ pub struct WriterTable {
 
 #[derive(Clone, Copy, Debug)]
 struct Process {
-    /// When it started, in clock ticks: tells it from a later one with the same id.
+    /// Start time, in clock ticks after boot: distinguishes it from a later process with the same
+    /// id.
     started: u64,
-    /// Since when it is gone without having closed.
+    /// When this process found it dead without having closed.
     gone: Option<BootTime>,
 }
 
 impl WriterTable {
-    /// Forgets the writers of an earlier boot.
+    /// Removes the writers of an earlier boot.
     ///
     /// # Errors
-    /// The system's.
-    pub fn forget_all(run_dir: &Path) -> io::Result<()> {
+    /// Those of the file system.
+    pub fn remove_all(run_dir: &Path) -> io::Result<()> {
         match fs::remove_dir_all(run_dir.join("writers")) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
             _ => Ok(()),
         }
     }
 
-    /// The writers that an earlier process noted in `run_dir`.
+    /// Loads the writers that an earlier process recorded in `run_dir`.
     ///
     /// # Errors
-    /// The system's.
+    /// Those of the file system.
     pub fn load(run_dir: &Path) -> io::Result<Self> {
         let directory = run_dir.join("writers");
         fs::create_dir_all(&directory)?;
@@ -64,10 +65,10 @@ impl WriterTable {
         Ok(table)
     }
 
-    /// A process is about to get the device for this VM. Whether it had not got it before.
+    /// Records a process that is about to get the device for this VM. Returns whether it is new.
     ///
     /// # Errors
-    /// The system's; the process must not get it then.
+    /// Those of the file system; the process must then not get the device.
     pub fn open(&mut self, vm: VmUid, pid: u32) -> io::Result<bool> {
         let fresh = !self.processes.contains_key(&(vm, pid));
         let started = start_time(pid).unwrap_or(0);
@@ -79,7 +80,7 @@ impl WriterTable {
     /// The process closed its gate, and every write that it submitted has completed.
     ///
     /// # Errors
-    /// The system's; the writer then counts as open.
+    /// Those of the file system; the writer then still counts as open.
     pub fn close(&mut self, vm: VmUid, pid: u32) -> io::Result<()> {
         if !self.processes.contains_key(&(vm, pid)) {
             return Ok(());
@@ -92,10 +93,9 @@ impl WriterTable {
         Ok(())
     }
 
-    /// Notices processes that are gone without having closed, and settles those of which nothing
-    /// can be in flight any more: gone for `settle`, and since then `quiet` (the kernel has no
-    /// write in flight on the device).
-    pub fn reap(&mut self, now: BootTime, settle: Duration, quiet: bool) {
+    /// Detects processes that died without closing, and settles those that have been dead for
+    /// `settle` while `idle`: the kernel has no write in flight on the device.
+    pub fn reap(&mut self, now: BootTime, settle: Duration, idle: bool) {
         let keys: Vec<(VmUid, u32)> = self.processes.keys().copied().collect();
         for (vm, pid) in keys {
             let Some(process) = self.processes.get_mut(&(vm, pid)) else {
@@ -103,14 +103,14 @@ impl WriterTable {
             };
             match process.gone {
                 None if start_time(pid) != Some(process.started) => {
-                    tracing::warn!(%vm, pid, "a writer is gone without having closed");
+                    tracing::warn!(%vm, pid, "a writer died without closing: its writes may still land");
                     process.gone = Some(now);
                     if self.of(vm).all(|gone| gone.is_some()) {
                         let drained = false;
                         self.step(WriterEvent::Closed { vm, drained });
                     }
                 }
-                Some(gone) if quiet && now.since(gone) >= settle => {
+                Some(gone) if idle && now.since(gone) >= settle => {
                     self.settle(vm, pid);
                 }
                 _ => {}
@@ -120,24 +120,24 @@ impl WriterTable {
 
     fn settle(&mut self, vm: VmUid, pid: u32) {
         if self.forget(vm, pid).is_ok() && self.of(vm).next().is_none() {
-            tracing::info!(%vm, pid, "its writes have settled");
+            tracing::info!(%vm, pid, "the writes of a dead writer have settled");
             self.step(WriterEvent::Settled(vm));
         }
     }
 
-    /// Whether anything of this node may be written.
+    /// Whether a write of this node may be submitted or in flight.
     #[must_use]
     pub fn must_be_watched(&self) -> bool {
         self.writers.must_be_watched()
     }
 
-    /// Whether nothing of this VM's writer is under way.
+    /// Whether every write of this VM has completed.
     #[must_use]
     pub fn is_drained(&self, vm: VmUid) -> bool {
         self.writers.is_drained(vm)
     }
 
-    /// Whether some process is gone without having closed.
+    /// Whether a process died without closing and has not settled.
     #[must_use]
     pub fn has_gone(&self) -> bool {
         self.processes
@@ -145,13 +145,13 @@ impl WriterTable {
             .any(|process| process.gone.is_some())
     }
 
-    /// Whether a process of this VM lives that has not closed.
+    /// Whether a live process of this VM has not closed.
     #[must_use]
     pub fn is_held(&self, vm: VmUid) -> bool {
         self.of(vm).any(|gone| gone.is_none())
     }
 
-    /// Since when each process of this VM is gone, if it is.
+    /// For each process of this VM: when it was found dead, or `None` while it lives.
     fn of(&self, vm: VmUid) -> impl Iterator<Item = Option<BootTime>> {
         let of_vm = self.processes.iter().filter(move |(key, _)| key.0 == vm);
         of_vm.map(|(_, process)| process.gone)
@@ -181,8 +181,8 @@ impl WriterTable {
     }
 }
 
-/// When a process started, in clock ticks after boot; none if there is none. A zombie has ended: its
-/// descriptors are closed.
+/// When a process started, in clock ticks after boot; `None` if there is no such process. A zombie
+/// counts as ended: its descriptors are closed.
 fn start_time(pid: u32) -> Option<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // proc_pid_stat(5): the name, field 2, may hold anything; state is field 3, start time 22.
@@ -205,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn a_new_process_knows_the_writers_of_the_one_before() {
+    fn a_new_process_knows_the_writers_of_the_previous_process() {
         let run_dir = tempfile::tempdir().unwrap();
         let mut table = WriterTable::load(run_dir.path()).unwrap();
         table.open(VM, std::process::id()).unwrap();
@@ -216,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn a_writer_that_died_counts_until_its_writes_have_settled() {
+    fn a_dead_writer_counts_as_open_until_its_writes_have_settled() {
         let run_dir = tempfile::tempdir().unwrap();
         let mut table = WriterTable::load(run_dir.path()).unwrap();
         let mut child = std::process::Command::new("true").spawn().unwrap();
@@ -233,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn a_later_process_with_the_same_id_is_another_one() {
+    fn a_later_process_with_the_same_id_is_another_writer() {
         let run_dir = tempfile::tempdir().unwrap();
         let mut table = WriterTable::load(run_dir.path()).unwrap();
         let pid = std::process::id();
@@ -259,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn a_living_writer_is_left_alone() {
+    fn a_live_writer_is_never_settled() {
         let run_dir = tempfile::tempdir().unwrap();
         let mut table = WriterTable::load(run_dir.path()).unwrap();
         table.open(VM, std::process::id()).unwrap();

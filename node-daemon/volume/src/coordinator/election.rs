@@ -1,13 +1,14 @@
-//! The coordinate thread: stands for election when there is no coordinator, and coordinates when
-//! it has won.
+//! The coordinator thread: stands for election when there is no live coordinator, and runs a term
+//! ([`super::term`]) when it has won.
 //!
 //! ```text
-//!   watching ──no coordinator, or it is silent──► electing ──Won──► leading ──deposed, lease
-//!       ▲                                            │                │       lapsed, I/O failed
-//!       └────────────────────────────────────────────┴────────────────┘
+//!   watching ──no live coordinator──► electing ──Won──► term ──deposed, lease lapsed,
+//!       ▲                                │                │    I/O failed
+//!       └────────────────────────────────┴────────────────┘
 //! ```
-//! An election is safe at any time; it is held when the coordinator's heartbeat has not moved for L
-//! or when it cannot be reached for 2 L although somebody asks.
+//! An election is safe at any time. It is held when the coordinator's heartbeat has not changed for
+//! the lease time, or when requests of this node have not reached the coordinator for twice the
+//! lease time.
 
 use std::time::Duration;
 
@@ -23,7 +24,7 @@ use crate::control_blocks;
 use crate::coordinator::term;
 use crate::volume_context::{State, VolumeContext};
 
-/// Takes part until the process stops.
+/// Takes part in elections until the process stops.
 pub fn run(context: &VolumeContext) {
     let mut handle = context.device.handle();
     let mut election: Option<Election> = None;
@@ -35,13 +36,13 @@ pub fn run(context: &VolumeContext) {
         };
         let (participant, outcome) = elect(context, &mut handle, participant);
         election = Some(participant);
-        tracing::debug!(?outcome, "election");
+        tracing::debug!(?outcome, "an election ended");
         let now = boot_time_now();
         let timings = &context.superblock.timings;
         not_before = match outcome {
             ElectionOutcome::Won(epoch) => {
                 term::run(context, &mut handle, me, epoch);
-                // Whoever deposed this node, or its own lost lease, needs a moment.
+                // The new coordinator, or the renewal of the lapsed lease, needs at least one poll.
                 boot_time_now().after(timings.poll)
             }
             ElectionOutcome::Elected(..) => now.after(timings.lease),
@@ -51,7 +52,8 @@ pub fn run(context: &VolumeContext) {
             }
             ElectionOutcome::NotBefore(moment) => moment,
             ElectionOutcome::Unfit => {
-                let reason = "election writes failed on this node; it needs a new process";
+                let reason = "a write of an election block failed: this process takes part in no further election, \
+                              restart it";
                 tracing::error!(reason);
                 now.after(timings.watch)
             }
@@ -63,15 +65,16 @@ fn config(context: &VolumeContext, me: Owner) -> ElectionConfig {
     ElectionConfig {
         me,
         slots: context.superblock.slot_count,
-        // Paxos and leader blocks are written by pwrite: the end of a process waits for them, and
-        // the gate page's lock with it. What is left is the boot before.
+        // Paxos and leader blocks are written by pwrite(2). A process exits, and releases the lock
+        // on the gate page, only after its pwrite has returned. So only writes of an earlier boot
+        // can still land.
         quiet_since: BootTime(0),
         settle: context.superblock.timings.settle,
         rules: Rules::ENFORCED,
     }
 }
 
-/// Waits until this node should stand; none when the process stops.
+/// Waits until this node should stand for election; `None` when the process stops.
 fn wait_for_vacancy(context: &VolumeContext, not_before: BootTime) -> Option<Owner> {
     loop {
         context.wait_until(context.superblock.timings.poll, |state| state.stopping);
@@ -88,7 +91,7 @@ fn wait_for_vacancy(context: &VolumeContext, not_before: BootTime) -> Option<Own
     }
 }
 
-/// Who this node would be as coordinator, if there is reason to stand.
+/// This node's slot and generation if it should stand for election.
 fn vacancy(state: &State, context: &VolumeContext, now: BootTime) -> Option<Owner> {
     let me = state.lease.owner?;
     let fit = state.lease.phase == LeasePhase::Held && now < state.lease.expiry;
@@ -100,19 +103,19 @@ fn vacancy(state: &State, context: &VolumeContext, now: BootTime) -> Option<Owne
     };
     let leader = leader.coordinator;
     let record = state.heartbeats.get(&leader.slot);
-    // The own slot's: an earlier life of this process. A newer generation or a last record: it is
-    // gone.
+    // A leader block of this node's own slot is of an earlier process. A newer generation or a
+    // detached record means that the coordinator has gone.
     let gone = leader.slot == me.slot
         || record.is_none_or(|record| record.owner != leader || record.detached);
     let lease = context.superblock.timings.lease;
-    let silent = state.watcher.evidence(leader).unchanged_for >= lease;
+    let unresponsive = state.watcher.evidence(leader).unchanged_for >= lease;
     let unreachable = state
         .unreachable_since
         .is_some_and(|since| now.since(since) >= lease * 2);
-    (gone || silent || unreachable).then_some(me)
+    (gone || unresponsive || unreachable).then_some(me)
 }
 
-/// Runs one election to its end.
+/// Runs one election to its outcome.
 fn elect(
     context: &VolumeContext,
     handle: &mut Handle,
@@ -124,7 +127,7 @@ fn elect(
         let event = match command {
             Some(ElectionCommand::Done(outcome)) => return (election, outcome),
             Some(command) => perform(context, handle, command),
-            // The machine always commands something until it is done.
+            // The state machine has a command until it is done.
             None => ElectionEvent::Failed,
         };
         (election, command) = election.next(&event);

@@ -1,5 +1,5 @@
-//! Coordinating: one term, from the won election until the node is deposed, its lease lapses or
-//! its I/O fails.
+//! One term of the coordinator: from the won election until this node is deposed, its lease lapses
+//! or its I/O fails.
 //!
 //! # Ordering
 //! The leader block is durable before the metadata is read; a checkpoint of this epoch is durable
@@ -29,7 +29,7 @@ use crate::peer_rpc::{PeerOperation, PeerRequest, PeerResponse};
 use crate::peer_watch;
 use crate::volume_context::{Job, VolumeContext};
 
-/// One term's own state.
+/// The state of one term.
 struct Term<'a> {
     context: &'a VolumeContext,
     handle: &'a mut Handle,
@@ -40,7 +40,7 @@ struct Term<'a> {
     tickets: u64,
 }
 
-/// Coordinates in `epoch` for as long as that is allowed.
+/// Serves requests in `epoch` until the term ends.
 pub fn run(context: &VolumeContext, handle: &mut Handle, me: Owner, epoch: CoordinatorEpoch) {
     let started = start(context, handle, me, epoch);
     let (log, metadata) = match started {
@@ -69,10 +69,10 @@ pub fn run(context: &VolumeContext, handle: &mut Handle, me: Owner, epoch: Coord
         });
         state.metadata = Some((epoch, term.metadata.clone()));
     });
-    tracing::info!(%epoch, "coordinates");
+    tracing::info!(%epoch, "this node coordinates");
     term.serve(&jobs);
     context.update(|state| state.coordinator = None);
-    tracing::info!(%epoch, "coordinates no longer");
+    tracing::info!(%epoch, "this node no longer coordinates");
 }
 
 fn start(
@@ -84,14 +84,15 @@ fn start(
     let recovered: Recovered = recover(handle, &context.superblock)?;
     tracing::info!(base = ?recovered.base, journaled = recovered.journaled, "recovered the metadata");
     if recovered.base.epoch >= epoch {
-        // Somebody coordinates in a later epoch already: its checkpoint says so.
+        // The checkpoint is of a later epoch: another coordinator was elected meanwhile.
         return Err(LogError::Failed);
     }
     let log = Log::start(handle, &context.superblock, &recovered, me.slot, epoch)?;
     Ok((log, recovered.metadata))
 }
 
-/// A failed metadata write or flush closes the gate for good; damage ends the term only.
+/// A failed metadata write or flush closes the gate permanently; damaged metadata only ends the
+/// term.
 fn report(context: &VolumeContext, error: &LogError) {
     let text = error_chain(error);
     let fatal = match error {
@@ -112,7 +113,7 @@ impl Term<'_> {
             match jobs.recv_timeout(self.context.superblock.timings.poll / 2) {
                 Ok(job) => {
                     if let Some(response) = self.answer(&job.request) {
-                        // Whoever asked may have given up.
+                        // The requester may have timed out.
                         drop(job.reply.send(response));
                     }
                 }
@@ -122,7 +123,8 @@ impl Term<'_> {
         }
     }
 
-    /// Cheap reasons to end the term; the re-read before each answer is the one that counts.
+    /// Whether the shared state allows the term to continue. An optimisation: safety rests on the
+    /// re-read of the leader blocks before each answer.
     fn may_go_on(&self) -> bool {
         let state = self.context.state();
         let mine = state.lease.phase == LeasePhase::Held
@@ -137,7 +139,7 @@ impl Term<'_> {
             && self.rule.as_ref().is_some_and(Coordinator::is_active)
     }
 
-    /// The answer, or none when its outcome is unknown.
+    /// The answer, or `None` when the outcome is unknown.
     fn answer(&mut self, request: &PeerRequest) -> Option<PeerResponse> {
         let response = match &request.operation {
             PeerOperation::Rows => PeerResponse::Rows(self.rows()),
@@ -153,17 +155,17 @@ impl Term<'_> {
     }
 
     fn decide(&mut self, change: &Change, request: &PeerRequest) -> Result<Decision, Refusal> {
-        match self.decide_by_what_was_seen(change, request) {
+        match self.decide_on_current_evidence(change, request) {
             // The heartbeat may be newer than the last poll.
             Err(Refusal::LeaseInvalid { .. }) => {
                 peer_watch::read_once(self.context, self.handle);
-                self.decide_by_what_was_seen(change, request)
+                self.decide_on_current_evidence(change, request)
             }
             decided => decided,
         }
     }
 
-    fn decide_by_what_was_seen(
+    fn decide_on_current_evidence(
         &self,
         change: &Change,
         request: &PeerRequest,
@@ -197,8 +199,8 @@ impl Term<'_> {
         Some(())
     }
 
-    /// Whether what was done up to now is in force: no later coordinator had made its leader block
-    /// durable when it became durable.
+    /// Whether the changes up to now are in force: when they became durable, no later coordinator had
+    /// a durable leader block.
     fn is_in_force(&mut self) -> bool {
         self.tickets += 1;
         let mine = Ticket(self.tickets);
@@ -240,7 +242,8 @@ impl Term<'_> {
         }
     }
 
-    /// A granted generation counts as a sign of life from the moment when it is known.
+    /// Reports the generation of every slot to the watcher: a granted generation counts as a
+    /// heartbeat at this time.
     fn announce_slots(&self) {
         let now = boot_time_now();
         let owners: Vec<Owner> = self.metadata.slots().map(|row| row.owner()).collect();
@@ -253,7 +256,7 @@ impl Term<'_> {
     }
 }
 
-/// What this node has seen of the others, at one moment.
+/// The evidence about other nodes at one moment.
 struct FenceView {
     watcher: Watcher,
     now: BootTime,
@@ -284,7 +287,7 @@ impl Witness for FenceView {
     }
 }
 
-/// Requests that wait for their turn; more are turned away and asked again.
+/// Queued requests; a requester that finds the queue full retries.
 const JOBS_MAX: usize = 256;
-/// What a [`LogError::Io`] says when a read failed: nothing was lost then.
+/// The `what` of a [`LogError::Io`] whose read failed: no write was lost.
 const READ: &str = "read metadata";

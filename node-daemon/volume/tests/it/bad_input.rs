@@ -1,4 +1,4 @@
-//! What is wrong with a device is said by name, and nothing is lost.
+//! Damaged, foreign and missing devices: the error names the problem, and no data is lost.
 
 use std::fs::OpenOptions;
 use std::io::Write;
@@ -23,7 +23,7 @@ fn write_at(lab: &Lab, offset: u64, bytes: &[u8]) {
 }
 
 #[test]
-fn format_refuses_a_device_that_holds_anything_without_force() {
+fn format_refuses_a_device_that_is_not_blank_without_force() {
     let lab = Lab::new();
     let again = lab.format(&[]);
     assert_eq!(again.status.code(), Some(4));
@@ -42,7 +42,7 @@ fn format_refuses_a_device_that_holds_anything_without_force() {
 }
 
 #[test]
-fn format_refuses_a_device_that_is_too_small_and_unsafe_times() {
+fn format_refuses_a_device_that_is_too_small_and_an_unsupported_fencing_mode() {
     let lab = Lab::new();
     let small = OpenOptions::new().write(true).open(lab.device()).unwrap();
     small.set_len(1 << 20).unwrap();
@@ -60,7 +60,7 @@ fn format_refuses_a_device_that_is_too_small_and_unsafe_times() {
 }
 
 #[test]
-fn check_tells_a_foreign_device_a_damaged_volume_and_a_newer_format() {
+fn check_distinguishes_a_foreign_device_and_a_damaged_volume() {
     let lab = Lab::new();
     assert_eq!(lab.check().status.code(), Some(0));
     write_at(&lab, 255 * 4096, &[9; 512]);
@@ -69,7 +69,7 @@ fn check_tells_a_foreign_device_a_damaged_volume_and_a_newer_format() {
     write_at(&lab, 0, &[9; 512]);
     assert_eq!(lab.check().status.code(), Some(3));
     assert!(lab.format(&["--force"]).status.success());
-    // A journal head that is not what it was.
+    // Damage a checkpoint head.
     let file = std::fs::File::open(lab.device()).unwrap();
     let mut bytes = vec![0; 8 << 20];
     file.read_exact_at(&mut bytes, 0).unwrap();
@@ -87,7 +87,7 @@ fn check_tells_a_foreign_device_a_damaged_volume_and_a_newer_format() {
 }
 
 #[test]
-fn serve_says_which_volume_was_expected_and_recovers_when_it_is_there() {
+fn serve_names_the_expected_volume_and_serves_once_it_is_present() {
     let lab = Lab::new();
     let other = "6fa459ea-ee8a-4ca4-894e-db77e160355e";
     let node = lab.launch(1, &["--volume", other]);
@@ -100,7 +100,7 @@ fn serve_says_which_volume_was_expected_and_recovers_when_it_is_there() {
         reason.contains("bound to cluster")
     });
     drop(node);
-    // Not a volume at first; the same process serves it once it is one.
+    // The device is blank at first; the same process serves it once it is formatted.
     write_at(&lab, 0, &[0; 4096]);
     write_at(&lab, 255 * 4096, &[0; 4096]);
     let mut node = lab.launch(1, &[]);
@@ -111,7 +111,7 @@ fn serve_says_which_volume_was_expected_and_recovers_when_it_is_there() {
     node.wait_open();
 }
 
-/// A superblock copy of a later release at `lba`: the checksum holds, an incompat flag is unknown.
+/// Makes the superblock copy at `lba` one of a later release: unknown incompat flag, valid checksum.
 fn make_newer(lab: &Lab, lba: u64) {
     let file = std::fs::File::open(lab.device()).unwrap();
     let mut block = [0; 512];
@@ -124,7 +124,7 @@ fn make_newer(lab: &Lab, lba: u64) {
 }
 
 #[test]
-fn serve_says_that_the_format_is_newer_and_that_the_metadata_is_damaged() {
+fn serve_reports_a_newer_format_and_damaged_metadata() {
     let lab = Lab::new();
     make_newer(&lab, 0);
     make_newer(&lab, 255);
@@ -151,7 +151,7 @@ fn serve_says_that_the_format_is_newer_and_that_the_metadata_is_damaged() {
 }
 
 #[test]
-fn a_backing_that_goes_away_is_named_and_the_node_joins_again_when_it_is_back() {
+fn a_missing_device_is_reported_and_the_node_rejoins_when_it_is_back() {
     let lab = Lab::new();
     let mut node = lab.start(1);
     let elsewhere = lab.device().with_extension("away");
@@ -166,7 +166,7 @@ fn a_backing_that_goes_away_is_named_and_the_node_joins_again_when_it_is_back() 
 }
 
 #[test]
-fn a_full_volume_refuses_a_disk_with_the_numbers() {
+fn a_full_volume_refuses_a_disk_with_free_and_needed_bytes() {
     let lab = Lab::new();
     let node = lab.start(1);
     node.create_and_own(1);
@@ -186,12 +186,12 @@ fn a_full_volume_refuses_a_disk_with_the_numbers() {
     assert_eq!(
         status.allocated,
         bascule_types::Bytes(0),
-        "nothing was taken"
+        "no extent was allocated"
     );
 }
 
 #[test]
-fn a_peer_that_speaks_garbage_or_has_no_certificate_changes_nothing() {
+fn a_peer_that_sends_garbage_or_has_no_certificate_changes_nothing() {
     let lab = Lab::new();
     let (one, two) = (lab.start(1), lab.start(2));
     let status = two.wait_status("the peer's address", |status| {
@@ -205,7 +205,7 @@ fn a_peer_that_speaks_garbage_or_has_no_certificate_changes_nothing() {
             .write_all(b"\x1d\0\0\0{\"version\":1,\"version_min\":1}")
             .unwrap();
     }
-    // Both still serve, across the same ports.
+    // Both nodes still serve on the same ports.
     one.create_and_own(1);
     assert_eq!(two.rows().vms.len(), 1);
 }

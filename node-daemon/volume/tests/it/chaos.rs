@@ -1,4 +1,4 @@
-//! Three nodes under a seeded storm of kills, freezes and restarts, with a client at each.
+//! Three nodes under a seeded sequence of kills, freezes and restarts, with one client per node.
 
 use std::collections::BTreeMap;
 use std::sync::Mutex;
@@ -12,11 +12,11 @@ use rustix::process::Signal;
 
 use crate::lab::{Lab, Node, name};
 
-/// What was acknowledged: the last row of each VM.
+/// The last acknowledged row of each VM.
 type Acknowledged = Mutex<BTreeMap<VmUid, VmRow>>;
 
-/// A client of one node: creates VMs, acquires them, and notes what was acknowledged. Everything
-/// that fails is tried again with the next VM.
+/// A client of one node: creates and acquires VMs, and records the acknowledged rows. After a
+/// failure it goes on with the next VM.
 fn client(socket: &std::path::Path, n: u8, done: &AtomicBool, acknowledged: &Acknowledged) {
     let patience = Duration::from_secs(20);
     let mut count: u8 = 0;
@@ -54,8 +54,8 @@ fn client(socket: &std::path::Path, n: u8, done: &AtomicBool, acknowledged: &Ack
     }
 }
 
-/// One blow to one node, chosen by a number.
-fn strike(lab: &Lab, nodes: &mut [Node], dice: u64) {
+/// Injects one fault into one node; `dice` selects both.
+fn inject_fault(lab: &Lab, nodes: &mut [Node], dice: u64) {
     let which = usize::try_from(dice % 3).unwrap();
     let pause = Duration::from_millis(dice / 7 % 2500);
     let node = &mut nodes[which];
@@ -72,7 +72,7 @@ fn strike(lab: &Lab, nodes: &mut [Node], dice: u64) {
 
 #[test]
 fn i3_no_acknowledged_change_is_lost_in_a_storm() {
-    // Another seed, another storm.
+    // A seed replays the same sequence of faults.
     let seed: u64 = match std::env::var("BASCULE_SEED") {
         Ok(seed) => seed.parse().unwrap(),
         Err(_) => 20_261_123,
@@ -94,14 +94,14 @@ fn i3_no_acknowledged_change_is_lost_in_a_storm() {
         for _ in 0..12 {
             // Knuth's MMIX generator.
             dice = dice.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-            strike(&lab, &mut nodes, dice >> 33);
+            inject_fault(&lab, &mut nodes, dice >> 33);
         }
         done.store(true, Ordering::Release);
     });
     let expected = acknowledged.into_inner().unwrap();
     assert!(
         expected.len() > 10,
-        "only {} changes got through",
+        "only {} changes were acknowledged",
         expected.len()
     );
     for node in &mut nodes {
@@ -112,7 +112,7 @@ fn i3_no_acknowledged_change_is_lost_in_a_storm() {
             let found = found.unwrap_or_else(|| panic!("{} is lost", row.name));
             assert!(found.epoch >= row.epoch, "{row:?} went back to {found:?}");
             let slot = |row: &VmRow| row.owner.map(|owner| owner.slot);
-            // Nobody takes over here: an owner stays, in whatever generation its node is now.
+            // No takeover is requested here: the owner keeps its slot, in any generation.
             assert!(
                 row.owner.is_none() || slot(row) == slot(found),
                 "{row:?}, {found:?}"

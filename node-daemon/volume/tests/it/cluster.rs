@@ -1,4 +1,4 @@
-//! Several `bascule-volume` processes on one volume.
+//! Several `bascule-volume` processes on one volume: coordination, fencing, restart, writers.
 
 use std::os::unix::fs::FileExt;
 use std::time::Instant;
@@ -35,7 +35,11 @@ fn three_nodes_share_a_volume_and_move_a_vm_between_them() {
         attempt: AttemptId::random(),
     };
     let moved = one.grant(&transfer);
-    assert_eq!(one.grant(&transfer), moved, "asked twice, moved once");
+    assert_eq!(
+        one.grant(&transfer),
+        moved,
+        "a repeated transfer has the same answer and no second effect"
+    );
     // Every node sees the same rows, whoever coordinates.
     for node in [&one, &two, &three] {
         let row = node.row(1);
@@ -83,12 +87,12 @@ fn a_killed_coordinator_is_replaced_and_loses_no_acknowledged_change() {
 }
 
 #[test]
-fn a_frozen_coordinator_is_replaced_and_believes_it_when_it_thaws() {
+fn a_frozen_coordinator_is_replaced_and_accepts_its_successor_when_it_resumes() {
     let lab = Lab::new();
     let (one, two) = (lab.start(1), lab.start(2));
     let first = two.create_and_own(1);
     one.signal(Signal::STOP);
-    // Granted while the old coordinator is frozen: another one must have answered.
+    // Granted while the old coordinator is frozen, so another one has answered.
     two.create_and_own(2);
     let slot = two.owner().slot;
     assert_eq!(two.status().unwrap().coordinator, Some(slot));
@@ -109,7 +113,7 @@ fn a_failed_metadata_write_closes_the_gate_until_a_new_process_has_verified_the_
     let owner = one.create_and_own(1).owner.unwrap();
     let gate = GateReader::open(one.run_dir.join("gate")).unwrap();
     gate.check(boot_time_now(), owner).unwrap();
-    // From here on heartbeats can be written, and metadata areas cannot.
+    // From here on, writes of heartbeats succeed and writes to metadata areas fail.
     one.limit_writes_to_heartbeats(&lab);
     let create = Change::CreateVm {
         vm: vm(2),
@@ -131,9 +135,9 @@ fn a_failed_metadata_write_closes_the_gate_until_a_new_process_has_verified_the_
     assert_eq!(one.rows().vms.len(), 2);
 }
 
-/// A VM process used to log it, and the other VMs of the node wrote on.
+/// Regression: the VM process only logged the failure, and the other VMs of the node kept writing.
 #[test]
-fn a_disk_that_a_vm_reports_as_failed_closes_this_nodes_gate_and_no_other() {
+fn a_disk_failure_reported_by_a_vm_closes_the_gate_of_this_node_only() {
     let lab = Lab::new();
     let (mut one, two) = (lab.start(1), lab.start(2));
     let row = one.create_and_own(1);
@@ -166,7 +170,7 @@ fn a_disk_that_a_vm_reports_as_failed_closes_this_nodes_gate_and_no_other() {
 }
 
 #[test]
-fn heartbeats_that_cannot_be_written_let_the_lease_lapse_and_the_node_comes_back_with_its_rows() {
+fn heartbeat_write_errors_let_the_lease_lapse_and_the_node_rejoins_with_its_vms() {
     let lab = Lab::new();
     let mut one = lab.start(1);
     let row = one.create_and_own(1);
@@ -186,7 +190,7 @@ fn heartbeats_that_cannot_be_written_let_the_lease_lapse_and_the_node_comes_back
     one.fail_heartbeats(&lab, false);
     one.wait_open();
     let after = one.wait(
-        "the row to be kept",
+        "the VM to keep its owner",
         |one| Some(one.row(1)),
         |after| after.owner == Some(one.owner()),
     );
@@ -239,13 +243,13 @@ fn a_takeover_is_refused_before_the_safe_time_and_granted_after_it() {
         panic!("{:?}", rows.fences);
     };
     assert!(watched_ms >= 8000);
-    // The victim comes back, and takes nothing along.
+    // The fenced node rejoins and does not get its VM back.
     let one = lab.start(1);
     assert_eq!(one.row(1).owner, Some(two.owner()));
 }
 
 #[test]
-fn lease_only_takes_over_only_on_an_administrators_word() {
+fn lease_only_takes_over_only_after_a_manual_fencing_confirmation() {
     let lab = Lab::with_fencing("lease-only");
     let mut one = lab.start(1);
     let two = lab.start(2);
@@ -253,8 +257,8 @@ fn lease_only_takes_over_only_on_an_administrators_word() {
     let victim = row.owner.unwrap();
     one.kill();
     let ask = take_over(&row, &two);
-    // Longer than the safe time: no wait is enough.
-    two.wait_status("the silence of node 1", |status| {
+    // Longer than the safe time: under LeaseOnly no waiting time is a fence proof.
+    two.wait_status("the heartbeat of node 1 to stop", |status| {
         status.peers.iter().any(|peer| peer.silent_ms > 8500)
     });
     let refused = Response::Refused(Refusal::NotFenced {
@@ -277,7 +281,7 @@ fn lease_only_takes_over_only_on_an_administrators_word() {
 }
 
 #[test]
-fn a_frozen_node_stalls_and_joins_again_with_its_rows() {
+fn a_frozen_node_stalls_and_rejoins_with_its_vms() {
     let lab = Lab::new();
     let one = lab.start(1);
     let two = lab.start(2);
@@ -286,12 +290,12 @@ fn a_frozen_node_stalls_and_joins_again_with_its_rows() {
     let before = two.owner();
     gate.check(boot_time_now(), before).unwrap();
     two.signal(Signal::STOP);
-    one.wait_status("the silence of node 2", |status| {
+    one.wait_status("the heartbeat of node 2 to stop", |status| {
         let peer = status.peers.iter().find(|peer| peer.owner == before);
         peer.is_some_and(|peer| peer.silent_ms > 2500)
     });
     gate.check(boot_time_now(), before)
-        .expect_err("the lease of a frozen node runs out by itself");
+        .expect_err("the lease of a frozen node expires in the gate page");
     two.signal(Signal::CONT);
     let status = two.wait_status("a new generation", |status| {
         status.path == PathState::Direct && status.owner.is_some_and(|now| now != before)
@@ -325,7 +329,7 @@ fn i4_a_killed_and_restarted_process_closes_no_gate() {
         gate.check(boot_time_now(), owner).unwrap();
         assert_eq!(one.owner(), owner, "slot and generation are kept");
     }
-    // It still knows its writer: the row cannot be released under it.
+    // The new process knows the writer: the VM cannot be released while it is open.
     let release = Change::Release {
         vm: vm(1),
         from: owner,
@@ -346,26 +350,29 @@ fn i4_a_killed_and_restarted_process_closes_no_gate() {
 }
 
 #[test]
-fn a_process_that_ends_in_order_leaves_and_the_next_coordinates_at_once() {
+fn a_process_that_is_stopped_by_sigterm_leaves_and_another_coordinates_at_once() {
     let lab = Lab::new();
     let mut one = lab.start(1);
     let two = lab.start(2);
     assert!(one.terminate());
     let slot = two.owner().slot;
     let since = Instant::now();
-    two.wait_status("coordination by node 2", |status| {
+    two.wait_status("node 2 to coordinate", |status| {
         status.coordinator == Some(slot)
     });
-    assert!(since.elapsed().as_millis() < 6000, "did not wait for W");
+    assert!(
+        since.elapsed().as_millis() < 6000,
+        "the election waited for the watch time"
+    );
     assert!(lab.check().status.success(), "{:?}", lab.check());
 }
 
 #[test]
-fn a_vm_is_opened_by_its_owner_only_and_its_new_disk_reads_as_zeroes() {
+fn a_vm_is_opened_only_by_its_owner_and_a_new_disk_reads_as_zeroes() {
     let lab = Lab::new();
     let (one, two) = (lab.start(1), lab.start(2));
     let row = one.create_and_own(1);
-    // Dirt where the disk will be.
+    // Non-zero bytes in the extents of the next disk.
     let file = std::fs::OpenOptions::new()
         .write(true)
         .open(lab.device())
@@ -409,11 +416,11 @@ fn a_vm_is_opened_by_its_owner_only_and_its_new_disk_reads_as_zeroes() {
 }
 
 #[test]
-fn a_killed_writers_row_is_released_once_its_writes_have_settled() {
+fn the_vm_of_a_killed_writer_is_released_after_the_settle_time() {
     let lab = Lab::new();
     let one = lab.start(1);
     let row = one.create_and_own(1);
-    // A process that opens the VM and dies without a word.
+    // A process that opens the VM and is killed before it closes.
     let mut writer = std::process::Command::new(std::env::current_exe().unwrap())
         .args([
             "--exact",
@@ -431,7 +438,7 @@ fn a_killed_writers_row_is_released_once_its_writes_have_settled() {
     while !said.contains("opened") {
         said.clear();
         let read = std::io::BufRead::read_line(&mut out, &mut said).unwrap();
-        assert!(read > 0, "the writer ended");
+        assert!(read > 0, "the writer process ended");
     }
     let release = Change::Release {
         vm: vm(1),
@@ -450,7 +457,7 @@ fn a_killed_writers_row_is_released_once_its_writes_have_settled() {
 
 /// Not a test: the child of the one above.
 #[test]
-#[ignore = "run by a_killed_writers_row_is_released_once_its_writes_have_settled"]
+#[ignore = "run by the_vm_of_a_killed_writer_is_released_after_the_settle_time"]
 fn writer_that_is_killed() {
     let socket = std::env::var_os("BASCULE_TEST_SOCKET").unwrap();
     let request = std::env::var("BASCULE_TEST_REQUEST").unwrap();

@@ -16,8 +16,8 @@ use bascule_types::{
 use bascule_volume_format::{RegionKind, Superblock};
 use rustix::process::{Pid, Resource, Rlimit, Signal, kill_process, prlimit};
 
-/// Everything has to happen within this on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// Timeout of every wait; generous, for a busy machine.
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 pub(crate) struct Lab {
     dir: tempfile::TempDir,
@@ -26,8 +26,8 @@ pub(crate) struct Lab {
 }
 
 impl Lab {
-    /// A volume whose safe time is 8 s, in a file of 64 MiB, fenced by a (pretended) hardware
-    /// watchdog; node 1 is registered.
+    /// A volume with a safe time of 8 s, in a file of 64 MiB, with fencing mode Watchdog and a fake
+    /// hardware watchdog; node 1 is registered.
     pub(crate) fn new() -> Self {
         Self::with_fencing("watchdog")
     }
@@ -73,7 +73,7 @@ impl Lab {
         binary().arg("check").arg(self.device()).output().unwrap()
     }
 
-    /// Starts node `n` and returns when it serves requests.
+    /// Starts node `n` and returns when its gate is open.
     pub(crate) fn start(&self, n: u8) -> Node {
         let mut node = self.launch(n, &[]);
         node.wait_open();
@@ -119,7 +119,7 @@ impl Lab {
         }
     }
 
-    /// Where a region begins, in bytes.
+    /// The byte offset of a region.
     fn region(&self, kind: RegionKind) -> u64 {
         let file = std::fs::File::open(self.device()).unwrap();
         let mut block = [0; 4096];
@@ -132,12 +132,12 @@ impl Lab {
         self.dir.path().join("watchdog.sock")
     }
 
-    /// A watchdog's owner that says yes to everything.
+    /// A fake `bascule-watchdog` that grants every request.
     fn start_watchdog(&self) {
         let listener = UnixListener::bind(self.watchdog_sock()).unwrap();
         let serve = move || {
             for stream in listener.incoming().flatten() {
-                let Ok(mut connection) = Connection::open(stream, PATIENCE) else {
+                let Ok(mut connection) = Connection::open(stream, TIMEOUT) else {
                     continue;
                 };
                 while connection.recv::<watchdog::Request>().is_ok() {
@@ -152,7 +152,7 @@ impl Lab {
                 }
             }
         };
-        // It ends with the test's process.
+        // The thread ends with the test process.
         std::thread::Builder::new()
             .name("watchdog".into())
             .spawn(serve)
@@ -204,7 +204,7 @@ pub(crate) struct Node {
 
 impl Node {
     pub(crate) fn connect(&self) -> Option<Connection> {
-        Connection::connect(&self.run_dir.join("volume.sock"), PATIENCE).ok()
+        Connection::connect(&self.run_dir.join("volume.sock"), TIMEOUT).ok()
     }
 
     pub(crate) fn call(&self, request: &Request) -> Option<(Response, Vec<OwnedFd>)> {
@@ -218,14 +218,14 @@ impl Node {
         }
     }
 
-    /// Waits until `done` accepts what `look` sees.
+    /// Waits until `done` is true for the result of `look`; panics after [`TIMEOUT`].
     pub(crate) fn wait<T>(
         &self,
         what: &str,
         look: impl Fn(&Self) -> Option<T>,
         done: impl Fn(&T) -> bool,
     ) -> T {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         loop {
             let seen = look(self);
             match seen {
@@ -241,7 +241,7 @@ impl Node {
         let lines: Vec<&str> = log.lines().collect();
         let tail = lines[lines.len().saturating_sub(60)..].join("\n");
         panic!(
-            "node {}: waited in vain for {what}; its log ends:\n{tail}",
+            "node {}: timed out waiting for {what}; the end of its log:\n{tail}",
             self.n
         );
     }
@@ -266,7 +266,7 @@ impl Node {
         status.owner.unwrap()
     }
 
-    /// Asks, and asks again while the outcome is unknown.
+    /// Requests a change, and retries while the outcome is unknown.
     pub(crate) fn ask(&self, change: &Change) -> Response {
         let request = Request::Change(change.clone());
         let look = |node: &Self| node.call(&request).map(|(response, _)| response);
@@ -295,7 +295,7 @@ impl Node {
         rows.vms.into_iter().find(|row| row.vm == vm(n)).unwrap()
     }
 
-    /// VM `n`, owned by this node.
+    /// Creates VM `n` and acquires it for this node.
     pub(crate) fn create_and_own(&self, n: u8) -> VmRow {
         self.grant(&Change::CreateVm {
             vm: vm(n),
@@ -337,7 +337,7 @@ impl Node {
         self.call(&open_request(row)).unwrap()
     }
 
-    /// The request to open a row, for another process.
+    /// The request to open a VM, as JSON, for another process.
     pub(crate) fn open_request(&self, row: &VmRow) -> String {
         serde_json::to_string(&open_request(row)).unwrap()
     }
@@ -350,12 +350,12 @@ impl Node {
         Pid::from_raw(i32::try_from(self.child.id()).unwrap()).unwrap()
     }
 
-    /// Makes every write behind the heartbeat, Paxos and leader blocks fail.
+    /// Makes every write after the heartbeat, Paxos and leader blocks fail.
     pub(crate) fn limit_writes_to_heartbeats(&self, lab: &Lab) {
         self.limit_writes(Some(lab.region(RegionKind::Areas)));
     }
 
-    /// Makes every write of a heartbeat and of what lies behind fail, or no write any more.
+    /// Makes every write of a heartbeat and after the heartbeats fail; or, with `fail` false, none.
     pub(crate) fn fail_heartbeats(&self, lab: &Lab, fail: bool) {
         self.limit_writes(fail.then(|| lab.region(RegionKind::Heartbeats)));
     }
@@ -366,13 +366,13 @@ impl Node {
         prlimit(Some(self.pid()), Resource::Fsize, limit).unwrap();
     }
 
-    /// Kills the process at once, as `kill -9` does.
+    /// Sends SIGKILL and waits for the process to exit.
     pub(crate) fn kill(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
     }
 
-    /// Ends it in order; whether it exited with success.
+    /// Sends SIGTERM; returns whether the process exited with status 0.
     pub(crate) fn terminate(&mut self) -> bool {
         self.signal(Signal::TERM);
         self.child.wait().unwrap().success()
@@ -381,7 +381,7 @@ impl Node {
 
 impl Drop for Node {
     fn drop(&mut self) {
-        // It may have ended already.
+        // The process may have ended already.
         drop(self.child.kill());
         drop(self.child.wait());
     }

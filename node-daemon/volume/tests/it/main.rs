@@ -1,4 +1,4 @@
-//! `bascule-volume` from outside: real processes on one volume in a file.
+//! Black-box tests of `bascule-volume`: real processes on one volume in a file.
 #![expect(
     clippy::unwrap_used,
     clippy::panic,

@@ -1,4 +1,4 @@
-//! Who may ask a coordinator: nodes of the same authority, and nobody else.
+//! Only nodes with a certificate of the cluster's authority may send requests to a coordinator.
 
 use std::net::{TcpListener, TcpStream};
 use std::path::Path;
@@ -9,7 +9,7 @@ use bascule_pki::{Authority, Identity};
 use bascule_types::{NodeUid, VolumeId};
 use bascule_volume::peer_rpc::{PeerError, PeerOperation, PeerRequest, PeerResponse, Tls};
 
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 
 fn identity(authority: &Authority, identity: &Identity) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
@@ -30,72 +30,75 @@ fn request() -> PeerRequest {
     }
 }
 
-/// What client and server make of each other. The server answers every request that it accepts.
-fn meet(client: &Path, server: &Path) -> (Result<PeerResponse, PeerError>, Result<(), PeerError>) {
+/// The results of the client and of the server, which answers every request that it accepts.
+fn connect(
+    client: &Path,
+    server: &Path,
+) -> (Result<PeerResponse, PeerError>, Result<(), PeerError>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
     std::thread::scope(|scope| {
         let served = scope.spawn(|| {
             let (stream, _) = listener.accept().unwrap();
-            let answer = |asked| {
-                assert_eq!(asked, request());
+            let answer = |received| {
+                assert_eq!(received, request());
                 PeerResponse::NotCoordinator
             };
-            Tls::new(server).serve(stream, PATIENCE, answer)
+            Tls::new(server).serve(stream, TIMEOUT, answer)
         });
-        let asked = Tls::new(client).request(address, &request(), PATIENCE);
-        (asked, served.join().unwrap())
+        let answered = Tls::new(client).request(address, &request(), TIMEOUT);
+        (answered, served.join().unwrap())
     })
 }
 
 #[test]
-fn nodes_of_one_authority_understand_each_other() {
+fn two_nodes_of_one_authority_exchange_a_request() {
     let (authority, _) = Authority::create("test").unwrap();
     let node = |n| authority.issue_node(NodeUid::from_bytes([n; 16])).unwrap();
     let (one, two) = (
         identity(&authority, &node(1)),
         identity(&authority, &node(2)),
     );
-    let (asked, served) = meet(one.path(), two.path());
-    assert_eq!(asked.unwrap(), PeerResponse::NotCoordinator);
+    let (answered, served) = connect(one.path(), two.path());
+    assert_eq!(answered.unwrap(), PeerResponse::NotCoordinator);
     served.unwrap();
 }
 
 #[test]
-fn an_operators_certificate_and_a_foreign_authoritys_are_refused() {
+fn certificates_of_operators_and_of_other_authorities_are_refused() {
     let (authority, _) = Authority::create("test").unwrap();
     let (foreign, _) = Authority::create("other").unwrap();
     let issued = authority.issue_node(NodeUid::from_bytes([1; 16])).unwrap();
     let node = identity(&authority, &issued);
     let operator = authority.issue_operator(&["operator".to_owned()]).unwrap();
     let operator = identity(&authority, &operator);
-    let (asked, served) = meet(operator.path(), node.path());
+    let (answered, served) = connect(operator.path(), node.path());
     assert!(matches!(served, Err(PeerError::NotANode)), "{served:?}");
-    asked.unwrap_err();
+    answered.unwrap_err();
     let issued = foreign.issue_node(NodeUid::from_bytes([2; 16])).unwrap();
-    let stranger = identity(&foreign, &issued);
-    let (asked, served) = meet(stranger.path(), node.path());
-    asked.unwrap_err();
+    let other = identity(&foreign, &issued);
+    let (answered, served) = connect(other.path(), node.path());
+    answered.unwrap_err();
     served.unwrap_err();
 }
 
 #[test]
-fn a_peer_that_says_nothing_is_given_up() {
+fn a_client_that_sends_nothing_times_out() {
     let (authority, _) = Authority::create("test").unwrap();
     let issued = authority.issue_node(NodeUid::from_bytes([1; 16])).unwrap();
     let node = identity(&authority, &issued);
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let silent = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let idle = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     let (stream, _) = listener.accept().unwrap();
     let short = Duration::from_millis(100);
     let served = Tls::new(node.path()).serve(stream, short, |_| PeerResponse::NotCoordinator);
     assert!(matches!(served, Err(PeerError::Io(_))), "{served:?}");
-    drop(silent);
+    drop(idle);
 }
 
-/// The certificate is renewed while others read it: only one file can be replaced at once.
+/// A renewal can replace only one file atomically, so the single file wins over three files.
 #[test]
-fn an_identity_in_one_file_serves_and_goes_before_three_that_do_not_fit() {
+fn an_identity_in_one_file_is_preferred_to_three_files_that_do_not_match() {
     let (authority, _) = Authority::create("test").unwrap();
     let node = |n| authority.issue_node(NodeUid::from_bytes([n; 16])).unwrap();
     let (one, two) = (
@@ -103,11 +106,14 @@ fn an_identity_in_one_file_serves_and_goes_before_three_that_do_not_fit() {
         identity(&authority, &node(2)),
     );
     std::fs::write(one.path().join("node.key"), node(1).key_pem).unwrap();
-    let nobody = "127.0.0.1:1".parse().unwrap();
-    let asked = Tls::new(one.path()).request(nobody, &request(), PATIENCE);
+    let unused = "127.0.0.1:1".parse().unwrap();
+    let answered = Tls::new(one.path()).request(unused, &request(), TIMEOUT);
     assert!(
-        matches!(asked, Err(PeerError::Identity(MutualTlsError::Config(_)))),
-        "{asked:?}"
+        matches!(
+            answered,
+            Err(PeerError::Identity(MutualTlsError::Config(_)))
+        ),
+        "{answered:?}"
     );
     let whole = node(1);
     let bundle = bascule_ipc::tls::TlsIdentity {
@@ -117,8 +123,8 @@ fn an_identity_in_one_file_serves_and_goes_before_three_that_do_not_fit() {
     };
     std::fs::write(one.path().join("node.pem"), bundle.to_bundle()).unwrap();
     for (client, server) in [(&one, &two), (&two, &one)] {
-        let (asked, served) = meet(client.path(), server.path());
-        assert_eq!(asked.unwrap(), PeerResponse::NotCoordinator);
+        let (answered, served) = connect(client.path(), server.path());
+        assert_eq!(answered.unwrap(), PeerResponse::NotCoordinator);
         served.unwrap();
     }
 }

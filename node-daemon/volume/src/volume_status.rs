@@ -70,12 +70,12 @@ fn peers(state: &State, now: BootTime) -> Vec<PeerStatus> {
     let peer = |row: &SlotRow| {
         let owner = row.owner();
         let record = state.heartbeats.get(&row.slot);
-        let silent = state.watcher.evidence(owner).unchanged_for.as_millis();
+        let unchanged = state.watcher.evidence(owner).unchanged_for.as_millis();
         PeerStatus {
             owner,
             node: row.node,
             alive: state.watcher.is_alive(owner, now),
-            silent_ms: u64::try_from(silent).unwrap_or(u64::MAX),
+            silent_ms: u64::try_from(unchanged).unwrap_or(u64::MAX),
             address: record.and_then(|record| record.address.parse().ok()),
             fenced: rows.fence(owner).is_some(),
         }

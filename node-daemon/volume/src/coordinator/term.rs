@@ -4,7 +4,7 @@
 //! # Ordering
 //! The leader block is durable before the metadata is read; a checkpoint of this epoch is durable
 //! before the first request is taken; a record is durable before the leader blocks are read again;
-//! and only if they still show this epoch the answer goes out.
+//! and the answer is sent only if they still show this epoch.
 
 use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 

@@ -17,7 +17,7 @@ use crate::pki::{Pki, Subject};
 use crate::process::{Daemon, ProcessId};
 use crate::state::LabPaths;
 use crate::tools::{Tools, lab_binary};
-use crate::wait::{Hopeless, wait_for};
+use crate::wait::{PermanentError, wait_for};
 
 /// A component of the control plane.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -126,7 +126,7 @@ impl ControlPlane<'_> {
         wait_for("the API server", API_DEADLINE, || {
             for (component, process) in must_live {
                 if !process.alive() {
-                    return Err(Hopeless(format!("{} has ended", component.program())).into());
+                    return Err(PermanentError(format!("{} has ended", component.program())).into());
                 }
             }
             let answer = Run::in_netns(&self.name.hub_netns(), &kubectl)

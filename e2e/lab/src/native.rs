@@ -10,11 +10,11 @@ use crate::cgroup::{Cgroup, hierarchies};
 use crate::command::Run;
 use crate::hub::{Hub, create_netns, netns_with_prefix};
 use crate::init::NativeSpec;
-use crate::machine::{MachineContext, NodeFiles};
 use crate::names::{MGMT_BRIDGE, NodeIndex, VM_BRIDGE};
+use crate::node_conf::{MachineContext, NodeFiles};
 use crate::process::{Daemon, ProcessId};
 use crate::tools::lab_binary;
-use crate::wait::{Hopeless, wait_for};
+use crate::wait::{PermanentError, wait_for};
 
 /// The native part of a node's `spec.json`: host directories, cgroup hierarchies, device nodes.
 pub(crate) fn native_spec(files: &NodeFiles) -> Result<NativeSpec> {
@@ -70,7 +70,7 @@ pub(crate) fn start(context: &MachineContext<'_>, node: NodeIndex) -> Result<Pro
     let outer = Daemon::new(cgroup, &log, argv).in_netns(netns).start()?;
     wait_for(&format!("PID 1 of {name}"), Duration::from_secs(10), || {
         if !outer.alive() {
-            return Err(Hopeless(format!("it ended at once: see {}", log.display())).into());
+            return Err(PermanentError(format!("it ended at once: see {}", log.display())).into());
         }
         init_of(outer)
     })

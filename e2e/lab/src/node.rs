@@ -12,9 +12,9 @@ use crate::control::{Control, ExecOutcome, Op, Reply};
 use crate::emulated;
 use crate::init::CONTROL;
 use crate::lab::Lab;
-use crate::machine::{MachineContext, NodeFiles};
 use crate::names::NodeIndex;
 use crate::native;
+use crate::node_conf::{MachineContext, NodeFiles};
 use crate::process::ProcessId;
 use crate::qmp::Monitor;
 use crate::state::Tier;
@@ -245,7 +245,7 @@ impl<'a> Node<'a> {
         wait_for(&format!("node {name} to be Ready"), deadline, || {
             ensure!(
                 self.is_on()?,
-                crate::wait::Hopeless(format!("{name} is off or has crashed"))
+                crate::wait::PermanentError(format!("{name} is off or has crashed"))
             );
             let ready = r#"jsonpath={.status.conditions[?(@.type=="Ready")].status}"#;
             let status = self.lab.kubectl(&["get", "node", &name, "-o", ready])?;

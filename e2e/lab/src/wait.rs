@@ -8,21 +8,21 @@ use anyhow::{Result, anyhow};
 
 /// A permanent error: [`wait_for`] returns at once when its probe fails with it.
 #[derive(Debug)]
-pub struct Hopeless(pub String);
+pub struct PermanentError(pub String);
 
-impl fmt::Display for Hopeless {
+impl fmt::Display for PermanentError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
     }
 }
 
-impl Error for Hopeless {}
+impl Error for PermanentError {}
 
 /// Calls `probe` until it succeeds. Its errors mean "not yet"; after `deadline` the last one is returned.
 ///
 /// # Errors
 /// When the deadline passes (with `what`, the time waited and the last error), or at once when the probe fails with
-/// [`Hopeless`].
+/// [`PermanentError`].
 pub fn wait_for<T>(
     what: &str,
     deadline: Duration,
@@ -35,7 +35,7 @@ pub fn wait_for<T>(
             Ok(value) => return Ok(value),
             Err(error) => error,
         };
-        if error.downcast_ref::<Hopeless>().is_some() {
+        if error.downcast_ref::<PermanentError>().is_some() {
             return Err(error.context(format!("waited for {what}")));
         }
         let waited = started.elapsed();
@@ -85,14 +85,14 @@ mod tests {
     }
 
     #[test]
-    fn a_hopeless_condition_ends_the_wait_at_once() {
+    fn a_permanent_error_ends_the_wait_at_once() {
         let mut probes = 0;
         let result = wait_for(
             "a dead process",
             Duration::from_secs(60),
             || -> Result<()> {
                 probes += 1;
-                Err(Hopeless("it exited".into()).into())
+                Err(PermanentError("it exited".into()).into())
             },
         );
         assert!(format!("{:#}", result.unwrap_err()).contains("it exited"));

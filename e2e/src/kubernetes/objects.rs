@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, bail};
 use bascule_lab::image::PAUSE_IMAGE;
-use bascule_lab::{Hopeless, Lab};
+use bascule_lab::{Lab, PermanentError};
 use serde_json::Value;
 
 use super::NAMESPACE;
@@ -51,7 +51,7 @@ pub fn condition(object: &Value, kind: &str) -> Result<()> {
     )
 }
 
-/// The result of a migration that has succeeded; [`Hopeless`] when it has failed.
+/// The result of a migration that has succeeded; [`PermanentError`] when it has failed.
 pub(super) fn ended(object: &Value) -> Result<Moved> {
     let moved = read(object)?;
     match moved.phase.as_str() {
@@ -61,7 +61,7 @@ pub(super) fn ended(object: &Value) -> Result<Moved> {
                 .err()
                 .map(|error| error.to_string());
             let conditions = object["status"]["conditions"].to_string();
-            Err(Hopeless(format!(
+            Err(PermanentError(format!(
                 "{} ended as {}: {}",
                 moved.name,
                 moved.phase,
@@ -170,7 +170,11 @@ mod tests {
     fn a_failed_migration_is_not_waited_for() {
         let object = |phase: &str| json!({"metadata": {"name": "m"}, "spec": {"mode": "Live"}, "status": {"phase": phase}});
         assert!(ended(&object("Succeeded")).is_ok());
-        assert!(ended(&object("Failed")).unwrap_err().is::<Hopeless>());
-        assert!(!ended(&object("Running")).unwrap_err().is::<Hopeless>());
+        assert!(ended(&object("Failed")).unwrap_err().is::<PermanentError>());
+        assert!(
+            !ended(&object("Running"))
+                .unwrap_err()
+                .is::<PermanentError>()
+        );
     }
 }

@@ -101,7 +101,7 @@ pub struct State {
     pub peer_error: Option<String>,
     /// The processes that may write to the volume.
     pub writers: WriterTable,
-    /// Written by [`crate::watchdog_client`]; published in the heartbeat.
+    /// Written by the calls to `bascule-watchdog`; published in the heartbeat.
     pub watchdog: WatchdogKind,
     /// All threads end.
     pub stopping: bool,

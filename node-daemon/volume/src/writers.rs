@@ -1,6 +1,6 @@
 //! Opening and closing writers, and the writers thread, which detects writers that died.
 //!
-//! A writer is a process that holds the device for a VM ([`crate::writer_table`]). The volume is
+//! A writer is a process that holds the device for a VM. The volume is
 //! enlisted with the node's watchdog before a writer gets the device, and withdrawn after the last
 //! writer has closed or settled.
 

@@ -42,16 +42,16 @@ pub struct Metadata {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Contradiction {
     /// The extents are allocated to another row, or lie outside the extent region.
-    #[error("two rows claim the same extents, or extents outside of the volume")]
+    #[error("two disks or saved states claim the same extents, or extents outside of the volume")]
     Extents,
     /// The record changes or deletes a row that does not exist.
-    #[error("a record alters a row that does not exist")]
+    #[error("a record changes or deletes an object that does not exist")]
     Missing,
     /// Two disks of one name.
     #[error("two disks have the same name")]
     Name,
     /// The slot number is not below the volume's slot count.
-    #[error("a row names a slot that the volume does not have")]
+    #[error("a record names a slot that the volume does not have")]
     Slot,
 }
 

@@ -165,7 +165,7 @@ fn load_rows<S: BlockStore>(
                 break;
             }
             let damaged = |source| LogError::Damaged {
-                what: "checkpoint row",
+                what: "checkpoint record",
                 lba,
                 source,
             };
@@ -380,8 +380,8 @@ impl Log {
             bytes.extend_from_slice(&record);
         }
         bytes.resize(bytes.len().next_multiple_of(BLOCK_BYTES), 0);
-        write(store, area.rows, &bytes, "write checkpoint rows")?;
-        flush(store, "flush checkpoint rows")?;
+        write(store, area.rows, &bytes, "write the checkpoint records")?;
+        flush(store, "flush the checkpoint records")?;
         let head = CheckpointHead {
             id: self.id,
             rows,

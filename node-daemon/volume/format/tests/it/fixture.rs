@@ -53,12 +53,12 @@ pub(crate) fn formatted() -> (MemStore, Superblock) {
 
 /// The coordinator's evidence, set by the test.
 #[derive(Default)]
-pub(crate) struct Seen {
+pub(crate) struct TestWitness {
     pub(crate) alive: BTreeSet<Owner>,
     pub(crate) proofs: BTreeMap<Owner, FenceProof>,
 }
 
-impl Witness for Seen {
+impl Witness for TestWitness {
     fn lease_valid(&self, owner: Owner) -> bool {
         self.alive.contains(&owner)
     }
@@ -71,7 +71,7 @@ impl Witness for Seen {
 /// Metadata with a view of the nodes; every granted change is applied at once.
 pub(crate) struct Cluster {
     pub(crate) metadata: Metadata,
-    pub(crate) seen: Seen,
+    pub(crate) seen: TestWitness,
     disks: u8,
 }
 
@@ -84,7 +84,7 @@ impl Cluster {
     pub(crate) fn of(superblock: &Superblock) -> Self {
         let mut cluster = Self {
             metadata: Metadata::new(superblock),
-            seen: Seen::default(),
+            seen: TestWitness::default(),
             disks: 0,
         };
         for n in [1, 2] {
@@ -124,7 +124,7 @@ impl Cluster {
         for record in &decision.records {
             self.metadata.apply(record).unwrap();
         }
-        // Idempotent: asked again, the same answer and no further record.
+        // Idempotent: the repeated request gets the same answer and no further record.
         let again = self.metadata.decide(change, &context).unwrap();
         assert_eq!(again.answer, decision.answer, "{change:?}");
         assert!(again.records.is_empty(), "{change:?}: {:?}", again.records);

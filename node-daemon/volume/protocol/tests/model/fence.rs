@@ -22,7 +22,7 @@ use bascule_volume_protocol::{
 use stateright::{Model, Property};
 
 use crate::checker::{Size, holds};
-use crate::table::{Sight, Table, VM, owner, rejoin};
+use crate::table::{Table, TestWitness, VM, owner, rejoin};
 
 const NODE_A: NodeUid = NodeUid::from_bytes([1; 16]);
 const VOLUME: VolumeId = VolumeId::from_bytes([1; 16]);
@@ -283,11 +283,11 @@ impl FenceModel {
         requester: (Owner, u8),
     ) -> Result<(), Refusal> {
         let (watcher, now) = (state.watcher.clone(), state.moment());
-        let sight = Sight {
+        let witness = TestWitness {
             alive: |owner: Owner| owner.slot.0 == B || watcher.is_alive(owner, now),
             proof: |victim| fence::verify(self.policy(), &watcher.evidence(victim)),
         };
-        let answer = state.table.ask(change, requester, &sight, self.rules);
+        let answer = state.table.ask(change, requester, &witness, self.rules);
         answer.map(|_| ())
     }
 

@@ -15,7 +15,7 @@ use bascule_volume_protocol::{Mutation, Rules};
 use stateright::{Model, Property};
 
 use crate::checker::{Size, holds};
-use crate::table::{Row, Sight, Table, VM, owner, rejoin};
+use crate::table::{Row, Table, TestWitness, VM, owner, rejoin};
 
 const ATTEMPT: AttemptId = AttemptId::from_bytes([1; 16]);
 const RETRACTION: AttemptId = AttemptId::from_bytes([2; 16]);
@@ -38,7 +38,7 @@ pub(crate) struct State {
     /// The outstanding answer to the last request.
     answer: Option<Outcome>,
     /// How many requests the source has sent.
-    asked: u8,
+    requests_sent: u8,
     losses_left: u8,
     destination_alive: bool,
     destination_runs: bool,
@@ -110,10 +110,10 @@ impl HandOverModel {
             None => return,
         };
         assert_eq!(transfer.epoch, Epoch(1));
-        state.asked += 1;
+        state.requests_sent += 1;
         state.answer = None;
         state.requests.push(Message {
-            serial: state.asked,
+            serial: state.requests_sent,
             retracts,
             generation: transfer.from.generation.0,
         });
@@ -136,12 +136,12 @@ impl HandOverModel {
             attempt,
         };
         let destination_alive = state.destination_alive;
-        let sight = Sight {
+        let witness = TestWitness {
             alive: |owner: bascule_types::Owner| owner.slot.0 == SOURCE || destination_alive,
             proof: |_| Err(MissingProof::Alive),
         };
         let requester = (owner(SOURCE, state.table.generation(SOURCE)), 1);
-        let outcome = match state.table.ask(&change, requester, &sight, self.rules) {
+        let outcome = match state.table.ask(&change, requester, &witness, self.rules) {
             Ok(Answer::Row(row)) => Outcome::Granted(Row {
                 owner: row.owner,
                 epoch: row.epoch,
@@ -150,7 +150,7 @@ impl HandOverModel {
             Ok(other) => panic!("a transfer was answered by {other:?}"),
             Err(_) => Outcome::Refused,
         };
-        if message.serial == state.asked {
+        if message.serial == state.requests_sent {
             state.answer = Some(outcome);
         }
         state.note_owner();
@@ -253,7 +253,7 @@ impl Model for HandOverModel {
             source: Source::Paused,
             requests: Vec::new(),
             answer: None,
-            asked: 0,
+            requests_sent: 0,
             losses_left: self.losses,
             destination_alive: true,
             destination_runs: false,
@@ -268,7 +268,7 @@ impl Model for HandOverModel {
         if state.source == Source::Paused {
             actions.extend([Action::Ask, Action::GiveUp, Action::Cancel]);
         }
-        if state.has_question() && state.asked < self.requests {
+        if state.has_question() && state.requests_sent < self.requests {
             actions.push(Action::NoAnswer);
         }
         actions.extend((0..state.requests.len()).map(Action::Decide));
@@ -314,7 +314,7 @@ impl Model for HandOverModel {
             }
             Action::Answer => {
                 self.answer(&mut state);
-                if state.asked < self.requests {
+                if state.requests_sent < self.requests {
                     Self::ask(&mut state);
                 }
             }
@@ -329,14 +329,14 @@ impl Model for HandOverModel {
             Action::DestinationSeemsDead => state.destination_alive = false,
             Action::DestinationSeemsAlive => state.destination_alive = true,
             Action::SourceRejoins => {
-                let sight = Sight {
+                let witness = TestWitness {
                     alive: |_| true,
                     proof: |_| Err(MissingProof::Alive),
                 };
                 let (from, to) = (owner(SOURCE, 1), owner(SOURCE, 2));
                 let answer = state
                     .table
-                    .ask(&rejoin(from, false), (to, 1), &sight, self.rules);
+                    .ask(&rejoin(from, false), (to, 1), &witness, self.rules);
                 assert!(answer.is_ok(), "{answer:?}");
             }
         }

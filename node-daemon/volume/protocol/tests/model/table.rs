@@ -15,12 +15,12 @@ use bascule_volume_protocol::{Mutation, Rules};
 pub(crate) const VM: VmUid = VmUid::from_bytes([7; 16]);
 
 /// The evidence of a model's coordinator.
-pub(crate) struct Sight<L, P> {
+pub(crate) struct TestWitness<L, P> {
     pub(crate) alive: L,
     pub(crate) proof: P,
 }
 
-impl<L, P> Witness for Sight<L, P>
+impl<L, P> Witness for TestWitness<L, P>
 where
     L: Fn(Owner) -> bool,
     P: Fn(Owner) -> Result<FenceProof, MissingProof>,
@@ -106,11 +106,11 @@ impl Table {
     }
 
     fn must(&mut self, change: &Change, requester: Owner) {
-        let sight = Sight {
+        let witness = TestWitness {
             alive: |_| true,
             proof: |_| Err(MissingProof::Alive),
         };
-        self.ask(change, (requester, 1), &sight, Rules::ENFORCED)
+        self.ask(change, (requester, 1), &witness, Rules::ENFORCED)
             .unwrap();
     }
 

@@ -5,15 +5,13 @@
 //! says who may run, and the source repeats its request until it has an answer:
 //!
 //! ```text
-//!               no answer ┌──┐                           no answer ┌──┐ refused, source still owner
-//!                         ▼  │    refused, source still owner      ▼  │
-//!   begin ──────────► Transferring ─────────────────────────────► Retracting ◄───────── give_up
-//!                      │  │   │                                   │   │   │
-//!          transferred │  │   │ another owner, or no such VM      │   │   │ own retraction
-//!                      │  │   └──────────────► Lost ◄─────────────┘   │   │ granted
-//!                      ▼  │                                           │   ▼
-//!               Committed │ ◄──────────── transferred ────────────────┘ Resumed (epoch + 1)
-//!                         └──────────── own retraction seen ──────────────▲
+//!  begin ──► Transferring ──refused, source still owner──► Retracting ◄── give_up
+//!             │ ▲ no answer                                 │ ▲ no answer,
+//!             │ └─┐                                         │ └─┐ refused, source still owner
+//!             └───┤                                         └───┤
+//!                 ├─── ownership transferred ───► Committed ◄───┤
+//!                 ├─── own retraction granted ──► Resumed ◄─────┤
+//!                 └─── other owner, no such VM ─► Lost ◄────────┘
 //! ```
 //!
 //! | state | who may run |

@@ -2,14 +2,17 @@
 //!
 //! ```text
 //!  ExpectHello ─Hello─► ExpectConfig ─Config─► ExpectMemory ─State─► ExpectState ─StateEnd─► Restoring
-//!     │                    │                    │ ▲ Memory,           │ ▲ State                │ restored
-//!     │                    │                    └─┘ RoundEnd, Ping    └─┘                      ▼
-//!     └────────────────────┴── refused or lost ─┴─────────────────────┴─► give up        ExpectCommit
-//!                                                                            ▲     ┌───── link up │ link down
-//!                                                                            │     │ Committed    │ ▲ no answer,
-//!                                                                            │     ▼              │ │ source still
-//!                                         Abort, other owner, timed out ─────┘  Run ◄─────────────┘─┘ owner: query
-//!                                                                                transferred         again
+//!     │                    │                    │ ▲ Memory,           │ ▲ State                │ restored:
+//!     │                    │                    │ └─┘ RoundEnd, ...   │ └─┘                    │ Ready
+//!     └────────────────────┴── refused or lost ─┴─────────────────────┴────────────► give up   ▼
+//!                                                                                     ExpectCommit
+//!  ExpectCommit, link up ───── Committed ────────────────────────────► run
+//!     │      └──────────────── Abort ────────────────────────────────► discard
+//!     │ stream lost, impossible Committed
+//!     ▼
+//!  ExpectCommit, link down ─── record names this node ───────────────► run
+//!     │ ▲    └──────────────── other owner, no record, timed out ────► discard
+//!     └─┘ no answer, or the source still owns the VM: query again
 //! ```
 //!
 //! Before [`ExpectCommit`] every failure ends in giving up: the guest runs on the source. In
@@ -489,8 +492,7 @@ fn common_version(hello: &Hello) -> Result<u16, Abort> {
     Ok(highest)
 }
 
-/// The answer to a frame that the phase does not allow. To the peer's own `Abort` nobody answers:
-/// it is handed through.
+/// The `Abort` for a frame that the phase does not allow. The peer's own `Abort` is returned as it is.
 fn unexpected(frame: &Frame<'_>, wanted: &str) -> Abort {
     match frame {
         Frame::Abort(abort) => abort.clone(),

@@ -33,11 +33,11 @@
 
 pub mod commit;
 pub mod destination;
-#[cfg(test)]
-mod model;
 pub mod pages;
 pub mod precopy;
 pub mod source;
+#[cfg(test)]
+mod tests;
 pub mod wire;
 
 pub use commit::{Commit, OwnershipRecord};

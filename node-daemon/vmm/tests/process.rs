@@ -317,7 +317,7 @@ fn a_failed_build_names_the_field_and_the_process_stays_to_report_it() {
             StopReason::Failed { what } => assert!(what.starts_with(expected), "{what}"),
             other => panic!("{other:?}"),
         }
-        // Whoever waits for it to come up must not take anything else for success.
+        // No other state may be shown, because a client that waits for the start would take it for success.
         vm.shown.retain(|state| *state != VmState::Starting);
         assert_eq!(vm.shown, []);
         vm.exits();

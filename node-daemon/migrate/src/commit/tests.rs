@@ -129,7 +129,7 @@ fn a_retraction_under_the_attempts_own_id_is_a_broken_invariant() {
 }
 
 proptest! {
-    /// Whatever rows are seen in whatever order: this side runs again only after a row that its
+    /// With any records in any order, this side runs again only after a row that its
     /// own retraction made.
     #[test]
     fn only_the_retractions_own_row_resumes(

@@ -125,7 +125,7 @@ impl FrameBuffer {
     /// Reads the next frame, waiting for it.
     ///
     /// # Errors
-    /// [`WireError`]. After one the stream is of no more use.
+    /// [`WireError`]. The stream cannot be used after an error.
     pub fn receive<'b>(&'b mut self, from: &mut impl Read) -> Result<Frame<'b>, WireError> {
         let mut bytes = [0; HEADER_BYTES];
         from.read_exact(&mut bytes)?;

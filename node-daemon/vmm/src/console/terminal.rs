@@ -169,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn a_terminal_that_never_reads_holds_nobody_up_and_loses_whole_lines() {
+    fn a_terminal_that_never_reads_blocks_no_guest_and_loses_whole_lines() {
         let mut waiting = Waiting::default();
         let line = [b"x".repeat(99), b"\n".to_vec()].concat();
         for _ in 0..QUEUE_BYTES_MAX {

@@ -1,5 +1,5 @@
-//! Reporting a failed disk. Its guest sees I/O errors; the home volume is told, because writes of this
-//! node's other virtual machines to the same device may be lost too.
+//! Reporting a failed disk. Its guest sees I/O errors; the home volume gets a report, because writes of
+//! this node's other virtual machines to the same device may be lost too.
 
 use std::time::Duration;
 

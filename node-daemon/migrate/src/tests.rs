@@ -1,0 +1,3 @@
+//! Both sides and the volume together.
+
+mod model;

@@ -4,13 +4,13 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// A slot and generation on a SharedVolume: one life of a node there.
+/// A slot and generation on a SharedVolume: one incarnation of a node there.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Owner {
     /// The index of the node's heartbeat slot on the volume.
     pub slot: i32,
-    /// How often the slot's holder has begun anew. Written as text because it may exceed what
+    /// Rises whenever the node boots, or joins again after its lease lapsed. Text, because it may exceed what
     /// JSON numbers hold exactly.
     pub generation: String,
 }
@@ -18,9 +18,9 @@ pub struct Owner {
 /// Why it is certain that a node will not write to the volume again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum ProofKind {
-    /// The node was silent on the volume for the safe time, under a hardware watchdog.
+    /// The node's heartbeat has not changed for the safe time, and a hardware watchdog resets it within that time.
     SafeTimeElapsed,
-    /// An administrator said so.
+    /// Manual fencing confirmation by an administrator.
     Administrator,
     /// The node.kubernetes.io/out-of-service taint, on a volume that trusts it.
     OutOfServiceTaint,

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Owner, ProofKind};
 
-/// Who was lost. Written once.
+/// The node that was lost. Immutable.
 #[derive(CustomResource, KubeSchema, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 #[kube(
@@ -24,7 +24,7 @@ use crate::{Owner, ProofKind};
     namespaced,
     status = "FailoverStatus",
     derive = "PartialEq",
-    doc = "The record of one restart of a virtual machine after the loss of its node: what happened when, and the proof that the lost node would not write any more. A node that comes back before anything was taken from it leaves one that says Withdrawn. The operator writes these; nobody else needs to.",
+    doc = "The record of one restart of a virtual machine after the loss of its node: what happened when, and the proof that the lost node would not write any more. A node that comes back before anything was taken from it leaves one that says Withdrawn. Created and updated by the operator only.",
     printcolumn(name = "VM", type_ = "string", json_path = ".spec.virtualMachine"),
     printcolumn(
         name = "From",
@@ -83,10 +83,10 @@ pub struct FailoverSpec {
     /// Its UID.
     #[schemars(length(max = 36))]
     pub uid: String,
-    /// The node that fell silent.
+    /// The node that stopped responding.
     #[schemars(length(max = 253))]
     pub node: String,
-    /// The SharedVolume on which it fell silent.
+    /// The SharedVolume on which its heartbeat stopped.
     #[schemars(length(max = 253))]
     pub volume: String,
     /// The slot and generation there that owned the virtual machine.
@@ -96,14 +96,14 @@ pub struct FailoverSpec {
     pub epoch: String,
 }
 
-/// What happened.
+/// The observed progress of the failover.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct FailoverStatus {
-    /// How far it is, in one word.
+    /// The stage, for display. Programs read the conditions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub phase: Option<FailoverPhase>,
-    /// When daemon stream and heartbeat were first both found silent.
+    /// When the node was first found unresponsive on both the network and the volume.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub suspected_at: Option<Time>,
     /// When the volume's coordinator had its proof.
@@ -134,7 +134,7 @@ pub struct FailoverStatus {
 /// How far a failover is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 pub enum FailoverPhase {
-    /// The node is silent; the volume has no proof yet.
+    /// The node does not respond; the volume has no fence proof yet.
     Suspected,
     /// Proved and taken over; the guest is being started.
     TakenOver,

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Duration, MigrationMode, MigrationPhase, Quantity};
 
-/// What is asked of the move.
+/// The desired migration.
 #[derive(CustomResource, KubeSchema, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 #[kube(
@@ -48,7 +48,7 @@ use crate::{Duration, MigrationMode, MigrationPhase, Quantity};
         name = "Downtime",
         type_ = "string",
         json_path = ".status.progress.measuredDowntime",
-        description = "How long the guest stood still."
+        description = "How long the guest's virtual CPUs were stopped."
     ),
     printcolumn(name = "Status", type_ = "string", json_path = ".status.phase"),
     printcolumn(
@@ -118,14 +118,14 @@ pub struct VirtualMachineMigrationSpec {
     pub cancel: bool,
 }
 
-/// What is known of the move.
+/// The observed state of the migration.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct VirtualMachineMigrationStatus {
-    /// The generation of the spec that this status answers to.
+    /// The generation of the spec that this status was computed from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub observed_generation: Option<i64>,
-    /// How far it is, in one word.
+    /// The stage, for display. Programs read the conditions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub phase: Option<MigrationPhase>,
     /// The node that the guest leaves.
@@ -147,10 +147,10 @@ pub struct VirtualMachineMigrationStatus {
     /// When a target was found.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub placed_at: Option<Time>,
-    /// When it came to its end.
+    /// When the attempt ended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub finished_at: Option<Time>,
-    /// How the copying goes.
+    /// Progress of the copy, as the source reports it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub progress: Option<MigrationProgress>,
     /// Complete: True with Succeeded, False with why it failed, Unknown while it is under way.
@@ -159,14 +159,14 @@ pub struct VirtualMachineMigrationStatus {
     pub conditions: Vec<Condition>,
 }
 
-/// How the copying goes.
+/// Progress of the copy, as the source reports it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct MigrationProgress {
     /// How much of the guest's memory is on the target, for example 42%.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub percent: Option<String>,
-    /// How often the memory was gone through.
+    /// Completed pre-copy iterations over the guest's memory.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rounds: Option<i32>,
     /// Bytes sent or saved so far.
@@ -175,10 +175,10 @@ pub struct MigrationProgress {
     /// Bytes still to be sent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub remaining: Option<Quantity>,
-    /// How long the guest would stand still if it were stopped now.
+    /// The downtime if the guest were stopped now.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub predicted_downtime: Option<Duration>,
-    /// How long the guest stood still.
+    /// The downtime: how long the guest's virtual CPUs were stopped.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub measured_downtime: Option<Duration>,
     /// How long the whole copy took.

@@ -7,7 +7,7 @@ pub const GROUP: &str = "bascule.dev";
 pub const VERSION: &str = "v1alpha1";
 /// The name under which the operator owns fields in server-side apply.
 pub const FIELD_MANAGER: &str = "bascule-operator";
-/// Kept on a VirtualMachine until its guest has ended and its row is off the volume.
+/// Kept on a VirtualMachine until its guest has ended and its row is deleted from the volume.
 pub const VM_FINALIZER: &str = "bascule.dev/virtual-machine";
 /// Kept on a SharedVolume until no VirtualMachine lives on it.
 pub const VOLUME_FINALIZER: &str = "bascule.dev/shared-volume";
@@ -92,9 +92,9 @@ pub mod reason {
     pub const RESTARTS_EXHAUSTED: &str = "RestartsExhausted";
     /// The guest is moving to another node.
     pub const MIGRATING: &str = "Migrating";
-    /// The node that owns the VM is not heard of; the guest may well be running.
+    /// The node that owns the VM does not respond on the network; the guest may well be running.
     pub const NODE_UNREACHABLE: &str = "NodeUnreachable";
-    /// The node is suspected dead; the volume waits for a proof.
+    /// The node responds neither on the network nor on the volume; a takeover needs a fence proof.
     pub const NODE_SUSPECT: &str = "NodeSuspect";
     /// The volume waits for an administrator's fencing confirmation that the node is dead.
     pub const WAITING_FOR_CONFIRMATION: &str = "WaitingForConfirmation";
@@ -117,7 +117,7 @@ pub mod reason {
     pub const NOT_RUNNING: &str = "NotRunning";
     /// Not protected: `availability.onNodeFailure` is Leave.
     pub const POLICY_LEAVE: &str = "PolicyLeave";
-    /// Not protected: the volume's fencing needs a human.
+    /// Not protected: the volume's fencing needs a manual fencing confirmation.
     pub const FENCING_MANUAL: &str = "FencingManual";
     /// Not protected: the node has no hardware watchdog.
     pub const NO_WATCHDOG: &str = "NoWatchdog";

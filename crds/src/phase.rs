@@ -34,7 +34,7 @@ impl MigrationPhase {
         matches!(self, Self::Succeeded | Self::Failed | Self::Cancelled)
     }
 
-    /// The word.
+    /// The name as the status shows it.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -63,7 +63,7 @@ pub enum Phase {
     Running,
     /// It runs, and is on its way to another node.
     Migrating,
-    /// Its node is silent; it is about to be started elsewhere.
+    /// Its node does not respond; it is about to be started on another node.
     FailingOver,
     /// It was asked to shut down.
     Stopping,
@@ -73,7 +73,7 @@ pub enum Phase {
     Failed,
     /// It is being deleted.
     Deleting,
-    /// Nobody can say at present. The guest may well be running.
+    /// Its state cannot be determined. The guest may well be running.
     Unknown,
 }
 
@@ -93,7 +93,7 @@ impl Phase {
         Self::Unknown,
     ];
 
-    /// The word.
+    /// The name as the status shows it.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {

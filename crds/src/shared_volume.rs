@@ -25,7 +25,7 @@ use crate::{Duration, Owner, Quantity};
     derive = "PartialEq",
     doc = "One block device that several nodes reach at the same time, and that carries the disks of many virtual machines. On it is recorded which node may run which of them.",
     printcolumn(name = "Ready", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].status", description = "Whether virtual machines can run on it."),
-    printcolumn(name = "Fencing", type_ = "string", json_path = ".spec.fencing.mode", description = "How a silent node is kept from writing."),
+    printcolumn(name = "Fencing", type_ = "string", json_path = ".spec.fencing.mode", description = "How a node that stopped responding is fenced, that is, kept from writing."),
     printcolumn(name = "Nodes", type_ = "integer", json_path = ".status.directNodes", description = "How many nodes reach it directly."),
     printcolumn(name = "Coordinator", type_ = "string", json_path = ".status.coordinator", description = "The node that keeps its metadata."),
     printcolumn(name = "Capacity", type_ = "string", json_path = ".status.capacity"),
@@ -40,7 +40,7 @@ pub struct SharedVolumeSpec {
     #[x_kube(validation = Rule::new("self == oldSelf").message("backing cannot be changed: create another SharedVolume"))]
     pub backing: Backing,
     /// What to do with a device that is not a volume yet. IfBlank: make it one, provided that
-    /// nothing at all is on it. Never: wait for somebody to run bascule-node volume format.
+    /// nothing at all is on it. Never: wait until an administrator runs bascule-node volume format.
     #[serde(default)]
     pub initialize: Initialize,
     /// If given, only the volume with this identity is accepted, on every node. By default the
@@ -49,7 +49,7 @@ pub struct SharedVolumeSpec {
     #[schemars(length(max = 36))]
     #[x_kube(validation = Rule::new("self.matches('^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$')").message("volumeId must be a UUID in lower case, as status.volumeId or bascule-volume check prints it"))]
     pub volume_id: Option<String>,
-    /// How a node that has fallen silent is kept from writing.
+    /// How a node that stopped responding is fenced, that is, kept from writing.
     #[serde(default)]
     pub fencing: Fencing,
     /// The timing of leases. Written to the volume when it is formatted. Cannot be changed.
@@ -108,13 +108,13 @@ pub enum Initialize {
     Never,
 }
 
-/// How a node that has fallen silent is kept from writing.
+/// How a node that stopped responding is fenced, that is, kept from writing.
 #[derive(KubeSchema, Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Fencing {
     /// Watchdog: every node has a hardware watchdog that resets it when it can no longer hold its
     /// lease; after the safe time its virtual machines start elsewhere. LeaseOnly: no hardware
-    /// vouches for a silent node; its virtual machines start elsewhere only on an administrator's
+    /// proves that an unresponsive node has stopped; its virtual machines start elsewhere only on an administrator's
     /// word. PersistentReservation: SCSI-3 reservations keep it out; not implemented yet, and
     /// refused with the condition FencingAvailable.
     #[serde(default)]
@@ -129,7 +129,7 @@ pub struct Fencing {
     pub trust_out_of_service_taint: bool,
 }
 
-/// How a silent node is kept from writing.
+/// How a node that stopped responding is fenced, that is, kept from writing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum FencingMode {
     /// Hardware watchdogs.
@@ -277,7 +277,7 @@ impl Default for Timing {
     }
 }
 
-/// Three of these pass before a silent node is suspected; renewals are several in one.
+/// Three of these pass before an unresponsive node is suspected; renewals are several in one.
 fn default_lease() -> Duration {
     Duration::from_std(std::time::Duration::from_secs(4))
 }

@@ -6,21 +6,21 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Owner, Phase, Quantity};
 
-/// What is known of the virtual machine. The volume's own records are right about who may run it;
-/// this is a report of them.
+/// The observed state of the virtual machine. The volume's ownership record decides which node may
+/// run it; this is a report of that record.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct VirtualMachineStatus {
-    /// The generation of the spec that this status answers to.
+    /// The generation of the spec that this status was computed from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub observed_generation: Option<i64>,
     /// What it is doing, in one word, for people. Programs read the conditions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub phase: Option<Phase>,
-    /// The node that it runs on, as last heard of.
+    /// The node that it runs on, as last reported.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub node: Option<String>,
-    /// Who owns it on the volume.
+    /// The slot and generation that own it on the volume, and the epoch.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ownership: Option<Ownership>,
     /// The VirtualMachineMigration that is under way.
@@ -66,7 +66,7 @@ pub struct Ownership {
     /// The owner; none when the virtual machine is stopped.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub owner: Option<Owner>,
-    /// How often the ownership has changed hands, as text because it may exceed what JSON numbers
+    /// Rises with every transfer of the ownership. Text, because it may exceed what JSON numbers
     /// hold exactly.
     pub epoch: String,
 }

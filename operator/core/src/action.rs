@@ -1,4 +1,4 @@
-//! Everything that the operator may ever do for a virtual machine, and what it says about one.
+//! Every action that the operator may take for a virtual machine, and the status that it reports.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -9,12 +9,12 @@ use bascule_types::{AttemptId, Change, DiskId, Epoch, FenceProof, Owner};
 
 use crate::{ImageSource, Moment};
 
-/// One thing to do. All are idempotent.
+/// One action. All are idempotent.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// Put our finalizer on the VirtualMachine.
+    /// Add the finalizer to the VirtualMachine.
     AddFinalizer,
-    /// Take it off.
+    /// Remove the finalizer from the VirtualMachine.
     RemoveFinalizer,
     /// Create a reservation pod. One of that name that exists already is as good.
     CreateReservation {
@@ -68,7 +68,7 @@ pub enum Action {
     CreateFailover {
         /// Its name.
         name: String,
-        /// The node that fell silent.
+        /// The node that stopped responding.
         node: String,
         /// Its slot and generation.
         owner: Owner,
@@ -134,7 +134,7 @@ pub enum Action {
         attempt: AttemptId,
         /// Where the destination listens.
         peer: SocketAddr,
-        /// Who will own the row.
+        /// The slot and generation that the ownership is transferred to.
         to: Owner,
         /// Limits.
         limits: MigrationLimits,
@@ -147,10 +147,10 @@ pub enum Action {
         pid: u32,
         /// The attempt.
         attempt: AttemptId,
-        /// Who will own the row.
+        /// The slot and generation that the ownership is transferred to.
         to: Owner,
     },
-    /// Give a migration up.
+    /// Cancel a migration.
     CancelMigration {
         /// The source.
         node: String,
@@ -167,20 +167,20 @@ pub enum Action {
         /// The node.
         node: String,
     },
-    /// Forget a VM process that has ended or will not be needed.
+    /// Remove a VM process that has ended or is not needed any more.
     CollectVm {
         /// The node.
         node: String,
         /// The process.
         pid: u32,
     },
-    /// Tell the people who watch the VirtualMachine.
+    /// Record a Kubernetes event on the VirtualMachine.
     Event {
         /// The reason, one of the names.
         reason: &'static str,
         /// What happened.
         message: String,
-        /// Whether somebody should look.
+        /// Type Warning instead of Normal.
         warning: bool,
     },
 }
@@ -197,7 +197,7 @@ pub enum Purpose {
 /// What a migration's status should say. Timestamps follow from the phase.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MigrationUpdate {
-    /// Where it stands.
+    /// The phase to write.
     pub phase: MigrationPhase,
     /// The node that it leaves.
     pub source: Option<String>,
@@ -207,9 +207,9 @@ pub struct MigrationUpdate {
     pub source_epoch: Option<Epoch>,
     /// The reason, one of the names.
     pub reason: &'static str,
-    /// What to tell people.
+    /// The message, for users.
     pub message: String,
-    /// How the copying goes.
+    /// The figures of the copy, as the source reports them.
     pub progress: Option<MigrationStatus>,
 }
 
@@ -290,14 +290,14 @@ pub enum FailoverUpdate {
     },
 }
 
-/// What to do next, and what to say.
+/// The actions and the status that follow from one observation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Plan {
-    /// In this order; a failure ends the run, and the next plan takes it from there.
+    /// Executed in this order; a failure skips the rest, and the next plan continues.
     pub actions: Vec<Action>,
     /// The status to write.
     pub report: VmReport,
-    /// When to look again even if nothing changes.
+    /// When to plan again if no watch or report triggers it earlier.
     pub requeue: Duration,
 }
 
@@ -311,11 +311,11 @@ pub struct VmReport {
     pub unknown_since: Option<Moment>,
     /// The attempt whose target cannot take the guest, and since when. Not part of any status.
     pub target_lost: Option<(AttemptId, Moment)>,
-    /// One word.
+    /// For display; programs read the conditions.
     pub phase: Phase,
     /// The node that it runs on.
     pub node: Option<String>,
-    /// The summary.
+    /// The Ready condition, which sums the others up.
     pub ready: Condition,
     /// Whether it would survive the loss of its node.
     pub protected: Condition,
@@ -342,7 +342,7 @@ pub struct Condition {
     pub status: Option<bool>,
     /// The reason, one of the names.
     pub reason: &'static str,
-    /// What to tell people.
+    /// The message, for users.
     pub message: String,
 }
 

@@ -1,16 +1,16 @@
-//! What is known, and when.
+//! Observed facts and the operator's clock.
 
 use std::time::Duration;
 
-/// Something observed.
+/// An observed value. Unknown never justifies tearing something down.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Fact<T> {
-    /// Nobody could say.
+    /// No source could tell.
     #[default]
     Unknown,
-    /// It is certain that there is none.
+    /// A source confirmed that there is none.
     Absent,
-    /// This is it.
+    /// The value, as last observed.
     Known(T),
 }
 
@@ -23,14 +23,14 @@ impl<T> Fact<T> {
         }
     }
 
-    /// Whether nobody could say.
+    /// Whether no source could tell.
     pub const fn is_unknown(&self) -> bool {
         matches!(self, Self::Unknown)
     }
 }
 
-/// A moment on the operator's clock, in milliseconds since 1970. Used for patience and for records,
-/// never for safety: the volume's own leases are measured elsewhere.
+/// A moment on the operator's clock, in milliseconds since 1970. Used for timeouts and for records,
+/// never for safety: leases are measured on each node's CLOCK_BOOTTIME.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Moment(pub u64);
 

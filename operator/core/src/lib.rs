@@ -1,6 +1,6 @@
-//! The operator's decisions, and nothing else: [`plan`] and [`plan_volume`] look at what is asked
-//! ([`VmIntent`], [`VolumeIntent`]) and at what is known ([`Observed`], [`VolumeObserved`]) and say
-//! what to do next ([`Plan`], [`VolumePlan`]).
+//! The operator's decisions as pure functions: [`plan`] and [`plan_volume`] compare the intent
+//! ([`VmIntent`], [`VolumeIntent`]) with the observation ([`Observed`], [`VolumeObserved`]) and return
+//! the actions to take ([`Plan`], [`VolumePlan`]).
 //!
 //! # Guarantees
 //! The functions are pure and total. The caller observes, plans, executes, and begins again; a plan

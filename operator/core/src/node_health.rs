@@ -2,23 +2,23 @@
 
 use crate::{Fact, Stream};
 
-/// What to make of a node, as far as one volume is concerned.
+/// The health of a node as far as one volume is concerned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NodeHealth {
-    /// Nothing is wrong.
+    /// Daemon and heartbeat respond, or the daemon does and the heartbeat is not known.
     Healthy,
     /// The daemon answers, the heartbeat does not: its guests' disks wait.
     StorageLost,
     /// The heartbeat goes on, the daemon does not answer: its guests run.
     Isolated,
-    /// Neither: a proof is to be obtained. Suspicion alone moves nothing.
+    /// Neither responds. A takeover needs a fence proof; suspicion alone moves no guest.
     Suspect,
-    /// Too little is known.
+    /// A signal is missing.
     Undetermined,
 }
 
-/// The verdict. The kubelet's Node condition is the third signal; whatever it says, guests do not
-/// need a kubelet, so it is shown and changes no verdict.
+/// Combines the two signals. The kubelet's Node condition is shown and has no influence: guests do not
+/// need a kubelet.
 #[must_use]
 pub const fn node_health(stream: Stream, heartbeat: &Fact<bool>) -> NodeHealth {
     match (stream, heartbeat) {
@@ -36,7 +36,7 @@ mod tests {
     use crate::Moment;
 
     #[test]
-    fn only_a_node_that_is_silent_both_ways_is_suspect() {
+    fn only_a_node_without_reports_and_heartbeat_is_suspect() {
         let down = Stream::Down { since: Moment(0) };
         for (stream, heartbeat, expected) in [
             (Stream::Up, Fact::Known(true), NodeHealth::Healthy),

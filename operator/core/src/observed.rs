@@ -15,7 +15,7 @@ use bascule_types::{AttemptId, Bytes, DiskId, DiskRow, Epoch, FenceRow, NodeUid,
 use crate::action::Purpose;
 use crate::{Fact, Moment, SpecDigest};
 
-/// Everything that a plan looks at.
+/// The inputs of a plan that are observed rather than asked for.
 #[derive(Clone, Debug, Default)]
 pub struct Observed {
     /// The SharedVolume.
@@ -34,14 +34,14 @@ pub struct Observed {
     pub processes: Vec<Process>,
     /// The imports of its disks.
     pub imports: Vec<ImportView>,
-    /// What was done before.
+    /// What the planner remembers of earlier plans.
     pub memory: PlannerMemory,
 }
 
 /// The SharedVolume.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VolumeView {
-    /// How silent nodes are fenced.
+    /// How nodes that stopped responding are fenced.
     pub fencing: FencingMode,
     /// Whether it is a file.
     pub file: bool,
@@ -113,30 +113,30 @@ pub struct Access {
 /// The virtual machine's row, and what hangs on it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RowView {
-    /// Who owns it.
+    /// The owner; none while it is stopped.
     pub owner: Option<Owner>,
-    /// In which tenure.
+    /// Rises with every transfer of the ownership.
     pub epoch: Epoch,
     /// Its disks, and the kept ones of the volume.
     pub disks: Vec<DiskRow>,
     /// The memory of a guest, saved by a quick migration or left by one that broke off.
     pub saved: Option<SavedView>,
-    /// Who is fenced on the volume.
+    /// The fence proofs recorded on the volume.
     pub fences: Vec<FenceRow>,
 }
 
 /// A saved state on the volume.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SavedView {
-    /// The tenure that saved it.
+    /// The epoch that saved it.
     pub epoch: Epoch,
     /// Whether all of it is there.
     pub complete: bool,
 }
 
 impl SavedView {
-    /// Whether a guest may be restored from it in tenure `epoch`: only in the very next one, or
-    /// somebody may have written the disks since.
+    /// Whether a guest may be restored from it in `epoch`: only in the very next one, because
+    /// a later owner may have written to the disks since.
     #[must_use]
     pub fn is_restorable(self, epoch: Epoch) -> bool {
         self.complete && self.epoch.next() == epoch
@@ -168,7 +168,7 @@ pub struct Pod {
     pub digest: SpecDigest,
 }
 
-/// Where a pod stands.
+/// A pod's phase, with evictions told apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PodPhase {
     /// Not yet running.
@@ -221,7 +221,7 @@ pub struct Migration {
 pub struct FailoverView {
     /// Its name.
     pub name: String,
-    /// The node that fell silent.
+    /// The node that stopped responding.
     pub node: String,
     /// Its slot and generation.
     pub owner: Owner,
@@ -274,7 +274,7 @@ pub enum ImportPhase {
     },
 }
 
-/// What a status says, whoever wrote it.
+/// The last status that any operator wrote.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Reported {
     /// What the virtual machine was doing.
@@ -283,8 +283,8 @@ pub struct Reported {
     pub node: Option<String>,
 }
 
-/// What was done before: from the status, or from the operator's memory. All of it may be lost; then
-/// something is done once more.
+/// What the planner remembers between plans, from the status or from this operator's memory. All of it
+/// may be lost with a restart; an action is then repeated.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PlannerMemory {
     /// The restarts that may still count.
@@ -295,7 +295,7 @@ pub struct PlannerMemory {
     pub completed: bool,
     /// What the status says.
     pub reported: Option<Reported>,
-    /// Since when this operator has known nothing of the virtual machine.
+    /// Since when this operator has had no information about the virtual machine.
     pub unknown_since: Option<Moment>,
     /// When the power button was last pressed.
     pub power_button: Option<Moment>,

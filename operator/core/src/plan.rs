@@ -128,7 +128,7 @@ impl<'a> PlanContext<'a> {
         let (Fact::Known(pods), Fact::Known(_)) = (&self.observed.pods, &self.observed.migrations)
         else {
             // The API server is unreachable or the caches are not filled: a running guest stays.
-            return self.not_known(reason::UNKNOWN, "the API server has not been heard of");
+            return self.not_known(reason::UNKNOWN, "the API server has not been reached yet");
         };
         let mut step = self.end_left_reservations(row, pods);
         step.append(self.finish_committed_migration(row));
@@ -170,7 +170,7 @@ impl<'a> PlanContext<'a> {
                 step.requeued_soon()
             }
             NodeHealth::Undetermined => {
-                let message = format!("nothing is heard of {node}");
+                let message = format!("no report from {node}");
                 self.not_known(reason::NODE_UNREACHABLE, message)
             }
         }

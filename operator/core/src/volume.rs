@@ -46,8 +46,8 @@ pub struct VolumeObserved {
     pub in_use: bool,
     /// The owners that are on record as fenced.
     pub fenced: Vec<Owner>,
-    /// For how long no node has been heard of; none when one is.
-    pub silent_for: Option<Duration>,
+    /// For how long no node has reported; none while one does.
+    pub no_report_for: Option<Duration>,
 }
 
 /// What became of formatting, as far as this operator remembers.
@@ -179,8 +179,8 @@ pub fn plan_volume(intent: &VolumeIntent, observed: &VolumeObserved) -> VolumePl
             keep: !intent.deleting
                 && intent.volume.is_some()
                 && observed
-                    .silent_for
-                    .is_some_and(|silent| silent < SILENT_AFTER),
+                    .no_report_for
+                    .is_some_and(|elapsed| elapsed < UNKNOWN_AFTER),
             ready: ready(intent, observed),
             fencing: fencing(intent),
         },
@@ -192,7 +192,7 @@ pub fn plan_volume(intent: &VolumeIntent, observed: &VolumeObserved) -> VolumePl
     }
 }
 
-/// Nobody knows the volume's identity yet: format the device if it is blank, or learn what is there.
+/// The volume's identity is not known yet: format the device if it is blank, or learn what is there.
 fn find(intent: &VolumeIntent, observed: &VolumeObserved, actions: &mut Vec<VolumeAction>) {
     if let Some(found) = observed.nodes.iter().find_map(|node| node.volume) {
         return actions.push(VolumeAction::RecordVolume { volume: found });
@@ -213,7 +213,7 @@ fn find(intent: &VolumeIntent, observed: &VolumeObserved, actions: &mut Vec<Volu
                 node: node.name.clone(),
             });
         }
-        // A chosen node that is away may have formatted it: nobody else is chosen in its place, but
+        // A chosen node that is away may have formatted it: no other node is chosen in its place, but
         // others may look.
         if chosen.is_some() || intent.formatting_node.is_none() {
             return;
@@ -352,8 +352,8 @@ fn ready(intent: &VolumeIntent, observed: &VolumeObserved) -> Condition {
         );
         return Condition::new(Some(true), reason::ATTACHED, message);
     }
-    if intent.volume.is_some() && observed.silent_for.is_some() {
-        let message = "no node has been heard of; guests may well be running";
+    if intent.volume.is_some() && observed.no_report_for.is_some() {
+        let message = "no node has reported yet; guests may well be running";
         return Condition::new(None, reason::UNKNOWN, message);
     }
     let mut complaints: Vec<String> = observed
@@ -412,6 +412,6 @@ fn fencing(intent: &VolumeIntent) -> Condition {
 const NOT_IMPLEMENTED: &str =
     "fencing PersistentReservation does not exist yet: use Watchdog or LeaseOnly";
 /// As for virtual machines: see `UNKNOWN_AFTER` of the plan's report.
-const SILENT_AFTER: Duration = Duration::from_secs(30);
+const UNKNOWN_AFTER: Duration = Duration::from_secs(30);
 /// What fits a condition that people read.
 const COMPLAINTS_MAX: usize = 5;

@@ -76,7 +76,7 @@ async fn reconcile(
         true => None,
         false => Some(memory.unreachable_since.unwrap_or_else(now)),
     };
-    observed.silent_for = memory.unreachable_since.map(|since| now().since(since));
+    observed.no_report_for = memory.unreachable_since.map(|since| now().since(since));
     let plan = plan_volume(&intent, &observed);
     for action in &plan.actions {
         tracing::debug!(volume = intent.name, ?action, "execute");
@@ -201,7 +201,7 @@ fn observe(
         fenced: rows
             .map(|rows| rows.fences.iter().map(|f| f.victim).collect())
             .unwrap_or_default(),
-        silent_for: None,
+        no_report_for: None,
     }
 }
 

@@ -91,9 +91,10 @@ impl<'a> PlanContext<'a> {
         }
     }
 
-    /// A row cannot be deleted while it has an owner, and this one will never release it.
+    /// The volume refuses to delete the record of an owned virtual machine, and this owner cannot release it.
     fn take_over_to_delete(&self, row: &RowView, node: &str, owner: Owner) -> Step {
-        let message = format!("{node} is silent; asking the volume for a proof");
+        let message =
+            format!("{node} does not respond; takeover requested, which needs a fence proof");
         let mut step = Step::ready(Phase::Deleting, false, reason::NODE_SUSPECT, message);
         let Some(via) = self.route() else {
             return step;
@@ -125,7 +126,7 @@ impl<'a> PlanContext<'a> {
                 .disks
                 .iter()
                 .find(|intent| intent.row == disk.name);
-            // A half-filled disk is of no use to anybody.
+            // An incomplete import cannot be attached again.
             let goes = disk.importing || intent.is_some_and(|intent| intent.delete_with_vm);
             if goes {
                 let change = Change::DeleteDisk { disk: disk.disk };
@@ -140,7 +141,7 @@ impl<'a> PlanContext<'a> {
         step
     }
 
-    /// The node that was filling a disk: while it lives, the volume lets nobody else delete it.
+    /// The node that was filling a disk: while its lease is valid, the volume lets no other node delete it.
     fn importer_of(&self, disk: &DiskRow) -> Option<String> {
         let importer = disk.importer?;
         let mut nodes = self.observed.nodes.iter();
@@ -163,7 +164,7 @@ impl<'a> PlanContext<'a> {
                     .get(node)
                     .is_some_and(|n| n.stream == Stream::Up)
             });
-            // No guest stands behind it any more, so nobody needs to wait for its kubelet.
+            // Its guest is gone, so its kubelet need not confirm the deletion.
             step.append(self.delete_reservation(pod, pod.node.is_some() && !answers));
             if let (Some(node), true) = (&pod.node, answers && pod.deleting) {
                 step.push(Action::EndReservation {

@@ -21,7 +21,7 @@ impl PlanContext<'_> {
             .filter(|m| m.drain && m.name.contains(&drain_prefix(&self.intent.name, pod)))
             .collect();
         let count = |mode| tried.iter().filter(|m| m.mode == mode).count();
-        let live_makes_no_sense = tried.iter().any(|m| {
+        let live_ruled_out = tried.iter().any(|m| {
             m.mode == MigrationMode::Live
                 && m.phase == MigrationPhase::Failed
                 && matches!(
@@ -35,7 +35,7 @@ impl PlanContext<'_> {
             && elapsed < budgets.live
             && live_tries < LIVE_TRIES_MAX
             && quick_tries == 0
-            && !live_makes_no_sense;
+            && !live_ruled_out;
         let quick = self.intent.on_drain != DrainPolicy::Shutdown
             && elapsed < budgets.live + budgets.quick
             && quick_tries < QUICK_TRIES_MAX;
@@ -54,8 +54,8 @@ impl PlanContext<'_> {
     }
 }
 
-/// The beginning of the names of the migrations that a pod's leaving asks for: whoever looks at the
-/// same pod chooses the same names, so that two operators make one migration.
+/// The prefix of the names of the migrations that the eviction of a pod causes: operators
+/// that see the same pod choose the same names and so create one migration.
 fn drain_prefix(vm: &str, pod: &Pod) -> String {
     let short: String = pod
         .uid
@@ -66,7 +66,7 @@ fn drain_prefix(vm: &str, pod: &Pod) -> String {
     format!("{vm}-drain-{short}-")
 }
 
-/// Targets die, but not many of them in a row.
+/// A second and third attempt cover targets that fail meanwhile.
 const LIVE_TRIES_MAX: usize = 3;
 /// A quick migration pauses the guest each time.
 const QUICK_TRIES_MAX: usize = 1;

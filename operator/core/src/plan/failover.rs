@@ -1,7 +1,8 @@
-//! The owner's node is silent both ways: obtain a proof, take the row, start elsewhere.
+//! The owner's node responds neither on the network nor on the volume: request a takeover, which
+//! needs a fence proof, and start the guest on another node.
 //!
-//! The operator only asks. The volume's coordinator grants a takeover when it has a proof from its
-//! own reads, or an administrator's fencing confirmation; until then it is asked once a second.
+//! The operator only requests it. The volume's coordinator grants a takeover when it has a proof from its
+//! own reads, or an administrator's fencing confirmation; until then the request is repeated every second.
 
 use bascule_crds::names::{ANNOTATION_CONFIRM_FENCED, reason};
 use bascule_types::{Change, Epoch, FenceProof, MissingProof, Owner, Refusal};
@@ -17,7 +18,7 @@ impl PlanContext<'_> {
     pub(super) fn failover(&self, row: &RowView, node: &str, owner: Owner) -> Step {
         let mut step = Step::new().requeued_soon();
         if self.intent.on_failure == FailurePolicy::Leave {
-            let message = format!("{node} is silent; availability.onNodeFailure is Leave");
+            let message = format!("{node} does not respond; availability.onNodeFailure is Leave");
             let leave = Ready::new(Phase::Unknown, false, reason::NODE_SUSPECT, message);
             return step.with_ready(leave);
         }
@@ -36,7 +37,7 @@ impl PlanContext<'_> {
             return step.with_ready(match &pod.unschedulable {
                 Some(why) => waiting(
                     reason::UNSCHEDULABLE,
-                    format!("{node} is silent; no other node has room: {why}"),
+                    format!("{node} does not respond; no other node has room: {why}"),
                 ),
                 None => waiting(reason, missing),
             });
@@ -57,7 +58,7 @@ impl PlanContext<'_> {
             }
             Err(why) => {
                 step.append(self.delete_reservation(pod, false));
-                step.with_ready(waiting(reason, format!("{node} is silent; {why}")))
+                step.with_ready(waiting(reason, format!("{node} does not respond; {why}")))
             }
         }
     }
@@ -79,7 +80,9 @@ impl PlanContext<'_> {
             });
         }
         let mut step = Step::new();
-        let suspect = format!("{node} is silent on the network and on the volume");
+        let suspect = format!(
+            "{node} does not respond on the network, and its heartbeat on the volume has stopped"
+        );
         step.event(reason::NODE_SUSPECT, true, suspect);
         step.push(Action::CreateFailover {
             name: next_name(&self.intent.name, epoch, records),
@@ -90,35 +93,35 @@ impl PlanContext<'_> {
         step
     }
 
-    /// What the takeover waits for, in words.
+    /// The reason and message of what the takeover waits for.
     fn missing_proof(&self, node: &str, owner: Owner) -> (&'static str, String) {
         match &self.observed.memory.takeover_refusal {
             Some(Refusal::NotFenced { missing, .. }) => match missing {
                 MissingProof::AdminConfirmation | MissingProof::NoWatchdog => (
                     reason::WAITING_FOR_CONFIRMATION,
                     format!(
-                        "{node} is silent: {missing}. Make sure that it is off, then run \
+                        "{node} does not respond: {missing}. Make sure that it is off, then run \
                          kubectl annotate --overwrite sv {} {ANNOTATION_CONFIRM_FENCED}={node}/{}/{}",
                         self.intent.volume, owner.slot, owner.generation
                     ),
                 ),
                 _ => (
                     reason::NODE_SUSPECT,
-                    format!("{node} is silent; no proof yet: {missing}"),
+                    format!("{node} does not respond; no fence proof yet: {missing}"),
                 ),
             },
             Some(refusal) => (
                 reason::NODE_SUSPECT,
-                format!("{node} is silent; the volume says: {refusal}"),
+                format!("{node} does not respond; the volume says: {refusal}"),
             ),
             None => (
                 reason::NODE_SUSPECT,
-                format!("{node} is silent; asking the volume"),
+                format!("{node} does not respond; takeover requested"),
             ),
         }
     }
 
-    /// Keeps open records in step with what became of the virtual machine.
+    /// Updates the open Failover records from the volume's ownership record.
     pub(super) fn follow_failovers(&self, row: &RowView) -> Step {
         let mut step = Step::new();
         let records = self.observed.failovers.known();
@@ -202,8 +205,8 @@ fn open(records: &[FailoverView]) -> impl Iterator<Item = &FailoverView> {
     records.iter().filter(|record| !record.closed)
 }
 
-/// The name of an epoch's next record: `web-5`, and after that `web-5.2`. Whoever sees the same
-/// records chooses the same name, so that two operators make one; and a name of a virtual machine has
+/// The name of an epoch's next record: `web-5`, and after that `web-5.2`. Operators that see the same
+/// records choose the same name and so create one object; and a name of a virtual machine has
 /// no dot in it, so that no two of them choose the same.
 fn next_name(vm: &str, epoch: Epoch, records: &[FailoverView]) -> String {
     let first = format!("{vm}-{epoch}");

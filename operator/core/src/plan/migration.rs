@@ -179,7 +179,7 @@ impl<'a> PlanContext<'a> {
         self.end(migration, phase, why, message)
     }
 
-    /// Why no node took the guest, in the scheduler's words if it had any.
+    /// Why no node took the guest, with the scheduler's message if there is one.
     fn no_target(&self, migration: &Migration) -> String {
         let purpose = Purpose::Migration(migration.name.clone());
         let mut mine = self.pods().iter().filter(|pod| pod.purpose == purpose);
@@ -236,7 +236,7 @@ impl<'a> PlanContext<'a> {
         step
     }
 
-    /// Whether an incoming process may still become the guest of this tenure.
+    /// Whether an incoming process may still become the guest of this epoch.
     pub(super) fn arrival_expected(&self, row: &RowView, process: &Process) -> bool {
         self.migrations().iter().any(|migration| {
             migration
@@ -339,8 +339,8 @@ impl<'a> PlanContext<'a> {
         (*attempt == migration.attempt && settled).then(|| why.clone())
     }
 
-    /// This very process has said that it has begun, and its next report will tell how it goes.
-    /// However long that report takes, asking again would only be refused.
+    /// Whether this process has confirmed the start of the attempt. Its progress comes with its next
+    /// report; a second request before that would only be refused.
     fn has_begun(&self, migration: &Migration, source: &Process) -> bool {
         self.observed.memory.move_begun == Some((migration.attempt, source.status.pid))
     }
@@ -422,5 +422,5 @@ fn routable(process: &Process) -> Option<SocketAddr> {
         .filter(|address| !address.ip().is_unspecified())
 }
 
-/// Reports come every second: by then one has told if the attempt had begun after all.
+/// Reports come every second: within this time one shows whether the attempt began after all.
 const REFUSAL_SETTLES: Duration = Duration::from_secs(3);

@@ -9,7 +9,7 @@ use crate::{Fact, NodeHealth, Stream, node_health};
 
 /// Where a virtual machine is, as its row says.
 pub(super) enum Place {
-    /// Nobody owns it.
+    /// No node owns it.
     Nowhere,
     /// A node owns it.
     On {
@@ -17,7 +17,7 @@ pub(super) enum Place {
         node: String,
         /// Its slot and generation.
         owner: Owner,
-        /// What to make of it.
+        /// Its health as far as this volume is concerned.
         health: NodeHealth,
     },
     /// It is owned by a slot that no node is known to hold.
@@ -32,11 +32,11 @@ impl PlanContext<'_> {
         let Some(owner) = row.owner else {
             return Place::Nowhere;
         };
-        let by_own_word =
+        let by_own_report =
             self.observed.nodes.iter().find(|(_, node)| {
                 node.access.known().and_then(|access| access.owner) == Some(owner)
             });
-        if let Some((name, node)) = by_own_word {
+        if let Some((name, node)) = by_own_report {
             let health = self.health_of(node, owner);
             return Place::On {
                 node: name.clone(),
@@ -92,7 +92,8 @@ impl PlanContext<'_> {
         node_health(node.stream, &heartbeat)
     }
 
-    /// A node through which the volume can be asked for changes: the coordinator, if it answers.
+    /// The node through which changes of the volume's metadata are requested: the coordinator if it
+    /// is reachable, else any node with a direct path.
     pub(super) fn route(&self) -> Option<String> {
         let reachable = |node: &NodeView| {
             node.stream == Stream::Up
@@ -142,7 +143,7 @@ impl PlanContext<'_> {
     }
 
     /// Whether what keeps a guest from being started there may pass by itself: a node that is busy is
-    /// silent for some seconds, or loses its lease and takes another.
+    /// unresponsive for some seconds, or loses its lease and takes another.
     pub(super) fn may_recover(&self, name: &str) -> bool {
         self.observed.nodes.get(name).is_some_and(|node| {
             node.stream != Stream::Up || (node.kvm_error.is_none() && node.access != Fact::Absent)
@@ -174,5 +175,5 @@ impl PlanContext<'_> {
     }
 }
 
-/// What fits a condition that people read.
+/// Keeps a condition's message readable on a large cluster.
 pub(super) const COMPLAINTS_MAX: usize = 5;

@@ -96,7 +96,7 @@ impl<'a> PlanContext<'a> {
                 .any(|node| Some(node.as_str()) != except && self.can_host(node).is_ok())
     }
 
-    /// Creates a pod, by a name that everybody who sees the same pods would choose.
+    /// Creates a pod. Operators that see the same pods choose the same name and so create one.
     pub(super) fn create_reservation(
         &self,
         row: &RowView,
@@ -146,7 +146,7 @@ impl<'a> PlanContext<'a> {
         step
     }
 
-    /// Says why there is no node yet.
+    /// The Ready condition while the pod is not bound.
     pub(super) fn unbound(&self, pod: Option<&Pod>) -> Ready {
         match pod.and_then(|pod| pod.unschedulable.as_ref()) {
             Some(why) => {
@@ -163,8 +163,8 @@ impl<'a> PlanContext<'a> {
         }
     }
 
-    /// Why the nodes that a pod was told to avoid cannot take the guest: the scheduler only knows
-    /// that they do not fit.
+    /// Why the nodes that the pod's affinity excludes cannot take the guest: the scheduler's message
+    /// only counts them.
     fn ruled_out(&self, pod: Option<&Pod>) -> Vec<String> {
         let avoided = pod.map_or(&[][..], |pod| &pod.avoid);
         let known = avoided
@@ -176,7 +176,7 @@ impl<'a> PlanContext<'a> {
             .collect()
     }
 
-    /// A running guest's place in the scheduler's books: made again where the guest is when it was
+    /// Creates the reservation pod of a running guest again, pinned to the guest's node, when it was
     /// lost.
     pub(super) fn ensure_reservation(&self, row: &RowView, node: &str) -> Step {
         let mut step = Step::new();

@@ -79,7 +79,7 @@ fn one_node_is_written_down_before_it_formats() {
 }
 
 #[test]
-fn nobody_formats_in_place_of_a_chosen_node_that_is_away() {
+fn no_other_node_formats_in_place_of_a_chosen_node_that_is_away() {
     let mut observed = on(vec![fresh("a", 0), fresh("b", 1)]);
     observed.nodes[0].stream = Stream::Down { since: Moment(0) };
     let chosen = VolumeIntent {
@@ -215,7 +215,7 @@ fn an_administrators_word_reaches_the_coordinator_once() {
 }
 
 #[test]
-fn the_taint_counts_only_where_the_volume_trusts_it_and_the_node_is_silent() {
+fn the_taint_counts_only_where_the_volume_trusts_it_and_the_node_does_not_respond() {
     let known = VolumeIntent {
         volume: Some(VolumeId::from_bytes([3; 16])),
         ..intent()
@@ -287,9 +287,9 @@ fn known() -> VolumeIntent {
 #[test]
 fn a_new_leader_leaves_the_status_alone_until_a_node_has_reported() {
     let mut observed = on(vec![]);
-    observed.silent_for = Some(Duration::from_secs(2));
+    observed.no_report_for = Some(Duration::from_secs(2));
     assert!(plan_volume(&known(), &observed).report.keep);
-    observed.silent_for = Some(Duration::from_secs(30));
+    observed.no_report_for = Some(Duration::from_secs(30));
     let report = plan_volume(&known(), &observed).report;
     assert!(!report.keep);
     assert_eq!(
@@ -304,7 +304,7 @@ fn a_new_leader_leaves_the_status_alone_until_a_node_has_reported() {
 #[test]
 fn a_volume_that_was_never_found_has_nothing_to_keep() {
     let mut observed = on(vec![]);
-    observed.silent_for = Some(Duration::ZERO);
+    observed.no_report_for = Some(Duration::ZERO);
     let report = plan_volume(&intent(), &observed).report;
     assert!(!report.keep);
     assert_eq!(report.ready.reason, reason::FORMATTING);

@@ -57,7 +57,7 @@ fn what_a_node_says_against_a_start_is_the_condition() {
 }
 
 #[test]
-fn a_disk_that_somebody_else_has_is_the_condition() {
+fn a_disk_that_another_vm_claims_is_the_condition() {
     let mut case = Case::new().owned_by(1).with_pod("node-1").with_disks();
     case.row().disks[1].vm = None;
     let why = "spec.disks[root].existing.name: volume san: shop/old.root: belongs to another";

@@ -20,7 +20,7 @@ use crate::{
 pub(super) const NOW: Moment = Moment(1_000_000_000);
 const VM: VmUid = VmUid::from_bytes([7; 16]);
 
-/// The open record of node-1's silence.
+/// The open Failover of node-1's outage.
 pub(super) fn failover(epoch: Epoch) -> FailoverView {
     FailoverView {
         name: format!("web-{epoch}"),
@@ -362,8 +362,8 @@ impl Case {
         self
     }
 
-    /// Neither daemon nor heartbeat of that node is heard of.
-    pub(super) fn silent(mut self, slot: u16) -> Self {
+    /// Neither daemon nor heartbeat of that node responds.
+    pub(super) fn unresponsive(mut self, slot: u16) -> Self {
         self.node(&format!("node-{slot}")).stream = Stream::Down { since: NOW };
         self.heartbeat(slot, false)
     }

@@ -43,7 +43,7 @@ fn deletion_does_not_wait_for_a_volume_that_was_never_found() {
 }
 
 #[test]
-fn deletion_waits_while_nobody_can_say_who_owns_the_row() {
+fn deletion_waits_while_no_node_can_tell_the_owner() {
     let mut case = Case::new();
     case.intent.deleting_since = Some(NOW);
     case.observed.row = Fact::Unknown;
@@ -85,7 +85,7 @@ fn a_guest_in_a_namespace_that_is_being_deleted_is_shut_down_and_lets_its_pod_go
     );
 }
 
-/// Found on a cluster: the volume refused the coordinator's node for ever, because the import had
+/// Found on a cluster: the volume refused the coordinator's node again and again, because the import had
 /// failed on the other one.
 #[test]
 fn a_half_filled_disk_is_deleted_through_the_node_that_was_filling_it() {

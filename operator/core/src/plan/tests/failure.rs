@@ -20,15 +20,15 @@ fn a_node_that_lost_its_storage_is_not_taken_over() {
 }
 
 #[test]
-fn a_silent_kubelet_changes_nothing() {
+fn an_unreachable_kubelet_changes_nothing() {
     let mut case = Case::running_on(1);
     case.node("node-1").kubelet_ready = Fact::Known(false);
     assert_eq!(case.plan().actions, []);
 }
 
 #[test]
-fn a_silent_node_is_recorded_and_the_volume_asked_until_it_grants() {
-    let mut case = Case::running_on(1).silent(1);
+fn a_suspect_node_is_recorded_and_the_takeover_requested_until_granted() {
+    let mut case = Case::running_on(1).unresponsive(1);
     let actions = case.plan().actions;
     assert!(actions.iter().any(|a| matches!(
         a,
@@ -53,7 +53,7 @@ fn a_silent_node_is_recorded_and_the_volume_asked_until_it_grants() {
 
 #[test]
 fn a_takeover_that_waits_for_a_person_says_so() {
-    let mut case = Case::running_on(1).silent(1).with_pod("node-2");
+    let mut case = Case::running_on(1).unresponsive(1).with_pod("node-2");
     case.observed.memory.takeover_refusal = Some(Refusal::NotFenced {
         victim: node_owner(1),
         missing: MissingProof::AdminConfirmation,
@@ -65,7 +65,7 @@ fn a_takeover_that_waits_for_a_person_says_so() {
 
 #[test]
 fn policy_leave_waits_for_the_node() {
-    let mut case = Case::running_on(1).silent(1);
+    let mut case = Case::running_on(1).unresponsive(1);
     case.intent.on_failure = FailurePolicy::Leave;
     assert_eq!(case.plan().actions, []);
 }
@@ -82,7 +82,7 @@ fn a_node_that_comes_back_in_time_closes_the_record() {
     ));
 }
 
-/// Its lease ran out, nobody took anything, and it joined again.
+/// Its lease ran out, no node took anything over, and it joined again.
 #[test]
 fn a_node_that_comes_back_in_its_next_generation_has_come_back() {
     let mut case = Case::running_on(1).with_failover(Epoch(5));
@@ -110,30 +110,32 @@ fn created_failover(case: &Case) -> Option<String> {
 }
 
 #[test]
-fn every_silence_of_a_tenure_has_a_record_of_its_own() {
+fn every_outage_in_an_epoch_has_a_failover_of_its_own() {
     let closed = |name: &str| FailoverView {
         name: name.to_owned(),
         closed: true,
         ..failover(Epoch(5))
     };
-    let silent = |records| {
-        let case = Case::running_on(1).silent(1).with_failovers(records);
+    let named = |records| {
+        let case = Case::running_on(1).unresponsive(1).with_failovers(records);
         created_failover(&case)
     };
-    assert_eq!(silent(vec![]).as_deref(), Some("web-5"));
-    assert_eq!(silent(vec![closed("web-5")]).as_deref(), Some("web-5.2"));
+    assert_eq!(named(vec![]).as_deref(), Some("web-5"));
+    assert_eq!(named(vec![closed("web-5")]).as_deref(), Some("web-5.2"));
     // The first ones are deleted in time.
     let late = vec![closed("web-5.10"), closed("web-5.9"), closed("web-50.99")];
-    assert_eq!(silent(late).as_deref(), Some("web-5.11"));
-    assert_eq!(silent(vec![closed("web-4"), failover(Epoch(5))]), None);
+    assert_eq!(named(late).as_deref(), Some("web-5.11"));
+    assert_eq!(named(vec![closed("web-4"), failover(Epoch(5))]), None);
 }
 
 /// The record of a generation that is over is closed, and does not stand for the next one's.
 #[test]
-fn a_silence_of_the_next_generation_is_another_one() {
+fn an_outage_of_the_next_generation_is_another_one() {
     let mut earlier = failover(Epoch(5));
     earlier.owner.generation = Generation(0);
-    let case = Case::running_on(1).silent(1).with_failovers(vec![earlier]);
+    let case = Case::running_on(1)
+        .unresponsive(1)
+        .with_failovers(vec![earlier]);
     assert_eq!(created_failover(&case).as_deref(), Some("web-5.2"));
     let reports = |update: fn(&FailoverUpdate) -> bool| {
         case.plans(|a| matches!(a, Action::ReportFailover { update: u, .. } if update(u)))
@@ -204,7 +206,7 @@ fn i8_every_unprotected_virtual_machine_says_why() {
 }
 
 #[test]
-fn i8_nobody_is_called_protected_on_a_node_whose_volume_says_nothing() {
+fn i8_no_guest_is_called_protected_on_a_node_whose_volume_says_nothing() {
     for access in [Fact::Unknown, Fact::Absent] {
         let mut case = Case::running_on(1);
         case.node("node-1").access = access;

@@ -165,7 +165,7 @@ fn a_guest_that_keeps_failing_waits_longer_and_then_gives_up() {
 }
 
 #[test]
-fn a_killed_process_is_collected_and_started_again_in_the_same_tenure() {
+fn a_killed_process_is_collected_and_started_again_in_the_same_epoch() {
     let mut case = Case::running_on(1);
     case.observed.processes[0].alive = false;
     let actions = case.plan().actions;

@@ -89,7 +89,7 @@ fn a_quick_migration_is_restored_on_its_target() {
 
 /// Found on emulated nodes: the row had gone on, and every start failed on the old saved state.
 #[test]
-fn a_saved_state_of_an_earlier_tenure_is_dropped_and_the_guest_boots() {
+fn a_saved_state_of_an_earlier_epoch_is_dropped_and_the_guest_boots() {
     for (of, complete) in [(3, true), (5, false), (4, false)] {
         let mut case = Case::new().owned_by(1).with_pod("node-1");
         case.row().saved = Some(SavedView {
@@ -112,7 +112,7 @@ fn a_saved_state_of_an_earlier_tenure_is_dropped_and_the_guest_boots() {
 }
 
 #[test]
-fn a_saved_state_whose_transfer_did_not_come_is_restored_in_the_next_tenure() {
+fn a_saved_state_whose_transfer_did_not_come_is_restored_in_the_next_epoch() {
     let mut case = Case::new().owned_by(1).with_pod("node-1");
     case.row().saved = saved(5);
     assert!(matches!(&case.changes()[..], [Change::Release { .. }]));
@@ -301,7 +301,7 @@ fn patience_with_a_target_begins_anew_with_each_trouble() {
 }
 
 #[test]
-fn a_target_whose_volume_is_silent_for_a_moment_is_not_refused() {
+fn a_target_whose_volume_does_not_respond_for_a_moment_is_not_refused() {
     let mut case = Case::running_on(1).with_migration("go", MigrationMode::Live);
     case.migration(0).target = Some("node-2".to_owned());
     case.node("node-2").access = Fact::Unknown;

@@ -1,9 +1,9 @@
-//! What is said while nothing is known: after a change of leader, and when everything is silent.
+//! What is said while nothing is known: after a change of leader, and when no node responds.
 
 use super::*;
 use crate::Reported;
 
-/// The guest ran on node-1 when the last leader looked; this one has heard from nobody yet.
+/// The guest ran on node-1 when the last leader looked; this one has no report yet.
 fn new_leader() -> Case {
     let mut case = Case::running_on(1);
     case.observed.row = Fact::Unknown;
@@ -47,7 +47,7 @@ fn a_new_leader_leaves_the_status_alone_until_the_nodes_have_reported() {
 }
 
 #[test]
-fn silence_that_lasts_is_reported_with_the_node_that_was_known_last() {
+fn a_lasting_outage_is_reported_with_the_node_that_was_known_last() {
     let mut case = new_leader();
     case.observed.memory.unknown_since = Some(NOW);
     case.now = NOW.after(Duration::from_secs(30));

@@ -11,6 +11,7 @@ use crate::{ImageSource, Moment};
 
 /// One action. All are idempotent.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub enum Action {
     /// Add the finalizer to the VirtualMachine.
     AddFinalizer,
@@ -18,7 +19,6 @@ pub enum Action {
     RemoveFinalizer,
     /// Create a reservation pod. One of that name that exists already is as good.
     CreateReservation {
-        /// Its name.
         name: String,
         /// What it is there for.
         purpose: Purpose,
@@ -29,7 +29,6 @@ pub enum Action {
     },
     /// Delete a reservation pod.
     DeleteReservation {
-        /// Its name.
         name: String,
         /// Its UID: a newer one of that name stays.
         uid: String,
@@ -38,73 +37,58 @@ pub enum Action {
     },
     /// The virtual machine runs where this pod is: it is no longer a migration's.
     PromoteReservation {
-        /// Its name.
         name: String,
         /// Its UID.
         uid: String,
     },
     /// End a reservation pod's hold process.
     EndReservation {
-        /// The node.
         node: String,
         /// The pod's UID.
         pod_uid: String,
     },
     /// Create a migration on behalf of a drain.
     CreateMigration {
-        /// Its name.
         name: String,
         /// How to move.
         mode: MigrationMode,
     },
     /// Write a migration's status.
     ReportMigration {
-        /// Its name.
         name: String,
         /// What to write.
         update: MigrationUpdate,
     },
     /// Open a Failover record.
     CreateFailover {
-        /// Its name.
         name: String,
         /// The node that stopped responding.
         node: String,
         /// Its slot and generation.
         owner: Owner,
-        /// The epoch.
         epoch: Epoch,
     },
     /// Write a Failover's status.
     ReportFailover {
-        /// Its name.
         name: String,
         /// What to write.
         update: FailoverUpdate,
     },
     /// Ask for a metadata change through a node.
-    Change {
-        /// The node.
-        via: String,
-        /// The change.
-        change: Change,
-    },
+    Change { via: String, change: Change },
     /// Fill a disk.
     Import {
-        /// The node.
         node: String,
         /// Its slot and generation, which own the row.
         owner: Owner,
         /// The row's epoch.
         epoch: Epoch,
-        /// The disk.
         disk: DiskId,
         /// Where its contents come from.
         source: ImageSource,
     },
     /// Start the guest.
     StartVm {
-        /// The node.
         node: String,
         /// Its slot and generation, which own the row.
         owner: Owner,
@@ -115,9 +99,7 @@ pub enum Action {
     },
     /// Build an incoming VM.
     PrepareIncoming {
-        /// The node.
         node: String,
-        /// The attempt.
         attempt: AttemptId,
         /// The node's slot and generation.
         owner: Owner,
@@ -126,54 +108,33 @@ pub enum Action {
     },
     /// Move the guest live.
     MigrateLive {
-        /// The source.
         node: String,
         /// Its process.
         pid: u32,
-        /// The attempt.
         attempt: AttemptId,
         /// Where the destination listens.
         peer: SocketAddr,
         /// The slot and generation that the ownership is transferred to.
         to: Owner,
-        /// Limits.
         limits: MigrationLimits,
     },
     /// Save the guest to the volume and hand its row over.
     MigrateQuick {
-        /// The source.
         node: String,
         /// Its process.
         pid: u32,
-        /// The attempt.
         attempt: AttemptId,
         /// The slot and generation that the ownership is transferred to.
         to: Owner,
     },
     /// Cancel a migration.
-    CancelMigration {
-        /// The source.
-        node: String,
-        /// The attempt.
-        attempt: AttemptId,
-    },
+    CancelMigration { node: String, attempt: AttemptId },
     /// Press the power button.
-    PowerButton {
-        /// The node.
-        node: String,
-    },
+    PowerButton { node: String },
     /// Force the guest off.
-    StopVm {
-        /// The node.
-        node: String,
-    },
+    StopVm { node: String },
     /// Remove a VM process that has ended or is not needed any more.
-    CollectVm {
-        /// The node.
-        node: String,
-        /// The process.
-        pid: u32,
-    },
+    CollectVm { node: String, pid: u32 },
     /// Record a Kubernetes event on the VirtualMachine.
     Event {
         /// The reason, one of the names.
@@ -259,6 +220,7 @@ impl MigrationUpdate {
 
 /// What a Failover's status should say. Timestamps follow from the stage.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub enum FailoverUpdate {
     /// Waiting for a proof.
     Suspected {
@@ -269,7 +231,6 @@ pub enum FailoverUpdate {
     TakenOver {
         /// Where the guest is being started.
         target: String,
-        /// The epoch.
         epoch: Epoch,
         /// Why that was safe.
         proof: Option<FenceProof>,
@@ -278,7 +239,6 @@ pub enum FailoverUpdate {
     Succeeded {
         /// Where.
         target: String,
-        /// The epoch.
         epoch: Epoch,
         /// Why that was safe.
         proof: Option<FenceProof>,

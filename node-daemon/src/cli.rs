@@ -1,23 +1,31 @@
 //! The command lines.
 
+use std::fs::File;
 use std::io::IsTerminal;
+use std::path::Path;
 use std::process::ExitCode;
+use std::sync::Mutex;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand, ValueEnum};
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::MakeWriter;
 
+use crate::config::NodeConfig;
 use crate::daemon::{self, ServeArgs};
 use crate::embedded::{self, MigrateArgs, RunVmArgs, StopVmArgs, VolumeCommand};
 use crate::identity::authority::{self, CertCommand};
 use crate::images::{self, FetchArgs, RunArgs};
+use crate::paths::Paths;
 use crate::processes::launcher::{self, LaunchArgs};
 
 /// Runs and supervises the virtual machines of one node.
 ///
-/// On Kubernetes the chart starts `bascule-node serve` on every node. Without Kubernetes, make a
-/// certificate authority with `cert init`, an identity for each node with `cert issue`, and start
-/// `bascule-node serve --standalone` on each.
+/// On Kubernetes the chart starts `bascule-node serve` on every node. To run one VM without
+/// Kubernetes, `bascule-node run vm.yaml` is enough: it makes an identity and a volume in a local file
+/// where there are none. To move VMs between hosts without Kubernetes, make a certificate authority
+/// with `cert init`, an identity for each node with `cert issue`, and start `bascule-node serve
+/// --standalone` on each.
 #[derive(Debug, Parser)]
 #[command(name = "bascule-node", version)]
 struct NodeCli {
@@ -53,7 +61,8 @@ enum LogFormat {
 enum NodeCommand {
     /// Run the node's daemon
     Serve(Box<ServeArgs>),
-    /// Run a VirtualMachine document here, with its serial console on this terminal
+    /// Run a VirtualMachine document here, with its serial console on this terminal. Makes an
+    /// identity and a volume in a local file if there are none
     Run(RunVmArgs),
     /// Stop a VM of this node
     Stop(StopVmArgs),
@@ -90,7 +99,10 @@ enum ImportCommand {
 #[must_use]
 pub fn node_main() -> ExitCode {
     let cli = NodeCli::parse();
-    start_logging(&cli.log);
+    match &cli.command {
+        NodeCommand::Run(args) if !args.verbose => start_run_log(&cli.log, &args.config),
+        _ => start_logging(&cli.log, std::io::stderr, std::io::stderr().is_terminal()),
+    }
     finish(match &cli.command {
         NodeCommand::Serve(args) => daemon::run(args),
         NodeCommand::Run(args) => embedded::run_vm(args),
@@ -121,12 +133,36 @@ fn finish(outcome: Result<()>) -> ExitCode {
     }
 }
 
-fn start_logging(args: &LogArgs) {
+/// `run` shows the guest's console on the terminal: its own log goes to a file, or to standard error
+/// where the file cannot be written.
+fn start_run_log(args: &LogArgs, config: &NodeConfig) {
+    let path = Paths::new(&config.run_dir, &config.state_dir).run_log();
+    match append_to(&path) {
+        Ok(file) => {
+            eprintln!("Log: {} (or --verbose).", path.display());
+            start_logging(args, Mutex::new(file), false);
+        }
+        Err(error) => {
+            start_logging(args, std::io::stderr, std::io::stderr().is_terminal());
+            tracing::warn!(%error, path = %path.display(), "cannot write the log file");
+        }
+    }
+}
+
+fn append_to(path: &Path) -> std::io::Result<File> {
+    path.parent().map_or(Ok(()), std::fs::create_dir_all)?;
+    File::options().create(true).append(true).open(path)
+}
+
+fn start_logging<W>(args: &LogArgs, writer: W, ansi: bool)
+where
+    W: for<'w> MakeWriter<'w> + Send + Sync + 'static,
+{
     let filter = EnvFilter::try_new(&args.log).unwrap_or_else(|_| EnvFilter::new("info"));
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal());
+        .with_writer(writer)
+        .with_ansi(ansi);
     match args.log_format {
         LogFormat::Text => builder.init(),
         LogFormat::Json => builder.json().init(),

@@ -2,12 +2,15 @@
 //! to another. What the operator does on a cluster, these commands do step by step.
 
 mod console;
+mod document;
+mod first_run;
+mod interrupt;
 mod local_node;
 mod migrate;
 mod peer;
+mod remove;
 mod run;
 mod schema;
-mod spec;
 mod stop;
 mod volume;
 

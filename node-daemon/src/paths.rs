@@ -62,6 +62,11 @@ impl Paths {
         self.volume(name).join("volume.sock")
     }
 
+    /// Where `run` makes volumes in files, on a node whose identity it has made too.
+    pub(crate) fn local_volumes(&self) -> PathBuf {
+        self.state.join("volumes")
+    }
+
     pub(crate) fn imports(&self) -> PathBuf {
         self.run.join("imports")
     }
@@ -76,6 +81,11 @@ impl Paths {
 
     pub(crate) fn logs(&self) -> PathBuf {
         self.run.join("logs")
+    }
+
+    /// The log of `bascule-node run`.
+    pub(crate) fn run_log(&self) -> PathBuf {
+        self.logs().join("run.log")
     }
 
     pub(crate) fn tls(&self) -> PathBuf {

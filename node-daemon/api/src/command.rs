@@ -246,6 +246,23 @@ pub struct FormatOptions {
     pub allow_out_of_service_taint: bool,
 }
 
+impl FormatOptions {
+    /// The format's defaults, with this fencing mode.
+    #[must_use]
+    pub const fn new(fencing: FencingMode) -> Self {
+        Self {
+            fencing,
+            lease_ms: None,
+            watch_ms: None,
+            watchdog_ms: None,
+            settle_ms: None,
+            extent: None,
+            allow_software_watchdog: false,
+            allow_out_of_service_taint: false,
+        }
+    }
+}
+
 /// Where a disk's contents come from.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ImportSource {

@@ -7,6 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
+use super::interrupt::Interrupt;
 use anyhow::{Context, Result, bail};
 use bascule_ipc::Connection;
 use bascule_ipc::vm::{Request, Response};
@@ -15,15 +16,17 @@ use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcsetattr};
 
 /// Why the console was left.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Left {
+pub(super) enum Left {
     /// The VM process closed it: the guest is off, or has moved.
     Closed,
     /// Ctrl-] was typed.
     Detached,
+    /// A signal arrived that ends the command.
+    Interrupted,
 }
 
-/// Shows the console until the VM process closes it or Ctrl-] is typed.
-pub(crate) fn attach(socket: &Path) -> Result<Left> {
+/// Shows the console until the VM process closes it, Ctrl-] is typed, or a signal arrives.
+pub(super) fn attach(socket: &Path, interrupt: &Interrupt) -> Result<Left> {
     let mut connection = Connection::connect(socket, HELLO_LIMIT).context("reach the VM")?;
     let (response, fds) = connection
         .call::<_, Response>(&Request::Console)
@@ -33,10 +36,10 @@ pub(crate) fn attach(socket: &Path) -> Result<Left> {
     };
     let stream = UnixStream::from(fd);
     let _raw = RawModeGuard::enter()?;
-    shuttle(stream)
+    shuttle(stream, interrupt)
 }
 
-fn shuttle(mut stream: UnixStream) -> Result<Left> {
+fn shuttle(mut stream: UnixStream, interrupt: &Interrupt) -> Result<Left> {
     let stdin: OwnedFd = io::stdin()
         .as_fd()
         .try_clone_to_owned()
@@ -48,16 +51,23 @@ fn shuttle(mut stream: UnixStream) -> Result<Left> {
     loop {
         let (guest, typed) = {
             let mut fds = vec![PollFd::new(&stream, PollFlags::IN)];
-            if input_open {
+            let typed = input_open.then(|| {
                 fds.push(PollFd::new(&input, PollFlags::IN));
+                fds.len() - 1
+            });
+            if let Some(fd) = interrupt.fd() {
+                fds.push(PollFd::from_borrowed_fd(fd, PollFlags::IN));
             }
             rustix::io::retry_on_intr(|| poll(&mut fds, None)).context("wait for the console")?;
             let ready = |index: usize| {
                 fds.get(index)
                     .is_some_and(|fd: &PollFd<'_>| !fd.revents().is_empty())
             };
-            (ready(0), ready(1))
+            (ready(0), typed.is_some_and(ready))
         };
+        if interrupt.arrived() {
+            return Ok(Left::Interrupted);
+        }
         if guest {
             let count = stream.read(&mut buffer).unwrap_or(0);
             if count == 0 {

@@ -9,6 +9,7 @@ use bascule_ipc::volume::{Request, Rows};
 use bascule_node_api::command::{Backing, Outcome};
 use bascule_types::{Answer, Owner, Refusal, VmRow, VmUid};
 
+use super::interrupt::Interrupt;
 use crate::config::NodeConfig;
 use crate::identity::Identity;
 use crate::paths::Paths;
@@ -63,10 +64,11 @@ pub(super) fn attach(node: &Supervisor, volume: &str, backing: Option<&Path>) ->
 }
 
 /// Waits until this node has its slot on the volume and a lease.
-pub(super) fn own_slot(node: &Supervisor, volume: &str) -> Result<Owner> {
+pub(super) fn own_slot(node: &Supervisor, volume: &str, interrupt: &Interrupt) -> Result<Owner> {
     let mut last = String::new();
     let owner = wait_for(LEASE_LIMIT, || match node.volume_status(volume) {
-        Ok(status) if status.lease_left_ms > 0 => status.owner,
+        _ if interrupt.arrived() => Some(None),
+        Ok(status) if status.lease_left_ms > 0 => status.owner.map(Some),
         Ok(status) => {
             last = status.reason.unwrap_or_else(|| "no lease yet".to_owned());
             None
@@ -76,7 +78,10 @@ pub(super) fn own_slot(node: &Supervisor, volume: &str) -> Result<Owner> {
             None
         }
     });
-    owner.with_context(|| format!("volume {volume} is not usable here: {last}"))
+    interrupt.check()?;
+    owner
+        .flatten()
+        .with_context(|| format!("volume {volume} is not usable here: {last}"))
 }
 
 /// The VM of this node with that name.

@@ -10,8 +10,11 @@ use bascule_node_api::report::ImportState;
 use bascule_types::{Answer, Change, DiskId, DiskRow, Epoch, Owner, Ownership, VmUid};
 
 use super::console::{self, Left};
-use super::local_node::{attach, forget, granted, own_slot, rows, supervisor, vm_row};
-use super::spec::{Document, WantedDisk};
+use super::document::{Document, WantedDisk};
+use super::first_run::{attach_or_make, node_with_identity};
+use super::interrupt::Interrupt;
+use super::local_node::{forget, granted, own_slot, rows, vm_row};
+use super::remove::{check_new, remove};
 use crate::config::NodeConfig;
 use crate::processes::imports::ImportOrder;
 use crate::processes::supervisor::Supervisor;
@@ -26,6 +29,7 @@ pub(crate) struct RunVmArgs {
     /// The VirtualMachine document
     document: PathBuf,
     /// The device or file that the document's volume is on, unless it is attached already
+    /// [default: a file in the state directory, made at the first run]
     #[arg(long, value_name = "PATH")]
     backing: Option<PathBuf>,
     /// The address that other nodes reach this node at
@@ -35,38 +39,81 @@ pub(crate) struct RunVmArgs {
     #[arg(long)]
     no_cgroups: bool,
     /// Start the VM and return, instead of showing its console
-    #[arg(long)]
+    #[arg(long, conflicts_with = "rm")]
     detach: bool,
+    /// Remove the VM and its disks when the guest is off, at Ctrl-] or at SIGINT, and the volume's
+    /// file if this run has made it. Only for a VM that is not on the volume yet
+    #[arg(long)]
+    rm: bool,
+    /// Log to standard error, which may be the guest's console, instead of the log file
+    #[arg(long, short)]
+    pub(crate) verbose: bool,
 }
 
 /// Runs the document's VM here, with its console on this terminal.
 pub(crate) fn run_vm(args: &RunVmArgs) -> Result<()> {
     let document = Document::read(&args.document)?;
-    let node = supervisor(&args.config, args.address, args.no_cgroups)?;
-    let vm = document.spec.uid;
-    attach(&node, &document.spec.volume, args.backing.as_deref())?;
-    let owner = own_slot(&node, &document.spec.volume)?;
-    node.with_vm_lock(vm, || start_unless_here(&node, &document, owner))?;
-    eprintln!(
-        "{} runs here. Ctrl-] leaves the console; the VM goes on.",
-        document.row
-    );
-    if args.detach {
-        return Ok(());
+    let interrupt = if args.rm {
+        Interrupt::catch()?
+    } else {
+        Interrupt::default()
+    };
+    let node = node_with_identity(&args.config, args.address, args.no_cgroups)?;
+    let made = attach_or_make(&node, &document, args.backing.as_deref())?;
+    let volume = &document.spec.volume;
+    let owner = own_slot(&node, volume, &interrupt);
+    if !args.rm {
+        return run_to_end(&node, &document, owner?, args, &interrupt);
     }
-    match console::attach(&node.paths.vm_socket(vm))? {
-        Left::Detached => {
-            eprintln!(
-                "\r\nStill running. Stop it: bascule-node stop {}",
-                document.row
-            );
-            Ok(())
+    if made.is_none() {
+        check_new(&node, &document)?;
+    }
+    let known = owner.as_ref().ok().copied();
+    let ran = owner.and_then(|owner| run_to_end(&node, &document, owner, args, &interrupt));
+    let removed = remove(&node, &document, known, made.as_ref());
+    match (ran, removed) {
+        (Ok(()), removed) => removed.context("not everything is removed"),
+        (Err(error), Ok(())) => Err(error),
+        (Err(error), Err(left)) => {
+            Err(error.context(format!("not everything is removed: {left:#}")))
         }
-        Left::Closed => say_how_it_ended(&node, vm),
     }
 }
 
-fn start_unless_here(node: &Supervisor, document: &Document, owner: Owner) -> Result<()> {
+fn run_to_end(
+    node: &Supervisor,
+    document: &Document,
+    owner: Owner,
+    args: &RunVmArgs,
+    interrupt: &Interrupt,
+) -> Result<()> {
+    let vm = document.spec.uid;
+    node.with_vm_lock(vm, || start_unless_here(node, document, owner, interrupt))?;
+    let row = &document.row;
+    if args.rm {
+        eprintln!("{row} runs here. Ctrl-] stops it and removes its disks.");
+    } else {
+        eprintln!("{row} runs here. Ctrl-] leaves the console; the VM goes on.");
+    }
+    if args.detach {
+        return Ok(());
+    }
+    match console::attach(&node.paths.vm_socket(vm), interrupt)? {
+        Left::Detached if !args.rm => {
+            eprintln!("\r\nStill running. Stop it: bascule-node stop {row}");
+            Ok(())
+        }
+        Left::Detached | Left::Interrupted => Ok(()),
+        Left::Closed => say_how_it_ended(node, vm),
+    }
+}
+
+fn start_unless_here(
+    node: &Supervisor,
+    document: &Document,
+    owner: Owner,
+    interrupt: &Interrupt,
+) -> Result<()> {
     let vm = document.spec.uid;
     if let Some(status) = node.vm_status(vm)
         && !is_over(&status.state)
@@ -75,7 +122,8 @@ fn start_unless_here(node: &Supervisor, document: &Document, owner: Owner) -> Re
     }
     create(node, document)?;
     let epoch = acquire(node, document, owner)?;
-    import_all(node, document, Ownership { owner, epoch })?;
+    import_all(node, document, Ownership { owner, epoch }, interrupt)?;
+    interrupt.check()?;
     node.start_vm(&document.spec, Ownership { owner, epoch }, false)?;
     check_started(node, vm)
 }
@@ -115,7 +163,12 @@ fn acquire(node: &Supervisor, document: &Document, owner: Owner) -> Result<Epoch
     }
 }
 
-fn import_all(node: &Supervisor, document: &Document, ownership: Ownership) -> Result<()> {
+fn import_all(
+    node: &Supervisor,
+    document: &Document,
+    ownership: Ownership,
+    interrupt: &Interrupt,
+) -> Result<()> {
     for wanted in &document.disks {
         let disk = match &wanted.fill {
             None => {
@@ -138,6 +191,7 @@ fn import_all(node: &Supervisor, document: &Document, ownership: Ownership) -> R
         };
         if disk.importing {
             import_one(node, document, ownership, wanted, disk.disk)?;
+            await_import(node, wanted, disk.disk, interrupt)?;
         }
     }
     Ok(())
@@ -163,8 +217,20 @@ fn import_one(
         source,
     })
     .with_context(|| wanted.row.to_string())?;
+    Ok(())
+}
+
+fn await_import(
+    node: &Supervisor,
+    wanted: &WantedDisk,
+    disk: DiskId,
+    interrupt: &Interrupt,
+) -> Result<()> {
     let state = wait_for(IMPORT_LIMIT, || {
         node.reap();
+        if interrupt.arrived() {
+            return Some(ImportState::Running);
+        }
         let report = node
             .import_reports()
             .ok()?
@@ -178,7 +244,8 @@ fn import_one(
             Ok(())
         }
         Some(ImportState::Failed { message }) => bail!("{}: {message}", wanted.row),
-        Some(ImportState::Running) | None => bail!("{}: the import does not end", wanted.row),
+        Some(ImportState::Running) => bail!("interrupted"),
+        None => bail!("{}: the import does not end", wanted.row),
     }
 }
 

@@ -8,6 +8,7 @@ use bascule_ipc::volume::FencingMode;
 use bascule_node_api::command::{Backing, Command, FormatOptions, Outcome};
 use bascule_types::{AdminConfirmation, Bytes, Change, Generation, Owner, SlotId};
 
+use super::interrupt::Interrupt;
 use super::local_node::{attach, granted, own_slot, rows, supervisor};
 use super::peer::Peer;
 use crate::config::NodeConfig;
@@ -117,16 +118,7 @@ fn format(args: &FormatArgs) -> Result<()> {
         "watchdog" => FencingMode::Watchdog,
         _ => FencingMode::LeaseOnly,
     };
-    let options = FormatOptions {
-        fencing,
-        lease_ms: None,
-        watch_ms: None,
-        watchdog_ms: None,
-        settle_ms: None,
-        extent: None,
-        allow_software_watchdog: false,
-        allow_out_of_service_taint: false,
-    };
+    let options = FormatOptions::new(fencing);
     match node.format_volume(&backing, node.identity.cluster, &options)? {
         Outcome::Formatted { volume } => {
             println!("Formatted volume {volume}.");
@@ -149,7 +141,7 @@ fn join(args: &VolumeJoinArgs) -> Result<()> {
         })?;
     }
     attach(&node, &args.name, Some(&args.backing))?;
-    let owner = own_slot(&node, &args.name)?;
+    let owner = own_slot(&node, &args.name, &Interrupt::default())?;
     println!("Joined volume {} as {owner}.", args.name);
     Ok(())
 }

@@ -38,17 +38,32 @@ pub(crate) enum CertCommand {
 /// Runs `bascule-node cert`.
 pub(crate) fn run(command: &CertCommand) -> Result<()> {
     match command {
-        CertCommand::Init { ca_dir } => init(ca_dir),
+        CertCommand::Init { ca_dir } => {
+            let cluster = create(ca_dir)?;
+            let ca_dir = ca_dir.display();
+            println!("Made the certificate authority of cluster {cluster} in {ca_dir}.");
+            println!("Next, for each node: bascule-node cert issue NAME --ca-dir {ca_dir}");
+        }
         CertCommand::Issue {
             ca_dir,
             state_dir,
             name,
-        } => issue(ca_dir, state_dir, name),
+        } => {
+            let node = issue(ca_dir, state_dir, name)?.node;
+            println!("Issued node {name} ({node}) into {}.", state_dir.display());
+        }
     }
+    Ok(())
 }
 
-fn init(ca_dir: &Path) -> Result<()> {
-    if ca_dir.join("ca.key").exists() {
+/// Whether `ca_dir` holds a complete certificate authority.
+pub(crate) fn exists(ca_dir: &Path) -> bool {
+    ca_dir.join("ca.key").exists()
+}
+
+/// Makes the certificate authority of a new cluster.
+pub(crate) fn create(ca_dir: &Path) -> Result<ClusterId> {
+    if exists(ca_dir) {
         bail!("{} holds a certificate authority already", ca_dir.display());
     }
     let cluster = ClusterId::random();
@@ -65,18 +80,11 @@ fn init(ca_dir: &Path) -> Result<()> {
         0o644,
     )?;
     files::replace(&ca_dir.join("ca.key"), identity.key_pem.as_bytes(), 0o600)?;
-    println!(
-        "Made the certificate authority of cluster {cluster} in {}.",
-        ca_dir.display()
-    );
-    println!(
-        "Next, for each node: bascule-node cert issue NAME --ca-dir {}",
-        ca_dir.display()
-    );
-    Ok(())
+    Ok(cluster)
 }
 
-fn issue(ca_dir: &Path, state_dir: &Path, name: &str) -> Result<()> {
+/// Makes the key, the certificate and the identity of a node, in its state directory.
+pub(crate) fn issue(ca_dir: &Path, state_dir: &Path, name: &str) -> Result<Identity> {
     let read = |file: &str| {
         let path = ca_dir.join(file);
         fs::read_to_string(&path)
@@ -104,8 +112,7 @@ fn issue(ca_dir: &Path, state_dir: &Path, name: &str) -> Result<()> {
         authorities: ca_pem,
     };
     certificate::store(&paths, &tls, &identity)?;
-    println!("Issued node {name} ({node}) into {}.", state_dir.display());
-    Ok(())
+    Ok(identity)
 }
 
 #[cfg(test)]
@@ -118,13 +125,13 @@ mod tests {
     fn an_authority_that_was_cut_short_while_it_was_made_is_made_again() {
         let folder = tempfile::tempdir().unwrap();
         let (ca, state) = (folder.path().join("ca"), folder.path().join("state"));
-        init(&ca).unwrap();
+        create(&ca).unwrap();
         for complete in [["ca.crt", "ca.key"].as_slice(), &["ca.key"]] {
             for missing in complete {
                 fs::remove_file(ca.join(missing)).unwrap();
             }
             assert!(issue(&ca, &state, "n1").is_err());
-            init(&ca).unwrap();
+            create(&ca).unwrap();
         }
         issue(&ca, &state, "n1").unwrap();
     }
@@ -134,8 +141,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let (ca, state) = (folder.path().join("ca"), folder.path().join("state"));
         assert!(issue(&ca, &state, "n1").is_err());
-        init(&ca).unwrap();
-        assert!(init(&ca).is_err());
+        create(&ca).unwrap();
+        assert!(create(&ca).is_err());
         issue(&ca, &state, "n1").unwrap();
         let paths = Paths::new(Path::new("/run/bascule"), &state);
         let first = Identity::load(&paths).unwrap().unwrap();

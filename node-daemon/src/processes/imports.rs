@@ -2,17 +2,20 @@
 
 use std::ffi::OsString;
 use std::fs;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use bascule_ipc::volume::{Request, Response};
 use bascule_node_api::command::{ImportSource, Outcome, RejectReason};
 use bascule_node_api::report::{ImportReport, ImportState};
 use bascule_types::{Bytes, DiskId, Epoch, Owner, VmUid};
+use rustix::process::{Pid, Signal, kill_process};
 
 use super::calls::volume_call;
 use super::supervisor::{Rejection, Supervisor, is_alive};
 use crate::files;
 use crate::images::{ImportJob, JobSource, write_report};
+use crate::wait::wait_for;
 
 /// What an import is asked with.
 #[derive(Debug)]
@@ -91,21 +94,42 @@ impl Supervisor {
                 .iter()
                 .any(|row| row.disk == report.disk && row.importing);
             if !importing {
-                for extension in ["json", "job", "pid"] {
-                    let path = self.paths.import(report.disk).with_extension(extension);
-                    // It may be gone already.
-                    drop(fs::remove_file(path));
-                }
+                self.remove_import_files(report.disk);
             }
         }
         Ok(())
     }
 
-    fn import_is_alive_or_done(&self, disk: DiskId, report: &ImportReport) -> bool {
+    /// Ends the import of a disk, if it is running. Its writes settle after its process has ended.
+    pub(crate) fn cancel_import(&self, disk: DiskId) -> Result<()> {
+        if let Some(pid) = self.import_pid(disk).filter(|pid| is_alive(*pid)) {
+            kill(pid).context("end the import")?;
+            wait_for(CANCEL_LIMIT, || {
+                self.reap();
+                (!is_alive(pid)).then_some(())
+            })
+            .with_context(|| format!("the import process {pid} does not end"))?;
+        }
+        self.remove_import_files(disk);
+        Ok(())
+    }
+
+    fn remove_import_files(&self, disk: DiskId) {
+        for extension in ["json", "job", "pid"] {
+            // A file that does not exist needs no removal.
+            drop(fs::remove_file(
+                self.paths.import(disk).with_extension(extension),
+            ));
+        }
+    }
+
+    fn import_pid(&self, disk: DiskId) -> Option<u32> {
         let path = self.paths.import(disk).with_extension("pid");
-        let pid = fs::read_to_string(path)
-            .ok()
-            .and_then(|text| text.trim().parse().ok());
+        fs::read_to_string(path).ok()?.trim().parse().ok()
+    }
+
+    fn import_is_alive_or_done(&self, disk: DiskId, report: &ImportReport) -> bool {
+        let pid = self.import_pid(disk);
         matches!(report.state, ImportState::Complete { .. }) || pid.is_some_and(is_alive)
     }
 
@@ -129,6 +153,18 @@ impl Supervisor {
     }
 }
 
+fn kill(pid: u32) -> Result<()> {
+    let pid = Pid::from_raw(i32::try_from(pid)?).context("process id")?;
+    match kill_process(pid, Signal::KILL) {
+        // It has ended meanwhile.
+        Err(rustix::io::Errno::SRCH) => Ok(()),
+        done => Ok(done?),
+    }
+}
+
 fn read_report(path: &std::path::Path) -> Option<ImportReport> {
     serde_json::from_slice(&fs::read(path).ok()?).ok()
 }
+
+/// A killed process ends when its write in flight has completed.
+const CANCEL_LIMIT: Duration = Duration::from_secs(30);

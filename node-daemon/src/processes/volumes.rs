@@ -402,14 +402,8 @@ mod tests {
     #[test]
     fn only_given_times_are_passed_to_format() {
         let options = FormatOptions {
-            fencing: FencingMode::LeaseOnly,
             lease_ms: Some(4000),
-            watch_ms: None,
-            watchdog_ms: None,
-            settle_ms: None,
-            extent: None,
-            allow_software_watchdog: false,
-            allow_out_of_service_taint: false,
+            ..FormatOptions::new(FencingMode::LeaseOnly)
         };
         assert_eq!(
             format_flags(&options),

@@ -230,6 +230,15 @@ impl EmbeddedHost<'_> {
 }
 
 impl RunningCommand {
+    /// Sends SIGINT, as Ctrl-C in a terminal that is not in raw mode does.
+    ///
+    /// # Errors
+    /// When the command has ended.
+    pub fn interrupt(&self) -> Result<()> {
+        let pid = Pid::from_raw(i32::try_from(self.inner.id())?).context("process id")?;
+        kill_process(pid, Signal::INT).context("send SIGINT")
+    }
+
     /// Waits for its end; whether it succeeded, and what it said beside the console.
     ///
     /// # Errors

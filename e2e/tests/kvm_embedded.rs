@@ -280,3 +280,80 @@ fn a_guest_that_cannot_migrate_keeps_running_and_keeps_its_disk() {
     session.clean_report().unwrap();
     a.must(&["stop", "web"]).unwrap();
 }
+
+#[test]
+fn run_alone_makes_an_identity_and_a_volume_and_rm_removes_what_it_made() {
+    if !kvm_or_skip("run_alone_makes_an_identity_and_a_volume_and_rm_removes_what_it_made") {
+        return;
+    }
+    let hosts = EmbeddedHosts::new().unwrap();
+    let a = a(&hosts);
+    hosts.write("web.yaml", DOCUMENT).unwrap();
+    let document = path(&hosts, "web.yaml");
+    let mut terminal = a.start(&["run", &document, "--no-cgroups"]).unwrap();
+    let booted = terminal.console.wait_line("disk last=0", SOON);
+    assert!(booted.is_ok(), "{booted:?}\n{}", terminal.said());
+    let said = terminal.said();
+    let state = path(&hosts, "a/state");
+    for made in [
+        "Made an identity for this node".to_owned(),
+        format!("Made volume gold in the file {state}/volumes/gold.img"),
+        format!("Log: {}", path(&hosts, "a/run/logs/run.log")),
+    ] {
+        assert!(said.contains(&made), "{made}: {said}");
+    }
+    assert!(
+        !said.contains("INFO"),
+        "the log is not on the console: {said}"
+    );
+    a.must(&["stop", "web", "--force"]).unwrap();
+    leave(&mut terminal, "The guest is off");
+
+    // It is the same node and the same volume the next time, and no place for a throw-away VM of
+    // the same name.
+    let again = ["run", &document, "--no-cgroups", "--rm"];
+    let refused = a.complains(&again).unwrap();
+    assert!(refused.contains("only for new VMs"), "{refused}");
+    assert!(!refused.contains("Made "), "{refused}");
+
+    // A throw-away VM leaves nothing on the volume, however it ends.
+    let throw_away = DOCUMENT.replace("{name: web}", "{name: temp}");
+    hosts.write("temp.yaml", &throw_away).unwrap();
+    let temp = path(&hosts, "temp.yaml");
+    let run = ["run", &temp, "--no-cgroups", "--rm"];
+    for interrupted in [false, true] {
+        let mut terminal = a.start(&run).unwrap();
+        let booted = terminal.console.wait_line("disk last=0", SOON);
+        assert!(booted.is_ok(), "{booted:?}\n{}", terminal.said());
+        if interrupted {
+            terminal.interrupt().unwrap();
+        } else {
+            a.must(&["stop", "temp", "--force"]).unwrap();
+        }
+        let (succeeded, said) = terminal.wait().unwrap();
+        assert!(
+            succeeded && said.contains("Removed VM default/temp"),
+            "{said}"
+        );
+        let disks = a.must(&["volume", "disks", "gold"]).unwrap();
+        let rows = a.must(&["volume", "rows", "gold"]).unwrap();
+        assert!(
+            !disks.contains("temp") && !rows.contains("temp"),
+            "{disks}{rows}"
+        );
+        assert!(disks.contains("default/web.data"), "{disks}");
+    }
+
+    // Nor does its volume stay when the run has made it.
+    hosts
+        .write("temp.yaml", &throw_away.replace("gold", "scratch"))
+        .unwrap();
+    let mut terminal = a.start(&run).unwrap();
+    let booted = terminal.console.wait_line("disk last=0", SOON);
+    assert!(booted.is_ok(), "{booted:?}\n{}", terminal.said());
+    let file = hosts.path("a/state/volumes/scratch.img");
+    assert!(file.exists());
+    terminal.interrupt().unwrap();
+    let (succeeded, said) = terminal.wait().unwrap();
+    assert!(succeeded && !file.exists(), "{said}");
+}

@@ -1,4 +1,5 @@
-//! The administrator's word on what a VM may use of this node.
+//! The options that all commands share: directories, and what the administrator allows VMs to use of
+//! this node.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -6,10 +7,10 @@ use std::path::PathBuf;
 /// Flags that every way of running VMs has in common.
 #[derive(Clone, Debug, clap::Args)]
 pub(crate) struct NodeConfig {
-    /// Where sockets and other things of one boot are
+    /// The directory of sockets and other files that do not outlive a boot
     #[arg(long, default_value = "/run/bascule", env = "BASCULE_RUN_DIR")]
     pub(crate) run_dir: PathBuf,
-    /// Where certificates and programs are kept
+    /// The directory of certificates, programs and local volumes
     #[arg(long, default_value = "/var/lib/bascule", env = "BASCULE_STATE_DIR")]
     pub(crate) state_dir: PathBuf,
     /// A bridge that VMs may attach to, by the name that their documents use; repeatable

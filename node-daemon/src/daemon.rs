@@ -99,8 +99,7 @@ async fn serve_node(args: &ServeArgs) -> Result<()> {
     Ok(())
 }
 
-/// What needs doing now and then whoever asks: processes that ended are started again, finished
-/// imports forgotten.
+/// Periodic work: restarts volume processes that have ended, removes the files of finished imports.
 async fn upkeep(supervisor: Arc<Supervisor>) {
     let mut ticks = tokio::time::interval(UPKEEP_INTERVAL);
     loop {

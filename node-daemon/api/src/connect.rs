@@ -11,13 +11,13 @@ pub enum ConnectError {
     /// Refused, unreachable, or the wrong certificate.
     #[error(transparent)]
     Transport(#[from] tonic::transport::Error),
-    /// The other side does not go on.
+    /// The TCP or TLS handshake did not end in time.
     #[error("no connection within {0:?}")]
     TooLong(Duration),
 }
 
-/// Connects within `limit`, TLS included. `Endpoint::connect_timeout` bounds TCP alone: whoever is cut
-/// off right after that would be waited for for ever.
+/// Connects within `limit`, TLS included. `Endpoint::connect_timeout` bounds only TCP: a peer that is
+/// cut off before the TLS handshake ends would block the caller without limit.
 ///
 /// # Errors
 /// [`ConnectError`].

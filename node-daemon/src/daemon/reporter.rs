@@ -14,8 +14,8 @@ use crate::processes::supervisor::Supervisor;
 use crate::processes::vm_reports::by_name;
 use crate::processes::vms::kvm_error;
 
-/// Makes this node's reports. A process that does not answer keeps none of them waiting: the operator
-/// takes a node whose reports stay out for one that is silent.
+/// Makes this node's reports. A process that does not respond delays no report: the operator
+/// takes a node without reports for unreachable.
 #[derive(Debug)]
 pub(crate) struct Reporter {
     supervisor: Arc<Supervisor>,
@@ -52,7 +52,7 @@ impl Reporter {
         let supervisor = Arc::clone(&self.supervisor);
         let answers = (self.volumes).poll(&names, move |name| supervisor.volume_status(name));
         let reports = answers.into_iter().map(|(name, status)| {
-            let silent = || Err("its process does not answer".to_owned());
+            let silent = || Err("its process does not respond".to_owned());
             let status = status.unwrap_or_else(silent);
             VolumeReport { name, status }
         });

@@ -276,7 +276,7 @@ fn say_how_it_ended(node: &Supervisor, vm: VmUid) -> Result<()> {
             eprintln!("\r\nThe guest is no longer on this node.");
             return Ok(());
         }
-        _ => bail!("the VM's process ended without a word"),
+        _ => bail!("the VM's process ended without writing a last state (killed?)"),
     };
     forget(node, vm, pid)?;
     match state {

@@ -1,5 +1,5 @@
-//! Fields that a document has and the kind has not. An API server tells them to whoever applies the
-//! document; here nobody would, and a misspelt field would be a field left out.
+//! Fields that a document has and the kind has not. An API server warns about
+//! them; without one, a misspelt field would silently be left out.
 
 use anyhow::{Context, Result, bail};
 use serde_json::Value;

@@ -38,8 +38,8 @@ pub(crate) struct FormatArgs {
     /// Make a file of this many bytes first
     #[arg(long, value_name = "BYTES")]
     create_size: Option<u64>,
-    /// What proves that a silent node writes no more: its hardware watchdog, or only an
-    /// administrator's word
+    /// The proof that an unreachable node writes no more: its hardware watchdog, or only a manual
+    /// fencing confirmation
     #[arg(long, value_parser = ["watchdog", "lease-only"], default_value = "lease-only")]
     fencing: String,
 }

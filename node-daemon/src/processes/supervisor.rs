@@ -1,6 +1,5 @@
-//! What runs on this node: starts, finds again and reports processes. Holds no VM state of its own:
-//! everything is asked of the processes, or stands in their run directories, so that a daemon that
-//! was killed and started again knows as much as before.
+//! The node's supervisor. It holds no VM state of its own: it reads all state from the processes or
+//! from their run directories, so that a restarted daemon knows as much as before.
 
 use std::collections::BTreeMap;
 use std::fs;

@@ -51,7 +51,7 @@ impl Supervisor {
             }
             Presence::Ended(Some(state)) => (self.last_known(vm, 0, state), false),
             Presence::Ended(None) | Presence::Absent => {
-                let what = "its process ended without a word (killed?)".to_owned();
+                let what = "its process ended without writing a last state (killed?)".to_owned();
                 (
                     self.last_known(vm, 0, VmState::Stopped(StopReason::Failed { what })),
                     false,
@@ -67,7 +67,7 @@ impl Supervisor {
         }
     }
 
-    /// A status for a process that gives none.
+    /// A status for a process that does not respond, from the files in its run directory.
     fn last_known(&self, vm: VmUid, pid: u32, state: VmState) -> VmStatus {
         let ownership = last_ownership(&self.paths.vm(vm));
         VmStatus {
@@ -143,7 +143,7 @@ mod tests {
     /// One that had come by a live migration was reported in the ownership of the node that it came from
     /// when it was killed, or did not answer for a moment.
     #[test]
-    fn a_silent_process_is_reported_in_the_tenure_that_it_has_written() {
+    fn an_unresponsive_process_is_reported_with_the_ownership_that_it_has_written() {
         let folder = tempfile::tempdir().unwrap();
         assert_eq!(last_ownership(folder.path()), None);
         let ownership = |epoch| Ownership {

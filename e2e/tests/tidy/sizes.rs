@@ -9,7 +9,7 @@ fn findings(tree: &Tree) -> Vec<String> {
     let mut findings = vec![];
     for (path, source) in tree.sources() {
         let lines = source.lines().count();
-        let production = production_lines(path, source);
+        let production = production_lines(tree, path, source);
         if production > PRODUCTION_LINES_MAX {
             findings.push(format!(
                 "{path} has {production} lines before its tests, {PRODUCTION_LINES_MAX} are allowed: \
@@ -25,15 +25,31 @@ fn findings(tree: &Tree) -> Vec<String> {
 }
 
 /// Lines before the test module; none for a file that holds only tests.
-fn production_lines(path: &str, source: &str) -> usize {
-    let only_tests = path.contains("/tests/") || path.ends_with("/tests.rs");
-    if only_tests {
+fn production_lines(tree: &Tree, path: &str, source: &str) -> usize {
+    if path.contains("/tests/") || is_test_module(tree, path) {
         return 0;
     }
     source
         .lines()
         .take_while(|line| *line != "#[cfg(test)]")
         .count()
+}
+
+/// Whether the parent of the module at `path` declares it for tests alone.
+fn is_test_module(tree: &Tree, path: &str) -> bool {
+    let Some((folder, file)) = path.rsplit_once('/') else {
+        return false;
+    };
+    let declaration = format!("#[cfg(test)]\nmod {};", file.trim_end_matches(".rs"));
+    let parents = [
+        format!("{folder}.rs"),
+        format!("{folder}/lib.rs"),
+        format!("{folder}/main.rs"),
+    ];
+    parents
+        .iter()
+        .filter_map(|parent| tree.text(parent))
+        .any(|source| source.contains(&declaration))
 }
 
 #[test]
@@ -58,4 +74,12 @@ fn a_file_with_many_tests_is_found_at_801_lines_and_not_before() {
         &findings(&Tree::made_of(&[("b.rs", &code(799))])),
         &["b.rs has 801"],
     );
+}
+
+#[test]
+fn a_module_for_tests_has_no_production_lines() {
+    let long = "fn f() {}\n".repeat(501);
+    let tree = |parent| Tree::made_of(&[("a/src/b.rs", parent), ("a/src/b/model.rs", &long)]);
+    assert_eq!(findings(&tree("#[cfg(test)]\nmod model;\n")), [""; 0]);
+    crate::assert_one(&findings(&tree("mod model;\n")), &["a/src/b/model.rs has 501"]);
 }

@@ -81,5 +81,8 @@ fn a_module_for_tests_has_no_production_lines() {
     let long = "fn f() {}\n".repeat(501);
     let tree = |parent| Tree::made_of(&[("a/src/b.rs", parent), ("a/src/b/model.rs", &long)]);
     assert_eq!(findings(&tree("#[cfg(test)]\nmod model;\n")), [""; 0]);
-    crate::assert_one(&findings(&tree("mod model;\n")), &["a/src/b/model.rs has 501"]);
+    crate::assert_one(
+        &findings(&tree("mod model;\n")),
+        &["a/src/b/model.rs has 501"],
+    );
 }

@@ -139,6 +139,10 @@ image: lab programs ## One static OCI image of all programs, without a container
 crds: checkout ## Write the CustomResourceDefinitions into the chart
 	cargo run --quiet -p bascule-crds --bin bascule-crds
 
+.PHONY: state-machines
+state-machines: checkout ## Write docs/state-machines.md from the diagrams in the code
+	BASCULE_WRITE_STATE_MACHINES=1 cargo test --quiet --locked -p bascule-e2e --test tidy state_machines
+
 define static_build
 env RUSTFLAGS="-C target-feature=+crt-static" cargo build $(CARGO_QUIET) --locked --release --target $(TARGET) \
   --target-dir $(STATIC) $(1)

@@ -4,6 +4,7 @@
 //! is a process of its own. QEMU's `ipmi-bmc-extern` device connects to it; the node's `ipmi_watchdog` driver arms it
 //! and pets it with IPMI messages; when the pets stop, it resets the machine: kills QEMU and starts it again.
 //!
+//! # States
 //! ```text
 //!   Stopped ──Set──► Armed ──Reset──► Running(deadline) ──pets stop──► machine reset ──► Stopped
 //!      ▲               │                   │  ▲│

@@ -9,6 +9,7 @@
 //!
 //! Read next: [`NodeSpec`], then `init/supervisor.rs`.
 
+mod device_names;
 mod machine;
 mod mounts;
 mod network;

@@ -1,5 +1,6 @@
 //! The life cycle of a device, as the VMM drives it.
 //!
+//! # States
 //! ```text
 //!   made ──► running ⇄ paused ──► save
 //!               ▲         ▲

@@ -4,6 +4,7 @@
 //! [`TransferRequest::Transfer`] has been handed to the volume, only the ownership record on the volume
 //! says who may run, and the source repeats its request until it has an answer:
 //!
+//! # States
 //! ```text
 //!  begin ──► Transferring ──refused, source still owner──► Retracting ◄── give_up
 //!             │ ▲ no answer                                 │ ▲ no answer,

@@ -1,5 +1,6 @@
 //! The destination's state machine: one type per awaited frame.
 //!
+//! # States
 //! ```text
 //!  ExpectHello ─Hello─► ExpectConfig ─Config─► ExpectMemory ─State─► ExpectState ─StateEnd─► Restoring
 //!     │                    │                    │ ▲ Memory,           │ ▲ State                │ restored:

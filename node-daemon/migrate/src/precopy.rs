@@ -1,5 +1,6 @@
 //! The pre-copy controller: measures bandwidth, predicts the blackout, decides after each round.
 //!
+//! # States
 //! ```text
 //!  predicted blackout = fixed cost + remaining bytes / bandwidth
 //!

@@ -1,6 +1,7 @@
 //! The source's state machine. It decides the order of steps and on which side the guest may run;
 //! `precopy` decides how many rounds to copy and when to stop the guest.
 //!
+//! # States
 //! ```text
 //!  Greeting ─Welcome─► Describing ─RoundAck 0─► Copying ─stop─► Stopping ─stopped─► Sending
 //!     │                    │                      │ ▲next round    │                  │ all sent

@@ -1,5 +1,6 @@
 //! Building a machine; its life cycle is in `lifecycle`, saving and restoring in `save`.
 //!
+//! # States
 //! ```text
 //!              boot, incoming            run
 //!  VmBuilder ─────────────────► PausedVm ────► RunningVm

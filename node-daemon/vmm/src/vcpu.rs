@@ -1,5 +1,6 @@
 //! A vCPU: a thread that runs the guest until it is kicked or the guest ends.
 //!
+//! # States
 //! ```text
 //!            run                       kick, or the guest ends
 //!  parked ─────────► in the guest ─────────────────────────────► parked

@@ -1,5 +1,6 @@
 //! `bascule-volume serve`: opens the volume, starts the threads, and ends on SIGTERM.
 //!
+//! # States
 //! ```text
 //!   open device ─► superblock ─► gate page (lock) ─► sockets ─► threads ─► SIGTERM ─► leave?
 //!        ▲              │              │ held by another process

@@ -3,6 +3,7 @@
 //!
 //! This is not the enrolment of a node in the cluster, which `bascule-node` does.
 //!
+//! # States
 //! ```text
 //!   no slot ──RegisterNode──► slot ──heartbeat thread begins a generation──► Held
 //!                               ▲                                             │ Rejoin

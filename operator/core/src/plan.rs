@@ -1,5 +1,6 @@
 //! What to do next for one virtual machine.
 //!
+//! # States
 //! ```text
 //!            row unknown ──► wait                       (nothing is torn down for lack of knowledge)
 //!            row absent  ──► create it

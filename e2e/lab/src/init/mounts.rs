@@ -45,7 +45,7 @@ pub(crate) fn mount_machine() -> Result<()> {
         mount_fs(kind, dir, c"")?;
     }
     fs::create_dir_all(NODE_CONF).context("make the configuration directory")?;
-    let disk = super::machine::disk_by_serial("conf")?;
+    let disk = super::device_names::disk_by_serial("conf")?;
     mount(disk, NODE_CONF, "ext4", MountFlags::RDONLY, None).context("mount the configuration")?;
     let shared = MountPropagationFlags::SHARED | MountPropagationFlags::REC;
     mount_change("/", shared).context("make mounts shared")
@@ -56,7 +56,7 @@ pub(crate) fn open_log(log: &Path) -> Result<File> {
     let path = if log.is_absolute() {
         log.to_owned()
     } else {
-        super::machine::port_by_name(&log.to_string_lossy())?
+        super::device_names::port_by_name(&log.to_string_lossy())?
     };
     let file = OpenOptions::new()
         .create(path == log)

@@ -11,7 +11,7 @@ use anyhow::{Context, Result};
 use rustix::system::{RebootCommand, reboot};
 
 use super::NodeSpec;
-use super::machine::port_by_name;
+use super::device_names::port_by_name;
 use super::supervisor::Supervisor;
 use crate::command::named_thread;
 use crate::config::NODE_CONF;

@@ -1,5 +1,6 @@
 //! One request in progress: how it is split into sub-requests, and what their completion means.
 //!
+//! # States
 //! ```text
 //!  waiting ──► transferring ──────────────────────► done    whole blocks, or a read
 //!     └──────► read-modify-write ──► transferring ──► done    a write of parts of blocks

@@ -1,5 +1,6 @@
 //! The life cycle of a machine, in types.
 //!
+//! # States
 //! ```text
 //!  VmBuilder ─boot, incoming─► PausedVm ─────run─────► RunningVm
 //!                               │  ▲ │                    │

@@ -4,6 +4,7 @@
 //! `Memory`, `RoundEnd`, `State`, `StateEnd`. Its length and a CRC32C over all of it are in the
 //! volume's metadata, and are checked before the guest runs.
 //!
+//! # States
 //! ```text
 //!  reserve ─► pause ─► write, flush ─► finish ═► transfer or release ─► Departed
 //!     │          └────────┴─ failure: resume     └─ failure: retract, which begins a new epoch,

@@ -1,5 +1,6 @@
 //! The VM actor: one thread with one inbox, and the only code that changes the machine's phase.
 //!
+//! # States
 //! ```text
 //!           built           pause, stop          parked         commit request
 //!  Starting ─────► Running ────────────► Pausing ──────► Paused ─────────────► InDoubt ──┬─► Departed

@@ -1,5 +1,6 @@
 //! The metadata on the volume: recovery, checkpoints, and the journal of one coordinator epoch.
 //!
+//! # States
 //! ```text
 //!            ┌──────── recover ────────┐          start            commit ⟲ (journal full:
 //!  any state │ newest checkpoint,      │ Recovered ─────► Log ◄────────────  checkpoint first)

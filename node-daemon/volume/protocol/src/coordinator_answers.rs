@@ -1,5 +1,6 @@
 //! When a coordinator may answer a request.
 //!
+//! # States
 //! ```text
 //!   record durable ──► waiting ──ReadLeader issued──► checking ──own epoch is highest──► Answer
 //!                                                        │

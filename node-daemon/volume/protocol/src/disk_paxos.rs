@@ -1,6 +1,7 @@
 //! The coordinator's election: Disk Paxos (Gafni and Lamport, 2003) on one disk, one instance per
 //! coordinator epoch, and the leader block that makes the winner the coordinator.
 //!
+//! # States
 //! ```text
 //!            Start
 //!   Idle ───────────► Looking ──► Preparing ──► Promised? ──► Accepting ──► Accepted? ──► (value

@@ -1,5 +1,6 @@
 //! The proof that a failed owner will not write again.
 //!
+//! # States
 //! ```text
 //!                        ┌─ fencing Watchdog; hardware watchdog (or an allowed software one);
 //!   victim, evidence ────┤  no heartbeat for the safe time of its own record ───► SafeTimeElapsed

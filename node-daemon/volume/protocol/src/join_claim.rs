@@ -1,6 +1,7 @@
 //! What a starting `bascule-volume` may claim about its previous generation when it requests the next
 //! one (`Change::Rejoin`).
 //!
+//! # States
 //! ```text
 //!   the slot has no record of this node ────────────► First
 //!   this kernel started less than `settle` ago ─────► Wait: writes of the previous boot may land

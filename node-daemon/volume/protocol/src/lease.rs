@@ -1,6 +1,7 @@
 //! The holder's side of a lease: renews this node's heartbeat and computes until when the node may
 //! write. (sanlock: delta lease.)
 //!
+//! # States
 //! ```text
 //!   start(None) ───► Lapsed ──NewGeneration──► Begun ──first record acknowledged──► Held
 //!                      ▲                          │                              │ ▲

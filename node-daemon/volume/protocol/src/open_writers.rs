@@ -1,6 +1,7 @@
 //! The processes of this node that may have outstanding writes on one volume: decides when the
 //! watchdog may stop watching the volume's lease.
 //!
+//! # States
 //! ```text
 //!             Opened                 Closed{drained: true}
 //!   absent ──────────► Open ─────────────────────────────────► absent

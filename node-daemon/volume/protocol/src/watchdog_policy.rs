@@ -1,5 +1,6 @@
 //! When `bascule-watchdog` pets the node's watchdog device (in the kernel's terms: sends a keepalive).
 //!
+//! # States
 //! ```text
 //!   every enlisted volume's lease is valid ──► Pet
 //!   one has lapsed, or its gate page cannot be read ──► Withhold: the device resets the node when

@@ -1,6 +1,7 @@
 //! The watcher's side of all leases: what this node's own reads of the heartbeat slots prove about
 //! the other nodes. (sanlock: host id monitoring.)
 //!
+//! # States
 //! ```text
 //!   per slot:            value differs (any field, also a step back)
 //!              ┌───────────────────────────────────────────────┐

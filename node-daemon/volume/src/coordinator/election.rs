@@ -1,6 +1,7 @@
 //! The coordinator thread: stands for election when there is no live coordinator, and runs a term
 //! ([`super::term`]) when it has won.
 //!
+//! # States
 //! ```text
 //!   watching ──no live coordinator──► electing ──Won──► term ──deposed, lease lapsed,
 //!       ▲                                │                │    I/O failed

@@ -1,5 +1,6 @@
 //! One attempt to move a running guest.
 //!
+//! # States
 //! ```text
 //! Pending ─► Placing ─► Copying ─► Committing ─► Succeeded
 //!    │          │          │            │

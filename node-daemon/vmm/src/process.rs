@@ -13,7 +13,6 @@ mod boot_images;
 mod control_socket;
 mod devices;
 mod home_volume;
-mod ownership_watch;
 mod run_dir;
 mod vm_config;
 

@@ -31,6 +31,7 @@
 //! | `start`, `build` | building the machine, on a task thread |
 //! | `shutdown` | pausing and ending, on task threads |
 //! | `migrations`, `migration_guest` | starting migrations, and the machine as their threads see it |
+//! | `ownership_watch` | following the gate page: the node has re-joined, or lost the VM |
 //! | `disk_failure` | reporting a failed disk to the home volume |
 
 mod build;
@@ -39,6 +40,7 @@ mod disk_failure;
 pub(super) mod event;
 mod migration_guest;
 mod migrations;
+mod ownership_watch;
 mod phase;
 mod shutdown;
 mod start;

@@ -9,10 +9,11 @@ use bascule_ipc::vm::{StartMode, VmConfig};
 use bascule_types::Ownership;
 
 use super::event::{ActorHandle, Notices, lock};
+use super::ownership_watch;
 use super::phase::BuiltMachine;
 use crate::migration::{self, SavedArea};
 use crate::process::home_volume::{self, NO_HOME, Opened, VolumeClient};
-use crate::process::{boot_images, devices, ownership_watch};
+use crate::process::{boot_images, devices};
 use crate::{Console, PausedVm, VmBuilder};
 
 /// What the machine is built from.

@@ -12,8 +12,8 @@ use bascule_devices::disk::VolumeGate;
 use bascule_types::Ownership;
 use bascule_volume_gate::GateClosedReason;
 
-use super::actor::event::{ActorGone, ActorHandle, Event, OwnershipRequest, Reply};
-use super::home_volume::{Reopened, VolumeClient};
+use super::event::{ActorGone, ActorHandle, Event, OwnershipRequest, Reply};
+use crate::process::home_volume::{Reopened, VolumeClient};
 
 /// Poll interval of the gate page, which is shared memory without notification. Guest writes have
 /// waited for a whole lease by then, so that the interval adds little.

@@ -263,39 +263,39 @@ pub struct Plan {
 
 /// A VirtualMachine's status.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct VmReport {
-    /// Nothing is known at present, and it has not been for long: what the status says stays as it
-    /// is, and nothing below counts.
+    /// Nothing has been known for less than 30 s: the status stays as it is, and the fields below are
+    /// not written.
     pub keep: bool,
-    /// Since when nothing has been known: for the next plan to remember.
+    /// Since when nothing has been known; input of the next plan.
     pub unknown_since: Option<Moment>,
     /// The attempt whose target cannot take the guest, and since when. Not part of any status.
     pub target_lost: Option<(AttemptId, Moment)>,
     /// For display; programs read the conditions.
     pub phase: Phase,
-    /// The node that it runs on.
     pub node: Option<String>,
     /// The Ready condition, which sums the others up.
     pub ready: Condition,
-    /// Whether it would survive the loss of its node.
+    /// The Protected condition.
     pub protected: Condition,
-    /// Whether its disks are there.
+    /// The Imported condition.
     pub imported: Condition,
-    /// Whether the running guest differs from the spec; none when nothing says so.
+    /// Whether the running guest differs from the spec; none when unknown.
     pub restart_required: Option<bool>,
-    /// The migration that is under way.
+    /// The name of the migration under way.
     pub migration: Option<String>,
-    /// Since when it has been asked to shut down.
+    /// When the guest was first asked to shut down.
     pub stopping_since: Option<Moment>,
-    /// Whether it is to stay down because it shut itself down.
+    /// Whether the guest shut itself down and, under run policy OnFailure, stays down.
     pub completed: bool,
-    /// The restarts that still count.
+    /// Restarts within the restart budget's window.
     pub restarts: Vec<Moment>,
-    /// Why the guest last ended, if it was seen to end.
+    /// Why the guest last ended, if that was observed.
     pub stop_reason: Option<String>,
 }
 
-/// A condition.
+/// A condition to write; `metav1.Condition` without times and generation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Condition {
     /// True, false, or not known.
@@ -307,7 +307,7 @@ pub struct Condition {
 }
 
 impl Condition {
-    /// A condition.
+    /// `status` is None for Unknown.
     #[must_use]
     pub fn new(status: Option<bool>, reason: &'static str, message: impl Into<String>) -> Self {
         Self {

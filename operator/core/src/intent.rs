@@ -7,36 +7,27 @@ use bascule_types::{Bytes, DiskRole, RowName, VmUid};
 
 use crate::Moment;
 
-/// A virtual machine as its author wants it.
+/// A VirtualMachine's spec, resolved to names on the volume, numbers and durations.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct VmIntent {
-    /// Its UID.
     pub uid: VmUid,
-    /// Its namespace.
     pub namespace: String,
-    /// Its name.
     pub name: String,
     /// `<namespace>/<name>` on the volume.
     pub row: RowName,
-    /// The SharedVolume that it lives on.
+    /// The home volume's name.
     pub volume: String,
-    /// Whether it should run.
     pub run: RunPolicy,
-    /// Since when it is being deleted.
+    /// The deletion timestamp.
     pub deleting_since: Option<Moment>,
-    /// Whether our finalizer is on it.
     pub finalizer: bool,
-    /// The digest of what a guest is started with.
     pub digest: SpecDigest,
-    /// Its disks, kernel and initrd.
+    /// Disks, kernel and initrd.
     pub disks: Vec<DiskIntent>,
-    /// What happens on a drain.
     pub on_drain: DrainPolicy,
-    /// What happens when the node is lost.
     pub on_failure: FailurePolicy,
-    /// Limits of moves.
     pub budgets: Budgets,
-    /// How often it is started again.
     pub restart: RestartBudget,
 }
 
@@ -44,23 +35,21 @@ pub struct VmIntent {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct SpecDigest(pub [u8; 32]);
 
-/// A disk that the virtual machine should have on its volume.
+/// A disk that the VM must have on its home volume.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct DiskIntent {
-    /// Its name in the spec.
     pub name: String,
-    /// The name of its row.
+    /// `<namespace>/<disk>` on the volume.
     pub row: RowName,
-    /// What lies on it.
     pub role: DiskRole,
-    /// How it comes to be.
     pub origin: Origin,
-    /// Whether it goes when the virtual machine goes.
+    /// Whether the disk is deleted with the VM; otherwise it becomes a kept disk.
     pub delete_with_vm: bool,
 }
 
 impl DiskIntent {
-    /// The field of the document that asks for it, for messages.
+    /// The path of the field that declares this disk, for messages.
     #[must_use]
     pub fn field(&self) -> String {
         match (self.role, &self.origin) {
@@ -76,68 +65,58 @@ impl DiskIntent {
 
 /// How a disk comes to be.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub enum Origin {
     /// New and empty.
-    Blank {
-        /// Its size.
-        size: Bytes,
-    },
-    /// New, from an image.
-    Image {
-        /// Its size.
-        size: Bytes,
-        /// The image.
-        source: ImageSource,
-    },
-    /// A kept disk, which has the row's name.
+    Blank { size: Bytes },
+    /// New, filled from an image.
+    Image { size: Bytes, source: ImageSource },
+    /// A kept disk of that name.
     Existing,
 }
 
 /// Where an image comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub enum ImageSource {
     /// By HTTP.
     Http {
-        /// Where.
         url: String,
         /// Its hash, 64 hexadecimal digits.
         sha256: String,
     },
     /// From the administrator's allow-list.
-    HostFile {
-        /// Its name there.
-        name: String,
-    },
+    HostFile { name: String },
 }
 
-/// How long moves may take.
+/// Limits of migrations and of a shutdown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Budgets {
-    /// The blackout of a live migration.
+    /// Maximum blackout of a live migration.
     pub downtime: Duration,
-    /// A live migration.
+    /// Time limit of a live migration.
     pub live: Duration,
-    /// A quick migration.
+    /// Time limit of a quick migration.
     pub quick: Duration,
-    /// A shutdown.
+    /// Time that a guest has to shut down before it is forced off.
     pub shutdown: Duration,
-    /// Bytes a second.
+    /// Bandwidth limit in bytes per second.
     pub bandwidth: Option<u64>,
 }
 
 /// How often a guest that ends by itself is started again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct RestartBudget {
-    /// At most this often...
+    /// Maximum number of restarts within `window`.
     pub attempts_max: usize,
-    /// ...in this window.
     pub window: Duration,
     /// The wait before the second restart in a window; doubles with each further one.
     pub backoff: Duration,
 }
 
 impl RestartBudget {
-    /// When the next restart may be, given the earlier ones; none while the budget is used up.
+    /// The earliest time of the next restart, given the earlier ones; none while the budget is used up.
     #[must_use]
     pub fn next(&self, restarts: &[Moment], now: Moment) -> Option<Moment> {
         let recent = self.recent(restarts, now);
@@ -152,7 +131,7 @@ impl RestartBudget {
         Some(last.after(self.backoff.saturating_mul(1 << doublings)))
     }
 
-    /// The restarts that still count, oldest first.
+    /// The restarts within the window, oldest first.
     #[must_use]
     pub fn recent(&self, restarts: &[Moment], now: Moment) -> Vec<Moment> {
         let mut recent: Vec<Moment> = restarts

@@ -15,37 +15,35 @@ use bascule_types::{AttemptId, Bytes, DiskId, DiskRow, Epoch, FenceRow, NodeUid,
 use crate::action::Purpose;
 use crate::{Fact, Moment, SpecDigest};
 
-/// The inputs of a plan that are observed rather than asked for.
+/// The observed inputs of a plan.
 #[derive(Clone, Debug, Default)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct Observed {
-    /// The SharedVolume.
     pub volume: Fact<VolumeView>,
-    /// Every node that runs, or ran, our daemon, by name.
+    /// Nodes on which `bascule-node` runs or has run, by name.
     pub nodes: BTreeMap<String, NodeView>,
-    /// The virtual machine's row.
+    /// The VM's row on its home volume.
     pub row: Fact<RowView>,
-    /// Its reservation pods.
     pub pods: Fact<Vec<Pod>>,
-    /// Its migrations, finished ones too.
+    /// Including finished ones.
     pub migrations: Fact<Vec<Migration>>,
-    /// Its Failover records, closed ones too.
+    /// Including closed ones.
     pub failovers: Fact<Vec<FailoverView>>,
-    /// Its processes, as last reported by each node.
+    /// As last reported by each node.
     pub processes: Vec<Process>,
-    /// The imports of its disks.
+    /// Of the VM's disks.
     pub imports: Vec<ImportView>,
-    /// What the planner remembers of earlier plans.
     pub memory: PlannerMemory,
 }
 
-/// The SharedVolume.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct VolumeView {
     /// How nodes that stopped responding are fenced.
     pub fencing: FencingMode,
-    /// Whether it is a file.
+    /// Whether the backing is a file instead of a block device.
     pub file: bool,
-    /// Whether its identity is known. Before that no virtual machine can have been recorded on it.
+    /// Whether the volume id is known. Before that, no VM can have a row on it.
     pub identified: bool,
     /// The heartbeat of every slot, as seen by other nodes.
     pub peers: Vec<Peer>,
@@ -53,89 +51,81 @@ pub struct VolumeView {
 
 /// A slot's heartbeat, as another node sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct Peer {
-    /// The slot and its present generation.
     pub owner: Owner,
-    /// The node that holds it.
     pub node: NodeUid,
-    /// Whether the heartbeat moved within the lease time.
+    /// Whether another node saw the heartbeat change within the lease time.
     pub alive: bool,
 }
 
-/// A node.
+/// A node, as API server and daemon report it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct NodeView {
-    /// Its UID.
     pub uid: Option<NodeUid>,
-    /// Whether it is cordoned.
     pub cordoned: bool,
-    /// What its kubelet says. Reported, never acted on: guests do not need a kubelet.
+    /// The Node's Ready condition. Reported, never acted on: guests do not need a kubelet.
     pub kubelet_ready: Fact<bool>,
-    /// The stream of reports from its daemon.
     pub stream: Stream,
-    /// Why it cannot run guests.
+    /// Why `/dev/kvm` cannot be used; none when it can.
     pub kvm_error: Option<String>,
-    /// How it reaches this virtual machine's volume: absent when that is not attached there, unknown
-    /// while the volume's process there does not say.
+    /// How the node reaches the VM's volume. Absent: not attached there. Unknown: the volume process there
+    /// has not answered.
     pub access: Fact<Access>,
 }
 
-/// The stream of reports from a daemon.
+/// The state of the report stream from a node's daemon.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub enum Stream {
-    /// Not tried yet.
+    /// No connection was tried yet.
     #[default]
     Unknown,
-    /// Reports come.
+    /// Reports arrive.
     Up,
-    /// No reports come.
-    Down {
-        /// Since when.
-        since: Moment,
-    },
+    /// No report has arrived for longer than the stream's timeout.
+    Down { since: Moment },
 }
 
-/// How a node reaches a volume, by its own account.
+/// How a node reaches a volume, as its own volume process reports.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct Access {
-    /// The path.
     pub path: PathState,
-    /// Why the path is not direct.
+    /// Why the path is not direct; for users.
     pub reason: Option<String>,
-    /// Its slot and generation.
     pub owner: Option<Owner>,
-    /// Its watchdog.
+    /// What resets this node when it cannot renew its lease.
     pub watchdog: WatchdogKind,
-    /// Whether it is the coordinator.
     pub coordinator: bool,
 }
 
-/// The virtual machine's row, and what hangs on it.
+/// The VM's row and the rows that refer to it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct RowView {
-    /// The owner; none while it is stopped.
+    /// None while the VM is stopped.
     pub owner: Option<Owner>,
-    /// Rises with every transfer of the ownership.
     pub epoch: Epoch,
-    /// Its disks, and the kept ones of the volume.
+    /// The VM's disks, and the kept disks of the volume.
     pub disks: Vec<DiskRow>,
-    /// The memory of a guest, saved by a quick migration or left by one that broke off.
+    /// Saved by a quick migration, or left incomplete by one that failed.
     pub saved: Option<SavedView>,
-    /// The fence proofs recorded on the volume.
     pub fences: Vec<FenceRow>,
 }
 
 /// A saved state on the volume.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SavedView {
-    /// The epoch that saved it.
+    /// The epoch in which the state was saved.
     pub epoch: Epoch,
-    /// Whether all of it is there.
+    /// Whether the state was written and flushed completely.
     pub complete: bool,
 }
 
 impl SavedView {
-    /// Whether a guest may be restored from it in `epoch`: only in the very next one, because
+    /// Whether a guest may be restored from this state in `epoch`: only in the next epoch, because
     /// a later owner may have written to the disks since.
     #[must_use]
     pub fn is_restorable(self, epoch: Epoch) -> bool {
@@ -145,174 +135,156 @@ impl SavedView {
 
 /// A reservation pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct Pod {
-    /// Its UID.
     pub uid: String,
-    /// Its name.
     pub name: String,
-    /// What it is there for.
     pub purpose: Purpose,
-    /// Where it stands.
     pub phase: PodPhase,
-    /// The node that it is bound to.
     pub node: Option<String>,
-    /// Since when it is to leave: its deletion was asked for, or the kubelet evicted it.
+    /// When its deletion was requested, or when the kubelet evicted it.
     pub leaving_since: Option<Moment>,
-    /// Whether it has a deletion timestamp.
+    /// Whether the pod has a deletion timestamp.
     pub deleting: bool,
-    /// Why the scheduler finds no node.
+    /// The scheduler's message when it finds no node.
     pub unschedulable: Option<String>,
-    /// The nodes that it was told not to land on.
+    /// The nodes excluded by the pod's affinity.
     pub avoid: Vec<String>,
-    /// The digest of the spec that it was made for.
+    /// The digest of the spec that the pod reserves for.
     pub digest: SpecDigest,
 }
 
 /// A pod's phase, with evictions told apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub enum PodPhase {
-    /// Not yet running.
     Pending,
-    /// Running.
     Running,
-    /// Ended by eviction: the kubelet wants the virtual machine off the node.
+    /// Ended by the kubelet's eviction: the VM must leave the node.
     Evicted,
-    /// Ended otherwise.
+    /// Ended in any other way.
     Failed,
 }
 
 /// A VirtualMachineMigration.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct Migration {
-    /// Its name.
     pub name: String,
-    /// Its UID: the attempt.
+    /// The object's UID, which identifies the attempt on the volume and on the wire.
     pub attempt: AttemptId,
-    /// When it was created.
     pub created: Moment,
-    /// How to move.
     pub mode: MigrationMode,
-    /// Where to, if that was asked for.
+    /// The requested target node, if any.
     pub target: Option<String>,
-    /// Limits that differ from the virtual machine's.
+    /// Maximum blackout; overrides the VM's.
     pub downtime: Option<std::time::Duration>,
-    /// The same for its time limit.
+    /// Time limit of the attempt; overrides the VM's.
     pub timeout: Option<std::time::Duration>,
-    /// The same for its bandwidth.
+    /// Bandwidth limit in bytes per second; overrides the VM's.
     pub bandwidth: Option<u64>,
-    /// Whether it is to be given up.
+    /// Whether a user asked to cancel it.
     pub cancel: bool,
-    /// Whether a drain made it.
+    /// Whether the operator created it for a drain.
     pub drain: bool,
-    /// Where it stands.
     pub phase: MigrationPhase,
-    /// When it began.
     pub started: Option<Moment>,
-    /// The node that it leaves.
     pub source: Option<String>,
-    /// The epoch that it began in.
+    /// The epoch in which the source owned the VM when the attempt began.
     pub source_epoch: Option<Epoch>,
-    /// The reason that it ended for.
+    /// The reason of its Complete condition.
     pub reason: Option<String>,
 }
 
 /// A Failover record.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct FailoverView {
-    /// Its name.
     pub name: String,
-    /// The node that stopped responding.
+    /// The lost node.
     pub node: String,
-    /// Its slot and generation.
     pub owner: Owner,
-    /// The epoch that it owned the row in.
+    /// The epoch in which the lost node owned the VM.
     pub epoch: Epoch,
-    /// Whether the takeover is on record.
+    /// Whether the record says that the ownership was taken over.
     pub taken_over: bool,
-    /// Whether it has come to its end.
+    /// Whether its phase is final.
     pub closed: bool,
 }
 
 /// A VM process, as its node reported it.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct Process {
-    /// The node.
     pub node: String,
-    /// Whether it exists.
+    /// Whether the process exists.
     pub alive: bool,
-    /// Its status; the last one known.
+    /// The last known status.
     pub status: VmStatus,
 }
 
-/// An import.
+/// The import of one disk's image.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct ImportView {
-    /// The node that does it.
+    /// The importing node.
     pub node: String,
-    /// The disk.
     pub disk: DiskId,
-    /// Bytes written.
     pub written: Bytes,
-    /// Where it stands.
     pub phase: ImportPhase,
 }
 
 /// Where an import stands.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub enum ImportPhase {
-    /// Going on.
     Running,
-    /// Written, flushed, checked.
+    /// Written, flushed, digest verified.
     Complete {
-        /// The image's length.
         length: Bytes,
     },
-    /// Failed.
     Failed {
-        /// Why.
+        /// For users.
         message: String,
     },
 }
 
-/// The last status that any operator wrote.
+/// The part of the VM's status that the planner reads back.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct Reported {
-    /// What the virtual machine was doing.
     pub phase: Phase,
-    /// Where.
     pub node: Option<String>,
 }
 
 /// What the planner remembers between plans, from the status or from this operator's memory. All of it
 /// may be lost with a restart; an action is then repeated.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct PlannerMemory {
-    /// The restarts that may still count.
+    /// Restarts within the restart budget's window.
     pub restarts: Vec<Moment>,
-    /// Since when the guest has been asked to shut down.
+    /// When the guest was first asked to shut down.
     pub stopping_since: Option<Moment>,
-    /// Whether the guest shut itself down and is to stay down.
+    /// Whether the guest shut itself down and, under run policy OnFailure, stays down.
     pub completed: bool,
-    /// What the status says.
     pub reported: Option<Reported>,
-    /// Since when this operator has had no information about the virtual machine.
+    /// Since when this operator has had no information about the VM.
     pub unknown_since: Option<Moment>,
-    /// When the power button was last pressed.
     pub power_button: Option<Moment>,
-    /// When each disk's import was last begun.
     pub imports_begun: BTreeMap<DiskId, Moment>,
-    /// Whether the API server has said that the namespace is being deleted.
+    /// Whether the API server refused a creation because the namespace is being deleted.
     pub namespace_ending: bool,
-    /// The attempt that a source was last asked to begin, and its process, which said yes.
+    /// The attempt that the source accepted last, and the source's process id.
     pub move_begun: Option<(AttemptId, u32)>,
-    /// The attempt that a node last refused to begin, when, and why.
+    /// The attempt that a node refused last, when, and its reason.
     pub move_rejected: Option<(AttemptId, Moment, String)>,
-    /// The attempt whose target could not take the guest at the last look, and since when.
+    /// The attempt whose target could not take the guest when last observed, and since when.
     pub target_lost: Option<(AttemptId, Moment)>,
-    /// Where an incoming VM process said it listens.
+    /// The address on which the incoming VM process listens.
     pub listening: Option<(AttemptId, SocketAddr)>,
-    /// Why the last takeover that was asked for was refused.
+    /// The coordinator's refusal of the last takeover request.
     pub takeover_refusal: Option<Refusal>,
-    /// The last thing that went wrong, as a reason and a message.
+    /// The reason and message of the last failed action.
     pub error: Option<(&'static str, String)>,
 }

@@ -1,5 +1,5 @@
-//! What to do next for one SharedVolume: see that it is formatted once, attached everywhere, and
-//! that an administrator's fencing confirmation reaches it.
+//! Plans one SharedVolume: it is formatted once, attached on every node, and an administrator's fencing
+//! confirmation is forwarded to its coordinator.
 
 use std::time::Duration;
 
@@ -12,150 +12,131 @@ use crate::{Condition, Stream};
 #[cfg(test)]
 mod tests;
 
-/// A SharedVolume as its author wants it.
+/// A SharedVolume's spec, and what its status has recorded.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct VolumeIntent {
-    /// Its name.
     pub name: String,
-    /// The fencing mode; none for one that does not exist yet and is refused.
+    /// None for a declared mode that is not implemented; the volume is then refused.
     pub fencing: Option<FencingMode>,
     /// Whether a blank device may be formatted.
     pub initialize: bool,
-    /// The identity that must be there: asked for, or found before.
+    /// The volume id that must be on the device: from the spec, or recorded when it was found.
     pub volume: Option<VolumeId>,
-    /// The node that was chosen to format it.
     pub formatting_node: Option<String>,
-    /// Whether the out-of-service taint counts.
+    /// Whether the out-of-service taint counts as a manual fencing confirmation.
     pub trust_taint: bool,
-    /// The owners that an administrator has declared dead.
+    /// The owners that an administrator confirmed as fenced.
     pub confirmed: Vec<Owner>,
-    /// Whether it is being deleted.
     pub deleting: bool,
-    /// Whether our finalizer is on it.
     pub finalizer: bool,
 }
 
-/// What is known of it.
+/// The observed state of one SharedVolume.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct VolumeObserved {
-    /// The nodes that run our daemon, in the order of their names.
+    /// The nodes that run `bascule-node`, sorted by name.
     pub nodes: Vec<NodeOnVolume>,
-    /// What the formatting node said.
     pub format: FormatState,
-    /// Whether VirtualMachines name it.
+    /// Whether any VirtualMachine names it.
     pub in_use: bool,
-    /// The owners that are on record as fenced.
+    /// The owners with a fence proof on the volume.
     pub fenced: Vec<Owner>,
-    /// For how long no node has reported; none while one does.
+    /// For how long no node has reported; none while at least one does.
     pub no_report_for: Option<Duration>,
 }
 
-/// What became of formatting, as far as this operator remembers.
+/// The outcome of formatting, in this operator's memory.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub enum FormatState {
-    /// Not asked.
+    /// No node was asked.
     #[default]
     NotAsked,
-    /// There is a volume, or something else: attaching will tell.
+    /// The device holds a volume or other data; attaching tells which.
     NotBlank,
-    /// It failed.
     Failed {
-        /// Why.
+        /// For users.
         message: String,
     },
 }
 
-/// A node, as far as one volume is concerned.
+/// A node's relation to one volume.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct NodeOnVolume {
-    /// Its name.
     pub name: String,
-    /// Its UID.
     pub uid: Option<NodeUid>,
-    /// The stream of its reports.
     pub stream: Stream,
-    /// Whether it bears the out-of-service taint.
+    /// Whether the node has the out-of-service taint.
     pub out_of_service: bool,
-    /// Whether the volume is attached there.
     pub attached: bool,
-    /// The volume that it found.
+    /// The id of the volume that the node found on the device.
     pub volume: Option<VolumeId>,
-    /// Its path, when attached.
+    /// None while not attached.
     pub path: Option<PathState>,
-    /// Why the path is not direct, or why attaching failed.
+    /// Why the path is not direct, or why attaching failed; for users.
     pub reason: Option<String>,
-    /// Its slot and generation.
     pub owner: Option<Owner>,
-    /// Whether it is the coordinator.
     pub coordinator: bool,
 }
 
-/// One thing to do for a volume. All are idempotent.
+/// One action for a volume. All are idempotent.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub enum VolumeAction {
-    /// Put our finalizer on the SharedVolume.
     AddFinalizer,
-    /// Take it off.
     RemoveFinalizer,
-    /// Write down, before anything else, which node is going to format it. Fails when another was
-    /// written down in the meantime.
+    /// Record in the status which node formats the device, before it does. Fails when another node was
+    /// recorded in the meantime.
     ChooseFormatter {
-        /// The node.
         node: String,
     },
-    /// Format it.
     Format {
-        /// The node.
         node: String,
     },
-    /// Write down its identity.
+    /// Record the volume id in the status.
     RecordVolume {
-        /// The identity.
         volume: VolumeId,
     },
-    /// Attach it.
     Attach {
-        /// The node.
         node: String,
     },
-    /// Detach it.
     Detach {
-        /// The node.
         node: String,
     },
-    /// Ask for a metadata change.
+    /// Request a metadata change through node `via`.
     Change {
-        /// Through this node.
         via: String,
-        /// The change.
         change: Change,
     },
 }
 
-/// What to do next, and what to say.
+/// The actions and the status that follow from one observation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VolumePlan {
-    /// In this order; a failure does not keep the later ones from being tried.
+    /// Executed in this order; after a failure the later ones are still tried.
     pub actions: Vec<VolumeAction>,
     /// The status to write.
     pub report: VolumeReport,
-    /// When to look again even if nothing changes.
+    /// When to plan again if no watch or report triggers it earlier.
     pub requeue: Duration,
 }
 
 /// A SharedVolume's conditions.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VolumeReport {
-    /// Nothing is known at present, and it has not been for long: what the status says stays as it
-    /// is, and nothing below counts.
+    /// Nothing has been known for less than 30 s: the status stays as it is, and the conditions below
+    /// are not written.
     pub keep: bool,
-    /// The summary.
+    /// The Ready condition.
     pub ready: Condition,
-    /// Whether the fencing that was asked for is in force.
+    /// The FencingAvailable condition.
     pub fencing: Condition,
 }
 
-/// What to do next for one SharedVolume.
+/// Plans the next actions and the status of one SharedVolume.
 #[must_use]
 pub fn plan_volume(intent: &VolumeIntent, observed: &VolumeObserved) -> VolumePlan {
     let mut actions = vec![];
@@ -192,7 +173,7 @@ pub fn plan_volume(intent: &VolumeIntent, observed: &VolumeObserved) -> VolumePl
     }
 }
 
-/// The volume's identity is not known yet: format the device if it is blank, or learn what is there.
+/// The volume id is not known yet: format the device if it is blank, or find out what it holds.
 fn find(intent: &VolumeIntent, observed: &VolumeObserved, actions: &mut Vec<VolumeAction>) {
     if let Some(found) = observed.nodes.iter().find_map(|node| node.volume) {
         return actions.push(VolumeAction::RecordVolume { volume: found });
@@ -213,8 +194,8 @@ fn find(intent: &VolumeIntent, observed: &VolumeObserved, actions: &mut Vec<Volu
                 node: node.name.clone(),
             });
         }
-        // A chosen node that is away may have formatted it: no other node is chosen in its place, but
-        // others may look.
+        // An unreachable chosen node may have formatted the device: no other node replaces it, but
+        // others may attach and find the volume.
         if chosen.is_some() || intent.formatting_node.is_none() {
             return;
         }
@@ -231,7 +212,7 @@ fn find(intent: &VolumeIntent, observed: &VolumeObserved, actions: &mut Vec<Volu
     }
 }
 
-/// The first node that answers, preferably one that had no trouble with the device yet.
+/// The first node that reports, preferably one that has reported no error of the device.
 fn first_able(observed: &VolumeObserved) -> Option<&NodeOnVolume> {
     let mut up = observed
         .nodes
@@ -252,7 +233,7 @@ fn attach(observed: &VolumeObserved, actions: &mut Vec<VolumeAction>) {
     }
 }
 
-/// A node that is attached and has no slot gets one. Any node that has joined can ask for it.
+/// Requests a slot for each attached node without one. Any node that holds a slot can forward the request.
 fn register(observed: &VolumeObserved, actions: &mut Vec<VolumeAction>) {
     for node in observed
         .nodes
@@ -275,7 +256,7 @@ fn confirm(intent: &VolumeIntent, observed: &VolumeObserved, actions: &mut Vec<V
         return;
     };
     let by_taint = observed.nodes.iter().filter(|node| {
-        // A node that still answers is not out of service, whatever its taint says.
+        // A node that still reports is not out of service, whatever its taint says.
         intent.trust_taint && node.out_of_service && node.stream != Stream::Up
     });
     let confirmations = intent
@@ -315,7 +296,7 @@ fn delete(intent: &VolumeIntent, observed: &VolumeObserved, actions: &mut Vec<Vo
             node: node.name.clone(),
         });
     }
-    // A node that does not answer is no reason to wait: without guests nothing is written.
+    // An unreachable node does not delay the deletion: without guests nothing is written.
     if attached.is_empty() {
         actions.push(VolumeAction::RemoveFinalizer);
     }
@@ -353,10 +334,10 @@ fn ready(intent: &VolumeIntent, observed: &VolumeObserved) -> Condition {
         return Condition::new(Some(true), reason::ATTACHED, message);
     }
     if intent.volume.is_some() && observed.no_report_for.is_some() {
-        let message = "no node has reported yet; guests may well be running";
+        let message = "no node has reported yet; guests may be running";
         return Condition::new(None, reason::UNKNOWN, message);
     }
-    let mut complaints: Vec<String> = observed
+    let mut node_errors: Vec<String> = observed
         .nodes
         .iter()
         .filter_map(|node| {
@@ -366,10 +347,10 @@ fn ready(intent: &VolumeIntent, observed: &VolumeObserved) -> Condition {
         })
         .collect();
     if let FormatState::Failed { message } = &observed.format {
-        complaints.insert(0, message.clone());
+        node_errors.insert(0, message.clone());
     }
-    complaints.truncate(COMPLAINTS_MAX);
-    let why = complaints.join("; ");
+    node_errors.truncate(NODE_ERRORS_MAX);
+    let why = node_errors.join("; ");
     if intent.volume.is_none() && intent.initialize && observed.format == FormatState::NotAsked {
         return no(
             reason::FORMATTING,
@@ -413,5 +394,5 @@ const NOT_IMPLEMENTED: &str =
     "fencing PersistentReservation does not exist yet: use Watchdog or LeaseOnly";
 /// As for virtual machines: see `UNKNOWN_AFTER` of the plan's report.
 const UNKNOWN_AFTER: Duration = Duration::from_secs(30);
-/// What fits a condition that people read.
-const COMPLAINTS_MAX: usize = 5;
+/// Bounds the length of the condition's message.
+const NODE_ERRORS_MAX: usize = 5;

@@ -28,13 +28,13 @@ use crate::{
 
 proptest! {
     /// Whatever is known or not, no plan starts a guest that its row does not give to that node, and
-    /// none acts on a row that nobody could read.
+    /// none acts on a row that no node could read.
     #[test]
     fn no_plan_starts_a_guest_without_its_row(
         owner in proptest::option::of(0_u16..3),
         pod in proptest::option::of(0_u16..3),
         down in proptest::collection::vec(any::<bool>(), 3),
-        silent in proptest::collection::vec(any::<bool>(), 3),
+        lost_heartbeats in proptest::collection::vec(any::<bool>(), 3),
         known in any::<bool>(),
         draining in any::<bool>(),
     ) {
@@ -49,7 +49,7 @@ proptest! {
             if down[usize::from(slot)] {
                 case.node(&format!("node-{slot}")).stream = Stream::Down { since: NOW };
             }
-            case = case.heartbeat(slot, !silent[usize::from(slot)]);
+            case = case.heartbeat(slot, !lost_heartbeats[usize::from(slot)]);
         }
         if draining && pod.is_some() {
             case = case.draining();

@@ -18,9 +18,9 @@ use bascule_types::{AttemptId, Bytes, Epoch, Generation, NodeUid, Owner, SlotId,
 
 /// One step is this long.
 const STEP_MS: u64 = 1000;
-/// The heartbeat counts as silent after this many steps, the watchdog fires after, and a proof is
+/// The heartbeat counts as lost after this many steps, the watchdog fires after, and a proof is
 /// there after that.
-const SILENT: u32 = 3;
+const HEARTBEAT_LOST: u32 = 3;
 const WATCHDOG: u32 = 5;
 const SAFE: u32 = 7;
 
@@ -32,7 +32,7 @@ struct Node {
     network: bool,
     storage: bool,
     cordoned: bool,
-    silent_steps: u32,
+    steps_without_heartbeat: u32,
     processes: Vec<Guest>,
 }
 
@@ -97,7 +97,7 @@ impl World {
             network: true,
             storage: true,
             cordoned: false,
-            silent_steps: 0,
+            steps_without_heartbeat: 0,
             processes: vec![],
         };
         Self {
@@ -329,7 +329,7 @@ impl World {
     fn thaw(&mut self) {
         let frozen = |node: &&mut Node| node.powered && !node.network && !node.storage;
         for node in self.nodes.values_mut().filter(frozen) {
-            if node.silent_steps > SILENT {
+            if node.steps_without_heartbeat > HEARTBEAT_LOST {
                 (node.network, node.storage) = (true, true);
             }
         }
@@ -394,7 +394,7 @@ impl World {
 
 fn power_on(node: &mut Node) {
     node.powered = true;
-    node.silent_steps = 0;
+    node.steps_without_heartbeat = 0;
     // Joined generations are odd; an even one has not joined since its last boot.
     if node.owner.generation.0 % 2 == 1 {
         node.owner.generation = node.owner.generation.next();

@@ -259,8 +259,9 @@ fn ends_with(trouble: fn(&mut Case)) -> [Option<(MigrationPhase, &'static str)>;
 #[test]
 fn a_target_that_is_in_trouble_for_a_moment_is_waited_for() {
     let expected = [None, Some((MigrationPhase::Failed, reason::NO_TARGET))];
-    let silent: fn(&mut Case) = |case| case.node("node-2").stream = Stream::Down { since: NOW };
-    assert_eq!(ends_with(silent), expected);
+    let unreachable: fn(&mut Case) =
+        |case| case.node("node-2").stream = Stream::Down { since: NOW };
+    assert_eq!(ends_with(unreachable), expected);
     assert_eq!(
         ends_with(|case| case.node("node-2").access = Fact::Unknown),
         expected

@@ -5,7 +5,7 @@ use bascule_types::{Epoch, Generation, Owner};
 
 use crate::SavedView;
 
-use super::{Guest, Move, Node, SILENT, WATCHDOG, World};
+use super::{Guest, HEARTBEAT_LOST, Move, Node, WATCHDOG, World};
 
 impl World {
     pub(super) fn nodes_step(&mut self) {
@@ -14,15 +14,15 @@ impl World {
             let node = self.nodes.get_mut(name).unwrap();
             if node.powered && node.storage {
                 let joined = node.owner.generation.0 % 2 == 1;
-                let lapsed = node.silent_steps >= SILENT && joined;
-                node.silent_steps = 0;
+                let lapsed = node.steps_without_heartbeat >= HEARTBEAT_LOST && joined;
+                node.steps_without_heartbeat = 0;
                 let owner = node.owner;
                 if lapsed {
                     self.rejoin(name, owner, false);
                 }
             } else {
-                node.silent_steps += 1;
-                if node.silent_steps == WATCHDOG && node.powered {
+                node.steps_without_heartbeat += 1;
+                if node.steps_without_heartbeat == WATCHDOG && node.powered {
                     node.powered = false;
                     node.processes.clear();
                     self.note(format!("{name} reset by its watchdog"));

@@ -6,7 +6,7 @@ use bascule_ipc::vm::{self, StopReason, VmState};
 use bascule_ipc::volume::FencingMode;
 use bascule_types::{Change, FenceProof, FenceRow, MissingProof, Owner, Refusal, RowName, VmUid};
 
-use super::{SAFE, SILENT, World, begin, guest, process, view};
+use super::{HEARTBEAT_LOST, SAFE, World, begin, guest, process, view};
 use crate::{
     Action, Budgets, DrainPolicy, Fact, FailoverUpdate, FailoverView, FailurePolicy, Observed,
     Peer, PlannerMemory, Pod, PodPhase, Purpose, Reported, RestartBudget, SpecDigest, VmIntent,
@@ -147,7 +147,7 @@ impl World {
             .map(|n| Peer {
                 owner: n.owner,
                 node: n.uid,
-                alive: n.silent_steps < SILENT,
+                alive: n.steps_without_heartbeat < HEARTBEAT_LOST,
             })
             .collect();
         let processes = self
@@ -183,7 +183,7 @@ impl World {
         let api = self.api_away_for == 0;
         match action {
             Action::AddFinalizer => self.finalizer = true,
-            Action::RemoveFinalizer => panic!("nobody deletes the virtual machine"),
+            Action::RemoveFinalizer => panic!("the simulation deletes no virtual machine"),
             Action::Event { .. } => {}
             Action::CreateReservation {
                 name,
@@ -332,7 +332,7 @@ impl World {
                     .values()
                     .find(|n| n.owner.slot == from.slot)
                     .unwrap();
-                let proved = victim.silent_steps >= SAFE
+                let proved = victim.steps_without_heartbeat >= SAFE
                     || row.fences.iter().any(|fence| fence.victim == from);
                 if !proved {
                     self.operators[which].memory.takeover_refusal = Some(Refusal::NotFenced {

@@ -53,7 +53,7 @@ fn modules_of(tree: &Tree, root: &str) -> Modules {
         let Some(source) = tree.text(&file) else {
             continue;
         };
-        let parsed = syn::parse_file(source).unwrap_or_else(|error| panic!("{file}: {error}"));
+        let parsed = syn::parse_file(source).expect("a source file parses");
         let mut reader = Reader {
             path: &path,
             module: Module::default(),
@@ -204,7 +204,7 @@ fn definition(modules: &Modules, mention: &[String]) -> ModulePath {
         };
         let module = &modules[&at];
         if module.children.contains(&next)
-            && modules.contains_key(&[&at[..], &[next.clone()]].concat())
+            && modules.contains_key(&[&at[..], std::slice::from_ref(&next)].concat())
         {
             at.push(next);
             rest.remove(0);
@@ -261,7 +261,7 @@ fn way_back(
                 return Some(way);
             }
             if seen.insert(next.clone()) {
-                ways.push_back([&way[..], &[next.clone()]].concat());
+                ways.push_back([&way[..], std::slice::from_ref(next)].concat());
             }
         }
     }

@@ -101,6 +101,7 @@ impl TestVmSpec {
         self.config.interfaces.push(InterfaceConfig {
             tap: tap.name.clone(),
             mac,
+            mtu: None,
         });
         self
     }

@@ -11,6 +11,6 @@ mod metrics;
 mod queue_handler;
 mod state;
 
-pub use config::BlkConfig;
+pub use config::{BlkConfig, Serial};
 pub use device::{BlkDevice, BlkError};
 pub use metrics::{BlkCounts, BlkMetrics};

@@ -9,7 +9,7 @@ use bascule_types::{Bytes as ByteCount, ExtentRun, Lba, WriterState};
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::blk::{BlkConfig, BlkDevice};
+use crate::blk::{BlkConfig, BlkDevice, Serial};
 use crate::device::Device;
 use crate::disk::{AlwaysOpen, Disk};
 use crate::failure::DeviceFailure;
@@ -344,7 +344,7 @@ fn block_device(machine: &TestMachine, size: u64, queue_count: u16) -> VirtioFun
     disk.block_bytes = 4096;
     let config = BlkConfig {
         name: "blk0".into(),
-        serial: String::new(),
+        serial: Serial::default(),
         queue_count,
         read_only: false,
     };
@@ -362,6 +362,7 @@ fn network_device(machine: &TestMachine, mac: MacAddress) -> (VirtioFunction, Un
         name: "net0".into(),
         mac,
         mtu: Some(1450),
+        refuses_larger_mtu: true,
     };
     let tap = Arc::new(SocketTap(socket));
     let device = NetDevice::new(&config, tap, machine.context()).unwrap();

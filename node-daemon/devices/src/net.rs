@@ -11,6 +11,7 @@
 mod announce;
 mod config;
 mod device;
+mod learned;
 mod metrics;
 mod queue_handler;
 mod state;

@@ -59,7 +59,7 @@ impl DeviceState {
         }
     }
 
-    /// The body, if this is a state of `kind` in layout `version`.
+    /// The body, if this is a state of `kind` in layout `version` or an earlier one.
     ///
     /// # Errors
     /// [`RestoreError`] otherwise, naming `device`.
@@ -76,7 +76,7 @@ impl DeviceState {
                 found: self.kind.clone(),
             });
         }
-        if self.version != version {
+        if self.version == 0 || self.version > version {
             return Err(RestoreError::Version {
                 device: device.to_owned(),
                 newest: version,
@@ -103,8 +103,13 @@ mod tests {
             kind.to_string().starts_with("blk0: state of kind"),
             "{kind}"
         );
-        let version = state.parse::<u32>("rng0", "virtio-rng", 2).unwrap_err();
-        assert!(version.to_string().contains("version 1"), "{version}");
+        assert_eq!(state.parse::<u32>("rng0", "virtio-rng", 2).unwrap(), 7);
+        for version in [0, 2] {
+            let state = DeviceState::new("virtio-rng", version, &7_u32);
+            let refused = state.parse::<u32>("rng0", "virtio-rng", 1).unwrap_err();
+            let named = format!("version {version} is not known");
+            assert!(refused.to_string().contains(&named), "{refused}");
+        }
         let body = state.parse::<String>("rng0", "virtio-rng", 1).unwrap_err();
         assert!(matches!(body, RestoreError::Malformed { .. }));
     }

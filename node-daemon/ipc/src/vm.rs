@@ -80,7 +80,7 @@ pub enum ImageSource {
 /// One virtio-blk disk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskConfig {
-    /// The name in the VM's spec; also the serial number the guest sees (cut to 20 bytes).
+    /// The name in the VM's spec; the guest sees a serial number made from it.
     pub name: String,
     /// Where its blocks are.
     pub source: DiskSource,
@@ -110,6 +110,9 @@ pub struct InterfaceConfig {
     pub tap: String,
     /// The MAC address.
     pub mac: [u8; 6],
+    /// The MTU of its bridge in bytes, which the guest is told; none when it is not known.
+    #[serde(default)]
+    pub mtu: Option<u16>,
 }
 
 /// How a `bascule-vm` begins.

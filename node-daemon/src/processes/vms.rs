@@ -286,6 +286,7 @@ impl Supervisor {
             interfaces.push(InterfaceConfig {
                 tap,
                 mac: interface.mac,
+                mtu: None,
             });
         }
         let disks = spec.disks.iter().map(|disk| DiskConfig {

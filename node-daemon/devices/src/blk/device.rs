@@ -67,6 +67,7 @@ impl BlkDevice {
             device_type: DEVICE_TYPE,
             class: CLASS,
             features: F_SEG_MAX | F_BLK_SIZE | F_FLUSH | F_MQ | read_only,
+            features_of_state: 0,
             queue_sizes: vec![QUEUE_SIZE; usize::from(queue_count)],
             config: config_space(engine.size_bytes(), block_bytes, queue_count),
         };

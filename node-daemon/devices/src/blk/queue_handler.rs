@@ -13,9 +13,7 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
 };
 
-use super::config::{
-    BlkConfig, F_FLUSH, SECTOR_BYTES, SERIAL_BYTES, serial_bytes, set_block_bytes,
-};
+use super::config::{BlkConfig, F_FLUSH, SECTOR_BYTES, SERIAL_BYTES, set_block_bytes};
 use super::metrics::{BlkMetrics, RequestKind};
 use super::state::{BlkState, Unanswered};
 use crate::disk::{Completion, DiskEngine, DiskRequest, Operation};
@@ -70,7 +68,7 @@ impl BlkHandler {
     ) -> Self {
         Self {
             engine,
-            serial: serial_bytes(&config.serial),
+            serial: config.serial.bytes(),
             read_only: config.read_only,
             block_bytes,
             shared,

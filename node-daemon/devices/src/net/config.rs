@@ -28,8 +28,12 @@ pub struct NetConfig {
     pub name: String,
     /// The MAC address of the guest's interface.
     pub mac: MacAddress,
-    /// The MTU offered to the guest in bytes; without one the guest uses its default.
+    /// The MTU of the network in bytes, which the guest is told (5.1.4.1: 68 to 65535); none when it
+    /// is not known: the guest uses its default.
     pub mtu: Option<u16>,
+    /// Whether the state of a guest that was told a larger MTU than `mtu` is refused. The driver reads
+    /// the field once, so the guest keeps what it was told, and its longest packets would be lost.
+    pub refuses_larger_mtu: bool,
 }
 
 /// The text is not an Ethernet address.
@@ -80,6 +84,13 @@ pub(super) fn config_space(config: &NetConfig) -> Vec<u8> {
     space
 }
 
+/// Sets the `mtu` field.
+pub(super) fn set_mtu(space: &mut [u8], mtu: u16) {
+    if let Some(field) = space.get_mut(MTU_AT..MTU_AT + 2) {
+        field.copy_from_slice(&mtu.to_le_bytes());
+    }
+}
+
 /// Sets or clears a bit of the status field.
 pub(super) fn set_status(space: &mut [u8], bit: u16, on: bool) {
     if let Some([low, high]) = space.get_mut(STATUS_AT..STATUS_AT + 2) {
@@ -98,6 +109,7 @@ pub(super) const RX: usize = 0;
 pub(super) const TX: usize = 1;
 pub(super) const CONTROL: usize = 2;
 pub(super) const STATUS_AT: usize = offset_of!(virtio_net_config, status);
+const MTU_AT: usize = offset_of!(virtio_net_config, mtu);
 pub(super) const STATUS_LINK_UP: u16 = to_u16(VIRTIO_NET_S_LINK_UP);
 pub(super) const STATUS_ANNOUNCE: u16 = to_u16(VIRTIO_NET_S_ANNOUNCE);
 pub(super) const F_CSUM: u64 = feature(VIRTIO_NET_F_CSUM);

@@ -1,15 +1,16 @@
 //! The network device: wires configuration, tap and queue handler together; and its handle.
 
 use std::io;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
-use super::announce::{LearnedAddresses, announcements, lock};
+use super::announce::announcements;
 use super::config::{
     CLASS, DEVICE_TYPE, F_CSUM, F_CTRL_VQ, F_GUEST_ANNOUNCE, F_GUEST_CSUM, F_GUEST_ECN,
     F_GUEST_TSO4, F_GUEST_TSO6, F_HOST_ECN, F_HOST_TSO4, F_HOST_TSO6, F_MAC, F_MRG_RXBUF, F_MTU,
     F_STATUS, MacAddress, NetConfig, QUEUE_SIZES, STATUS_ANNOUNCE, STATUS_LINK_UP, config_space,
     set_status,
 };
+use super::learned::Learned;
 use super::metrics::NetMetrics;
 use super::queue_handler::NetHandler;
 use super::state::{KIND, VERSION};
@@ -35,7 +36,7 @@ pub struct NetDevice {
 pub struct NetHandle {
     mac: MacAddress,
     tap: Arc<dyn Tap>,
-    learned: Arc<Mutex<LearnedAddresses>>,
+    learned: Arc<Learned>,
     shared: Arc<Shared>,
 }
 
@@ -46,7 +47,7 @@ impl NetDevice {
     /// When the hypervisor has no interrupts left, or the thread cannot be started.
     pub fn new(config: &NetConfig, tap: Arc<dyn Tap>, context: DeviceContext) -> io::Result<Self> {
         let metrics = Arc::new(NetMetrics::default());
-        let learned = Arc::new(Mutex::new(LearnedAddresses::default()));
+        let learned = Arc::new(Learned::new());
         let mtu = config.mtu.map_or(0, |_| F_MTU);
         let model = Model {
             name: config.name.clone(),
@@ -55,13 +56,15 @@ impl NetDevice {
             device_type: DEVICE_TYPE,
             class: CLASS,
             features: FEATURES | mtu,
+            // A guest keeps the MTU that it was started with, or none.
+            features_of_state: F_MTU,
             queue_sizes: QUEUE_SIZES.to_vec(),
             config: config_space(config),
         };
         let parts = (tap.clone(), learned.clone(), metrics.clone());
         let function = VirtioFunction::new(model, context, |shared| {
             let (tap, learned, metrics) = parts;
-            NetHandler::new(config.mac, tap, learned, shared.clone(), metrics)
+            NetHandler::new(config, tap, learned, shared.clone(), metrics)
         })?;
         let handle = NetHandle {
             mac: config.mac,
@@ -78,15 +81,15 @@ impl NetDevice {
 }
 
 impl NetHandle {
-    /// Announces the guest's new location after a migration: sends RARP and gratuitous ARP frames
-    /// with the guest's MAC address through the tap, and sets `VIRTIO_NET_S_ANNOUNCE` if the driver
+    /// Announces the guest's new location after a migration: sends RARP, gratuitous ARP and
+    /// neighbor advertisements with the guest's MAC address through the tap, and sets `VIRTIO_NET_S_ANNOUNCE` if the driver
     /// supports it. To be called before the first guest packet and a few times after it, because
     /// frames may be lost. Returns the number of frames sent.
     ///
     /// # Errors
     /// When the tap does not accept a frame.
     pub fn announce(&self) -> io::Result<usize> {
-        let frames = announcements(self.mac, lock(&self.learned).as_slice());
+        let frames = announcements(self.mac, &self.learned.current());
         for frame in &frames {
             self.tap.send(frame)?;
         }

@@ -3,7 +3,7 @@
 use std::io;
 use std::mem::offset_of;
 use std::os::fd::RawFd;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::Value;
@@ -12,11 +12,11 @@ use virtio_bindings::virtio_net::{
     virtio_net_hdr_v1,
 };
 
-use super::announce::{LearnedAddresses, lock};
 use super::config::{
-    CONTROL, F_GUEST_CSUM, F_GUEST_ECN, F_GUEST_TSO4, F_GUEST_TSO6, F_MRG_RXBUF, MacAddress, RX,
-    STATUS_ANNOUNCE, STATUS_AT, STATUS_LINK_UP, TX, set_status,
+    CONTROL, F_GUEST_CSUM, F_GUEST_ECN, F_GUEST_TSO4, F_GUEST_TSO6, F_MRG_RXBUF, MacAddress,
+    NetConfig, RX, STATUS_ANNOUNCE, STATUS_AT, STATUS_LINK_UP, TX, set_mtu, set_status,
 };
+use super::learned::{Learned, Sender};
 use super::metrics::NetMetrics;
 use super::state::NetState;
 use super::tap::{HEADER_BYTES, TUN_F_CSUM, TUN_F_TSO_ECN, TUN_F_TSO4, TUN_F_TSO6, Tap};
@@ -29,8 +29,11 @@ use crate::virtio::{Chain, QueueError, Virtqueue};
 #[derive(Debug)]
 pub(super) struct NetHandler {
     mac: MacAddress,
+    /// What the guest was told.
+    mtu: Option<u16>,
+    refuses_larger_mtu: bool,
     tap: Arc<dyn Tap>,
-    learned: Arc<Mutex<LearnedAddresses>>,
+    learned: Arc<Learned>,
     shared: Arc<Shared>,
     metrics: Arc<NetMetrics>,
     /// Buffer for a received frame, with its virtio-net header.
@@ -56,14 +59,16 @@ enum Delivery {
 
 impl NetHandler {
     pub(super) fn new(
-        mac: MacAddress,
+        config: &NetConfig,
         tap: Arc<dyn Tap>,
-        learned: Arc<Mutex<LearnedAddresses>>,
+        learned: Arc<Learned>,
         shared: Arc<Shared>,
         metrics: Arc<NetMetrics>,
     ) -> Self {
         Self {
-            mac,
+            mac: config.mac,
+            mtu: config.mtu,
+            refuses_larger_mtu: config.refuses_larger_mtu,
             tap,
             learned,
             shared,
@@ -120,7 +125,10 @@ impl NetHandler {
         }
         loop {
             match self.tap.receive(&mut self.frame) {
-                Ok(length) if length > HEADER_BYTES => return Some(length),
+                Ok(length) if length > HEADER_BYTES => {
+                    self.observe_received(length);
+                    return Some(length);
+                }
                 Ok(_) => self.metrics.receive_dropped(),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => {
@@ -132,6 +140,12 @@ impl NetHandler {
                 }
             }
         }
+    }
+
+    /// The network may say that an address of the guest is elsewhere now.
+    fn observe_received(&self, length: usize) {
+        let frame = self.frame.get(HEADER_BYTES..length).unwrap_or_default();
+        self.learned.observe(self.mac, Sender::Network, frame);
     }
 
     /// Sends the frames that the guest has queued.
@@ -179,7 +193,8 @@ impl NetHandler {
         chain.readable.read(ram, &mut frame);
         match self.tap.send(&frame) {
             Ok(()) => {
-                lock(&self.learned).observe(self.mac, &frame[HEADER_BYTES..]);
+                let sent = &frame[HEADER_BYTES..];
+                self.learned.observe(self.mac, Sender::Guest, sent);
                 self.metrics.sent(length - HEADER_BYTES);
                 true
             }
@@ -229,12 +244,13 @@ impl NetHandler {
     }
 
     /// Drops the frames that are queued in the tap. They were flooded to all ports while the guest ran
-    /// on the source, which received them too; here they would delay new frames.
+    /// on the source, which received them too; here they would delay new frames. What they say of the
+    /// guest's addresses counts: the last of them came after the source had stopped to listen.
     fn drop_stale_frames(&mut self) {
         self.held_bytes = None;
         for _ in 0..STALE_FRAMES_MAX {
             match self.tap.receive(&mut self.frame) {
-                Ok(_) => {}
+                Ok(length) => self.observe_received(length),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(_) => return,
             }
@@ -316,7 +332,9 @@ impl QueueHandler for NetHandler {
         NetState {
             mac: self.mac,
             status: u16::from_le_bytes(status),
-            addresses: lock(&self.learned).as_slice().to_vec(),
+            mtu: self.mtu,
+            addresses: Vec::new(),
+            learned: self.learned.save(),
         }
         .to_value()
     }
@@ -329,12 +347,24 @@ impl QueueHandler for NetHandler {
                 state.mac, self.mac
             ));
         }
+        if let (Some(told), Some(here)) = (state.mtu, self.mtu)
+            && told > here
+        {
+            let what =
+                format!("the guest was told an MTU of {told} bytes, the network here has {here}");
+            if self.refuses_larger_mtu {
+                return Err(what);
+            }
+            tracing::warn!(device = %self.shared, "{what}: its longest packets are lost");
+        }
+        self.mtu = state.mtu;
         self.shared.change_config(|space| {
+            set_mtu(space, state.mtu.unwrap_or(0));
             for bit in [STATUS_LINK_UP, STATUS_ANNOUNCE] {
                 set_status(space, bit, state.status & bit != 0);
             }
         });
-        *lock(&self.learned) = LearnedAddresses::new(state.addresses);
+        self.learned.restore(&state.learned);
         self.drop_stale_frames();
         Ok(())
     }

@@ -6,11 +6,17 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::config::MacAddress;
+use super::learned::{GuestIp, SavedAddress};
 
 /// [`crate::state::DeviceState::kind`]
 pub(super) const KIND: &str = "virtio-net";
-/// [`crate::state::DeviceState::version`]. 1: the first layout.
-pub(super) const VERSION: u32 = 1;
+/// [`crate::state::DeviceState::version`].
+///
+/// 1: the first layout. 2: the MTU that the guest was told, which its driver has read and never reads
+/// again; and with each address its age and kind, in `learned` in place of `addresses`, without which
+/// a destination would announce for ever what the guest once had. A state of version 1 is read: its
+/// guest was told no MTU, its addresses are taken for confirmed.
+pub(super) const VERSION: u32 = 2;
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct NetState {
@@ -18,8 +24,15 @@ pub(super) struct NetState {
     pub(super) mac: MacAddress,
     /// The `status` field of the configuration: `VIRTIO_NET_S_LINK_UP` and `VIRTIO_NET_S_ANNOUNCE`.
     pub(super) status: u16,
-    /// IPv4 addresses of the guest, learned from its ARP packets; the destination announces them.
+    /// The MTU that the guest was told when it was started.
+    #[serde(default)]
+    pub(super) mtu: Option<u16>,
+    /// Of a state of version 1: IPv4 addresses of the guest.
+    #[serde(default, skip_serializing)]
     pub(super) addresses: Vec<Ipv4Addr>,
+    /// Addresses of the guest; the destination announces them.
+    #[serde(default)]
+    pub(super) learned: Vec<SavedAddress>,
 }
 
 impl NetState {
@@ -28,6 +41,15 @@ impl NetState {
     }
 
     pub(super) fn from_value(value: &Value) -> Result<Self, String> {
-        Self::deserialize(value).map_err(|error| error.to_string())
+        let mut state = Self::deserialize(value).map_err(|error| error.to_string())?;
+        let first_version = state.addresses.drain(..).map(|address| SavedAddress {
+            address: GuestIp {
+                address: address.into(),
+                router: false,
+            },
+            age_minutes: 0,
+        });
+        state.learned.extend(first_version);
+        Ok(state)
     }
 }

@@ -33,6 +33,7 @@ impl RngDevice {
             device_type: DEVICE_TYPE,
             class: CLASS,
             features: 0,
+            features_of_state: 0,
             queue_sizes: vec![QUEUE_SIZE],
             config: Vec::new(),
         };

@@ -274,7 +274,7 @@ impl VirtioFunction {
     }
 
     fn restored(&mut self, state: &FunctionState) -> Result<(), String> {
-        if state.features != self.model.features {
+        if (state.features ^ self.model.features) & !self.model.features_of_state != 0 {
             return Err(format!(
                 "the source offered features {:#x}, this device offers {:#x}",
                 state.features, self.model.features
@@ -288,6 +288,7 @@ impl VirtioFunction {
                 self.model.queue_sizes.len()
             ));
         }
+        self.model.features = state.features;
         self.space.restore(&state.config_space)?;
         self.registers = state.registers.clone();
         self.shared.msix().restore(&state.msix)?;

@@ -22,6 +22,8 @@ pub(crate) struct Model {
     pub(crate) class: [u8; 3],
     /// Features offered in addition to those of every device.
     pub(crate) features: u64,
+    /// Those of which a restored device offers what the saved one did, whatever `features` says.
+    pub(crate) features_of_state: u64,
     /// The largest size of each queue, a power of two.
     pub(crate) queue_sizes: Vec<u16>,
     /// The device-specific configuration.

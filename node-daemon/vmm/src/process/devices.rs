@@ -8,11 +8,11 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context as _, ensure};
-use bascule_devices::blk::{BlkConfig, BlkDevice, BlkMetrics};
+use bascule_devices::blk::{BlkConfig, BlkDevice, BlkMetrics, Serial};
 use bascule_devices::disk::{AlwaysOpen, Disk, VolumeGate, WriteGate};
 use bascule_devices::net::{MacAddress, NetConfig, NetDevice, NetHandle, TapFd};
 use bascule_devices::rng::{RngConfig, RngDevice};
-use bascule_ipc::vm::{DiskConfig, DiskSource, VmConfig};
+use bascule_ipc::vm::{DiskConfig, DiskSource, StartMode, VmConfig};
 use bascule_types::{Bytes, DiskRole, DiskRow, ExtentRun, Lba};
 
 use super::home_volume::Opened;
@@ -76,7 +76,7 @@ pub(super) fn add(
             backing(disk, home).with_context(|| format!("disks: {:?}", disk.name))?;
         let settings = BlkConfig {
             name: format!("blk{index}"),
-            serial: disk.name.clone(),
+            serial: Serial::of_name(&disk.name),
             queue_count: u16::from(config.cpus).clamp(1, DISK_QUEUES_MAX),
             read_only,
         };
@@ -88,7 +88,9 @@ pub(super) fn add(
         let settings = NetConfig {
             name: format!("net{index}"),
             mac: MacAddress(interface.mac),
-            mtu: None,
+            mtu: interface.mtu,
+            // A live migration has a guest to leave where it is; a saved one has nothing else.
+            refuses_larger_mtu: matches!(config.start, StartMode::Incoming { .. }),
         };
         let tap = TapFd::open(&interface.tap)
             .with_context(|| format!("interfaces: open tap {:?}", interface.tap))?;

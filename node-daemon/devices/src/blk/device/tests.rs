@@ -6,6 +6,7 @@ use bascule_types::{Bytes as ByteCount, ExtentRun, Lba, WriterState};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
+use crate::blk::Serial;
 use crate::device::Device;
 use crate::disk::{AlwaysOpen, WriteGate};
 use crate::failure::DeviceFailure;
@@ -74,7 +75,7 @@ impl Volume {
 fn config() -> BlkConfig {
     BlkConfig {
         name: "blk0".into(),
-        serial: "6fa459ea-ee8a-4ca4-894e-db77e160355e".into(),
+        serial: Serial::of_name("6fa459ea-ee8a-4ca4-894e-db77e160355e"),
         queue_count: 2,
         read_only: false,
     }
@@ -274,12 +275,12 @@ fn a_header_and_a_status_may_share_descriptors_with_the_data() {
 }
 
 #[test]
-fn the_serial_is_truncated_to_twenty_bytes() {
+fn virtio_5_2_6_the_guest_reads_the_disks_serial_number() {
     let (_, _volume, mut driver) = started();
     let buffer = driver.buffer(20, 0);
     let out = offer(&mut driver, 0, 8, 0, Buffer::writable(buffer, 20));
     assert_eq!(answer(&mut driver, 0, &out), (0, 21));
-    assert_eq!(data(&driver, &out, 20), b"6fa459ea-ee8a-4ca4-8");
+    assert_eq!(data(&driver, &out, 20), b"6fa459ea-ee-1836b567");
 }
 
 #[test]

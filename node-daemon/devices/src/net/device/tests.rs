@@ -1,14 +1,16 @@
 use std::net::Ipv4Addr;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixDatagram;
-use std::sync::PoisonError;
+use std::sync::{Mutex, PoisonError};
 
 use bascule_types::WriterState;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
 use crate::device::Device;
+use crate::net::learned::GuestIp;
 use crate::net::tap::{HEADER_BYTES, TapFd};
+use crate::state::DeviceState;
 use crate::testing::{Buffer, TestDriver, TestMachine, assert_golden, migrate, rings, wait_until};
 
 const MAC: MacAddress = MacAddress([0x52, 0x54, 0, 0x12, 0x34, 0x56]);
@@ -54,12 +56,29 @@ fn tap() -> (Arc<TestTap>, UnixDatagram) {
 }
 
 fn make(machine: &TestMachine, tap: Arc<TestTap>) -> NetDevice {
+    make_with_mtu(machine, tap, (Some(1450), true))
+}
+
+fn make_with_mtu(
+    machine: &TestMachine,
+    tap: Arc<TestTap>,
+    (mtu, refuses_larger_mtu): (Option<u16>, bool),
+) -> NetDevice {
     let config = NetConfig {
         name: "net0".into(),
         mac: MAC,
-        mtu: Some(1450),
+        mtu,
+        refuses_larger_mtu,
     };
     NetDevice::new(&config, tap, machine.context()).unwrap()
+}
+
+/// An address as the table has it.
+fn guest_ip(address: Ipv4Addr) -> GuestIp {
+    GuestIp {
+        address: address.into(),
+        router: false,
+    }
 }
 
 struct Bench {
@@ -313,7 +332,7 @@ fn a_guest_without_guest_announce_gets_no_announce_request() {
 fn after_a_migration_the_guests_addresses_are_announced_before_it_runs() {
     let mut bench = started(F_STATUS | F_MRG_RXBUF);
     let address = Ipv4Addr::new(10, 1, 2, 3);
-    let arp = announcements(MAC, &[address]).remove(1);
+    let arp = announcements(MAC, &[guest_ip(address)]).remove(1);
     offer_send(&mut bench.driver, &arp);
     bench.driver.notify(TX);
     bench.driver.used(TX);
@@ -429,15 +448,133 @@ fn merged_buffers_appear_to_the_driver_all_at_once() {
     assert_eq!(watcher.unwrap().join().unwrap(), last);
 }
 
+/// A device that has the state `saved` on a network of `mtu`, in which a larger one is refused or
+/// not; or why not.
+fn restored(
+    bench: &Bench,
+    saved: &DeviceState,
+    mtu: (Option<u16>, bool),
+) -> Result<TestDriver, String> {
+    let other = TestMachine::with_ram(bench.machine.ram.clone());
+    let mut function = make_with_mtu(&other, tap().0, mtu).function;
+    assert_eq!(function.pause(), WriterState::Clean);
+    function.restore(saved).map_err(|error| error.to_string())?;
+    function.resume();
+    Ok(TestDriver::new(&other, function))
+}
+
 #[test]
-fn golden_state_version_1_is_still_read_and_written() {
+fn a_guest_keeps_the_mtu_that_it_was_told_and_a_narrower_network_is_refused() {
+    for (told, offered) in [(Some(9000), true), (None, false)] {
+        let machine = TestMachine::new();
+        let (tap, network) = tap();
+        let device = make_with_mtu(&machine, tap.clone(), (told, true));
+        let mut driver = TestDriver::new(&machine, device.function);
+        driver.start(0, 3);
+        assert_eq!(driver.function.pause(), WriterState::Clean);
+        let saved = driver.function.save();
+        let bench = Bench {
+            machine,
+            driver,
+            handle: device.handle,
+            metrics: device.metrics,
+            tap,
+            network,
+        };
+        let here = told.unwrap_or(0);
+        for mtu in [None, Some(9000), Some(65535)] {
+            let mut driver = restored(&bench, &saved, (mtu, true)).unwrap();
+            assert_eq!(
+                driver.config(10, 2),
+                here.to_le_bytes(),
+                "{told:?} on {mtu:?}"
+            );
+            let again = saved.body["features"].as_u64().unwrap();
+            assert_eq!(again & F_MTU != 0, offered);
+            assert_eq!(driver.function.pause(), WriterState::Clean);
+            assert_eq!(driver.function.save().body["features"], again);
+        }
+        let narrower = restored(&bench, &saved, (Some(1500), true));
+        match narrower {
+            Err(text) => assert_eq!(
+                (text.as_str(), told.is_some()),
+                (
+                    "net0: state does not fit: the guest was told an MTU of 9000 bytes, the network here has 1500",
+                    true
+                )
+            ),
+            Ok(_) => assert_eq!(told, None),
+        }
+        // A guest of which there is only the saved state is better off with it.
+        let mut driver = restored(&bench, &saved, (Some(1500), false)).unwrap();
+        assert_eq!(driver.config(10, 2), here.to_le_bytes());
+    }
+}
+
+/// What the network said last while the source did not listen any more is in the destination's tap.
+#[test]
+fn an_address_that_moved_away_is_not_announced_after_a_migration() {
+    let mut bench = started(F_STATUS | F_MRG_RXBUF);
+    let [own, moved] = [Ipv4Addr::new(10, 1, 2, 3), Ipv4Addr::new(10, 1, 2, 100)];
+    let late = Ipv4Addr::new(10, 1, 2, 101);
+    for address in [own, moved, late] {
+        let arp = announcements(MAC, &[guest_ip(address)]).remove(1);
+        offer_send(&mut bench.driver, &arp);
+        bench.driver.notify(TX);
+        bench.driver.used(TX);
+    }
+    let takes = |address| announcements(MacAddress([2; 6]), &[guest_ip(address)]).remove(1);
+    offer_receive(&mut bench.driver, 1526);
+    bench.network.send(&takes(moved)).unwrap();
+    bench.driver.used(RX);
+
+    let other = TestMachine::with_ram(bench.machine.ram.clone());
+    let (tap, network) = tap();
+    let NetDevice {
+        mut function,
+        handle,
+        ..
+    } = make(&other, tap);
+    assert_eq!(bench.driver.function.pause(), WriterState::Clean);
+    let saved = bench.driver.function.save();
+    assert_eq!(function.pause(), WriterState::Clean);
+    network.send(&takes(late)).unwrap();
+    function.restore(&saved).unwrap();
+    assert_eq!(handle.announce().unwrap(), 2);
+    assert_eq!(received(&network)[24..26], [0x80, 0x35]);
+    assert_eq!(received(&network)[40..44], own.octets());
+}
+
+fn golden_bench() -> Bench {
     let mut bench = started(F_STATUS | F_MRG_RXBUF | EVENT_IDX);
-    let arp = announcements(MAC, &[Ipv4Addr::new(10, 1, 2, 3)]).remove(1);
+    let arp = announcements(MAC, &[guest_ip(Ipv4Addr::new(10, 1, 2, 3))]).remove(1);
     offer_send(&mut bench.driver, &arp);
     bench.driver.notify(TX);
     bench.driver.used(TX);
-    let fresh = make(&bench.machine, tap().0).function;
+    bench
+}
+
+#[test]
+fn golden_state_version_1_is_still_read() {
+    let bench = golden_bench();
     let golden = include_str!("../../../golden/virtio-net-v1.json");
+    let state: DeviceState = serde_json::from_str(golden).unwrap();
+    let mut driver = restored(&bench, &state, (Some(1450), true)).unwrap();
+    assert_eq!(driver.function.pause(), WriterState::Clean);
+    let again = driver.function.save();
+    assert_eq!(again.version, 2);
+    let address = &again.body["device"]["learned"][0];
+    assert_eq!(
+        (&address["address"], &address["age_minutes"]),
+        (&"10.1.2.3".into(), &0.into())
+    );
+}
+
+#[test]
+fn golden_state_version_2_is_still_read_and_written() {
+    let mut bench = golden_bench();
+    let fresh = make(&bench.machine, tap().0).function;
+    let golden = include_str!("../../../golden/virtio-net-v2.json");
     assert_golden(&mut bench.driver, fresh, golden);
 }
 

@@ -68,6 +68,7 @@ fn function(machine: &TestMachine, handler: Counter) -> io::Result<VirtioFunctio
         device_type: 4,
         class: [0xFF, 0, 0],
         features: 1 << 5,
+        features_of_state: 0,
         queue_sizes: vec![64, 128],
         config: vec![0xAA, 0xBB],
     };

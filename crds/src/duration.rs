@@ -44,7 +44,7 @@ impl Duration {
         Self(text)
     }
 
-    /// The value.
+    /// Parses the text, with millisecond resolution.
     ///
     /// # Errors
     /// [`DurationError`] when the text is none.

@@ -80,7 +80,7 @@ pub struct FailoverSpec {
     /// The name of the VirtualMachine, in the same namespace.
     #[schemars(length(min = 1, max = 63))]
     pub virtual_machine: String,
-    /// Its UID.
+    /// The UID of that VirtualMachine; a later one of the same name has another.
     #[schemars(length(max = 36))]
     pub uid: String,
     /// The node that stopped responding.
@@ -162,7 +162,7 @@ impl FailoverPhase {
         matches!(self, Self::Succeeded | Self::Withdrawn)
     }
 
-    /// The word.
+    /// The phase as the status field spells it.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {

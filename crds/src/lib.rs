@@ -48,7 +48,8 @@ pub use quantity::{Quantity, QuantityError};
 #[cfg(feature = "kinds")]
 pub use shared_volume::{
     Backing, BackingDevice, BackingFile, Fencing, FencingMode, Initialize, KeptDisk, NodeAccess,
-    NodeAccessState, SharedVolume, SharedVolumeSpec, SharedVolumeStatus, Timing, UnclaimedRow,
+    NodeAccessState, SharedVolume, SharedVolumeSpec, SharedVolumeStatus, Timing,
+    UnclaimedVirtualMachine,
 };
 #[cfg(feature = "kinds")]
 pub use virtual_machine::{

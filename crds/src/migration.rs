@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Duration, MigrationMode, MigrationPhase, Quantity};
 
-/// The desired migration.
+/// Which virtual machine to migrate, where to and how.
 #[derive(CustomResource, KubeSchema, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 #[kube(

@@ -184,6 +184,6 @@ pub mod reason {
     pub const KVM_UNAVAILABLE: &str = "KvmUnavailable";
     /// Event on a Node: guests can run there again.
     pub const KVM_AVAILABLE: &str = "KvmAvailable";
-    /// A row on the volume has no VirtualMachine.
-    pub const UNCLAIMED_ROW: &str = "UnclaimedRow";
+    /// The volume records a virtual machine that no VirtualMachine object names.
+    pub const UNCLAIMED_VIRTUAL_MACHINE: &str = "UnclaimedVirtualMachine";
 }

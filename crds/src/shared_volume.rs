@@ -77,7 +77,7 @@ pub struct Backing {
     pub file: Option<BackingFile>,
 }
 
-/// A block device.
+/// A block device that every node of the volume can read and write.
 #[derive(KubeSchema, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct BackingDevice {
@@ -88,7 +88,7 @@ pub struct BackingDevice {
     pub path: String,
 }
 
-/// A file.
+/// A file as the backing of a volume: for one host, or for a lab.
 #[derive(KubeSchema, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct BackingFile {
@@ -198,7 +198,7 @@ pub struct SharedVolumeStatus {
     /// example after etcd was restored. They are never started and never deleted by themselves.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 200))]
-    pub unclaimed_rows: Vec<UnclaimedRow>,
+    pub unclaimed_virtual_machines: Vec<UnclaimedVirtualMachine>,
     /// Ready, FencingAvailable.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
@@ -209,7 +209,7 @@ pub struct SharedVolumeStatus {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct NodeAccess {
-    /// The node.
+    /// The name of the Kubernetes node.
     pub name: String,
     /// How it reaches the volume.
     pub state: NodeAccessState,
@@ -250,14 +250,14 @@ pub struct KeptDisk {
     pub namespace: String,
     /// Its name, <virtual machine>.<disk>: what to write in disks[].existing.name.
     pub name: String,
-    /// Its size.
+    /// The size that a guest sees.
     pub size: Quantity,
 }
 
 /// A virtual machine on the volume without a VirtualMachine object.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
-pub struct UnclaimedRow {
+pub struct UnclaimedVirtualMachine {
     /// The UID that it is recorded under.
     pub uid: String,
     /// Its name there, <namespace>/<name>.

@@ -44,7 +44,7 @@ pub struct VirtualMachineSpec {
     /// down with its power button, and force it off after availability.migration.shutdownTimeout.
     #[serde(default)]
     pub run_policy: RunPolicy,
-    /// The virtual processors.
+    /// The number of virtual CPUs. A change takes effect at the guest's next start.
     #[serde(default)]
     pub cpu: Cpu,
     /// The guest's memory, for example 512Mi or 8Gi. At least 16Mi, at most 4Ti, a multiple of 2Mi.
@@ -185,7 +185,7 @@ pub struct Disk {
     pub deletion_policy: DeletionPolicy,
 }
 
-/// A kept disk.
+/// A disk that a deleted virtual machine of the same namespace left on the volume.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ExistingDisk {

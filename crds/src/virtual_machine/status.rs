@@ -49,7 +49,7 @@ pub struct VirtualMachineStatus {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 18), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
     pub disks: Vec<DiskStatus>,
-    /// Its network interfaces.
+    /// The network interfaces, in the order of spec.interfaces.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 18), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
     pub interfaces: Vec<InterfaceStatus>,
@@ -103,12 +103,12 @@ pub enum DiskState {
     Failed,
 }
 
-/// A network interface.
+/// One network interface, as the guest sees it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct InterfaceStatus {
     /// Its name in the spec.
     pub name: String,
-    /// Its MAC address.
+    /// The MAC address of the spec, or one derived from the virtual machine's UID.
     pub mac: String,
 }

@@ -6,7 +6,7 @@ use anyhow::Result;
 use bascule_crds::names::condition;
 use bascule_crds::{
     KeptDisk, NodeAccess, NodeAccessState, Quantity, SharedVolume, SharedVolumeStatus,
-    UnclaimedRow, set_condition,
+    UnclaimedVirtualMachine, set_condition,
 };
 use bascule_ipc::volume::{PathState, Rows, WatchdogKind};
 use bascule_operator_core::{NodeOnVolume, Stream, VolumeObserved, VolumePlan};
@@ -103,8 +103,8 @@ fn status_of(
         kept_disks: reported
             .rows
             .map_or_else(|| old.kept_disks.clone(), kept_disks),
-        unclaimed_rows: reported.rows.map_or_else(
-            || old.unclaimed_rows.clone(),
+        unclaimed_virtual_machines: reported.rows.map_or_else(
+            || old.unclaimed_virtual_machines.clone(),
             |rows| unclaimed(rows, reported, claimed),
         ),
         conditions,
@@ -184,7 +184,7 @@ fn unclaimed(
     rows: &Rows,
     reported: &Reported<'_>,
     claimed: impl Fn(&str) -> bool,
-) -> Vec<UnclaimedRow> {
+) -> Vec<UnclaimedVirtualMachine> {
     let node = |owner: Option<Owner>| {
         let holder = reported
             .observed
@@ -193,11 +193,11 @@ fn unclaimed(
             .find(|n| owner.is_some() && n.owner == owner)?;
         Some(holder.name.clone())
     };
-    let mut unclaimed: Vec<UnclaimedRow> = rows
+    let mut unclaimed: Vec<UnclaimedVirtualMachine> = rows
         .vms
         .iter()
         .filter(|row| !claimed(&row.vm.to_string()))
-        .map(|row| UnclaimedRow {
+        .map(|row| UnclaimedVirtualMachine {
             uid: row.vm.to_string(),
             name: row.name.to_string(),
             node: node(row.owner),

@@ -3,7 +3,7 @@
 //! The VMM (`bascule-vmm`) makes one [`pci::PciRoot`], adds [`pci::PciFunction`]s to it and passes it
 //! the guest's port I/O and MMIO accesses. What a device needs from the hypervisor comes in through
 //! small traits, so that tests drive every device without KVM: [`interrupt::MsiRouter`] (interrupts
-//! to the guest), [`doorbell::DoorbellRegistry`] (queue notifications from the guest) and
+//! to the guest), [`ioeventfd::IoeventfdRegistry`] (queue notifications from the guest) and
 //! [`failure::FailureSink`] (reports of a device that cannot continue).
 //!
 //! Every device has a thread of its own. [`device::Device::pause`] is a handshake with that thread;
@@ -20,12 +20,12 @@
 pub mod blk;
 pub mod device;
 pub mod disk;
-pub mod doorbell;
 pub mod failure;
 #[cfg(test)]
 mod fuzz_tests;
 mod guest_ram;
 pub mod interrupt;
+pub mod ioeventfd;
 pub mod net;
 pub mod pci;
 pub mod rng;

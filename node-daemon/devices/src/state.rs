@@ -5,12 +5,12 @@ use serde::{Deserialize, Serialize};
 
 /// The state of one device.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct DeviceState {
     /// What the body describes, such as `virtio-blk`.
     pub kind: String,
     /// The version of the body's layout, from 1, counted per kind.
     pub version: u32,
-    /// The body.
     pub body: serde_json::Value,
 }
 

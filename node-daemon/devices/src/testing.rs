@@ -12,10 +12,10 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, Mmap
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::device::Device;
-use crate::doorbell::DoorbellRegistry;
 use crate::failure::{DeviceFailure, FailureSink};
 use crate::guest_ram::GuestRam;
 use crate::interrupt::{Gsi, MsiMessage, MsiRouter};
+use crate::ioeventfd::IoeventfdRegistry;
 use crate::pci::PciFunction;
 use crate::state::DeviceState;
 use crate::virtio::{DeviceContext, VirtioFunction};
@@ -64,11 +64,11 @@ impl MsiRouter for RecordingRouter {
     }
 }
 
-/// Doorbells that a test rings by address.
+/// Ioeventfds that a test signals by address.
 #[derive(Debug, Default)]
-pub(crate) struct RecordingDoorbells(Mutex<BTreeMap<u64, EventFd>>);
+pub(crate) struct RecordingIoeventfds(Mutex<BTreeMap<u64, EventFd>>);
 
-impl RecordingDoorbells {
+impl RecordingIoeventfds {
     pub(crate) fn addresses(&self) -> Vec<u64> {
         self.0.lock().unwrap().keys().copied().collect()
     }
@@ -78,16 +78,16 @@ impl RecordingDoorbells {
     }
 }
 
-impl DoorbellRegistry for RecordingDoorbells {
-    fn register(&self, doorbell: &EventFd, address: GuestAddress) -> io::Result<()> {
-        let mut doorbells = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        doorbells.insert(address.0, doorbell.try_clone()?);
+impl IoeventfdRegistry for RecordingIoeventfds {
+    fn register(&self, ioeventfd: &EventFd, address: GuestAddress) -> io::Result<()> {
+        let mut ioeventfds = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        ioeventfds.insert(address.0, ioeventfd.try_clone()?);
         Ok(())
     }
 
-    fn unregister(&self, _doorbell: &EventFd, address: GuestAddress) -> io::Result<()> {
-        let mut doorbells = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        doorbells
+    fn unregister(&self, _ioeventfd: &EventFd, address: GuestAddress) -> io::Result<()> {
+        let mut ioeventfds = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        ioeventfds
             .remove(&address.0)
             .map(drop)
             .ok_or_else(|| io::ErrorKind::NotFound.into())
@@ -113,7 +113,7 @@ impl FailureSink for RecordingFailures {
 pub(crate) struct TestMachine {
     pub(crate) ram: Arc<GuestRam>,
     pub(crate) router: Arc<RecordingRouter>,
-    pub(crate) doorbells: Arc<RecordingDoorbells>,
+    pub(crate) ioeventfds: Arc<RecordingIoeventfds>,
     pub(crate) failures: Arc<RecordingFailures>,
 }
 
@@ -128,7 +128,7 @@ impl TestMachine {
         Self {
             ram,
             router: Arc::default(),
-            doorbells: Arc::default(),
+            ioeventfds: Arc::default(),
             failures: Arc::default(),
         }
     }
@@ -137,7 +137,7 @@ impl TestMachine {
         DeviceContext {
             ram: self.ram.clone(),
             msi: self.router.clone(),
-            doorbells: self.doorbells.clone(),
+            ioeventfds: self.ioeventfds.clone(),
             failures: self.failures.clone(),
         }
     }
@@ -291,7 +291,7 @@ impl TestDriver {
             .unwrap();
     }
 
-    /// Notifies through the BAR, as a guest without doorbells in its hypervisor.
+    /// Notifies through the BAR, as a guest without ioeventfds in its hypervisor.
     pub(crate) fn notify(&mut self, queue: u16) {
         let at = 0x3000 + 4 * u64::from(queue);
         self.function.bar_write(0, at, &queue.to_le_bytes());

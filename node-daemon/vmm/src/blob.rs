@@ -25,7 +25,6 @@ impl<T: IntoBytes + FromBytes + Immutable> Blob<T> {
         }
     }
 
-    /// The value.
     pub(crate) fn get(&self) -> T {
         T::read_from_bytes(&self.bytes).unwrap_or_else(|_| T::new_zeroed())
     }
@@ -40,7 +39,6 @@ impl Blob<[u8]> {
         }
     }
 
-    /// The bytes.
     pub(crate) fn bytes(&self) -> &[u8] {
         &self.bytes
     }

@@ -1,11 +1,11 @@
-//! Interrupts and doorbells of devices in KVM: GSI routes, irqfds and ioeventfds.
+//! Interrupts and queue notifications of devices in KVM: GSI routes, irqfds and ioeventfds.
 
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use bascule_devices::doorbell::DoorbellRegistry;
 use bascule_devices::interrupt::{Gsi, MsiMessage, MsiRouter};
+use bascule_devices::ioeventfd::IoeventfdRegistry;
 use kvm_bindings::{
     KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
     KVM_IRQCHIP_PIC_SLAVE, KvmIrqRouting, kvm_irq_routing_entry, kvm_irq_routing_irqchip,
@@ -82,31 +82,31 @@ impl MsiRouter for InterruptRouter {
     }
 }
 
-/// The guest's doorbells: writes that KVM turns into an eventfd signal without an exit.
+/// The guest's ioeventfds: writes that KVM turns into an eventfd signal without an exit.
 #[derive(Debug)]
-pub(crate) struct Doorbells {
+pub(crate) struct KvmIoeventfds {
     vm: Arc<VmFd>,
 }
 
-impl Doorbells {
-    /// The doorbells of `vm`.
+impl KvmIoeventfds {
+    /// The ioeventfds of `vm`.
     pub(crate) const fn new(vm: Arc<VmFd>) -> Self {
         Self { vm }
     }
 }
 
-impl DoorbellRegistry for Doorbells {
-    fn register(&self, doorbell: &EventFd, address: GuestAddress) -> io::Result<()> {
+impl IoeventfdRegistry for KvmIoeventfds {
+    fn register(&self, ioeventfd: &EventFd, address: GuestAddress) -> io::Result<()> {
         let address = IoEventAddress::Mmio(address.0);
         self.vm
-            .register_ioevent(doorbell, &address, NoDatamatch)
+            .register_ioevent(ioeventfd, &address, NoDatamatch)
             .map_err(to_io)
     }
 
-    fn unregister(&self, doorbell: &EventFd, address: GuestAddress) -> io::Result<()> {
+    fn unregister(&self, ioeventfd: &EventFd, address: GuestAddress) -> io::Result<()> {
         let address = IoEventAddress::Mmio(address.0);
         self.vm
-            .unregister_ioevent(doorbell, &address, NoDatamatch)
+            .unregister_ioevent(ioeventfd, &address, NoDatamatch)
             .map_err(to_io)
     }
 }

@@ -15,20 +15,17 @@ use crate::memory::GuestMemory;
 
 /// Why KVM cannot run this guest.
 #[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub enum KvmError {
     /// There is no usable `/dev/kvm`.
     #[error("cannot open /dev/kvm: hardware virtualization is off, or this process may not use it")]
     Open(#[source] errno::Error),
     /// The kernel's KVM lacks something without which no guest runs.
     #[error("this host's KVM lacks {what}")]
-    Lacks {
-        /// The missing capability.
-        what: &'static str,
-    },
+    Lacks { what: &'static str },
     /// More vCPUs than KVM runs.
     #[error("cpus: {asked} is not between 1 and {max}")]
     Cpus {
-        /// The requested number.
         asked: u32,
         /// The most that KVM and this machine's tables allow.
         max: u32,

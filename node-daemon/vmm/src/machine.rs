@@ -34,7 +34,7 @@ use crate::bus::Bus;
 use crate::console::Console;
 use crate::cpuid::CpuModel;
 use crate::dirty::KvmDirtyTracker;
-use crate::irq::{Doorbells, InterruptRouter};
+use crate::irq::{InterruptRouter, KvmIoeventfds};
 use crate::kvm::{BareVm, KvmError};
 use crate::memory::{GuestMemory, MemoryError};
 use crate::power::Power;
@@ -134,13 +134,13 @@ impl VmBuilder {
         self
     }
 
-    /// The RAM, interrupts and doorbells for the devices of this machine.
+    /// The RAM, interrupts and ioeventfds for the devices of this machine.
     #[must_use]
     pub fn device_context(&self) -> DeviceContext {
         DeviceContext {
             ram: Arc::clone(&self.memory),
             msi: Arc::clone(&self.router) as Arc<dyn MsiRouter>,
-            doorbells: Arc::new(Doorbells::new(Arc::clone(&self.bare.vm))),
+            ioeventfds: Arc::new(KvmIoeventfds::new(Arc::clone(&self.bare.vm))),
             failures: Arc::new(Failures {
                 on_stop: Arc::clone(&self.on_stop),
                 on_disk_failure: Arc::clone(&self.on_disk_failure),

@@ -25,17 +25,14 @@ pub const RAM_MAX: Bytes = Bytes::gib(16 * 1024);
 
 /// Why guest RAM cannot be created.
 #[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub enum MemoryError {
     /// The size is not possible.
     #[error("memory: {size} is not between {RAM_MIN} and {RAM_MAX} in whole MiB")]
-    Size {
-        /// The requested size.
-        size: Bytes,
-    },
+    Size { size: Bytes },
     /// The kernel has no memory file for it.
     #[error("cannot create a memory file of {size}")]
     Create {
-        /// The requested size.
         size: Bytes,
         /// The kernel's answer.
         #[source]

@@ -103,7 +103,6 @@ impl SerialPort {
         inner.feed();
     }
 
-    /// Its state.
     pub(crate) fn save(&self) -> SavedSerial {
         let inner = self.lock();
         let state = inner.uart.state();

@@ -35,8 +35,8 @@ impl TestVm {
     pub(crate) fn builder(cpus: u32) -> (VmBuilder, Self) {
         let console = Console::new();
         let (stopped_tx, stopped) = channel();
-        let told = move |reason| drop(stopped_tx.send(reason));
-        let builder = VmBuilder::new(cpus, Bytes::mib(16), console.clone(), told).unwrap();
+        let on_stop = move |reason| drop(stopped_tx.send(reason));
+        let builder = VmBuilder::new(cpus, Bytes::mib(16), console.clone(), on_stop).unwrap();
         (builder, Self { console, stopped })
     }
 

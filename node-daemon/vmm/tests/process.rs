@@ -22,7 +22,7 @@ use bascule_ipc::{Connection, Kind};
 use bascule_types::{Bytes, VmUid};
 use tempfile::TempDir;
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const ANSWER_LIMIT: Duration = Duration::from_secs(60);
 /// Poll interval of the status: polling without a pause would slow the process under test.
 const POLL: Duration = Duration::from_millis(2);
 
@@ -70,7 +70,7 @@ impl TestProcess {
         let dir = TempDir::new().unwrap();
         let config = config(&dir, code);
         let mut vm = Self::start(dir, &config);
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + ANSWER_LIMIT;
         while vm.status().state == VmState::Starting {
             assert!(Instant::now() < deadline, "still starting");
             std::thread::park_timeout(POLL);
@@ -88,9 +88,9 @@ impl TestProcess {
             .spawn()
             .unwrap();
         let socket = dir.path().join("vm.sock");
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + ANSWER_LIMIT;
         let control = loop {
-            match Connection::connect(&socket, PATIENCE) {
+            match Connection::connect(&socket, ANSWER_LIMIT) {
                 Ok(control) => break control,
                 Err(error) => assert!(
                     Instant::now() < deadline && error.kind() == Kind::Gone,
@@ -131,7 +131,7 @@ impl TestProcess {
     }
 
     fn await_stopped(&mut self) -> StopReason {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + ANSWER_LIMIT;
         loop {
             let status = self.status();
             if let VmState::Stopped(reason) = status.state {
@@ -148,7 +148,7 @@ impl TestProcess {
     }
 
     fn await_console(&self, count: usize) {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + ANSWER_LIMIT;
         while self.console_log().len() < count {
             assert!(Instant::now() < deadline, "no {count} bytes on the console");
             std::thread::yield_now();
@@ -266,7 +266,7 @@ fn a_guest_outlives_every_control_connection_and_garbage_on_the_socket() {
         let mut stream = UnixStream::connect(&socket).unwrap();
         stream.write_all(garbage).unwrap();
     }
-    vm.control = Connection::connect(&socket, PATIENCE).unwrap();
+    vm.control = Connection::connect(&socket, ANSWER_LIMIT).unwrap();
     assert_eq!(vm.status().state, VmState::Running);
     let printed = vm.console_log().len();
     vm.await_console(printed + 50);

@@ -57,7 +57,7 @@ pub(super) enum RequestKind {
 }
 
 impl BlkMetrics {
-    /// The counters now.
+    /// A snapshot of the counters; they are not read at one instant.
     #[must_use]
     pub fn counts(&self) -> BlkCounts {
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);

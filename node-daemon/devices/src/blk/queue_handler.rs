@@ -50,7 +50,7 @@ struct Request {
     data_bytes: usize,
 }
 
-/// A parsed chain.
+/// A descriptor chain, checked and parsed into a block request.
 enum ParsedRequest {
     /// A request that the disk performs.
     Disk(Operation, RequestKind),

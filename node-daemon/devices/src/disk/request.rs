@@ -16,19 +16,18 @@ pub struct DiskRequest {
 /// What to do on a disk. Offsets are in bytes from the start of the disk and, like lengths, whole
 /// sectors of 512 bytes; data is guest memory.
 #[derive(Clone, Debug)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub enum Operation {
     /// Copies from the disk at `offset` to guest memory.
     Read {
         /// The first byte on the disk.
         offset: u64,
-        /// The destination.
         data: Segments,
     },
     /// Copies from guest memory to the disk at `offset`.
     Write {
         /// The first byte on the disk.
         offset: u64,
-        /// The source.
         data: Segments,
         /// Completes only when the data would survive a power cut (`RWF_DSYNC`).
         durable: bool,
@@ -37,7 +36,7 @@ pub enum Operation {
     Flush,
 }
 
-/// A completed request.
+/// The result of one [`DiskRequest`].
 #[derive(Debug)]
 pub struct Completion {
     /// [`DiskRequest::tag`].

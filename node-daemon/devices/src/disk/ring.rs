@@ -24,7 +24,6 @@ impl HostRun {
     }
 }
 
-/// An io_uring command.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Command<'a> {
     Read {

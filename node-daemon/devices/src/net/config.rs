@@ -16,7 +16,7 @@ use virtio_bindings::virtio_net::{
 
 use crate::virtio::constants::{feature, to_u16};
 
-/// An Ethernet address.
+/// An Ethernet address in transmission order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct MacAddress(pub [u8; 6]);

@@ -33,7 +33,7 @@ pub struct NetCounts {
 }
 
 impl NetMetrics {
-    /// The counters now.
+    /// A snapshot of the counters; they are not read at one instant.
     #[must_use]
     pub fn counts(&self) -> NetCounts {
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);

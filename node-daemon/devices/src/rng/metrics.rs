@@ -21,7 +21,7 @@ pub struct RngCounts {
 }
 
 impl RngMetrics {
-    /// The counters now.
+    /// A snapshot of the counters; they are not read at one instant.
     #[must_use]
     pub fn counts(&self) -> RngCounts {
         RngCounts {

@@ -11,8 +11,8 @@ use crate::guest_ram::GuestRam;
 
 /// A contiguous range of guest memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct Segment {
-    /// The first byte.
     pub start: GuestAddress,
     /// Never 0.
     pub length_bytes: usize,

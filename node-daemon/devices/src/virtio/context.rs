@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use crate::doorbell::DoorbellRegistry;
 use crate::failure::FailureSink;
 use crate::guest_ram::GuestRam;
 use crate::interrupt::MsiRouter;
+use crate::ioeventfd::IoeventfdRegistry;
 
 /// What every virtio device needs from the VMM.
 #[derive(Clone, Debug)]
@@ -15,7 +15,7 @@ pub struct DeviceContext {
     /// Interrupts to the guest.
     pub msi: Arc<dyn MsiRouter>,
     /// Queue notifications from the guest.
-    pub doorbells: Arc<dyn DoorbellRegistry>,
+    pub ioeventfds: Arc<dyn IoeventfdRegistry>,
     /// Receives the device's failure reports.
     pub failures: Arc<dyn FailureSink>,
 }

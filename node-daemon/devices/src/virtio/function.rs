@@ -41,8 +41,8 @@ pub struct VirtioFunction {
     registers: Registers,
     /// The address at which BAR 0 was placed before the guest ran.
     bar_assigned: GuestAddress,
-    /// The address of BAR 0 for which doorbells are registered.
-    doorbells_at: Option<GuestAddress>,
+    /// The address of BAR 0 for which ioeventfds are registered.
+    ioeventfds_at: Option<GuestAddress>,
     paused: bool,
 }
 
@@ -89,7 +89,7 @@ impl VirtioFunction {
             access_capability,
             msix_capability,
             bar_assigned: GuestAddress(0),
-            doorbells_at: None,
+            ioeventfds_at: None,
             paused: false,
         })
     }
@@ -240,27 +240,27 @@ impl VirtioFunction {
         }
     }
 
-    /// Moves the doorbells to the current address of BAR 0.
-    fn move_doorbells(&mut self) {
+    /// Moves the ioeventfds to the current address of BAR 0.
+    fn move_ioeventfds(&mut self) {
         let target = self.bars().first().map(|bar| bar.start);
-        if target == self.doorbells_at {
+        if target == self.ioeventfds_at {
             return;
         }
-        let registry = &self.context.doorbells;
+        let registry = &self.context.ioeventfds;
         for queue in 0..self.model.queue_sizes.len() {
             let Some(kick) = self.worker.kick(queue) else {
                 continue;
             };
-            // Errors are ignored: without a doorbell, notifications cause MMIO exits, and a doorbell
+            // Errors are ignored: without an ioeventfd, notifications cause MMIO exits, and an ioeventfd
             // that was refused cannot be unregistered.
-            if let Some(old) = self.doorbells_at {
+            if let Some(old) = self.ioeventfds_at {
                 registry.unregister(kick, notify_address(old, queue)).ok();
             }
             if let Some(new) = target {
                 registry.register(kick, notify_address(new, queue)).ok();
             }
         }
-        self.doorbells_at = target;
+        self.ioeventfds_at = target;
     }
 
     /// The BAR access that the configuration access capability describes (4.1.4.9).
@@ -313,7 +313,7 @@ impl VirtioFunction {
         };
         let restored = self.worker.restore(active, state.device.clone());
         restored.map_err(|WorkerGone| "the device thread has ended".to_owned())??;
-        self.move_doorbells();
+        self.move_ioeventfds();
         Ok(())
     }
 }
@@ -387,7 +387,7 @@ impl Device for VirtioFunction {
         if self.bar_assigned.0 != 0 {
             self.space.place_bar(0, self.bar_assigned);
         }
-        self.move_doorbells();
+        self.move_ioeventfds();
     }
 }
 
@@ -420,7 +420,7 @@ impl PciFunction for VirtioFunction {
         {
             self.shared.msix().set_control(control);
         }
-        self.move_doorbells();
+        self.move_ioeventfds();
     }
 
     fn bar_sizes(&self) -> Vec<(usize, u64)> {
@@ -430,7 +430,7 @@ impl PciFunction for VirtioFunction {
     fn place_bar(&mut self, bar: usize, start: GuestAddress) {
         self.bar_assigned = start;
         self.space.place_bar(bar, start);
-        self.move_doorbells();
+        self.move_ioeventfds();
     }
 
     fn bars(&self) -> Vec<BarRegion> {
@@ -461,11 +461,11 @@ impl PciFunction for VirtioFunction {
 
 impl Drop for VirtioFunction {
     fn drop(&mut self) {
-        if let Some(at) = self.doorbells_at {
+        if let Some(at) = self.ioeventfds_at {
             for queue in 0..self.model.queue_sizes.len() {
                 if let Some(kick) = self.worker.kick(queue) {
                     let address = notify_address(at, queue);
-                    self.context.doorbells.unregister(kick, address).ok();
+                    self.context.ioeventfds.unregister(kick, address).ok();
                 }
             }
         }

@@ -12,7 +12,7 @@ use super::chain::{Chain, ChainError};
 use super::constants::to_u16;
 use crate::guest_ram::GuestRam;
 
-/// An enabled virtqueue.
+/// A virtqueue that the driver has enabled (virtio 2.7, split virtqueues).
 #[derive(Debug)]
 pub struct Virtqueue {
     queue: Queue,

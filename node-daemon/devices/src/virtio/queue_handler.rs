@@ -18,7 +18,6 @@ pub(crate) struct Active {
     pub(crate) ram: Arc<GuestRam>,
     /// By index; `None` for a queue that the driver did not enable.
     pub(crate) queues: Vec<Option<Virtqueue>>,
-    /// The negotiated features.
     pub(crate) features: u64,
     pub(crate) shared: Arc<Shared>,
 }

@@ -18,7 +18,6 @@ const HEADER_BYTES: u32 = 36;
 /// Notification of a pressed power button (ACPI 6.5, 4.8.2.2.1.2).
 const NOTIFY_PRESSED: u8 = 0x80;
 
-/// The whole table.
 pub(super) fn build() -> Sdt {
     let mut dsdt = Sdt::new(
         *b"DSDT",

@@ -6,6 +6,7 @@ use crate::kvm::KvmError;
 
 /// Why a kernel cannot be booted. Every text names the field of the configuration.
 #[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub enum BootError {
     /// Neither kind of kernel.
     #[error("boot.kernel: not a kernel: neither a Linux bzImage nor a 64-bit ELF file")]
@@ -39,7 +40,6 @@ pub enum BootError {
     /// The command line is too long or holds a NUL.
     #[error("boot.cmdline: {length} bytes, or with a NUL among them; at most {max} are possible")]
     Cmdline {
-        /// Its length.
         length: usize,
         /// The most that this kernel takes.
         max: usize,

@@ -13,10 +13,10 @@ pub struct BootSource {
 }
 
 /// An initial RAM disk, read straight into guest memory.
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct Initrd {
     /// Its length in bytes.
     pub length: u64,
-    /// Its bytes.
     pub content: Box<dyn Read + Send>,
 }
 

@@ -51,7 +51,7 @@ impl MachineHandle {
         &self.memory
     }
 
-    /// The dirty log.
+    /// The tracker of pages that the guest or a device has dirtied since the last collection.
     #[must_use]
     pub const fn dirty(&self) -> &Arc<KvmDirtyTracker> {
         &self.dirty

@@ -141,7 +141,6 @@ impl Channel {
         self.buffer.mark()
     }
 
-    /// The next frame.
     pub(super) fn receive(&mut self) -> Result<Frame<'_>, WireError> {
         self.buffer.receive(&mut self.tls)
     }
@@ -155,10 +154,10 @@ impl Channel {
 
     /// Sends the peer the reason of the end, best effort.
     pub(super) fn abort(&mut self, abort: &Abort) {
-        let told = self
+        let sent = self
             .set_timeout(Duration::from_millis(200))
             .and_then(|()| self.send(&Frame::Abort(abort.clone())));
-        if let Err(error) = told {
+        if let Err(error) = sent {
             tracing::debug!(%error, "the abort was not sent to the peer");
         }
     }

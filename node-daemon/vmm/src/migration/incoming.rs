@@ -56,12 +56,12 @@ pub struct Incoming {
 
 /// The outcome of a live migration at the destination.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub enum IncomingEnd {
     /// The guest runs here.
     Running {
         /// This node, as it owns the VM.
         owner: Owner,
-        /// The new epoch.
         epoch: Epoch,
     },
     /// The guest did not arrive. The machine cannot be used again.
@@ -288,9 +288,11 @@ impl Receiver<'_> {
             Ok((phase, restore)) => {
                 self.control.enter(MigrationPhase::Committing);
                 let waiting = phase.ready();
-                let told = send(&mut channel, &Frame::Ready { restore });
+                let ready_sent = send(&mut channel, &Frame::Ready { restore });
                 // Part of it may have arrived: from here on only the ownership record counts.
-                if let Err(abort) = told.and_then(|()| self.fault(FaultPoint::DestinationReady)) {
+                if let Err(abort) =
+                    ready_sent.and_then(|()| self.fault(FaultPoint::DestinationReady))
+                {
                     tracing::warn!(text = %abort.text, "the stream broke at Ready");
                     channel.close();
                 }

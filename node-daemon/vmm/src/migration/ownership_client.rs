@@ -44,11 +44,11 @@ pub struct OwnershipClient {
 
 /// Why the volume's process cannot be used.
 #[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub enum OwnershipClientError {
     /// The volume's process does not respond.
     #[error("the volume's process at {socket} does not respond")]
     Ipc {
-        /// Its socket.
         socket: PathBuf,
         /// Why.
         #[source]
@@ -56,10 +56,7 @@ pub enum OwnershipClientError {
     },
     /// Its response is not a status.
     #[error("the volume's process at {socket} did not respond with its status")]
-    NoStatus {
-        /// Its socket.
-        socket: PathBuf,
-    },
+    NoStatus { socket: PathBuf },
 }
 
 /// Longest wait for a response. `bascule-volume` repeats a request through elections; when it is slower

@@ -10,6 +10,7 @@ use super::fault::Faults;
 
 /// A requested live migration.
 #[derive(Clone, Debug)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct Outgoing {
     /// The VM to migrate.
     pub vm: VmUid,
@@ -19,7 +20,6 @@ pub struct Outgoing {
     pub peer: SocketAddr,
     /// The present owner: the source.
     pub from: Owner,
-    /// The present epoch.
     pub epoch: Epoch,
     /// The next owner: the destination.
     pub to: Owner,

@@ -44,6 +44,7 @@ pub use restore::{RestoreSavedError, restore_saved};
 
 /// A requested quick migration.
 #[derive(Clone, Debug)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct Quick {
     /// The VM to migrate.
     pub vm: VmUid,
@@ -51,7 +52,6 @@ pub struct Quick {
     pub attempt: AttemptId,
     /// The present owner: the source.
     pub from: Owner,
-    /// The present epoch.
     pub epoch: Epoch,
     /// The next owner; none to release the VM for any node.
     pub to: Option<Owner>,

@@ -34,7 +34,6 @@ pub(crate) struct Opened {
     gate: Option<OwnedFd>,
     /// The VM's disks, kernel and initrd.
     pub(crate) disks: Vec<DiskRow>,
-    /// Its saved state.
     pub(crate) saved: Option<SavedStateRow>,
 }
 

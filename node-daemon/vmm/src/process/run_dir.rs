@@ -19,7 +19,6 @@ impl RunDir {
         Self(config.parent().unwrap_or_else(|| Path::new(".")).to_owned())
     }
 
-    /// The control socket.
     pub(crate) fn socket(&self) -> PathBuf {
         self.0.join("vm.sock")
     }

@@ -81,7 +81,7 @@ fn config() -> BlkConfig {
     }
 }
 
-/// An outstanding request.
+/// A request whose descriptor the device has not returned yet.
 struct Out {
     head: u16,
     data: u64,

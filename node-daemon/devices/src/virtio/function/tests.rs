@@ -115,7 +115,7 @@ fn virtio_4_1_4_the_capabilities_lead_to_every_structure() {
 }
 
 #[test]
-fn a_driver_that_polls_needs_neither_interrupts_nor_doorbells() {
+fn a_driver_that_polls_needs_neither_interrupts_nor_ioeventfds() {
     let machine = TestMachine::new();
     let mut driver = driver(&machine);
     driver.start(0, 2);
@@ -160,24 +160,24 @@ fn a_used_buffer_raises_its_queues_vector() {
 }
 
 #[test]
-fn doorbells_follow_the_bar() {
+fn ioeventfds_follow_the_bar() {
     let machine = TestMachine::new();
     let mut driver = driver(&machine);
     assert_eq!(
-        machine.doorbells.addresses(),
+        machine.ioeventfds.addresses(),
         [BAR_AT + 0x3000, BAR_AT + 0x3004]
     );
     driver.start(0, 2);
     driver
         .function
         .config_write(0x10, &0xD000_0000_u32.to_le_bytes());
-    assert_eq!(machine.doorbells.addresses(), [0xD000_3000, 0xD000_3004]);
+    assert_eq!(machine.ioeventfds.addresses(), [0xD000_3000, 0xD000_3004]);
     let buffer = driver.buffer(1, 0);
     driver.offer(1, &[Buffer::writable(buffer, 1)]);
-    machine.doorbells.ring(0xD000_3004);
+    machine.ioeventfds.ring(0xD000_3004);
     driver.used(1);
     driver.function.config_write(4, &[0, 0]);
-    assert_eq!(machine.doorbells.addresses(), [0_u64; 0]);
+    assert_eq!(machine.ioeventfds.addresses(), [0_u64; 0]);
 }
 
 #[test]
@@ -408,7 +408,7 @@ fn a_guest_reboot_returns_the_device_to_its_initial_state() {
     driver.function.reset();
     assert_eq!(driver.function.pause(), WriterState::Clean);
     assert_eq!(driver.function.save(), fresh);
-    assert_eq!(machine.doorbells.addresses()[0], BAR_AT + 0x3000);
+    assert_eq!(machine.ioeventfds.addresses()[0], BAR_AT + 0x3000);
 }
 
 proptest! {

@@ -65,10 +65,10 @@ impl Driver<'_> {
         let Some(channel) = &mut self.channel else {
             return;
         };
-        let told = channel
+        let sent = channel
             .set_timeout(RUNNING_TIMEOUT)
             .and_then(|()| channel.send(&Frame::Committed(committed)));
-        if let Err(error) = told {
+        if let Err(error) = sent {
             tracing::warn!(%error, "the commit was not sent; the destination reads the ownership record itself");
             return;
         }

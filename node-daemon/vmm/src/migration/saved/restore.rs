@@ -15,6 +15,7 @@ use crate::state::{self, MachineState, StateError};
 
 /// Why a saved state was not restored. The machine cannot be used again.
 #[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub enum RestoreSavedError {
     /// It was never completed.
     #[error("the saved state is not complete")]
@@ -24,7 +25,6 @@ pub enum RestoreSavedError {
     OtherEpoch {
         /// The epoch in which it was saved.
         saved: Epoch,
-        /// The present epoch.
         epoch: Epoch,
     },
     /// It cannot be read.

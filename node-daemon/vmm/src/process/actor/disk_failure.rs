@@ -22,7 +22,7 @@ impl VmActor {
         let report = move || {
             while let Err(error) = volume.report_failure(&what) {
                 let gives_up = error.kind() == Kind::Protocol;
-                tracing::warn!(%error, gives_up, "the volume was not told of the failed disk");
+                tracing::warn!(%error, gives_up, "cannot report the failed disk to the volume");
                 if gives_up {
                     return;
                 }
@@ -31,7 +31,7 @@ impl VmActor {
         };
         let builder = std::thread::Builder::new().name("disk-failed".to_owned());
         if let Err(error) = builder.spawn(report) {
-            tracing::error!(%error, "the volume was not told of the failed disk");
+            tracing::error!(%error, "cannot report the failed disk to the volume");
         }
     }
 }

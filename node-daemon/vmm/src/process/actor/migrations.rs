@@ -303,7 +303,7 @@ impl VmActor {
             .name("close".to_owned())
             .spawn(close);
         if let Err(error) = spawned {
-            tracing::warn!(%error, "the volume was not told of the departure");
+            tracing::warn!(%error, "cannot report the departure to the volume");
         }
     }
 
@@ -323,7 +323,7 @@ fn close(volume: &VolumeClient, ownership: Ownership) {
     if let Err(error) = volume.close(ownership) {
         tracing::warn!(
             error = format_args!("{error:#}"),
-            "the volume was not told of the departure"
+            "cannot report the departure to the volume"
         );
     }
 }

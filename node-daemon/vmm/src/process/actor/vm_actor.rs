@@ -269,7 +269,6 @@ impl VmActor {
         }
     }
 
-    /// The whole status.
     pub(super) fn status(&self) -> VmStatus {
         let ownership = self.ownership.or(self.last_ownership).or_else(|| {
             let home = self.config.home.as_ref()?;

@@ -32,7 +32,7 @@ pub(crate) struct Outcome {
     pub(crate) bytes: u64,
     /// CPU time of both processes, without guest code.
     pub(crate) cpu: Duration,
-    /// Resident memory of the destination beyond guest RAM, where guest RAM can be told apart.
+    /// Resident memory of the destination beyond guest RAM, where guest RAM is accounted separately.
     pub(crate) resident_kib: Option<u64>,
 }
 

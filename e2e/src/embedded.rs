@@ -22,10 +22,10 @@ pub struct EmbeddedHosts {
 
 /// One host: its directories and its address.
 #[derive(Debug)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct EmbeddedHost<'a> {
     hosts: &'a EmbeddedHosts,
     name: &'static str,
-    /// Its address.
     pub address: Ipv4Addr,
 }
 

@@ -57,7 +57,7 @@ impl Installation {
         Ok(Self { lab, guest })
     }
 
-    /// The lab.
+    /// The lab that the cluster runs in, for kubectl, faults and node commands.
     #[must_use]
     pub fn lab(&self) -> &Lab {
         &self.lab
@@ -278,7 +278,7 @@ impl Installation {
 }
 
 impl ClusterVm<'_> {
-    /// The object.
+    /// The VirtualMachine as the API server has it.
     ///
     /// # Errors
     /// When kubectl fails.

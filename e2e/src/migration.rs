@@ -12,12 +12,11 @@ use crate::{
 
 /// Two nodes, one volume, one VM.
 #[derive(Debug)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct TwoNodes {
     /// What the nodes have in common.
     pub cluster: TestCluster,
-    /// The nodes.
     pub nodes: [TestNode; 2],
-    /// The VM.
     pub vm: VmOnVolume,
 }
 

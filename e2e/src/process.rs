@@ -108,7 +108,7 @@ impl Child {
         })
     }
 
-    /// Its process id.
+    /// The process id, for signals and `/proc`.
     #[must_use]
     pub fn pid(&self) -> u32 {
         self.inner.id()

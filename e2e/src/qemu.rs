@@ -132,7 +132,7 @@ impl Qemu {
         UnixStream::connect(&self.serial).context("connect to the console")
     }
 
-    /// The process.
+    /// The QEMU process, for signals and for waiting on its end.
     pub fn process(&mut self) -> &mut Child {
         &mut self.child
     }

@@ -329,7 +329,7 @@ impl TestVm {
         self.child.wait(limit)
     }
 
-    /// The process.
+    /// The `bascule-vm` process, for signals and for waiting on its end.
     pub fn process(&mut self) -> &mut Child {
         &mut self.child
     }

@@ -151,9 +151,9 @@ fn a_guest_is_run_moved_live_and_shut_down_by_hand() {
 
     // The power button stops it on the new host.
     b.must(&["stop", "web"]).unwrap();
-    let rows = b.must(&["volume", "rows", "gold"]).unwrap();
+    let rows = b.must(&["volume", "vms", "gold"]).unwrap();
     assert!(
-        rows.contains("default/web") && rows.contains("nobody"),
+        rows.contains("default/web") && rows.contains("none"),
         "{rows}"
     );
 
@@ -173,8 +173,8 @@ fn a_document_that_cannot_be_carried_out_is_refused_with_the_field_named() {
         return;
     }
     let empty = EmbeddedHosts::new().unwrap();
-    let nobody = a(&empty).complains(&["volume", "disks", "gold"]).unwrap();
-    assert!(nobody.contains("bascule-node cert init"), "{nobody}");
+    let refused = a(&empty).complains(&["volume", "disks", "gold"]).unwrap();
+    assert!(refused.contains("bascule-node cert init"), "{refused}");
     let hosts = two_hosts();
     let a = a(&hosts);
     // Each is another VM: what was made of the one before is on the volume.
@@ -336,7 +336,7 @@ fn run_alone_makes_an_identity_and_a_volume_and_rm_removes_what_it_made() {
             "{said}"
         );
         let disks = a.must(&["volume", "disks", "gold"]).unwrap();
-        let rows = a.must(&["volume", "rows", "gold"]).unwrap();
+        let rows = a.must(&["volume", "vms", "gold"]).unwrap();
         assert!(
             !disks.contains("temp") && !rows.contains("temp"),
             "{disks}{rows}"

@@ -68,13 +68,13 @@ enum NodeCommand {
     Stop(StopVmArgs),
     /// Move a VM of this node live to another node
     Migrate(MigrateArgs),
-    /// Format, join and look into volumes
+    /// Format and join volumes, list their disks and virtual machines
     #[command(subcommand)]
     Volume(VolumeCommand),
     /// Make certificates for nodes without Kubernetes
     #[command(subcommand)]
     Cert(CertCommand),
-    /// Become another program outside this container (used by the daemon)
+    /// Execute another program outside this container (used by the daemon)
     #[command(hide = true)]
     Launch(LaunchArgs),
 }
@@ -89,9 +89,9 @@ struct ImportCli {
 
 #[derive(Debug, Subcommand)]
 enum ImportCommand {
-    /// Do one import
+    /// Run one import
     Run(RunArgs),
-    /// Fetch an image to standard output, without any rights
+    /// Fetch an image to standard output, without privileges (used by `run`)
     Fetch(FetchArgs),
 }
 

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 /// Flags that every way of running VMs has in common.
 #[derive(Clone, Debug, clap::Args)]
 pub(crate) struct NodeConfig {
-    /// The directory of sockets and other files that do not outlive a boot
+    /// The directory of sockets and other files that are lost at a reboot
     #[arg(long, default_value = "/run/bascule", env = "BASCULE_RUN_DIR")]
     pub(crate) run_dir: PathBuf,
     /// The directory of certificates, programs and local volumes

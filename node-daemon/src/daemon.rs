@@ -29,7 +29,7 @@ pub(crate) struct ServeArgs {
     pub(crate) config: NodeConfig,
     #[command(flatten)]
     pub(crate) join: EnrollArgs,
-    /// The address that other nodes and the operator reach this node at
+    /// The address at which other nodes and the operator reach this node
     #[arg(long, env = "BASCULE_ADDRESS")]
     pub(crate) address: IpAddr,
     /// The port of this node's API
@@ -42,12 +42,12 @@ pub(crate) struct ServeArgs {
     /// The daemon runs in a container: processes are started outside it, from the state directory
     #[arg(long)]
     pub(crate) in_container: bool,
-    /// Make no cgroups (without root)
+    /// Create no cgroups (for use without root)
     #[arg(long, conflicts_with = "in_container")]
     pub(crate) no_cgroups: bool,
 }
 
-/// Runs the daemon until it is told to end. The processes that it started live on.
+/// Runs the daemon until SIGTERM or SIGINT. The processes that it has started run on.
 pub(crate) fn run(args: &ServeArgs) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -95,7 +95,7 @@ async fn serve_node(args: &ServeArgs) -> Result<()> {
     }
     reports.abort();
     upkeep.abort();
-    tracing::info!("ending; virtual machines and volumes live on");
+    tracing::info!("ending; virtual machines and volume processes run on");
     Ok(())
 }
 
@@ -118,5 +118,5 @@ async fn upkeep(supervisor: Arc<Supervisor>) {
     }
 }
 
-/// A volume's lease is 4 s by default: its process must be back well before it lapses.
+/// A lease is 4 s by default, and a volume process that has ended must renew it before it lapses.
 const UPKEEP_INTERVAL: Duration = Duration::from_millis(500);

@@ -1,5 +1,5 @@
-//! Without Kubernetes: the same VirtualMachine document, run by hand on one node and moved by hand
-//! to another. What the operator does on a cluster, these commands do step by step.
+//! Embedded mode: commands that run a VirtualMachine document on one node and migrate it to another,
+//! without Kubernetes. Each command does one step of the operator's work.
 
 mod console;
 mod document;

@@ -1,4 +1,4 @@
-//! Who this node is, and how it proves that: its UID, its certificate, and where both come from.
+//! The node's UID and certificate, and where they come from.
 //!
 //! | file | what it is |
 //! |---|---|

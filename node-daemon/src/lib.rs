@@ -5,7 +5,7 @@
 //! |---|---|---|
 //! | `cli.rs` | the command lines | all below |
 //! | `daemon/` | `serve`: gRPC for the operator, commands in, reports out | `processes`, `identity` |
-//! | `embedded/` | `run`, `stop`, `migrate`, `volume`: what the operator does, by hand | `processes`, `identity` |
+//! | `embedded/` | `run`, `stop`, `migrate`, `volume`: commands for use without Kubernetes | `processes`, `identity` |
 //! | `processes/` | starts, finds again and calls VM, volume, watchdog and import processes | `images`, `identity` |
 //! | `identity/` | the node's UID and certificate; `cert init` and `cert issue` | |
 //! | `images/` | `bascule-import`: fills one disk from an image | |

@@ -1,4 +1,4 @@
-//! Where things are on a node. The layout is shared with `bascule-vm`, `bascule-volume` and
+//! The paths of a node's files. The layout is shared with `bascule-vm`, `bascule-volume` and
 //! `bascule-watchdog`, which get the paths as arguments.
 
 use std::path::{Path, PathBuf};

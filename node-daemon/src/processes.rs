@@ -8,7 +8,7 @@
 //! | `calls.rs` | requests over the processes' unix sockets |
 //! | `locks.rs` | one command at a time for a VM, and for the volumes |
 //! | `vms.rs`, `volumes.rs`, `imports.rs` | `bascule-vm`, `bascule-volume`, `bascule-import` |
-//! | `vm_reports.rs` | what those processes report, or left behind |
+//! | `vm_reports.rs` | the processes' reports, or the files that they have left |
 //! | `tap.rs`, `reservation.rs` | a VM's tap devices; its reservation pod's hold process |
 //! | `restart_backoff.rs` | when a volume process that has ended is started again |
 

@@ -4,7 +4,6 @@
 use bascule_operator_core::Moment;
 use jiff::Timestamp;
 
-/// The current time.
 pub(crate) fn now() -> Moment {
     moment(&Timestamp::now())
 }

@@ -275,7 +275,7 @@ fn same_but_for_clocks(old: &NodeReport, new: &NodeReport) -> bool {
             if let Ok(status) = &mut volume.status {
                 status.lease_left_ms = 0;
                 for peer in &mut status.peers {
-                    peer.silent_ms = 0;
+                    peer.no_heartbeat_ms = 0;
                 }
             }
         }

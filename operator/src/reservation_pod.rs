@@ -103,8 +103,8 @@ fn pod_spec(reservation: &Reservation<'_>, args: &Args) -> Result<PodSpec> {
         restart_policy: Some("Always".to_owned()),
         security_context: Some(PodSecurityContext {
             run_as_non_root: Some(true),
-            run_as_user: Some(NOBODY),
-            run_as_group: Some(NOBODY),
+            run_as_user: Some(NON_ROOT),
+            run_as_group: Some(NON_ROOT),
             seccomp_profile: Some(SeccompProfile {
                 type_: "RuntimeDefault".to_owned(),
                 ..SeccompProfile::default()
@@ -297,7 +297,7 @@ const ANNOTATION_AVOID: &str = "bascule.dev/avoid";
 /// Annotation: the name of the VirtualMachineMigration that the pod was built for.
 const ANNOTATION_MIGRATION: &str = "bascule.dev/migration";
 /// UID and GID "nonroot" of distroless images.
-const NOBODY: i64 = 65532;
+const NON_ROOT: i64 = 65532;
 /// Memory request beyond guest RAM: bascule-vm (about 30 MiB expected), its share of bascule-volume,
 /// and page tables.
 const OVERHEAD_BYTES: u64 = 64 << 20;

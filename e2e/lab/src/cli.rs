@@ -100,7 +100,7 @@ enum Command {
         from: String,
         /// Receiver: a node, or `hub`.
         to: String,
-        /// The network.
+        /// The network to cut.
         #[arg(long, value_enum, default_value = "management")]
         network: Network,
         /// Cut the other direction as well.
@@ -119,7 +119,7 @@ enum Command {
     Disk {
         /// Node name, such as n1.
         node: String,
-        /// The action.
+        /// What to do with the path to the disk.
         #[arg(value_enum)]
         action: DiskAction,
     },
@@ -127,7 +127,7 @@ enum Command {
     Service {
         /// Node name, such as n1.
         node: String,
-        /// The service.
+        /// The service to act on.
         #[arg(value_enum)]
         service: Service,
         /// `kill`: it is restarted at once; `stop`: it stays down.
@@ -136,16 +136,16 @@ enum Command {
     },
     /// Kill or start a component of the control plane.
     Component {
-        /// The component.
+        /// The component to act on.
         #[arg(value_enum)]
         component: Component,
-        /// The action.
+        /// `kill`: it stays down until `start`.
         #[arg(value_enum)]
         action: ComponentAction,
     },
     /// Publish a file on the lab's web server and print its URL and SHA-256.
     Publish {
-        /// The file.
+        /// The file to publish.
         file: PathBuf,
         /// File name in the URL.
         #[arg(long)]

@@ -13,18 +13,19 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow, ensure};
 use serde::{Deserialize, Serialize};
 
-/// A request.
+/// A request of the lab to a node's PID 1.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct Request {
     /// Chosen by the lab; the response repeats it.
     pub id: u64,
-    /// The operation.
     pub op: Op,
 }
 
 /// An operation of a node's PID 1.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
+#[expect(missing_docs, reason = "the field names say all")]
 pub enum Op {
     /// Report the state of all services.
     Status,
@@ -32,24 +33,16 @@ pub enum Op {
     Exec {
         /// Program, looked up in the node's `PATH`, and arguments.
         argv: Vec<String>,
-        /// Its standard input.
         stdin: Option<String>,
         /// It is killed after this many seconds.
         deadline_s: u64,
     },
     /// Start a service that was stopped.
-    Start {
-        /// The service.
-        service: String,
-    },
+    Start { service: String },
     /// Kill a service with SIGKILL and leave it down.
-    Stop {
-        /// The service.
-        service: String,
-    },
+    Stop { service: String },
     /// Send a service a signal. If the service ends, it is restarted.
     Signal {
-        /// The service.
         service: String,
         /// Signal number.
         signal: i32,
@@ -58,7 +51,7 @@ pub enum Op {
     PowerOff,
 }
 
-/// A response.
+/// The answer to a [`Request`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Response {
     /// The request's id.

@@ -8,8 +8,8 @@ use crate::names::{LabName, MGMT_BRIDGE, NodeIndex, VM_BRIDGE};
 
 /// One end of a partition.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the variant names say all")]
 pub enum Side {
-    /// A node.
     Node(NodeIndex),
     /// The control plane (and the lab's DNS, web server and test clients).
     Hub,

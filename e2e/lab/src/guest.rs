@@ -24,10 +24,10 @@ use crate::web::Source;
 
 /// Kernel and initramfs of the lab's guest.
 #[derive(Debug, Clone)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct GuestImage {
     /// Debian's kernel, as packaged.
     pub kernel: PathBuf,
-    /// The initramfs.
     pub initrd: PathBuf,
 }
 
@@ -53,10 +53,9 @@ impl GuestImage {
 
 /// What a VirtualMachine boots, as its specification wants it.
 #[derive(Debug, Clone)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct GuestSources {
-    /// The kernel.
     pub kernel: Source,
-    /// The initramfs.
     pub initrd: Source,
 }
 

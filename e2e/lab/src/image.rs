@@ -28,6 +28,7 @@ pub struct ImageFile {
 
 /// What is in an [`ImageFile`].
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+#[expect(missing_docs, reason = "the variant names say all")]
 pub enum Content {
     /// A copy of this file.
     File(PathBuf),
@@ -35,16 +36,15 @@ pub enum Content {
     Bytes(Vec<u8>),
     /// A symbolic link to this target.
     Link(String),
-    /// A directory.
     Directory,
 }
 
 /// An image of one layer.
 #[derive(Debug, Clone)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct Image {
     /// Name with tag, as in a pod's `image`. It needs a domain, otherwise the runtime prepends one.
     pub name: String,
-    /// Its files.
     pub files: Vec<ImageFile>,
     /// Entry point; may be empty.
     pub entrypoint: Vec<String>,

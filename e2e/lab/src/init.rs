@@ -67,8 +67,8 @@ pub struct ServiceSpec {
 
 /// A disk that nodes share, `/dev/disk/by-id/virtio-SERIAL` in both tiers.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct DiskSpec {
-    /// Its serial number.
     pub serial: String,
     /// Native: the host's loop device.
     pub device: Option<PathBuf>,

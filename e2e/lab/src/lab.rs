@@ -82,7 +82,7 @@ impl Lab {
         &self.hub
     }
 
-    /// The built programs.
+    /// The paths of the programs that the lab runs.
     pub fn tools(&self) -> &Tools {
         &self.tools
     }

@@ -34,7 +34,7 @@ impl LabName {
         format!("bascule-lab-{}", self.0)
     }
 
-    /// The name itself.
+    /// The name as text, as paths, cgroups and interfaces contain it.
     pub fn as_str(&self) -> &str {
         &self.0
     }

@@ -29,10 +29,9 @@ pub struct Node<'a> {
 
 /// A service of a node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+#[expect(missing_docs, reason = "the variant names say all")]
 pub enum Service {
-    /// The container runtime.
     Containerd,
-    /// The kubelet.
     Kubelet,
     /// kube-proxy.
     KubeProxy,
@@ -80,7 +79,7 @@ impl<'a> Node<'a> {
         self.index.name()
     }
 
-    /// Its index.
+    /// The number in the node's name: 1 is `n1`.
     pub fn index(&self) -> NodeIndex {
         self.index
     }

@@ -32,12 +32,10 @@ impl NodeImage {
         })
     }
 
-    /// The kernel.
     pub(crate) fn kernel(&self) -> PathBuf {
         self.dir.join("vmlinuz")
     }
 
-    /// The initramfs.
     pub(crate) fn initrd(&self) -> PathBuf {
         self.dir.join("initrd")
     }

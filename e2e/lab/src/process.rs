@@ -13,7 +13,7 @@ use crate::cgroup::Cgroup;
 use crate::command::named_thread;
 use crate::tools::lab_binary;
 
-/// A process, told apart from a later one with the same number by its start time.
+/// A process, distinguished from a later one with the same number by its start time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProcessId {
     pid: i32,

@@ -27,8 +27,8 @@ pub enum Tier {
 
 /// A node in the state file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct NodeRecord {
-    /// Its index.
     pub index: NodeIndex,
     /// The node's PID 1 (native) or QEMU (emulated); killing it is a power cut. `None` while the node is off.
     pub machine: Option<ProcessId>,
@@ -36,6 +36,7 @@ pub struct NodeRecord {
 
 /// State of a lab.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct State {
     /// [`STATE_VERSION`] of the writer.
     pub version: u32,
@@ -47,7 +48,6 @@ pub struct State {
     pub boot_id: String,
     /// Where the logs of this run are.
     pub logs: PathBuf,
-    /// Its nodes.
     pub nodes: Vec<NodeRecord>,
     /// Whether `up` succeeded.
     pub complete: bool,
@@ -125,7 +125,7 @@ impl LabPaths {
         self.root.join("labs").join(self.name.as_str())
     }
 
-    /// The state file.
+    /// `state.json`: what the lab consists of, read by every later command.
     pub fn state_file(&self) -> PathBuf {
         self.dir().join("state.json")
     }

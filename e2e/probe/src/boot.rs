@@ -117,7 +117,6 @@ global_asm!(
 /// What the loader says about the machine, copied out of the loader's memory.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Machine {
-    /// The command line.
     pub(crate) cmdline: &'static str,
     /// Where the ACPI tables start; 0 when there are none.
     pub(crate) rsdp: u64,

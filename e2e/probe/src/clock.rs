@@ -37,7 +37,6 @@ impl Clock {
     }
 }
 
-/// The raw counter.
 pub(crate) fn counter() -> u64 {
     // SAFETY: every x86-64 processor has RDTSC, and CR4.TSD is clear.
     unsafe { _rdtsc() }

@@ -51,7 +51,6 @@ impl Nic {
         })
     }
 
-    /// The hardware address.
     pub(crate) fn mac(&self) -> [u8; 6] {
         self.sender.raw.mac_address()
     }
@@ -100,7 +99,6 @@ impl Device for Nic {
     }
 }
 
-/// A received packet.
 pub(crate) struct Packet<'a>(&'a [u8]);
 
 impl RxToken for Packet<'_> {

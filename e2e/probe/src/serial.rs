@@ -4,7 +4,6 @@ use core::fmt::{self, Write};
 
 use crate::port;
 
-/// The serial console.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Console {
     string_io: bool,

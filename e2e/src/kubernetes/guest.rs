@@ -14,17 +14,14 @@ use crate::{Flow, Session, probe};
 
 /// What a tier's virtual machines run.
 #[derive(Clone, Debug)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub enum Guest {
-    /// The probe guest.
     Probe {
-        /// Its image.
         kernel: Source,
     },
     /// An unmodified Debian kernel with an initramfs.
     Debian {
-        /// The kernel.
         kernel: Source,
-        /// The initramfs.
         initrd: Source,
     },
 }
@@ -53,7 +50,6 @@ impl Guest {
         })
     }
 
-    /// The VirtualMachine.
     pub(super) fn document(&self, name: &str, address: Ipv4Addr) -> String {
         let source = |source: &Source| {
             format!(

@@ -9,8 +9,8 @@ use super::NAMESPACE;
 
 /// Result of a VirtualMachineMigration.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct Moved {
-    /// Its name.
     pub name: String,
     /// Live or Quick.
     pub mode: String,

@@ -21,10 +21,10 @@ pub struct Drained {
 
 /// Figures of one guest of a drain.
 #[derive(Clone, Debug)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct DrainedGuest {
     /// Packets of a client during the drain.
     pub seen: FlowSummary,
-    /// Its VirtualMachineMigration.
     pub moved: Moved,
 }
 

@@ -142,7 +142,7 @@ impl Console {
     /// was rolled back, repeats a tick.
     ///
     /// # Errors
-    /// The first violation.
+    /// The first violation found in the console's lines.
     pub fn check(&self) -> Result<()> {
         let seen = self.seen();
         ensure!(

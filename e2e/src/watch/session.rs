@@ -11,7 +11,7 @@ use bascule_probe_wire::report::Report;
 
 use crate::{Network, wait_for};
 
-/// An open session.
+/// An open TCP session with a probe guest.
 #[derive(Debug)]
 pub struct Session {
     stream: BufReader<TcpStream>,

@@ -99,8 +99,8 @@ fn a_vm_that_cannot_start_says_why_in_a_condition_and_does_not_affect_others() {
         // Retried within its budget; the condition stays.
         lab.wait_for("nokernel to say what it is not", SAID_LIMIT, || {
             let vm = lab.get(&["vm", "nokernel", "-n", NAMESPACE])?;
-            let told = vm["status"].to_string();
-            ensure!(told.contains("boot.kernel: not a kernel"), "{told}");
+            let message = vm["status"].to_string();
+            ensure!(message.contains("boot.kernel: not a kernel"), "{message}");
             Ok(())
         })
         .unwrap();
@@ -155,7 +155,7 @@ fn a_migration_that_makes_no_sense_is_refused_with_its_reason() {
             );
             lab.apply(&document).unwrap();
         };
-        ask("no-vm", "nobody", "");
+        ask("no-vm", "absent", "");
         ask("at-rest", "resting", "");
         for (name, target, reason) in [
             ("to-itself", home.as_str(), "TargetIsSource"),
@@ -235,8 +235,8 @@ fn a_volume_that_cannot_be_used_says_why_and_is_left_as_it_is() {
             await_ready_says(cluster, &["sv", name], reason, words);
         }
         let refused = lab.get(&["sv", "bad-fencing"]).unwrap();
-        let told = complaint(&refused, "FencingAvailable").unwrap();
-        assert!(told.starts_with("FencingNotImplemented"), "{told}");
+        let message = complaint(&refused, "FencingAvailable").unwrap();
+        assert!(message.starts_with("FencingNotImplemented"), "{message}");
         strand_a_vm(cluster);
         let names = [
             "small", "garbage", "foreign", "newer", "missing", "gone", "fencing",
@@ -272,9 +272,9 @@ fn a_node_without_kvm_says_so_and_is_given_no_guest() {
                 .into_iter()
                 .flatten()
                 .find(|node| node["name"] == *other);
-            let told = found.and_then(|node| node["kvmError"].as_str());
+            let message = found.and_then(|node| node["kvmError"].as_str());
             ensure!(
-                told.is_some_and(|t| t.contains("/dev/kvm")),
+                message.is_some_and(|t| t.contains("/dev/kvm")),
                 "it says {found:?}"
             );
             Ok(())
@@ -356,10 +356,10 @@ fn apply_bad_vms(cluster: &Installation) {
 fn await_ready_says(cluster: &Installation, object: &[&str], reason: &str, words: &str) {
     let what = format!("{object:?} to say {reason}: {words}");
     let said = cluster.lab().wait_for(&what, SAID_LIMIT, || {
-        let told = complaint(&cluster.lab().get(object)?, "Ready")?;
+        let message = complaint(&cluster.lab().get(object)?, "Ready")?;
         ensure!(
-            told.starts_with(&format!("{reason}: ")) && told.contains(words),
-            "it says {told}"
+            message.starts_with(&format!("{reason}: ")) && message.contains(words),
+            "it says {message}"
         );
         Ok(())
     });
@@ -370,8 +370,11 @@ fn await_refusal(cluster: &Installation, migration: &str, reason: &str) {
     let what = format!("migration {migration} to be refused as {reason}");
     let said = cluster.lab().wait_for(&what, SAID_LIMIT, || {
         let object = cluster.lab().get(&["vmmig", migration, "-n", NAMESPACE])?;
-        let told = complaint(&object, "Complete")?;
-        ensure!(told.starts_with(&format!("{reason}: ")), "it says {told}");
+        let message = complaint(&object, "Complete")?;
+        ensure!(
+            message.starts_with(&format!("{reason}: ")),
+            "it says {message}"
+        );
         ensure!(
             object["status"]["phase"] == "Failed",
             "{}",

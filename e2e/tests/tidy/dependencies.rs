@@ -22,7 +22,7 @@ const EFFECTS: &[&str] = &[
     "kvm-bindings",
     "hyper",
 ];
-/// The bytes on the disk are known to `bascule-volume` and to who starts it, to nobody else.
+/// Only `bascule-volume` and the crate that starts it may know the on-disk format.
 const FORMAT: &[&str] = &["bascule-volume-format", "bascule-volume-protocol"];
 
 const RULES: &[Rule] = &[

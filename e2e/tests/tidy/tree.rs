@@ -51,7 +51,6 @@ impl Tree {
             .map(|(path, text)| (path.as_str(), text.as_str()))
     }
 
-    /// The Rust sources.
     pub(crate) fn sources(&self) -> impl Iterator<Item = (&str, &str)> {
         self.iter().filter(|(path, _)| path.ends_with(".rs"))
     }

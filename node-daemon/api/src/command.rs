@@ -1,4 +1,4 @@
-//! What the operator asks of a node.
+//! The commands that the operator sends to a node, and their outcomes.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -10,28 +10,29 @@ use bascule_types::{
 };
 use serde::{Deserialize, Serialize};
 
-/// One command. All are idempotent.
+/// One command. All are idempotent: the operator repeats a command whose outcome it does not know.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub enum Command {
-    /// Format a blank device as a SharedVolume, bound to the cluster, this node as its first.
-    /// Rejected when the device holds anything.
+    /// Format a blank device as a SharedVolume that is bound to the cluster. This node gets the first
+    /// slot. Rejected when the device holds data.
     FormatVolume {
         /// The device or file.
         backing: Backing,
-        /// The cluster it is bound to.
+        /// The cluster that the volume is bound to.
         cluster: ClusterId,
         /// Timing, fencing, extent size.
         options: FormatOptions,
     },
-    /// Attach a volume: start its `bascule-volume`, join it.
+    /// Attach a volume: start its `bascule-volume`, which claims this node's slot.
     AttachVolume {
         /// The SharedVolume's name.
         name: String,
         /// The device or file on this node.
         backing: Backing,
-        /// The volume that must be there, once it is known.
+        /// The identity that the superblock must have; none before the operator knows it.
         volume: Option<VolumeId>,
-        /// The cluster that it must be bound to.
+        /// The cluster that the volume must be bound to.
         cluster: ClusterId,
     },
     /// Detach a volume on which no VM of this node has an open writer.
@@ -39,11 +40,10 @@ pub enum Command {
         /// The SharedVolume's name.
         name: String,
     },
-    /// Ask for a metadata change through this node's `bascule-volume`.
+    /// Request a metadata change through this node's `bascule-volume`.
     Change {
         /// The SharedVolume's name.
         volume: String,
-        /// The change.
         change: Change,
     },
     /// All rows of a volume.
@@ -51,28 +51,27 @@ pub enum Command {
         /// The SharedVolume's name.
         volume: String,
     },
-    /// Fill a disk that is being imported, as the row's owner; the report tells how it goes.
+    /// Fill a disk that is being imported, as the VM's owner. [`crate::report::ImportReport`] has
+    /// the progress.
     Import {
         /// The SharedVolume's name.
         volume: String,
-        /// The VM, whose row this node owns.
+        /// The VM that the disk belongs to; this node owns it.
         vm: VmUid,
         /// This node's slot and generation.
         owner: Owner,
-        /// The row's epoch.
+        /// The epoch of that ownership.
         epoch: Epoch,
-        /// The disk.
         disk: DiskId,
-        /// Where its contents come from.
+        /// Where the disk's contents come from.
         source: ImportSource,
     },
     /// Start a VM that this node owns.
     StartVm {
-        /// The VM.
         spec: VmSpec,
         /// This node's slot and generation.
         owner: Owner,
-        /// The row's epoch.
+        /// The epoch of that ownership.
         epoch: Epoch,
         /// Restore the guest from the volume's saved state, instead of booting it.
         restore: bool,
@@ -80,102 +79,80 @@ pub enum Command {
     /// Build a VM completely and wait for its live migration. Answered with
     /// [`Outcome::Listening`].
     PrepareIncoming {
-        /// The VM.
         spec: VmSpec,
-        /// The attempt that may come in.
+        /// The attempt to accept; a stream of any other attempt is refused.
         attempt: AttemptId,
-        /// This node's slot and generation: who will own the row.
+        /// This node's slot and generation, the owner after the migration.
         owner: Owner,
-        /// The epoch of the source.
+        /// The epoch in which the source owns the VM.
         epoch: Epoch,
     },
-    /// Move a VM of this node live.
+    /// Migrate a VM of this node live.
     MigrateLive {
-        /// The VM.
         vm: VmUid,
-        /// The attempt.
         attempt: AttemptId,
         /// Where the destination listens.
         peer: SocketAddr,
-        /// Who will own the row.
+        /// The destination's slot and generation, the owner after the migration.
         to: Owner,
-        /// Limits.
+        /// Downtime, total time and bandwidth.
         limits: MigrationLimits,
     },
-    /// Save a VM of this node to its volume and transfer (or release) its row.
+    /// Save a VM of this node to its volume and transfer (or release) its ownership.
     MigrateQuick {
-        /// The VM.
         vm: VmUid,
-        /// The attempt.
         attempt: AttemptId,
-        /// Who will own the row; none to release it.
+        /// The next owner; none to release the ownership.
         to: Option<Owner>,
     },
-    /// Give a migration up, if its commit request has not been sent.
-    CancelMigration {
-        /// The VM.
-        vm: VmUid,
-        /// The attempt.
-        attempt: AttemptId,
-    },
-    /// Press the guest's power button.
-    PowerButton {
-        /// The VM.
-        vm: VmUid,
-    },
-    /// Stop the guest now and release its row.
-    StopVm {
-        /// The VM.
-        vm: VmUid,
-    },
-    /// Forget a VM process that is stopped or departed, or that waits for an attempt that will not
-    /// come.
+    /// Cancel a migration whose commit request has not been sent.
+    CancelMigration { vm: VmUid, attempt: AttemptId },
+    /// Press the guest's ACPI power button.
+    PowerButton { vm: VmUid },
+    /// Stop the guest now and release its ownership.
+    StopVm { vm: VmUid },
+    /// Remove a VM process that is stopped or departed, or that waits for an attempt that was given
+    /// up, together with its run directory and tap devices.
     CollectVm {
-        /// The VM.
         vm: VmUid,
-        /// The process, as reported, so that a newer one is not collected in its place.
+        /// The reported process id, so that a newer process of the same VM is not removed.
         pid: u32,
     },
-    /// End the hold process of a reservation pod, whose VM has left this node.
+    /// End the hold process of a reservation pod whose VM has left this node.
     EndReservation {
         /// The pod's UID.
         pod_uid: String,
     },
 }
 
-/// What became of a command.
+/// The outcome of a command.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub enum Outcome {
-    /// Done, or begun where the report tells the rest.
+    /// Done; or begun, and the node's reports have the progress.
     Done,
     /// The volume granted the change.
     Granted(Answer),
     /// The volume refused the change; nothing was altered.
     Refused(Refusal),
-    /// Nobody knows yet whether the change happened: ask the same again.
+    /// No coordinator answered, so the change may have happened: repeat the same request.
     Unknown,
-    /// The rows asked for.
+    /// To [`Command::Rows`].
     Rows(Rows),
     /// The new volume's identity.
-    Formatted {
-        /// The volume.
-        volume: VolumeId,
-    },
+    Formatted { volume: VolumeId },
     /// Where the incoming VM listens.
-    Listening {
-        /// The address.
-        address: SocketAddr,
-    },
-    /// The node cannot do it, and why, in words for a person. Nothing was changed.
+    Listening { address: SocketAddr },
+    /// The node cannot execute the command. Nothing was changed.
     Rejected {
-        /// For programs.
+        /// For the operator's decisions.
         reason: RejectReason,
-        /// For people; names the field or device.
+        /// For users; names the field or device and says what to do.
         message: String,
     },
 }
 
-/// Why a node cannot do what it was asked.
+/// Why a node cannot execute a command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum RejectReason {
     /// `/dev/kvm` is missing or cannot be used.
@@ -184,7 +161,7 @@ pub enum RejectReason {
     BridgeUnavailable,
     /// No such backing device, or it cannot be opened.
     DeviceUnavailable,
-    /// The device holds something else than the expected volume.
+    /// The device holds another volume than the expected one, or none.
     WrongVolume,
     /// The device holds data and is not formatted.
     NotBlank,
@@ -196,37 +173,37 @@ pub enum RejectReason {
     VolumeNotAttached,
     /// The VM does not run on this node.
     VmNotHere,
-    /// The VM is not in a state for this.
+    /// The VM's state does not allow the command.
     WrongState,
     /// The source is not on the administrator's allow-list.
     SourceNotAllowed,
-    /// The process that should do it does not answer.
+    /// The process that would execute the command does not respond.
     ProcessUnresponsive,
-    /// Anything else.
+    /// Any other failure; the message says which.
     Failed,
 }
 
-/// What backs a volume on a node.
+/// The device or file that a volume is stored on, as one node reaches it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub enum Backing {
     /// A block device, by a stable path.
     Device {
         /// The path, `/dev/disk/by-id/…`.
         path: PathBuf,
     },
-    /// A file on one host, or a lab's: never called protected.
+    /// A file, for one host or a lab. VMs on it are never reported as protected.
     File {
-        /// The path.
         path: PathBuf,
-        /// Its size when it is created by a format.
+        /// The size with which a format creates the file.
         size: Option<Bytes>,
     },
 }
 
-/// How a volume is formatted. Times in milliseconds; none takes the format's default.
+/// How a volume is formatted. Times are in milliseconds; `None` takes the format's default.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct FormatOptions {
-    /// The fencing mode.
     pub fencing: FencingMode,
     /// Lease length L.
     pub lease_ms: Option<u64>,
@@ -238,10 +215,10 @@ pub struct FormatOptions {
     pub settle_ms: Option<u64>,
     /// Extent size.
     pub extent: Option<Bytes>,
-    /// Let the kernel's software watchdog count as one.
+    /// Accept the kernel's software watchdog (softdog) for [`FencingMode::Watchdog`].
     #[serde(default)]
     pub allow_software_watchdog: bool,
-    /// Let the out-of-service taint count as an administrator's fencing confirmation.
+    /// Accept the Node's out-of-service taint as a manual fencing confirmation.
     #[serde(default)]
     pub allow_out_of_service_taint: bool,
 }
@@ -265,12 +242,12 @@ impl FormatOptions {
 
 /// Where a disk's contents come from.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub enum ImportSource {
     /// Nothing: the disk reads as zeroes.
     Blank,
     /// A file by http or https.
     Http {
-        /// The URL.
         url: String,
         /// SHA-256 of the file, 64 hex digits.
         sha256: String,
@@ -282,47 +259,46 @@ pub enum ImportSource {
     },
 }
 
-/// A VM as a node needs it: intent, resolved by the operator as far as it can be off the node.
+/// A VM's spec as the operator sends it: disks are resolved to names on the volume, networks are
+/// still the administrator's names, which only the node can resolve to bridges.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct VmSpec {
-    /// The VM.
     pub uid: VmUid,
-    /// Its namespace.
     pub namespace: String,
-    /// Its name.
     pub name: String,
-    /// The SharedVolume that is its home.
+    /// The name of the home volume.
     pub volume: String,
-    /// Virtual CPUs.
+    /// The number of virtual CPUs.
     pub cpus: u8,
     /// Guest RAM.
     pub memory: Bytes,
-    /// The kernel's disk row, `<namespace>/<disk>`.
+    /// The kernel's name on the volume, `<namespace>/<disk>`.
     pub kernel: String,
-    /// The initial RAM disk's.
+    /// The initial RAM disk's name on the volume.
     pub initrd: Option<String>,
     /// The kernel command line.
     pub cmdline: String,
-    /// The disks, in order: the name in the spec, and the row's name.
+    /// The disks, in the order of their PCI slots.
     pub disks: Vec<DiskRef>,
-    /// The interfaces, in order.
+    /// The interfaces, in the order of their PCI slots.
     pub interfaces: Vec<Interface>,
 }
 
-/// A disk of a VM.
+/// A disk in a VM's spec.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskRef {
     /// The name in the spec.
     pub name: String,
-    /// The row's name.
+    /// The name on the volume, `<namespace>/<disk>`.
     pub row: String,
 }
 
-/// A network interface of a VM.
+/// A network interface in a VM's spec.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct Interface {
     /// The administrator's name of a network, which the node resolves to a bridge.
     pub network: String,
-    /// The MAC address.
     pub mac: [u8; 6],
 }

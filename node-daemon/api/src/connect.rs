@@ -1,10 +1,10 @@
-//! Connecting in bounded time.
+//! Connecting to a gRPC peer within a time limit.
 
 use std::time::Duration;
 
 use tonic::transport::{Channel, Endpoint};
 
-/// Why there is no connection.
+/// Why a connection could not be made.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ConnectError {
@@ -36,15 +36,16 @@ mod tests {
 
     use super::*;
 
-    /// A node was reset between TCP and TLS, and the operator never asked for it again.
+    /// A node was reset between the TCP and the TLS handshake, and the operator waited without limit,
+    /// so it never connected to that node again.
     #[tokio::test]
     async fn a_peer_that_never_agrees_on_tls_is_given_up() {
-        // The kernel accepts for it.
+        // The kernel completes the TCP handshake; no TLS handshake follows.
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let endpoint = Endpoint::from_shared(format!("https://{address}"))
             .unwrap()
-            .tls_config(ClientTlsConfig::new().domain_name("nobody"))
+            .tls_config(ClientTlsConfig::new().domain_name("unreachable"))
             .unwrap();
         let limit = Duration::from_millis(100);
         let connecting = connect(&endpoint, limit);

@@ -1,8 +1,8 @@
 //! The gRPC API between operator and nodes.
 //!
-//! [`proto`] is the envelope (services, versions); [`command`] and [`report`] are what is said.
-//! The node executes commands; it decides nothing. Whether a command is safe is decided by the
-//! volume (ownership rows, leases), never by the order in which commands arrive.
+//! [`proto`] is the envelope (services, versions); [`command`] and [`report`] are its contents.
+//! The node executes commands and decides nothing. The volume decides whether a command is safe (by
+//! ownership and leases), never the order in which commands arrive.
 #![forbid(unsafe_code)]
 
 pub mod command;
@@ -30,11 +30,11 @@ pub const VERSION: u32 = 1;
 pub const VERSION_MIN: u32 = 1;
 /// The TCP port of `bascule-node`'s gRPC API.
 pub const NODE_PORT: u16 = 7410;
-/// The TCP port of the operator's Join service.
+/// The TCP port of the operator's Join service (node enrollment).
 pub const JOIN_PORT: u16 = 7409;
 /// The first TCP port of the `bascule-volume` processes, one for each attached volume.
 pub const VOLUME_PORT_FIRST: u16 = 7420;
-/// The audience of the projected token.
+/// The audience of the service account token that `bascule-node` enrolls with.
 pub const TOKEN_AUDIENCE: &str = "bascule.dev";
 
 /// The version that both sides speak: the lower of the two highest, or none.

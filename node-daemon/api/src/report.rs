@@ -1,28 +1,26 @@
-//! What a node reports.
+//! The report that a node streams to the operator: once per second, and after each change.
 
 use bascule_ipc::vm::VmStatus;
 use bascule_ipc::volume::VolumeStatus;
 use bascule_types::{Bytes, DiskId, NodeUid};
 use serde::{Deserialize, Serialize};
 
-/// Everything the operator learns from one node. Each report replaces the one before.
+/// One node's complete state as the operator sees it. Each report replaces the one before.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct NodeReport {
-    /// The node.
     pub node: NodeUid,
-    /// Its name.
     pub name: String,
     /// The release of `bascule-node`.
     pub release: String,
-    /// The kernel's boot id: another one is another boot.
+    /// The kernel's boot id (`/proc/sys/kernel/random/boot_id`), which changes with every boot.
     pub boot_id: String,
     /// Why no VM can run here; none when KVM works.
     pub kvm_error: Option<String>,
-    /// The volumes that were attached here.
+    /// The attached volumes.
     pub volumes: Vec<VolumeReport>,
-    /// The VM processes.
     pub vms: Vec<VmReport>,
-    /// Imports, finished ones until their disk has left `importing`.
+    /// The imports; a finished one is listed until its disk's `importing` flag is cleared.
     pub imports: Vec<ImportReport>,
 }
 
@@ -31,7 +29,7 @@ pub struct NodeReport {
 pub struct VolumeReport {
     /// The SharedVolume's name.
     pub name: String,
-    /// Its state, or why its process gives none.
+    /// The status that `bascule-volume` gave, or why it gave none.
     pub status: Result<VolumeStatus, String>,
 }
 
@@ -40,9 +38,9 @@ pub struct VolumeReport {
 pub struct VmReport {
     /// `<namespace>/<name>`.
     pub name: String,
-    /// The SharedVolume that is its home.
+    /// The name of the home volume.
     pub volume: String,
-    /// Its status; the last one known when the process does not answer or has ended.
+    /// The process's status; the last known one when it does not respond or has ended.
     pub status: VmStatus,
     /// Whether the process exists.
     pub alive: bool,
@@ -52,32 +50,32 @@ pub struct VmReport {
 
 /// One import.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct ImportReport {
     /// The SharedVolume's name.
     pub volume: String,
-    /// The disk.
     pub disk: DiskId,
     /// Bytes written.
     pub written: Bytes,
-    /// Bytes in all, when known.
+    /// The total number of bytes, when the source announces it.
     pub total: Option<Bytes>,
-    /// Where it stands.
+    /// Whether the import runs, is complete or has failed.
     pub state: ImportState,
 }
 
-/// Where an import stands.
+/// The state of an import.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ImportState {
-    /// Going on.
+    /// The import process runs.
     Running,
-    /// Written, flushed, its hash checked.
+    /// The contents are written and flushed, and their hash is verified.
     Complete {
         /// The contents' true length.
         length: Bytes,
     },
-    /// Failed; names the source.
+    /// The import failed and can be requested again.
     Failed {
-        /// Why.
+        /// The cause; names the source.
         message: String,
     },
 }

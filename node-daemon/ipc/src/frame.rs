@@ -16,9 +16,9 @@ use serde::de::DeserializeOwned;
 
 use crate::Hello;
 
-/// The longest JSON document. A disk of 16 TiB in scattered 1 GiB runs needs a tenth of it.
+/// The longest JSON document in bytes. A disk of 16 TiB in scattered runs of 1 GiB needs a tenth.
 pub const FRAME_BYTES_MAX: usize = 8 << 20;
-/// The most file descriptors with one frame: device, gate page, and room.
+/// The most file descriptors in one frame. [`crate::volume::Response::Opened`] sends two.
 pub const FRAME_FDS_MAX: usize = 8;
 
 /// One end of a local connection whose [`Hello`]s have been exchanged.
@@ -28,7 +28,7 @@ pub struct Connection {
     version: u32,
 }
 
-/// A failure on a local connection. The connection is of no more use.
+/// A failure on a local connection, which cannot be used any further.
 #[derive(Debug, thiserror::Error)]
 pub enum IpcError {
     /// The peer closed the connection between two frames.
@@ -37,13 +37,13 @@ pub enum IpcError {
     /// The socket failed or timed out.
     #[error("local socket: {what}")]
     Io {
-        /// What was being done.
+        /// The failed operation.
         what: &'static str,
-        /// Why it failed.
+        /// The error of the system call.
         #[source]
         source: io::Error,
     },
-    /// The peer announced a longer frame than allowed.
+    /// The peer announced a frame longer than [`FRAME_BYTES_MAX`].
     #[error("a frame of {length} bytes exceeds the limit of {FRAME_BYTES_MAX}")]
     TooLong {
         /// The announced length in bytes.
@@ -55,17 +55,17 @@ pub enum IpcError {
     /// No common protocol version.
     #[error("no common protocol version: ours {ours:?}, theirs {theirs:?}")]
     Version {
-        /// What this side speaks.
+        /// The versions that this side speaks.
         ours: Hello,
-        /// What the peer speaks.
+        /// The versions that the peer speaks.
         theirs: Hello,
     },
 }
 
-/// What a caller may branch on.
+/// The class of an [`IpcError`], by which a caller decides whether to retry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// The peer is not there or went away: a retry may help.
+    /// The peer does not listen, or closed the connection: a retry may help.
     Gone,
     /// No answer within the time limit.
     TimedOut,
@@ -74,7 +74,7 @@ pub enum Kind {
 }
 
 impl IpcError {
-    /// What a caller may branch on.
+    /// The class of this error.
     #[must_use]
     pub fn kind(&self) -> Kind {
         match self {
@@ -117,7 +117,7 @@ impl Connection {
         self.version
     }
 
-    /// Checks that the peer knows what was new in `version`.
+    /// Checks that the peer speaks at least `version`.
     ///
     /// # Errors
     /// [`IpcError::Version`].
@@ -139,8 +139,8 @@ impl Connection {
         })
     }
 
-    /// Bounds each later send and receive; `None` waits for as long as it takes (a server between
-    /// two requests).
+    /// Bounds each later send and receive; `None` waits without a limit (a server between two
+    /// requests).
     ///
     /// # Errors
     /// [`IpcError::Io`].
@@ -332,7 +332,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_newer_than_the_peer_is_refused_before_it_is_sent() {
+    fn a_request_that_is_newer_than_the_peer_is_refused_before_it_is_sent() {
         let (mut ours, peer) = pair();
         ours.require(2).unwrap();
         ours.version = 1;

@@ -2,11 +2,11 @@
 //!
 //! # Constraints
 //! - A running `bascule-vm` lives for months: every release talks to the previous two. Messages are
-//!   JSON, so that a field may be added (with a serde default) without breaking an older reader; a
-//!   message is never given another meaning. [`Hello`] comes first in each direction.
-//! - The peer is on the same host and has the same or fewer rights; lengths are bounded all the same
+//!   JSON, so that a field may be added (with a serde default) without breaking an older reader; the
+//!   meaning of a message never changes. [`Hello`] comes first in each direction.
+//! - The peer is on the same host and has the same or fewer rights. Lengths are bounded nevertheless
 //!   (I7).
-//! - A client sends one request and awaits its answer; nothing else is ever in flight.
+//! - A client sends one request and awaits its answer; at most one request is in flight.
 //!
 //! | socket | server | clients | messages |
 //! |---|---|---|---|
@@ -22,7 +22,7 @@
 //!
 //! File descriptors travel as `SCM_RIGHTS` with the length word, at most [`FRAME_FDS_MAX`] of them.
 //!
-//! What they share as files is the node's certificate: [`tls`].
+//! [`tls`] is the node's certificate, which these processes share as files.
 #![forbid(unsafe_code)]
 
 mod frame;
@@ -37,7 +37,7 @@ pub use frame::{Connection, FRAME_BYTES_MAX, FRAME_FDS_MAX, IpcError, Kind};
 
 use serde::{Deserialize, Serialize};
 
-/// The first message of either side: which protocol version it speaks.
+/// The first message of either side: the protocol versions that it speaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hello {
     /// The highest version that the sender speaks.
@@ -47,7 +47,7 @@ pub struct Hello {
 }
 
 impl Hello {
-    /// What this release says.
+    /// The versions that this release speaks.
     ///
     /// | version | new |
     /// |---|---|

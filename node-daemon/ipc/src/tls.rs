@@ -1,18 +1,19 @@
 //! The node's TLS identity, as files that `bascule-node` writes and every process of the node reads.
 //!
 //! # Constraints
-//! - It is renewed while others read it, and whoever writes it may be killed between any two steps.
-//!   A key with another's certificate can neither serve nor ask.
+//! - The identity is renewed while other processes read it, and its writer may be killed between any
+//!   two steps. A key with the certificate of another key can be used neither by a server nor by a
+//!   client.
 //!
 //! # Layout
-//! | file | what is in it, PEM |
+//! | file | contents, PEM |
 //! |---|---|
 //! | [`BUNDLE`] | the private key, the node's certificate, the authority's certificates |
-//! | [`KEY`], [`CERTIFICATE`], [`AUTHORITIES`] | the same three, one file each: the layout before |
+//! | [`KEY`], [`CERTIFICATE`], [`AUTHORITIES`] | the same three in a file each, the layout of earlier releases |
 //!
 //! # Guarantees
-//! One file is replaced by one rename, and read at once: it is the old identity or the new one. The
-//! three files, which cannot promise that, are read only where there is no bundle yet.
+//! The bundle is replaced by one rename and read in one go, so a reader gets the old identity or the
+//! new one. The three files have no such guarantee; they are read only where there is no bundle.
 
 use std::fs;
 use std::io;
@@ -29,39 +30,38 @@ pub const AUTHORITIES: &str = "ca.crt";
 
 /// A node's identity, PEM.
 #[derive(Clone, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct TlsIdentity {
-    /// The private key.
     pub key: String,
     /// The node's certificate.
     pub certificate: String,
-    /// The certificates that a peer's is checked against: usually one.
+    /// The authorities' certificates under which a peer's certificate is verified, usually one.
     pub authorities: String,
 }
 
-/// There is no identity to be had from a folder.
+/// A folder holds no usable TLS identity.
 #[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub enum TlsFilesError {
     /// A file cannot be read.
     #[error("read {path}")]
     Io {
-        /// The file.
         path: PathBuf,
-        /// Why.
+        /// The error of the system call.
         #[source]
         source: io::Error,
     },
-    /// A bundle is not what it should be.
+    /// A bundle is incomplete.
     #[error("{path} holds no {what}")]
     Lacks {
-        /// The file.
         path: PathBuf,
-        /// What is missing.
+        /// The missing part.
         what: &'static str,
     },
 }
 
 impl TlsIdentity {
-    /// Reads the identity in `folder`, in whichever layout.
+    /// Reads the identity in `folder`: the bundle, or else the three files.
     ///
     /// # Errors
     /// [`TlsFilesError`], which names the file.
@@ -100,10 +100,10 @@ impl TlsIdentity {
         text
     }
 
-    /// What is in a bundle; otherwise what it lacks.
+    /// Parses a bundle.
     ///
     /// # Errors
-    /// The name of the first thing that is missing.
+    /// The name of the first missing part.
     pub fn from_bundle(text: &str) -> Result<Self, &'static str> {
         let (keys, mut certificates): (Vec<_>, Vec<_>) = blocks(text)
             .into_iter()
@@ -121,7 +121,7 @@ impl TlsIdentity {
     }
 }
 
-/// The key stays out of logs.
+/// Leaves the private key out, so that it does not get into logs.
 impl std::fmt::Debug for TlsIdentity {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("TlsIdentity")

@@ -1,4 +1,5 @@
-//! `vm.sock`: what `bascule-node` asks of a `bascule-vm`, and the configuration it starts it with.
+//! `vm.sock`: the requests of `bascule-node` to a `bascule-vm`, and the configuration that it starts the
+//! process with.
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
@@ -6,31 +7,31 @@ use std::path::PathBuf;
 use bascule_types::{AttemptId, Bytes, Epoch, Owner, VmUid};
 use serde::{Deserialize, Serialize};
 
-/// What a `bascule-vm` is started with, in `config.json`. Everything is resolved: names have become
-/// paths and numbers, the row is already owned (unless the VM is incoming).
+/// The configuration of a `bascule-vm`, which `bascule-node` writes to `config.json`. Names are
+/// resolved to paths and numbers, and this node already owns the VM, unless the VM is incoming.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct VmConfig {
-    /// Format version of this document; [`VmConfig::VERSION`].
+    /// The format version of this document, [`VmConfig::VERSION`].
     pub version: u32,
-    /// The VM.
     pub uid: VmUid,
     /// `<namespace>/<name>`.
     pub name: String,
-    /// Virtual CPUs.
+    /// The number of virtual CPUs.
     pub cpus: u8,
     /// Guest RAM.
     pub memory: Bytes,
-    /// What it boots.
+    /// The kernel, initrd and command line.
     pub boot: Boot,
-    /// Its disks, in the order of their PCI slots.
+    /// The disks, in the order of their PCI slots.
     pub disks: Vec<DiskConfig>,
-    /// Its network interfaces, in the order of their PCI slots.
+    /// The network interfaces, in the order of their PCI slots.
     pub interfaces: Vec<InterfaceConfig>,
-    /// The volume that is its home; none only for a VM without any (embedded mode, tests).
+    /// The home volume; none only for a VM whose disks are files (tests).
     pub home: Option<Home>,
-    /// How it begins.
+    /// Boot, restore or wait for a migration.
     pub start: StartMode,
-    /// The folder of the node's identity ([`crate::tls`]), for migration streams.
+    /// The folder of the node's TLS identity ([`crate::tls`]), for migration streams.
     pub tls_dir: Option<PathBuf>,
 }
 
@@ -39,22 +40,21 @@ impl VmConfig {
     pub const VERSION: u32 = 1;
 }
 
-/// The volume a VM lives on.
+/// A VM's home volume, and the ownership in which the process writes to it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Home {
-    /// The socket of the node's `bascule-volume` for it.
+    /// The socket of the node's `bascule-volume` process for the volume.
     pub socket: PathBuf,
-    /// The tenure that this process runs under; for an incoming VM the slot and generation that it
-    /// will have, and the epoch is the source's.
+    /// This node's slot and generation; for an incoming VM, the owner after the migration.
     pub owner: Owner,
-    /// Its epoch.
+    /// The epoch of the ownership; for an incoming VM, the source's epoch.
     pub epoch: Epoch,
 }
 
-/// What a VM boots.
+/// The boot images and the command line of a VM.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Boot {
-    /// The kernel: bzImage, or ELF with a PVH note.
+    /// The kernel: a bzImage, or an ELF file with a PVH note.
     pub kernel: ImageSource,
     /// The initial RAM disk.
     pub initrd: Option<ImageSource>,
@@ -62,19 +62,17 @@ pub struct Boot {
     pub cmdline: String,
 }
 
-/// Where an image is.
+/// The location of a boot image.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub enum ImageSource {
-    /// A disk row of the VM on its home volume, whose size is the image's length.
+    /// A disk of the VM on its home volume, whose size is the image's length.
     Volume {
-        /// The row's name, `<namespace>/<disk>`.
+        /// The disk's name on the volume, `<namespace>/<disk>`.
         disk: String,
     },
     /// A file (a VM without a home).
-    File {
-        /// Its path.
-        path: PathBuf,
-    },
+    File { path: PathBuf },
 }
 
 /// One virtio-blk disk.
@@ -82,169 +80,163 @@ pub enum ImageSource {
 pub struct DiskConfig {
     /// The name in the VM's spec; the guest sees a serial number made from it.
     pub name: String,
-    /// Where its blocks are.
+    /// Where the disk's blocks are.
     pub source: DiskSource,
 }
 
-/// Where a disk's blocks are.
+/// The location of a disk's blocks.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub enum DiskSource {
-    /// A disk row of the home volume, by its name `<namespace>/<disk>`.
+    /// A disk of the home volume.
     Volume {
-        /// The row's name.
+        /// The disk's name on the volume, `<namespace>/<disk>`.
         disk: String,
     },
     /// A file (a VM without a home).
     File {
-        /// Its path.
         path: PathBuf,
-        /// Whether the guest may only read.
+        /// Whether the device offers `VIRTIO_BLK_F_RO`.
         read_only: bool,
     },
 }
 
 /// One virtio-net interface.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct InterfaceConfig {
-    /// The tap device; it exists and is attached to its bridge.
+    /// The name of the tap device, which `bascule-node` has created and attached to its bridge.
     pub tap: String,
-    /// The MAC address.
     pub mac: [u8; 6],
-    /// The MTU of its bridge in bytes, which the guest is told; none when it is not known.
+    /// The MTU of its bridge in bytes, which the device announces to the guest; none when it is not known.
     #[serde(default)]
     pub mtu: Option<u16>,
 }
 
-/// How a `bascule-vm` begins.
+/// How the guest of a `bascule-vm` starts.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum StartMode {
-    /// Boot at once.
+    /// Boot the guest.
     Boot,
-    /// Wait for a live migration on this address; port 0 takes a free one ([`VmStatus::listening`]).
+    /// Wait for a live migration.
     Incoming {
-        /// The address to listen on.
+        /// The address to listen on; port 0 takes a free port ([`VmStatus::listening`]).
         listen: SocketAddr,
-        /// The attempt that may come in; any other is refused.
+        /// The attempt to accept; a stream of any other attempt is refused.
         attempt: AttemptId,
     },
-    /// Restore from the saved state on the home volume, and drop it when the guest runs.
+    /// Restore the guest from the saved state on the home volume, and delete the saved state when
+    /// the guest runs.
     Restore,
 }
 
 /// A request to a `bascule-vm`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub enum Request {
-    /// How the VM does.
+    /// The VM's state.
     Status,
-    /// What it is that the VM waits for at this moment. Since version 2.
+    /// The operation that the VM waits for at this moment. Since version 2.
     WaitsFor,
     /// Press the ACPI power button.
     PowerButton,
-    /// Stop the guest now, drain its devices, release the row. Answered when that is done, or, when
-    /// a device or the volume takes long, when it has begun: [`Request::WaitsFor`] then tells more.
+    /// Stop the guest now, drain its devices and release the ownership. Answered when that is done,
+    /// or, when a device or the volume takes long, when it has begun: [`Request::WaitsFor`] then
+    /// names the pending operation.
     Stop,
-    /// Pause the guest. Answered as [`Request::Stop`] is.
+    /// Pause the guest. Answered at the same times as [`Request::Stop`].
     Pause,
-    /// Let a paused guest go on.
+    /// Resume a paused guest.
     Resume,
-    /// Move live to another node. Answered at once; [`VmStatus::migration`] tells how it goes.
+    /// Migrate live to another node. Answered at once; [`VmStatus::migration`] has the progress.
     MigrateLive {
-        /// The attempt.
         attempt: AttemptId,
-        /// The destination's `bascule-vm`.
+        /// The address at which the destination's `bascule-vm` listens.
         peer: SocketAddr,
-        /// Who will own the VM there.
+        /// The destination's slot and generation, the owner after the migration.
         to: Owner,
-        /// Limits.
+        /// Downtime, total time and bandwidth.
         limits: MigrationLimits,
     },
-    /// Save RAM and state to the volume and transfer the row (or release it, without `to`).
-    /// Answered at once.
+    /// Save RAM and device state to the volume and transfer the ownership (or release it, without
+    /// `to`). Answered at once.
     MigrateQuick {
-        /// The attempt.
         attempt: AttemptId,
-        /// Who will own the VM; none to release it.
+        /// The next owner; none to release the ownership.
         to: Option<Owner>,
     },
-    /// Give a migration up, if its commit request has not been sent.
-    CancelMigration {
-        /// The attempt.
-        attempt: AttemptId,
-    },
+    /// Cancel a migration whose commit request has not been sent.
+    CancelMigration { attempt: AttemptId },
     /// Announce the guest's interfaces again (RARP and gratuitous ARP).
     Announce,
-    /// The guest's serial console: the answer carries one end of a socket pair, which is a stream
-    /// of raw bytes in both directions. A later one takes over from an earlier one.
+    /// Attach to the guest's serial console: the answer carries one end of a socket pair, which is
+    /// a stream of raw bytes in both directions. A new console detaches the one before.
     Console,
-    /// End the process; refused unless the VM is stopped, departed, or never ran.
+    /// End the process; refused unless the VM is stopped or departed, or never ran.
     Exit,
 }
 
 /// The answer to a [`Request`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub enum Response {
     /// To [`Request::Status`].
     Status(Box<VmStatus>),
-    /// To [`Request::WaitsFor`], in words for a person; none when it waits for nothing.
+    /// To [`Request::WaitsFor`], for error messages; none when the VM waits for nothing.
     WaitsFor(Option<String>),
-    /// Begun, or done.
+    /// The request is begun, or done.
     Accepted,
-    /// Not possible now, and why, in words for a person. Nothing was changed.
-    Refused {
-        /// The reason.
-        reason: String,
-    },
+    /// Not possible now; the reason is for error messages. Nothing was changed.
+    Refused { reason: String },
 }
 
-/// How a VM does.
+/// The status of a VM process.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct VmStatus {
-    /// The VM.
     pub uid: VmUid,
     /// The release of this process.
     pub release: String,
-    /// The process.
     pub pid: u32,
-    /// Where it stands.
+    /// The state of the process and its guest.
     pub state: VmState,
-    /// The tenure it runs under.
+    /// The owner as which the process runs; none for a VM without a home volume.
     pub owner: Option<Owner>,
-    /// Its epoch.
+    /// The epoch of that ownership.
     pub epoch: Epoch,
-    /// Where an incoming VM listens.
+    /// The address at which an incoming VM listens.
     pub listening: Option<SocketAddr>,
-    /// The present or last migration.
+    /// The current or last migration.
     pub migration: Option<MigrationStatus>,
     /// Whether writes stall because the I/O gate is closed.
     pub io_stalled: bool,
-    /// Guest addresses, as far as known.
+    /// The guest's IP addresses, as far as known.
     pub addresses: Vec<IpAddr>,
 }
 
-/// What a process that ends leaves in `state.json` of its run directory: why it is or will soon be
-/// gone.
+/// The last state, which a process writes to `state.json` of its run directory before it ends.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct LastState {
-    /// The VM.
     pub uid: VmUid,
-    /// Where it stood.
+    /// The state at that time.
     pub state: VmState,
 }
 
-/// Where a VM process stands.
+/// The state of a VM process and its guest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum VmState {
-    /// Being built or restored.
+    /// The machine is being built or restored.
     Starting,
-    /// Waiting for, or receiving, a migration.
+    /// The process waits for a migration, or receives it.
     Incoming,
-    /// The guest runs.
+    /// The guest runs; its disk writes may stall ([`VmStatus::io_stalled`]).
     Running,
     /// The guest is paused on request or for a migration's last step.
     Paused,
     /// The commit request was sent and its outcome is not known yet: nothing runs here.
     InDoubt,
-    /// The guest runs on another node now. This process will never run it again.
+    /// The guest runs on another node. This process never runs it again.
     Departed,
     /// The guest is off.
     Stopped(StopReason),
@@ -253,32 +245,32 @@ pub enum VmState {
 /// Why a guest is off.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum StopReason {
-    /// It shut itself down.
+    /// The guest powered itself off.
     GuestShutdown,
-    /// It asked for a reset: the VM is to be started again.
+    /// The guest requested a reset: `bascule-node` starts the VM again.
     GuestReset,
-    /// It was told to.
+    /// [`Request::Stop`] was executed.
     Requested,
-    /// It did something no machine survives, such as a triple fault.
+    /// The guest caused a fault that ends a machine, such as a triple fault.
     GuestFault {
-        /// What.
+        /// The cause, for status messages.
         what: String,
     },
-    /// This process failed.
+    /// The VM process failed.
     Failed {
-        /// What.
+        /// The cause, for status messages.
         what: String,
     },
 }
 
-/// What a live migration may cost.
+/// The limits of a live migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MigrationLimits {
-    /// The guest is stopped only when the predicted blackout is at most this, in milliseconds.
+    /// The vCPUs are stopped only when the predicted downtime is at most this, in milliseconds.
     pub downtime_ms_max: u64,
-    /// A guest that has not converged after this has not converged, in milliseconds.
+    /// The time after which a migration that has not converged is given up, in milliseconds.
     pub total_ms_max: u64,
-    /// The most bytes a second; none for no cap.
+    /// The bandwidth limit in bytes per second; `None` for no limit.
     pub bytes_per_second_max: Option<u64>,
 }
 
@@ -292,46 +284,46 @@ impl Default for MigrationLimits {
     }
 }
 
-/// How a migration goes, or went.
+/// The progress of the current migration, or the result of the last one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct MigrationStatus {
-    /// The attempt.
     pub attempt: AttemptId,
-    /// Where it stands.
+    /// The current or last phase.
     pub phase: MigrationPhase,
     /// Pre-copy rounds begun.
     pub rounds: u32,
-    /// Bytes sent or received.
+    /// The bytes sent (source) or received (destination).
     pub bytes: Bytes,
-    /// Bytes of memory still to send.
+    /// The bytes of guest memory still to send.
     pub remaining: Bytes,
-    /// The blackout that the controller expects, in milliseconds.
+    /// The predicted downtime in milliseconds.
     pub downtime_ms_predicted: Option<u64>,
-    /// From stopping the source's vCPUs to running the destination's: only the destination's
-    /// process knows its end, so the source reports until the destination said that it runs.
+    /// The measured downtime in milliseconds, from stopping the source's vCPUs until the source
+    /// received the destination's message that its vCPUs run.
     pub downtime_ms: Option<u64>,
-    /// From the request to the end, in milliseconds.
+    /// The time from the request to the end, in milliseconds.
     pub total_ms: u64,
-    /// How long each phase took, in the order in which they came.
+    /// The duration of each phase in milliseconds, in order.
     pub timings: Vec<(MigrationPhase, u64)>,
-    /// Why it failed.
+    /// The cause of the failure.
     pub failure: Option<String>,
 }
 
 /// The phases of a migration, in order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum MigrationPhase {
-    /// Connecting, comparing configurations, building the destination.
+    /// Connecting and comparing configurations; the destination is built.
     Preparing,
     /// Memory is copied while the guest runs.
     PreCopy,
     /// The source is stopped; the last pages and the state are sent.
     Stopping,
-    /// The ownership transfer was asked for.
+    /// The ownership transfer has been requested.
     Committing,
     /// Done: the guest runs at the destination.
     Completed,
-    /// Given up before the commit request: the guest runs on at the source.
+    /// Cancelled before the commit request: the guest runs on at the source.
     Cancelled,
     /// Failed before the commit request: the guest runs on at the source.
     Failed,

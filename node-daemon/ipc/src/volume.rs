@@ -1,4 +1,4 @@
-//! `volume.sock`: what `bascule-node` and `bascule-vm` ask of a node's `bascule-volume`.
+//! `volume.sock`: the requests of `bascule-node` and `bascule-vm` to the node's `bascule-volume`.
 
 use std::net::SocketAddr;
 
@@ -10,54 +10,47 @@ use serde::{Deserialize, Serialize};
 
 /// A request to `bascule-volume`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub enum Request {
-    /// How this volume does, as this node sees it. Never waits for another node.
+    /// The volume's state, as this node sees it. Answered without waiting for another node.
     Status,
     /// All rows, from the coordinator and newer than every change acknowledged before the request.
     Rows,
-    /// A metadata change. `bascule-volume` forwards it to the coordinator, and asks again until a
-    /// coordinator answers or its time limit passes ([`Response::Unknown`]).
+    /// A metadata change. `bascule-volume` forwards it to the coordinator, and repeats it until a
+    /// coordinator answers or the time limit passes ([`Response::Unknown`]).
     Change(Change),
     /// What a `bascule-vm` needs to write a VM's disks. The answer carries two file descriptors:
     /// the device (read-write, `O_DIRECT` where the backing has it) and the gate page (read-only).
-    /// From now on the volume has an open writer, until [`Request::CloseVm`].
+    /// The volume has an open writer until [`Request::CloseVm`].
     OpenVm {
-        /// The VM.
         vm: VmUid,
-        /// The tenure the asker was started for; refused when the row says otherwise.
+        /// The ownership that the requester was started for; refused when the volume's metadata
+        /// has another one.
         owner: Owner,
-        /// Its epoch.
         epoch: Epoch,
-        /// The asker's process, so that the volume can tell a dead writer from a living one.
+        /// The requester's process id, by which `bascule-volume` detects that the writer has died.
         pid: u32,
     },
     /// What a migration's destination needs before it owns the VM: as [`Request::OpenVm`], but
     /// nothing may be written and no writer is open until `OpenVm` follows.
-    PeekVm {
-        /// The VM.
-        vm: VmUid,
-    },
+    PeekVm { vm: VmUid },
     /// The VM's gate is closed and every write it submitted has completed.
     CloseVm {
-        /// The VM.
         vm: VmUid,
-        /// The tenure.
         owner: Owner,
-        /// Its epoch.
         epoch: Epoch,
     },
-    /// A write or a flush of a disk failed: the volume is failed on this node until it was opened
-    /// anew and verified. Since version 2.
+    /// A write or a flush of a disk failed: the volume is failed on this node until it has been
+    /// opened again and verified. Since version 2.
     ReportFailure {
-        /// The VM.
         vm: VmUid,
-        /// What failed, in words for a person.
+        /// The failed operation and its error, for logs and status messages.
         what: String,
     },
 }
 
 impl Request {
-    /// The protocol version that knows this request first.
+    /// The protocol version in which this request was added.
     #[must_use]
     pub const fn since(&self) -> u32 {
         match self {
@@ -69,6 +62,7 @@ impl Request {
 
 /// The answer to a [`Request`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub enum Response {
     /// To [`Request::Status`].
     Status(VolumeStatus),
@@ -78,8 +72,8 @@ pub enum Response {
     Granted(Answer),
     /// The coordinator, or this process, refused; nothing was changed.
     Refused(Refusal),
-    /// No coordinator answered in time. The change may have happened or may still happen: ask the
-    /// same again.
+    /// No coordinator answered in time. The change may have happened or may still happen: repeat
+    /// the same request.
     Unknown,
     /// To [`Request::OpenVm`] and [`Request::PeekVm`].
     Opened(OpenedVm),
@@ -87,27 +81,24 @@ pub enum Response {
     Closed,
     /// To [`Request::ReportFailure`].
     Noted,
-    /// The volume cannot serve, and why, in words for a person.
-    Unavailable {
-        /// The reason.
-        reason: String,
-    },
+    /// The volume cannot serve the request; the reason is for status messages.
+    Unavailable { reason: String },
 }
 
-/// How a volume does, as one node sees it.
+/// A volume's state, as one node sees it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct VolumeStatus {
-    /// The volume.
     pub volume: VolumeId,
-    /// The cluster it is bound to.
+    /// The cluster that the volume is bound to.
     pub cluster: ClusterId,
-    /// How this node reaches it.
+    /// How this node reaches the volume.
     pub path: PathState,
-    /// The reason for a state other than [`PathState::Direct`], in words for a person.
+    /// The reason for a state other than [`PathState::Direct`], for status messages.
     pub reason: Option<String>,
     /// This node's slot and generation; none until it has joined.
     pub owner: Option<Owner>,
-    /// How long this node's lease is still valid, in milliseconds; 0 when it has lapsed.
+    /// The remaining validity of this node's lease in milliseconds; 0 when it has lapsed.
     pub lease_left_ms: u64,
     /// The coordinator's slot, as last seen.
     pub coordinator: Option<SlotId>,
@@ -115,24 +106,24 @@ pub struct VolumeStatus {
     pub coordinator_epoch: Epoch,
     /// Every registered slot, as this node sees its heartbeat.
     pub peers: Vec<PeerStatus>,
-    /// Size of the data area.
+    /// The size of the data area.
     pub capacity: Bytes,
-    /// Of it, allocated.
+    /// The allocated part of the data area.
     pub allocated: Bytes,
-    /// The fencing mode, as the superblock says.
+    /// The fencing mode in the superblock.
     pub fencing: FencingMode,
-    /// The time from a victim's silence to a proof, in milliseconds (T_safe).
+    /// The safe time in milliseconds: from a node's last observed heartbeat to its fence proof.
     pub safe_time_ms: u64,
-    /// Whether a watchdog resets this node when it cannot renew, and which.
+    /// The watchdog that resets this node when it cannot renew its lease.
     pub watchdog: WatchdogKind,
 }
 
-/// How a node reaches a volume. Redirected comes with redirected I/O.
+/// How a node reaches a volume.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum PathState {
     /// Reads and writes go to the device.
     Direct,
-    /// The gate is closed: guests stall, nothing is lost.
+    /// The gate is closed: guest writes stall and no data is lost.
     Paused,
     /// The device cannot be used.
     Unavailable,
@@ -143,18 +134,18 @@ pub enum PathState {
 pub enum FencingMode {
     /// A hardware watchdog resets a node that cannot renew its lease.
     Watchdog,
-    /// Nothing resets a node: only an administrator's fencing confirmation fences it.
+    /// Nothing resets a node: only a manual fencing confirmation fences it.
     LeaseOnly,
 }
 
 /// What kind of watchdog guards a node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum WatchdogKind {
-    /// A hardware timer.
+    /// A hardware timer, which works even when the kernel hangs.
     Hardware,
-    /// The kernel's software timer, explicitly allowed.
+    /// The kernel's software timer (softdog), which the volume's policy allows.
     Soft,
-    /// None.
+    /// No watchdog.
     None,
 }
 
@@ -163,13 +154,13 @@ pub enum WatchdogKind {
 pub struct PeerStatus {
     /// Slot and generation.
     pub owner: Owner,
-    /// The node that holds it.
+    /// The node that holds the slot.
     pub node: NodeUid,
-    /// Whether its heartbeat moved within the lease time.
+    /// Whether the slot's heartbeat changed within the lease time.
     pub alive: bool,
-    /// How long its heartbeat has not moved, in milliseconds, by this node's own clock.
-    pub silent_ms: u64,
-    /// Where its `bascule-volume` listens.
+    /// The time since this node saw the heartbeat change, in milliseconds of its own clock.
+    pub no_heartbeat_ms: u64,
+    /// The address at which the node's `bascule-volume` listens for peers.
     pub address: Option<SocketAddr>,
     /// Whether this (slot, generation) has a fence record.
     pub fenced: bool,
@@ -182,23 +173,23 @@ pub struct Rows {
     pub coordinator_epoch: Epoch,
     /// Every VM.
     pub vms: Vec<VmRow>,
-    /// Every disk, kept ones too.
+    /// Every disk, kept disks included.
     pub disks: Vec<DiskRow>,
     /// Saved states.
     pub saved: Vec<SavedStateRow>,
-    /// Who is fenced, and why that is certain.
+    /// The fenced owners with their fence proofs.
     #[serde(default)]
     pub fences: Vec<FenceRow>,
 }
 
 /// What a VM process needs to reach its disks.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct OpenedVm {
-    /// The row.
     pub row: VmRow,
-    /// Its disks, kernel and initrd.
+    /// The VM's disks, kernel and initrd.
     pub disks: Vec<DiskRow>,
-    /// Its saved state, if there is one.
+    /// The VM's saved state, if there is one.
     pub saved: Option<SavedStateRow>,
     /// The device's logical block size in bytes: the alignment of direct I/O.
     pub block_bytes: u32,

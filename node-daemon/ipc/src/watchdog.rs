@@ -9,44 +9,39 @@ use crate::volume::WatchdogKind;
 
 /// A request to `bascule-watchdog`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub enum Request {
-    /// Which watchdog there is.
+    /// The watchdog's kind, timeout and enlisted volumes.
     Status,
-    /// This volume has an open writer: pet only while the lease in its gate page is valid.
-    /// Idempotent; outlives the connection.
+    /// This volume has an open writer: pet the device only while the lease in its gate page is valid.
+    /// Idempotent; stays in force after the connection ends.
     Enlist {
-        /// The volume.
         volume: VolumeId,
-        /// The file of its gate page.
+        /// The file of the volume's gate page.
         gate_page: PathBuf,
     },
     /// The volume's gates are closed and every submitted write has completed: its lease may lapse
     /// without a reset.
-    Withdraw {
-        /// The volume.
-        volume: VolumeId,
-    },
-    /// Disarm the device and end: no volume is enlisted, and Bascule leaves this node. Refused
-    /// while one is.
+    Withdraw { volume: VolumeId },
+    /// Disarm the device and end the process, because Bascule is removed from this node. Refused
+    /// while a volume is enlisted.
     Disarm,
 }
 
 /// The answer to a [`Request`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub enum Response {
-    /// To every granted request: which watchdog there is.
+    /// The answer to every granted request.
     Status {
-        /// Its kind.
         kind: WatchdogKind,
-        /// After how long without a pet it resets the machine, in milliseconds. Whether that is
-        /// short enough for a volume: `bascule_volume_protocol::watchdog_policy::timeout_fits`.
+        /// The time without a pet after which the watchdog resets the machine, in milliseconds.
+        /// `bascule_volume_protocol::watchdog_policy::timeout_fits` decides whether that is short
+        /// enough for a volume.
         timeout_ms: u64,
         /// The volumes that are enlisted.
         enlisted: Vec<VolumeId>,
     },
-    /// Refused, and why.
-    Refused {
-        /// The reason.
-        reason: String,
-    },
+    /// The request was refused; the reason is for logs.
+    Refused { reason: String },
 }

@@ -101,6 +101,7 @@ pub enum Reply {
 
 /// What the source knows after it has passed the commit point.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub enum Commit {
     /// The transfer was requested.
     Transferring(Claim),
@@ -115,7 +116,6 @@ pub enum Commit {
     Resumed {
         /// The source as the record names it now.
         owner: Owner,
-        /// The new epoch.
         epoch: Epoch,
     },
     /// Another node owns the VM, or the volume has no such VM.

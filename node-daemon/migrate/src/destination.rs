@@ -160,16 +160,14 @@ pub enum CommitEvent {
 
 /// What to do then.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub enum CommitStep {
     /// Wait for the source's `Committed`.
     Wait(ExpectCommit),
     /// Query the volume for the ownership record, after a pause if it was queried before.
     QueryVolume(ExpectCommit),
     /// This node owns the VM: announce and run.
-    Run {
-        /// The new epoch.
-        epoch: Epoch,
-    },
+    Run { epoch: Epoch },
     /// This attempt will not make this node the owner: give up.
     Discard,
 }

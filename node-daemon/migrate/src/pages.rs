@@ -68,13 +68,13 @@ impl PageRange {
         }
     }
 
-    /// The first page.
+    /// The index of the first page.
     #[must_use]
     pub const fn first(self) -> PageIndex {
         self.first
     }
 
-    /// How many.
+    /// The number of pages.
     #[must_use]
     pub const fn pages(self) -> Pages {
         self.pages

@@ -32,8 +32,8 @@ pub struct Authority {
 
 /// A key and its certificate, PEM.
 #[derive(Clone, Debug)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct Identity {
-    /// The certificate.
     pub certificate_pem: String,
     /// The private key (PKCS#8).
     pub key_pem: String,
@@ -51,12 +51,12 @@ pub struct Request {
 /// What is wrong with a key, request or certificate.
 #[derive(Debug, thiserror::Error)]
 pub enum PkiError {
-    /// A key or certificate cannot be made or read.
+    /// A key or certificate cannot be created or read.
     #[error("certificate: {what}")]
     Certificate {
-        /// What was being done.
+        /// The failed operation.
         what: &'static str,
-        /// Why it failed.
+        /// The error of the X.509 library.
         #[source]
         source: rcgen::Error,
     },
@@ -66,7 +66,7 @@ pub enum PkiError {
 }
 
 impl Authority {
-    /// A new authority, for `name` (a cluster's name, for people).
+    /// Creates an authority. `name`, the cluster's name, is part of its common name.
     ///
     /// # Errors
     /// [`PkiError::Certificate`].
@@ -107,14 +107,14 @@ impl Authority {
         })
     }
 
-    /// The authority's certificate, PEM: what every peer is checked against.
+    /// The authority's certificate, PEM, under which every peer's certificate is verified.
     #[must_use]
     pub fn certificate_pem(&self) -> &str {
         &self.certificate_pem
     }
 
-    /// Signs a node's request. Only the request's public key is taken over; what the certificate
-    /// says is decided here.
+    /// Signs a node's request. Only the public key is taken from the request; name and role are set
+    /// here.
     ///
     /// # Errors
     /// [`PkiError::Certificate`] for a request that cannot be read or whose signature is wrong.
@@ -128,7 +128,7 @@ impl Authority {
         Ok(certificate.pem())
     }
 
-    /// A key and certificate for a node that cannot ask by itself (embedded mode).
+    /// Creates the key and certificate of a node that does not enroll itself (embedded mode).
     ///
     /// # Errors
     /// [`PkiError::Certificate`].
@@ -200,9 +200,8 @@ pub fn has_role(certificate_der: &[u8], role: &str) -> bool {
         .any(|name| matches!(name, GeneralName::DNSName(n) if *n == role))
 }
 
-/// Whose certificate this is: the node, if the key is the certificate's and one of the authorities
-/// signed it. None for texts that do not belong together, as a renewal that was cut short may leave
-/// them.
+/// The node that holds the certificate, if the key fits it and one of the authorities signed it. None
+/// for texts that do not belong together, as an interrupted renewal may leave them.
 #[must_use]
 pub fn holder(key_pem: &str, certificate_pem: &str, authorities_pem: &str) -> Option<NodeUid> {
     let key = KeyPair::from_pem(key_pem).ok()?;
@@ -253,7 +252,7 @@ fn leaf(role: &str, who: &str) -> Result<CertificateParams, PkiError> {
     Ok(params)
 }
 
-/// Clocks of a cluster's nodes may be apart: a certificate is valid from a day ago.
+/// A certificate is valid from a day ago, because the nodes' clocks may differ.
 fn set_validity(params: &mut CertificateParams, life: time::Duration) {
     let now = OffsetDateTime::now_utc();
     params.not_before = now - CLOCK_SKEW;
@@ -264,12 +263,12 @@ fn failed(what: &'static str) -> impl FnOnce(rcgen::Error) -> PkiError {
     move |source| PkiError::Certificate { what, source }
 }
 
-/// An authority lives as long as a cluster may.
+/// The validity of an authority, longer than the expected life of a cluster.
 const AUTHORITY_LIFE: time::Duration = time::Duration::days(3650);
-/// A certificate is renewed after two thirds of this, so the shortest that is left when the API goes
-/// away is 30 days: the longest API outage that is supported.
+/// A certificate is renewed after two thirds of this, so at least 30 days are left when the API server
+/// fails: the longest outage of the API server that is supported.
 const LEAF_LIFE: time::Duration = time::Duration::days(90);
-/// How far a peer's clock may be behind.
+/// By how much a peer's clock may be behind.
 const CLOCK_SKEW: time::Duration = time::Duration::days(1);
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! One command in, one outcome out. Everything blocks: the server calls this on its blocking pool.
+//! Executes one command and returns its outcome. It blocks, so the server calls it on its blocking pool.
 
 use bascule_ipc::vm::Request as VmRequest;
 use bascule_ipc::volume::Request as VolumeRequest;
@@ -89,12 +89,12 @@ impl Supervisor {
             | Command::MigrateQuick { .. }
             | Command::CancelMigration { .. }
             | Command::PowerButton { .. }
-            | Command::StopVm { .. } => self.pass_on(command),
+            | Command::StopVm { .. } => self.forward(command),
         }
     }
 
-    /// The commands that a VM's own process executes.
-    fn pass_on(&self, command: &Command) -> Result<Outcome, Rejection> {
+    /// Forwards the commands that the VM process executes.
+    fn forward(&self, command: &Command) -> Result<Outcome, Rejection> {
         let (vm, request) = match command {
             Command::MigrateLive {
                 vm,

@@ -1,4 +1,4 @@
-//! What this node reports to the operator.
+//! Makes the node's reports to the operator.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -32,7 +32,7 @@ impl Reporter {
         }
     }
 
-    /// Everything the operator is told of this node.
+    /// The complete report, with the last known state of processes that do not respond in time.
     pub(crate) fn report(&mut self) -> Result<NodeReport> {
         self.supervisor.reap();
         Ok(NodeReport {
@@ -52,8 +52,8 @@ impl Reporter {
         let supervisor = Arc::clone(&self.supervisor);
         let answers = (self.volumes).poll(&names, move |name| supervisor.volume_status(name));
         let reports = answers.into_iter().map(|(name, status)| {
-            let silent = || Err("its process does not respond".to_owned());
-            let status = status.unwrap_or_else(silent);
+            let unresponsive = || Err("its process does not respond".to_owned());
+            let status = status.unwrap_or_else(unresponsive);
             VolumeReport { name, status }
         });
         Ok(reports.collect())
@@ -77,9 +77,10 @@ impl Reporter {
     }
 }
 
-/// A process that is well answers in milliseconds; a report that is this late harms nobody.
+/// A process that does not hang answers within milliseconds. The limit delays a report by less than
+/// its interval.
 const ROUND_LIMIT: Duration = Duration::from_millis(200);
-/// A process of a busy node may take some seconds. One that has ended says so at once.
+/// A process of a busy node may take some seconds. That a process has ended is seen without a call.
 const VM_MAX_AGE: Duration = Duration::from_secs(5);
-/// Less than a lease, which is part of the answer.
+/// Shorter than a lease, whose remaining validity is part of the answer.
 const VOLUME_MAX_AGE: Duration = Duration::from_secs(2);

@@ -1,4 +1,4 @@
-//! The gRPC service: checks who asks and which version it speaks, and passes on.
+//! The gRPC service: authorizes the client, agrees on an API version, and executes commands.
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -28,7 +28,8 @@ use crate::processes::supervisor::Supervisor;
 pub(crate) struct NodeService {
     supervisor: Arc<Supervisor>,
     report_rx: watch::Receiver<Option<NodeReport>>,
-    /// Embedded mode: other nodes may prepare a migration here, for there is no operator.
+    /// Whether other nodes are authorized, too: in embedded mode there is no operator, and the source
+    /// node prepares a migration here.
     trust_nodes: bool,
 }
 
@@ -45,7 +46,7 @@ impl NodeService {
         }
     }
 
-    /// TLS has verified the certificate; this decides what its holder may do.
+    /// Authorizes the holder of the client certificate, which TLS has verified.
     fn authorize<T>(&self, request: &Request<T>) -> Result<(), Status> {
         let certificates = request.peer_certs().unwrap_or_default();
         let holder = certificates.first().map(AsRef::as_ref).unwrap_or_default();
@@ -55,7 +56,7 @@ impl NodeService {
             Ok(())
         } else {
             Err(Status::permission_denied(
-                "only the operator may ask this of a node",
+                "only the operator may call this node",
             ))
         }
     }
@@ -85,8 +86,8 @@ impl Node for NodeService {
         request: Request<WatchRequest>,
     ) -> Result<Response<Self::WatchStream>, Status> {
         self.authorize(&request)?;
-        let asked = request.into_inner();
-        let version = agreed_version(asked.version, asked.version_min)?;
+        let wanted = request.into_inner();
+        let version = agreed_version(wanted.version, wanted.version_min)?;
         let reports = WatchStream::new(self.report_rx.clone()).filter_map(move |report| {
             let report = report?;
             Some(
@@ -108,7 +109,7 @@ fn agreed_version(version: u32, version_min: u32) -> Result<u32, Status> {
     })
 }
 
-/// Publishes a fresh report whenever it changed, and once a second anyway.
+/// Publishes a report whenever it has changed, and at least once per second.
 pub(crate) async fn publish_reports(
     supervisor: Arc<Supervisor>,
     report_tx: watch::Sender<Option<NodeReport>>,
@@ -138,8 +139,8 @@ pub(crate) async fn publish_reports(
                     since_sent = 0;
                 }
             }
-            Ok(Err(error)) => tracing::warn!(error = format!("{error:#}"), "no report"),
-            Err(error) => tracing::error!(%error, "the report failed"),
+            Ok(Err(error)) => tracing::warn!(error = format!("{error:#}"), "cannot make a report"),
+            Err(error) => tracing::error!(%error, "cannot make a report"),
         }
     }
 }
@@ -167,7 +168,7 @@ pub(crate) async fn serve(
         .with_context(|| format!("serve on {listen}"))
 }
 
-/// How often the node looks at its processes.
+/// How often the node polls its processes.
 const REPORT_INTERVAL: Duration = Duration::from_millis(200);
 const REPORTS_PER_SECOND: u32 = 5;
 /// A dead operator's connection is closed after two of these.

@@ -114,8 +114,8 @@ mod tests {
 
     use super::*;
 
-    /// Two VM processes that hung made every report of their node later than the operator's limit, so
-    /// that the operator took the node for unreachable, with all its other guests.
+    /// Two VM processes that hung delayed every report of their node beyond the operator's limit, so
+    /// the operator treated the node as unreachable, with all its other guests.
     #[test]
     fn a_process_that_hangs_delays_no_other_and_gets_one_request_only() {
         let open = Arc::new((Mutex::new(false), Condvar::new()));

@@ -14,14 +14,14 @@ use bascule_ipc::vm::{Request, Response};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcsetattr};
 
-/// Why the console was left.
+/// Why [`attach`] returned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Left {
-    /// The VM process closed it: the guest is off, or has moved.
+    /// The VM process closed the console: the guest is off, or runs on another node.
     Closed,
     /// Ctrl-] was typed.
     Detached,
-    /// A signal arrived that ends the command.
+    /// SIGINT, SIGTERM or SIGHUP arrived.
     Interrupted,
 }
 
@@ -92,7 +92,7 @@ fn shuttle(mut stream: UnixStream, interrupt: &Interrupt) -> Result<Left> {
     }
 }
 
-/// The terminal in raw mode, so that the guest gets every key; restored at the end.
+/// Keeps the terminal in raw mode, so that the guest receives every key. `Drop` restores the mode.
 struct RawModeGuard(Option<Termios>);
 
 impl RawModeGuard {
@@ -114,11 +114,11 @@ impl Drop for RawModeGuard {
         if let Some(before) = &self.0
             && let Err(error) = tcsetattr(io::stdin(), OptionalActions::Now, before)
         {
-            tracing::debug!(%error, "the terminal is gone with its user");
+            tracing::debug!(%error, "cannot restore the terminal's mode");
         }
     }
 }
 
-/// Ctrl-], as telnet and virsh have it.
+/// Ctrl-], as in telnet and virsh.
 const DETACH: u8 = 0x1d;
 const HELLO_LIMIT: Duration = Duration::from_secs(5);

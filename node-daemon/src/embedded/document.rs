@@ -1,4 +1,4 @@
-//! From a VirtualMachine document to what a node is asked.
+//! Parses a VirtualMachine document and resolves it to a [`VmSpec`] and the disks that it needs.
 
 use std::fs;
 use std::path::Path;
@@ -11,16 +11,16 @@ use sha2::{Digest, Sha256};
 
 use super::schema::check_fields;
 
-/// A disk that the VM needs on its volume.
+/// A disk that the document needs on the volume.
 #[derive(Debug)]
 pub(crate) struct WantedDisk {
     pub(crate) row: RowName,
     pub(crate) role: DiskRole,
-    /// What it is filled with; a kept disk is not filled.
+    /// Size and contents of a new disk; none for a kept disk.
     pub(crate) fill: Option<(Bytes, ImportSource)>,
 }
 
-/// A document, checked and resolved.
+/// A validated document with its names resolved.
 #[derive(Debug)]
 pub(crate) struct Document {
     pub(crate) spec: VmSpec,
@@ -30,7 +30,7 @@ pub(crate) struct Document {
 }
 
 impl Document {
-    /// Reads a document and says everything that is wrong with it.
+    /// Reads a document; the error lists every invalid field.
     pub(crate) fn read(path: &Path) -> Result<Self> {
         let text = fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
         Self::parse(&text).with_context(|| path.display().to_string())
@@ -159,8 +159,8 @@ fn import_source(source: &Source) -> Result<ImportSource> {
     }
 }
 
-/// A document that no API server has seen has no UID: it is derived from what names it, so that the
-/// same document means the same VM on every node of the cluster.
+/// A document has no UID without an API server: the UID is derived from namespace and name, so that the
+/// document means the same VM on every node.
 fn document_uid(namespace: &str, name: &str) -> VmUid {
     let digest = Sha256::digest(format!("bascule.dev/VirtualMachine/{namespace}/{name}"));
     let mut bytes = [0; 16];
@@ -183,18 +183,21 @@ fn parse_mac(text: &str) -> Result<[u8; 6]> {
     let mut mac = [0; 6];
     let mut parts = text.split(':');
     for byte in &mut mac {
-        let part = parts.next().context("six bytes are wanted")?;
-        *byte = u8::from_str_radix(part, 16).context("a byte in hexadecimal is wanted")?;
+        let part = parts
+            .next()
+            .context("expected six bytes, such as 02:00:00:12:34:56")?;
+        *byte = u8::from_str_radix(part, 16)
+            .context("expected six hexadecimal bytes, such as 02:00:00:12:34:56")?;
     }
     if parts.next().is_some() {
-        bail!("six bytes are wanted");
+        bail!("expected six bytes, such as 02:00:00:12:34:56");
     }
     Ok(mac)
 }
 
 const KERNEL: &str = "boot-kernel";
 const INITRD: &str = "boot-initrd";
-/// Room for a boot image until its length is known; what it does not take is given back.
+/// The space allocated for a boot image until its length is known; the import frees the rest.
 const KERNEL_ROOM: Bytes = Bytes::mib(128);
 const INITRD_ROOM: Bytes = Bytes::mib(512);
 
@@ -221,7 +224,7 @@ spec:
 ";
 
     #[test]
-    fn a_document_becomes_rows_and_numbers() {
+    fn a_document_is_resolved_to_volume_names_and_numbers() {
         let document = Document::parse(DOCUMENT).unwrap();
         assert_eq!(document.row.as_str(), "shop/web");
         assert_eq!(document.spec.memory, Bytes::mib(512));
@@ -243,7 +246,7 @@ spec:
     }
 
     #[test]
-    fn a_wrong_field_is_named() {
+    fn the_error_names_an_invalid_field() {
         let text = DOCUMENT.replace("512Mi", "1Mi");
         let error = format!("{:#}", Document::parse(&text).unwrap_err());
         assert!(error.contains("spec.memory"), "{error}");

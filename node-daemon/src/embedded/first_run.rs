@@ -1,5 +1,5 @@
-//! What `run` makes on a machine where nothing was set up: an identity of its own, and a volume in a
-//! local file. Each is announced on standard error with its path.
+//! The first `run` on a machine without any setup: creates an identity and a volume in a local file,
+//! and prints both with their paths to standard error.
 //!
 //! Local volumes are made only on a node whose identity `run` has made. On a node of a cluster a
 //! volume that is not attached is more likely one that must be joined; a new file of the same name
@@ -21,7 +21,7 @@ use crate::identity::{Identity, authority};
 use crate::paths::Paths;
 use crate::processes::supervisor::Supervisor;
 
-/// This node, with an identity that is made if there is none.
+/// This node; creates its identity if it has none.
 pub(super) fn node_with_identity(
     config: &NodeConfig,
     address: IpAddr,
@@ -39,7 +39,7 @@ fn make_identity(config: &NodeConfig, paths: &Paths) -> Result<()> {
     if !authority::exists(&ca_dir) {
         authority::create(&ca_dir)?;
     }
-    // Before the identity: with it, this node may make volumes.
+    // Before the identity: the folder marks a node that may create local volumes.
     let volumes = paths.local_volumes();
     fs::create_dir_all(&volumes).with_context(|| format!("create {}", volumes.display()))?;
     let name = rustix::system::uname();
@@ -82,12 +82,12 @@ pub(super) fn attach_or_make(
     if let Err(error) =
         format_file(node, &path, size).and_then(|()| attach(node, name, Some(&path)))
     {
-        // A file that was not formatted must not be taken for the volume by the next run.
+        // The next run must not take an unformatted file for the volume.
         drop(fs::remove_file(&path));
         return Err(error);
     }
     eprintln!(
-        "Made volume {name} in the file {}, {} GiB, of which only what is written takes space.",
+        "Made volume {name} in the file {}, {} GiB, sparse: only written blocks take disk space.",
         path.display(),
         size.0 >> 30
     );
@@ -106,7 +106,8 @@ fn format_file(node: &Supervisor, path: &Path, size: Bytes) -> Result<()> {
     }
 }
 
-/// Twice what the document's disks take, so that there is room for more and for saved states.
+/// Twice the size of the document's disks and memory, which leaves space for more disks and for saved
+/// states.
 fn volume_size(document: &Document) -> Bytes {
     let disks: u64 = (document.disks.iter())
         .filter_map(|disk| disk.fill.as_ref())

@@ -1,5 +1,4 @@
-//! SIGINT, SIGTERM and SIGHUP as a condition that a command can wait for, so that it can clean up
-//! before it ends.
+//! Catches SIGINT, SIGTERM and SIGHUP, so that a command can clean up before it ends.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
@@ -9,8 +8,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Context, Result, bail};
 use tokio::signal::unix::{SignalKind, signal};
 
-/// Whether a signal that ends a command has arrived. Without [`Interrupt::catch`] these signals end
-/// the process as usual.
+/// Whether SIGINT, SIGTERM or SIGHUP has arrived. Without [`Interrupt::catch`] these signals end the
+/// process as usual.
 #[derive(Debug, Default)]
 pub(super) struct Interrupt(Option<Caught>);
 
@@ -57,7 +56,7 @@ impl Interrupt {
         Ok(Self(Some(Caught { arrived, wake })))
     }
 
-    /// What becomes readable when a signal arrives; none when signals are not caught.
+    /// A descriptor that becomes readable when a signal arrives; none when signals are not caught.
     pub(super) fn fd(&self) -> Option<BorrowedFd<'_>> {
         self.0.as_ref().map(|caught| caught.wake.as_fd())
     }

@@ -1,4 +1,4 @@
-//! This node as one command of embedded mode sees it: its processes, its volumes, its VMs.
+//! Helpers that the commands of embedded mode share: this node's processes, volumes and VMs.
 
 use std::net::IpAddr;
 use std::path::Path;
@@ -17,7 +17,7 @@ use crate::processes::launcher::Launcher;
 use crate::processes::supervisor::{Parts, Rejection, Supervisor};
 use crate::wait::wait_for;
 
-/// A supervisor for one command: the processes it starts live on.
+/// A supervisor for one command. The processes that it starts outlive the command.
 pub(super) fn supervisor(
     config: &NodeConfig,
     address: IpAddr,
@@ -48,7 +48,7 @@ pub(super) fn attach(node: &Supervisor, volume: &str, backing: Option<&Path>) ->
         return Ok(());
     }
     let path = backing.with_context(|| {
-        format!("volume {volume} is not attached: say where it is with --backing PATH")
+        format!("volume {volume} is not attached: name its device or file with --backing PATH")
     })?;
     let path = std::path::absolute(path).context("--backing")?;
     let is_file = std::fs::metadata(&path)
@@ -84,7 +84,7 @@ pub(super) fn own_slot(node: &Supervisor, volume: &str, interrupt: &Interrupt) -
         .with_context(|| format!("volume {volume} is not usable here: {last}"))
 }
 
-/// The VM of this node with that name.
+/// The UID of this node's VM with that name.
 pub(super) fn find(node: &Supervisor, name: &str) -> Result<VmUid> {
     let reports = node.vm_reports()?;
     let full = if name.contains('/') {
@@ -102,7 +102,7 @@ pub(super) fn find(node: &Supervisor, name: &str) -> Result<VmUid> {
     Ok(report.status.uid)
 }
 
-/// Forgets a VM process whose run is over, or finds that another command has.
+/// Removes a VM process whose run is over; succeeds also when another command has removed it.
 pub(super) fn forget(node: &Supervisor, vm: VmUid, pid: u32) -> Result<()> {
     node.with_vm_lock(vm, || node.collect_vm(vm, pid))?;
     Ok(())
@@ -124,13 +124,13 @@ pub(super) fn vm_row(rows: &Rows, vm: VmUid) -> Result<VmRow> {
         .context("the volume has no such VM")
 }
 
-/// A grant, or why there is none.
+/// The answer of a granted change, or the refusal as an error.
 pub(super) fn granted(outcome: Result<Outcome, Rejection>) -> Result<Answer> {
     match outcome? {
         Outcome::Granted(answer) => Ok(answer),
         Outcome::Refused(Refusal::OwnedBy { owner, epoch }) => bail!(
             "the VM is owned by {owner} in epoch {epoch}: it runs on another node, or that node \
-             died; `bascule-node volume rows` tells more"
+             died; `bascule-node volume vms` shows the owners"
         ),
         Outcome::Refused(refusal) => bail!("the volume refuses: {refusal}"),
         Outcome::Unknown => bail!("no coordinator of the volume answers; try again"),

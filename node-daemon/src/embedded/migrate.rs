@@ -1,4 +1,4 @@
-//! `bascule-node migrate`: moves a VM of this node live to another.
+//! `bascule-node migrate`: live migration of a VM of this node to another node.
 
 use std::io::{IsTerminal, Write};
 use std::net::{IpAddr, Ipv4Addr};
@@ -25,18 +25,18 @@ pub(crate) struct MigrateArgs {
     /// The other node's API, host:port (its `bascule-node serve --standalone`)
     #[arg(long, value_name = "HOST:PORT")]
     to: String,
-    /// The longest the guest may stand still, in milliseconds
+    /// The longest downtime of the guest, in milliseconds
     #[arg(long, default_value_t = MigrationLimits::default().downtime_ms_max)]
     downtime_ms: u64,
-    /// How long the move may take, in seconds
+    /// The time limit of the migration, in seconds
     #[arg(long, default_value_t = 120)]
     timeout_s: u64,
-    /// The bandwidth it may use, in bytes per second
+    /// The bandwidth limit, in bytes per second
     #[arg(long)]
     bandwidth: Option<u64>,
 }
 
-/// Moves the VM and tells how it went.
+/// Migrates the VM, showing the progress, and prints the result.
 pub(crate) fn migrate(args: &MigrateArgs) -> Result<()> {
     let node = supervisor(&args.config, IpAddr::V4(Ipv4Addr::LOCALHOST), true)?;
     let vm = find(&node, &args.name)?;
@@ -52,14 +52,14 @@ pub(crate) fn migrate(args: &MigrateArgs) -> Result<()> {
         epoch,
     };
     let Outcome::Listening { address } = peer.execute(&prepare)? else {
-        bail!("the other node does not say where it listens");
+        bail!("the other node did not answer with the address at which it listens");
     };
     let limits = MigrationLimits {
         downtime_ms_max: args.downtime_ms,
         total_ms_max: args.timeout_s * 1000,
         bytes_per_second_max: args.bandwidth,
     };
-    // Its console's terminal, too, forgets a guest that has moved.
+    // The command that shows the guest's console may remove the departed process, too.
     let watch = node.watch(vm)?;
     node.vm_request(
         vm,
@@ -130,7 +130,7 @@ fn follow(
                 "\r{:?}: round {}, {} sent, {} to go   ",
                 migration.phase, migration.rounds, migration.bytes, migration.remaining
             );
-            // Progress is for people: a closed terminal is no reason to stop.
+            // A closed terminal must not end the migration, so a failed write is ignored.
             drop(std::io::stderr().flush());
         }
         let over = status.state == VmState::Departed
@@ -143,14 +143,14 @@ fn follow(
     if progress {
         eprintln!();
     }
-    let (pid, migration) = ended.context("the migration does not end; the guest is unharmed")?;
+    let (pid, migration) = ended.context("the migration does not end; the guest runs on")?;
     if migration.phase == MigrationPhase::Completed {
         return Ok((pid, migration));
     }
     let why = migration
         .failure
         .unwrap_or_else(|| format!("{:?}", migration.phase));
-    bail!("not moved, the guest runs on here: {why}")
+    bail!("the migration failed and the guest runs on here: {why}")
 }
 
 fn forget_incoming(peer: &mut Peer, vm: VmUid) -> Result<()> {
@@ -177,5 +177,5 @@ fn say(status: &MigrationStatus, to: &str) {
     }
 }
 
-/// The time after the limit in which a VM process says that it has given up.
+/// The time after the limit within which a VM process reports that the migration was given up.
 const GRACE: Duration = Duration::from_secs(30);

@@ -1,4 +1,4 @@
-//! Another node's gRPC, called with this node's certificate.
+//! A gRPC client for another node, which authenticates with this node's certificate.
 
 use std::path::Path;
 use std::time::Duration;
@@ -48,7 +48,7 @@ impl Peer {
         })
     }
 
-    /// Executes a command there; a rejection is an error.
+    /// Executes a command on the other node; a rejection is an error.
     pub(crate) fn execute(&mut self, command: &Command) -> Result<Outcome> {
         let json = serde_json::to_string(command).context("write the command")?;
         let request = proto::Command {
@@ -67,7 +67,7 @@ impl Peer {
         }
     }
 
-    /// The node's present report.
+    /// The other node's current report.
     pub(crate) fn report(&mut self) -> Result<NodeReport> {
         let request = WatchRequest {
             version: VERSION,

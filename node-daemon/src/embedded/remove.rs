@@ -1,4 +1,4 @@
-//! The end of `run --rm`: removes what the run has made of a VM.
+//! The end of `run --rm`: removes everything that the run has created for the VM.
 
 use std::fs;
 use std::time::Duration;
@@ -36,7 +36,7 @@ pub(super) fn check_new(node: &Supervisor, document: &Document) -> Result<()> {
 }
 
 /// Stops the VM and removes its disks and its ownership record, and the volume's file if this run
-/// has made it.
+/// has created it.
 pub(super) fn remove(
     node: &Supervisor,
     document: &Document,
@@ -75,7 +75,7 @@ fn stop(node: &Supervisor, document: &Document) -> Result<()> {
         Some(Some(pid)) => forget(node, vm, pid),
         Some(None) => Ok(()),
         None => bail!(
-            "the VM's process does not end; stop it with `bascule-node stop {} --force`",
+            "the VM process does not end; stop it with `bascule-node stop {} --force`",
             document.row
         ),
     }
@@ -124,14 +124,13 @@ fn remove_rows(node: &Supervisor, document: &Document, owner: Owner) -> Result<(
     Ok(())
 }
 
-/// The disks that are made for this document; kept disks, which it only attaches, are not among
-/// them.
+/// The disks that are created for this document, without the kept disks that it attaches.
 fn made_names(document: &Document) -> impl Iterator<Item = &RowName> {
     let made = document.disks.iter().filter(|disk| disk.fill.is_some());
     made.map(|disk| &disk.row)
 }
 
-/// A VM stops as soon as its writes in flight are completed.
+/// A VM stops when its writes in flight are completed.
 const STOP_LIMIT: Duration = Duration::from_secs(60);
-/// More than the settle time of any volume.
+/// Longer than the settle time of any volume.
 const RELEASE_LIMIT: Duration = Duration::from_secs(60);

@@ -1,4 +1,4 @@
-//! `bascule-node run` and `stop`.
+//! `bascule-node run`.
 
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
@@ -32,10 +32,10 @@ pub(crate) struct RunVmArgs {
     /// [default: a file in the state directory, made at the first run]
     #[arg(long, value_name = "PATH")]
     backing: Option<PathBuf>,
-    /// The address that other nodes reach this node at
+    /// The address at which other nodes reach this node
     #[arg(long, env = "BASCULE_ADDRESS", default_value_t = IpAddr::V4(Ipv4Addr::LOCALHOST))]
     address: IpAddr,
-    /// Make no cgroups (without root)
+    /// Create no cgroups (for use without root)
     #[arg(long)]
     no_cgroups: bool,
     /// Start the VM and return, instead of showing its console
@@ -72,10 +72,10 @@ pub(crate) fn run_vm(args: &RunVmArgs) -> Result<()> {
     let ran = owner.and_then(|owner| run_to_end(&node, &document, owner, args, &interrupt));
     let removed = remove(&node, &document, known, made.as_ref());
     match (ran, removed) {
-        (Ok(()), removed) => removed.context("not everything is removed"),
+        (Ok(()), removed) => removed.context("some of the VM's disks or files remain"),
         (Err(error), Ok(())) => Err(error),
         (Err(error), Err(left)) => {
-            Err(error.context(format!("not everything is removed: {left:#}")))
+            Err(error.context(format!("some of the VM's disks or files remain: {left:#}")))
         }
     }
 }
@@ -104,7 +104,7 @@ fn run_to_end(
             Ok(())
         }
         Left::Detached | Left::Interrupted => Ok(()),
-        Left::Closed => say_how_it_ended(node, vm),
+        Left::Closed => print_result(node, vm),
     }
 }
 
@@ -141,7 +141,7 @@ fn create(node: &Supervisor, document: &Document) -> Result<()> {
 fn acquire(node: &Supervisor, document: &Document, owner: Owner) -> Result<Epoch> {
     let row = vm_row(&rows(node, &document.spec.volume)?, document.spec.uid)?;
     match row.owner {
-        // A VM process of this node that was killed left its row behind.
+        // A VM process of this node that was killed has not released its ownership.
         Some(held) if held == owner && !node.vm_is_here(document.spec.uid) => {
             let release = Change::Release {
                 vm: row.vm,
@@ -176,7 +176,7 @@ fn import_all(
                     name: wanted.row.clone(),
                     vm: document.spec.uid,
                 };
-                ask_for(node, document, wanted, change)?
+                request_disk(node, document, wanted, change)?
             }
             Some((size, _)) => {
                 let change = Change::CreateDisk {
@@ -186,7 +186,7 @@ fn import_all(
                     role: wanted.role,
                     importing: true,
                 };
-                ask_for(node, document, wanted, change)?
+                request_disk(node, document, wanted, change)?
             }
         };
         if disk.importing {
@@ -249,7 +249,7 @@ fn await_import(
     }
 }
 
-/// A process whose guest could not be started stays to say why.
+/// A process whose guest could not be started runs on, so that its status has the reason.
 fn check_started(node: &Supervisor, vm: VmUid) -> Result<()> {
     match node.vm_status(vm).map(|status| (status.pid, status.state)) {
         Some((pid, VmState::Stopped(StopReason::Failed { what }))) => {
@@ -260,7 +260,7 @@ fn check_started(node: &Supervisor, vm: VmUid) -> Result<()> {
     }
 }
 
-fn say_how_it_ended(node: &Supervisor, vm: VmUid) -> Result<()> {
+fn print_result(node: &Supervisor, vm: VmUid) -> Result<()> {
     let last = wait_for(LAST_STATUS_LIMIT, || match node.presence(vm) {
         Presence::Responding(status) if is_over(&status.state) => {
             Some(Presence::Responding(status))
@@ -271,7 +271,7 @@ fn say_how_it_ended(node: &Supervisor, vm: VmUid) -> Result<()> {
     let (pid, state) = match last {
         Some(Presence::Responding(status)) => (status.pid, status.state),
         Some(Presence::Ended(Some(state))) => (0, state),
-        // `stop` and `migrate` forget it themselves.
+        // `stop` and `migrate` remove the process themselves.
         Some(Presence::Absent) => {
             eprintln!("\r\nThe guest is no longer on this node.");
             return Ok(());
@@ -292,8 +292,8 @@ fn say_how_it_ended(node: &Supervisor, vm: VmUid) -> Result<()> {
     }
 }
 
-/// Asks for a disk of the document, by a change that is answered with its row.
-fn ask_for(
+/// Requests a change that is answered with a disk of the document.
+fn request_disk(
     node: &Supervisor,
     document: &Document,
     wanted: &WantedDisk,

@@ -1,10 +1,9 @@
-//! Fields that a document has and the kind has not. An API server warns about
-//! them; without one, a misspelt field would silently be left out.
+//! Rejects fields that the kind does not have. An API server warns about them; without one, a misspelt field would be left out without an error.
 
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
-/// Checks that every field of a VirtualMachine document is one of the kind's.
+/// Checks that the VirtualMachine kind has every field of a document.
 pub(super) fn check_fields(document: &Value) -> Result<()> {
     let kinds = bascule_crds::crds();
     let kind = kinds.first().context("the API has no kinds")?;
@@ -49,7 +48,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_misspelt_field_is_named_wherever_it_is() {
+    fn the_error_has_the_path_of_a_misspelt_field() {
         let document = |spec: Value| json!({"metadata": {"anything": 1}, "spec": spec});
         let good = json!({
             "memory": "1Gi",

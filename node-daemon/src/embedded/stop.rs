@@ -18,12 +18,12 @@ pub(crate) struct StopVmArgs {
     config: NodeConfig,
     /// The VM's name, or namespace/name
     name: String,
-    /// Do not wait for the guest: stop it now
+    /// Stop the guest now, without waiting for it to shut down
     #[arg(long)]
     force: bool,
 }
 
-/// Stops a VM of this node and forgets its process.
+/// Stops a VM of this node and removes its process.
 pub(crate) fn stop_vm(args: &StopVmArgs) -> Result<()> {
     let node = supervisor(&args.config, IpAddr::V4(Ipv4Addr::LOCALHOST), true)?;
     let vm = find(&node, &args.name)?;

@@ -1,4 +1,4 @@
-//! `bascule-node volume`: what the operator does for SharedVolumes, by hand.
+//! `bascule-node volume`: the operator's work on SharedVolumes as commands, for use without Kubernetes.
 
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
@@ -16,15 +16,16 @@ use crate::config::NodeConfig;
 /// `bascule-node volume`
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum VolumeCommand {
-    /// Format a blank device or file, this node as its first
+    /// Format a blank device or file as a volume; this node gets its first slot
     Format(FormatArgs),
     /// Attach a volume on this node, and give the node a slot on it
     Join(VolumeJoinArgs),
-    /// List a volume's disks, kept ones too
+    /// List a volume's disks, kept disks included
     Disks(NamedArgs),
-    /// List a volume's virtual machines: who owns each, in which epoch
-    Rows(NamedArgs),
-    /// Say that a node is dead and nothing of it runs any more. Wrong, this destroys data
+    /// List a volume's virtual machines with the slot and generation that owns each, and the epoch
+    Vms(NamedArgs),
+    /// Confirm that a node is dead and that none of its processes runs any more. A wrong
+    /// confirmation destroys data
     ConfirmFenced(ConfirmArgs),
 }
 
@@ -35,7 +36,7 @@ pub(crate) struct FormatArgs {
     config: NodeConfig,
     /// The device, or a file
     path: PathBuf,
-    /// Make a file of this many bytes first
+    /// Create the file first, with this size
     #[arg(long, value_name = "BYTES")]
     create_size: Option<u64>,
     /// The proof that an unreachable node writes no more: its hardware watchdog, or only a manual
@@ -51,20 +52,20 @@ pub(crate) struct VolumeJoinArgs {
     config: NodeConfig,
     /// The volume's name, as documents use it
     name: String,
-    /// The device or file
+    /// The device or file that holds the volume
     backing: PathBuf,
-    /// A node that is on the volume already, host:port; not needed on the first
+    /// A node that has joined the volume already, host:port; not needed on the node that formatted it
     #[arg(long, value_name = "HOST:PORT")]
     via: Option<String>,
-    /// The address that other nodes reach this node at
+    /// The address at which other nodes reach this node
     #[arg(long, env = "BASCULE_ADDRESS", default_value_t = IpAddr::V4(Ipv4Addr::LOCALHOST))]
     address: IpAddr,
-    /// Make no cgroups (without root)
+    /// Create no cgroups (for use without root)
     #[arg(long)]
     no_cgroups: bool,
 }
 
-/// A volume by its name.
+/// The arguments of the commands that take only a volume's name.
 #[derive(Debug, clap::Args)]
 pub(crate) struct NamedArgs {
     #[command(flatten)]
@@ -80,13 +81,13 @@ pub(crate) struct ConfirmArgs {
     config: NodeConfig,
     /// The volume's name
     name: String,
-    /// The dead node's slot, as `volume rows` shows it
+    /// The dead node's slot, as `volume vms` shows it
     #[arg(long)]
     slot: u16,
-    /// Its generation
+    /// The dead node's generation, as `volume vms` shows it
     #[arg(long)]
     generation: u64,
-    /// I have made sure: it is switched off, or its access to the device is cut
+    /// I have made sure that the node is switched off, or that its access to the device is cut
     #[arg(long, required = true)]
     nothing_of_it_runs: bool,
 }
@@ -97,7 +98,7 @@ pub(crate) fn run(command: &VolumeCommand) -> Result<()> {
         VolumeCommand::Format(args) => format(args),
         VolumeCommand::Join(args) => join(args),
         VolumeCommand::Disks(args) => disks(args),
-        VolumeCommand::Rows(args) => list_rows(args),
+        VolumeCommand::Vms(args) => list_vms(args),
         VolumeCommand::ConfirmFenced(args) => confirm(args),
     }
 }
@@ -165,13 +166,13 @@ fn disks(args: &NamedArgs) -> Result<()> {
     Ok(())
 }
 
-fn list_rows(args: &NamedArgs) -> Result<()> {
+fn list_vms(args: &NamedArgs) -> Result<()> {
     let node = supervisor(&args.config, IpAddr::V4(Ipv4Addr::LOCALHOST), true)?;
     println!("{:<48} {:>8} OWNER", "VM", "EPOCH");
     for row in rows(&node, &args.name)?.vms {
         let owner = row
             .owner
-            .map_or_else(|| "nobody".to_owned(), |owner| owner.to_string());
+            .map_or_else(|| "none".to_owned(), |owner| owner.to_string());
         println!("{:<48} {:>8} {owner}", row.name.as_str(), row.epoch);
     }
     Ok(())
@@ -188,6 +189,6 @@ fn confirm(args: &ConfirmArgs) -> Result<()> {
         confirmation: AdminConfirmation::Confirmed,
     };
     let answer = granted(node.change(&args.name, change))?;
-    println!("Recorded: {answer:?}. Its VMs can be started elsewhere now.");
+    println!("Recorded: {answer:?}. The node's VMs can be started elsewhere now.");
     Ok(())
 }

@@ -16,13 +16,13 @@ use crate::paths::Paths;
 /// `bascule-node cert`
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum CertCommand {
-    /// Make a certificate authority: a key that signs every node of one cluster. Keep it safe
+    /// Create a certificate authority, whose key signs every node of one cluster. Keep the key secret
     Init {
-        /// The folder to make it in
+        /// The folder to create it in
         #[arg(long, default_value = "/var/lib/bascule/ca")]
         ca_dir: PathBuf,
     },
-    /// Make a node's key, certificate and identity
+    /// Create a node's key, certificate and identity
     Issue {
         /// The certificate authority's folder
         #[arg(long, default_value = "/var/lib/bascule/ca")]
@@ -68,7 +68,7 @@ pub(crate) fn create(ca_dir: &Path) -> Result<ClusterId> {
     }
     let cluster = ClusterId::random();
     let (_, identity) = Authority::create(&cluster.to_string())?;
-    // The key last: with it the authority is complete, and without it there is nothing to lose.
+    // The key last: it marks a complete authority, and without a key `init` may start again.
     files::replace(
         &ca_dir.join("cluster"),
         cluster.to_string().as_bytes(),
@@ -119,8 +119,8 @@ pub(crate) fn issue(ca_dir: &Path, state_dir: &Path, name: &str) -> Result<Ident
 mod tests {
     use super::*;
 
-    /// Its key used to be written first: an `init` that was cut short was then complete for the next
-    /// one, and useless for `issue`.
+    /// The key used to be written first. An interrupted `init` then counted as complete, and `issue`
+    /// failed.
     #[test]
     fn an_authority_that_was_cut_short_while_it_was_made_is_made_again() {
         let folder = tempfile::tempdir().unwrap();

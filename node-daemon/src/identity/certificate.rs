@@ -1,4 +1,4 @@
-//! The node's certificate: keeping it, and judging whether it can be used.
+//! The node's certificate: stores it, and checks whether it is valid and when to renew it.
 
 use std::path::PathBuf;
 
@@ -14,11 +14,11 @@ use crate::paths::Paths;
 /// One file to replace: path, contents, mode.
 type Write = (PathBuf, Vec<u8>, u32);
 
-/// Keeps what a node is and what it proves it with.
+/// Stores the node's identity and its certificate.
 ///
 /// # Guarantees
-/// Killed at any moment it leaves the identity from before or the new one, or a state that
-/// [`is_usable`] denies: then the node asks for a certificate again.
+/// A process that is killed at any moment leaves the old identity, the new one, or a state for which
+/// [`is_usable`] is false; then the node enrolls again.
 pub(crate) fn store(paths: &Paths, tls: &TlsIdentity, identity: &Identity) -> Result<()> {
     let held = holder(&tls.key, &tls.certificate, &tls.authorities);
     ensure!(
@@ -32,11 +32,11 @@ pub(crate) fn store(paths: &Paths, tls: &TlsIdentity, identity: &Identity) -> Re
     Ok(())
 }
 
-/// What [`store`] writes, in its order.
+/// The files that [`store`] writes, in order.
 fn writes(paths: &Paths, tls: &TlsIdentity, identity: &Identity) -> Result<Vec<Write>> {
     let folder = paths.tls();
     let mut writes = vec![(folder.join(BUNDLE), tls.to_bundle().into_bytes(), SECRET)];
-    // Only where they lie already: for processes of a release that knows no bundle.
+    // Only if they exist: processes of earlier releases read them, and no bundle.
     let three = [
         (KEY, &tls.key, SECRET),
         (AUTHORITIES, &tls.authorities, PUBLIC),
@@ -121,7 +121,7 @@ mod tests {
             }
         }
 
-        /// What a release without bundles left.
+        /// Writes the files of a release without bundles.
         fn write_three(&self, tls: &TlsIdentity) {
             let folder = self.paths().tls();
             fs::create_dir_all(&folder).unwrap();
@@ -134,7 +134,7 @@ mod tests {
             }
         }
 
-        /// Stores `tls` as a process does that is killed after `count` writes, within the next one.
+        /// Stores `tls` like a process that is killed during the write after `count` complete ones.
         fn store_and_die(&self, tls: &TlsIdentity, identity: &Identity, count: usize) {
             let writes = writes(&self.paths(), tls, identity).unwrap();
             let mut left = writes.into_iter();
@@ -154,8 +154,8 @@ mod tests {
         }
     }
 
-    /// The key used to be replaced before its certificate. A daemon that was killed in between kept a
-    /// pair that did not fit, took it for current and could never serve TLS again.
+    /// The key used to be replaced before its certificate. A daemon that was killed in between had a
+    /// key and a certificate that did not fit, considered them current and could not serve TLS again.
     #[test]
     fn a_renewal_that_is_killed_after_any_write_leaves_the_old_or_the_new_identity() {
         for old_layout in [false, true] {
@@ -181,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn a_first_join_that_is_killed_after_any_write_is_made_again() {
+    fn a_first_enrollment_that_is_killed_after_any_write_is_repeated() {
         for count in 0..2 {
             let case = Case::new();
             case.store_and_die(&case.issue(case.identity.node), &case.identity, count);
@@ -189,7 +189,7 @@ mod tests {
         }
     }
 
-    /// A node that was deleted and made anew has another UID.
+    /// A node that was deleted and created again has another UID.
     #[test]
     fn a_certificate_of_another_node_is_not_used() {
         let case = Case::new();
@@ -209,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_that_does_not_fit_as_an_earlier_release_could_leave_it_is_not_used() {
+    fn a_key_that_does_not_fit_the_certificate_is_not_used() {
         let case = Case::new();
         let (old, new) = (
             case.issue(case.identity.node),

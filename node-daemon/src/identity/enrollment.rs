@@ -1,4 +1,5 @@
-//! Joining a cluster: trades the pod's token for a node certificate, and renews it in time.
+//! Node enrollment: exchanges the pod's service account token for a node certificate, and renews the
+//! certificate when less than a third of its life is left.
 
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
@@ -16,7 +17,7 @@ use super::certificate::{self, is_current, is_usable};
 use super::node_identity::Identity;
 use crate::paths::Paths;
 
-/// How a node finds its operator.
+/// The options with which a node enrolls at the operator.
 #[derive(Clone, Debug, clap::Args)]
 pub(crate) struct EnrollArgs {
     /// The operator's Join service, host:port
@@ -37,7 +38,7 @@ pub(crate) struct EnrollArgs {
     pub(crate) node_name: Option<String>,
 }
 
-/// Joins once. The key is made here and never leaves the node.
+/// Enrolls once. The private key is generated here and never leaves the node.
 pub(crate) async fn join(args: &EnrollArgs, paths: &Paths, address: IpAddr) -> Result<Identity> {
     let operator = args
         .operator
@@ -88,8 +89,8 @@ pub(crate) async fn join(args: &EnrollArgs, paths: &Paths, address: IpAddr) -> R
     Ok(identity)
 }
 
-/// Joins, again and again until it succeeds; an identity that is still usable is taken when the
-/// operator is away, so that a node starts without the API server.
+/// Enrolls, with retries until it succeeds. When the operator is unreachable, a certificate that is
+/// still valid is used, so that a node starts without the API server.
 pub(crate) async fn join_or_resume(
     args: &EnrollArgs,
     paths: &Paths,
@@ -106,19 +107,22 @@ pub(crate) async fn join_or_resume(
             Err(error) if is_usable(paths) => {
                 tracing::warn!(
                     error = format!("{error:#}"),
-                    "going on with the present certificate"
+                    "cannot renew the certificate; using the current one"
                 );
                 return Identity::load(paths)?.context("the node's identity vanished");
             }
             Err(error) => {
-                tracing::warn!(error = format!("{error:#}"), "cannot join yet");
+                tracing::warn!(
+                    error = format!("{error:#}"),
+                    "cannot join the cluster; retrying"
+                );
                 tokio::time::sleep(RETRY_INTERVAL).await;
             }
         }
     }
 }
 
-/// Resolves when the certificate was renewed: the server then starts again with it.
+/// Resolves when the certificate has been renewed; the caller then restarts its server with it.
 pub(crate) async fn renewed(args: &EnrollArgs, paths: &Paths, address: IpAddr) {
     loop {
         tokio::time::sleep(RENEWAL_CHECK).await;
@@ -130,7 +134,7 @@ pub(crate) async fn renewed(args: &EnrollArgs, paths: &Paths, address: IpAddr) {
             Err(error) => {
                 tracing::warn!(
                     error = format!("{error:#}"),
-                    "cannot renew the certificate yet"
+                    "cannot renew the certificate; retrying"
                 );
             }
         }
@@ -143,5 +147,5 @@ fn read(path: &Path) -> Result<String> {
 
 const CALL_LIMIT: Duration = Duration::from_secs(10);
 const RETRY_INTERVAL: Duration = Duration::from_secs(2);
-/// A certificate has 30 days left when its renewal is due.
+/// A certificate is valid for another 30 days when its renewal is due.
 const RENEWAL_CHECK: Duration = Duration::from_secs(600);

@@ -8,8 +8,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::paths::Paths;
 
-/// Who this node is, as the operator or `cert issue` said. Kept in the state directory, so that the
-/// node starts without the API server.
+/// The node's identity, assigned by the operator or by `cert issue`. It is stored in the state
+/// directory, so that the node starts without the API server.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Identity {
     pub(crate) node: NodeUid,
@@ -29,7 +29,7 @@ impl Identity {
         }
     }
 
-    /// What [`Identity::load`] reads.
+    /// The contents of `identity.json`.
     pub(crate) fn to_json(&self) -> Result<Vec<u8>> {
         serde_json::to_vec_pretty(self).context("write the identity")
     }
@@ -40,7 +40,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_identity_outlives_the_daemon() {
+    fn a_stored_identity_is_loaded_again() {
         let folder = tempfile::tempdir().unwrap();
         let paths = Paths::new(&folder.path().join("run"), &folder.path().join("state"));
         assert_eq!(Identity::load(&paths).unwrap(), None);

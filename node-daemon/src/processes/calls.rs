@@ -12,7 +12,8 @@ pub(crate) fn vm_call(socket: &Path, request: &vm::Request) -> Result<vm::Respon
     call(socket, request, ANSWER_TIMEOUT)
 }
 
-/// Calls a `bascule-volume`. It may have to find a coordinator first, so it gets more time.
+/// Calls a `bascule-volume`, with the longer [`COORDINATOR_TIMEOUT`]: it may have to find a
+/// coordinator first.
 pub(crate) fn volume_call(
     socket: &Path,
     request: &volume::Request,
@@ -20,7 +21,8 @@ pub(crate) fn volume_call(
     call(socket, request, COORDINATOR_TIMEOUT)
 }
 
-/// One request on a connection of its own: a stuck peer costs one thread, never the daemon.
+/// Sends one request on a connection of its own, so that a peer that hangs blocks one thread and no
+/// other request.
 fn call<Q: Serialize, A: DeserializeOwned>(
     socket: &Path,
     request: &Q,
@@ -31,9 +33,9 @@ fn call<Q: Serialize, A: DeserializeOwned>(
     connection.call(request).map(|(answer, _)| answer)
 }
 
-/// A local process answers a hello at once, or is stopped.
+/// Local processes answer a hello within milliseconds unless they hang.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(2);
-/// A `bascule-vm` answers from memory, unless its guest is busy draining a device.
+/// A `bascule-vm` answers within milliseconds, except for requests that drain a device.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
-/// `bascule-volume` gives up looking for a coordinator before this.
+/// Longer than `bascule-volume`'s own limit for finding a coordinator, so that its answer arrives.
 const COORDINATOR_TIMEOUT: Duration = Duration::from_secs(45);

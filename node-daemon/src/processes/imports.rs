@@ -1,4 +1,4 @@
-//! Filling disks: starts one `bascule-import` for each, which outlives the daemon.
+//! Imports: starts one `bascule-import` process per disk to fill. The process outlives the daemon.
 
 use std::ffi::OsString;
 use std::fs;
@@ -17,7 +17,7 @@ use crate::files;
 use crate::images::{ImportJob, JobSource, write_report};
 use crate::wait::wait_for;
 
-/// What an import is asked with.
+/// The parameters of an import.
 #[derive(Debug)]
 pub(crate) struct ImportOrder<'a> {
     pub(crate) volume: &'a str,
@@ -29,8 +29,8 @@ pub(crate) struct ImportOrder<'a> {
 }
 
 impl Supervisor {
-    /// Begins to fill a disk. Asked again while it goes on, or after it is complete, it does
-    /// nothing; after a failure it begins anew.
+    /// Starts the import of a disk. Does nothing while the import runs or when it is complete;
+    /// after a failure it starts the import again.
     pub(crate) fn import(&self, order: &ImportOrder<'_>) -> Result<Outcome, Rejection> {
         let report_path = self.paths.import(order.disk);
         if let Some(report) = read_report(&report_path)
@@ -75,11 +75,11 @@ impl Supervisor {
         let pid_path = report_path.with_extension("pid");
         files::replace(&pid_path, child.id().to_string().as_bytes(), 0o644)?;
         self.adopt_child(child);
-        tracing::info!(volume = %order.volume, disk = %order.disk, "import begun");
+        tracing::info!(volume = %order.volume, disk = %order.disk, "import started");
         Ok(Outcome::Done)
     }
 
-    /// Forgets the imports whose disks are no longer being imported.
+    /// Removes the files of complete imports whose disks are no longer marked as importing.
     pub(crate) fn remove_finished_imports(&self) -> Result<()> {
         for report in self.import_reports()? {
             if !matches!(report.state, ImportState::Complete { .. }) {
@@ -100,7 +100,8 @@ impl Supervisor {
         Ok(())
     }
 
-    /// Ends the import of a disk, if it is running. Its writes settle after its process has ended.
+    /// Kills the import process of a disk, if it runs, and removes its files. A write that it has
+    /// submitted may still land until the volume's settle time has passed.
     pub(crate) fn cancel_import(&self, disk: DiskId) -> Result<()> {
         if let Some(pid) = self.import_pid(disk).filter(|pid| is_alive(*pid)) {
             kill(pid).context("end the import")?;
@@ -156,7 +157,7 @@ impl Supervisor {
 fn kill(pid: u32) -> Result<()> {
     let pid = Pid::from_raw(i32::try_from(pid)?).context("process id")?;
     match kill_process(pid, Signal::KILL) {
-        // It has ended meanwhile.
+        // The process has ended already.
         Err(rustix::io::Errno::SRCH) => Ok(()),
         done => Ok(done?),
     }
@@ -166,5 +167,5 @@ fn read_report(path: &std::path::Path) -> Option<ImportReport> {
     serde_json::from_slice(&fs::read(path).ok()?).ok()
 }
 
-/// A killed process ends when its write in flight has completed.
+/// A killed process ends only when its write in flight has completed.
 const CANCEL_LIMIT: Duration = Duration::from_secs(30);

@@ -1,9 +1,9 @@
-//! Starting processes that outlive the daemon and its container.
+//! Starts processes that outlive the daemon and its container.
 //!
-//! `bascule-node` starts itself as `bascule-node launch …`; that single-threaded process joins the
-//! host's namespaces, a cgroup of its own in every hierarchy and a session of its own, gives up the
-//! standard streams (a container whose streams are still open hangs in Terminating), and becomes
-//! the program. Nothing here decides anything; `supervisor` says what runs.
+//! `bascule-node` starts itself as `bascule-node launch …`. That single-threaded process joins the
+//! host's namespaces, its own cgroup in every hierarchy and its own session, closes the standard
+//! streams (a container whose streams are still open hangs in Terminating), and executes the
+//! program. `supervisor` decides which programs run.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, OpenOptions};
@@ -20,16 +20,16 @@ use sha2::{Digest, Sha256};
 use crate::config::NodeConfig;
 use crate::paths::Paths;
 
-/// `bascule-node launch`: become another program, outside this container.
+/// `bascule-node launch`: executes another program outside this container.
 #[derive(Debug, clap::Args)]
 pub(crate) struct LaunchArgs {
     /// Join the mount and cgroup namespaces of process 1 (set when the daemon runs in a container)
     #[arg(long)]
     host_namespaces: bool,
-    /// The cgroup to make and join, beneath Bascule's own, in every hierarchy
+    /// The cgroup to create and join, below Bascule's own, in every hierarchy
     #[arg(long)]
     cgroup: Option<String>,
-    /// Where the program's standard error goes
+    /// The file that the program's standard error is appended to
     #[arg(long)]
     stderr: PathBuf,
     /// The program and its arguments
@@ -37,14 +37,14 @@ pub(crate) struct LaunchArgs {
     command: Vec<OsString>,
 }
 
-/// What the daemon needs to know to launch programs.
+/// How this node launches programs.
 #[derive(Clone, Debug)]
 pub(crate) struct Launcher {
     /// The folder with the programs.
     pub(crate) programs: PathBuf,
-    /// Whether the daemon runs in a container and must step out of it.
+    /// Whether the daemon runs in a container, so that programs must join the host's namespaces.
     pub(crate) host_namespaces: bool,
-    /// Whether to make cgroups (embedded mode without root does not).
+    /// Whether to create cgroups (not in embedded mode without root).
     pub(crate) cgroups: bool,
 }
 
@@ -124,7 +124,7 @@ fn become_program(args: &LaunchArgs, log: &File) -> Result<()> {
         join_cgroups(name)?;
     }
     set_oom_score(Path::new(program), log)?;
-    rustix::process::setsid().context("begin a session of its own")?;
+    rustix::process::setsid().context("start a session of its own")?;
     let log = log.try_clone().context("duplicate the log")?;
     let error = Command::new(program)
         .args(rest)
@@ -136,9 +136,9 @@ fn become_program(args: &LaunchArgs, log: &File) -> Result<()> {
     Err(error).with_context(|| format!("execute {}", program.display()))
 }
 
-/// When the node runs out of memory, the kernel takes pods first: what a guest has is requested by its
-/// reservation, and a dead watchdog's owner would take the whole node along. It is only logged where
-/// the daemon may not ask for that, as without root.
+/// Sets the OOM score so that the kernel kills other pods first when the node runs out of memory: a
+/// guest's memory is requested by its reservation pod, and without `bascule-watchdog` the watchdog
+/// resets the whole node. A failure, for example without root, is only logged.
 fn set_oom_score(program: &Path, mut log: &File) -> Result<()> {
     let adjustment = match program.file_name().and_then(OsStr::to_str) {
         Some("bascule-watchdog" | "bascule-volume") => OOM_SCORE_OF_NODE,
@@ -162,7 +162,7 @@ fn open_log(path: &Path) -> Result<File> {
         .with_context(|| format!("open {}", path.display()))?;
     let length = log.metadata().context("measure the log")?.len();
     if length > LOG_BYTES_MAX {
-        log.set_len(0).context("begin the log anew")?;
+        log.set_len(0).context("truncate the log")?;
     }
     Ok(log)
 }
@@ -325,7 +325,7 @@ const PROGRAMS: [&str; 5] = [
     "bascule-watchdog",
     "bascule-import",
 ];
-/// A program that is started again and again must not fill the node's memory with its log.
+/// In bytes. Logs are on a tmpfs, and a program in a crash loop must not fill the node's memory.
 const LOG_BYTES_MAX: u64 = 1 << 20;
 /// As the kubelet has for itself (`oom_score_adj` in proc_pid_oom_score_adj(5); Kubernetes, "Node
 /// out of memory behavior").
@@ -353,7 +353,7 @@ mod tests {
     }
 
     #[test]
-    fn a_long_log_is_begun_anew_at_the_next_start() {
+    fn a_long_log_is_truncated_at_the_next_start() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("logs/volume.log");
         open_log(&path).unwrap().write_all(b"old ").unwrap();
@@ -366,7 +366,7 @@ mod tests {
     }
 
     #[test]
-    fn systemds_own_scope_is_no_parent_for_virtual_machines() {
+    fn the_init_scope_of_systemd_is_not_the_parent_cgroup_of_virtual_machines() {
         assert_eq!(cgroup_base("/init.scope"), "/");
         assert_eq!(cgroup_base("/kubelet/init.scope"), "/kubelet");
         assert_eq!(cgroup_base("/bascule-lab-n1"), "/bascule-lab-n1");

@@ -1,8 +1,8 @@
-//! Locks: one command at a time for a VM, and for the volumes.
+//! Locks: one command at a time per VM, and one that starts or stops volume processes.
 //!
 //! They are file locks (`flock`), so they hold between the threads of the daemon and, in embedded
-//! mode, between concurrent commands. The kernel releases them when their holder ends, however it
-//! ends.
+//! mode, between concurrent commands. The kernel releases them when their holder ends, also after a
+//! crash.
 
 use std::fs::{self, File};
 use std::path::Path;
@@ -44,7 +44,7 @@ impl Supervisor {
         lock(&self.paths.vm_lock(vm), FlockOperation::LockShared).map(|_lock| VmLock { _lock })
     }
 
-    /// Keeps other commands from starting and stopping volume processes.
+    /// Prevents other commands from starting and stopping volume processes.
     pub(crate) fn lock_volumes(&self) -> Result<VolumesLock> {
         lock(&self.paths.volumes_lock(), FlockOperation::LockExclusive)
             .map(|_lock| VolumesLock { _lock })

@@ -2,8 +2,8 @@
 //!
 //! The hold process ignores SIGTERM, so that a drain waits, and the kubelet does not act on a
 //! shortened grace period. The daemon sees the host's processes, finds the pod's by the pod's UID
-//! in its cgroup path, and sends the agreed signal. A process 1 of its namespace gets from outside
-//! only signals that it handles: `bascule-hold` handles this one.
+//! in its cgroup path, and sends [`END_SIGNAL`]. PID 1 of a PID namespace
+//! receives from outside only signals that it handles, and `bascule-hold` handles this one.
 
 use std::fs;
 
@@ -13,8 +13,8 @@ use rustix::process::{Pid, Signal, kill_process};
 /// The signal that `bascule-hold` ends on.
 pub(crate) const END_SIGNAL: Signal = Signal::USR1;
 
-/// Signals every `bascule-hold` of this pod; says how many there were. None is no error: the pod
-/// has ended.
+/// Signals every `bascule-hold` of this pod and returns their number. Zero is no error: the pod has
+/// ended already.
 pub(crate) fn end(pod_uid: &str) -> Result<usize> {
     let mut ended = 0;
     for entry in fs::read_dir("/proc").context("read /proc")? {
@@ -26,7 +26,7 @@ pub(crate) fn end(pod_uid: &str) -> Result<usize> {
         else {
             continue;
         };
-        // A process that ends while it is looked at is no longer of interest.
+        // The process may end between two reads; then it needs no signal.
         let Ok(cgroups) = fs::read_to_string(entry.path().join("cgroup")) else {
             continue;
         };

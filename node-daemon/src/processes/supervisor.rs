@@ -21,7 +21,7 @@ use crate::paths::Paths;
 pub(crate) struct Supervisor {
     pub(crate) paths: Paths,
     pub(crate) identity: Identity,
-    /// The address that other nodes reach this one at.
+    /// The address at which other nodes reach this node.
     pub(crate) address: IpAddr,
     pub(crate) launcher: Launcher,
     pub(crate) bridges: BTreeMap<String, String>,
@@ -58,7 +58,7 @@ impl From<anyhow::Error> for Rejection {
     }
 }
 
-/// What a supervisor is made of, beside the parts of [`crate::config::NodeConfig`].
+/// The parameters of a supervisor that are not in [`crate::config::NodeConfig`].
 #[derive(Debug)]
 pub(crate) struct Parts {
     pub(crate) identity: Identity,
@@ -101,7 +101,7 @@ impl Supervisor {
             .push(child);
     }
 
-    /// Reaps the processes that have ended, so that no zombie keeps their place.
+    /// Reaps the child processes that have ended.
     pub(crate) fn reap(&self) {
         let mut children = self.children.lock().unwrap_or_else(PoisonError::into_inner);
         children.retain_mut(|child| matches!(child.try_wait(), Ok(None)));

@@ -1,7 +1,7 @@
 //! Tap devices: one for each interface of a VM, attached to a bridge of the node.
 //!
-//! A tap is made persistent, so that the VM process opens it by name without any rights on the
-//! network, and outlives the daemon. It is removed when the VM process is collected.
+//! A tap is persistent: it outlives the daemon, and the VM process opens it by name without network
+//! privileges. It is removed together with the VM process's run directory.
 
 use anyhow::{Context, Result, bail};
 use bascule_devices::net::TapFd;
@@ -24,7 +24,7 @@ pub(crate) fn name(node: NodeUid, vm: VmUid, index: usize) -> String {
     format!("bs{short}-{index}")
 }
 
-/// Makes the tap, attaches it to the bridge and sets it up. Idempotent.
+/// Creates the tap, attaches it to the bridge and brings it up. Idempotent.
 pub(crate) fn ensure(tap: &str, bridge: &str) -> Result<()> {
     on_rtnetlink(async |handle| {
         let Some(bridge_link) = find(handle, bridge).await? else {
@@ -122,9 +122,9 @@ mod tests {
         assert_ne!(name(one, vm, 0), name(one, vm, 1));
     }
 
-    /// Two commands forgot one guest, and the later one ended with "No such device".
+    /// Two commands removed the same VM process, and the later one failed with "No such device".
     #[test]
-    fn a_tap_that_somebody_else_removed_is_gone_and_other_errors_are_none_of_it() {
+    fn only_enodev_means_that_another_command_has_removed_the_tap() {
         let answer = |code: i32| {
             let mut message = rtnetlink::packet_core::ErrorMessage::default();
             message.code = std::num::NonZeroI32::new(code);

@@ -1,4 +1,5 @@
-//! The reports of this node's VM and import processes, from what they say or have left behind.
+//! The reports of this node's VM and import processes, from their answers or, when a process does not
+//! respond or has ended, from the files in its run directory.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -28,7 +29,7 @@ impl Supervisor {
             let Ok(vm) = name.parse::<VmUid>() else {
                 continue;
             };
-            // Without its spec a folder is one that is just being made.
+            // A folder without a spec is just being created.
             let Ok(bytes) = fs::read(self.paths.vm(vm).join("spec.json")) else {
                 continue;
             };
@@ -92,7 +93,7 @@ impl Supervisor {
             if !name.ends_with(".json") {
                 continue;
             }
-            // A file that is just being replaced is read at the next report.
+            // A file that is being replaced is read at the next report.
             let Ok(bytes) = fs::read(self.paths.imports().join(name)) else {
                 continue;
             };
@@ -110,7 +111,8 @@ pub(crate) fn by_name(mut reports: Vec<VmReport>) -> Vec<VmReport> {
     reports
 }
 
-/// The ownership of the process in `folder`: as it wrote itself, or else the one it was started for.
+/// The ownership of the process in `folder`: the one that it has written itself, or else the one that
+/// it was started for.
 fn last_ownership(folder: &Path) -> Option<Ownership> {
     let read = |name: &str| fs::read(folder.join(name)).ok();
     let written = read("ownership.json").and_then(|bytes| serde_json::from_slice(&bytes).ok());
@@ -140,8 +142,8 @@ mod tests {
 
     use super::*;
 
-    /// One that had come by a live migration was reported in the ownership of the node that it came from
-    /// when it was killed, or did not answer for a moment.
+    /// A process that had received a live migration and did not respond was reported with the
+    /// ownership of the migration's source.
     #[test]
     fn an_unresponsive_process_is_reported_with_the_ownership_that_it_has_written() {
         let folder = tempfile::tempdir().unwrap();

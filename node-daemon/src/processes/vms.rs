@@ -1,4 +1,4 @@
-//! Commands about VM processes.
+//! Commands on VM processes: start, call, and remove them.
 
 use std::ffi::OsString;
 use std::fs;
@@ -22,21 +22,21 @@ use super::tap;
 use crate::files;
 use crate::wait::wait_for;
 
-/// What is here of a VM.
+/// The VM process and run directory of a VM on this node.
 #[derive(Debug)]
 pub(crate) enum Presence {
     /// No run directory.
     Absent,
     /// A process that responds.
     Responding(Box<VmStatus>),
-    /// A process that exists and does not respond: hung, or just starting. Its process id.
+    /// A process that exists and does not respond: it hangs or is starting. Contains its process id.
     Unresponsive(u32),
     /// The run directory of a process that has ended, and the last state that it wrote there.
     Ended(Option<VmState>),
 }
 
 impl Supervisor {
-    /// What is here of a VM.
+    /// The presence of a VM, by a call to its process.
     pub(crate) fn presence(&self, vm: VmUid) -> Presence {
         let folder = self.paths.vm(vm);
         if !folder.exists() {
@@ -48,7 +48,7 @@ impl Supervisor {
         self.presence_without_call(vm)
     }
 
-    /// The same of a process that is not asked, for it takes its time.
+    /// The presence of a VM from files and `/proc` only, for a process that does not respond.
     pub(crate) fn presence_without_call(&self, vm: VmUid) -> Presence {
         let folder = self.paths.vm(vm);
         let pid = fs::read_to_string(folder.join("pid"))
@@ -56,13 +56,13 @@ impl Supervisor {
             .and_then(|text| text.trim().parse().ok());
         match (pid, last_state(&folder)) {
             (Some(pid), _) if is_alive(pid) => Presence::Unresponsive(pid),
-            // Collected while this looked.
+            // Another command has removed the folder meanwhile.
             (None, None) if !folder.exists() => Presence::Absent,
             (_, last) => Presence::Ended(last),
         }
     }
 
-    /// A VM process' own status, if it answers.
+    /// The status of a VM process, if it responds.
     pub(crate) fn vm_status(&self, vm: VmUid) -> Option<VmStatus> {
         match self.presence(vm) {
             Presence::Responding(status) => Some(*status),
@@ -70,7 +70,8 @@ impl Supervisor {
         }
     }
 
-    /// What a VM process waits for at this moment, in words; none also when it does not say.
+    /// The operation that a VM process waits for, for error messages; none when it waits for nothing
+    /// or does not respond.
     pub(crate) fn vm_waits_for(&self, vm: VmUid) -> Option<String> {
         match vm_call(&self.paths.vm_socket(vm), &Request::WaitsFor) {
             Ok(Response::WaitsFor(what)) => what,
@@ -130,7 +131,7 @@ impl Supervisor {
                 if !start.is_some_and(|start| awaits(&start, &status.state, attempt)) {
                     return Err(wrong_state("the VM is here already"));
                 }
-                // Ordered again: a busy node may have taken too long to build it.
+                // A repeated command: the operator's call may have timed out on a busy node.
                 return listening(&self.await_start(spec.uid, status.pid)?);
             }
             Presence::Unresponsive(pid) => return Err(unresponsive(pid)),
@@ -141,7 +142,7 @@ impl Supervisor {
         listening(&self.launch_vm(spec, ownership, StartMode::Incoming { listen, attempt })?)
     }
 
-    /// What a VM's process was started for.
+    /// The configuration that a VM's process was started with.
     fn start_mode(&self, vm: VmUid) -> Option<StartMode> {
         let bytes = fs::read(self.paths.vm(vm).join("config.json")).ok()?;
         let config: VmConfig = serde_json::from_slice(&bytes).ok()?;
@@ -159,7 +160,7 @@ impl Supervisor {
         }
     }
 
-    /// Forgets a VM process whose run is over.
+    /// Ends a VM process whose run is over, and removes its run directory and taps.
     pub(crate) fn collect_vm(&self, vm: VmUid, pid: u32) -> Result<Outcome, Rejection> {
         match self.presence(vm) {
             Presence::Absent => Ok(Outcome::Done),
@@ -194,8 +195,8 @@ impl Supervisor {
                 tap::remove(&interface.tap)?;
             }
         }
-        // Renamed first, which is atomic: in embedded mode two commands may collect the same VM, and
-        // neither may find half of a folder.
+        // Renamed first, which is atomic: in embedded mode two commands may remove the same VM
+        // process, and neither may find a partly removed folder.
         let trash = self.paths.vms().join(format!("{vm}.gone"));
         let removed = remove_folder(&trash)
             .and_then(|()| unless_missing(fs::rename(&folder, &trash)))
@@ -234,7 +235,7 @@ impl Supervisor {
         self.await_start(spec.uid, pid)
     }
 
-    /// A process that has come up answers, and an incoming one listens.
+    /// Waits until a started process responds, and until an incoming one listens.
     fn await_start(&self, vm: VmUid, pid: u32) -> Result<VmStatus, Rejection> {
         let answer = wait_for(START_LIMIT, || match self.presence(vm) {
             Presence::Responding(status) if is_coming_up(&status) => None,
@@ -248,14 +249,14 @@ impl Supervisor {
         answer.unwrap_or_else(|| Err(unresponsive(pid)))
     }
 
-    /// Why a process that ended at once did so: the end of its log.
+    /// The error for a process that ended at startup, with the end of its log.
     fn log_tail(&self, vm: VmUid) -> Rejection {
         let log = fs::read_to_string(self.paths.vm(vm).join("vm.log")).unwrap_or_default();
         let lines: Vec<&str> = log.lines().rev().take(LOG_TAIL_LINES).collect();
         let words: Vec<&str> = lines.into_iter().rev().collect();
         Rejection::new(
             RejectReason::Failed,
-            format!("the VM process ended at once: {}", words.join(" | ")),
+            format!("the VM process ended at startup: {}", words.join(" | ")),
         )
     }
 
@@ -343,7 +344,7 @@ fn unless_missing(done: io::Result<()>) -> io::Result<()> {
     }
 }
 
-/// Where a process that is gone last stood, as it wrote itself.
+/// The last state that a process has written before it ended.
 fn last_state(folder: &Path) -> Option<VmState> {
     let bytes = fs::read(folder.join("state.json")).ok()?;
     let last: LastState = serde_json::from_slice(&bytes).ok()?;
@@ -364,7 +365,7 @@ fn why_unusable(kvm: &Path) -> Option<String> {
     ))
 }
 
-/// Whether a process that was started so, and stands so, is the destination of `attempt`.
+/// Whether a process with this start mode and state is the destination of `attempt`.
 fn awaits(start: &StartMode, state: &VmState, attempt: AttemptId) -> bool {
     let of_attempt = matches!(start, StartMode::Incoming { attempt: of, .. } if *of == attempt);
     of_attempt && matches!(state, VmState::Starting | VmState::Incoming)
@@ -380,7 +381,7 @@ fn listening(status: &VmStatus) -> Result<Outcome, Rejection> {
     Ok(Outcome::Listening { address })
 }
 
-/// Whether a process still has to do what it was started for: to boot, or to listen.
+/// Whether a process has yet to boot or to listen.
 fn is_coming_up(status: &VmStatus) -> bool {
     match status.state {
         VmState::Starting => true,
@@ -389,7 +390,7 @@ fn is_coming_up(status: &VmStatus) -> bool {
     }
 }
 
-/// Whether a VM's run in a process is over for good.
+/// Whether a process never runs its guest again.
 pub(crate) fn is_over(state: &VmState) -> bool {
     matches!(state, VmState::Stopped(_) | VmState::Departed)
 }
@@ -414,9 +415,9 @@ fn unresponsive(pid: u32) -> Rejection {
 /// A VM process maps its memory and opens its disks in well under a second; an emulated node takes
 /// several.
 const START_LIMIT: Duration = Duration::from_secs(30);
-/// A process that has nothing left to do ends at once.
+/// A process without a guest ends within milliseconds.
 const EXIT_LIMIT: Duration = Duration::from_secs(10);
-/// How much of a dead process' log is worth repeating.
+/// How many log lines of an ended process an error message repeats.
 const LOG_TAIL_LINES: usize = 3;
 
 #[cfg(test)]
@@ -425,10 +426,10 @@ mod tests {
 
     use super::*;
 
-    /// Found when three guests left an emulated node: the second order came while the machine was
-    /// still being built, and was refused as one for a VM that runs there.
+    /// Found when three guests left an emulated node: the repeated command arrived while the machine
+    /// was still being built, and was refused as if the VM ran there.
     #[test]
-    fn a_destination_that_is_still_being_built_is_that_of_its_attempt() {
+    fn a_destination_that_is_still_being_built_is_recognised_by_its_attempt() {
         let attempt = AttemptId::random();
         let listen = "127.0.0.1:0".parse().unwrap();
         let start = StartMode::Incoming { listen, attempt };
@@ -453,10 +454,10 @@ mod tests {
         assert_eq!(why_unusable(&device), None);
     }
 
-    /// It was read as a whole status, which it is not, and every process that had ended by itself was
-    /// reported as one that said nothing.
+    /// The file was parsed as a whole status, which failed, so every process that had ended by itself
+    /// was reported without a last state.
     #[test]
-    fn what_a_process_wrote_before_it_ended_is_read() {
+    fn the_last_state_that_a_process_wrote_is_read() {
         let folder = tempfile::tempdir().unwrap();
         assert_eq!(last_state(folder.path()), None);
         let what = "panicked".to_owned();

@@ -21,7 +21,7 @@ use crate::files::{self, names_in};
 use crate::wait::wait_for;
 
 impl Supervisor {
-    /// Formats a blank device, this node as the first.
+    /// Formats a blank device; this node gets the first slot.
     pub(crate) fn format_volume(
         &self,
         backing: &Backing,
@@ -65,7 +65,7 @@ impl Supervisor {
         cluster: ClusterId,
     ) -> Result<Outcome, Rejection> {
         check_name(name)?;
-        let _alone = self.lock_volumes()?;
+        let _lock = self.lock_volumes()?;
         let folder = self.paths.volume(name);
         if self.volume_is_up(name) {
             return Ok(Outcome::Done);
@@ -83,10 +83,10 @@ impl Supervisor {
         Ok(Outcome::Done)
     }
 
-    /// Starts again every volume process that was attached and has ended, as a crash leaves it. One
-    /// that cannot be started keeps no other waiting.
+    /// Restarts the processes of attached volumes that have ended, for example by a crash. A failure
+    /// to start one does not delay the others.
     pub(crate) fn restart_ended_volumes(&self) -> Result<()> {
-        let _alone = self.lock_volumes()?;
+        let _lock = self.lock_volumes()?;
         let mut restart_backoff =
             (self.restart_backoff.lock()).unwrap_or_else(PoisonError::into_inner);
         for name in self.volume_names()? {
@@ -98,25 +98,25 @@ impl Supervisor {
             if !restart_backoff.is_due(&name, Instant::now()) {
                 continue;
             }
-            tracing::warn!(volume = %name, "the volume's process has ended; starting it again");
-            if let Err(error) = self.revive(&name, &bytes) {
-                tracing::error!(volume = %name, error = format!("{error:#}"), "not started");
+            tracing::warn!(volume = %name, "the volume process has ended; restarting it");
+            if let Err(error) = self.restart_volume(&name, &bytes) {
+                tracing::error!(volume = %name, error = format!("{error:#}"), "cannot restart the volume process");
             }
         }
         Ok(())
     }
 
-    fn revive(&self, name: &str, attachment: &[u8]) -> Result<()> {
+    fn restart_volume(&self, name: &str, attachment: &[u8]) -> Result<()> {
         let attachment = serde_json::from_slice(attachment).context("read attachment.json")?;
         self.ensure_watchdog()?;
         self.launch_volume(name, &attachment)?;
         Ok(())
     }
 
-    /// Ends a volume's process. It refuses while a VM of this node has it open.
+    /// Ends a volume's process. Rejected while a VM of this node has the volume open.
     pub(crate) fn detach_volume(&self, name: &str) -> Result<Outcome, Rejection> {
         check_name(name)?;
-        let _alone = self.lock_volumes()?;
+        let _lock = self.lock_volumes()?;
         let folder = self.paths.volume(name);
         if !folder.exists() {
             return Ok(Outcome::Done);
@@ -143,7 +143,7 @@ impl Supervisor {
         Ok(Outcome::Done)
     }
 
-    /// Asks for a metadata change, or the rows, through the volume's process.
+    /// Sends a request for a metadata change, or for all rows, to the volume's process.
     pub(crate) fn volume_request(
         &self,
         name: &str,
@@ -162,7 +162,7 @@ impl Supervisor {
                 RejectReason::Failed,
                 format!("answered {other:?}"),
             )),
-            // The request may have gone through before the connection went.
+            // The change may have been granted before the time limit passed.
             Err(error) if error.kind() == Kind::TimedOut => Ok(Outcome::Unknown),
             Err(error) => Err(Rejection::new(
                 RejectReason::VolumeNotAttached,
@@ -171,7 +171,7 @@ impl Supervisor {
         }
     }
 
-    /// A volume's state, as its own process sees it.
+    /// A volume's state, as its process on this node reports it.
     pub(crate) fn volume_status(&self, name: &str) -> Result<VolumeStatus, String> {
         match volume_call(&self.paths.volume_socket(name), &Request::Status) {
             Ok(Response::Status(status)) => Ok(status),
@@ -278,7 +278,7 @@ impl Supervisor {
     }
 }
 
-/// What a volume was attached with, in its run directory.
+/// `attachment.json` of a volume's run directory: the parameters to restart its process with.
 #[derive(Debug, serde::Serialize, serde::Deserialize)]
 struct Attachment {
     backing: Backing,
@@ -292,7 +292,7 @@ struct Formatted {
     volume: VolumeId,
 }
 
-/// The path of a backing.
+/// The path of the device or file.
 pub(crate) fn backing_path(backing: &Backing) -> &Path {
     match backing {
         Backing::Device { path } | Backing::File { path, .. } => path,
@@ -379,11 +379,11 @@ fn reject_reason(code: Option<i32>) -> RejectReason {
 const EXIT_UNAVAILABLE: i32 = 3;
 const EXIT_NOT_BLANK: i32 = 4;
 const EXIT_TOO_SMALL: i32 = 5;
-/// How many volumes a node attaches at most: the ports that are opened for them in a firewall.
+/// The most volumes that a node attaches, and the number of ports that a firewall must open.
 const VOLUMES_MAX: u16 = 16;
-/// A volume's process with nothing open ends after its last renewal.
+/// A volume process without an open writer ends after its current lease renewal.
 const DETACH_LIMIT: Duration = Duration::from_secs(20);
-/// The watchdog's process opens one device.
+/// `bascule-watchdog` opens one device at its start.
 const WATCHDOG_LIMIT: Duration = Duration::from_secs(10);
 const WATCHDOG_HELLO: Duration = Duration::from_secs(1);
 
@@ -392,7 +392,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_volumes_name_cannot_leave_its_folder() {
+    fn a_volume_name_that_is_not_an_rfc_1123_name_is_rejected() {
         assert!(check_name("gold.fast-1").is_ok());
         for bad in ["", "..", "a/b", "-x", "Gold"] {
             assert!(check_name(bad).is_err(), "{bad}");

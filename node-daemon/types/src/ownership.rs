@@ -14,7 +14,7 @@ macro_rules! counter {
         pub struct $name(pub $int);
 
         impl $name {
-            /// The next value.
+            /// This number plus one.
             ///
             /// # Panics
             /// When the counter would wrap: old values would then order after new ones.

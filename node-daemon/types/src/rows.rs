@@ -82,8 +82,8 @@ pub struct ExtentRun {
 
 /// The record that an owner was fenced: it will not write to this volume again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct FenceRow {
-    /// The fenced owner.
     pub victim: Owner,
     /// The evidence with which the coordinator fenced it.
     pub proof: FenceProof,

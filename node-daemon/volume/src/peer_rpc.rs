@@ -34,7 +34,7 @@ pub const FRAME_BYTES_MAX: usize = 64 << 20;
 pub struct PeerRequest {
     /// A server of another volume refuses the request.
     pub volume: VolumeId,
-    /// The requesting node.
+    /// The requesting node's UID.
     pub node: NodeUid,
     /// The requester's slot and generation, as in its heartbeat; none before it has a slot.
     pub owner: Option<Owner>,

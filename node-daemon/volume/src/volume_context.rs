@@ -34,7 +34,7 @@ pub struct VolumeContext {
     pub config: ProcessConfig,
     /// As read when the volume was opened.
     pub superblock: Superblock,
-    /// The backing device.
+    /// The opened device or file that holds the volume.
     pub device: Device,
     /// The page in which this process publishes the lease; every writer reads it.
     pub gate: GateWriter,
@@ -135,6 +135,7 @@ pub struct Job {
 pub struct VolumeContextParts {
     pub config: ProcessConfig,
     pub superblock: Superblock,
+    /// The opened device or file that holds the volume.
     pub device: Device,
     pub gate: GateWriter,
     pub tls: Tls,

@@ -7,7 +7,7 @@ use bascule_volume_gate::boot_time_now;
 
 use crate::volume_context::{State, VolumeContext};
 
-/// The current status.
+/// The volume's state, as this node sees it now.
 #[must_use]
 pub fn status(context: &VolumeContext) -> VolumeStatus {
     let now = boot_time_now();
@@ -75,7 +75,7 @@ fn peers(state: &State, now: BootTime) -> Vec<PeerStatus> {
             owner,
             node: row.node,
             alive: state.watcher.is_alive(owner, now),
-            silent_ms: u64::try_from(unchanged).unwrap_or(u64::MAX),
+            no_heartbeat_ms: u64::try_from(unchanged).unwrap_or(u64::MAX),
             address: record.and_then(|record| record.address.parse().ok()),
             fenced: rows.fence(owner).is_some(),
         }

@@ -27,6 +27,7 @@ struct Page {
 
 /// Why a volume was not enlisted. The client must not open a writer on it.
 #[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub enum EnlistRefused {
     /// The gate page cannot be opened.
     #[error("the gate page of the volume cannot be read")]
@@ -34,7 +35,6 @@ pub enum EnlistRefused {
     /// The gate page belongs to another volume.
     #[error("the gate page at {path} is for volume {found}")]
     OtherVolume {
-        /// The gate page.
         path: PathBuf,
         /// The volume that the page belongs to.
         found: VolumeId,

@@ -19,8 +19,8 @@ pub struct Shared {
 
 /// The locked part of [`Shared`].
 #[derive(Debug)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct State {
-    /// The enlisted volumes.
     pub volumes: EnlistedVolumes,
     /// What resets the node. [`Kind::None`] once a keepalive has failed.
     pub kind: Kind,

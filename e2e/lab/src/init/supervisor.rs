@@ -83,7 +83,6 @@ impl Reaper {
     }
 }
 
-/// A running child.
 #[derive(Debug)]
 pub(crate) struct Child {
     pid: i32,

@@ -4,6 +4,7 @@ use super::kind::FrameKind;
 
 /// Bytes that are no frame of this protocol, or a stream that ended.
 #[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub enum WireError {
     /// The stream failed, or ended within a frame.
     #[error("the migration stream failed")]
@@ -16,14 +17,10 @@ pub enum WireError {
     },
     /// A kind of frame that this version does not know.
     #[error("unknown frame kind {kind}")]
-    UnknownKind {
-        /// The kind.
-        kind: u8,
-    },
+    UnknownKind { kind: u8 },
     /// A body longer than its kind allows.
     #[error("a {kind:?} frame of {length} bytes; at most {limit} are allowed")]
     TooLong {
-        /// The kind.
         kind: FrameKind,
         /// The length that its header claims.
         length: u32,
@@ -33,7 +30,6 @@ pub enum WireError {
     /// A body that its kind does not allow.
     #[error("malformed {kind:?} frame: {what}")]
     Malformed {
-        /// The kind.
         kind: FrameKind,
         /// What is wrong.
         what: &'static str,
@@ -41,7 +37,6 @@ pub enum WireError {
     /// A frame is missing, or came twice.
     #[error("frame {found} came on stream {stream} where {expected} was due")]
     OutOfSequence {
-        /// The stream.
         stream: u16,
         /// The number that was due.
         expected: u32,
@@ -50,8 +45,5 @@ pub enum WireError {
     },
     /// A stream that was not agreed on.
     #[error("a frame on stream {stream}, which was not agreed on")]
-    UnknownStream {
-        /// The stream.
-        stream: u16,
-    },
+    UnknownStream { stream: u16 },
 }

@@ -11,10 +11,9 @@ const MAGIC: [u8; 2] = [0xba, 0x5c];
 
 /// A checked header: a known kind, an allowed stream, a length within the kind's bound.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct Header {
-    /// The kind.
     pub kind: FrameKind,
-    /// The stream.
     pub stream: StreamId,
     /// Length of the body in bytes.
     pub length: u32,

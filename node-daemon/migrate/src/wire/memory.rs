@@ -63,7 +63,7 @@ impl<'a> Batch<'a> {
         Ok(Self { table, data })
     }
 
-    /// The runs.
+    /// The runs of pages, in the order of the table.
     #[must_use]
     pub const fn runs(&self) -> Runs<'a> {
         Runs {

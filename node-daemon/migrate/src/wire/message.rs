@@ -44,10 +44,10 @@ pub enum Frame<'a> {
 
 /// The first frame: the source, the VM and the attempt.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct Hello {
     /// The lowest version that the source speaks.
     pub version_min: u16,
-    /// The highest.
     pub version_max: u16,
     /// Streams that the source would like to use.
     pub streams: u16,
@@ -97,8 +97,8 @@ pub struct Config {
 
 /// How many frames a stream had sent when a round ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct StreamMark {
-    /// The stream.
     pub stream: StreamId,
     /// Frames sent on it before this one, wrapping.
     pub frames: u32,
@@ -115,8 +115,8 @@ pub struct RoundEnd {
 
 /// The end of the device state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct StateEnd {
-    /// Its length.
     pub length: Bytes,
     /// CRC32C over it.
     pub crc32c: u32,
@@ -124,8 +124,8 @@ pub struct StateEnd {
 
 /// The volume has transferred the ownership to the destination.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct Committed {
-    /// The new epoch.
     pub epoch: Epoch,
     /// The new owner: the destination.
     pub owner: Owner,
@@ -133,8 +133,8 @@ pub struct Committed {
 
 /// How far pre-copy is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct Progress {
-    /// The round.
     pub round: u32,
     /// Bytes sent since the start.
     pub sent: Bytes,
@@ -192,7 +192,7 @@ impl StreamId {
         }
     }
 
-    /// Its number.
+    /// The number on the wire.
     #[must_use]
     pub const fn number(self) -> u16 {
         self.0
@@ -217,7 +217,7 @@ impl Features {
 }
 
 impl AbortReason {
-    /// The wire's number.
+    /// The number on the wire.
     #[must_use]
     pub const fn number(self) -> u16 {
         match self {
@@ -265,7 +265,7 @@ impl Abort {
 }
 
 impl<'a> Frame<'a> {
-    /// The kind.
+    /// The kind that the frame header carries.
     #[must_use]
     pub const fn kind(&self) -> FrameKind {
         match self {

@@ -34,8 +34,8 @@ pub struct CheckpointId {
 /// The head of a checkpoint. Written after the rows are durable: an undamaged head says that the
 /// checkpoint is complete.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct CheckpointHead {
-    /// The checkpoint.
     pub id: CheckpointId,
     /// The number of rows.
     pub rows: u64,
@@ -45,12 +45,11 @@ pub struct CheckpointHead {
 
 /// One row of a checkpoint.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct CheckpointRow {
-    /// The checkpoint.
     pub id: CheckpointId,
     /// The row's index in the checkpoint, from 0.
     pub index: u64,
-    /// The row.
     pub record: MetaRecord,
 }
 

@@ -48,7 +48,7 @@ pub const PAXOS_SUBSECTORS: u64 = 8;
 pub struct CoordinatorEpoch(pub u64);
 
 impl CoordinatorEpoch {
-    /// The next value.
+    /// This number plus one.
     ///
     /// # Panics
     /// When the counter would wrap.
@@ -83,10 +83,10 @@ pub struct PaxosBlock {
 
 /// A value that was accepted in a ballot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct Accepted {
     /// The ballot, at most `mbal`.
     pub bal: u64,
-    /// The proposed coordinator.
     pub value: Owner,
 }
 

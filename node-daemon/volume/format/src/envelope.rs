@@ -320,7 +320,7 @@ impl<'a> BodyReader<'a> {
         }
     }
 
-    /// The next byte.
+    /// The next byte; 0 past the end.
     pub fn u8(&mut self) -> u8 {
         u8::from_le_bytes(self.array())
     }

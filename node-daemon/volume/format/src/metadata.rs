@@ -135,7 +135,7 @@ impl Metadata {
         rows as u64
     }
 
-    /// The registered slots.
+    /// The slots that nodes have registered, in ascending order.
     pub fn slots(&self) -> impl Iterator<Item = &SlotRow> {
         self.slots.values()
     }

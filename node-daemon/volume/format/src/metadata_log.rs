@@ -36,10 +36,10 @@ pub const GROUP_MAX: usize = 8;
 
 /// The metadata that was read from the volume.
 #[derive(Clone, Debug)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct Recovered {
     /// The rows of the checkpoint, with the journal applied.
     pub metadata: Metadata,
-    /// The newest checkpoint.
     pub base: CheckpointId,
     /// The area with that checkpoint.
     pub area: AreaId,

@@ -66,8 +66,8 @@ pub const RUNS_MAX: usize = 24;
 
 /// A heartbeat slot's holder.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct SlotRow {
-    /// The slot.
     pub slot: SlotId,
     /// The node to which the slot is assigned.
     pub node: NodeUid,

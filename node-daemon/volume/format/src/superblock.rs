@@ -116,10 +116,10 @@ pub enum RegionKind {
 
 /// A run of blocks with one purpose.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct Region {
     /// What the blocks are used for.
     pub kind: RegionKind,
-    /// The first block.
     pub start: Lba,
     /// The length in blocks; not zero.
     pub blocks: u64,

@@ -169,8 +169,8 @@ pub struct AreaId {
 
 /// The position of a metadata area's parts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub struct Area {
-    /// The checkpoint head.
     pub head: Lba,
     /// The first block of checkpoint rows.
     pub rows: Lba,

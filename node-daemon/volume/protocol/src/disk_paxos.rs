@@ -76,13 +76,11 @@ pub struct ElectionConfig {
 
 /// An input of the candidate.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub enum ElectionEvent {
     /// Start an attempt: there is no coordinator, or its lease has ended. After
     /// [`ElectionOutcome::Beaten`] wait a random time first.
-    Start {
-        /// The boot time.
-        now: BootTime,
-    },
+    Start { now: BootTime },
     /// The result of [`ElectionCommand::ReadBlocks`].
     Blocks {
         /// The Paxos blocks of all slots that can be parsed.
@@ -98,6 +96,7 @@ pub enum ElectionEvent {
 
 /// A command to the driver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub enum ElectionCommand {
     /// Read all Paxos blocks and all leader blocks. Issue the read now, not earlier.
     ReadBlocks,
@@ -105,7 +104,6 @@ pub enum ElectionCommand {
     WritePaxos {
         /// The index of the block in the slot, 0 to 7.
         subsector: u64,
-        /// The contents.
         block: PaxosBlock,
     },
     /// Write and flush the leader block of this node's slot.

@@ -32,19 +32,14 @@ pub struct OwnSlot {
 
 /// The claim of a `Change::Rejoin`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub enum JoinClaim {
     /// This node has no record in its slot.
     First,
     /// Processes of `from` may be running: its VMs go over to the new generation unless it was fenced.
-    SameBoot {
-        /// The previous generation.
-        from: Owner,
-    },
+    SameBoot { from: Owner },
     /// No process and no outstanding write of `from` exists any more: its VMs are released.
-    Rebooted {
-        /// The previous generation.
-        from: Owner,
-    },
+    Rebooted { from: Owner },
     /// No claim yet: writes of the previous boot may still land.
     Wait {
         /// The end of the wait, by this boot's clock.

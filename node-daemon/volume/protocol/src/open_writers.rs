@@ -58,7 +58,7 @@ impl Writers {
         }
     }
 
-    /// The next state.
+    /// The state after `event`.
     #[must_use]
     pub fn next(mut self, event: WriterEvent) -> Self {
         match event {

@@ -65,7 +65,7 @@ impl Enlisted {
         self
     }
 
-    /// The enlisted volumes.
+    /// The volumes whose leases a pet of the watchdog requires.
     pub fn volumes(&self) -> impl Iterator<Item = VolumeId> + '_ {
         self.volumes.iter().copied()
     }

@@ -57,6 +57,7 @@ pub struct HeartbeatSeen {
 
 /// An input of the watcher.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[expect(missing_docs, reason = "the field names say all")]
 pub enum WatchEvent {
     /// All slots were read.
     Read {
@@ -69,7 +70,6 @@ pub enum WatchEvent {
     },
     /// This node learned, by granting it or from the journal, that a slot is in this generation.
     Granted {
-        /// The boot time.
         now: BootTime,
         /// The slot and its generation.
         owner: Owner,
@@ -122,7 +122,7 @@ impl Watcher {
         }
     }
 
-    /// The next state.
+    /// The state after `event`.
     #[must_use]
     pub fn next(mut self, event: WatchEvent) -> Self {
         match event {

@@ -18,10 +18,10 @@ type Acknowledged = Mutex<BTreeMap<VmUid, VmRow>>;
 /// A client of one node: creates and acquires VMs, and records the acknowledged rows. After a
 /// failure it goes on with the next VM.
 fn client(socket: &std::path::Path, n: u8, done: &AtomicBool, acknowledged: &Acknowledged) {
-    let patience = Duration::from_secs(20);
+    let timeout = Duration::from_secs(20);
     let mut count: u8 = 0;
     while !done.load(Ordering::Acquire) {
-        let Ok(mut connection) = Connection::connect(socket, patience) else {
+        let Ok(mut connection) = Connection::connect(socket, timeout) else {
             std::thread::park_timeout(Duration::from_millis(20));
             continue;
         };

@@ -259,7 +259,7 @@ fn lease_only_takes_over_only_after_a_manual_fencing_confirmation() {
     let ask = take_over(&row, &two);
     // Longer than the safe time: under LeaseOnly no waiting time is a fence proof.
     two.wait_status("the heartbeat of node 1 to stop", |status| {
-        status.peers.iter().any(|peer| peer.silent_ms > 8500)
+        status.peers.iter().any(|peer| peer.no_heartbeat_ms > 8500)
     });
     let refused = Response::Refused(Refusal::NotFenced {
         victim,
@@ -292,7 +292,7 @@ fn a_frozen_node_stalls_and_rejoins_with_its_vms() {
     two.signal(Signal::STOP);
     one.wait_status("the heartbeat of node 2 to stop", |status| {
         let peer = status.peers.iter().find(|peer| peer.owner == before);
-        peer.is_some_and(|peer| peer.silent_ms > 2500)
+        peer.is_some_and(|peer| peer.no_heartbeat_ms > 2500)
     });
     gate.check(boot_time_now(), before)
         .expect_err("the lease of a frozen node expires in the gate page");

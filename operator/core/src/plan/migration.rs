@@ -264,13 +264,13 @@ impl<'a> PlanContext<'a> {
                 && process.status.state == VmState::Incoming
                 && process.status.epoch == row.epoch
         });
-        let told = self
+        let reported = self
             .observed
             .memory
             .listening
             .filter(|(a, _)| *a == attempt)
             .map(|(_, s)| s);
-        let peer = incoming.and_then(|process| told.or_else(|| routable(process)));
+        let peer = incoming.and_then(|process| reported.or_else(|| routable(process)));
         let message = format!("{target} is getting ready");
         let update = update_of(
             migration,

@@ -15,7 +15,7 @@ fn policy(mode: Fencing) -> FencePolicy {
     }
 }
 
-fn evidence(kind: WatchdogKind, silent_ms: u64) -> Evidence {
+fn evidence(kind: WatchdogKind, no_heartbeat_ms: u64) -> Evidence {
     Evidence {
         victim: VICTIM,
         standing: Standing::Shown,
@@ -27,12 +27,12 @@ fn evidence(kind: WatchdogKind, silent_ms: u64) -> Evidence {
             detached: false,
             timings: Timings::DEFAULT,
         }),
-        unchanged_for: Duration::from_millis(silent_ms),
+        unchanged_for: Duration::from_millis(no_heartbeat_ms),
     }
 }
 
-fn under_watchdog(kind: WatchdogKind, silent_ms: u64) -> Result<FenceProof, MissingProof> {
-    verify(policy(Fencing::Watchdog), &evidence(kind, silent_ms))
+fn under_watchdog(kind: WatchdogKind, no_heartbeat_ms: u64) -> Result<FenceProof, MissingProof> {
+    verify(policy(Fencing::Watchdog), &evidence(kind, no_heartbeat_ms))
 }
 
 #[test]

@@ -51,8 +51,8 @@ fn deletion_waits_while_no_node_can_tell_the_owner() {
 }
 
 /// A namespace that is being deleted loses its pods first, and waits for them before it deletes
-/// anything else; the reservation waited for the guest, and the guest for a migration that nobody
-/// may create there any more.
+/// anything else; the reservation waited for the guest, and the guest for a migration, which the API server no
+/// longer lets anyone create there.
 #[test]
 fn a_guest_in_a_namespace_that_is_being_deleted_is_shut_down_and_lets_its_pod_go() {
     let mut case = Case::running_on(1).draining();

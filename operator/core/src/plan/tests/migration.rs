@@ -287,9 +287,9 @@ fn a_target_that_can_never_take_the_guest_ends_the_attempt() {
     }
 }
 
-/// The next attempt has its own patience, and so has one whose target was well in between.
+/// The time limit starts again with the next attempt, and when the target was reachable in between.
 #[test]
-fn patience_with_a_target_begins_anew_with_each_trouble() {
+fn the_time_limit_for_an_unreachable_target_starts_again_with_each_failure() {
     let mut case = Case::running_on(1).with_migration("go", MigrationMode::Live);
     case.begun(0);
     case = case.with_migration_pod("go", "node-2");

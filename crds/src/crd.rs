@@ -115,6 +115,68 @@ mod tests {
     }
 
     #[test]
+    fn every_quantity_takes_a_number_as_kubernetes_own_do() {
+        fn walk(path: &str, schema: &serde_json::Value, found: &mut Vec<String>) {
+            if schema["x-kubernetes-int-or-string"] == true {
+                found.push(path.to_owned());
+                assert_eq!(schema.get("type"), None, "{path}: only that would be taken");
+                for rule in schema["x-kubernetes-validations"]
+                    .as_array()
+                    .into_iter()
+                    .flatten()
+                {
+                    let rule = rule["rule"].as_str().unwrap();
+                    let guarded = ["type(self) == int ", "[type(self)] == [int] "]
+                        .iter()
+                        .any(|guard| rule.starts_with(guard))
+                        || rule == "self == oldSelf";
+                    assert!(guarded, "{path}: {rule} fails for a number");
+                }
+            }
+            let quantity = schema["pattern"]
+                .as_str()
+                .is_some_and(|p| p.contains("(Ki|Mi|"));
+            assert_eq!(
+                quantity,
+                schema["x-kubernetes-int-or-string"] == true,
+                "{path}"
+            );
+            for (name, property) in schema["properties"].as_object().into_iter().flatten() {
+                walk(&format!("{path}.{name}"), property, found);
+            }
+            if schema["items"].is_object() {
+                walk(&format!("{path}[]"), &schema["items"], found);
+            }
+        }
+        let mut found = vec![];
+        for crd in crds() {
+            let value = serde_json::to_value(&crd).unwrap();
+            let schema = &value["spec"]["versions"][0]["schema"]["openAPIV3Schema"];
+            for part in ["spec", "status"] {
+                let path = format!("{}.{part}", crd.spec.names.singular.clone().unwrap());
+                walk(&path, &schema["properties"][part], &mut found);
+            }
+        }
+        assert_eq!(
+            found,
+            [
+                "virtualmachine.spec.availability.migration.bandwidth",
+                "virtualmachine.spec.disks[].size",
+                "virtualmachine.spec.memory",
+                "virtualmachine.status.disks[].imported",
+                "virtualmachine.status.disks[].size",
+                "sharedvolume.spec.extentSize",
+                "sharedvolume.status.capacity",
+                "sharedvolume.status.free",
+                "sharedvolume.status.keptDisks[].size",
+                "virtualmachinemigration.spec.bandwidth",
+                "virtualmachinemigration.status.progress.remaining",
+                "virtualmachinemigration.status.progress.transferred",
+            ]
+        );
+    }
+
+    #[test]
     fn an_uninstall_keeps_the_definitions() {
         for crd in crds() {
             let annotations = crd.metadata.annotations.unwrap();

@@ -56,5 +56,5 @@ pub use virtual_machine::{
     Availability, Boot, Cpu, DeletionPolicy, Disk, DiskState, DiskStatus, ExistingDisk, FieldError,
     HostFileSource, HttpSource, Interface, InterfaceStatus, MigrationLimits, Ownership, Placement,
     RestartLimits, Source, SourceKind, VirtualMachine, VirtualMachineSpec, VirtualMachineStatus,
-    mac_address,
+    mac_address, parse_mac,
 };

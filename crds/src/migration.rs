@@ -110,7 +110,7 @@ pub struct VirtualMachineMigrationSpec {
     /// The bandwidth that the move may use, in bytes per second. By default as the VirtualMachine's
     /// availability.migration.bandwidth says.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[x_kube(validation = Rule::new("!self.matches('^[0-9]{1,16}(Ki|Mi|Gi|Ti|k|M|G|T)?$') || quantity(self).compareTo(quantity('1Mi')) >= 0").message("bandwidth must be at least 1Mi (bytes per second)"))]
+    #[x_kube(validation = Rule::new("type(self) == int || isQuantity(self)").message("write a whole number of bytes with an optional suffix Ki, Mi, Gi, Ti, k, M, G or T, such as 512Mi or 20Gi"), validation = Rule::new("type(self) == int ? self >= 1048576 : !isQuantity(self) || quantity(self).compareTo(quantity('1Mi')) >= 0").message("bandwidth must be at least 1Mi (bytes per second)"))]
     pub bandwidth: Option<Quantity>,
     /// Set to true to give the attempt up. The guest stays where it is, unless the attempt has
     /// passed its commit point.

@@ -60,7 +60,7 @@ pub struct SharedVolumeSpec {
     /// Cannot be changed.
     #[serde(default = "default_extent_size")]
     #[x_kube(validation = Rule::new("self == oldSelf").message("extentSize cannot be changed: it was written to the volume when that was formatted"))]
-    #[x_kube(validation = Rule::new("self in ['1Mi', '2Mi', '4Mi', '8Mi', '16Mi', '32Mi', '64Mi']").message("extentSize must be 1Mi, 2Mi, 4Mi, 8Mi, 16Mi, 32Mi or 64Mi"))]
+    #[x_kube(validation = Rule::new("type(self) == int ? self in [1048576, 2097152, 4194304, 8388608, 16777216, 33554432, 67108864] : self in ['1Mi', '2Mi', '4Mi', '8Mi', '16Mi', '32Mi', '64Mi']").message("extentSize must be 1Mi, 2Mi, 4Mi, 8Mi, 16Mi, 32Mi or 64Mi"))]
     pub extent_size: Quantity,
 }
 

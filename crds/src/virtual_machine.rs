@@ -4,7 +4,7 @@ mod check;
 mod spec;
 mod status;
 
-pub use check::{FieldError, mac_address};
+pub use check::{FieldError, mac_address, parse_mac};
 pub use spec::{
     Availability, Boot, Cpu, DeletionPolicy, Disk, ExistingDisk, HostFileSource, HttpSource,
     Interface, MigrationLimits, Placement, RestartLimits, Source, SourceKind, VirtualMachine,

@@ -81,6 +81,13 @@ impl VirtualMachineSpec {
                 .iter()
                 .any(|other| other.name == interface.name);
             errors.require(!twice, &format!("{path}.name"), "the name is used twice");
+            let uid = metadata.uid.as_deref();
+            let address = interface.effective_mac(uid);
+            let twice = address.is_some()
+                && self.interfaces[..index]
+                    .iter()
+                    .any(|other| other.effective_mac(uid) == address);
+            errors.require(!twice, &format!("{path}.mac"), SAME_MAC);
         }
         self.check_availability(&mut errors);
         if errors.0.is_empty() {
@@ -152,6 +159,31 @@ impl VirtualMachineSpec {
 pub fn mac_address(vm_uid: &str, interface: &str) -> [u8; 6] {
     let digest = Sha256::digest(format!("{vm_uid}/{interface}"));
     [0x02, digest[0], digest[1], digest[2], digest[3], digest[4]]
+}
+
+/// The bytes of a MAC address, in either case, with colons; none when the text is none.
+#[must_use]
+pub fn parse_mac(text: &str) -> Option<[u8; 6]> {
+    let mut mac = [0; 6];
+    let mut parts = text.split(':');
+    for byte in &mut mac {
+        let part = parts.next()?;
+        let digits = part.len() == 2 && part.bytes().all(|b| b.is_ascii_hexdigit());
+        *byte = u8::from_str_radix(part, 16).ok().filter(|_| digits)?;
+    }
+    parts.next().is_none().then_some(mac)
+}
+
+impl Interface {
+    /// The address that the guest sees: the one asked for, or the one derived from the UID. None
+    /// when what was asked for is no address, or when there is no UID yet.
+    #[must_use]
+    pub fn effective_mac(&self, vm_uid: Option<&str>) -> Option<[u8; 6]> {
+        match &self.mac {
+            Some(text) => parse_mac(text),
+            None => vm_uid.map(|uid| mac_address(uid, &self.name)),
+        }
+    }
 }
 
 /// The errors so far.
@@ -288,25 +320,15 @@ fn is_sha256(text: &str) -> bool {
             .all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
 }
 
+/// In lower case, as everything that shows an address writes it.
 fn is_unicast_mac(text: &str) -> bool {
-    let parts: Vec<&str> = text.split(':').collect();
-    let byte = |part: &&str| {
-        part.len() == 2
-            && part
-                .bytes()
-                .all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
-    };
-    let first = parts
-        .first()
-        .and_then(|part| u8::from_str_radix(part, 16).ok());
-    parts.len() == 6
-        && parts.iter().all(byte)
-        && first.is_some_and(|byte| byte & 1 == 0)
-        && text != "00:00:00:00:00:00"
+    parse_mac(text).is_some_and(|mac| mac[0] & 1 == 0 && mac != [0; 6])
+        && !text.bytes().any(|b| b.is_ascii_uppercase())
 }
 
 const MIB: u64 = 1 << 20;
 const TIB: u64 = 1 << 40;
+const SAME_MAC: &str = "another interface has the same mac: give each its own, or leave mac out";
 const DNS_LABEL: &str = "must be a DNS label: at most 63 lower-case letters, digits and hyphens";
 const SHA256: &str = "sha256 must be 64 hexadecimal digits in lower case, as sha256sum prints them";
 
@@ -411,6 +433,116 @@ spec:
                 "{to}: {errors:?}"
             );
         }
+    }
+
+    /// Regression: without quotes, only text was taken.
+    #[test]
+    fn a_quantity_may_be_a_number_in_every_field() {
+        for (from, to) in [
+            ("512Mi", "536870912"),
+            ("size: 1Gi", "size: 1073741824"),
+            (
+                "memory: 512Mi",
+                "memory: 512Mi\n  availability: {migration: {bandwidth: 1048576}}",
+            ),
+        ] {
+            assert!(GOOD.contains(from), "{from}");
+            let document = GOOD.replacen(from, to, 1);
+            assert_eq!(errors_of(&document), Vec::<String>::new(), "{to}");
+        }
+        for (from, to, field) in [
+            ("512Mi", "536870911", "spec.memory"),
+            ("512Mi", "1.5", "spec.memory"),
+            ("512Mi", "0", "spec.memory"),
+            ("size: 1Gi", "size: 1048575", "spec.disks[0].size"),
+            ("size: 1Gi", "size: -1", "spec.disks[0].size"),
+            (
+                "memory: 512Mi",
+                "memory: 512Mi\n  availability: {migration: {bandwidth: 1048575}}",
+                "spec.availability.migration.bandwidth",
+            ),
+        ] {
+            let errors = errors_of(&GOOD.replacen(from, to, 1));
+            let named = |error: &String| error.starts_with(&format!("{field}:"));
+            assert!(errors.iter().any(named), "{to}: {errors:?}");
+        }
+    }
+
+    /// A number has no unit: 300 may be meant as seconds or as milliseconds.
+    #[test]
+    fn a_duration_without_a_unit_is_refused_with_an_example() {
+        for field in [
+            "migration: {downtime: 300}",
+            "migration: {liveTimeout: 300}",
+            "migration: {quickTimeout: 300}",
+            "migration: {shutdownTimeout: 300}",
+            "restart: {window: 600}",
+            "restart: {backoff: 10}",
+        ] {
+            let to = format!("memory: 512Mi\n  availability: {{{field}}}");
+            let errors = errors_of(&GOOD.replacen("memory: 512Mi", &to, 1));
+            let path = field.replace(": {", ".");
+            let path = format!("spec.availability.{}: ", &path[..path.find(':').unwrap()]);
+            assert!(
+                errors.len() == 1 && errors[0].starts_with(&path) && errors[0].contains("90s"),
+                "{field}: {errors:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_mac_is_one_unicast_address_in_lower_case() {
+        for (mac, good) in [
+            ("02:00:00:12:34:56", true),
+            ("52:54:00:aa:bb:cc", true),
+            ("00:00:00:00:00:01", true),
+            ("00:00:00:00:00:00", false),
+            ("ff:ff:ff:ff:ff:ff", false),
+            ("01:00:5e:00:00:01", false),
+            ("33:33:00:00:00:01", false),
+            ("52:54:00:AA:BB:CC", false),
+            ("02-00-00-12-34-56", false),
+            ("0200.0012.3456", false),
+            ("2:0:0:12:34:56", false),
+            ("+2:00:00:12:34:56", false),
+            ("02:00:00:12:34", false),
+            ("02:00:00:12:34:56:78", false),
+        ] {
+            let to = format!("bridge: lan, mac: '{mac}'");
+            let errors = errors_of(&GOOD.replacen("bridge: lan", &to, 1));
+            assert_eq!(errors.is_empty(), good, "{mac}: {errors:?}");
+            let named = |error: &String| error.starts_with("spec.interfaces[0].mac:");
+            assert!(errors.iter().all(named), "{mac}: {errors:?}");
+        }
+    }
+
+    /// Regression: two interfaces of a guest could have one address.
+    #[test]
+    fn two_interfaces_with_one_mac_are_refused() {
+        let with = |uid: &str, first: &str, second: &str| {
+            let lan = format!("{{name: lan, bridge: lan{first}}}");
+            let both = format!("{lan}\n  - {{name: wan, bridge: wan{second}}}");
+            let document = GOOD.replacen("{name: lan, bridge: lan}", &both, 1);
+            errors_of(&document.replacen("name: web", &format!("name: web{uid}"), 1))
+        };
+        let (a, b) = (", mac: '02:00:00:00:00:0a'", ", mac: '02:00:00:00:00:0b'");
+        assert_eq!(with("", a, b), Vec::<String>::new());
+        assert_eq!(with("", "", ""), Vec::<String>::new());
+        let errors = with("", a, a);
+        assert_eq!(errors.len(), 1, "{errors:?}");
+        assert!(
+            errors[0].starts_with("spec.interfaces[1].mac: "),
+            "{errors:?}"
+        );
+        // The address that another interface is given by default counts too.
+        let derived = mac_address("u-1", "lan").map(|byte| format!("{byte:02x}"));
+        let derived = format!(", mac: '{}'", derived.join(":"));
+        assert_eq!(with(", uid: u-2", "", &derived), Vec::<String>::new());
+        let errors = with(", uid: u-1", "", &derived);
+        assert!(
+            errors[0].starts_with("spec.interfaces[1].mac: "),
+            "{errors:?}"
+        );
     }
 
     #[test]

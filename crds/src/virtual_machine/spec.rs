@@ -50,8 +50,9 @@ pub struct VirtualMachineSpec {
     /// The guest's memory, for example 512Mi or 8Gi. At least 16Mi, at most 4Ti, a multiple of 2Mi.
     /// A change takes effect at the guest's next start.
     #[x_kube(
-        validation = Rule::new("!self.matches('^[0-9]{1,16}(Ki|Mi|Gi|Ti|k|M|G|T)?$') || (quantity(self).compareTo(quantity('16Mi')) >= 0 && quantity(self).compareTo(quantity('4Ti')) <= 0)").message("a guest has at least 16Mi and at most 4Ti of memory"),
-        validation = Rule::new("!self.matches('^[0-9]{1,13}(Ki|Mi|Gi|Ti|k|M|G|T)?$') || !quantity(self).isInteger() || quantity(self).asInteger() % 2097152 == 0").message("memory must be a multiple of 2Mi, for example 512Mi or 2Gi"),
+        validation = Rule::new("type(self) == int || isQuantity(self)").message("write a whole number of bytes with an optional suffix Ki, Mi, Gi, Ti, k, M, G or T, such as 512Mi or 20Gi"),
+        validation = Rule::new("type(self) == int ? self >= 16777216 && self <= 4398046511104 : !isQuantity(self) || (quantity(self).compareTo(quantity('16Mi')) >= 0 && quantity(self).compareTo(quantity('4Ti')) <= 0)").message("a guest has at least 16Mi and at most 4Ti of memory"),
+        validation = Rule::new("type(self) == int ? self % 2097152 == 0 : !isQuantity(self) || !quantity(self).isInteger() || quantity(self).asInteger() % 2097152 == 0").message("memory must be a multiple of 2Mi, for example 512Mi or 2Gi"),
     )]
     pub memory: Quantity,
     /// What the guest boots. Copied to the volume when the virtual machine is created, so that a
@@ -71,6 +72,7 @@ pub struct VirtualMachineSpec {
     /// effect at the guest's next start.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 8), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
+    #[x_kube(validation = Rule::new("self.all(one, !has(one.mac) || self.exists_one(other, has(other.mac) && other.mac == one.mac))").message("two interfaces have the same mac: give each its own, or leave mac out"))]
     pub interfaces: Vec<Interface>,
     /// What happens on a drain and on the loss of a node.
     #[serde(default)]
@@ -169,7 +171,9 @@ pub struct Disk {
     /// The size that the guest sees, for example 20Gi. At least 1Mi, at most 64Ti. Rounded up to
     /// whole extents of the volume (1Mi by default).
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[x_kube(validation = Rule::new("!self.matches('^[0-9]{1,16}(Ki|Mi|Gi|Ti|k|M|G|T)?$') || (quantity(self).compareTo(quantity('1Mi')) >= 0 && quantity(self).compareTo(quantity('64Ti')) <= 0)").message("a disk has at least 1Mi and at most 64Ti"))]
+    // A list of one, because Kubernetes estimates that comparing bare types costs as much as
+    // comparing the longest text, and there may be 16 disks.
+    #[x_kube(validation = Rule::new("[type(self)] == [int] || isQuantity(self)").message("write a whole number of bytes with an optional suffix Ki, Mi, Gi, Ti, k, M, G or T, such as 512Mi or 20Gi"), validation = Rule::new("[type(self)] == [int] ? self >= 1048576 && self <= 70368744177664 : [quantity(self)].all(size, size.compareTo(quantity('1Mi')) >= 0 && size.compareTo(quantity('64Ti')) <= 0)").message("a disk has at least 1Mi and at most 64Ti"))]
     pub size: Option<Quantity>,
     /// The raw image that a new disk begins with. Without it the disk is empty and reads as
     /// zeroes.
@@ -219,7 +223,9 @@ pub struct Interface {
     #[x_kube(validation = Rule::new("self.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?$')").message("bridge is a name from the administrator's allow-list: lower-case letters, digits and hyphens"))]
     pub bridge: String,
     /// The interface's unicast MAC address, for example 02:00:00:12:34:56. By default one is
-    /// derived from the VirtualMachine's UID, and stays the same for its life.
+    /// derived from the VirtualMachine's UID, and stays the same for its life. No two interfaces of
+    /// a virtual machine may have the same; where two virtual machines have the same on one
+    /// network, the condition MacConflict of both says so.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 17))]
     #[x_kube(validation = Rule::new("self.matches('^[0-9a-f][02468ace](:[0-9a-f]{2}){5}$') && self != '00:00:00:00:00:00'").message("mac must be a unicast address of six lower-case hexadecimal bytes, such as 02:00:00:12:34:56"))]
@@ -274,7 +280,7 @@ pub struct MigrationLimits {
     /// The bandwidth that a live migration may use, in bytes per second, for example 100M. No limit
     /// by default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[x_kube(validation = Rule::new("!self.matches('^[0-9]{1,16}(Ki|Mi|Gi|Ti|k|M|G|T)?$') || quantity(self).compareTo(quantity('1Mi')) >= 0").message("bandwidth must be at least 1Mi (bytes per second)"))]
+    #[x_kube(validation = Rule::new("type(self) == int || isQuantity(self)").message("write a whole number of bytes with an optional suffix Ki, Mi, Gi, Ti, k, M, G or T, such as 512Mi or 20Gi"), validation = Rule::new("type(self) == int ? self >= 1048576 : !isQuantity(self) || quantity(self).compareTo(quantity('1Mi')) >= 0").message("bandwidth must be at least 1Mi (bytes per second)"))]
     pub bandwidth: Option<Quantity>,
 }
 

@@ -29,6 +29,16 @@ fn the_api_refuses_a_bad_document_and_names_the_field() {
                 ("memory: 128Mi", "memory: 8Ti", "at most 4Ti"),
                 ("memory: 128Mi", "memory: 99999999Ti", "at most 4Ti"),
                 ("memory: 128Mi", "memory: 17Mi", "multiple of 2Mi"),
+                ("memory: 128Mi", "memory: 17825792", "multiple of 2Mi"),
+                ("memory: 128Mi", "memory: 1", "at least 16Mi"),
+                ("memory: 128Mi", "memory: 128Mb", "such as 512Mi"),
+                (
+                    "migration: {downtime",
+                    "migration: {liveTimeout: 300, downtime",
+                    "spec.availability.migration.liveTimeout",
+                ),
+                ("size: 64Mi", "size: 5", "at least 1Mi"),
+                ("size: 64Mi", "size: 1gi", "spec.disks[0].size"),
                 (
                     "memory: 128Mi",
                     "memory: 128Mi\n  cpu: {cores: 0}",
@@ -45,6 +55,17 @@ fn the_api_refuses_a_bad_document_and_names_the_field() {
                     "spec.cpu.cores",
                 ),
                 ("bridge: lan", "bridge: ../lan", "spec.interfaces[0].bridge"),
+                (
+                    "{name: lan, bridge: lan}",
+                    "{name: lan, bridge: lan, mac: \"01:00:5e:00:00:01\"}",
+                    "mac must be a unicast address",
+                ),
+                (
+                    "{name: lan, bridge: lan}",
+                    "{name: a, bridge: lan, mac: \"02:00:00:00:00:0a\"}\n  \
+                     - {name: b, bridge: lan, mac: \"02:00:00:00:00:0a\"}",
+                    "two interfaces have the same mac",
+                ),
                 ("sha256: ", "sha256: x", "spec.boot.kernel.http.sha256"),
                 ("url: \"http", "url: \"ftp", "spec.boot.kernel.http.url"),
                 (
@@ -62,6 +83,13 @@ fn the_api_refuses_a_bad_document_and_names_the_field() {
                 let error = format!("{error:#}");
                 assert!(error.contains(words), "{to}: {error}");
             }
+            // A quantity may be a number. Nothing is created, so that nothing has to be taken down.
+            let number = good
+                .replacen("memory: 128Mi", "memory: 134217728", 1)
+                .replacen("size: 64Mi", "size: 67108864", 1);
+            let dry_run = ["apply", "--server-side", "--dry-run=server", "-f", "-"];
+            let run = cluster.lab().kubectl_run().unwrap().args(dry_run);
+            run.stdin(number).done().unwrap();
             let left = cluster
                 .lab()
                 .kubectl(&["get", "vm", "-n", NAMESPACE, "-o", "name"]);

@@ -18,13 +18,13 @@ pub const JOIN_AUDIENCE: &str = "bascule.dev";
 pub const LABEL_VM: &str = "bascule.dev/virtual-machine";
 /// Label on pods: what it is there for. Value [`ROLE_RESERVATION`].
 pub const LABEL_ROLE: &str = "bascule.dev/role";
-/// A pod that holds a VM's CPU and memory in the scheduler's books.
+/// A pod that holds a VM's CPU and memory in the scheduler.
 pub const ROLE_RESERVATION: &str = "reservation";
 /// Label on a reservation pod: `current` where the VM runs, `migration` where it is going to.
 pub const LABEL_PURPOSE: &str = "bascule.dev/purpose";
-/// Label on a migration: what asked for it, `drain` or nothing.
+/// Label on a migration: what created it, `drain` or nothing.
 pub const LABEL_TRIGGER: &str = "bascule.dev/trigger";
-/// A migration that an evicted reservation asked for.
+/// A migration that was created because a reservation pod was evicted.
 pub const TRIGGER_DRAIN: &str = "drain";
 /// Annotation on a reservation pod: the digest of the spec that it was made for.
 pub const ANNOTATION_SPEC_DIGEST: &str = "bascule.dev/spec-digest";
@@ -34,7 +34,7 @@ pub const ANNOTATION_CONFIRM_FENCED: &str = "bascule.dev/confirm-fenced";
 
 /// Condition types.
 pub mod condition {
-    /// The summary: the object is in the state that its spec asks for.
+    /// The summary: the object is in the state that its spec requires.
     pub const READY: &str = "Ready";
     /// The VM would survive the loss of its node.
     pub const PROTECTED: &str = "Protected";
@@ -44,7 +44,7 @@ pub mod condition {
     pub const RESTART_REQUIRED: &str = "RestartRequired";
     /// A migration or failover has come to an end.
     pub const COMPLETE: &str = "Complete";
-    /// The fencing that was asked for is in force.
+    /// The fencing mode of the spec is in force.
     pub const FENCING_AVAILABLE: &str = "FencingAvailable";
 }
 
@@ -52,11 +52,11 @@ pub mod condition {
 pub mod reason {
     /// The guest runs.
     pub const RUNNING: &str = "Running";
-    /// The guest is stopped, as asked.
+    /// The guest is stopped, as the spec requires.
     pub const STOPPED: &str = "Stopped";
     /// The guest is about to start.
     pub const STARTING: &str = "Starting";
-    /// The guest was asked to shut down.
+    /// The guest's power button was pressed; it has not shut down yet.
     pub const STOPPING: &str = "Stopping";
     /// Disks, kernel or initrd are being copied to the volume.
     pub const IMPORTING: &str = "Importing";
@@ -76,11 +76,11 @@ pub mod reason {
     pub const VOLUME_FULL: &str = "VolumeFull";
     /// A disk is claimed by another VM.
     pub const DISK_CLAIMED: &str = "DiskClaimed";
-    /// The volume refused what was asked, for the reason in the message.
+    /// The volume refused a request, for the reason in the message.
     pub const VOLUME_REFUSED: &str = "VolumeRefused";
     /// The guest could not be started, for the reason in the message.
     pub const START_FAILED: &str = "StartFailed";
-    /// The guest ended without being asked to.
+    /// The guest ended without a request to stop.
     pub const GUEST_FAILED: &str = "GuestFailed";
     /// The memory that a quick migration had saved could not be used any more.
     pub const SAVED_STATE_OUTDATED: &str = "SavedStateOutdated";
@@ -128,7 +128,7 @@ pub mod reason {
 
     /// The fencing mode is declared in the API and does not exist yet.
     pub const FENCING_NOT_IMPLEMENTED: &str = "FencingNotImplemented";
-    /// The fencing that was asked for is in force.
+    /// The fencing mode of the spec is in force.
     pub const FENCING_IN_FORCE: &str = "FencingInForce";
     /// At least one node has the volume attached.
     pub const ATTACHED: &str = "Attached";
@@ -140,7 +140,7 @@ pub mod reason {
     pub const NOT_BLANK: &str = "NotBlank";
     /// The volume is being formatted.
     pub const FORMATTING: &str = "Formatting";
-    /// VirtualMachines still live on the volume.
+    /// VirtualMachines still have their disks on the volume.
     pub const IN_USE: &str = "InUse";
 
     /// A migration waits for the scheduler to find a target.

@@ -1,4 +1,4 @@
-//! What a user may ask for: run policy, behaviour on drain and on node failure, migration mode.
+//! The enums of the specs: run policy, behaviour on drain and on node failure, migration mode.
 //!
 //! These enums need no Kubernetes library, so `bascule-operator-core` uses them too.
 

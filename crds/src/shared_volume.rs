@@ -114,8 +114,8 @@ pub enum Initialize {
 pub struct Fencing {
     /// Watchdog: every node has a hardware watchdog that resets it when it can no longer hold its
     /// lease; after the safe time its virtual machines start elsewhere. LeaseOnly: no hardware
-    /// proves that an unresponsive node has stopped; its virtual machines start elsewhere only on an administrator's
-    /// word. PersistentReservation: SCSI-3 reservations keep it out; not implemented yet, and
+    /// proves that an unresponsive node has stopped; its virtual machines start elsewhere only after a
+    /// manual fencing confirmation. PersistentReservation: SCSI-3 reservations keep it out; not implemented yet, and
     /// refused with the condition FencingAvailable.
     #[serde(default)]
     pub mode: FencingMode,

@@ -153,7 +153,7 @@ impl VirtualMachineSpec {
     }
 }
 
-/// The MAC address of a virtual machine's interface that asks for none: locally administered,
+/// The MAC address of a virtual machine's interface without one: locally administered,
 /// unicast, and the same wherever and whenever it is derived.
 #[must_use]
 pub fn mac_address(vm_uid: &str, interface: &str) -> [u8; 6] {

@@ -1,4 +1,4 @@
-//! What is asked of a virtual machine.
+//! The desired state of a virtual machine.
 #![expect(
     unreachable_pub,
     reason = "the KubeSchema derive repeats each struct inside a function"

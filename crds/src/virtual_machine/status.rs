@@ -34,8 +34,8 @@ pub struct VirtualMachineStatus {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 100))]
     pub recent_restarts: Vec<Time>,
-    /// Since when the guest has been asked to shut down: after
-    /// availability.migration.shutdownTimeout it is forced off.
+    /// When the guest was requested to shut down: it is forced off
+    /// availability.migration.shutdownTimeout later.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stopping_since: Option<Time>,
     /// The guest shut itself down and runPolicy is OnFailure: it stays down until runPolicy has

@@ -10,7 +10,7 @@
 
 use bascule_probe_wire::block::{BLOCK_BYTES, Block, Survey};
 use bascule_probe_wire::options::Options;
-use bascule_probe_wire::report::Report;
+use bascule_probe_wire::guest_report::Report;
 use virtio_drivers::queue::VirtQueue;
 use virtio_drivers::transport::{DeviceStatus, Transport};
 
@@ -338,7 +338,7 @@ impl Device {
             // SAFETY: as above.
             Request::Flush => unsafe { queue.pop_used(token, &[header], &mut [status]) },
         };
-        assert!(popped.is_ok(), "the disk completed what was not asked");
+        assert!(popped.is_ok(), "the disk completed a request that was not submitted");
         Some(self.status[0])
     }
 }

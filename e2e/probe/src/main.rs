@@ -5,7 +5,7 @@
 //! runs wherever KVM runs, at full speed even where ring 0 is interpreted. It answers ARP and ping,
 //! counts lines in TCP sessions, echoes UDP, checks its disk and its memory, and ticks on the
 //! console. What it understands is in `bascule_probe_wire::options`, what it reports in
-//! `bascule_probe_wire::report`; console lines that start with `bad:` are findings.
+//! `bascule_probe_wire::guest_report`; console lines that start with `bad:` are findings.
 //!
 //! Start reading at [`probe_main`]; how the machine gets there is in `boot.rs`.
 
@@ -29,7 +29,7 @@ mod serial;
 
 use bascule_probe_wire::options::Options;
 use bascule_probe_wire::pattern::mix;
-use bascule_probe_wire::report::Report;
+use bascule_probe_wire::guest_report::Report;
 
 use crate::acpi::Power;
 use crate::boot::Machine;

@@ -3,7 +3,7 @@
 
 use bascule_probe_wire::options::Options;
 use bascule_probe_wire::pattern::{PAGE_WORDS, check_page, fill_page};
-use bascule_probe_wire::report::Report;
+use bascule_probe_wire::guest_report::Report;
 
 use crate::serial::Console;
 

@@ -17,7 +17,7 @@ use crate::arena;
 use crate::nic::Nic;
 use crate::serial::Text;
 use bascule_probe_wire::options::Options;
-use bascule_probe_wire::report::Report;
+use bascule_probe_wire::guest_report::Report;
 
 /// A command line over TCP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,8 +90,8 @@ impl Network {
         );
         let mut command = None;
         for session in &mut self.sessions {
-            let asked = session.serve(&mut self.sockets, report, options);
-            command = command.or(asked);
+            let requested = session.serve(&mut self.sockets, report, options);
+            command = command.or(requested);
         }
         // Sends what the sessions wrote now, not with the next received packet.
         self.interface.poll(now, &mut self.nic, &mut self.sockets);

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use bascule_probe_wire::TCP_PORT;
-use bascule_probe_wire::report::Report;
+use bascule_probe_wire::guest_report::Report;
 
 use crate::{Network, wait_for};
 

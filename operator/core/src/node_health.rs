@@ -5,15 +5,15 @@ use crate::{Fact, Stream};
 /// The health of a node as far as one volume is concerned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NodeHealth {
-    /// Daemon and heartbeat respond, or the daemon does and the heartbeat is not known.
+    /// The daemon responds, and the heartbeat continues or is not known.
     Healthy,
-    /// The daemon answers, the heartbeat does not: its guests' disks wait.
+    /// The daemon responds and the heartbeat has stopped: the guests' disk writes stall.
     StorageLost,
-    /// The heartbeat goes on, the daemon does not answer: its guests run.
+    /// The heartbeat continues and the daemon does not respond: the guests run.
     Isolated,
-    /// Neither responds. A takeover needs a fence proof; suspicion alone moves no guest.
+    /// Neither is seen. A takeover needs a fence proof in addition.
     Suspect,
-    /// A signal is missing.
+    /// One of the signals is not known.
     Undetermined,
 }
 

@@ -21,11 +21,11 @@ mod delete;
 mod drain;
 mod failover;
 mod import;
+mod initial_status;
 mod lifecycle;
 mod migration;
 mod place;
 mod protection;
-mod report;
 mod reservation;
 mod running;
 mod shutdown;
@@ -54,7 +54,7 @@ pub fn plan(intent: &VmIntent, observed: &Observed, now: Moment) -> Plan {
     };
     context
         .decide()
-        .into_plan(report::initial(intent, observed, now))
+        .into_plan(initial_status::initial(intent, observed, now))
 }
 
 impl<'a> PlanContext<'a> {

@@ -1,5 +1,5 @@
 //! The VirtualMachine controller: reconciles every VM after each watch event or changed node report, and
-//! again when its last plan asked for it.
+//! again at the time that its last plan set.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};

@@ -8,9 +8,9 @@
 #![forbid(unsafe_code)]
 
 pub mod block;
+pub mod guest_report;
 pub mod options;
 pub mod pattern;
-pub mod report;
 
 /// The TCP port on which the guest counts lines and takes commands.
 pub const TCP_PORT: u16 = 7777;

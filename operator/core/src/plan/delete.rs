@@ -1,4 +1,5 @@
-//! A virtual machine that is being deleted: guest down, disks away as asked, row away, pods away.
+//! Deletion of a virtual machine: stops the guest, deletes or keeps the disks, deletes the row, then
+//! the pods.
 
 use bascule_crds::names::reason;
 use bascule_ipc::vm::VmState;
@@ -18,7 +19,7 @@ impl<'a> PlanContext<'a> {
             return Step::new().with_ready(being_deleted());
         }
         let step = match (&self.observed.volume, &self.observed.row) {
-            // Without its volume nothing is left to clean up, and no node can be asked to.
+            // Without its volume there is nothing to clean up.
             (Fact::Absent, _) | (Fact::Known(_), Fact::Absent) => self.delete_pods_then_finish(),
             (Fact::Known(volume), Fact::Unknown) if !volume.identified => {
                 self.delete_pods_then_finish()
@@ -78,7 +79,7 @@ impl<'a> PlanContext<'a> {
         match &process.status.state {
             VmState::Running | VmState::Paused => {
                 step.append(self.shut_down(node));
-                let message = "asked to shut down";
+                let message = "waiting for the guest to shut down";
                 let stopping = Ready::new(Phase::Deleting, false, reason::STOPPING, message);
                 step.with_ready(stopping)
             }

@@ -170,5 +170,5 @@ fn complaint(disk: &DiskIntent, source: &ImageSource, message: &str) -> String {
     }
 }
 
-/// Wait after a failed import, so that a web server that is down is not asked every second.
+/// Wait after a failed import, so that a web server that is down is not requested every second.
 const IMPORT_RETRY: Duration = Duration::from_secs(20);

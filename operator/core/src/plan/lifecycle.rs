@@ -5,7 +5,7 @@ use bascule_ipc::vm::{StopReason, VmState};
 use bascule_types::{Change, Owner};
 
 use super::context::PlanContext;
-use super::report::completed_before;
+use super::initial_status::completed_before;
 use super::reservation::leaving;
 use super::step::{Ready, ReportChange, Step};
 use crate::observed::{RowView, SavedView};
@@ -59,7 +59,7 @@ impl<'a> PlanContext<'a> {
         }
         if !self.wanted(ended.completed) {
             step.append(self.release(row, node, owner));
-            let message = "stopped, as asked";
+            let message = "stopped, as spec.runPolicy requires";
             return step.with_ready(Ready::new(Phase::Stopped, true, reason::STOPPED, message));
         }
         if let Some(blocked) = ended.blocked {
@@ -131,7 +131,7 @@ impl<'a> PlanContext<'a> {
             let (reason, message) = if completed {
                 (reason::GUEST_SHUT_DOWN, "the guest shut itself down")
             } else {
-                (reason::STOPPED, "stopped, as asked")
+                (reason::STOPPED, "stopped, as spec.runPolicy requires")
             };
             return step.with_ready(Ready::new(Phase::Stopped, true, reason, message));
         }
@@ -195,12 +195,12 @@ impl<'a> PlanContext<'a> {
             blocked: None,
             completed,
         };
-        let asked = self.observed.memory.stopping_since.is_some();
+        let requested = self.observed.memory.stopping_since.is_some();
         let why = match &process.status.state {
             VmState::Stopped(StopReason::GuestReset) | VmState::Departed | VmState::Incoming => {
                 return ended;
             }
-            VmState::Stopped(StopReason::Requested) => "it was asked to stop".to_owned(),
+            VmState::Stopped(StopReason::Requested) => "it was stopped on request".to_owned(),
             VmState::Stopped(StopReason::GuestShutdown) => "the guest shut itself down".to_owned(),
             VmState::Stopped(StopReason::GuestFault { what } | StopReason::Failed { what }) => {
                 what.clone()
@@ -211,7 +211,7 @@ impl<'a> PlanContext<'a> {
         match &process.status.state {
             VmState::Stopped(StopReason::Requested) => return ended,
             VmState::Stopped(StopReason::GuestShutdown)
-                if !asked && self.intent.run == RunPolicy::OnFailure =>
+                if !requested && self.intent.run == RunPolicy::OnFailure =>
             {
                 ended.step.change(ReportChange::Completed);
                 ended.completed = true;
@@ -219,7 +219,7 @@ impl<'a> PlanContext<'a> {
             }
             _ => {}
         }
-        if asked || !self.wanted(completed) {
+        if requested || !self.wanted(completed) {
             return ended;
         }
         self.within_restart_budget(ended, &why)

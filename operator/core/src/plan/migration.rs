@@ -8,7 +8,7 @@
 //!                                (after Committing only when the volume says that it did not happen)
 //! ```
 //!
-//! The commit point is the transfer of the row, which the source asks the volume for. A row in a
+//! The commit point is the transfer of the row, which the source requests from the volume. A row in a
 //! later epoch than the attempt began in tells that it was committed; until then the guest is the
 //! source's, and every failure leaves it running there (I5).
 
@@ -175,7 +175,7 @@ impl<'a> PlanContext<'a> {
             reason::NO_TARGET => self.no_target(migration),
             reason::TIMED_OUT => "it did not end in time".to_owned(),
             reason::SUPERSEDED => "the virtual machine is being stopped".to_owned(),
-            _ => "given up, as asked".to_owned(),
+            _ => "cancelled on request".to_owned(),
         };
         self.end(migration, phase, why, message)
     }

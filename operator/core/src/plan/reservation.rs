@@ -10,8 +10,8 @@ use crate::{Action, Phase, Pod, PodPhase, Purpose};
 
 impl<'a> PlanContext<'a> {
     /// Pods that are to leave and whose guest has left: their hold processes are ended, so that a
-    /// drain goes on. Pods on a node that does not answer are removed from the books once the row
-    /// has gone elsewhere.
+    /// drain goes on. Pods on a node that does not respond are deleted from the API once another node
+    /// owns the VM.
     pub(super) fn end_left_reservations(&self, row: &RowView, pods: &[Pod]) -> Step {
         let mut step = Step::new();
         let home = match self.place(row) {

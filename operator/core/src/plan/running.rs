@@ -102,7 +102,7 @@ impl<'a> PlanContext<'a> {
         step
     }
 
-    /// Pods elsewhere that no migration under way has asked for.
+    /// Pods on other nodes that no migration under way needs.
     fn drop_stray_reservations(&self, node: &str, active: Option<&Migration>) -> Step {
         let mut step = Step::new();
         let chosen = self
@@ -153,4 +153,4 @@ fn running_condition(node: &str, process: &Process) -> Ready {
     Ready::new(Phase::Running, true, reason::RUNNING, message)
 }
 
-const NAMESPACE_ENDS: &str = "its namespace is being deleted: asked to shut down";
+const NAMESPACE_ENDS: &str = "its namespace is being deleted: waiting for the guest to shut down";

@@ -17,7 +17,7 @@ impl PlanContext<'_> {
             Phase::Stopping,
             false,
             reason::STOPPING,
-            "asked to shut down",
+            "waiting for the guest to shut down",
         )
         .requeued_soon();
         step.change(ReportChange::StoppingSince(Some(since)));

@@ -348,7 +348,7 @@ fn a_device_that_is_too_small_is_named() {
     assert!(ready.message.contains("is too small"), "{}", ready.message);
 }
 
-/// A process that could not open its volume was asked for a slot every two seconds.
+/// A process that could not open its volume received a request for a slot every two seconds.
 #[test]
 fn a_node_that_has_not_found_the_volume_is_given_no_slot() {
     let broken = NodeOnVolume {

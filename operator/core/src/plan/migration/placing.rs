@@ -28,7 +28,7 @@ impl PlanContext<'_> {
         Step::action(report(migration, update))
     }
 
-    /// Why a migration to the target that it asks for cannot begin.
+    /// Why a migration to the target in its spec cannot begin.
     fn refusal(&self, node: &str, migration: &Migration) -> Option<(&'static str, String)> {
         let target = migration.target.as_ref()?;
         match self.observed.nodes.get(target) {

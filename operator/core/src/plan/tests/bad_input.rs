@@ -1,4 +1,4 @@
-//! What is wrong with a document or a node is said where its author looks, in words that name it.
+//! Invalid documents and unusable nodes: the condition's message names the field or the device.
 
 use super::*;
 use crate::{ImageSource, ImportPhase, ImportView, Origin};
@@ -39,7 +39,7 @@ fn a_guest_is_not_started_on_a_node_without_kvm() {
         plan.actions
             .iter()
             .any(|a| matches!(a, Action::DeleteReservation { .. })),
-        "the scheduler is asked for another node"
+        "the pod is made again so that the scheduler places it on another node"
     );
 }
 
@@ -97,7 +97,7 @@ fn a_failed_import_names_the_field_and_the_place_that_it_should_come_from() {
         assert_eq!(
             plan.actions,
             [],
-            "a server that is down is not asked every second"
+            "no request per second to a server that is down"
         );
         assert_eq!(plan.report.imported.reason, reason::IMPORT_FAILED);
         assert_eq!(plan.report.ready.reason, reason::IMPORT_FAILED);

@@ -1,4 +1,4 @@
-//! The fixture: a healthy cluster in builder words.
+//! The test fixture: builder methods that start from a healthy cluster.
 
 use std::time::Duration;
 

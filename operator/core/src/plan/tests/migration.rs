@@ -241,7 +241,7 @@ fn an_attempt_without_a_target_in_time_fails() {
     );
 }
 
-/// What is to be made of an attempt whose reserved target has this trouble, at once and half a minute
+/// How an attempt ends whose reserved target has this failure, immediately and half a minute
 /// later.
 fn ends_with(trouble: fn(&mut Case)) -> [Option<(MigrationPhase, &'static str)>; 2] {
     let mut case = Case::running_on(1).with_migration("go", MigrationMode::Live);

@@ -2,31 +2,31 @@
 
 use super::*;
 
-fn asks(case: &Case) -> bool {
-    let asks = |action: &Action| {
+fn requests_migration(case: &Case) -> bool {
+    let requests_migration = |action: &Action| {
         matches!(
             action,
             Action::MigrateLive { .. } | Action::MigrateQuick { .. }
         )
     };
-    case.plans(asks)
+    case.plans(requests_migration)
 }
 
 /// A drain on a busy node logged "a migration is under way" as a failure: the source's first report
-/// took longer than a few seconds, and it was asked again.
+/// took longer than a few seconds, and the request was repeated.
 #[test]
-fn a_source_that_has_begun_is_not_asked_again_however_late_its_report() {
+fn a_source_that_has_begun_gets_no_second_request_however_late_its_report() {
     for mode in [MigrationMode::Live, MigrationMode::Quick] {
         let mut case = Case::running_on(1).with_migration("go", mode);
         case.begun(0);
         case = case
             .with_migration_pod("go", "node-2")
             .with_incoming(2, "10.0.0.2:7000");
-        assert!(asks(&case), "{mode:?}");
+        assert!(requests_migration(&case), "{mode:?}");
         let pid = case.observed.processes[0].status.pid;
         case.observed.memory.move_begun = Some((case.migration(0).attempt, pid));
         case.now = NOW.after(Duration::from_secs(60));
-        assert!(!asks(&case), "{mode:?}");
+        assert!(!requests_migration(&case), "{mode:?}");
     }
 }
 
@@ -38,7 +38,7 @@ fn a_guest_that_was_started_again_meanwhile_is_asked_anew() {
     let pid = case.observed.processes[0].status.pid;
     case.observed.memory.move_begun = Some((case.migration(0).attempt, pid));
     case.observed.processes[0].status.pid = pid + 1;
-    assert!(asks(&case));
+    assert!(requests_migration(&case));
 }
 
 #[test]

@@ -167,7 +167,7 @@ impl World {
     pub(super) fn commit(&mut self, name: &str, guest: &mut Guest, moving: &Move) {
         let row = self.row.as_mut().unwrap();
         if row.owner != Some(guest.owner) || row.epoch != guest.epoch {
-            // It was fenced in the meantime: it stops for good.
+            // The node was fenced in the meantime, so its process stops and never runs again.
             guest.alive = false;
             return;
         }

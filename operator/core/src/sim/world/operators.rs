@@ -353,7 +353,7 @@ impl World {
                 self.takeovers.push((from, epoch));
                 self.own(to);
             }
-            other => panic!("not asked of this world: {other:?}"),
+            other => panic!("not supported by this model: {other:?}"),
         }
         true
     }

@@ -28,7 +28,11 @@ pub(super) fn initial(intent: &VmIntent, observed: &Observed, now: Moment) -> Vm
                 )
             }
         }
-        _ => Condition::new(None, reason::UNKNOWN, "the volume has not been asked yet"),
+        _ => Condition::new(
+            None,
+            reason::UNKNOWN,
+            "the disks on the volume are not known yet",
+        ),
     };
     VmReport {
         keep: false,

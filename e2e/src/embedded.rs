@@ -145,7 +145,7 @@ impl EmbeddedHost<'_> {
     /// Runs a command that must fail, and returns its standard error.
     ///
     /// # Errors
-    /// When it succeeds.
+    /// When the command succeeds.
     pub fn complains(&self, words: &[&str]) -> Result<String> {
         let output = self.command(words)?;
         ensure!(!output.status.success(), "{words:?} succeeds");

@@ -146,7 +146,7 @@ impl MovableGuest {
     /// Checks that the guest runs and reports no fault of its memory, disk and session.
     ///
     /// # Errors
-    /// What is wrong.
+    /// The first property of the guest that does not hold.
     pub fn check(&mut self) -> Result<()> {
         self.console.wait_ticks(TICKS, SOON)?;
         self.session.count()?;

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use bascule_types::{DiskId, VmUid};
 
-/// The run directory (a tmpfs: gone with the boot, as the processes are) and the state directory.
+/// The run directory (a tmpfs, empty after a reboot) and the state directory (persistent).
 #[derive(Clone, Debug)]
 pub(crate) struct Paths {
     run: PathBuf,

@@ -65,7 +65,7 @@ fn matches(state: &State, options: &Options, contents: &[String], boot_id: &str)
     ensure!(state.boot_id == boot_id, "this machine has booted since");
     ensure!(
         state.tier == options.tier && state.nodes.len() == usize::from(options.nodes),
-        "it has {} {:?} nodes, {} {:?} ones are asked for",
+        "it has {} {:?} nodes, {} {:?} ones are requested",
         state.nodes.len(),
         state.tier,
         options.nodes,
@@ -141,8 +141,8 @@ mod tests {
             ("completely", |state| state.complete = false),
             ("ends with", |state| state.ephemeral = true),
             ("booted", |state| state.boot_id = "another".into()),
-            ("asked for", |state| state.tier = Tier::Emulated),
-            ("asked for", |state| state.nodes.clear()),
+            ("requested", |state| state.tier = Tier::Emulated),
+            ("requested", |state| state.nodes.clear()),
             ("built anew", |state| state.contents[1] = "other".into()),
             ("did not succeed", |state| {
                 state.unfinished = Some("drain".into());

@@ -163,7 +163,7 @@ impl Talk {
     /// acknowledged record. The probe guest writes continuously by itself.
     ///
     /// # Errors
-    /// When it cannot.
+    /// When the guest does not answer, or cannot write.
     pub fn append(&mut self) -> Result<u64> {
         match self {
             Self::Probe(session) => Ok(session.report()?.disk_ack),

@@ -12,7 +12,7 @@ use crate::wait_for;
 /// One tick, as it arrived.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tick {
-    /// When it arrived.
+    /// When the line arrived.
     pub at: Instant,
     /// Its number, from 1 at boot.
     pub number: u64,

@@ -1,4 +1,4 @@
-//! `watchdog.sock`: what `bascule-volume` asks of the node's `bascule-watchdog`.
+//! `watchdog.sock`: the requests of `bascule-volume` to the node's `bascule-watchdog`.
 
 use std::path::PathBuf;
 

@@ -123,7 +123,7 @@ impl MemoryLayout {
         &self.ranges
     }
 
-    /// All pages.
+    /// The number of pages in all ranges.
     #[must_use]
     pub fn total(&self) -> Pages {
         Pages(self.ranges.iter().map(|range| range.pages.0).sum())

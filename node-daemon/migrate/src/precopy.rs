@@ -99,7 +99,7 @@ pub enum Decision {
         /// The blackout that there would have been.
         predicted: Duration,
         /// Which budget is used up.
-        because: Exhausted,
+        cause: Exhausted,
     },
 }
 
@@ -187,10 +187,10 @@ impl Controller {
         } else {
             self.exhausted(elapsed)
         };
-        exhausted.map_or(Decision::NextRound, |because| Decision::DoesNotConverge {
+        exhausted.map_or(Decision::NextRound, |cause| Decision::DoesNotConverge {
             fallback: self.limits.fallback,
             predicted,
-            because,
+            cause,
         })
     }
 

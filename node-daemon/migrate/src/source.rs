@@ -101,7 +101,7 @@ pub enum Side {
     Elsewhere,
 }
 
-/// What happened.
+/// An input of the source's state machine.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Event {
     /// The destination answered `Hello`.
@@ -149,7 +149,7 @@ pub enum Action {
     /// Run the stopped guest, in this ownership.
     Resume {
         /// The reason to send to the destination.
-        because: Abort,
+        cause: Abort,
         /// The source as the ownership record names it now.
         owner: Owner,
         /// The epoch, which may be a new one.
@@ -339,11 +339,11 @@ impl State {
                 (Self::Departed(committed), Action::Depart(committed))
             }
             Commit::Resumed { owner, epoch } => {
-                let because = Abort::new(AbortReason::CommitRefused, "the volume refused");
+                let cause = Abort::new(AbortReason::CommitRefused, "the volume refused");
                 (
                     Self::Returned,
                     Action::Resume {
-                        because,
+                        cause,
                         owner,
                         epoch,
                     },

@@ -1,4 +1,4 @@
-//! Polling many processes at once: a process that does not respond delays no other.
+//! Polls many processes concurrently, so that a process that does not respond delays no other.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;

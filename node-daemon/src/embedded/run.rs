@@ -93,7 +93,7 @@ fn run_to_end(
     if args.rm {
         eprintln!("{row} runs here. Ctrl-] stops it and removes its disks.");
     } else {
-        eprintln!("{row} runs here. Ctrl-] leaves the console; the VM goes on.");
+        eprintln!("{row} runs here. Ctrl-] leaves the console; the VM runs on.");
     }
     if args.detach {
         return Ok(());

@@ -260,10 +260,10 @@ impl DirtyTracker for KvmDirtyTracker {
         if !first_page.is_multiple_of(PAGES_PER_WORD) || first_page >= total {
             return Err(range);
         }
-        let asked = u64::try_from(words.len())
+        let requested = u64::try_from(words.len())
             .unwrap_or(u64::MAX)
             .saturating_mul(PAGES_PER_WORD);
-        let pages = u32::try_from(asked.min(total - first_page));
+        let pages = u32::try_from(requested.min(total - first_page));
         let (Ok(slot), Ok(pages)) = (u32::try_from(region), pages) else {
             return Err(range);
         };

@@ -24,9 +24,9 @@ pub enum KvmError {
     #[error("this host's KVM lacks {what}")]
     Lacks { what: &'static str },
     /// More vCPUs than KVM runs.
-    #[error("cpus: {asked} is not between 1 and {max}")]
+    #[error("cpus: {requested} is not between 1 and {max}")]
     Cpus {
-        asked: u32,
+        requested: u32,
         /// The most that KVM and this machine's tables allow.
         max: u32,
     },
@@ -140,7 +140,10 @@ fn check_host(kvm: &Kvm, cpus: u32) -> Result<(), KvmError> {
         .unwrap_or(u32::MAX)
         .min(CPUS_MAX);
     if cpus == 0 || cpus > max {
-        return Err(KvmError::Cpus { asked: cpus, max });
+        return Err(KvmError::Cpus {
+            requested: cpus,
+            max,
+        });
     }
     Ok(())
 }

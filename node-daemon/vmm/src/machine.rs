@@ -84,7 +84,7 @@ pub enum BuildError {
     Interrupt {
         /// The step that failed.
         action: &'static str,
-        /// Why it failed.
+        /// The error of the system call.
         #[source]
         source: std::io::Error,
     },

@@ -305,7 +305,7 @@ enum Handled {
 }
 
 fn handle(exit: VcpuExit<'_>, bus: &Bus) -> Handled {
-    let asked = match exit {
+    let request = match exit {
         VcpuExit::IoIn(port, data) => {
             bus.port_read(port, data);
             None
@@ -338,7 +338,7 @@ fn handle(exit: VcpuExit<'_>, bus: &Bus) -> Handled {
             return Handled::Stop(StopReason::Failed { what });
         }
     };
-    match asked {
+    match request {
         None => Handled::Continue,
         Some(PowerRequest::Off) => Handled::Stop(StopReason::GuestShutdown),
         Some(PowerRequest::Reset) => Handled::Stop(StopReason::GuestReset),

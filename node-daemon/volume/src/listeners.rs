@@ -131,7 +131,7 @@ pub struct UnavailableServer {
 }
 
 impl UnavailableServer {
-    /// Listens at `sock`; every answer carries `reason`, which is for a person.
+    /// Listens at `sock`; every answer carries `reason`, for error messages.
     ///
     /// # Errors
     /// Those of the socket, and when the thread cannot be started.

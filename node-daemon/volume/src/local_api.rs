@@ -191,7 +191,7 @@ fn zero_extents(context: &VolumeContext, disk: &DiskRow) -> std::io::Result<bool
     Ok(true)
 }
 
-/// A process that asks for the device to write a VM's disks.
+/// A process that requests the device in order to write a VM's disks.
 #[derive(Clone, Copy)]
 struct Writer {
     ownership: Ownership,

@@ -76,7 +76,7 @@ pub struct State {
     /// Written by the registration thread: this node's slot.
     pub slot: Option<SlotRow>,
     /// Written by the registration and heartbeat threads: what this node waits for before it may
-    /// write, for a person.
+    /// write, for status messages.
     pub waiting_for: Option<String>,
     /// Written by the peer-watch thread: since when each heartbeat has not changed.
     pub watcher: Watcher,

@@ -51,7 +51,7 @@ pub fn status(context: &VolumeContext) -> VolumeStatus {
     }
 }
 
-/// Why this node may not write to the volume, for a person; `None` if it may.
+/// Why this node may not write to the volume, for status messages; `None` if it may.
 #[must_use]
 pub fn reason(state: &State, now: BootTime) -> Option<String> {
     let device = state.failed.clone().or_else(|| state.read_error.clone());

@@ -49,7 +49,7 @@ pub fn is_required(context: &VolumeContext) -> bool {
 /// Enlists this volume: from then on the node is reset when the volume's lease expires.
 ///
 /// # Errors
-/// The reason, for a person: `bascule-watchdog` is unreachable, refused, or its timeout is too long.
+/// The reason for status messages: `bascule-watchdog` is unreachable, refused, or its timeout is too long.
 pub fn enlist(context: &VolumeContext) -> Result<WatchdogKind, String> {
     let enlist = Request::Enlist {
         volume: context.superblock.volume,

@@ -42,7 +42,7 @@ fn device_is_idle(context: &VolumeContext) -> bool {
 /// the writer is new.
 ///
 /// # Errors
-/// The reason, for a person; the process must not get the device.
+/// The reason for an error message; the process must not get the device.
 pub fn open(context: &VolumeContext, vm: VmUid, pid: u32) -> Result<bool, String> {
     let call = context.watchdog_call.lock();
     let is_new = context

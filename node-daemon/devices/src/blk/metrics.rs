@@ -43,7 +43,7 @@ pub struct BlkCounts {
     pub in_flight: u64,
     /// Whether writes are waiting for the write gate.
     pub stalled: bool,
-    /// Unclean for good after a write or flush failed: that write may still land, even when
+    /// Unclean, permanently, after a write or flush failed: that write may still land, even when
     /// `in_flight` is 0.
     pub writer_state: WriterState,
 }

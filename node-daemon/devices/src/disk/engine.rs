@@ -28,7 +28,7 @@ pub struct EngineStats {
     pub read_modify_writes: u64,
     /// Commands submitted to the kernel and not yet completed.
     pub in_flight: u64,
-    /// Unclean for good after the first write or flush that failed.
+    /// Unclean, permanently, after the first write or flush that failed.
     pub writer_state: WriterState,
 }
 

@@ -9,7 +9,7 @@ use crate::virtio::Segments;
 pub struct DiskRequest {
     /// Chosen by the caller; returned in [`Completion::tag`].
     pub tag: u64,
-    /// What to do.
+    /// Read, write or flush.
     pub operation: Operation,
 }
 

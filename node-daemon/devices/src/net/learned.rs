@@ -232,8 +232,8 @@ pub(super) const FLAG_ROUTER: u8 = 0x80;
 pub(super) const FLAG_OVERRIDE: u8 = 0x20;
 /// More addresses than an interface usually has; a guess.
 pub(super) const ADDRESSES_MAX: usize = 16;
-/// A guess: neighbours that talk to a guest ask for its address every few minutes. One that nobody has
-/// asked for since needs no announcement beyond the MAC address'.
+/// A guess: neighbours that talk to a guest ask for its address every few minutes. An address
+/// that no neighbour has requested since needs no announcement beyond the MAC address'.
 pub(super) const AGE_MAX: Duration = Duration::from_secs(20 * 60);
 
 #[cfg(test)]

@@ -370,7 +370,7 @@ fn i2_the_destination_runs_only_when_source_or_record_reports_the_transfer() {
 #[test]
 fn i5_a_destination_that_lost_the_source_queries_the_record_until_it_decides() {
     let CommitStep::QueryVolume(orphan) = in_commit().next(&CommitEvent::StreamLost) else {
-        panic!("it does not ask");
+        panic!("the destination sends no request");
     };
     let attempt = Some(orphan.terms().attempt);
     let still = orphan.next(&row(Some(SOURCE), 4, None));

@@ -123,14 +123,14 @@ fn a_guest_that_writes_faster_than_the_link_does_not_converge() {
         let outcome = guest.migrate(Limits { fallback, ..LIMITS });
         let Decision::DoesNotConverge {
             fallback: chosen,
-            because,
+            cause,
             predicted,
         } = outcome.decision
         else {
             panic!("{outcome:?}");
         };
         assert_eq!(chosen, fallback);
-        assert_eq!(because, Exhausted::NoProgress);
+        assert_eq!(cause, Exhausted::NoProgress);
         assert!(predicted > LIMITS.downtime_max);
         assert!(outcome.rounds < 10, "{outcome:?}");
     }
@@ -174,10 +174,10 @@ fn the_time_budget_ends_a_slow_copy() {
         ..idle()
     };
     let outcome = guest.migrate(LIMITS);
-    let Decision::DoesNotConverge { because, .. } = outcome.decision else {
+    let Decision::DoesNotConverge { cause, .. } = outcome.decision else {
         panic!("{outcome:?}");
     };
-    assert_eq!(because, Exhausted::Time);
+    assert_eq!(cause, Exhausted::Time);
 }
 
 #[test]

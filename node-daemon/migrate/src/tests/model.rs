@@ -216,7 +216,7 @@ impl CommitModel {
                     );
                 }
             }
-            Action::Depart(word) => self.tell(world, ToDestination::Committed(*word)),
+            Action::Depart(commit) => self.tell(world, ToDestination::Committed(*commit)),
             Action::KeepRunning(_) | Action::Resume { .. } => {
                 self.tell(world, ToDestination::Aborted);
             }
@@ -279,8 +279,8 @@ impl CommitModel {
             (Destination::Receiving, ToDestination::Aborted) => {
                 world.destination = Destination::Discarded;
             }
-            (Destination::Waiting(waiting), ToDestination::Committed(word)) => {
-                self.destination_steps(world, waiting.next(&CommitEvent::Committed(word)));
+            (Destination::Waiting(waiting), ToDestination::Committed(commit)) => {
+                self.destination_steps(world, waiting.next(&CommitEvent::Committed(commit)));
             }
             (Destination::Waiting(waiting), ToDestination::Aborted) => {
                 self.destination_steps(world, waiting.next(&CommitEvent::Aborted));

@@ -31,7 +31,7 @@ pub enum WireError {
     #[error("malformed {kind:?} frame: {what}")]
     Malformed {
         kind: FrameKind,
-        /// What is wrong.
+        /// The rule that the body violates.
         what: &'static str,
     },
     /// A frame is missing, or came twice.

@@ -147,7 +147,7 @@ pub struct Progress {
 pub struct Abort {
     /// Why, for programs.
     pub reason: AbortReason,
-    /// Why, for people; cut to what fits.
+    /// The cause, for logs and status messages; truncated to the maximum length.
     pub text: String,
 }
 

@@ -19,7 +19,7 @@ pub enum RestoreError {
     /// The state belongs to a machine of another shape.
     #[error("the saved machine has {theirs} {what}, this one {ours}")]
     Shape {
-        /// What differs.
+        /// The property that differs.
         what: &'static str,
         /// Its value in the saved machine.
         theirs: u64,

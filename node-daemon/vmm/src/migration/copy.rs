@@ -177,7 +177,7 @@ impl Copier {
     }
 }
 
-/// Which pages of a memory file never had contents. Asked run by run, in ascending order.
+/// Finds the pages of a memory file that were never written. Queried run by run, in ascending order.
 struct Holes {
     /// Pages below this are known to have contents or not, by `hole`.
     known_end: u64,

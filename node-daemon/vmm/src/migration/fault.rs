@@ -71,7 +71,7 @@ pub enum FaultAction {
 pub struct Faults(Option<(FaultPoint, FaultAction)>);
 
 impl Faults {
-    /// None.
+    /// No fault.
     pub const NONE: Self = Self(None);
 
     /// This one.

@@ -66,12 +66,12 @@ pub enum IncomingEnd {
     },
     /// The guest did not arrive. The machine cannot be used again.
     Discarded {
-        /// Why.
+        /// The cause.
         failure: Abort,
     },
     /// The guest arrived and could not be run: this node owns the VM and must start it from its disks.
     Broken {
-        /// What failed.
+        /// The step that failed.
         what: String,
     },
 }

@@ -153,12 +153,12 @@ impl Driver<'_> {
             self.show(source.phase());
             event = match action {
                 Action::Depart(committed) => return self.depart(committed),
-                Action::KeepRunning(because) => return self.resume_source(because, None),
+                Action::KeepRunning(cause) => return self.resume_source(cause, None),
                 Action::Resume {
-                    because,
+                    cause,
                     owner,
                     epoch,
-                } => return self.resume_source(because, Some(Ownership::new(owner, epoch))),
+                } => return self.resume_source(cause, Some(Ownership::new(owner, epoch))),
                 Action::Terminate => return self.terminate(),
                 Action::RequestTransfer(request) => Ok(self.request_transfer(&request)),
                 before_commit => self.act(before_commit),
@@ -294,11 +294,11 @@ impl Driver<'_> {
             Decision::NextRound => Ok(Event::NextRound),
             Decision::Stop { .. } => Ok(Event::Stop),
             Decision::DoesNotConverge {
-                predicted, because, ..
+                predicted, cause, ..
             } => Err(Abort::new(
                 AbortReason::NotConverging,
                 format!(
-                    "{because}: stopping now would take {} ms, {} are allowed",
+                    "{cause}: stopping now would take {} ms, {} are allowed",
                     millis(predicted),
                     self.job.limits.downtime_ms_max
                 ),

@@ -50,7 +50,7 @@ pub enum OwnershipClientError {
     #[error("the volume's process at {socket} does not respond")]
     Ipc {
         socket: PathBuf,
-        /// Why.
+        /// The error of the local socket.
         #[source]
         source: bascule_ipc::IpcError,
     },

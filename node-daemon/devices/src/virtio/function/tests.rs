@@ -155,7 +155,7 @@ fn a_used_buffer_raises_its_queues_vector() {
     assert_eq!(
         machine.router.raised(2),
         1,
-        "the driver asked for no interrupts"
+        "the driver disabled interrupts"
     );
 }
 

@@ -19,7 +19,7 @@ impl Driver<'_> {
     /// Resumes the guest, before any clean-up.
     pub(super) fn resume_source(
         mut self,
-        because: Abort,
+        cause: Abort,
         ownership: Option<Ownership>,
     ) -> OutgoingEnd {
         if let Err(error) = self.guest.resume() {
@@ -34,7 +34,7 @@ impl Driver<'_> {
         let failure = if self.control.is_cancelled() {
             cancelled()
         } else {
-            because
+            cause
         };
         if let Some(channel) = &mut self.channel {
             channel.abort(&failure);

@@ -32,7 +32,7 @@ pub(crate) enum Event {
     Task(TaskOutcome),
     /// A migration thread handles the machine.
     Migration(MigrationRequest),
-    /// The thread that watches the gate asks about the ownership.
+    /// The thread that watches the gate requests a check of the ownership.
     Ownership(OwnershipRequest),
 }
 

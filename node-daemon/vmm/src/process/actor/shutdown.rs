@@ -70,7 +70,7 @@ impl VmActor {
     }
 
     /// Begins to end the machine: pauses it, drains its devices and releases the ownership. The
-    /// process lives on to report the reason.
+    /// process runs on to report the reason.
     pub(super) fn stop(&mut self, reason: StopReason) -> Done {
         let done = self.stopping.join();
         let shown = self.phase.state();

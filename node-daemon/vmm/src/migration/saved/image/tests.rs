@@ -10,12 +10,12 @@ use super::*;
 #[derive(Debug, Default)]
 struct TestGate {
     closed: AtomicBool,
-    asked: AtomicU32,
+    checks: AtomicU32,
 }
 
 impl WriteGate for TestGate {
     fn is_open(&self) -> bool {
-        self.asked.fetch_add(1, Ordering::Relaxed);
+        self.checks.fetch_add(1, Ordering::Relaxed);
         !self.closed.load(Ordering::Relaxed)
     }
 }
@@ -86,7 +86,7 @@ fn i1_every_write_of_an_image_passes_the_gate() {
     let mut writer = ImageWriter::new(area(&file, Some(gate.clone()))).unwrap();
     writer.write_all(&pattern(3 << 20)).unwrap();
     writer.finish().unwrap();
-    assert_eq!(gate.asked.load(Ordering::Relaxed), 3);
+    assert_eq!(gate.checks.load(Ordering::Relaxed), 3);
     assert!(ImageWriter::new(area(&file, None)).is_err());
 }
 
@@ -100,7 +100,7 @@ fn a_closed_gate_is_waited_for() {
         std::thread::Builder::new()
             .name("opener".to_owned())
             .spawn(move || {
-                while gate.asked.load(Ordering::Relaxed) < 3 {
+                while gate.checks.load(Ordering::Relaxed) < 3 {
                     std::thread::yield_now();
                 }
                 gate.closed.store(false, Ordering::Relaxed);

@@ -28,7 +28,7 @@ pub const LABEL_TRIGGER: &str = "bascule.dev/trigger";
 pub const TRIGGER_DRAIN: &str = "drain";
 /// Annotation on a reservation pod: the digest of the spec that it was made for.
 pub const ANNOTATION_SPEC_DIGEST: &str = "bascule.dev/spec-digest";
-/// Annotation on a SharedVolume: an administrator's fencing confirmation that a node is dead, written as
+/// Annotation on a SharedVolume: a manual fencing confirmation that a node is dead, written as
 /// `<node>/<slot>/<generation>`, as the Failover that waits for it names them.
 pub const ANNOTATION_CONFIRM_FENCED: &str = "bascule.dev/confirm-fenced";
 
@@ -96,7 +96,7 @@ pub mod reason {
     pub const NODE_UNREACHABLE: &str = "NodeUnreachable";
     /// The node responds neither on the network nor on the volume; a takeover needs a fence proof.
     pub const NODE_SUSPECT: &str = "NodeSuspect";
-    /// The volume waits for an administrator's fencing confirmation that the node is dead.
+    /// The volume waits for a manual fencing confirmation that the node is dead.
     pub const WAITING_FOR_CONFIRMATION: &str = "WaitingForConfirmation";
     /// The node's guests lost their storage path and wait.
     pub const STORAGE_LOST: &str = "StorageLost";

@@ -135,7 +135,7 @@ pub enum FencingMode {
     /// Hardware watchdogs.
     #[default]
     Watchdog,
-    /// Nothing but leases and an administrator's fencing confirmation.
+    /// Nothing but leases and a manual fencing confirmation.
     LeaseOnly,
     /// SCSI-3 persistent reservations; refused for now.
     PersistentReservation,

@@ -282,7 +282,7 @@ impl State {
             }
             (Self::AwaitingReady(terms, _), Event::Ready) => {
                 // The commit point: from here on only the ownership record decides.
-                Self::ask(terms, Commit::begin(terms, attempt.retraction))
+                Self::request_commit(terms, Commit::begin(terms, attempt.retraction))
             }
             (state, event) => {
                 let text = format!("{event:?} in {state:?}");
@@ -323,13 +323,13 @@ impl State {
 
     fn committing(terms: Terms, commit: Commit, event: &Event) -> (Self, Action) {
         match event {
-            Event::Replied(reply) => Self::ask(terms, commit.next(*reply)),
+            Event::Replied(reply) => Self::request_commit(terms, commit.next(*reply)),
             // Failures of the link or the peer and cancelling have no effect after the commit point.
             _ => (Self::Committing(terms, commit), Action::Nothing),
         }
     }
 
-    fn ask(terms: Terms, commit: Commit) -> (Self, Action) {
+    fn request_commit(terms: Terms, commit: Commit) -> (Self, Action) {
         match commit {
             Commit::Committed { epoch } => {
                 let committed = Committed {

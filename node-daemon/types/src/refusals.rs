@@ -110,11 +110,9 @@ pub enum MissingProof {
     },
     /// Fencing is LeaseOnly, or the victim never wrote a heartbeat: only an administrator's
     /// fencing confirmation counts.
-    #[error("fencing LeaseOnly needs an administrator's fencing confirmation")]
+    #[error("fencing LeaseOnly needs a manual fencing confirmation")]
     AdminConfirmation,
     /// The victim ran without a hardware watchdog, so nothing is known to reset it.
-    #[error(
-        "it ran without a hardware watchdog, so only an administrator's fencing confirmation counts"
-    )]
+    #[error("it ran without a hardware watchdog, so only a manual fencing confirmation counts")]
     NoWatchdog,
 }

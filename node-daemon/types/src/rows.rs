@@ -105,7 +105,7 @@ pub enum FenceProof {
     Rebooted,
 }
 
-/// Where an administrator's fencing confirmation came from.
+/// Where a manual fencing confirmation came from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum AdminConfirmation {
     /// `bascule-node volume confirm-fenced`, or the annotation that the operator reads.

@@ -47,7 +47,7 @@ pub struct FormatArgs {
     /// Let a software watchdog (softdog) count as a watchdog. It hangs with the kernel that it should reset.
     #[arg(long)]
     allow_software_watchdog: bool,
-    /// Let the taint node.kubernetes.io/out-of-service count as an administrator's fencing confirmation.
+    /// Let the taint node.kubernetes.io/out-of-service count as a manual fencing confirmation.
     #[arg(long)]
     allow_out_of_service_taint: bool,
     /// How many nodes can attach the volume.

@@ -250,7 +250,7 @@ fn register(observed: &VolumeObserved, actions: &mut Vec<VolumeAction>) {
     }
 }
 
-/// An administrator's fencing confirmation, from the annotation or the taint, goes to the coordinator once.
+/// A manual fencing confirmation, from the annotation or the taint, goes to the coordinator once.
 fn confirm(intent: &VolumeIntent, observed: &VolumeObserved, actions: &mut Vec<VolumeAction>) {
     let Some(via) = reachable(observed) else {
         return;
@@ -384,7 +384,7 @@ fn fencing(intent: &VolumeIntent) -> Condition {
             Condition::new(Some(true), reason::FENCING_IN_FORCE, message)
         }
         Some(FencingMode::LeaseOnly) => {
-            let message = "a takeover needs an administrator's fencing confirmation";
+            let message = "a takeover needs a manual fencing confirmation";
             Condition::new(Some(true), reason::FENCING_MANUAL, message)
         }
     }

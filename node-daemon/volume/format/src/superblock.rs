@@ -80,7 +80,7 @@ pub struct FeatureFlags {
 pub enum Fencing {
     /// No heartbeat for the safe time, from a node that ran under a hardware watchdog.
     Watchdog,
-    /// Nothing but an administrator's fencing confirmation.
+    /// Nothing but a manual fencing confirmation.
     LeaseOnly,
     /// A SCSI-3 reservation key was preempted. Declared; refused until it exists.
     PersistentReservation,

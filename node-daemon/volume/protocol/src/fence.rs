@@ -9,7 +9,7 @@
 //!
 //! The coordinator verifies this proof from its own reads; the operator's opinion about a node is
 //! not evidence. The other ways to move a VM need no reads: a clean release leaves the VM without
-//! owner, and an administrator's fencing confirmation is a journaled change, bound to one slot and
+//! owner, and a manual fencing confirmation is a journaled change, bound to one slot and
 //! generation. Every proof is journaled before the VM gets a new owner.
 
 use std::time::Duration;

@@ -87,9 +87,9 @@ pub enum Mutation {
     SafeTimeWithoutSettle,
     /// The software watchdog counts as a hardware one.
     SoftwareWatchdogCounts,
-    /// LeaseOnly takes over without an administrator's fencing confirmation.
+    /// LeaseOnly takes over without a manual fencing confirmation.
     LeaseOnlyWithoutConfirmation,
-    /// An administrator's fencing confirmation for one generation counts for a later one.
+    /// A manual fencing confirmation for one generation counts for a later one.
     ConfirmationForAnyGeneration,
     /// A fenced node's VMs go over to its next generation.
     RejoinKeepsFencedRows,

@@ -2,7 +2,7 @@
 //! needs a fence proof, and start the guest on another node.
 //!
 //! The operator only requests it. The volume's coordinator grants a takeover when it has a proof from its
-//! own reads, or an administrator's fencing confirmation; until then the request is repeated every second.
+//! own reads, or a manual fencing confirmation; until then the request is repeated every second.
 
 use bascule_crds::names::{ANNOTATION_CONFIRM_FENCED, reason};
 use bascule_types::{Change, Epoch, FenceProof, MissingProof, Owner, Refusal};

@@ -271,7 +271,7 @@ impl<'a> PlanContext<'a> {
             .filter(|(a, _)| *a == attempt)
             .map(|(_, s)| s);
         let peer = incoming.and_then(|process| reported.or_else(|| routable(process)));
-        let message = format!("{target} is getting ready");
+        let message = format!("{target} is preparing");
         let update = update_of(
             migration,
             MigrationPhase::Copying,

@@ -15,7 +15,7 @@ pub(super) enum Place {
     On {
         /// The node's name.
         node: String,
-        /// Its slot and generation.
+        /// The owner: the node's slot and generation.
         owner: Owner,
         /// Its health as far as this volume is concerned.
         health: NodeHealth,
@@ -62,8 +62,8 @@ impl PlanContext<'_> {
             || (peer.node.to_string(), Stream::Down { since: self.now }),
             |(name, node)| (name.clone(), node.stream),
         );
-        // A slot that has moved on takes its rows along, unless it was fenced: then the row waits
-        // for a new owner.
+        // A slot's new generation takes over the ownerships of the one before, unless that one was
+        // fenced: then the VM waits for a takeover.
         let fenced = row.fences.iter().any(|fence| fence.victim == owner);
         let health = if fenced {
             NodeHealth::Suspect

@@ -23,7 +23,7 @@ impl PlanContext<'_> {
         }
         if volume.fencing == FencingMode::LeaseOnly {
             let message = format!(
-                "volume {} has fencing LeaseOnly: a restart elsewhere needs an administrator's fencing confirmation",
+                "volume {} has fencing LeaseOnly: a restart elsewhere needs a manual fencing confirmation",
                 self.intent.volume
             );
             return not(reason::FENCING_MANUAL, message);
@@ -58,5 +58,4 @@ impl PlanContext<'_> {
     }
 }
 
-const NEEDS_CONFIRMATION: &str =
-    "a restart elsewhere needs an administrator's fencing confirmation";
+const NEEDS_CONFIRMATION: &str = "a restart elsewhere needs a manual fencing confirmation";

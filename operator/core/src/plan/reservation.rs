@@ -1,4 +1,4 @@
-//! Reservation pods: where the scheduler lets the virtual machine be.
+//! Reservation pods: the nodes on which the scheduler has placed the virtual machine.
 
 use bascule_crds::names::reason;
 
@@ -56,7 +56,7 @@ impl<'a> PlanContext<'a> {
         !answers || self.process_lives_on(node) || self.import_runs_on(node, row)
     }
 
-    /// The pod that stands for the guest on `node`.
+    /// The pod that reserves the guest's resources on `node`.
     pub(super) fn pod_on(&self, node: &str) -> Option<&'a Pod> {
         let mut here: Vec<&Pod> = self
             .pods()

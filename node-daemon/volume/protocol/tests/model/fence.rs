@@ -60,7 +60,7 @@ pub(crate) struct State {
     watcher: Watcher,
     /// The epoch in which B wrote.
     b_wrote: Option<Epoch>,
-    /// An administrator's fencing confirmation that was sent and not yet decided: A's generation.
+    /// A manual fencing confirmation that was sent and not yet decided: A's generation.
     confirmation: Option<u64>,
     /// The generation that the administrator confirmed.
     confirmed: Option<u64>,

@@ -335,7 +335,7 @@ mod tests {
     }
 
     #[test]
-    fn what_it_does_not_know_it_refuses() {
+    fn unknown_commands_are_refused() {
         let mut watchdog = Watchdog::default();
         assert_eq!(
             ask(&mut watchdog, Instant::now(), 0x42, &[0]),

@@ -363,7 +363,7 @@ mod tests {
     }
 
     #[test]
-    fn every_blob_is_named_by_what_is_in_it() {
+    fn every_blob_is_named_by_its_digest() {
         let (bin, out) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let path = out.path().join("image.tar");
         let digest = sample(bin.path()).write(&path).unwrap();

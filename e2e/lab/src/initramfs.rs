@@ -147,7 +147,7 @@ kernel/arch/x86/kvm/kvm.ko.xz:
 ";
 
     #[test]
-    fn a_module_comes_after_what_it_needs_and_once() {
+    fn a_module_is_listed_once_and_after_its_dependencies() {
         let order = resolve_modules(DEP, &["virtio_net", "net_failover", "kvm_amd"]).unwrap();
         let names: Vec<String> = order.iter().map(|path| module_name(path)).collect();
         assert_eq!(

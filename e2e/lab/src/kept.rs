@@ -117,7 +117,7 @@ mod tests {
     type Change = fn(&mut State);
 
     #[test]
-    fn a_kept_lab_is_taken_again_only_if_nothing_tells_it_from_a_new_one() {
+    fn a_kept_lab_is_used_again_only_if_it_equals_a_new_one() {
         let options = Options::new("unit".parse().unwrap(), Tier::Native, 1);
         let good = State {
             version: STATE_VERSION,

@@ -152,7 +152,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_node_is_told_its_own_name_address_and_certificate() {
+    fn a_nodes_configuration_has_its_own_name_address_and_certificate() {
         let (pki_dir, dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let pki = Pki::create(pki_dir.path()).unwrap();
         let files = NodeFiles::at(dir.path().to_owned());

@@ -73,7 +73,7 @@ mod tests {
     }
 
     #[test]
-    fn a_missed_deadline_says_what_was_waited_for_and_why_in_vain() {
+    fn the_error_of_a_missed_deadline_names_the_condition_and_the_last_cause() {
         let error = wait_for("the moon", Duration::ZERO, || -> Result<()> {
             bail!("clouds")
         });

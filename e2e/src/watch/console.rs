@@ -283,7 +283,7 @@ mod tests {
     }
 
     #[test]
-    fn ticks_acknowledgements_and_findings_are_told_apart() {
+    fn ticks_acknowledgements_and_findings_are_distinguished() {
         let console = seen_after("probe boot=1\nt 1 1000\nt 2 2000 a 17\nt 3 3000");
         assert_eq!(console.ticks().len(), 3);
         assert_eq!((console.disk_ack(), console.lines().len()), (17, 1));

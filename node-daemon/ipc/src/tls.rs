@@ -185,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_of_the_layout_before_is_read_and_a_bundle_goes_before_it() {
+    fn a_folder_of_three_files_is_read_and_a_bundle_takes_precedence() {
         let folder = tempfile::tempdir().unwrap();
         write_three(folder.path(), &identity("old"));
         assert_eq!(TlsIdentity::read(folder.path()).unwrap(), identity("old"));
@@ -195,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_missing_is_named() {
+    fn the_error_names_the_missing_part() {
         let folder = tempfile::tempdir().unwrap();
         let error = TlsIdentity::read(folder.path()).unwrap_err().to_string();
         assert!(error.contains(CERTIFICATE), "{error}");

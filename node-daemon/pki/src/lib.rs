@@ -313,7 +313,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_a_certificate_and_an_authority_that_are_not_each_others_are_nobodys() {
+    fn a_key_certificate_and_authority_that_do_not_belong_together_have_no_holder() {
         let (authority, ca) = Authority::create("test").unwrap();
         let (_, foreign) = Authority::create("foreign").unwrap();
         let node = NodeUid::random();

@@ -122,7 +122,7 @@ mod tests {
     /// The key used to be written first. An interrupted `init` then counted as complete, and `issue`
     /// failed.
     #[test]
-    fn an_authority_that_was_cut_short_while_it_was_made_is_made_again() {
+    fn an_interrupted_init_is_repeated() {
         let folder = tempfile::tempdir().unwrap();
         let (ca, state) = (folder.path().join("ca"), folder.path().join("state"));
         create(&ca).unwrap();

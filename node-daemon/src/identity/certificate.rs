@@ -226,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn readers_of_a_renewal_under_way_never_see_a_mixture() {
+    fn readers_never_see_a_mixture_of_old_and_new_identity() {
         let case = Case::new();
         let identities = [
             case.issue(case.identity.node),

@@ -85,7 +85,7 @@ mod tests {
     }
 
     #[test]
-    fn ending_a_pod_that_is_gone_is_no_error() {
+    fn ending_a_pod_that_does_not_exist_is_no_error() {
         assert_eq!(end(UID).unwrap(), 0);
     }
 }

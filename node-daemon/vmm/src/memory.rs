@@ -94,7 +94,7 @@ mod tests {
     use vm_memory::Bytes as _;
 
     #[test]
-    fn ram_beyond_the_hole_goes_on_at_4_gib() {
+    fn ram_beyond_the_mmio_hole_continues_at_4_gib() {
         let ranges = ram_ranges(Bytes::gib(4)).unwrap();
         assert_eq!(
             ranges,

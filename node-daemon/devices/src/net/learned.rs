@@ -309,7 +309,7 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_that_says_where_else_its_address_is_has_it_no_more() {
+    fn an_address_that_the_guest_announces_with_another_mac_is_removed() {
         let frames = [
             (Sender::Guest, frame(MAC, v4(7)), 0),
             (Sender::Guest, frame(OTHER, v4(7)), 1),
@@ -338,7 +338,7 @@ mod tests {
     }
 
     #[test]
-    fn the_age_goes_with_the_guest() {
+    fn the_age_is_saved_with_the_guest() {
         let frames = [(Sender::Guest, frame(MAC, v4(1)), 0)];
         let saved = table(&frames).save(now(15 * 60 + 30));
         assert_eq!(saved[0].age_minutes, 15);

@@ -182,7 +182,7 @@ mod tests {
     }
 
     #[test]
-    fn a_terminal_that_is_gone_is_told() {
+    fn writing_to_a_closed_terminal_is_reported() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let terminal = Terminal::new(ours);
         drop(theirs);

@@ -74,7 +74,7 @@ mod tests {
     }
 
     #[test]
-    fn the_chart_carries_what_the_types_say() {
+    fn the_charts_crds_equal_the_generated_ones() {
         for crd in crds() {
             let path = chart_file(&crd);
             let on_disk = std::fs::read_to_string(&path).unwrap();

@@ -187,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_quantity_is_refused_with_an_example() {
+    fn an_invalid_quantity_is_refused_with_an_example() {
         for text in [
             "",
             "Mi",

@@ -1,8 +1,8 @@
 //! `bascule-hold`: the one process of a reservation pod.
 //!
-//! It holds a VM's place in the scheduler's books. Ending its pod is the signal to evacuate the VM,
-//! so it ignores SIGTERM and stays until `bascule-node` sends SIGUSR1: then the VM has left, and a
-//! drain that waits for the pod goes on.
+//! The pod holds a VM's CPU and memory in the scheduler. Its deletion requests the evacuation of the
+//! VM, so this process ignores SIGTERM and runs until `bascule-node` sends SIGUSR1, after the VM has
+//! left; a drain that waits for the pod then continues.
 
 use std::process::ExitCode;
 

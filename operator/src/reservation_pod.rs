@@ -1,5 +1,5 @@
 //! Reservation pods: building them, and reading them back for the planner. A reservation pod holds a
-//! VM's CPU and memory in the scheduler's books (KubeVirt: virt-launcher pod); the guest itself does not
+//! VM's CPU and memory in the scheduler (KubeVirt: virt-launcher pod); the guest itself does not
 //! run in it.
 
 use std::collections::BTreeMap;

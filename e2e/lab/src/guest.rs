@@ -237,7 +237,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_metapackage_leads_to_the_kernel() {
+    fn the_kernel_package_is_found_from_the_metapackage() {
         let depends = "linux-image-cloud-amd64\n  Depends: linux-image-6.1.0-56-cloud-amd64\n";
         assert_eq!(
             parse_depends(depends).unwrap(),

@@ -146,7 +146,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_lab_name_is_short_and_plain() {
+    fn a_lab_name_has_at_most_ten_lower_case_letters_digits_and_hyphens() {
         for good in ["a", "demo", "t-1", "0123456789"] {
             assert_eq!(good.parse::<LabName>().unwrap().as_str(), good);
         }

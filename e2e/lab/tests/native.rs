@@ -74,7 +74,7 @@ fn a_process_moved_out_of_its_privileged_pod_survives_it_but_not_the_power_cut()
 
 #[test]
 #[ignore = "needs root and builds Kubernetes: run with --ignored"]
-fn faults_hit_what_they_are_aimed_at_and_heal() -> Result<()> {
+fn faults_affect_only_their_target_and_heal() -> Result<()> {
     let lab = Lab::native(2)?;
     let (n1, n2) = (lab.node("n1")?, lab.node("n2")?);
     let ping = || {

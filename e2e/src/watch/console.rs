@@ -250,7 +250,7 @@ mod tests {
     /// On a busy machine the source's last lines may be read after the destination's first. Migration
     /// tests used to fail because of that.
     #[test]
-    fn lines_of_the_source_that_arrive_after_the_destinations_are_no_step_back() {
+    fn lines_of_the_source_may_arrive_after_lines_of_the_destination() {
         let late = arrived(&[
             (0, "t 1 1000"),
             (1, "t 4 4000\nt 5 5000"),

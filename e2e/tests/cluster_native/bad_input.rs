@@ -163,7 +163,7 @@ fn a_vm_that_cannot_start_says_why_in_a_condition_and_does_not_affect_others() {
 }
 
 #[test]
-fn a_migration_that_makes_no_sense_is_refused_with_its_reason() {
+fn an_impossible_migration_is_refused_with_its_reason() {
     CLUSTER.with_vm("mover", 63, |cluster, vm| {
         let lab = cluster.lab();
         let mut talk = vm.talk().unwrap();

@@ -151,7 +151,7 @@ fn what_documents_and_comments_name_exists() {
 }
 
 #[test]
-fn a_document_that_names_something_that_is_gone_is_found() {
+fn a_document_that_names_a_missing_file_or_test_is_found() {
     let makefile = ("Makefile", ".PHONY: test\ntest: ## Tests\n");
     let source = (
         "operator/src/plan.rs",

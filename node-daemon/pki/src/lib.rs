@@ -295,7 +295,7 @@ mod tests {
     }
 
     #[test]
-    fn a_request_that_asks_to_be_the_operator_is_signed_as_a_node() {
+    fn a_certificate_request_for_the_operators_name_is_signed_as_a_node() {
         let (authority, _) = Authority::create("test").unwrap();
         let key = KeyPair::generate().unwrap();
         let greedy = CertificateParams::new(vec![OPERATOR_TLS_NAME.to_owned()]).unwrap();

@@ -1,7 +1,7 @@
-//! Whole small clusters, seeded: random faults, two operators with stale views that die in the
-//! middle of a plan, an API that goes away. Asserts at every step that no two guests run (I2) and
+//! Seeded simulations of small clusters: random faults, two operators with stale views that are killed
+//! in the middle of a plan, an API server that becomes unreachable. Asserts at every step that no two guests run (I2) and
 //! that no guest is ended by an operator without cause (I4, I5), and at the end of each run that the
-//! guest runs again and the books are in order.
+//! guest runs again and that its pods, migrations, Failovers and status agree.
 //!
 //! A failing run prints its seed; `one_seed` is where to paste it.
 

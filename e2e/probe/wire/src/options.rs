@@ -135,7 +135,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_full_line_is_understood_and_foreign_words_are_left_alone() {
+    fn a_full_line_is_parsed_and_unknown_options_are_ignored() {
         let line = "console=ttyS0 quiet ip=10.77.0.5/24 gw=10.77.0.1 dirty=256M rate=64M fill=1G \
                     tick_ms=1 disk=0 tsc_khz=2800000 ecam=0xe0000000 button=0x603";
         let options = Options::parse(line).unwrap();

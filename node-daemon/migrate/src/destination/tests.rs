@@ -197,7 +197,7 @@ fn an_image_of_another_vm_or_epoch_is_refused() {
 }
 
 #[test]
-fn a_machine_that_differs_is_refused_with_what_differs() {
+fn a_machine_that_differs_is_refused_with_the_name_of_the_difference() {
     let cases = [
         (
             Config {

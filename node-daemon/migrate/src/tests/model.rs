@@ -521,7 +521,7 @@ impl Model for CommitModel {
                 }
             }),
             Property::always(
-                BEFORE_ASKING_THE_SOURCE_KEEPS_IT,
+                BEFORE_THE_COMMIT_THE_SOURCE_KEEPS_IT,
                 |model: &Self, world: &World| {
                     let failed = model.next_state(world, Step::SourceFails);
                     world.requested
@@ -554,7 +554,8 @@ impl Model for CommitModel {
 const NEVER_TWO: &str = "I2: the guest never runs twice";
 const ONLY_THE_OWNER_RUNS: &str = "I2: only the owner runs the guest";
 const NEVER_NONE: &str = "I5: the owner that lives runs the guest once nothing fails any more";
-const BEFORE_ASKING_THE_SOURCE_KEEPS_IT: &str = "I5: a failure before the commit point is harmless";
+const BEFORE_THE_COMMIT_THE_SOURCE_KEEPS_IT: &str =
+    "I5: a failure before the commit point is harmless";
 
 #[test]
 fn i2_i5_no_order_of_crashes_and_losses_leaves_two_guests_or_none() {

@@ -228,7 +228,7 @@ fn a_length_beyond_the_kinds_bound_is_refused_before_the_body_is_read() {
 }
 
 #[test]
-fn a_body_that_does_not_come_costs_no_more_memory_than_what_came() {
+fn memory_is_allocated_only_as_the_bytes_of_a_body_arrive() {
     let header = Header {
         kind: FrameKind::Memory,
         stream: StreamId::FIRST,

@@ -56,7 +56,7 @@ fn on(nodes: Vec<NodeOnVolume>) -> VolumeObserved {
 }
 
 #[test]
-fn one_node_is_written_down_before_it_formats() {
+fn the_formatting_node_is_recorded_before_it_formats() {
     let observed = on(vec![fresh("a", 0), fresh("b", 1)]);
     let plan = plan_volume(&intent(), &observed);
     assert_eq!(
@@ -79,7 +79,7 @@ fn one_node_is_written_down_before_it_formats() {
 }
 
 #[test]
-fn no_other_node_formats_in_place_of_a_chosen_node_that_is_away() {
+fn no_other_node_formats_in_place_of_a_chosen_node_that_is_unreachable() {
     let mut observed = on(vec![fresh("a", 0), fresh("b", 1)]);
     observed.nodes[0].stream = Stream::Down { since: Moment(0) };
     let chosen = VolumeIntent {

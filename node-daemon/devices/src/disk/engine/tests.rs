@@ -347,7 +347,7 @@ fn refused_requests_failed_reads_and_stalled_writes_leave_the_engine_clean() {
 }
 
 #[test]
-fn a_device_that_ends_too_early_is_an_error_of_the_read_alone() {
+fn a_read_beyond_the_end_of_a_device_fails_only_that_read() {
     let mut bench = Bench::new(512);
     bench.volume.set_len(70 * 4096).unwrap();
     let read = bench.read(0, 0x1000, 8 * 4096);

@@ -464,7 +464,7 @@ fn restored(
 }
 
 #[test]
-fn a_guest_keeps_the_mtu_that_it_was_told_and_a_narrower_network_is_refused() {
+fn a_guest_keeps_its_announced_mtu_and_a_network_with_a_smaller_one_is_refused() {
     for (told, offered) in [(Some(9000), true), (None, false)] {
         let machine = TestMachine::new();
         let (tap, network) = tap();

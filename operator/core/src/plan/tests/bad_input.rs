@@ -45,7 +45,7 @@ fn a_guest_is_not_started_on_a_node_without_kvm() {
 
 /// A bridge that is not allowed, a kernel that is none: the node says so, and so does the status.
 #[test]
-fn what_a_node_says_against_a_start_is_the_condition() {
+fn the_condition_has_the_nodes_reason_against_a_start() {
     let mut case = Case::new().owned_by(1).with_pod("node-1");
     let why = "node-1: interfaces[0].bridge: no bridge \"wan\" is allowed on this node";
     case.observed.memory.error = Some((reason::START_FAILED, why.to_owned()));

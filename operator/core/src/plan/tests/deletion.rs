@@ -3,7 +3,7 @@
 use super::*;
 
 #[test]
-fn deletion_stops_the_guest_then_removes_disks_as_asked_then_the_row() {
+fn deletion_stops_the_guest_then_deletes_disks_by_their_policy_then_the_row() {
     let mut case = Case::running_on(1).with_disks();
     case.intent.deleting_since = Some(NOW);
     assert!(case.plan().actions.contains(&Action::PowerButton {
@@ -54,7 +54,7 @@ fn deletion_waits_while_no_node_can_tell_the_owner() {
 /// anything else; the reservation waited for the guest, and the guest for a migration, which the API server no
 /// longer lets anyone create there.
 #[test]
-fn a_guest_in_a_namespace_that_is_being_deleted_is_shut_down_and_lets_its_pod_go() {
+fn a_guest_in_a_namespace_that_is_being_deleted_is_shut_down_and_its_pod_released() {
     let mut case = Case::running_on(1).draining();
     case.observed.memory.namespace_ending = true;
     let plan = case.plan();

@@ -52,7 +52,7 @@ fn a_suspect_node_is_recorded_and_the_takeover_requested_until_granted() {
 }
 
 #[test]
-fn a_takeover_that_waits_for_a_person_says_so() {
+fn a_takeover_that_waits_for_a_manual_confirmation_says_so() {
     let mut case = Case::running_on(1).unresponsive(1).with_pod("node-2");
     case.observed.memory.takeover_refusal = Some(Refusal::NotFenced {
         victim: node_owner(1),

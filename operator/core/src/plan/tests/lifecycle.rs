@@ -29,7 +29,7 @@ fn a_row_is_created_only_when_it_is_certain_that_there_is_none() {
 }
 
 #[test]
-fn an_unowned_virtual_machine_asks_the_scheduler_first() {
+fn an_unowned_virtual_machine_is_scheduled_before_it_is_acquired() {
     let plan = Case::new().plan();
     assert!(matches!(
         &plan.actions[..],
@@ -102,7 +102,7 @@ fn a_running_guest_in_its_place_needs_nothing() {
 }
 
 #[test]
-fn nothing_is_done_while_the_api_is_away() {
+fn nothing_is_done_while_the_api_server_is_unreachable() {
     let mut case = Case::running_on(1);
     case.observed.pods = Fact::Unknown;
     assert_eq!(case.plan().actions, []);

@@ -151,7 +151,7 @@ fn a_failed_copy_ends_the_attempt_and_leaves_the_guest() {
 }
 
 #[test]
-fn cancel_asks_the_source_and_waits_for_its_word() {
+fn cancel_is_sent_to_the_source_and_waits_for_its_report() {
     let mut case = Case::running_on(1).with_migration("go", MigrationMode::Live);
     case.begun(0);
     case.migration(0).cancel = true;

@@ -31,7 +31,7 @@ fn a_source_that_has_begun_gets_no_second_request_however_late_its_report() {
 }
 
 #[test]
-fn a_guest_that_was_started_again_meanwhile_is_asked_anew() {
+fn a_guest_that_was_restarted_meanwhile_gets_a_new_shutdown_request() {
     let mut case = Case::running_on(1).with_migration("go", MigrationMode::Quick);
     case.begun(0);
     case = case.with_migration_pod("go", "node-2");
@@ -59,7 +59,7 @@ fn a_drain_goes_on_with_quick_at_once_when_the_guest_does_not_converge() {
 }
 
 #[test]
-fn a_drains_live_attempt_that_broke_is_tried_again() {
+fn a_failed_live_attempt_of_a_drain_is_repeated() {
     let mut case = Case::running_on(1).draining();
     case = case.with_drain_migration(MigrationMode::Live, 0, MigrationPhase::Failed);
     case.migration(0).reason = Some(reason::FAILED.to_owned());

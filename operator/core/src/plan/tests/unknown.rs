@@ -64,7 +64,7 @@ fn a_lasting_outage_is_reported_with_the_node_that_was_known_last() {
 }
 
 #[test]
-fn what_never_ran_says_at_once_that_no_node_reaches_its_volume() {
+fn a_vm_that_never_ran_reports_immediately_that_no_node_reaches_its_volume() {
     let mut case = new_leader();
     case.observed.memory.reported = None;
     let report = case.plan().report;

@@ -28,11 +28,11 @@ pub struct NetConfig {
     pub name: String,
     /// The MAC address of the guest's interface.
     pub mac: MacAddress,
-    /// The MTU of the network in bytes, which the guest is told (5.1.4.1: 68 to 65535); none when it
-    /// is not known: the guest uses its default.
+    /// The MTU of the network in bytes, which the device offers to the guest (VIRTIO_NET_F_MTU,
+    /// 5.1.4.1: 68 to 65535); none when it is not known, and the guest uses its default.
     pub mtu: Option<u16>,
-    /// Whether the state of a guest that was told a larger MTU than `mtu` is refused. The driver reads
-    /// the field once, so the guest keeps what it was told, and its longest packets would be lost.
+    /// Whether the state of a guest to which a larger MTU than `mtu` was offered is refused. The driver
+    /// reads the field once, so the guest keeps its MTU, and its longest packets would be lost.
     pub refuses_larger_mtu: bool,
 }
 

@@ -1,11 +1,12 @@
-//! The addresses that are the guest's now: what it has claimed of late for its MAC address, in ARP
-//! (RFC 826) and in neighbor advertisements (RFC 4861), and nobody else has claimed since.
+//! The guest's current IP addresses: those that it has claimed for its MAC address, in ARP (RFC 826)
+//! or in neighbor advertisements (RFC 4861), within [`AGE_MAX`], and that no other machine has claimed
+//! since.
 //!
 //! An address that moved away from the guest, as a virtual IP does on a failover, must not be
-//! announced after a migration: the neighbours would send to the guest what is another's. So an entry
-//! goes as soon as any frame says that its address is at another MAC address, and when it was not
-//! confirmed for [`AGE_MAX`]. A guest that still has an address confirms it again: it answers whoever
-//! asks for it.
+//! announced after a migration: the neighbours would send another machine's packets to the guest. So an
+//! entry is removed when any frame claims its address for another MAC address, or when the guest has
+//! not confirmed it for [`AGE_MAX`]. A guest that still has an address confirms it whenever it answers
+//! an ARP request or a neighbor solicitation.
 //!
 //! The table is pure: times are durations since any fixed moment. [`Learned`] adds lock and clock.
 
@@ -232,8 +233,8 @@ pub(super) const FLAG_ROUTER: u8 = 0x80;
 pub(super) const FLAG_OVERRIDE: u8 = 0x20;
 /// More addresses than an interface usually has; a guess.
 pub(super) const ADDRESSES_MAX: usize = 16;
-/// A guess: neighbours that talk to a guest ask for its address every few minutes. An address
-/// that no neighbour has requested since needs no announcement beyond the MAC address'.
+/// A guess: neighbours that communicate with a guest resolve its address every few minutes. An
+/// address that no neighbour has resolved for this time needs no announcement of its own.
 pub(super) const AGE_MAX: Duration = Duration::from_secs(20 * 60);
 
 #[cfg(test)]

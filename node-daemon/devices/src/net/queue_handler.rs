@@ -29,7 +29,7 @@ use crate::virtio::{Chain, QueueError, Virtqueue};
 #[derive(Debug)]
 pub(super) struct NetHandler {
     mac: MacAddress,
-    /// What the guest was told.
+    /// The MTU in bytes that was offered to the guest.
     mtu: Option<u16>,
     refuses_larger_mtu: bool,
     tap: Arc<dyn Tap>,
@@ -347,11 +347,11 @@ impl QueueHandler for NetHandler {
                 state.mac, self.mac
             ));
         }
-        if let (Some(told), Some(here)) = (state.mtu, self.mtu)
-            && told > here
+        if let (Some(offered), Some(here)) = (state.mtu, self.mtu)
+            && offered > here
         {
             let what =
-                format!("the guest was told an MTU of {told} bytes, the network here has {here}");
+                format!("the guest uses an MTU of {offered} bytes, the network here has {here}");
             if self.refuses_larger_mtu {
                 return Err(what);
             }

@@ -12,10 +12,10 @@ use super::learned::{GuestIp, SavedAddress};
 pub(super) const KIND: &str = "virtio-net";
 /// [`crate::state::DeviceState::version`].
 ///
-/// 1: the first layout. 2: the MTU that the guest was told, which its driver has read and never reads
-/// again; and with each address its age and kind, in `learned` in place of `addresses`, without which
-/// a destination would announce for ever what the guest once had. A state of version 1 is read: its
-/// guest was told no MTU, its addresses are taken for confirmed.
+/// 1: the first layout. 2: the MTU that was offered to the guest, whose driver reads it only once; and
+/// with each address its age and kind, in `learned` in place of `addresses`, without which a
+/// destination would announce addresses that the guest no longer has. A state of version 1 is read:
+/// no MTU was offered to its guest, and its addresses count as confirmed.
 pub(super) const VERSION: u32 = 2;
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -24,7 +24,7 @@ pub(super) struct NetState {
     pub(super) mac: MacAddress,
     /// The `status` field of the configuration: `VIRTIO_NET_S_LINK_UP` and `VIRTIO_NET_S_ANNOUNCE`.
     pub(super) status: u16,
-    /// The MTU that the guest was told when it was started.
+    /// The MTU in bytes that was offered to the guest when it was started (VIRTIO_NET_F_MTU).
     #[serde(default)]
     pub(super) mtu: Option<u16>,
     /// Of a state of version 1: IPv4 addresses of the guest.

@@ -40,7 +40,7 @@ fn three_nodes_share_a_volume_and_move_a_vm_between_them() {
         moved,
         "a repeated transfer has the same answer and no second effect"
     );
-    // Every node sees the same rows, whoever coordinates.
+    // Every node sees the same rows, whichever node coordinates.
     for node in [&one, &two, &three] {
         let row = node.row(1);
         assert_eq!((row.owner, row.epoch), (Some(two.owner()), Epoch(2)));

@@ -465,10 +465,10 @@ fn restored(
 
 #[test]
 fn a_guest_keeps_its_announced_mtu_and_a_network_with_a_smaller_one_is_refused() {
-    for (told, offered) in [(Some(9000), true), (None, false)] {
+    for (at_start, offered) in [(Some(9000), true), (None, false)] {
         let machine = TestMachine::new();
         let (tap, network) = tap();
-        let device = make_with_mtu(&machine, tap.clone(), (told, true));
+        let device = make_with_mtu(&machine, tap.clone(), (at_start, true));
         let mut driver = TestDriver::new(&machine, device.function);
         driver.start(0, 3);
         assert_eq!(driver.function.pause(), WriterState::Clean);
@@ -481,13 +481,13 @@ fn a_guest_keeps_its_announced_mtu_and_a_network_with_a_smaller_one_is_refused()
             tap,
             network,
         };
-        let here = told.unwrap_or(0);
+        let here = at_start.unwrap_or(0);
         for mtu in [None, Some(9000), Some(65535)] {
             let mut driver = restored(&bench, &saved, (mtu, true)).unwrap();
             assert_eq!(
                 driver.config(10, 2),
                 here.to_le_bytes(),
-                "{told:?} on {mtu:?}"
+                "{at_start:?} on {mtu:?}"
             );
             let again = saved.body["features"].as_u64().unwrap();
             assert_eq!(again & F_MTU != 0, offered);
@@ -497,13 +497,13 @@ fn a_guest_keeps_its_announced_mtu_and_a_network_with_a_smaller_one_is_refused()
         let narrower = restored(&bench, &saved, (Some(1500), true));
         match narrower {
             Err(text) => assert_eq!(
-                (text.as_str(), told.is_some()),
+                (text.as_str(), at_start.is_some()),
                 (
-                    "net0: state does not fit: the guest was told an MTU of 9000 bytes, the network here has 1500",
+                    "net0: state does not fit: the guest uses an MTU of 9000 bytes, the network here has 1500",
                     true
                 )
             ),
-            Ok(_) => assert_eq!(told, None),
+            Ok(_) => assert_eq!(at_start, None),
         }
         // A guest of which there is only the saved state is better off with it.
         let mut driver = restored(&bench, &saved, (Some(1500), false)).unwrap();

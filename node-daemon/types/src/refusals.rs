@@ -48,6 +48,10 @@ pub enum Refusal {
     /// The coordinator has not seen the requested owner's heartbeat rise within the watch time W.
     #[error("the lease of {owner} is not valid")]
     LeaseInvalid { owner: Owner },
+    /// The VM's state was saved completely in this epoch: only a later epoch's owner may free it. A
+    /// late copy of an earlier request would otherwise destroy it.
+    #[error("this VM's memory was saved completely in this epoch; only its next owner may free it")]
+    SavedStateComplete,
     /// A disk of this name exists, attached to another VM or kept after its VM was deleted.
     #[error("a disk of that name exists on the volume; it belongs to another VM or was kept")]
     NameTaken,

@@ -125,6 +125,8 @@ pub enum Change {
         vm: VmUid,
         /// The VM's owner.
         from: Owner,
+        /// The epoch in which `from` owns the VM: a copy that is decided late changes nothing.
+        epoch: Epoch,
         /// An upper bound for RAM and device state.
         size: Bytes,
     },
@@ -133,6 +135,8 @@ pub enum Change {
         vm: VmUid,
         /// The VM's owner.
         from: Owner,
+        /// The epoch in which `from` owns the VM: a copy that is decided late changes nothing.
+        epoch: Epoch,
         /// How many bytes were written.
         length: Bytes,
         /// CRC32C over all of them, in order.
@@ -143,6 +147,8 @@ pub enum Change {
         vm: VmUid,
         /// The VM's owner.
         from: Owner,
+        /// The epoch in which `from` owns the VM: a copy that is decided late changes nothing.
+        epoch: Epoch,
     },
 }
 

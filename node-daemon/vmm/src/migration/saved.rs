@@ -166,6 +166,7 @@ impl Driver<'_> {
         let reserved = self.change(&Change::ReserveSavedState {
             vm: self.job.vm,
             from: self.job.from,
+            epoch: self.job.epoch,
             size,
         })?;
         let Answer::SavedState(reserved) = reserved else {
@@ -199,6 +200,7 @@ impl Driver<'_> {
         let finished = self.change(&Change::FinishSavedState {
             vm: self.job.vm,
             from: self.job.from,
+            epoch: self.job.epoch,
             length,
             crc32c,
         });
@@ -291,9 +293,10 @@ impl Driver<'_> {
         if let Err(error) = self.guest.resume() {
             tracing::warn!(%error, "the guest could not be resumed");
         }
-        let from = ownership.map_or(self.job.from, |ownership| ownership.owner);
+        let own = Ownership::new(self.job.from, self.job.epoch);
+        let Ownership { owner: from, epoch } = ownership.unwrap_or(own);
         let vm = self.job.vm;
-        if let Err(abort) = self.change(&Change::DropSavedState { vm, from }) {
+        if let Err(abort) = self.change(&Change::DropSavedState { vm, from, epoch }) {
             tracing::warn!(text = %abort.text, "the reserved extents were not given back");
         }
         let phase = match failure.reason {

@@ -18,7 +18,7 @@ use bascule_types::{FenceProof, MissingProof};
 use bascule_volume_format::{Fencing, FencingPolicy, Timings, WatchdogKind};
 
 use crate::rules::{Rules, broken};
-use crate::watcher::{Evidence, HeartbeatSeen, Standing};
+use crate::watcher::{Evidence, HeartbeatSeen, Standing, whole_ms};
 
 /// A volume's fencing mode and policy, from its superblock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -88,10 +88,6 @@ fn safe_time(rules: Rules, timings: &Timings) -> Duration {
         return timings.watch + timings.watchdog;
     }
     timings.safe_time()
-}
-
-fn whole_ms(time: Duration) -> u64 {
-    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]

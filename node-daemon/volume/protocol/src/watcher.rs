@@ -26,7 +26,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use bascule_types::{BootTime, Generation, NodeUid, Owner, SlotId};
+use bascule_types::{BootTime, Generation, MissingProof, NodeUid, Owner, SlotId};
 use bascule_volume_format::{HeartbeatRecord, Timings, WatchdogKind};
 
 use crate::rules::{Rules, broken};
@@ -247,10 +247,27 @@ impl Evidence {
     /// was frozen after its check may still submit one write.
     #[must_use]
     pub fn lease_is_over(&self) -> bool {
-        self.standing != Standing::Unknown
-            && self
-                .record
-                .is_some_and(|record| self.unchanged_for >= record.timings.watch)
+        self.record
+            .is_some_and(|record| self.check_lease_over(record.timings.watch).is_ok())
+    }
+
+    /// The same with what is missing. `watch` is the volume's W, for a slot that shows no record.
+    ///
+    /// # Errors
+    /// [`MissingProof::Alive`] or [`MissingProof::SafeTime`].
+    pub fn check_lease_over(&self, watch: Duration) -> Result<(), MissingProof> {
+        let timings = self.record.map(|record| record.timings);
+        let required = timings.map_or(watch, |timings| timings.watch);
+        let lease = timings.map_or(Duration::ZERO, |timings| timings.lease);
+        match self.standing {
+            Standing::Unknown => Err(MissingProof::Alive),
+            _ if self.unchanged_for >= required => Ok(()),
+            _ if self.unchanged_for < lease => Err(MissingProof::Alive),
+            _ => Err(MissingProof::SafeTime {
+                watched_ms: whole_ms(self.unchanged_for),
+                required_ms: whole_ms(required),
+            }),
+        }
     }
 }
 
@@ -265,6 +282,11 @@ impl From<&HeartbeatRecord> for HeartbeatSeen {
             timings: record.timings,
         }
     }
+}
+
+/// In whole milliseconds.
+pub(crate) fn whole_ms(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@
 //! and the answer is sent only if they still show this epoch.
 
 use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
+use std::time::Duration;
 
 use bascule_ipc::volume::Rows;
 use bascule_types::{
@@ -261,6 +262,8 @@ struct FenceView {
     watcher: Watcher,
     now: BootTime,
     policy: FencePolicy,
+    /// The volume's watch time W.
+    watch: Duration,
 }
 
 impl FenceView {
@@ -268,6 +271,7 @@ impl FenceView {
         Self {
             watcher: context.state().watcher.clone(),
             now: boot_time_now(),
+            watch: context.superblock.timings.watch,
             policy: FencePolicy {
                 mode: context.superblock.fencing,
                 allowed: context.superblock.policy,
@@ -280,6 +284,10 @@ impl FenceView {
 impl Witness for FenceView {
     fn lease_valid(&self, owner: Owner) -> bool {
         self.watcher.is_alive(owner, self.now)
+    }
+
+    fn lease_over(&self, victim: Owner) -> Result<(), MissingProof> {
+        self.watcher.evidence(victim).check_lease_over(self.watch)
     }
 
     fn proof(&self, victim: Owner) -> Result<FenceProof, MissingProof> {

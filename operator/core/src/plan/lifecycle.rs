@@ -2,7 +2,7 @@
 
 use bascule_crds::names::reason;
 use bascule_ipc::vm::{StopReason, VmState};
-use bascule_types::{Change, Owner};
+use bascule_types::{Change, Owner, Ownership};
 
 use super::context::PlanContext;
 use super::initial_status::completed_before;
@@ -80,7 +80,7 @@ impl<'a> PlanContext<'a> {
         }
         let restore = saved.is_some_and(|saved| saved.is_restorable(row.epoch));
         if let Some(saved) = saved.filter(|_| !restore) {
-            step.append(self.drop_saved(node, owner, saved));
+            step.append(self.drop_saved(node, Ownership::new(owner, row.epoch), saved));
         }
         step.change(ReportChange::StoppingSince(None));
         let ready = self.or_last_error(starting(&place));
@@ -94,7 +94,7 @@ impl<'a> PlanContext<'a> {
     }
 
     /// Frees the space of a saved state that no epoch may restore any more.
-    fn drop_saved(&self, node: &str, owner: Owner, saved: SavedView) -> Step {
+    fn drop_saved(&self, node: &str, by: Ownership, saved: SavedView) -> Step {
         let mut step = Step::new();
         if saved.complete {
             let message = "its saved memory is older than its last owner; it boots from its disks";
@@ -102,7 +102,8 @@ impl<'a> PlanContext<'a> {
         }
         let change = Change::DropSavedState {
             vm: self.intent.uid,
-            from: owner,
+            from: by.owner,
+            epoch: by.epoch,
         };
         step.push(Action::Change {
             via: node.to_owned(),

@@ -93,6 +93,7 @@ pub fn restore_saved(
     let drop = Change::DropSavedState {
         vm: config.uid,
         from: owner,
+        epoch,
     };
     client
         .request_change(&drop)

@@ -3,6 +3,7 @@
 
 use bascule_types::{
     Answer, Change, DiskId, FenceProof, MissingProof, NodeUid, Owner, Ownership, Refusal,
+    SavedStateSum,
 };
 
 use super::Metadata;
@@ -12,6 +13,14 @@ use crate::metadata_records::MetaRecord;
 pub trait Witness {
     /// Whether the heartbeat of this slot and generation was seen to rise within the watch time W.
     fn lease_valid(&self, owner: Owner) -> bool;
+
+    /// Whether the lease of `victim` has certainly ended: this node's own reads showed no new heartbeat
+    /// for the watch time W. More than the absence of [`Witness::lease_valid`]: a node that could not
+    /// read for a while has seen nothing rise, and knows nothing.
+    ///
+    /// # Errors
+    /// What is missing for that.
+    fn lease_over(&self, victim: Owner) -> Result<(), MissingProof>;
 
     /// The proof that `victim` will not write again, by the times and the watchdog kind of its own
     /// heartbeat record. Does not consider fence records.
@@ -129,14 +138,28 @@ impl Metadata {
             Change::FinishImport { disk, length } => self.finish_import(*disk, *length, context),
             Change::AttachDisk { name, vm } => self.attach_disk(name, *vm),
             Change::DeleteDisk { disk } => self.delete_disk(*disk, context),
-            Change::ReserveSavedState { vm, from, size } => self.reserve_saved(*vm, *from, *size),
+            Change::ReserveSavedState {
+                vm,
+                from,
+                epoch,
+                size,
+            } => self.reserve_saved(*vm, Ownership::new(*from, *epoch), *size),
             Change::FinishSavedState {
                 vm,
                 from,
+                epoch,
                 length,
                 crc32c,
-            } => self.finish_saved(*vm, *from, *length, *crc32c),
-            Change::DropSavedState { vm, from } => self.drop_saved_state(*vm, *from),
+            } => {
+                let sum = SavedStateSum {
+                    length: *length,
+                    crc32c: *crc32c,
+                };
+                self.finish_saved(*vm, Ownership::new(*from, *epoch), sum)
+            }
+            Change::DropSavedState { vm, from, epoch } => {
+                self.drop_saved_state(*vm, Ownership::new(*from, *epoch))
+            }
             _ => Err(Refusal::NotAllowed),
         }
     }

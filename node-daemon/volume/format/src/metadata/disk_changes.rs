@@ -5,8 +5,8 @@
 //! zeroes the whole disk, and then finishes the import. Until then the disk cannot be opened.
 
 use bascule_types::{
-    Answer, Bytes, DiskId, DiskRole, DiskRow, Owner, Ownership, Refusal, RowName, SavedStateRow,
-    SavedStateSum, VmRow, VmUid,
+    Answer, Bytes, DiskId, DiskRole, DiskRow, Epoch, Owner, Ownership, Refusal, RowName,
+    SavedStateRow, SavedStateSum, VmUid,
 };
 
 use super::Metadata;
@@ -173,15 +173,15 @@ impl Metadata {
     pub(super) fn reserve_saved(
         &self,
         vm: VmUid,
-        from: Owner,
+        from: Ownership,
         size: Bytes,
     ) -> Result<Decision, Refusal> {
-        let row = self.owned_vm(vm, from)?;
-        let epoch = row.epoch;
+        self.check_owned_vm(vm, from)?;
+        let epoch = from.epoch;
         let mut records = Vec::new();
         if let Some(saved) = self.saved(vm) {
-            let same = saved.epoch == epoch && saved.complete.is_none();
-            if same && room(saved) >= size.0 {
+            check_not_complete(saved, epoch)?;
+            if saved.epoch == epoch && room(saved) >= size.0 {
                 return Ok(Decision::already(Answer::SavedState(saved.clone())));
             }
             records.push(MetaRecord::DeleteSaved(vm));
@@ -200,18 +200,16 @@ impl Metadata {
     pub(super) fn finish_saved(
         &self,
         vm: VmUid,
-        from: Owner,
-        length: Bytes,
-        crc32c: u32,
+        from: Ownership,
+        sum: SavedStateSum,
     ) -> Result<Decision, Refusal> {
-        let row = self.owned_vm(vm, from)?;
-        let saved = self.saved(vm).filter(|saved| saved.epoch == row.epoch);
+        self.check_owned_vm(vm, from)?;
+        let saved = self.saved(vm).filter(|saved| saved.epoch == from.epoch);
         let saved = saved.ok_or(Refusal::NoSavedState)?;
-        let sum = SavedStateSum { length, crc32c };
         if saved.complete == Some(sum) {
             return Ok(Decision::already(Answer::SavedState(saved.clone())));
         }
-        if saved.complete.is_some() || length.0 > room(saved) {
+        if saved.complete.is_some() || sum.length.0 > room(saved) {
             return Err(Refusal::NotAllowed);
         }
         let saved = SavedStateRow {
@@ -222,22 +220,23 @@ impl Metadata {
         Ok(Decision::new(records, Answer::SavedState(saved)))
     }
 
-    pub(super) fn drop_saved_state(&self, vm: VmUid, from: Owner) -> Result<Decision, Refusal> {
-        self.owned_vm(vm, from)?;
-        if self.saved(vm).is_none() {
+    pub(super) fn drop_saved_state(&self, vm: VmUid, from: Ownership) -> Result<Decision, Refusal> {
+        self.check_owned_vm(vm, from)?;
+        let Some(saved) = self.saved(vm) else {
             return Ok(Decision::already(Answer::Gone));
-        }
+        };
+        check_not_complete(saved, from.epoch)?;
         let records = vec![MetaRecord::DeleteSaved(vm)];
         Ok(Decision::new(records, Answer::Gone))
     }
 
-    fn owned_vm(&self, vm: VmUid, from: Owner) -> Result<&VmRow, Refusal> {
+    fn check_owned_vm(&self, vm: VmUid, from: Ownership) -> Result<(), Refusal> {
         let row = self.vm(vm).ok_or(Refusal::NoSuchVm)?;
-        check_owned(row, Ownership::new(from, row.epoch))?;
-        if self.fence(from).is_some() {
-            return Err(Refusal::Fenced { owner: from });
+        check_owned(row, from)?;
+        if self.fence(from.owner).is_some() {
+            return Err(Refusal::Fenced { owner: from.owner });
         }
-        Ok(row)
+        Ok(())
     }
 
     fn disk_named(&self, name: &RowName) -> Option<&DiskRow> {
@@ -248,6 +247,16 @@ impl Metadata {
 
 fn put(row: DiskRow) -> Decision {
     Decision::new(vec![MetaRecord::Disk(row.clone())], Answer::Disk(row))
+}
+
+/// An owner that saved the VM completely never runs it again in that epoch, so neither a new reserve nor
+/// a drop of the same epoch is meant for the complete state.
+fn check_not_complete(saved: &SavedStateRow, epoch: Epoch) -> Result<(), Refusal> {
+    if saved.epoch == epoch && saved.complete.is_some() {
+        Err(Refusal::SavedStateComplete)
+    } else {
+        Ok(())
+    }
 }
 
 fn room(saved: &SavedStateRow) -> u64 {

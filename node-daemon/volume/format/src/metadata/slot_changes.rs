@@ -1,8 +1,8 @@
 //! Decisions about heartbeat slots: registration, new generations, fencing confirmations.
 
 use bascule_types::{
-    AdminConfirmation, Answer, FenceProof, FenceRow, Generation, MissingProof, NodeUid, Owner,
-    Refusal, SlotId, Table, VmRow,
+    AdminConfirmation, Answer, FenceProof, FenceRow, Generation, NodeUid, Owner, Refusal, SlotId,
+    Table, VmRow,
 };
 
 use super::decide::{Context, Decision};
@@ -98,10 +98,10 @@ impl Metadata {
         if current != Some(victim) {
             return Err(Refusal::StaleOwner { owner: victim });
         }
-        if context.witness.lease_valid(victim) {
-            let missing = MissingProof::Alive;
-            return Err(Refusal::NotFenced { victim, missing });
-        }
+        context
+            .witness
+            .lease_over(victim)
+            .map_err(|missing| Refusal::NotFenced { victim, missing })?;
         self.room_for(1)?;
         let fence = FenceRow {
             victim,

@@ -187,6 +187,12 @@ fn a_confirmation_is_refused_while_the_heartbeat_is_alive_and_binds_one_generati
         cluster.ask(2, &confirm),
         Err(Refusal::NotFenced { victim, missing })
     );
+    // Regression: a coordinator that could not read took a living node for a dead one.
+    cluster.seen.unread = true;
+    assert_eq!(
+        cluster.ask(2, &confirm),
+        Err(Refusal::NotFenced { victim, missing })
+    );
     let victim = owner(0, 9);
     let confirm = Change::ConfirmFenced {
         victim,
@@ -360,15 +366,18 @@ fn no_two_rows_ever_share_an_extent() {
 fn saved_state_is_reserved_finished_and_dropped_by_the_owner() {
     let mut cluster = Cluster::with_two_nodes().with_running_vm();
     let from = owner(0, 1);
+    let epoch = Epoch(1);
     let reserve = |mib| Change::ReserveSavedState {
         vm: vm(1),
         from,
+        epoch,
         size: Bytes::mib(mib),
     };
     cluster.ask(1, &reserve(8)).unwrap();
     let finish = Change::FinishSavedState {
         vm: vm(1),
         from,
+        epoch,
         length: Bytes::mib(7),
         crc32c: 5,
     };
@@ -377,22 +386,86 @@ fn saved_state_is_reserved_finished_and_dropped_by_the_owner() {
     };
     assert_eq!(saved.complete.unwrap().length, Bytes::mib(7));
     let free = cluster.metadata.free();
-    assert!(matches!(
-        cluster.ask(1, &reserve(4096)),
-        Err(Refusal::Full { .. })
-    ));
     let other = Change::DropSavedState {
         vm: vm(1),
         from: owner(1, 1),
+        epoch,
     };
     assert!(matches!(
         cluster.ask(2, &other),
         Err(Refusal::OwnedBy { .. })
     ));
-    cluster
-        .ask(1, &Change::DropSavedState { vm: vm(1), from })
-        .unwrap();
+    // A quick migration's next owner restores the state, and then frees it.
+    let to = owner(1, 1);
+    let moved = Change::Transfer {
+        vm: vm(1),
+        from,
+        epoch,
+        to,
+        attempt: AttemptId::from_bytes([3; 16]),
+    };
+    cluster.ask(1, &moved).unwrap();
+    let restored = Change::DropSavedState {
+        vm: vm(1),
+        from: to,
+        epoch: Epoch(2),
+    };
+    cluster.ask(2, &restored).unwrap();
     assert!(cluster.metadata.free() > free);
+    let larger = Change::ReserveSavedState {
+        vm: vm(1),
+        from: to,
+        epoch: Epoch(2),
+        size: Bytes::mib(4096),
+    };
+    assert!(matches!(cluster.ask(2, &larger), Err(Refusal::Full { .. })));
+}
+
+/// Regression: neither request named its epoch, and a copy that was decided late deleted the complete
+/// state of a later attempt, and with it the guest's memory.
+#[test]
+fn i3_a_late_copy_of_a_reserve_or_drop_leaves_a_complete_saved_state() {
+    let mut cluster = Cluster::with_two_nodes().with_running_vm();
+    let from = owner(0, 1);
+    let reserve = |epoch| Change::ReserveSavedState {
+        vm: vm(1),
+        from,
+        epoch,
+        size: Bytes::mib(8),
+    };
+    let drop = |epoch| Change::DropSavedState {
+        vm: vm(1),
+        from,
+        epoch,
+    };
+    // An attempt that was given up, and the same owner in the next epoch.
+    cluster.ask(1, &reserve(Epoch(1))).unwrap();
+    cluster.ask(1, &drop(Epoch(1))).unwrap();
+    let release = Change::Release {
+        vm: vm(1),
+        from,
+        epoch: Epoch(1),
+    };
+    cluster.ask(1, &release).unwrap();
+    cluster.acquire(1, 1, 1, from).unwrap();
+    cluster.ask(1, &reserve(Epoch(2))).unwrap();
+    let finish = Change::FinishSavedState {
+        vm: vm(1),
+        from,
+        epoch: Epoch(2),
+        length: Bytes::mib(7),
+        crc32c: 5,
+    };
+    cluster.ask(1, &finish).unwrap();
+    for late in [reserve(Epoch(1)), drop(Epoch(1))] {
+        let refused = cluster.ask(1, &late);
+        assert!(matches!(refused, Err(Refusal::OwnedBy { .. })), "{late:?}");
+    }
+    for late in [reserve(Epoch(2)), drop(Epoch(2))] {
+        assert_eq!(cluster.ask(1, &late), Err(Refusal::SavedStateComplete));
+    }
+    let saved = cluster.metadata.saved(vm(1)).unwrap();
+    assert!(saved.complete.is_some());
 }
 
 #[test]

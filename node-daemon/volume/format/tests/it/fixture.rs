@@ -55,12 +55,21 @@ pub(crate) fn formatted() -> (MemStore, Superblock) {
 #[derive(Default)]
 pub(crate) struct TestWitness {
     pub(crate) alive: BTreeSet<Owner>,
+    /// The coordinator could not read the volume for a while: it saw nothing rise.
+    pub(crate) unread: bool,
     pub(crate) proofs: BTreeMap<Owner, FenceProof>,
 }
 
 impl Witness for TestWitness {
     fn lease_valid(&self, owner: Owner) -> bool {
-        self.alive.contains(&owner)
+        self.alive.contains(&owner) && !self.unread
+    }
+
+    fn lease_over(&self, victim: Owner) -> Result<(), MissingProof> {
+        if self.alive.contains(&victim) || self.unread {
+            return Err(MissingProof::Alive);
+        }
+        Ok(())
     }
 
     fn proof(&self, victim: Owner) -> Result<FenceProof, MissingProof> {

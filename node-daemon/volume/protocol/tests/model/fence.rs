@@ -36,6 +36,7 @@ pub(crate) struct FenceModel {
     pub(crate) rules: Rules,
     pub(crate) ticks: u64,
     pub(crate) settle: u64,
+    pub(crate) watch: u64,
     pub(crate) device_timeout: u64,
     pub(crate) kind: WatchdogKind,
     pub(crate) fencing: Fencing,
@@ -133,6 +134,7 @@ impl FenceModel {
             rules,
             ticks: 9,
             settle: 1,
+            watch: 5,
             device_timeout: 2,
             kind: WatchdogKind::Hardware,
             fencing: Fencing::Watchdog,
@@ -147,7 +149,7 @@ impl FenceModel {
         let ticks = |n: u64| Duration::from_nanos(n * TICK);
         Timings {
             lease: ticks(2),
-            watch: ticks(5),
+            watch: ticks(self.watch),
             poll: ticks(1),
             renewal: ticks(1),
             watchdog: ticks(2),
@@ -285,6 +287,10 @@ impl FenceModel {
         let (watcher, now) = (state.watcher.clone(), state.moment());
         let witness = TestWitness {
             alive: |owner: Owner| owner.slot.0 == B || watcher.is_alive(owner, now),
+            over: |victim| {
+                let watch = self.timings().watch;
+                watcher.evidence(victim).check_lease_over(watch)
+            },
             proof: |victim| fence::verify(self.policy(), &watcher.evidence(victim)),
         };
         let answer = state.table.ask(change, requester, &witness, self.rules);
@@ -734,6 +740,7 @@ fn i1_a_softdog_and_no_watchdog_prove_nothing() {
 fn i1_lease_only_takes_over_only_after_a_confirmation_of_this_generation() {
     let model = FenceModel {
         ticks: Size::from_environment().pick(4, 5),
+        watch: 3,
         kind: WatchdogKind::None,
         fencing: Fencing::LeaseOnly,
         power_cut: true,

@@ -138,6 +138,7 @@ impl HandOverModel {
         let destination_alive = state.destination_alive;
         let witness = TestWitness {
             alive: |owner: bascule_types::Owner| owner.slot.0 == SOURCE || destination_alive,
+            over: |_| Err(MissingProof::Alive),
             proof: |_| Err(MissingProof::Alive),
         };
         let requester = (owner(SOURCE, state.table.generation(SOURCE)), 1);
@@ -331,6 +332,7 @@ impl Model for HandOverModel {
             Action::SourceRejoins => {
                 let witness = TestWitness {
                     alive: |_| true,
+                    over: |_| Err(MissingProof::Alive),
                     proof: |_| Err(MissingProof::Alive),
                 };
                 let (from, to) = (owner(SOURCE, 1), owner(SOURCE, 2));

@@ -215,6 +215,7 @@ fn a_reboot_that_is_claimed_before_writes_settled_has_a_counterexample() {
 }
 
 fn lease_only(model: &mut FenceModel) {
+    model.watch = 3;
     model.kind = WatchdogKind::None;
     model.fencing = Fencing::LeaseOnly;
     model.power_cut = true;

@@ -15,18 +15,24 @@ use bascule_volume_protocol::{Mutation, Rules};
 pub(crate) const VM: VmUid = VmUid::from_bytes([7; 16]);
 
 /// The evidence of a model's coordinator.
-pub(crate) struct TestWitness<L, P> {
+pub(crate) struct TestWitness<L, P, O = fn(Owner) -> Result<(), MissingProof>> {
     pub(crate) alive: L,
+    pub(crate) over: O,
     pub(crate) proof: P,
 }
 
-impl<L, P> Witness for TestWitness<L, P>
+impl<L, P, O> Witness for TestWitness<L, P, O>
 where
     L: Fn(Owner) -> bool,
+    O: Fn(Owner) -> Result<(), MissingProof>,
     P: Fn(Owner) -> Result<FenceProof, MissingProof>,
 {
     fn lease_valid(&self, owner: Owner) -> bool {
         (self.alive)(owner)
+    }
+
+    fn lease_over(&self, victim: Owner) -> Result<(), MissingProof> {
+        (self.over)(victim)
     }
 
     fn proof(&self, victim: Owner) -> Result<FenceProof, MissingProof> {
@@ -108,6 +114,7 @@ impl Table {
     fn must(&mut self, change: &Change, requester: Owner) {
         let witness = TestWitness {
             alive: |_| true,
+            over: |_| Err(MissingProof::Alive),
             proof: |_| Err(MissingProof::Alive),
         };
         self.ask(change, (requester, 1), &witness, Rules::ENFORCED)

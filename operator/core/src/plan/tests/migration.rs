@@ -106,6 +106,7 @@ fn a_saved_state_of_an_earlier_epoch_is_dropped_and_the_guest_boots() {
         let dropped = [Change::DropSavedState {
             vm: case.intent.uid,
             from: node_owner(1),
+            epoch: Epoch(5),
         }];
         assert_eq!(case.changes(), dropped);
     }

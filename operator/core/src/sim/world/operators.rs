@@ -317,7 +317,9 @@ impl World {
                 }
                 self.release(from, epoch);
             }
-            Change::DropSavedState { from, .. } if row.owner == Some(from) => {
+            Change::DropSavedState { from, epoch, .. }
+                if row.owner == Some(from) && row.epoch == epoch =>
+            {
                 self.row.as_mut().unwrap().saved = None;
             }
             Change::TakeOver {

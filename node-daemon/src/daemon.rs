@@ -99,7 +99,8 @@ async fn serve_node(args: &ServeArgs) -> Result<()> {
     Ok(())
 }
 
-/// Periodic work: restarts volume processes that have ended, removes the files of finished imports.
+/// Periodic work: restarts the watchdog's process and volume processes that have ended, removes the
+/// files of finished imports.
 async fn upkeep(supervisor: Arc<Supervisor>) {
     let mut ticks = tokio::time::interval(UPKEEP_INTERVAL);
     loop {
@@ -107,7 +108,8 @@ async fn upkeep(supervisor: Arc<Supervisor>) {
         let worker = Arc::clone(&supervisor);
         let outcome = tokio::task::spawn_blocking(move || {
             worker
-                .restart_ended_volumes()
+                .restart_ended_watchdog()
+                .and_then(|()| worker.restart_ended_volumes())
                 .and_then(|()| worker.remove_finished_imports())
         });
         match outcome.await {

@@ -1,8 +1,9 @@
 //! `watchdog.sock`: the requests of `bascule-volume` to the node's `bascule-watchdog`.
+//! `watchdog-holder.sock`: those of `bascule-watchdog` to the process that holds its device open too.
 
 use std::path::PathBuf;
 
-use bascule_types::VolumeId;
+use bascule_types::{BootTime, VolumeId};
 use serde::{Deserialize, Serialize};
 
 use crate::volume::WatchdogKind;
@@ -19,6 +20,10 @@ pub enum Request {
         volume: VolumeId,
         /// The file of the volume's gate page.
         gate_page: PathBuf,
+        /// Until when the client holds a lease that it publishes in the gate page next: it enlists the
+        /// volume before a gate opens, not after. None: the page shows the lease.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        lease_until: Option<BootTime>,
     },
     /// The volume's gates are closed and every submitted write has completed: its lease may lapse
     /// without a reset.
@@ -44,4 +49,22 @@ pub enum Response {
     },
     /// The request was refused; the reason is for logs.
     Refused { reason: String },
+}
+
+/// A request to the holder, which keeps the watchdog device open beside `bascule-watchdog`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum HolderRequest {
+    /// Hold the device whose descriptor comes with this request. The first request, once.
+    Hold,
+    /// Send a descriptor of the device.
+    Take,
+    /// Close the device and end: it is about to be disarmed.
+    End,
+}
+
+/// The answer to every [`HolderRequest`]; to [`HolderRequest::Take`] with one file descriptor.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum HolderResponse {
+    /// Done.
+    Done,
 }

@@ -1,4 +1,4 @@
-//! When a volume process that has ended is started again: immediately the first time, so that the
+//! When a volume process, or the watchdog's, that has ended is started again: immediately the first time, so that the
 //! lease does not lapse, then at growing intervals, so that a crash loop does not load the node.
 
 use std::collections::BTreeMap;

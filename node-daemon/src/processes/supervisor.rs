@@ -31,6 +31,8 @@ pub(crate) struct Supervisor {
     pub(crate) allow_softdog: bool,
     /// Volume processes that were started again.
     pub(crate) restart_backoff: Mutex<RestartBackoff>,
+    /// The watchdog's process, when it was started again.
+    pub(crate) watchdog_backoff: Mutex<RestartBackoff>,
     /// Processes that this daemon started, kept to be reaped.
     children: Mutex<Vec<Child>>,
 }
@@ -90,6 +92,7 @@ impl Supervisor {
             watchdog: config.watchdog.clone(),
             allow_softdog: config.allow_softdog,
             restart_backoff: Mutex::default(),
+            watchdog_backoff: Mutex::default(),
             children: Mutex::default(),
         })
     }

@@ -2,8 +2,10 @@
 
 use std::ffi::OsString;
 use std::fs;
+use std::io;
 use std::net::{SocketAddr, TcpListener};
-use std::path::Path;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::PoisonError;
 use std::time::{Duration, Instant};
@@ -102,6 +104,23 @@ impl Supervisor {
             if let Err(error) = self.restart_volume(&name, &bytes) {
                 tracing::error!(volume = %name, error = format!("{error:#}"), "cannot restart the volume process");
             }
+        }
+        Ok(())
+    }
+
+    /// Starts the watchdog's process again if it has ended while a volume is attached: its device goes
+    /// on counting. Does not wait until it answers.
+    pub(crate) fn restart_ended_watchdog(&self) -> Result<()> {
+        let _alone = self.lock_volumes()?;
+        let attached = |name: &String| self.paths.volume(name).join("attachment.json").exists();
+        let socket = self.paths.watchdog_socket();
+        if !self.volume_names()?.iter().any(attached) || !watchdog_has_ended(&socket) {
+            return Ok(());
+        }
+        let mut backoff = (self.watchdog_backoff.lock()).unwrap_or_else(PoisonError::into_inner);
+        if backoff.is_due(WATCHDOG, Instant::now()) {
+            tracing::warn!("bascule-watchdog has ended; starting it again");
+            self.launch_watchdog()?;
         }
         Ok(())
     }
@@ -231,6 +250,17 @@ impl Supervisor {
         if watchdog_answers(&socket) {
             return Ok(());
         }
+        self.launch_watchdog()?;
+        wait_for(WATCHDOG_LIMIT, || watchdog_answers(&socket).then_some(())).ok_or_else(|| {
+            let log = self.watchdog_log();
+            Rejection::new(
+                RejectReason::Failed,
+                format!("bascule-watchdog does not answer; see {}", log.display()),
+            )
+        })
+    }
+
+    fn launch_watchdog(&self) -> Result<()> {
         let mut args: Vec<OsString> = vec!["--run-dir".into(), self.paths.run().into()];
         match &self.watchdog {
             Some(device) => args.extend(["--device".into(), device.into()]),
@@ -239,17 +269,14 @@ impl Supervisor {
         if self.allow_softdog {
             args.push("--allow-softdog".into());
         }
-        let log = self.paths.logs().join("watchdog.log");
-        let child = self
-            .launcher
-            .spawn("bascule-watchdog", "watchdog", &log, &args)?;
+        let log = self.watchdog_log();
+        let child = self.launcher.spawn(WATCHDOG, "watchdog", &log, &args)?;
         self.adopt_child(child);
-        wait_for(WATCHDOG_LIMIT, || watchdog_answers(&socket).then_some(())).ok_or_else(|| {
-            Rejection::new(
-                RejectReason::Failed,
-                format!("bascule-watchdog does not answer; see {}", log.display()),
-            )
-        })
+        Ok(())
+    }
+
+    fn watchdog_log(&self) -> PathBuf {
+        self.paths.logs().join("watchdog.log")
     }
 
     fn volume_is_up(&self, name: &str) -> bool {
@@ -357,6 +384,17 @@ fn free_address(address: &str) -> Result<SocketAddr, Rejection> {
         })
 }
 
+/// Whether nobody listens on the socket. A process that is frozen still does: a second one would find
+/// its lock taken.
+fn watchdog_has_ended(socket: &Path) -> bool {
+    UnixStream::connect(socket).is_err_and(|error| {
+        matches!(
+            error.kind(),
+            io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
+        )
+    })
+}
+
 fn watchdog_answers(socket: &Path) -> bool {
     let Ok(mut connection) = bascule_ipc::Connection::connect(socket, WATCHDOG_HELLO) else {
         return false;
@@ -383,6 +421,8 @@ const EXIT_TOO_SMALL: i32 = 5;
 const VOLUMES_MAX: u16 = 16;
 /// A volume process without an open writer ends after its current lease renewal.
 const DETACH_LIMIT: Duration = Duration::from_secs(20);
+/// The program of the watchdog's process.
+const WATCHDOG: &str = "bascule-watchdog";
 /// `bascule-watchdog` opens one device at its start.
 const WATCHDOG_LIMIT: Duration = Duration::from_secs(10);
 const WATCHDOG_HELLO: Duration = Duration::from_secs(1);
@@ -397,6 +437,17 @@ mod tests {
         for bad in ["", "..", "a/b", "-x", "Gold"] {
             assert!(check_name(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn a_watchdogs_process_that_was_killed_has_ended_and_one_that_is_frozen_has_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("watchdog.sock");
+        assert!(watchdog_has_ended(&socket), "never started");
+        let listening = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        assert!(!watchdog_has_ended(&socket), "nobody accepts");
+        drop(listening);
+        assert!(watchdog_has_ended(&socket), "its socket file is left");
     }
 
     #[test]

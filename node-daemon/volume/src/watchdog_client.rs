@@ -28,7 +28,6 @@ pub fn refresh(context: &VolumeContext) {
         let volume = context.superblock.volume;
         call_and_check(context, &Request::Withdraw { volume }).unwrap_or(WatchdogKind::None)
     };
-    drop(call);
     let kind = if is_required(context) {
         kind
     } else {
@@ -36,8 +35,10 @@ pub fn refresh(context: &VolumeContext) {
     };
     if context.state().watchdog != kind {
         tracing::info!(?kind, "the node's watchdog kind changed");
+        // Before the next call: a writer that opens decides by the last answer.
         context.update(|state| state.watchdog = kind);
     }
+    drop(call);
 }
 
 /// Whether the fencing mode of this volume relies on a watchdog.
@@ -54,6 +55,7 @@ pub fn enlist(context: &VolumeContext) -> Result<WatchdogKind, String> {
     let enlist = Request::Enlist {
         volume: context.superblock.volume,
         gate_page: context.gate.path().to_owned(),
+        lease_until: None,
     };
     call_and_check(context, &enlist)
 }

@@ -75,11 +75,17 @@ impl EnlistedVolumes {
     }
 
     /// Enlists a volume and saves the list. Idempotent; a gate page at another path replaces the
-    /// earlier one.
+    /// earlier one. `lease_until` is the expiry of a lease that the page does not show yet: keepalives stop
+    /// until it does.
     ///
     /// # Errors
     /// [`EnlistRefused`]; the list is then unchanged.
-    pub fn enlist(&mut self, volume: VolumeId, path: &Path) -> Result<(), EnlistRefused> {
+    pub fn enlist(
+        &mut self,
+        volume: VolumeId,
+        path: &Path,
+        lease_until: Option<BootTime>,
+    ) -> Result<(), EnlistRefused> {
         let reader = GateReader::open(path)?;
         if reader.volume() != volume {
             return Err(EnlistRefused::OtherVolume {
@@ -88,7 +94,9 @@ impl EnlistedVolumes {
             });
         }
         let known = self.pages.contains_key(&volume);
-        if !known && !reader.view().lease_is_valid(boot_time_now()) {
+        let now = boot_time_now();
+        let has_lease = reader.view().lease_is_valid(now) || lease_until.is_some_and(|t| now < t);
+        if !known && !has_lease {
             return Err(EnlistRefused::NoLease);
         }
         let mut paths = self.paths();

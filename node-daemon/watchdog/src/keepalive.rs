@@ -1,5 +1,6 @@
 //! The keepalive loop, the only user of the watchdog device.
 
+use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -22,7 +23,8 @@ pub struct Shared {
 #[expect(missing_docs, reason = "the field names say all")]
 pub struct State {
     pub volumes: EnlistedVolumes,
-    /// What resets the node. [`Kind::None`] once a keepalive has failed.
+    /// What resets the node. [`Kind::None`] once a keepalive has failed, and while the device is not
+    /// open.
     pub kind: Kind,
     /// How long after the last keepalive the device resets the node.
     pub timeout: Duration,
@@ -31,19 +33,22 @@ pub struct State {
     /// The client has received the answer to its disarm request: the loop disarms the device and
     /// this process exits.
     pub ending: bool,
+    /// A keepalive has failed.
+    broken: bool,
     /// The volume whose expired lease last stopped the keepalives.
     withheld: Option<VolumeId>,
 }
 
 impl Shared {
-    /// The state before the loop starts.
+    /// The state before the loop starts; without a device if it is not open yet.
     #[must_use]
-    pub fn new(device: &dyn WatchdogDevice, volumes: EnlistedVolumes) -> Arc<Self> {
+    pub fn new(device: Option<&dyn WatchdogDevice>, volumes: EnlistedVolumes) -> Arc<Self> {
         Arc::new(Self {
             state: Mutex::new(State {
                 volumes,
-                kind: device.kind(),
-                timeout: device.timeout(),
+                kind: device.map_or(Kind::None, WatchdogDevice::kind),
+                timeout: device.map_or(Duration::ZERO, WatchdogDevice::timeout),
+                broken: false,
                 disarming: false,
                 ending: false,
                 withheld: None,
@@ -71,23 +76,41 @@ impl Shared {
     }
 }
 
-/// Sends keepalives to `device` as [`EnlistedVolumes::decide`] says, until a client disarms it.
+/// The device of the loop.
+#[derive(Debug)]
+pub enum Slot<D, F> {
+    /// Open.
+    Open(D),
+    /// Opened by this function, once every enlisted lease is valid: opening it is a keepalive.
+    Waiting(F),
+}
+
+/// Sends keepalives to the device as [`EnlistedVolumes::decide`] says, until a client disarms it.
 ///
 /// # Ordering
 /// The clock is read before the gate pages, and the keepalive follows at once. If this process
 /// freezes in between, the keepalive is late by at most one timeout: see
 /// [`bascule_volume_protocol::watchdog_policy::timeout_fits`].
-pub fn run(mut device: impl WatchdogDevice, shared: &Shared) {
-    let interval = interval(device.timeout());
+///
+/// # Errors
+/// Those of opening the device.
+pub fn run<D, F>(mut slot: Slot<D, F>, shared: &Shared) -> io::Result<()>
+where
+    D: WatchdogDevice,
+    F: FnOnce() -> io::Result<D>,
+{
     let mut state = shared.lock();
     loop {
         if state.ending {
-            if let Err(error) = device.disarm() {
+            if let Slot::Open(device) = &mut slot
+                && let Err(error) = device.disarm()
+            {
                 tracing::error!(error = %error, "cannot disarm the watchdog: it stays armed");
             }
-            return;
+            return Ok(());
         }
-        step(&mut device, &mut state);
+        slot = step(slot, &mut state)?;
+        let interval = interval(state.timeout);
         state = match shared.changed.wait_timeout(state, interval) {
             Ok((state, _)) => state,
             Err(poisoned) => poisoned.into_inner().0,
@@ -95,30 +118,46 @@ pub fn run(mut device: impl WatchdogDevice, shared: &Shared) {
     }
 }
 
-fn step(device: &mut impl WatchdogDevice, state: &mut State) {
+fn step<D, F>(slot: Slot<D, F>, state: &mut State) -> io::Result<Slot<D, F>>
+where
+    D: WatchdogDevice,
+    F: FnOnce() -> io::Result<D>,
+{
     let now = boot_time_now();
     match state.volumes.decide(now) {
         Decision::Pet => {
             if let Some(volume) = state.withheld.take() {
                 tracing::info!(%volume, "lease valid again, or volume withdrawn: sending keepalives");
             }
+            let mut device = match slot {
+                Slot::Open(device) => device,
+                Slot::Waiting(open) => open()?,
+            };
             if let Err(error) = device.keepalive()
-                && state.kind != Kind::None
+                && !state.broken
             {
                 tracing::error!(error = %error, "cannot send a keepalive to the watchdog");
-                state.kind = Kind::None;
+                state.broken = true;
             }
+            state.kind = if state.broken {
+                Kind::None
+            } else {
+                device.kind()
+            };
+            state.timeout = device.timeout();
+            Ok(Slot::Open(device))
         }
         Decision::Withhold(volume) => {
             if state.withheld.replace(volume) != Some(volume) {
-                let timeout = device.timeout();
+                let timeout = state.timeout;
                 tracing::error!(
                     %volume,
                     ?timeout,
-                    "a volume with open writers has no valid lease: no keepalives, the watchdog resets \
-                     this node after its timeout"
+                    "a volume with open writers has no valid lease: no keepalives, an armed watchdog \
+                     resets this node after its timeout"
                 );
             }
+            Ok(slot)
         }
     }
 }

@@ -5,13 +5,17 @@
 //! ```text
 //!   bascule-volume ──Enlist, Withdraw──► server ──► EnlistedVolumes ◄── keepalive loop ──► device
 //!                                                     │  ▲
-//!                                      watchdog.json ◄┘  └── gate pages (read-only)
+//!                                      watchdog.json ◄┘  └── gate pages (read-only)      ▲
+//!                                                                    holder ──descriptor──┘
 //! ```
 //!
 //! # Guarantees
 //! - A volume stays enlisted until it is withdrawn, even if the client disconnects, the client
 //!   crashes, or this process restarts (`watchdog.json` beside the socket, bound to the boot). The
 //!   lease of a dead client is not renewed, so it expires and the keepalives stop.
+//! - A process that starts pets nothing before it has decided. It takes the open device from the holder
+//!   ([`Holder`], a second process); if there is none, it opens the device only once every enlisted
+//!   lease is valid (`docs/adr/0007-watchdog-adoption.md`).
 //! - The device is disarmed only on request and only while no volume is enlisted. When this process
 //!   ends in any other way, the device stays armed and its timeout keeps running.
 //! - The kernel's softdog is refused unless it was allowed: it hangs with its kernel.
@@ -21,6 +25,8 @@
 
 mod enlisted_volumes;
 mod enlistment_store;
+mod held_device;
+mod holder;
 pub mod keepalive;
 mod linux_watchdog;
 pub mod server;
@@ -28,5 +34,7 @@ mod watchdog_device;
 
 pub use enlisted_volumes::{EnlistRefused, EnlistedVolumes};
 pub use enlistment_store::{EnlistmentStore, StoreError};
+pub use held_device::HeldDevice;
+pub use holder::{Holder, HolderError, hold};
 pub use linux_watchdog::LinuxDevice;
 pub use watchdog_device::{Kind, NoDevice, PipeDevice, WatchdogDevice};

@@ -3,6 +3,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::time::Duration;
 
@@ -19,8 +20,9 @@ pub struct LinuxDevice {
 }
 
 impl LinuxDevice {
-    /// Opens and so arms the device at `path`, and sets its timeout to `timeout`, in whole seconds.
-    /// The device may round it: [`WatchdogDevice::timeout`] returns the actual one.
+    /// Opens and so arms the device at `path`, and sets its timeout to `timeout`, in whole seconds,
+    /// unless it has that timeout already. The device may round it: [`WatchdogDevice::timeout`] returns
+    /// the actual one. Opening the device and setting its timeout may each count as a keepalive.
     ///
     /// # Errors
     /// Those of the device; [`io::ErrorKind::Unsupported`] for a softdog unless `allow_softdog`
@@ -40,8 +42,21 @@ impl LinuxDevice {
                  or run without a watchdog",
             ));
         }
-        watchdog.timeout = set_timeout(&watchdog.device, timeout)?;
+        watchdog.timeout = ensure_timeout(&watchdog.device, timeout)?;
         Ok(watchdog)
+    }
+
+    /// The device that a holder kept open, with the timeout that it has. Sends no keepalive.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn adopt(descriptor: OwnedFd) -> io::Result<Self> {
+        let device = File::from(descriptor);
+        Ok(Self {
+            kind: identify(&device)?,
+            timeout: whole_seconds(timeout_of(&device)?)?,
+            device,
+        })
     }
 }
 
@@ -60,6 +75,10 @@ impl WatchdogDevice for LinuxDevice {
 
     fn disarm(&mut self) -> io::Result<()> {
         self.device.write_all(MAGIC_CLOSE)
+    }
+
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.device.as_fd())
     }
 }
 
@@ -90,31 +109,51 @@ fn kind_of(identity: &[u8; 32]) -> Kind {
     }
 }
 
-/// Sets the timeout and returns the one that the device chose. A device with a fixed timeout only
-/// reports it.
-fn set_timeout(device: &File, wanted: Duration) -> io::Result<Duration> {
-    let mut seconds = i32::try_from(wanted.as_secs()).unwrap_or(i32::MAX).max(1);
+/// Gives the device this timeout, and returns the one that it has then. A device with a fixed timeout
+/// only reports it.
+fn ensure_timeout(device: &File, wanted: Duration) -> io::Result<Duration> {
+    let wanted = i32::try_from(wanted.as_secs()).unwrap_or(i32::MAX).max(1);
+    let present = timeout_of(device);
+    if !must_set(present.as_ref().ok().copied(), wanted) {
+        return whole_seconds(wanted);
+    }
+    match set_timeout(device, wanted) {
+        Ok(seconds) => whole_seconds(seconds),
+        Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOTTY) => whole_seconds(present?),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Whether to set a timeout of `wanted` seconds on a device that reports `present`: setting the one
+/// that it has would be a keepalive for nothing.
+fn must_set(present: Option<i32>, wanted: i32) -> bool {
+    present != Some(wanted)
+}
+
+fn timeout_of(device: &File) -> io::Result<i32> {
+    // SAFETY: WDIOC_GETTIMEOUT fills one `int`.
+    let request = unsafe { Getter::<GET_TIMEOUT, i32>::new() };
+    // SAFETY: the descriptor is open for the call, and the output is the request's own.
+    Ok(unsafe { ioctl(device, request) }?)
+}
+
+/// Returns the timeout that the device chose, in seconds.
+fn set_timeout(device: &File, wanted: i32) -> Result<i32, rustix::io::Errno> {
+    let mut seconds = wanted;
     // SAFETY: WDIOC_SETTIMEOUT reads and writes one `int`, which `seconds` is.
     let request = unsafe { Updater::<SET_TIMEOUT, i32>::new(&mut seconds) };
     // SAFETY: the descriptor is open for the call, and `seconds` outlives it.
-    let set = unsafe { ioctl(device, request) };
-    match set {
-        Ok(()) => {}
-        Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOTTY) => {
-            // SAFETY: WDIOC_GETTIMEOUT fills one `int`.
-            let request = unsafe { Getter::<GET_TIMEOUT, i32>::new() };
-            // SAFETY: the descriptor is open for the call, and the output is the request's own.
-            seconds = unsafe { ioctl(device, request) }?;
-        }
-        Err(error) => return Err(error.into()),
-    }
-    let seconds = u64::try_from(seconds).unwrap_or(0);
-    if seconds == 0 {
-        return Err(io::Error::other(
+    unsafe { ioctl(device, request) }?;
+    Ok(seconds)
+}
+
+fn whole_seconds(seconds: i32) -> io::Result<Duration> {
+    match u64::try_from(seconds) {
+        Ok(seconds @ 1..) => Ok(Duration::from_secs(seconds)),
+        _ => Err(io::Error::other(
             "the watchdog device reports a timeout of 0 s",
-        ));
+        )),
     }
-    Ok(Duration::from_secs(seconds))
 }
 
 /// `WDIOC_GETSUPPORT`.
@@ -146,6 +185,15 @@ mod tests {
         assert_eq!(GET_SUPPORT, 0x8028_5700);
         assert_eq!(SET_TIMEOUT, 0xC004_5706);
         assert_eq!(GET_TIMEOUT, 0x8004_5707);
+    }
+
+    /// Regression: every start set the timeout again, which pets a device that is armed.
+    #[test]
+    fn i1_a_timeout_that_the_device_has_already_is_not_set_again() {
+        assert!(!must_set(Some(8), 8));
+        assert!(must_set(Some(60), 8) && must_set(None, 8));
+        assert_eq!(whole_seconds(8).unwrap(), Duration::from_secs(8));
+        assert!(whole_seconds(0).is_err() && whole_seconds(-1).is_err());
     }
 
     #[test]

@@ -91,8 +91,12 @@ fn answer(request: Request, state: &mut State) -> Response {
         Request::Enlist { .. } if state.disarming => {
             Err("bascule-watchdog is disarming its device and exits: start it again".to_owned())
         }
-        Request::Enlist { volume, gate_page } => {
-            let enlisted = state.volumes.enlist(volume, &gate_page);
+        Request::Enlist {
+            volume,
+            gate_page,
+            lease_until,
+        } => {
+            let enlisted = state.volumes.enlist(volume, &gate_page, lease_until);
             enlisted.map_err(|error| describe(&error))
         }
         Request::Withdraw { volume } => {
@@ -162,7 +166,7 @@ mod tests {
     fn i1_after_disarm_is_granted_no_volume_is_enlisted_and_the_exit_waits_for_the_answer() {
         let dir = tempfile::tempdir().unwrap();
         let store = EnlistmentStore::new(dir.path().join("watchdog.json")).unwrap();
-        let shared = Shared::new(&NoDevice, EnlistedVolumes::load(store).unwrap());
+        let shared = Shared::new(Some(&NoDevice), EnlistedVolumes::load(store).unwrap());
         let mut state = shared.lock();
         let granted = answer(Request::Disarm, &mut state);
         assert!(matches!(granted, Response::Status { .. }), "{granted:?}");
@@ -170,6 +174,7 @@ mod tests {
         let enlist = Request::Enlist {
             volume: VolumeId::from_bytes([1; 16]),
             gate_page: dir.path().join("gate"),
+            lease_until: None,
         };
         let Response::Refused { reason } = answer(enlist, &mut state) else {
             panic!("enlisted");

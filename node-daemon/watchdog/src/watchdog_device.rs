@@ -2,6 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 use std::time::Duration;
@@ -38,6 +39,33 @@ pub trait WatchdogDevice: Send {
     /// # Errors
     /// Those of the device, which then stays armed.
     fn disarm(&mut self) -> io::Result<()>;
+
+    /// The open device, for a second process to hold; none where there is nothing to hold.
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+}
+
+impl WatchdogDevice for Box<dyn WatchdogDevice> {
+    fn kind(&self) -> Kind {
+        self.as_ref().kind()
+    }
+
+    fn timeout(&self) -> Duration {
+        self.as_ref().timeout()
+    }
+
+    fn keepalive(&mut self) -> io::Result<()> {
+        self.as_mut().keepalive()
+    }
+
+    fn disarm(&mut self) -> io::Result<()> {
+        self.as_mut().disarm()
+    }
+
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        self.as_ref().descriptor()
+    }
 }
 
 /// The device of a node that has no watchdog.
@@ -91,6 +119,13 @@ impl PipeDevice {
         device.keepalive()?;
         Ok(device)
     }
+
+    /// The pipe that a holder kept open. Sends no keepalive.
+    #[must_use]
+    pub fn adopt(descriptor: OwnedFd, timeout: Duration) -> Self {
+        let pipe = File::from(descriptor);
+        Self { pipe, timeout }
+    }
 }
 
 impl WatchdogDevice for PipeDevice {
@@ -108,6 +143,10 @@ impl WatchdogDevice for PipeDevice {
 
     fn disarm(&mut self) -> io::Result<()> {
         self.pipe.write_all(MAGIC_CLOSE)
+    }
+
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.pipe.as_fd())
     }
 }
 

@@ -1,6 +1,7 @@
 //! The `bascule-watchdog` binary, with a named pipe in place of a device.
 #![expect(clippy::unwrap_used, clippy::panic, reason = "fixtures of tests")]
 
+use std::collections::BTreeMap;
 use std::io::Read;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -9,7 +10,9 @@ use std::time::Duration;
 use bascule_ipc::Connection;
 use bascule_ipc::volume::WatchdogKind;
 use bascule_ipc::watchdog::{Request, Response};
+use bascule_types::VolumeId;
 use bascule_volume_gate::boot_time_now;
+use bascule_watchdog::EnlistmentStore;
 use rustix::fs::{CWD, FileType, Mode, OFlags, mknodat};
 
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -65,6 +68,83 @@ fn without_a_device_the_reported_kind_is_none() {
     let dir = tempfile::tempdir().unwrap();
     let _program = start(dir.path(), &["--none"]);
     assert_eq!(kind(dir.path()), WatchdogKind::None);
+}
+
+/// A named pipe in `run_dir`, its reader, and the arguments with which the program pets it.
+fn pipe(run_dir: &Path) -> (std::fs::File, Vec<String>) {
+    let pipe = run_dir.join("pipe");
+    mknodat(CWD, &pipe, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+    // Reads only, so that the end of the last writer is seen.
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let reader = std::fs::File::from(rustix::fs::open(&pipe, flags, Mode::empty()).unwrap());
+    let pipe = pipe.to_str().unwrap().to_owned();
+    let arguments = ["--pipe-timeout-ms", "60000", "--device"].map(str::to_owned);
+    (reader, [&arguments[..], &[pipe]].concat())
+}
+
+/// Whether a process has the pipe open for writing.
+fn is_open(reader: &mut std::fs::File) -> bool {
+    let mut bytes = [0; 256];
+    loop {
+        match reader.read(&mut bytes) {
+            Ok(0) => return false,
+            Ok(_) => {}
+            Err(error) => {
+                assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock);
+                return true;
+            }
+        }
+    }
+}
+
+/// Regression: the death of the process closed the device, which pets it, and the next process opened
+/// it, which pets it again, whatever the lease said.
+#[test]
+fn i1_a_killed_process_leaves_the_device_open_and_the_next_one_adopts_it_without_a_keepalive() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut reader, arguments) = pipe(dir.path());
+    let arguments = arguments.iter().map(String::as_str).collect::<Vec<_>>();
+    let program = start(dir.path(), &arguments);
+    assert_eq!(kind(dir.path()), WatchdogKind::Hardware);
+    drop(program);
+    assert!(is_open(&mut reader), "the holder has it open");
+
+    // A volume whose gate page is gone: its lease counts as expired.
+    let store = EnlistmentStore::new(dir.path().join("watchdog.json")).unwrap();
+    let gone = BTreeMap::from([(VolumeId::from_bytes([1; 16]), dir.path().join("gate"))]);
+    store.save(&gone).unwrap();
+    let again = start(dir.path(), &arguments);
+    assert_eq!(kind(dir.path()), WatchdogKind::Hardware);
+    let mut byte = [0];
+    let error = reader.read(&mut byte).unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock, "{byte:?}");
+    drop(again);
+
+    store.save(&BTreeMap::new()).unwrap();
+    let mut last = start(dir.path(), &arguments);
+    connect(dir.path())
+        .call::<_, Response>(&Request::Disarm)
+        .unwrap();
+    assert!(last.0.wait().unwrap().success());
+    let until = boot_time_now().after(DEADLINE);
+    while is_open(&mut reader) {
+        assert!(boot_time_now() < until, "the holder is still there");
+        std::thread::yield_now();
+    }
+}
+
+/// Without a holder, as after both processes were killed.
+#[test]
+fn i1_a_restart_without_a_valid_lease_does_not_open_the_device() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut reader, arguments) = pipe(dir.path());
+    let arguments = arguments.iter().map(String::as_str).collect::<Vec<_>>();
+    let store = EnlistmentStore::new(dir.path().join("watchdog.json")).unwrap();
+    let gone = BTreeMap::from([(VolumeId::from_bytes([1; 16]), dir.path().join("gate"))]);
+    store.save(&gone).unwrap();
+    let _program = start(dir.path(), &arguments);
+    assert_eq!(kind(dir.path()), WatchdogKind::None);
+    assert!(!is_open(&mut reader));
 }
 
 #[test]

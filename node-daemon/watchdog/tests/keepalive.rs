@@ -13,7 +13,7 @@ use bascule_ipc::volume::WatchdogKind;
 use bascule_ipc::watchdog::{Request, Response};
 use bascule_types::{BootTime, Generation, Owner, SlotId, VolumeId};
 use bascule_volume_gate::{GateWriter, boot_time_now};
-use bascule_watchdog::keepalive::{self, Shared};
+use bascule_watchdog::keepalive::{self, Shared, Slot};
 use bascule_watchdog::{EnlistedVolumes, EnlistmentStore, Kind, WatchdogDevice, server};
 
 const GOLD: VolumeId = VolumeId::from_bytes([1; 16]);
@@ -25,6 +25,7 @@ const DEADLINE: Duration = Duration::from_secs(10);
 
 #[derive(Debug, PartialEq, Eq)]
 enum Seen {
+    Opened(BootTime),
     Keepalive(BootTime),
     Disarmed,
 }
@@ -32,6 +33,8 @@ enum Seen {
 struct Probe {
     tx: Sender<Seen>,
 }
+
+type Opener = Box<dyn FnOnce() -> io::Result<Probe> + Send>;
 
 impl WatchdogDevice for Probe {
     fn kind(&self) -> Kind {
@@ -92,8 +95,25 @@ impl Host {
 
     fn start(&self) -> Running {
         let (tx, rx) = channel();
-        let device = Probe { tx };
-        let shared = Shared::new(&device, self.volumes());
+        self.start_at(Slot::Open(Probe { tx }), rx)
+    }
+
+    /// As a process that found no holder, and must not open the device yet.
+    fn start_waiting(&self) -> Running {
+        let (tx, rx) = channel();
+        let open: Opener = Box::new(move || {
+            let opened = Seen::Opened(boot_time_now());
+            tx.send(opened).map_err(io::Error::other)?;
+            Ok(Probe { tx })
+        });
+        self.start_at(Slot::Waiting(open), rx)
+    }
+
+    fn start_at(&self, slot: Slot<Probe, Opener>, rx: Receiver<Seen>) -> Running {
+        let shared = match &slot {
+            Slot::Open(device) => Shared::new(Some(device), self.volumes()),
+            Slot::Waiting(_) => Shared::new(None, self.volumes()),
+        };
         let listener = server::listen(&self.socket()).unwrap();
         let served = Arc::clone(&shared);
         let spawn = |name: &str| std::thread::Builder::new().name(name.to_owned());
@@ -101,7 +121,7 @@ impl Host {
             .spawn(move || server::serve(&listener, &served))
             .unwrap();
         let keepalive = spawn("keepalive")
-            .spawn(move || keepalive::run(device, &shared))
+            .spawn(move || keepalive::run(slot, &shared).unwrap())
             .unwrap();
         Running { rx, keepalive }
     }
@@ -118,6 +138,7 @@ impl Host {
         Request::Enlist {
             volume: GOLD,
             gate_page: self.gate_page(),
+            lease_until: None,
         }
     }
 }
@@ -134,7 +155,7 @@ impl Running {
         loop {
             match self.rx.recv_timeout(DEADLINE).unwrap() {
                 Seen::Keepalive(at) if at >= from => return at,
-                Seen::Keepalive(_) => {}
+                Seen::Keepalive(_) | Seen::Opened(_) => {}
                 Seen::Disarmed => panic!("the device was disarmed"),
             }
         }
@@ -146,7 +167,7 @@ impl Running {
         let mut last = None;
         loop {
             match self.rx.recv_timeout(QUIET) {
-                Ok(Seen::Keepalive(at)) => last = Some(at),
+                Ok(Seen::Keepalive(at) | Seen::Opened(at)) => last = Some(at),
                 Ok(Seen::Disarmed) => panic!("the device was disarmed"),
                 Err(RecvTimeoutError::Timeout) => return last,
                 Err(RecvTimeoutError::Disconnected) => panic!("the keepalive loop ended"),
@@ -222,7 +243,7 @@ fn the_lease_of_a_withdrawn_volume_may_expire() {
 fn i1_a_restarted_process_still_has_its_enlisted_volumes() {
     let host = Host::new();
     let mut volumes = host.volumes();
-    volumes.enlist(GOLD, &host.gate_page()).unwrap();
+    volumes.enlist(GOLD, &host.gate_page(), None).unwrap();
     drop(volumes);
     let running = host.start();
     running.next_keepalive();
@@ -235,10 +256,60 @@ fn i1_a_restarted_process_still_has_its_enlisted_volumes() {
 #[test]
 fn i1_an_enlisted_volume_without_a_gate_page_at_a_restart_counts_as_expired() {
     let host = Host::new();
-    host.volumes().enlist(GOLD, &host.gate_page()).unwrap();
+    host.volumes()
+        .enlist(GOLD, &host.gate_page(), None)
+        .unwrap();
     std::fs::remove_file(host.gate_page()).unwrap();
     let running = host.start();
     assert_eq!(running.last_keepalive(), None);
+}
+
+/// Regression: a restart opened the device, which pets it, whatever the lease said.
+#[test]
+fn i1_a_process_that_starts_after_the_expiry_opens_the_device_only_with_a_new_lease() {
+    let host = Host::new();
+    host.volumes()
+        .enlist(GOLD, &host.gate_page(), None)
+        .unwrap();
+    host.gate.close();
+    let running = host.start_waiting();
+    assert_eq!(running.last_keepalive(), None);
+    let Response::Status { kind, enlisted, .. } = host.ask(&Request::Status) else {
+        panic!("no status");
+    };
+    assert_eq!((kind, enlisted), (WatchdogKind::None, vec![GOLD]));
+    host.renew(Duration::from_secs(60));
+    running.next_keepalive();
+    let Response::Status { kind, .. } = host.ask(&Request::Status) else {
+        panic!("no status");
+    };
+    assert_eq!(kind, WatchdogKind::Hardware);
+}
+
+/// A volume that was withdrawn while its lease was lost is enlisted again before its gate opens.
+#[test]
+fn i1_a_volume_whose_new_lease_is_not_published_yet_is_enlisted_and_withholds_until_it_is() {
+    let host = Host::new();
+    host.gate.close();
+    let running = host.start();
+    let enlist = |lease_until| Request::Enlist {
+        volume: GOLD,
+        gate_page: host.gate_page(),
+        lease_until: Some(lease_until),
+    };
+    let expired = boot_time_now();
+    assert_eq!(
+        refusal(host.ask(&enlist(expired))),
+        "the volume's lease is not valid"
+    );
+    let renewed = boot_time_now().after(Duration::from_secs(60));
+    let Response::Status { enlisted, .. } = host.ask(&enlist(renewed)) else {
+        panic!("refused");
+    };
+    assert_eq!(enlisted, [GOLD]);
+    running.last_keepalive();
+    host.renew(Duration::from_secs(60));
+    running.next_keepalive();
 }
 
 #[test]
@@ -251,11 +322,20 @@ fn a_volume_without_a_valid_lease_or_page_is_not_enlisted_and_says_why() {
 
     let gate_page = host.dir.path().join("missing");
     let volume = GOLD;
-    let reason = refusal(host.ask(&Request::Enlist { volume, gate_page }));
+    let lease_until = None;
+    let reason = refusal(host.ask(&Request::Enlist {
+        volume,
+        gate_page,
+        lease_until,
+    }));
     assert!(reason.contains("cannot open the gate page"), "{reason}");
 
     let (volume, gate_page) = (VolumeId::from_bytes([2; 16]), host.gate_page());
-    let reason = refusal(host.ask(&Request::Enlist { volume, gate_page }));
+    let reason = refusal(host.ask(&Request::Enlist {
+        volume,
+        gate_page,
+        lease_until,
+    }));
     assert!(reason.contains(&GOLD.to_string()), "{reason}");
     running.next_keepalive();
 }

@@ -101,6 +101,10 @@ pub enum Mutation {
     PetWithoutLease,
     /// A watchdog counts though its timeout is too long for the volume's times.
     LongWatchdogTimeout,
+    /// A restarted `bascule-watchdog` opens the device before it decides whether to pet.
+    OpenBeforeDeciding,
+    /// No second process holds the watchdog device open: the death of `bascule-watchdog` closes it.
+    NoSecondHolder,
     /// A volume is withdrawn from the watchdog while writes are in flight.
     WithdrawBeforeDrain,
     /// A transfer is not conditional on the epoch that the source owned.

@@ -7,11 +7,27 @@
 //!                                                       its timeout has passed
 //! ```
 //!
+//! A process that starts decides in the same way before it opens the device, because opening it,
+//! setting its timeout and closing it may each pet it:
+//!
+//! ```text
+//!   a holder has the device open ────────────────────────► Adopt: pet nothing, then decide
+//!   nobody has it, every enlisted lease is valid ────────► Open
+//!   nobody has it, one has lapsed ───────────────────────► Wait: the device, if an earlier process
+//!                                                          armed it, resets the node
+//! ```
+//!
 //! # Guarantees
-//! The decision to pet is made while every enlisted lease is valid. If the process is frozen in
-//! between, the pet comes late, but at most one timeout after the decision: the device has counted
-//! since the previous pet. So the node is reset at the latest two timeouts after the earliest
-//! expiry. [`timeout_fits`] checks that the safe time has room for that.
+//! The decision to pet is made while every enlisted lease is valid. After the earliest expiry the
+//! device is petted at most once more, and then within one timeout, because it has counted since the
+//! previous pet: either by a pet that was decided before the expiry and comes late because the
+//! process was frozen, or by the kernel's pet when the last descriptor is closed. So the node is
+//! reset at the latest two timeouts after the earliest expiry. [`timeout_fits`] checks that the safe
+//! time has room for that.
+//!
+//! # Assumes
+//! Two processes hold the device open, and they do not both end within the one timeout that follows
+//! a late pet: that would add a third timeout. One of them may end at any time, any number of times.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -37,6 +53,30 @@ pub enum Decision {
     Pet,
     /// The lease of this volume has ended: do not pet.
     Withhold(VolumeId),
+}
+
+/// What a process that starts does about the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Start {
+    /// Take the open descriptor over from the holder. That pets nothing.
+    Adopt,
+    /// Open the device, which arms it and may pet it.
+    Open,
+    /// Do not open the device before every enlisted lease is valid: the lease of this volume has ended.
+    Wait(VolumeId),
+}
+
+impl Start {
+    /// Decides for a process that starts. `is_held`: another process of this node holds the device
+    /// open.
+    #[must_use]
+    pub fn decide(rules: Rules, is_held: bool, decision: Decision) -> Self {
+        match decision {
+            _ if is_held => Self::Adopt,
+            Decision::Withhold(volume) if !broken!(rules, OpenBeforeDeciding) => Self::Wait(volume),
+            Decision::Withhold(_) | Decision::Pet => Self::Open,
+        }
+    }
 }
 
 impl Enlisted {
@@ -134,6 +174,15 @@ mod tests {
         assert_eq!(both().decide(BootTime(9), until(10, 10)), Decision::Pet);
         let withheld = Decision::Withhold(SILVER);
         assert_eq!(both().decide(BootTime(9), until(10, 9)), withheld);
+    }
+
+    #[test]
+    fn i1_a_process_that_starts_opens_the_device_only_while_every_enlisted_lease_is_valid() {
+        let start = |is_held, decision| Start::decide(Rules::ENFORCED, is_held, decision);
+        assert_eq!(start(false, Decision::Pet), Start::Open);
+        assert_eq!(start(false, Decision::Withhold(GOLD)), Start::Wait(GOLD));
+        assert_eq!(start(true, Decision::Pet), Start::Adopt);
+        assert_eq!(start(true, Decision::Withhold(GOLD)), Start::Adopt);
     }
 
     #[test]

@@ -16,3 +16,4 @@ mod election_on_disk;
 mod fence;
 mod handover;
 mod lease;
+mod watchdog;

@@ -9,6 +9,7 @@ use crate::election::{self, ElectionModel};
 use crate::fence::{self, FenceModel};
 use crate::handover::{self, HandOverModel};
 use crate::lease::{self, LeaseModel};
+use crate::watchdog::{self, WatchdogModel};
 
 fn lease_counterexample(mutation: Mutation) {
     let model = LeaseModel::new(Rules::without(mutation), Size::Small);
@@ -178,6 +179,21 @@ fn a_watchdog_timeout_that_is_too_long_has_a_counterexample() {
         model.device_timeout = 5;
         model.ticks = 10;
     });
+}
+
+fn restart_counterexample(mutation: Mutation) {
+    let model = WatchdogModel::new(Rules::without(mutation));
+    is_caught(&format!("{mutation:?}"), watchdog::RESET_IN_TIME, model);
+}
+
+#[test]
+fn a_restart_that_opens_the_device_before_it_decides_has_a_counterexample() {
+    restart_counterexample(Mutation::OpenBeforeDeciding);
+}
+
+#[test]
+fn a_watchdog_device_that_only_one_process_holds_has_a_counterexample() {
+    restart_counterexample(Mutation::NoSecondHolder);
 }
 
 #[test]

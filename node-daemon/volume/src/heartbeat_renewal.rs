@@ -16,6 +16,7 @@ use bascule_volume_protocol::{
 
 use crate::block_device::Handle;
 use crate::control_blocks;
+use crate::published_watchdog::PublishedWatchdog;
 use crate::volume_context::{LeaseView, VolumeContext};
 
 /// The state of the thread.
@@ -139,12 +140,17 @@ impl Renewal<'_> {
     }
 
     fn write_record(&mut self, owner: Owner, sequence: u64, detached: bool) -> io::Result<()> {
+        // One lock for what the record says and that it is about to be submitted.
+        let watchdog = self.context.update(|state| {
+            state.published_watchdog = state.published_watchdog.submitted(state.watchdog);
+            state.watchdog
+        });
         let record = HeartbeatRecord {
             node: self.context.config.node,
             boot: self.context.config.boot,
             owner,
             sequence,
-            watchdog: self.context.state().watchdog,
+            watchdog,
             detached,
             timings: self.context.superblock.timings,
             address: self.context.config.address.to_string(),
@@ -153,7 +159,10 @@ impl Renewal<'_> {
         let lba = superblock.heartbeat_lba(owner.slot, record.block_of_slot());
         // R3 across restarts: the number is recorded as used before the write is submitted.
         self.context.gate.record_sequence_sent(sequence);
-        control_blocks::write_durably(&mut self.handle, superblock, lba, &record)
+        control_blocks::write_durably(&mut self.handle, superblock, lba, &record)?;
+        self.context
+            .update(|state| state.published_watchdog = PublishedWatchdog::durable(watchdog));
+        Ok(())
     }
 
     /// The next generation of this node's slot; `None` until the writes of its last boot have

@@ -25,6 +25,7 @@ use bascule_volume_protocol::{LeasePhase, Rules, Watcher};
 
 use crate::block_device::Device;
 use crate::peer_rpc::{PeerOperation, PeerRequest, PeerResponse, Tls};
+use crate::published_watchdog::PublishedWatchdog;
 use crate::writer_table::WriterTable;
 
 /// One attached volume, as one process serves it.
@@ -103,6 +104,8 @@ pub struct State {
     pub writers: WriterTable,
     /// Written by the calls to `bascule-watchdog`; published in the heartbeat.
     pub watchdog: WatchdogKind,
+    /// Written by the heartbeat thread: what other nodes may have read of `watchdog`.
+    pub published_watchdog: PublishedWatchdog,
     /// All threads end.
     pub stopping: bool,
     /// The heartbeat thread writes a last, detached record before it ends.
@@ -170,6 +173,7 @@ impl VolumeContext {
             peer_error: None,
             writers: parts.writers,
             watchdog: WatchdogKind::None,
+            published_watchdog: PublishedWatchdog::UNKNOWN,
             stopping: false,
             leaving: false,
         };

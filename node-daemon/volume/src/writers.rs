@@ -11,17 +11,20 @@ use bascule_types::VmUid;
 use bascule_volume_format::WatchdogKind;
 use bascule_volume_gate::boot_time_now;
 
+use crate::sleep_inhibitor::SleepInhibitor;
 use crate::volume_context::VolumeContext;
 use crate::watchdog_client;
 
 /// Once a second until the process stops: settles the writers of dead processes and refreshes the
 /// watchdog enlistment.
 pub fn run(context: &VolumeContext) {
+    let mut inhibitor = SleepInhibitor::new();
     while !context.is_stopping() {
         let idle = context.state().writers.has_gone() && device_is_idle(context);
         let settle = context.superblock.timings.settle;
         context.update(|state| state.writers.reap(boot_time_now(), settle, idle));
         watchdog_client::refresh(context);
+        inhibitor.set(context.state().writers.must_be_watched());
         context.wait_until(INTERVAL, |state| state.stopping);
     }
 }
@@ -48,22 +51,35 @@ pub fn open(context: &VolumeContext, vm: VmUid, pid: u32) -> Result<bool, String
     let is_new = context
         .update(|state| state.writers.open(vm, pid))
         .map_err(|error| format!("cannot record the writer: {error}"))?;
-    let published = context.state().watchdog != WatchdogKind::None;
     let enlisted = if watchdog_client::is_required(context) {
         watchdog_client::enlist(context)
     } else {
         Ok(WatchdogKind::None)
     };
+    let is_watched = matches!(enlisted, Ok(kind) if kind != WatchdogKind::None);
+    let is_allowed =
+        !watchdog_client::is_required(context) || is_published_truly(context, is_watched);
     drop(call);
     match enlisted {
-        Err(error) if published => {
+        _ if is_allowed => Ok(is_new),
+        refused => {
+            let error = refused.err().unwrap_or_else(|| "there is none".to_owned());
             if is_new && let Err(error) = close(context, vm, pid) {
                 tracing::warn!(%vm, pid, %error, "cannot remove a writer that was not opened");
             }
             Err(format!("the watchdog does not watch this volume: {error}"))
         }
-        _ => Ok(is_new),
     }
+}
+
+/// Whether no other node counts on a watchdog that does not watch this writer. Waits for a heartbeat
+/// that takes back what an earlier one said.
+fn is_published_truly(context: &VolumeContext, is_watched: bool) -> bool {
+    let may_come = is_watched || context.state().watchdog == WatchdogKind::None;
+    may_come
+        && context.wait_until(context.superblock.timings.lease, |state| {
+            state.published_watchdog.allows_writer(is_watched)
+        })
 }
 
 /// Removes a writer whose submitted writes have all completed.

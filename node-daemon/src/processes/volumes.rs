@@ -384,7 +384,7 @@ fn free_address(address: &str) -> Result<SocketAddr, Rejection> {
         })
 }
 
-/// Whether nobody listens on the socket. A process that is frozen still does: a second one would find
+/// Whether no process listens on the socket. A process that is frozen still does: a second one would find
 /// its lock taken.
 fn watchdog_has_ended(socket: &Path) -> bool {
     UnixStream::connect(socket).is_err_and(|error| {
@@ -445,7 +445,7 @@ mod tests {
         let socket = folder.path().join("watchdog.sock");
         assert!(watchdog_has_ended(&socket), "never started");
         let listening = std::os::unix::net::UnixListener::bind(&socket).unwrap();
-        assert!(!watchdog_has_ended(&socket), "nobody accepts");
+        assert!(!watchdog_has_ended(&socket), "no process listens");
         drop(listening);
         assert!(watchdog_has_ended(&socket), "its socket file is left");
     }

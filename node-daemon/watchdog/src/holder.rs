@@ -100,7 +100,7 @@ impl Holder {
     }
 }
 
-/// The holder's own program: receives the device on standard input, and serves until it is told to end.
+/// The holder's own program: receives the device on standard input, and serves until it receives the request to end.
 ///
 /// # Errors
 /// Those of its sockets before it holds the device.
@@ -121,7 +121,7 @@ pub fn hold(run_dir: &Path) -> anyhow::Result<()> {
         if let Some(connection) = next.take()
             && serve(connection, &device)
         {
-            // Before the device is closed, so that nobody connects to a holder without a device.
+            // Before the device is closed, so that no client connects to a holder without a device.
             return Ok(std::fs::remove_file(run_dir.join(SOCKET))?);
         }
         next = match listener.accept() {
@@ -135,7 +135,7 @@ pub fn hold(run_dir: &Path) -> anyhow::Result<()> {
     }
 }
 
-/// Serves one connection until it ends. Returns whether the holder was told to end.
+/// Serves one connection until it ends. Returns whether the request to end arrived.
 fn serve(mut connection: Connection, device: &OwnedFd) -> bool {
     let served = connection.set_timeout(None).and_then(|()| {
         loop {

@@ -178,7 +178,16 @@ impl TestCluster {
         attempt: AttemptId,
     ) -> Result<TestVm> {
         let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-        self.start(node, vm, epoch, StartMode::Incoming { listen, attempt })
+        self.start(
+            node,
+            vm,
+            epoch,
+            StartMode::Incoming {
+                listen,
+                ports: None,
+                attempt,
+            },
+        )
     }
 
     /// Starts the VM's process at `node`.

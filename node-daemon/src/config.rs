@@ -4,6 +4,9 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use bascule_node_api::{HTTP_PORT, NODE_PORT, VOLUME_PORTS};
+use bascule_types::{ParsePortRangeError, PortRange};
+
 /// Flags that every way of running VMs has in common.
 #[derive(Clone, Debug, clap::Args)]
 pub(crate) struct NodeConfig {
@@ -32,6 +35,11 @@ pub(crate) struct NodeConfig {
     /// Accept the kernel's software watchdog: it cannot reset a machine whose kernel hangs
     #[arg(long)]
     pub(crate) allow_softdog: bool,
+    /// The TCP ports on which VMs of this node wait for live migrations, one for each that is under
+    /// way; to be opened between nodes in a firewall
+    #[arg(long, value_name = "FIRST-LAST", value_parser = migration_ports,
+          default_value_t = PortRange::MIGRATION, env = "BASCULE_MIGRATION_PORTS")]
+    pub(crate) migration_ports: PortRange,
 }
 
 impl NodeConfig {
@@ -47,6 +55,25 @@ impl NodeConfig {
     }
 }
 
+/// Bascule's own listeners would lose their ports to a migration.
+fn migration_ports(text: &str) -> Result<PortRange, String> {
+    let range: PortRange = text
+        .parse()
+        .map_err(|error: ParsePortRangeError| error.to_string())?;
+    let own = OWN_PORTS.into_iter().find(|own| own.overlaps(range));
+    own.map_or(Ok(range), |own| {
+        Err(format!(
+            "Bascule itself listens on {own}: choose ports that are not among these"
+        ))
+    })
+}
+
+/// The ports of the operator and of a node's own processes.
+const OWN_PORTS: [PortRange; 2] = [
+    PortRange::of(HTTP_PORT, NODE_PORT - HTTP_PORT + 1),
+    VOLUME_PORTS,
+];
+
 fn pair(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((name, value)) if !name.is_empty() && !value.is_empty() => {
@@ -58,7 +85,32 @@ fn pair(text: &str) -> Result<(String, String), String> {
 
 #[cfg(test)]
 mod tests {
+    use bascule_node_api::JOIN_PORT;
+
     use super::*;
+
+    #[test]
+    fn migrations_leave_the_ports_of_bascules_own_listeners_alone() {
+        assert_eq!(migration_ports("49152-49215"), Ok(PortRange::MIGRATION));
+        for taken in ["7410", "7400-7408", "7435-7500", "1-65535"] {
+            let error = migration_ports(taken).unwrap_err();
+            assert!(error.contains("Bascule itself listens on"), "{error}");
+        }
+        assert!(migration_ports("49152").is_ok());
+        assert!(migration_ports("7436-7499").is_ok());
+    }
+
+    #[test]
+    fn document_and_chart_name_the_ports_that_are_listened_on() {
+        let document = include_str!("../../docs/networking.md");
+        let ports = [HTTP_PORT, JOIN_PORT, NODE_PORT].map(|port| port.to_string());
+        let ranges = [VOLUME_PORTS, PortRange::MIGRATION].map(|range| range.to_string());
+        for row in ports.iter().chain(&ranges) {
+            assert!(document.contains(&format!("\n| {row} |")), "{row}");
+        }
+        let chart = include_str!("../../charts/bascule/values.yaml");
+        assert!(chart.contains(&format!("migrationPorts: {}\n", PortRange::MIGRATION)));
+    }
 
     #[test]
     fn a_pair_has_a_name_and_a_value() {

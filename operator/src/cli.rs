@@ -1,7 +1,9 @@
 //! Command-line arguments.
 
-use std::net::SocketAddr;
+use std::net::{Ipv6Addr, SocketAddr};
 use std::time::Duration;
+
+use bascule_node_api::{HTTP_PORT, JOIN_PORT};
 
 /// Bascule's operator: reconciles VirtualMachines and SharedVolumes.
 ///
@@ -16,11 +18,12 @@ pub(crate) struct Args {
     /// Name of this replica's pod, used as its identity in leader election
     #[arg(long, env = "BASCULE_POD_NAME")]
     pub(crate) pod_name: String,
-    /// Listen address of the Join service, at which nodes get their certificates
-    #[arg(long, default_value = "0.0.0.0:7409")]
+    /// Listen address of the Join service, at which nodes get their certificates; [::] is every
+    /// address of both families
+    #[arg(long, default_value_t = any_address(JOIN_PORT))]
     pub(crate) join_listen: SocketAddr,
     /// Listen address of /metrics, /healthz and /readyz
-    #[arg(long, default_value = "0.0.0.0:7408")]
+    #[arg(long, default_value_t = any_address(HTTP_PORT))]
     pub(crate) http_listen: SocketAddr,
     /// Service account of bascule-node; only its tokens are accepted by Join
     #[arg(
@@ -52,6 +55,10 @@ pub(crate) struct Args {
     /// Log filter: a level (error, warn, info, debug, trace), or comma-separated `target=level` pairs
     #[arg(long, default_value = "info", env = "BASCULE_LOG")]
     pub(crate) log: String,
+}
+
+fn any_address(port: u16) -> SocketAddr {
+    SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), port)
 }
 
 /// Log format.

@@ -57,8 +57,7 @@ impl EnrollmentService {
 
     /// Serves until the future is dropped; returns only on error.
     pub(crate) async fn serve(self, listen: SocketAddr) -> anyhow::Result<()> {
-        let listener = TcpListener::bind(listen)
-            .await
+        let listener = crate::listen::listen(listen)
             .with_context(|| format!("listen on {listen} for Join"))?;
         self.serve_on(listener).await
     }

@@ -26,9 +26,7 @@ pub(crate) async fn serve(
     ready_rx: watch::Receiver<bool>,
 ) -> Result<()> {
     let app = router(Shared { metrics, ready_rx });
-    let listener = tokio::net::TcpListener::bind(listen)
-        .await
-        .with_context(|| format!("listen on {listen}"))?;
+    let listener = crate::listen::listen(listen).with_context(|| format!("listen on {listen}"))?;
     axum::serve(listener, app).await.context("serve HTTP")
 }
 

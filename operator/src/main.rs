@@ -25,6 +25,7 @@ mod http;
 mod identity;
 mod kube_api;
 mod leader_election;
+mod listen;
 mod logging;
 mod metrics;
 mod node_clients;

@@ -1,7 +1,7 @@
 //! One gRPC client for each node daemon: a stream of reports, and commands.
 
 use std::collections::{BTreeMap, HashMap};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -205,11 +205,8 @@ async fn watch(
     uid: &str,
     failures: &mut u32,
 ) -> Result<()> {
-    let host = match address {
-        IpAddr::V4(v4) => v4.to_string(),
-        IpAddr::V6(v6) => format!("[{v6}]"),
-    };
-    let endpoint = Endpoint::from_shared(format!("https://{host}:{NODE_PORT}"))
+    let address = SocketAddr::new(address, NODE_PORT);
+    let endpoint = Endpoint::from_shared(format!("https://{address}"))
         .context("the node's address")?
         .tls_config(shared.tls()?)
         .context("set up TLS")?

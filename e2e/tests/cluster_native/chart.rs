@@ -23,7 +23,10 @@ fn the_chart_lints_and_renders_with_every_value_set() {
         "--set=node.allowSources={10.0.0.0/8}",
         "--set=node.allowSoftdog=true",
         "--set-json=allocationRatio=1.5",
-        "--set=operator.address=10.0.0.1:7409",
+        "--set=operator.address=[fd00::1]:7409",
+        "--set=node.migrationPorts=50000-50063",
+        "--set=networkPolicy.enabled=true",
+        "--set=networkPolicy.apiServerPorts={8443}",
         "--set=imagePullSecrets={pull}",
     ])
     .unwrap();
@@ -33,7 +36,11 @@ fn the_chart_lints_and_renders_with_every_value_set() {
         "--allow-source=10.0.0.0/8",
         "--allow-softdog",
         "\"1500\"",
-        "10.0.0.1:7409",
+        "[fd00::1]:7409",
+        "--migration-ports=50000-50063",
+        "ipFamilyPolicy: PreferDualStack",
+        "kind: NetworkPolicy",
+        "port: 8443",
         "name: pull",
     ] {
         assert!(rendered.contains(wanted), "{wanted} is not in {rendered}");
@@ -47,6 +54,10 @@ fn a_bad_value_is_refused_and_named() {
         ("operator.replicas=0", "replicas"),
         ("operator.replicas=two", "replicas"),
         ("operator.address=nowhere", "address"),
+        ("operator.address=fd00::1:7409", "address"),
+        ("operator.address=[fd00::1]", "address"),
+        ("node.migrationPorts=any", "migrationPorts"),
+        ("networkPolicy.apiServerPorts={0}", "apiServerPorts"),
         ("image.pullPolicy=Sometimes", "pullPolicy"),
         ("image.repository=", "repository"),
         ("log.format=xml", "format"),

@@ -7,6 +7,7 @@
 
 pub mod command;
 mod connect;
+mod host_port;
 pub mod report;
 
 /// The generated gRPC types and services.
@@ -21,8 +22,10 @@ pub mod proto {
     tonic::include_proto!("bascule.node.v1");
 }
 
+use bascule_types::PortRange;
 pub use bascule_types::{NODE_TLS_NAME, OPERATOR_TLS_NAME};
 pub use connect::{ConnectError, connect};
+pub use host_port::{HostPort, ParseHostPortError};
 
 /// The highest version of this API that this release speaks.
 pub const VERSION: u32 = 1;
@@ -32,8 +35,10 @@ pub const VERSION_MIN: u32 = 1;
 pub const NODE_PORT: u16 = 7410;
 /// The TCP port of the operator's Join service (node enrollment).
 pub const JOIN_PORT: u16 = 7409;
-/// The first TCP port of the `bascule-volume` processes, one for each attached volume.
-pub const VOLUME_PORT_FIRST: u16 = 7420;
+/// The TCP port of the operator's /metrics, /healthz and /readyz.
+pub const HTTP_PORT: u16 = 7408;
+/// The TCP ports of the `bascule-volume` processes, one for each volume that a node attaches.
+pub const VOLUME_PORTS: PortRange = PortRange::of(7420, 16);
 /// The audience of the service account token that `bascule-node` enrolls with.
 pub const TOKEN_AUDIENCE: &str = "bascule.dev";
 

@@ -4,7 +4,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
-use bascule_types::{AttemptId, Bytes, Epoch, Owner, VmUid};
+use bascule_types::{AttemptId, Bytes, Epoch, Owner, PortRange, VmUid};
 use serde::{Deserialize, Serialize};
 
 /// The configuration of a `bascule-vm`, which `bascule-node` writes to `config.json`. Names are
@@ -122,6 +122,10 @@ pub enum StartMode {
     Incoming {
         /// The address to listen on; port 0 takes a free port ([`VmStatus::listening`]).
         listen: SocketAddr,
+        /// The ports of which the first free one is taken instead of the port in `listen`; none for the
+        /// port in `listen`.
+        #[serde(default)]
+        ports: Option<PortRange>,
         /// The attempt to accept; a stream of any other attempt is refused.
         attempt: AttemptId,
     },

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use bascule_ipc::vm::{MigrationLimits, MigrationPhase, MigrationStatus, Request, VmState};
+use bascule_node_api::HostPort;
 use bascule_node_api::command::{Command, Outcome, VmSpec};
 use bascule_types::{AttemptId, Owner, VmUid};
 
@@ -22,9 +23,10 @@ pub(crate) struct MigrateArgs {
     config: NodeConfig,
     /// The VM's name, or namespace/name
     name: String,
-    /// The other node's API, host:port (its `bascule-node serve --standalone`)
+    /// The other node's API, host:port (its `bascule-node serve --standalone`); an IPv6 address in
+    /// brackets
     #[arg(long, value_name = "HOST:PORT")]
-    to: String,
+    to: HostPort,
     /// The longest downtime of the guest, in milliseconds
     #[arg(long, default_value_t = MigrationLimits::default().downtime_ms_max)]
     downtime_ms: u64,
@@ -164,7 +166,7 @@ fn forget_incoming(peer: &mut Peer, vm: VmUid) -> Result<()> {
     Ok(())
 }
 
-fn say(status: &MigrationStatus, to: &str) {
+fn say(status: &MigrationStatus, to: &HostPort) {
     let downtime = status
         .downtime_ms
         .map_or_else(|| "unknown".to_owned(), |ms| format!("{ms} ms"));

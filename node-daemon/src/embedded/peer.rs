@@ -9,7 +9,7 @@ use bascule_node_api::command::{Command, Outcome};
 use bascule_node_api::proto::node_client::NodeClient;
 use bascule_node_api::proto::{self, WatchRequest};
 use bascule_node_api::report::NodeReport;
-use bascule_node_api::{VERSION, VERSION_MIN, connect};
+use bascule_node_api::{HostPort, VERSION, VERSION_MIN, connect};
 use bascule_pki::NODE_TLS_NAME;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 
@@ -21,7 +21,7 @@ pub(crate) struct Peer {
 }
 
 impl Peer {
-    pub(crate) fn connect(address: &str, tls_dir: &Path) -> Result<Self> {
+    pub(crate) fn connect(address: &HostPort, tls_dir: &Path) -> Result<Self> {
         let own = TlsIdentity::read(tls_dir)
             .context("find this node's certificate (`bascule-node cert issue`?)")?;
         let tls = ClientTlsConfig::new()
@@ -34,7 +34,7 @@ impl Peer {
             .context("start the runtime")?;
         let channel = runtime.block_on(async {
             let endpoint = Endpoint::from_shared(format!("https://{address}"))
-                .with_context(|| format!("{address} is not host:port"))?
+                .with_context(|| format!("the address {address}"))?
                 .tls_config(tls)
                 .context("set up TLS")?
                 .timeout(CALL_LIMIT);

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 use bascule_ipc::volume::FencingMode;
+use bascule_node_api::HostPort;
 use bascule_node_api::command::{Backing, Command, FormatOptions, Outcome};
 use bascule_types::{AdminConfirmation, Bytes, Change, Generation, Owner, SlotId};
 
@@ -54,9 +55,10 @@ pub(crate) struct VolumeJoinArgs {
     name: String,
     /// The device or file that holds the volume
     backing: PathBuf,
-    /// A node that has joined the volume already, host:port; not needed on the node that formatted it
+    /// A node that has joined the volume already, host:port (an IPv6 address in
+    /// brackets); not needed on the node that formatted it
     #[arg(long, value_name = "HOST:PORT")]
-    via: Option<String>,
+    via: Option<HostPort>,
     /// The address at which other nodes reach this node
     #[arg(long, env = "BASCULE_ADDRESS", default_value_t = IpAddr::V4(Ipv4Addr::LOCALHOST))]
     address: IpAddr,

@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use bascule_ipc::tls::TlsIdentity;
 use bascule_node_api::proto::JoinRequest;
 use bascule_node_api::proto::join_client::JoinClient;
-use bascule_node_api::{NODE_PORT, connect};
+use bascule_node_api::{HostPort, NODE_PORT, connect};
 use bascule_pki::OPERATOR_TLS_NAME;
 use tonic::transport::{Certificate, ClientTlsConfig, Endpoint};
 
@@ -20,9 +20,9 @@ use crate::paths::Paths;
 /// The options with which a node enrolls at the operator.
 #[derive(Clone, Debug, clap::Args)]
 pub(crate) struct EnrollArgs {
-    /// The operator's Join service, host:port
+    /// The operator's Join service, host:port; an IPv6 address in brackets
     #[arg(long = "join", value_name = "HOST:PORT", env = "BASCULE_OPERATOR")]
-    pub(crate) operator: Option<String>,
+    pub(crate) operator: Option<HostPort>,
     /// The cluster's certificate authority, PEM, which the operator publishes
     #[arg(long, value_name = "FILE", default_value = "/etc/bascule/ca/ca.crt")]
     pub(crate) join_ca: PathBuf,
@@ -42,7 +42,7 @@ pub(crate) struct EnrollArgs {
 pub(crate) async fn join(args: &EnrollArgs, paths: &Paths, address: IpAddr) -> Result<Identity> {
     let operator = args
         .operator
-        .as_deref()
+        .as_ref()
         .context("--join HOST:PORT is missing")?;
     let name = args.node_name.clone().context("--node-name is missing")?;
     let token = read(&args.token)?;

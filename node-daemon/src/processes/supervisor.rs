@@ -10,6 +10,7 @@ use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result};
 use bascule_node_api::command::RejectReason;
+use bascule_types::PortRange;
 
 use super::launcher::Launcher;
 use super::restart_backoff::RestartBackoff;
@@ -29,6 +30,8 @@ pub(crate) struct Supervisor {
     pub(crate) allow_sources: Vec<String>,
     pub(crate) watchdog: Option<PathBuf>,
     pub(crate) allow_softdog: bool,
+    /// Where VM processes of this node wait for live migrations.
+    pub(crate) migration_ports: PortRange,
     /// Volume processes that were started again.
     pub(crate) restart_backoff: Mutex<RestartBackoff>,
     /// The watchdog's process, when it was started again.
@@ -91,6 +94,7 @@ impl Supervisor {
             allow_sources: config.allow_sources.clone(),
             watchdog: config.watchdog.clone(),
             allow_softdog: config.allow_softdog,
+            migration_ports: config.migration_ports,
             restart_backoff: Mutex::default(),
             watchdog_backoff: Mutex::default(),
             children: Mutex::default(),

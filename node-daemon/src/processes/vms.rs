@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use bascule_ipc::vm::{
     Boot, DiskConfig, DiskSource, Home, ImageSource, InterfaceConfig, LastState, Request, Response,
-    StartMode, VmConfig, VmState, VmStatus,
+    StartMode, StopReason, VmConfig, VmState, VmStatus,
 };
 use bascule_ipc::{IpcError, Kind};
 use bascule_node_api::command::{Outcome, RejectReason, VmSpec};
@@ -139,7 +139,12 @@ impl Supervisor {
             Presence::Absent => {}
         }
         let listen = SocketAddr::new(self.address, 0);
-        listening(&self.launch_vm(spec, ownership, StartMode::Incoming { listen, attempt })?)
+        let start = StartMode::Incoming {
+            listen,
+            ports: Some(self.migration_ports),
+            attempt,
+        };
+        listening(&self.launch_vm(spec, ownership, start)?)
     }
 
     /// The configuration that a VM's process was started with.
@@ -373,9 +378,13 @@ fn awaits(start: &StartMode, state: &VmState, attempt: AttemptId) -> bool {
 
 fn listening(status: &VmStatus) -> Result<Outcome, Rejection> {
     let address = status.listening.ok_or_else(|| {
+        let why = match &status.state {
+            VmState::Stopped(StopReason::Failed { what }) => what.clone(),
+            other => format!("{other:?}"),
+        };
         Rejection::new(
             RejectReason::Failed,
-            format!("the VM process does not listen: {:?}", status.state),
+            format!("the VM process does not listen: {why}"),
         )
     })?;
     Ok(Outcome::Listening { address })
@@ -422,8 +431,6 @@ const LOG_TAIL_LINES: usize = 3;
 
 #[cfg(test)]
 mod tests {
-    use bascule_ipc::vm::StopReason;
-
     use super::*;
 
     /// Found when three guests left an emulated node: the repeated command arrived while the machine
@@ -432,7 +439,12 @@ mod tests {
     fn a_destination_that_is_still_being_built_is_recognised_by_its_attempt() {
         let attempt = AttemptId::random();
         let listen = "127.0.0.1:0".parse().unwrap();
-        let start = StartMode::Incoming { listen, attempt };
+        let ports = None;
+        let start = StartMode::Incoming {
+            listen,
+            ports,
+            attempt,
+        };
         for state in [VmState::Starting, VmState::Incoming] {
             assert!(awaits(&start, &state, attempt));
             assert!(!awaits(&start, &state, AttemptId::random()));

@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::fs;
 use std::io;
-use std::net::{SocketAddr, TcpListener};
+use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use bascule_ipc::volume::{FencingMode, Request, Response, VolumeStatus};
 use bascule_ipc::{Kind, watchdog};
-use bascule_node_api::VOLUME_PORT_FIRST;
+use bascule_node_api::VOLUME_PORTS;
 use bascule_node_api::command::{Backing, FormatOptions, Outcome, RejectReason};
 use bascule_types::{Change, ClusterId, VolumeId};
 
@@ -210,7 +210,7 @@ impl Supervisor {
 
     fn launch_volume(&self, name: &str, attachment: &Attachment) -> Result<(), Rejection> {
         let folder = self.paths.volume(name);
-        let listen = free_address(self.address.to_string().as_str())?;
+        let listen = free_address(self.address)?;
         let mut args: Vec<OsString> = vec!["serve".into()];
         match &attachment.backing {
             Backing::Device { path } => args.extend(["--device".into(), path.into()]),
@@ -371,15 +371,18 @@ fn check_name(name: &str) -> Result<(), Rejection> {
 }
 
 /// A free port for a volume's process on this node's address.
-fn free_address(address: &str) -> Result<SocketAddr, Rejection> {
-    let ip = address.parse().context("the node's address")?;
-    (VOLUME_PORT_FIRST..VOLUME_PORT_FIRST + VOLUMES_MAX)
+fn free_address(ip: IpAddr) -> Result<SocketAddr, Rejection> {
+    VOLUME_PORTS
+        .ports()
         .map(|port| SocketAddr::new(ip, port))
         .find(|candidate| TcpListener::bind(candidate).is_ok())
         .ok_or_else(|| {
             Rejection::new(
                 RejectReason::Failed,
-                format!("no free TCP port for a volume from {VOLUME_PORT_FIRST} on"),
+                format!(
+                    "none of the TCP ports {VOLUME_PORTS} is free on {ip}: a node attaches at most \
+                     that many volumes"
+                ),
             )
         })
 }
@@ -417,8 +420,6 @@ fn reject_reason(code: Option<i32>) -> RejectReason {
 const EXIT_UNAVAILABLE: i32 = 3;
 const EXIT_NOT_BLANK: i32 = 4;
 const EXIT_TOO_SMALL: i32 = 5;
-/// The most volumes that a node attaches, and the number of ports that a firewall must open.
-const VOLUMES_MAX: u16 = 16;
 /// A volume process without an open writer ends after its current lease renewal.
 const DETACH_LIMIT: Duration = Duration::from_secs(20);
 /// The program of the watchdog's process.

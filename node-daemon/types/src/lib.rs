@@ -10,6 +10,7 @@ mod error_chain;
 mod id;
 mod names;
 mod ownership;
+mod port_range;
 mod refusals;
 mod requests;
 mod rows;
@@ -21,6 +22,7 @@ pub use error_chain::error_chain;
 pub use id::{AttemptId, BootId, ClusterId, DiskId, NodeUid, ParseIdError, VmUid, VolumeId};
 pub use names::{NODE_TLS_NAME, OPERATOR_TLS_NAME};
 pub use ownership::{Epoch, Generation, Owner, Ownership, SlotId};
+pub use port_range::{ParsePortRangeError, PortRange};
 pub use refusals::{MissingProof, Refusal, Table};
 pub use requests::{Answer, Change};
 pub use rows::{

@@ -15,7 +15,7 @@
 //! | [`control`] | progress, cancelling |
 //! | [`request`], [`guest`] | what is requested, and how a machine is handled |
 //! | [`outgoing`] | the live source |
-//! | [`incoming`] | the live destination |
+//! | [`incoming`], [`listen`] | the live destination, and its port |
 //! | `copy`, `apply` | guest memory to frames and back |
 //! | `channel` | frames over mutual TLS over TCP |
 //! | [`ownership_client`] | transferring and reading the VM's ownership record |
@@ -29,6 +29,7 @@ mod copy;
 pub mod fault;
 pub mod guest;
 pub mod incoming;
+pub mod listen;
 pub mod outgoing;
 pub mod ownership_client;
 pub mod request;
@@ -40,6 +41,7 @@ mod tests;
 pub use control::MigrationControl;
 pub use guest::{Arrival, Guest, GuestError};
 pub use incoming::{Incoming, IncomingEnd, prefault, receive_live};
+pub use listen::{ListenError, listen_in};
 pub use outgoing::{OutgoingEnd, migrate_live};
 pub use ownership_client::{
     OwnershipAuthority, OwnershipClient, OwnershipClientError, RecordAnswer,

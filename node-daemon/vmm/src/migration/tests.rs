@@ -24,6 +24,24 @@ use crate::testing::{COUNTER, TestVm, elf, kvm_or_skip};
 use crate::{BootSource, MachineHandle, MachineState, PausedVm, RunningVm};
 
 #[test]
+fn a_guest_moves_between_nodes_that_have_ipv6_only() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let mut order = Move::new();
+    order.outgoing.peer = "[::1]:0".parse().unwrap();
+    let ((mut here, _here_test), (there, _there_test)) = (source(), destination());
+    let arrives = order.listen(there);
+    let end = order.send(&mut here);
+    assert_eq!(end, OutgoingEnd::Departed { epoch: Epoch(5) });
+    let (arrived, _there) = arrives.join().unwrap();
+    assert!(
+        matches!(arrived, IncomingEnd::Running { .. }),
+        "{arrived:?}"
+    );
+}
+
+#[test]
 fn i2_a_migrated_guest_continues_at_the_destination() {
     if !kvm_or_skip() {
         return;

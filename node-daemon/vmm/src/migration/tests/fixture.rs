@@ -245,7 +245,8 @@ impl Move {
         &mut self,
         mut arrival: TestGuest,
     ) -> JoinHandle<(IncomingEnd, TestGuest)> {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let local = self.outgoing.peer.ip();
+        let listener = TcpListener::bind(SocketAddr::new(local, 0)).unwrap();
         self.outgoing.peer = listener.local_addr().unwrap();
         let (job, mut volume) = (self.incoming.clone(), self.volume.clone());
         let control = Arc::clone(&self.destination_control);

@@ -1,7 +1,7 @@
 //! Migrations of this process's machine. Each attempt runs on a thread of its own; the machine stays
 //! with the actor, which applies the steps that the thread requests and the outcome at the end.
 
-use std::net::{SocketAddr, TcpListener};
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,8 +16,8 @@ use super::phase::Phase;
 use super::vm_actor::VmActor;
 use crate::MachineHandle;
 use crate::migration::{
-    Incoming, IncomingEnd, MigrationControl, Outgoing, OutgoingEnd, Quick, SavedArea, migrate_live,
-    migrate_quick, prefault, receive_live,
+    Incoming, IncomingEnd, MigrationControl, Outgoing, OutgoingEnd, Quick, SavedArea, listen_in,
+    migrate_live, migrate_quick, prefault, receive_live,
 };
 use crate::process::home_volume::{NO_HOME, VolumeClient, ownership_client};
 
@@ -181,7 +181,12 @@ impl VmActor {
 
     /// Begins to wait for a migration to the machine that was built.
     pub(super) fn await_arrival(&mut self, machine: MachineHandle) -> anyhow::Result<()> {
-        let StartMode::Incoming { listen, attempt } = self.config.start else {
+        let StartMode::Incoming {
+            listen,
+            ports,
+            attempt,
+        } = self.config.start
+        else {
             bail!("start: not incoming");
         };
         let job = Incoming::new(&self.config, attempt)?;
@@ -191,8 +196,7 @@ impl VmActor {
         let (socket, uid) = self.home_socket()?;
         self.spawn_migration("migrate-in", &control, move |control| {
             prefault(&machine).map_err(|error| format!("no memory for the guest: {error}"))?;
-            let listener = TcpListener::bind(listen)
-                .map_err(|error| format!("cannot listen on {listen}: {error}"))?;
+            let listener = listen_in(listen, ports).map_err(|error| error.to_string())?;
             let address = listener.local_addr().ok();
             let mut client = ownership_client(&socket, uid)?;
             actor

@@ -35,6 +35,22 @@ fn heartbeat() -> HeartbeatRecord {
     }
 }
 
+#[test]
+fn the_longest_socket_address_of_either_family_fits_a_heartbeat() {
+    for text in [
+        "[ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff%4294967295]:65535",
+        "[::ffff:255.255.255.255%4294967295]:65535",
+        "255.255.255.255:65535",
+    ] {
+        let address: std::net::SocketAddr = text.parse().unwrap();
+        assert_eq!(address.to_string(), text);
+        round_trip(&HeartbeatRecord {
+            address: address.to_string(),
+            ..heartbeat()
+        });
+    }
+}
+
 fn paxos() -> PaxosBlock {
     PaxosBlock {
         instance: CoordinatorEpoch(5),

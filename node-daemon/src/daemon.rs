@@ -11,8 +11,9 @@ mod status_poller;
 
 use anyhow::{Context, Result};
 use bascule_node_api::NODE_PORT;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
+use tokio::task::JoinSet;
 
 use self::server::{NodeService, publish_reports, serve};
 use crate::config::NodeConfig;
@@ -75,28 +76,58 @@ async fn serve_node(args: &ServeArgs) -> Result<()> {
         address: args.address,
         launcher,
     };
-    let supervisor = Arc::new(Supervisor::new(&args.config, parts)?);
+    let mut supervisor = Arc::new(Supervisor::new(&args.config, parts)?);
+    let mut stop = Stop {
+        terminate: signal(SignalKind::terminate()).context("handle SIGTERM")?,
+        interrupt: signal(SignalKind::interrupt()).context("handle SIGINT")?,
+    };
+    while let Some(identity) = serve_as(args, &paths, &supervisor, &mut stop).await? {
+        tracing::warn!(
+            name = %identity.name,
+            before = %supervisor.identity.node,
+            now = %identity.node,
+            "this node was registered anew; its volumes stay attached under the UID from before"
+        );
+        supervisor = Arc::new(supervisor.under(identity));
+    }
+    tracing::info!("ending; virtual machines and volume processes run on");
+    Ok(())
+}
+
+/// The signals that end the daemon.
+struct Stop {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+/// Serves until the daemon is told to end, or has joined under another identity, which is returned.
+async fn serve_as(
+    args: &ServeArgs,
+    paths: &Paths,
+    supervisor: &Arc<Supervisor>,
+    stop: &mut Stop,
+) -> Result<Option<Identity>> {
     let (report_tx, report_rx) = watch::channel(None);
-    let reports = tokio::spawn(publish_reports(Arc::clone(&supervisor), report_tx));
-    let upkeep = tokio::spawn(upkeep(Arc::clone(&supervisor)));
-    let mut terminate = signal(SignalKind::terminate()).context("handle SIGTERM")?;
-    let mut interrupt = signal(SignalKind::interrupt()).context("handle SIGINT")?;
+    // Aborted when this returns.
+    let mut work = JoinSet::new();
+    work.spawn(publish_reports(Arc::clone(supervisor), report_tx));
+    work.spawn(upkeep(Arc::clone(supervisor)));
     let listen = SocketAddr::new(args.address, args.port);
     let tls_dir = paths.tls();
     loop {
-        let service = NodeService::new(Arc::clone(&supervisor), report_rx.clone(), args.standalone);
+        let service = NodeService::new(Arc::clone(supervisor), report_rx.clone(), args.standalone);
         tracing::info!(%listen, node = %supervisor.identity.name, "serving");
         tokio::select! {
             ended = serve(service, listen, &tls_dir, std::future::pending()) => ended?,
-            () = enrollment::renewed(&args.join, &paths, args.address), if !args.standalone => continue,
-            _ = terminate.recv() => break,
-            _ = interrupt.recv() => break,
+            identity = enrollment::renewed(&args.join, paths, args.address), if !args.standalone => {
+                if identity != supervisor.identity {
+                    return Ok(Some(identity));
+                }
+            }
+            _ = stop.terminate.recv() => return Ok(None),
+            _ = stop.interrupt.recv() => return Ok(None),
         }
     }
-    reports.abort();
-    upkeep.abort();
-    tracing::info!("ending; virtual machines and volume processes run on");
-    Ok(())
 }
 
 /// Periodic work: restarts the watchdog's process and volume processes that have ended, removes the

@@ -111,7 +111,8 @@ impl Join for EnrollmentService {
             .and_then(|node| node.metadata.uid)
             .ok_or_else(|| Status::not_found(format!("there is no node {}", bound.name)))?;
         if bound.uid.is_some_and(|bound| bound != uid) {
-            let message = "the token is bound to an earlier node of that name";
+            let message = "the token is bound to an earlier node of that name: the kubelet renews it \
+                           within minutes, at once when the pod is restarted";
             return Err(Status::permission_denied(message));
         }
         let node: NodeUid = uid
@@ -246,6 +247,64 @@ mod tests {
         unbound.user.as_mut().unwrap().extra = None;
         let status = refused(&unbound);
         assert!(status.message().contains("1.33"), "{status}");
+    }
+
+    /// A Join service before an API server on which node-1 has the UID `node` and whose TokenReview
+    /// finds a token of `token`.
+    fn join_service(node: NodeUid, token: NodeUid) -> EnrollmentService {
+        let (service, mut api) = tower_test::mock::pair::<
+            http::Request<kube::client::Body>,
+            http::Response<kube::client::Body>,
+        >();
+        tokio::spawn(async move {
+            while let Some((request, respond)) = api.next_request().await {
+                let answer = if request.uri().path().ends_with("/tokenreviews") {
+                    let mut status = good();
+                    let extra = &mut status.user.as_mut().unwrap().extra;
+                    let uid = vec![token.to_string()];
+                    extra
+                        .as_mut()
+                        .unwrap()
+                        .insert(EXTRA_NODE_UID.to_owned(), uid);
+                    serde_json::json!({"metadata": {}, "spec": {"token": ""}, "status": status})
+                } else {
+                    assert!(request.uri().path().ends_with("/nodes/node-1"));
+                    serde_json::json!({"metadata": {"name": "node-1", "uid": node.to_string()}})
+                };
+                let body = kube::client::Body::from(answer.to_string().into_bytes());
+                respond.send_response(http::Response::new(body));
+            }
+        });
+        let (identity, _) = crate::identity::tests::with_days_ahead();
+        EnrollmentService {
+            client: Client::new(service, "default"),
+            identity: Arc::new(identity),
+            cluster: ClusterId::random(),
+            username: USER.to_owned(),
+        }
+    }
+
+    /// The certificate has the Node's present UID, and only a token of exactly that Node gets one: the
+    /// machine behind an earlier Node of the name may still run.
+    #[tokio::test]
+    async fn a_node_that_was_registered_anew_gets_a_certificate_for_its_new_uid_with_a_new_token() {
+        let (old, new) = (NodeUid::random(), NodeUid::random());
+        let csr = bascule_pki::Request::generate().unwrap();
+        let request = || {
+            Request::new(JoinRequest {
+                token: "t".to_owned(),
+                csr_pem: csr.csr_pem.clone(),
+                node_name: "node-1".to_owned(),
+                ..JoinRequest::default()
+            })
+        };
+        let joined = join_service(new, new).join(request()).await.unwrap();
+        let joined = joined.into_inner();
+        let holder = bascule_pki::holder(&csr.key_pem, &joined.certificate_pem, &joined.ca_pem);
+        assert_eq!((joined.node_uid, holder), (new.to_string(), Some(new)));
+        let refused = join_service(new, old).join(request()).await.unwrap_err();
+        assert_eq!(refused.code(), Code::PermissionDenied);
+        assert!(refused.message().contains("earlier node"), "{refused}");
     }
 
     /// The certificate that the server presents, in DER.

@@ -8,7 +8,7 @@
 //! - [`controllers`]: the loops of the leader. [`context`] is what they share.
 //! - [`enrollment`] signs node certificates with the key of [`cluster_ca`]. Every replica serves it; all
 //!   else is done by the leader only. [`startup`] starts both.
-//! - [`kube_api`], [`clock`]: helpers that depend on no other module.
+//! - [`kube_api`], [`clock`], [`listen`]: helpers that depend on no other module.
 //!
 //! The operator stores nothing of its own: after a restart it derives everything from the API, the
 //! node daemons and the volumes.

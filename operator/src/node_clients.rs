@@ -238,10 +238,7 @@ async fn watch(
         }
         let report: NodeReport = serde_json::from_str(&envelope.json).context("parse a report")?;
         if report.node.to_string() != uid {
-            bail!(
-                "the daemon at the address of {name} has the identity of node {}",
-                report.name
-            );
+            bail!(wrong_identity(name, &report.name));
         }
         *failures = 0;
         shared.update(name, |state| {
@@ -260,6 +257,17 @@ async fn watch(
             }
             !same
         });
+    }
+}
+
+fn wrong_identity(name: &str, reported: &str) -> String {
+    if reported == name {
+        format!(
+            "bascule-node on {name} has the identity of an earlier node of that name: it joins again once \
+             the kubelet has renewed its token, within minutes; restart its pod to hasten that"
+        )
+    } else {
+        format!("the daemon at the address of {name} has the identity of node {reported}")
     }
 }
 
@@ -297,3 +305,15 @@ const COMMAND_LIMIT: Duration = Duration::from_secs(45);
 const REPORT_BYTES_MAX: usize = 64 << 20;
 /// Failed connection attempts, about a minute, after which the operator renews its certificate.
 const CERTIFICATE_SUSPECT_AFTER: u32 = 60;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_daemon_of_an_earlier_node_of_that_name_is_told_from_one_of_another_node() {
+        let anew = wrong_identity("n1", "n1");
+        assert!(anew.contains("earlier node") && anew.contains("restart its pod"));
+        assert!(wrong_identity("n1", "n2").ends_with("the identity of node n2"));
+    }
+}

@@ -108,7 +108,8 @@ pub(crate) fn peers(volume: &str, states: &BTreeMap<String, NodeState>) -> Vec<P
         if status.path != PathState::Direct {
             continue;
         }
-        for peer in status.peers.iter().filter(|peer| peer.node != report.node) {
+        let own = report.uid_on(volume);
+        for peer in status.peers.iter().filter(|peer| peer.node != own) {
             let new = Peer {
                 owner: peer.owner,
                 node: peer.node,
@@ -313,6 +314,7 @@ mod tests {
             kvm_error: None,
             volumes: vec![VolumeReport {
                 name: "gold".to_owned(),
+                node: None,
                 status: Err("the process does not respond".to_owned()),
             }],
             vms: vec![],

@@ -29,6 +29,10 @@ pub struct NodeReport {
 pub struct VolumeReport {
     /// The SharedVolume's name.
     pub name: String,
+    /// The UID under which the node has its slot there. It differs from the node's own UID when the
+    /// Node object was registered anew since the volume was attached. None from an older release.
+    #[serde(default)]
+    pub node: Option<NodeUid>,
     /// The status that `bascule-volume` gave, or why it gave none.
     pub status: Result<VolumeStatus, String>,
 }
@@ -61,6 +65,18 @@ pub struct ImportReport {
     pub total: Option<Bytes>,
     /// Whether the import runs, is complete or has failed.
     pub state: ImportState,
+}
+
+impl NodeReport {
+    /// The UID under which the node has its slot on a volume.
+    #[must_use]
+    pub fn uid_on(&self, volume: &str) -> NodeUid {
+        let mut attached = self.volumes.iter();
+        let attached = attached.find(|attached| attached.name == volume);
+        attached
+            .and_then(|attached| attached.node)
+            .unwrap_or(self.node)
+    }
 }
 
 /// The state of an import.

@@ -54,7 +54,11 @@ impl Reporter {
         let reports = answers.into_iter().map(|(name, status)| {
             let unresponsive = || Err("its process does not respond".to_owned());
             let status = status.unwrap_or_else(unresponsive);
-            VolumeReport { name, status }
+            VolumeReport {
+                node: Some(self.supervisor.uid_on(&name)),
+                name,
+                status,
+            }
         });
         Ok(reports.collect())
     }

@@ -101,6 +101,28 @@ impl Supervisor {
         })
     }
 
+    /// The supervisor of the same node under a new identity. The processes of the earlier one go over to
+    /// it, and each volume stays attached under the UID that it was attached with.
+    pub(crate) fn under(&self, identity: Identity) -> Self {
+        let children =
+            std::mem::take(&mut *self.children.lock().unwrap_or_else(PoisonError::into_inner));
+        Self {
+            paths: self.paths.clone(),
+            identity,
+            address: self.address,
+            launcher: self.launcher.clone(),
+            bridges: self.bridges.clone(),
+            host_files: self.host_files.clone(),
+            allow_sources: self.allow_sources.clone(),
+            watchdog: self.watchdog.clone(),
+            allow_softdog: self.allow_softdog,
+            migration_ports: self.migration_ports,
+            restart_backoff: Mutex::default(),
+            watchdog_backoff: Mutex::default(),
+            children: Mutex::new(children),
+        }
+    }
+
     pub(crate) fn adopt_child(&self, child: Child) {
         self.children
             .lock()
@@ -128,7 +150,35 @@ pub(crate) fn is_alive(pid: u32) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser;
+
     use super::*;
+
+    impl Supervisor {
+        /// A supervisor of a node with directories below `folder` and no programs.
+        pub(crate) fn test(folder: &std::path::Path) -> Self {
+            let TestCli { mut config } = TestCli::parse_from(["test"]);
+            config.run_dir = folder.join("run");
+            config.state_dir = folder.join("state");
+            let identity = Identity {
+                node: bascule_types::NodeUid::random(),
+                name: "n1".to_owned(),
+                cluster: bascule_types::ClusterId::random(),
+            };
+            let parts = Parts {
+                identity,
+                address: std::net::Ipv6Addr::LOCALHOST.into(),
+                launcher: Launcher::new(&config, false, false).unwrap(),
+            };
+            Self::new(&config, parts).unwrap()
+        }
+    }
+
+    #[derive(Debug, clap::Parser)]
+    struct TestCli {
+        #[command(flatten)]
+        config: crate::config::NodeConfig,
+    }
 
     #[test]
     fn a_zombie_is_not_alive() {

@@ -15,7 +15,7 @@ use bascule_ipc::volume::{FencingMode, Request, Response, VolumeStatus};
 use bascule_ipc::{Kind, watchdog};
 use bascule_node_api::VOLUME_PORTS;
 use bascule_node_api::command::{Backing, FormatOptions, Outcome, RejectReason};
-use bascule_types::{Change, ClusterId, VolumeId};
+use bascule_types::{Change, ClusterId, NodeUid, VolumeId};
 
 use super::calls::volume_call;
 use super::supervisor::{Rejection, Supervisor, is_alive};
@@ -78,6 +78,7 @@ impl Supervisor {
             backing: backing.clone(),
             volume,
             cluster,
+            node: Some(self.uid_on(name)),
         };
         let json = serde_json::to_vec_pretty(&attachment).context("write attachment.json")?;
         files::replace(&folder.join("attachment.json"), &json, 0o600)?;
@@ -204,6 +205,19 @@ impl Supervisor {
         self.volume_request(volume, &Request::Change(change))
     }
 
+    /// The UID under which this node has its slot on an attached volume. It stays what it was when the
+    /// volume was first attached in this boot, also after the Node object was registered anew: the
+    /// slot's lease, and the VMs that rely on it, are of processes of this boot.
+    pub(crate) fn uid_on(&self, volume: &str) -> NodeUid {
+        let path = self.paths.volume(volume).join("attachment.json");
+        let attached = fs::read(path).ok();
+        let attached: Option<Attachment> =
+            attached.and_then(|bytes| serde_json::from_slice(&bytes).ok());
+        attached.map_or(self.identity.node, |attached| {
+            attached.holder(self.identity.node)
+        })
+    }
+
     pub(crate) fn volume_names(&self) -> Result<Vec<String>> {
         names_in(&self.paths.volumes())
     }
@@ -223,7 +237,7 @@ impl Supervisor {
             "--cluster".into(),
             attachment.cluster.to_string().into(),
             "--node-uid".into(),
-            self.identity.node.to_string().into(),
+            attachment.holder(self.identity.node).to_string().into(),
             "--run-dir".into(),
             folder.clone().into(),
             "--tls-dir".into(),
@@ -311,6 +325,16 @@ struct Attachment {
     backing: Backing,
     volume: Option<VolumeId>,
     cluster: ClusterId,
+    /// The UID that this node had when the volume was attached in this boot: its slot's.
+    #[serde(default)]
+    node: Option<NodeUid>,
+}
+
+impl Attachment {
+    /// The UID to serve the volume under.
+    fn holder(&self, node: NodeUid) -> NodeUid {
+        self.node.unwrap_or(node)
+    }
 }
 
 /// What `bascule-volume format --json` prints.
@@ -431,6 +455,7 @@ const WATCHDOG_HELLO: Duration = Duration::from_secs(1);
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::identity::Identity;
 
     #[test]
     fn a_volume_name_that_is_not_an_rfc_1123_name_is_rejected() {
@@ -438,6 +463,55 @@ mod tests {
         for bad in ["", "..", "a/b", "-x", "Gold"] {
             assert!(check_name(bad).is_err(), "{bad}");
         }
+    }
+
+    fn attachment(node: Option<NodeUid>) -> Attachment {
+        Attachment {
+            backing: Backing::Device {
+                path: "/dev/null".into(),
+            },
+            volume: None,
+            cluster: ClusterId::random(),
+            node,
+        }
+    }
+
+    /// The lease of the slot and the VMs that rely on it are of processes of this boot. Under the new
+    /// UID a volume process that ended would leave them without a lease.
+    #[test]
+    fn a_volume_stays_attached_under_the_uid_of_its_slot_when_its_node_is_registered_anew() {
+        let folder = tempfile::tempdir().unwrap();
+        let node = Supervisor::test(folder.path());
+        let old = node.identity.node;
+        assert_eq!(node.uid_on("gold"), old, "not attached yet");
+        let write = |attachment: &Attachment| {
+            let path = node.paths.volume("gold").join("attachment.json");
+            let json = serde_json::to_vec(attachment).unwrap();
+            files::replace(&path, &json, 0o600).unwrap();
+        };
+        write(&attachment(Some(node.uid_on("gold"))));
+        let identity = Identity {
+            node: NodeUid::random(),
+            ..node.identity.clone()
+        };
+        let anew = node.under(identity.clone());
+        assert_eq!(anew.uid_on("gold"), old);
+        assert_eq!(anew.uid_on("silver"), identity.node, "attached from now on");
+        // After a boot the run directory is empty.
+        fs::remove_dir_all(anew.paths.volume("gold")).unwrap();
+        assert_eq!(anew.uid_on("gold"), identity.node);
+    }
+
+    #[test]
+    fn an_attachment_of_a_release_that_noted_no_uid_is_served_under_the_nodes() {
+        let json = serde_json::json!({
+            "backing": attachment(None).backing,
+            "volume": null,
+            "cluster": ClusterId::random(),
+        });
+        let read: Attachment = serde_json::from_value(json).unwrap();
+        let node = NodeUid::random();
+        assert_eq!(read.holder(node), node);
     }
 
     #[test]

@@ -213,7 +213,11 @@ fn node_view(node: &Node, state: &NodeState, volume: &str, memory: &Memory) -> N
     let broken = attached.and_then(|attached| attached.status.as_ref().err().cloned());
     let taints = node.spec.as_ref().and_then(|spec| spec.taints.as_ref());
     NodeOnVolume {
-        uid: node.uid().and_then(|uid| uid.parse().ok()),
+        // Where it is attached, the one of its slot: the Node object may have been registered anew.
+        uid: match (report, attached) {
+            (Some(report), Some(_)) => Some(report.uid_on(volume)),
+            _ => node.uid().and_then(|uid| uid.parse().ok()),
+        },
         stream: state.stream,
         out_of_service: taints
             .into_iter()

@@ -74,6 +74,16 @@ impl VirtualMachineSpec {
                 "the name is used twice",
             );
         }
+        self.check_interfaces(metadata.uid.as_deref(), &mut errors);
+        self.check_availability(&mut errors);
+        if errors.0.is_empty() {
+            Ok(())
+        } else {
+            Err(errors.0)
+        }
+    }
+
+    fn check_interfaces(&self, uid: Option<&str>, errors: &mut Errors) {
         for (index, interface) in self.interfaces.iter().enumerate() {
             let path = format!("spec.interfaces[{index}]");
             errors.interface(interface, &path);
@@ -81,19 +91,12 @@ impl VirtualMachineSpec {
                 .iter()
                 .any(|other| other.name == interface.name);
             errors.require(!twice, &format!("{path}.name"), "the name is used twice");
-            let uid = metadata.uid.as_deref();
             let address = interface.effective_mac(uid);
             let twice = address.is_some()
                 && self.interfaces[..index]
                     .iter()
                     .any(|other| other.effective_mac(uid) == address);
             errors.require(!twice, &format!("{path}.mac"), SAME_MAC);
-        }
-        self.check_availability(&mut errors);
-        if errors.0.is_empty() {
-            Ok(())
-        } else {
-            Err(errors.0)
         }
     }
 

@@ -42,6 +42,8 @@ pub mod condition {
     pub const IMPORTED: &str = "Imported";
     /// The spec has changed since the guest was started; the change waits for the next start.
     pub const RESTART_REQUIRED: &str = "RestartRequired";
+    /// Another virtual machine has the same MAC address on the same network. Only there while it has.
+    pub const MAC_CONFLICT: &str = "MacConflict";
     /// A migration or failover has come to an end.
     pub const COMPLETE: &str = "Complete";
     /// The fencing mode of the spec is in force.
@@ -66,6 +68,12 @@ pub mod reason {
     pub const IMPORT_FAILED: &str = "ImportFailed";
     /// No node has room for the VM, or none fits its placement.
     pub const UNSCHEDULABLE: &str = "Unschedulable";
+    /// A quota or limit range of the namespace does not let the reservation pod be created.
+    pub const QUOTA_EXCEEDED: &str = "QuotaExceeded";
+    /// The API server refused the reservation pod, for the reason in the message.
+    pub const RESERVATION_REFUSED: &str = "ReservationRefused";
+    /// Another virtual machine has the same MAC address on the same network.
+    pub const DUPLICATE_MAC: &str = "DuplicateMac";
     /// The reservation pod waits for the scheduler.
     pub const SCHEDULING: &str = "Scheduling";
     /// The SharedVolume does not exist.

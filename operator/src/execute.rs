@@ -40,7 +40,8 @@ impl Execution<'_> {
             Action::RemoveFinalizer => self.set_finalizer(false).await,
             Action::CreateReservation { .. }
             | Action::DeleteReservation { .. }
-            | Action::PromoteReservation { .. } => self.execute_reservation(action).await,
+            | Action::PromoteReservation { .. }
+            | Action::UpdateReservation { .. } => self.execute_reservation(action).await,
             Action::CreateMigration { name, mode } => self.create_migration(name, *mode).await,
             Action::ReportMigration { name, update } => {
                 record_status::report_migration(self.context, self.vm, name, update).await

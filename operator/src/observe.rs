@@ -57,7 +57,7 @@ pub(crate) fn observe(
         row: row_view(uid, rows),
         pods: Fact::Known(
             pods.iter()
-                .map(|pod| crate::reservation_pod::view(pod, now))
+                .map(|pod| crate::reservation_pod::view(pod, vm, now))
                 .collect(),
         ),
         migrations: Fact::Known(

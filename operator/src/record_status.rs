@@ -131,7 +131,7 @@ fn reservation(context: &OperatorContext, vm: &VirtualMachine, migration: &str) 
         .pods
         .state_filter(|pod| crate::reservation_pod::belongs_to(pod, vm));
     pods.iter()
-        .map(|pod| crate::reservation_pod::view(pod, core::Moment(0)))
+        .map(|pod| crate::reservation_pod::view(pod, vm, core::Moment(0)))
         .find(|pod| pod.purpose == Purpose::Migration(migration.to_owned()))
         .map(|pod| pod.name)
 }

@@ -23,6 +23,7 @@ use kube::{Resource, ResourceExt};
 
 use crate::cli::Args;
 use crate::clock::moment;
+use crate::copied_metadata::{ANNOTATION_COPIED, CopiedMetadata, except_itself};
 use crate::vm_intent::grace;
 
 /// What a reservation pod is built from.
@@ -60,15 +61,20 @@ pub(crate) fn build(reservation: &Reservation<'_>, args: &Args) -> Result<Pod> {
         (ANNOTATION_AVOID.to_owned(), reservation.avoid.join(",")),
     ]);
     annotations.extend(migration.map(|name| (ANNOTATION_MIGRATION.to_owned(), name)));
+    let copied = CopiedMetadata::of(vm);
+    annotations.insert(ANNOTATION_COPIED.to_owned(), copied.record()?);
+    annotations.extend(copied.annotations);
+    let mut labels = copied.labels;
+    labels.extend([
+        (LABEL_ROLE.to_owned(), ROLE_RESERVATION.to_owned()),
+        (LABEL_VM.to_owned(), vm.name_any()),
+        (LABEL_PURPOSE.to_owned(), purpose.to_owned()),
+    ]);
     Ok(Pod {
         metadata: ObjectMeta {
             name: Some(reservation.name.to_owned()),
             namespace: vm.namespace(),
-            labels: Some(BTreeMap::from([
-                (LABEL_ROLE.to_owned(), ROLE_RESERVATION.to_owned()),
-                (LABEL_VM.to_owned(), vm.name_any()),
-                (LABEL_PURPOSE.to_owned(), purpose.to_owned()),
-            ])),
+            labels: Some(labels),
             annotations: Some(annotations),
             owner_references: Some(vec![owner]),
             ..ObjectMeta::default()
@@ -123,17 +129,24 @@ fn container(reservation: &Reservation<'_>, args: &Args) -> Container {
     let ratio = u64::from(args.allocation_ratio_milli.max(1));
     let cpu_milli = (u64::from(reservation.spec.cpus) * 1_000_000).div_ceil(ratio);
     let memory = reservation.spec.memory.0.saturating_add(OVERHEAD_BYTES);
-    let requests = BTreeMap::from([
-        ("cpu".to_owned(), Quantity(format!("{cpu_milli}m"))),
-        ("memory".to_owned(), Quantity(memory.to_string())),
-    ]);
+    let resources = |cpu_milli: u64| {
+        BTreeMap::from([
+            ("cpu".to_owned(), Quantity(format!("{cpu_milli}m"))),
+            ("memory".to_owned(), Quantity(memory.to_string())),
+        ])
+    };
     Container {
         name: "hold".to_owned(),
         image: Some(args.image.clone()),
         image_pull_policy: Some(args.image_pull_policy.clone()),
         command: Some(vec!["/usr/bin/bascule-hold".to_owned()]),
         resources: Some(ResourceRequirements {
-            requests: Some(requests),
+            // A quota on limits refuses a pod without them, and a LimitRange gives such a pod its
+            // own, which may be less than the request. The hold process comes near neither. One
+            // thousandth of a CPU more than the request keeps the pod out of QoS class Guaranteed,
+            // for which a kubelet with static CPU policy would set whole CPUs aside.
+            limits: Some(resources(cpu_milli + 1)),
+            requests: Some(resources(cpu_milli)),
             ..ResourceRequirements::default()
         }),
         security_context: Some(SecurityContext {
@@ -166,7 +179,7 @@ fn affinity(requested: Option<Affinity>, reservation: &Reservation<'_>) -> Affin
             .map(|node| field("NotIn", node))
             .collect(),
     };
-    let mut affinity = requested.unwrap_or_default();
+    let mut affinity = except_itself(requested.unwrap_or_default());
     if fields.is_empty() {
         return affinity;
     }
@@ -207,8 +220,8 @@ pub(crate) fn belongs_to(pod: &Pod, vm: &VirtualMachine) -> bool {
             .any(|owner| Some(&owner.uid) == vm.metadata.uid.as_ref())
 }
 
-/// The pod as the planner sees it.
-pub(crate) fn view(pod: &Pod, now: core::Moment) -> core::Pod {
+/// The pod of this VirtualMachine as the planner sees it.
+pub(crate) fn view(pod: &Pod, vm: &VirtualMachine, now: core::Moment) -> core::Pod {
     let annotation = |key: &str| pod.annotations().get(key).cloned().unwrap_or_default();
     let status = pod.status.clone().unwrap_or_default();
     let condition = |type_: &str| {
@@ -264,6 +277,7 @@ pub(crate) fn view(pod: &Pod, now: core::Moment) -> core::Pod {
             .map(str::to_owned)
             .collect(),
         digest: unhex(&annotation(ANNOTATION_SPEC_DIGEST)),
+        copies_current: CopiedMetadata::of(vm).is_on(pod),
     }
 }
 
@@ -381,6 +395,20 @@ mod tests {
         );
     }
 
+    /// Regression: in a namespace with a quota on limits.memory, no reservation could be made, and in
+    /// one with a LimitRange the default limit was less than the request.
+    #[test]
+    fn its_limits_are_there_for_quotas_and_leave_it_burstable() {
+        let pod = pod(None, &[], &Purpose::Current);
+        let resources = pod.spec.unwrap().containers[0].resources.clone().unwrap();
+        let (requests, limits) = (resources.requests.unwrap(), resources.limits.unwrap());
+        assert_eq!(limits["memory"], requests["memory"]);
+        assert_eq!(
+            (requests["cpu"].0.as_str(), limits["cpu"].0.as_str()),
+            ("500m", "501m")
+        );
+    }
+
     #[test]
     fn it_satisfies_the_restricted_pod_security_standard() {
         let spec = pod(None, &[], &Purpose::Current).spec.unwrap();
@@ -426,7 +454,8 @@ mod tests {
     fn it_round_trips_through_the_pod_object() {
         let purpose = Purpose::Migration("go".to_owned());
         let pod = pod(None, &["a".to_owned()], &purpose);
-        let view = view(&pod, core::Moment(5));
+        let view = view(&pod, &vm(), core::Moment(5));
+        assert!(view.copies_current);
         assert_eq!(view.purpose, purpose);
         assert_eq!(view.avoid, ["a"]);
         assert_eq!(view.digest, digest(&vm()).unwrap());
@@ -441,13 +470,13 @@ mod tests {
         pod.status = Some(status(
             serde_json::json!({"phase": "Failed", "reason": "Evicted"}),
         ));
-        let seen = view(&pod, core::Moment(5));
+        let seen = view(&pod, &vm(), core::Moment(5));
         assert_eq!(
             (seen.phase, seen.leaving_since),
             (PodPhase::Evicted, Some(core::Moment(5)))
         );
         pod.status = Some(status(serde_json::json!({"phase": "Failed"})));
-        let seen = view(&pod, core::Moment(5));
+        let seen = view(&pod, &vm(), core::Moment(5));
         assert_eq!((seen.phase, seen.leaving_since), (PodPhase::Failed, None));
     }
 }

@@ -16,10 +16,14 @@ use serde::de::DeserializeOwned;
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
 
+use crate::mac_index::MacIndex;
+
 /// One store for each kind that plans depend on.
 #[derive(Clone, Debug)]
 pub(crate) struct Stores {
     pub(crate) vms: Store<VirtualMachine>,
+    /// The MAC addresses of `vms`.
+    pub(crate) macs: MacIndex,
     pub(crate) volumes: Store<SharedVolume>,
     pub(crate) migrations: Store<VirtualMachineMigration>,
     pub(crate) failovers: Store<Failover>,
@@ -33,8 +37,12 @@ impl Stores {
         let reservations =
             watcher::Config::default().labels(&format!("{LABEL_ROLE}={ROLE_RESERVATION}"));
         let all = watcher::Config::default;
+        let macs = MacIndex::default();
+        let index = macs.clone();
+        let vms = Api::all(client.clone());
         Self {
-            vms: watch(Api::all(client.clone()), all(), changed, tasks),
+            vms: watch_with(vms, all(), changed, tasks, move |event| index.apply(event)),
+            macs,
             volumes: watch(Api::all(client.clone()), all(), changed, tasks),
             migrations: watch(Api::all(client.clone()), all(), changed, tasks),
             failovers: watch(Api::all(client.clone()), all(), changed, tasks),
@@ -80,6 +88,21 @@ where
     K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + Sync + 'static,
     K::DynamicType: Eq + Hash + Clone + Default,
 {
+    watch_with(api, config, changed, tasks, |_| ())
+}
+
+/// `follow` sees each event before `changed` is notified.
+fn watch_with<K>(
+    api: Api<K>,
+    config: watcher::Config,
+    changed: &Arc<Notify>,
+    tasks: &mut JoinSet<()>,
+    follow: impl Fn(&watcher::Event<K>) + Send + 'static,
+) -> Store<K>
+where
+    K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + Sync + 'static,
+    K::DynamicType: Eq + Hash + Clone + Default,
+{
     let (reader, writer) = reflector::store();
     let changed = Arc::clone(changed);
     let stream = watcher(api, config).default_backoff().reflect(writer);
@@ -87,7 +110,10 @@ where
         let mut stream = std::pin::pin!(stream);
         while let Some(event) = stream.next().await {
             match event {
-                Ok(_) => changed.notify_one(),
+                Ok(event) => {
+                    follow(&event);
+                    changed.notify_one();
+                }
                 // The watcher restarts by itself, with exponential backoff.
                 Err(error) => {
                     tracing::warn!(kind = %K::kind(&()), %error, "watch interrupted");

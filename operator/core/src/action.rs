@@ -41,6 +41,12 @@ pub enum Action {
         /// Its UID.
         uid: String,
     },
+    /// Bring a reservation pod's copies of the virtual machine's labels and annotations up to date.
+    UpdateReservation {
+        name: String,
+        /// Its UID.
+        uid: String,
+    },
     /// End a reservation pod's hold process.
     EndReservation {
         node: String,

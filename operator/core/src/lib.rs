@@ -35,7 +35,8 @@ pub use intent::{Budgets, DiskIntent, ImageSource, Origin, RestartBudget, SpecDi
 pub use node_health::{NodeHealth, node_health};
 pub use observed::{
     Access, FailoverView, ImportPhase, ImportView, Migration, NodeView, Observed, Peer,
-    PlannerMemory, Pod, PodPhase, Process, Reported, RowView, SavedView, Stream, VolumeView,
+    PlannerMemory, Pod, PodPhase, Process, Reported, ReservationRefusal, RowView, SavedView,
+    Stream, VolumeView,
 };
 pub use plan::plan;
 pub use retention::{ClosedRecord, RECORDS_KEPT, RecordKind, expired};

@@ -152,6 +152,8 @@ pub struct Pod {
     pub avoid: Vec<String>,
     /// The digest of the spec that the pod reserves for.
     pub digest: SpecDigest,
+    /// Whether its copies of the VM's labels and annotations are up to date.
+    pub copies_current: bool,
 }
 
 /// A pod's phase, with evictions told apart.
@@ -257,6 +259,19 @@ pub struct Reported {
     pub node: Option<String>,
 }
 
+/// A reservation pod that the API server refused to create.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the field names say all")]
+pub struct ReservationRefusal {
+    pub purpose: Purpose,
+    /// When it was last requested.
+    pub at: Moment,
+    /// The reason for conditions.
+    pub reason: &'static str,
+    /// The API server's message, which names a quota.
+    pub message: String,
+}
+
 /// What the planner remembers between plans, from the status or from this operator's memory. All of it
 /// may be lost with a restart; an action is then repeated.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -285,6 +300,8 @@ pub struct PlannerMemory {
     pub listening: Option<(AttemptId, SocketAddr)>,
     /// The coordinator's refusal of the last takeover request.
     pub takeover_refusal: Option<Refusal>,
+    /// The last refused reservation pod, until one is created.
+    pub reservation_refusal: Option<ReservationRefusal>,
     /// The reason and message of the last failed action.
     pub error: Option<(&'static str, String)>,
 }

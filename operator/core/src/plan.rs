@@ -40,6 +40,7 @@ use bascule_types::{Change, Owner};
 
 use self::context::PlanContext;
 use self::place::Place;
+use self::reservation::update_reservations;
 use self::step::{ReportChange, Step};
 use crate::observed::RowView;
 use crate::{Action, Fact, Moment, NodeHealth, Observed, Phase, Plan, VmIntent};
@@ -150,6 +151,7 @@ impl<'a> PlanContext<'a> {
             }
         };
         step.append(rest);
+        step.append(update_reservations(pods));
         step
     }
 

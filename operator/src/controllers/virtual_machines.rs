@@ -20,6 +20,7 @@ use crate::clock::now;
 use crate::context::OperatorContext;
 use crate::execute::{Execution, Refused};
 use crate::kube_api::{apply_status, ignore_not_found, new_condition};
+use crate::mac_index;
 use crate::record_status::fail_orphaned_migrations;
 
 /// The queue entry of one VM, by the VM's UID: the planner's memory, and the time of the next
@@ -153,12 +154,20 @@ async fn reconcile(
         memory: &mut memory,
     };
     let executed = execution.run(&plan.actions).await;
+    let conflict = context.stores.macs.conflict(vm, Timestamp::now());
+    if let Some(news) = conflict.as_ref().filter(|c| mac_index::is_news(vm, c)) {
+        execution
+            .publish_event(&news.reason, &news.message, true)
+            .await;
+    }
     if executed.is_ok() && plan.report.ready.status == Some(true) {
         memory.error = None;
     }
     memory.unknown_since = plan.report.unknown_since;
     memory.target_lost = plan.report.target_lost;
-    let logged_before = observed.memory.error == memory.error;
+    let refusal = |memory: &PlannerMemory| memory.reservation_refusal.as_ref().map(|r| r.reason);
+    let logged_before =
+        observed.memory.error == memory.error && refusal(&observed.memory) == refusal(&memory);
     *shared_memory.lock().unwrap_or_else(PoisonError::into_inner) = memory;
     let mut requeue = plan.requeue;
     if let Err(error) = executed {
@@ -174,7 +183,9 @@ async fn reconcile(
             tracing::info!(error, "refused");
         }
     }
-    let status = crate::vm_status::status(vm, &intent, &observed, &plan.report, Timestamp::now());
+    let mut status =
+        crate::vm_status::status(vm, &intent, &observed, &plan.report, Timestamp::now());
+    mac_index::set(&mut status.conditions, conflict);
     if vm.status.as_ref() != Some(&status)
         && let Err(error) = write_status(context, vm, &status).await
     {

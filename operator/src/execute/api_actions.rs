@@ -8,7 +8,7 @@ use bascule_crds::{
     Failover, FailoverSpec, VirtualMachine, VirtualMachineMigration, VirtualMachineMigrationSpec,
 };
 use bascule_node_api::command::VmSpec;
-use bascule_operator_core::{Action, MigrationMode, Purpose, SpecDigest};
+use bascule_operator_core::{Action, MigrationMode, Purpose, ReservationRefusal, SpecDigest};
 use bascule_types::{Epoch, Owner};
 use k8s_openapi::api::core::v1::Pod;
 use kube::api::{DeleteParams, ObjectMeta, Patch, PatchParams, PostParams, Preconditions};
@@ -16,8 +16,11 @@ use kube::runtime::events::{Event, EventType};
 use kube::{Api, Resource, ResourceExt};
 use serde_json::json;
 
-use crate::execute::execution::Execution;
-use crate::kube_api::{api_owner, ignore_already_exists, ignore_not_found};
+use crate::copied_metadata;
+use crate::execute::execution::{Execution, Refused};
+use crate::kube_api::{
+    api_owner, creation_refusal, ignore_already_exists, ignore_not_found, is_namespace_terminating,
+};
 use crate::reservation_pod::{self, Reservation};
 
 impl Execution<'_> {
@@ -40,7 +43,7 @@ impl Execution<'_> {
         ignore_not_found(outcome)
     }
 
-    pub(super) async fn execute_reservation(&self, action: &Action) -> Result<()> {
+    pub(super) async fn execute_reservation(&mut self, action: &Action) -> Result<()> {
         let api: Api<Pod> = self.namespaced();
         match action {
             Action::CreateReservation {
@@ -60,7 +63,10 @@ impl Execution<'_> {
                     digest,
                 };
                 let pod = reservation_pod::build(&reservation, &self.context.args)?;
-                ignore_already_exists(api.create(&PostParams::default(), &pod).await)
+                let created = api.create(&PostParams::default(), &pod).await;
+                self.reservation_answered(purpose, created.as_ref().err())
+                    .await?;
+                ignore_already_exists(created)
             }
             Action::DeleteReservation { name, uid, force } => {
                 let mut params = DeleteParams::default().preconditions(Preconditions {
@@ -80,8 +86,48 @@ impl Execution<'_> {
                 let params = PatchParams::default();
                 ignore_not_found(api.patch(name, &params, &Patch::Merge(&patch)).await)
             }
+            Action::UpdateReservation { name, uid } => {
+                let pods = &self.context.stores.pods;
+                let Some(pod) = pods.find(|pod| pod.metadata.uid.as_ref() == Some(uid)) else {
+                    return Ok(());
+                };
+                let patch = copied_metadata::patch(self.vm, &pod)?;
+                let params = PatchParams::default();
+                ignore_not_found(api.patch(name, &params, &Patch::Merge(&patch)).await)
+            }
             _ => Ok(()),
         }
+    }
+
+    /// Remembers what the API server said to a reservation pod, for the conditions of the VM and of
+    /// its migration. One event for each different refusal.
+    async fn reservation_answered(
+        &mut self,
+        purpose: &Purpose,
+        error: Option<&kube::Error>,
+    ) -> Result<()> {
+        let Some(error) = error else {
+            self.memory.reservation_refusal = None;
+            return Ok(());
+        };
+        if is_namespace_terminating(error) {
+            return Ok(());
+        }
+        let Some((reason, message)) = creation_refusal(error) else {
+            return Ok(());
+        };
+        let message = format!("the reservation pod is refused: {message}");
+        let refusal = ReservationRefusal {
+            purpose: purpose.clone(),
+            at: self.now,
+            reason,
+            message: message.clone(),
+        };
+        let before = self.memory.reservation_refusal.replace(refusal);
+        if before.is_none_or(|before| before.reason != reason || before.purpose != *purpose) {
+            self.publish_event(reason, &message, true).await;
+        }
+        Err(Refused(message).into())
     }
 
     /// The spec that a reservation pod is sized for: of the running guest if there is one, which a later
@@ -98,7 +144,7 @@ impl Execution<'_> {
             });
             if let Some((pod, spec)) = running.and_then(|p| Some((p, reservation_pod::spec_of(p)?)))
             {
-                return Ok((spec, reservation_pod::view(pod, self.now).digest));
+                return Ok((spec, reservation_pod::view(pod, self.vm, self.now).digest));
             }
         }
         Ok((crate::vm_intent::vm_spec(self.vm)?, self.intent.digest))
@@ -156,7 +202,7 @@ impl Execution<'_> {
         ignore_already_exists(api.create(&PostParams::default(), &failover).await)
     }
 
-    pub(super) async fn publish_event(&self, reason: &str, message: &str, warning: bool) {
+    pub(crate) async fn publish_event(&self, reason: &str, message: &str, warning: bool) {
         let event = Event {
             type_: if warning {
                 EventType::Warning
@@ -178,3 +224,156 @@ impl Execution<'_> {
 
 /// The API server refuses events with a note longer than 1 KiB.
 const EVENT_CHARS_MAX: usize = 1000;
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use bascule_crds::names::reason;
+    use bascule_operator_core::{Moment, PlannerMemory};
+    use bascule_pki::Authority;
+    use bascule_types::ClusterId;
+    use clap::Parser;
+    use kube::Client;
+    use kube::client::Body;
+    use kube::runtime::events::{Recorder, Reporter};
+    use kube::runtime::reflector;
+    use serde_json::Value;
+    use tokio::sync::Notify;
+
+    use super::*;
+    use crate::cli::Args;
+    use crate::context::OperatorContext;
+    use crate::mac_index::MacIndex;
+    use crate::metrics::Metrics;
+    use crate::node_clients::NodeClients;
+    use crate::ownership_cache::OwnershipCache;
+    use crate::stores::Stores;
+
+    const QUOTA: &str = "pods \"web-e1-0\" is forbidden: exceeded quota: mem, requested: \
+                         limits.memory=576Mi, used: limits.memory=576Mi, limited: limits.memory=1Gi";
+
+    /// An API server that refuses the first two pods for a quota. What it was sent is in the list.
+    fn api_server() -> (Client, Arc<Mutex<Vec<Value>>>) {
+        let (service, mut handle) =
+            tower_test::mock::pair::<http::Request<Body>, http::Response<Body>>();
+        let sent = Arc::new(Mutex::new(vec![]));
+        let list = Arc::clone(&sent);
+        tokio::spawn(async move {
+            let mut pods = 0;
+            while let Some((request, answer)) = handle.next_request().await {
+                let bytes = request.into_body().collect_bytes().await.unwrap();
+                let object: Value = serde_json::from_slice(&bytes).unwrap();
+                pods += usize::from(object["kind"] == "Pod");
+                let refused = object["kind"] == "Pod" && pods <= 2;
+                list.lock().unwrap().push(object.clone());
+                let status = json!({
+                    "kind": "Status", "apiVersion": "v1", "status": "Failure", "code": 403,
+                    "reason": "Forbidden", "message": QUOTA,
+                });
+                let (code, body) = if refused {
+                    (403, status)
+                } else {
+                    (201, object)
+                };
+                let body = Body::from(serde_json::to_vec(&body).unwrap());
+                answer.send_response(http::Response::builder().status(code).body(body).unwrap());
+            }
+        });
+        (Client::new(service, "default"), sent)
+    }
+
+    fn context(client: Client) -> OperatorContext {
+        let changed = Arc::new(Notify::new());
+        let (authority, _) = Authority::create("test").unwrap();
+        let nodes = NodeClients::new(Arc::new(authority), Arc::clone(&changed));
+        let reporter = Reporter {
+            controller: "test".to_owned(),
+            instance: None,
+        };
+        OperatorContext {
+            client: client.clone(),
+            args: Arc::new(Args::parse_from(["o", "--pod-name", "o-0", "--image", "i"])),
+            cluster_id: ClusterId::from_bytes([1; 16]),
+            stores: Stores {
+                vms: reflector::store().0,
+                macs: MacIndex::default(),
+                volumes: reflector::store().0,
+                migrations: reflector::store().0,
+                failovers: reflector::store().0,
+                pods: reflector::store().0,
+                nodes: reflector::store().0,
+            },
+            nodes: nodes.clone(),
+            ownership: OwnershipCache::new(nodes, changed),
+            recorder: Recorder::new(client, reporter),
+            metrics: Arc::new(Metrics::new()),
+        }
+    }
+
+    fn vm() -> VirtualMachine {
+        serde_json::from_value(json!({
+            "apiVersion": "bascule.dev/v1alpha1",
+            "kind": "VirtualMachine",
+            "metadata": {
+                "name": "web", "namespace": "shop", "labels": {"app": "db"},
+                "uid": "6fa459ea-ee8a-4ca4-894e-db77e160355e",
+            },
+            "spec": {
+                "memory": "512Mi", "volume": "san", "boot": {"kernel": {"hostFile": {"name": "k"}}},
+            },
+        }))
+        .unwrap()
+    }
+
+    /// Regression: a quota's refusal was only logged.
+    #[tokio::test]
+    async fn a_refused_reservation_is_remembered_with_the_quota_and_told_in_one_event() {
+        let (client, sent) = api_server();
+        let context = context(client);
+        let vm = vm();
+        let intent = crate::vm_intent::intent(&vm).unwrap();
+        let mut memory = PlannerMemory::default();
+        let mut outcomes = vec![];
+        for second in 1..=3 {
+            let mut execution = Execution {
+                context: &context,
+                vm: &vm,
+                intent: &intent,
+                now: Moment(second * 1000),
+                memory: &mut memory,
+            };
+            let create = Action::CreateReservation {
+                name: "web-e1-0".to_owned(),
+                purpose: Purpose::Current,
+                pin: None,
+                avoid: vec![],
+            };
+            let ran = execution.run(&[create]).await;
+            outcomes.push((
+                ran.map_err(|error| error.is::<Refused>()),
+                memory.reservation_refusal.clone(),
+            ));
+        }
+        for (at, (ran, refusal)) in (1..).zip(&outcomes[..2]) {
+            assert_eq!(*ran, Err(true), "a refusal, not a malfunction");
+            let refusal = refusal.as_ref().unwrap();
+            assert_eq!(
+                (refusal.at, refusal.reason),
+                (Moment(at * 1000), reason::QUOTA_EXCEEDED)
+            );
+            assert!(refusal.message.ends_with(QUOTA), "{}", refusal.message);
+        }
+        assert_eq!(outcomes[2], (Ok(()), None), "forgotten once one is created");
+        let sent = sent.lock().unwrap();
+        let kinds: Vec<&str> = sent.iter().filter_map(|o| o["kind"].as_str()).collect();
+        assert_eq!(kinds, ["Pod", "Event", "Pod", "Pod"]);
+        assert_eq!(sent[1]["reason"], reason::QUOTA_EXCEEDED);
+        assert_eq!(sent[0]["metadata"]["labels"]["app"], "db");
+        let resources = &sent[0]["spec"]["containers"][0]["resources"];
+        assert_eq!(
+            resources["limits"]["memory"],
+            resources["requests"]["memory"]
+        );
+    }
+}

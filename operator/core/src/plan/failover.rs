@@ -28,7 +28,13 @@ impl PlanContext<'_> {
         let Some(pod) = self.candidate(Some(node)) else {
             let avoid = vec![node.to_owned()];
             step.append(self.create_reservation(row, Purpose::Current, None, avoid));
-            return step.with_ready(waiting(reason, missing));
+            return step.with_ready(match self.reservation_refusal(&Purpose::Current) {
+                Some(refusal) => waiting(
+                    refusal.reason,
+                    format!("{node} does not respond; {}", refusal.message),
+                ),
+                None => waiting(reason, missing),
+            });
         };
         let Some(target) = &pod.node else {
             if self.is_outdated(pod, Some(node)) {

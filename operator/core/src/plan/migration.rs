@@ -103,7 +103,11 @@ impl<'a> PlanContext<'a> {
             };
             return self.give_up_migration(row, node, process, migration, reason);
         }
-        let message = format!("leaving {node}");
+        let purpose = Purpose::Migration(migration.name.clone());
+        let message = match self.reservation_refusal(&purpose) {
+            Some(refusal) => format!("leaving {node}: {}", refusal.message),
+            None => format!("leaving {node}"),
+        };
         self.carry_on(row, node, process, migration, progress)
             .requeued_soon()
             .with_ready(Ready::new(
@@ -184,7 +188,8 @@ impl<'a> PlanContext<'a> {
     fn no_target(&self, migration: &Migration) -> String {
         let purpose = Purpose::Migration(migration.name.clone());
         let mut mine = self.pods().iter().filter(|pod| pod.purpose == purpose);
-        match mine.find_map(|pod| pod.unschedulable.as_ref()) {
+        let refused = self.reservation_refusal(&purpose).map(|r| &r.message);
+        match mine.find_map(|pod| pod.unschedulable.as_ref()).or(refused) {
             Some(why) => format!("no node could take the guest in time: {why}"),
             None => "no node could take the guest in time".to_owned(),
         }

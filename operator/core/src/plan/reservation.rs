@@ -1,12 +1,14 @@
 //! Reservation pods: the nodes on which the scheduler has placed the virtual machine.
 
+use std::time::Duration;
+
 use bascule_crds::names::reason;
 
 use super::context::PlanContext;
 use super::place::{COMPLAINTS_MAX, Place};
 use super::step::{Ready, Step};
 use crate::observed::RowView;
-use crate::{Action, Phase, Pod, PodPhase, Purpose};
+use crate::{Action, Phase, Pod, PodPhase, Purpose, ReservationRefusal};
 
 impl<'a> PlanContext<'a> {
     /// Pods that are to leave and whose guest has left: their hold processes are ended, so that a
@@ -96,7 +98,15 @@ impl<'a> PlanContext<'a> {
                 .any(|node| Some(node.as_str()) != except && self.can_host(node).is_ok())
     }
 
-    /// Creates a pod. Operators that see the same pods choose the same name and so create one.
+    /// Why no pod for this purpose could be created lately.
+    pub(super) fn reservation_refusal(&self, purpose: &Purpose) -> Option<&'a ReservationRefusal> {
+        let refusal = self.observed.memory.reservation_refusal.as_ref()?;
+        let recent = self.now.since(refusal.at) < REFUSAL_HOLDS;
+        (refusal.purpose == *purpose && recent).then_some(refusal)
+    }
+
+    /// Creates a pod. Operators that see the same pods choose the same name and so create one. A pod
+    /// that was refused is requested again every few seconds.
     pub(super) fn create_reservation(
         &self,
         row: &RowView,
@@ -104,6 +114,14 @@ impl<'a> PlanContext<'a> {
         pin: Option<String>,
         mut avoid: Vec<String>,
     ) -> Step {
+        if let Some(refusal) = self.reservation_refusal(&purpose) {
+            let wait = refusal.at.after(REFUSED_AGAIN).since(self.now);
+            if !wait.is_zero() {
+                let mut step = Step::new();
+                step.requeue_within(wait);
+                return step;
+            }
+        }
         if pin.is_none() {
             avoid.extend(self.unsuitable_nodes());
             avoid.sort_unstable();
@@ -148,6 +166,10 @@ impl<'a> PlanContext<'a> {
 
     /// The Ready condition while the pod is not bound.
     pub(super) fn unbound(&self, pod: Option<&Pod>) -> Ready {
+        let refusal = self.reservation_refusal(&Purpose::Current);
+        if let (None, Some(refusal)) = (pod, refusal) {
+            return Ready::new(Phase::Pending, false, refusal.reason, &refusal.message);
+        }
         match pod.and_then(|pod| pod.unschedulable.as_ref()) {
             Some(why) => {
                 let mut message = format!("no node has room or fits the placement: {why}");
@@ -185,7 +207,7 @@ impl<'a> PlanContext<'a> {
         match self.pod_on(node) {
             None => {
                 let lost = format!("the reservation on {node} is gone; making it again there");
-                step.event(reason::RESERVATION_LOST, true, lost);
+                step.append(self.lost(lost));
                 step.append(again());
             }
             Some(pod) if pod.phase == PodPhase::Failed => {
@@ -194,7 +216,7 @@ impl<'a> PlanContext<'a> {
                 let waiting = self.pods().iter().any(|p| p.node.is_none() && !leaving(p));
                 if !waiting {
                     let failed = format!("the reservation on {node} failed; making it again there");
-                    step.event(reason::RESERVATION_LOST, true, failed);
+                    step.append(self.lost(failed));
                     step.append(again());
                 }
             }
@@ -202,7 +224,34 @@ impl<'a> PlanContext<'a> {
         }
         step
     }
+
+    /// One event for each loss, not for each request while the new pod is refused.
+    fn lost(&self, message: String) -> Step {
+        let mut step = Step::new();
+        if self.reservation_refusal(&Purpose::Current).is_none() {
+            step.event(reason::RESERVATION_LOST, true, message);
+        }
+        step
+    }
 }
+
+/// Labels and annotations that have changed since the pods were made. The last actions of a plan:
+/// nothing waits for them.
+pub(super) fn update_reservations(pods: &[Pod]) -> Step {
+    let mut step = Step::new();
+    for pod in pods.iter().filter(|p| !p.copies_current && !leaving(p)) {
+        step.push(Action::UpdateReservation {
+            name: pod.name.clone(),
+            uid: pod.uid.clone(),
+        });
+    }
+    step
+}
+
+/// Interval between two requests for a pod that is refused.
+const REFUSED_AGAIN: Duration = Duration::from_secs(5);
+/// How long after the last request a refusal is reported: longer than until the next request.
+const REFUSAL_HOLDS: Duration = Duration::from_secs(30);
 
 /// Whether a pod is on its way out, or was thrown out.
 pub(super) const fn leaving(pod: &Pod) -> bool {

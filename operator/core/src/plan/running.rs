@@ -29,7 +29,14 @@ impl<'a> PlanContext<'a> {
         if process.status.io_stalled {
             step.requeue_soon();
         }
-        step.or_ready(|| running_condition(node, process))
+        step.or_ready(|| {
+            let mut ready = running_condition(node, process);
+            if let Some(refusal) = self.reservation_refusal(&Purpose::Current) {
+                let message = &mut ready.condition.message;
+                message.push_str(&format!(", without a reservation: {}", refusal.message));
+            }
+            ready
+        })
     }
 
     fn stop_running(

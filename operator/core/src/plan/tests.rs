@@ -9,6 +9,7 @@ mod failure;
 mod lifecycle;
 mod migration;
 mod moves;
+mod quota;
 mod unknown;
 
 use std::time::Duration;
@@ -23,7 +24,7 @@ use self::case::{Case, NOW, failover, node_owner};
 use crate::MigrationPhase;
 use crate::{
     Action, DrainPolicy, Fact, FailoverUpdate, FailoverView, FailurePolicy, MigrationMode, Moment,
-    Phase, PodPhase, Purpose, RunPolicy, SavedView, Stream,
+    Phase, PodPhase, Purpose, ReservationRefusal, RunPolicy, SavedView, Stream,
 };
 
 proptest! {

@@ -114,9 +114,17 @@ impl PlanContext<'_> {
                 message,
             ));
         }
+        let mut step = Step::new();
+        if let Some(refusal) = self.reservation_refusal(&purpose) {
+            let message = &refusal.message;
+            let update = update_of(migration, MigrationPhase::Placing, refusal.reason, message)
+                .with_source(Some(node.to_owned()));
+            step.push(report(migration, update));
+        }
         let pin = migration.target.clone();
         let avoid = vec![node.to_owned()];
-        Err(self.create_reservation(row, purpose.clone(), pin, avoid))
+        step.append(self.create_reservation(row, purpose.clone(), pin, avoid));
+        Err(step)
     }
 
     /// Since when the target has been unable to take the guest. An attempt that has got this far is not

@@ -249,6 +249,7 @@ impl Case {
             unschedulable: None,
             avoid: vec![],
             digest: SpecDigest([1; 32]),
+            copies_current: true,
         });
         self
     }

@@ -205,6 +205,7 @@ impl World {
                         unschedulable: None,
                         avoid,
                         digest: SpecDigest([1; 32]),
+                        copies_current: true,
                     });
                 }
             }

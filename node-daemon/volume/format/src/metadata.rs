@@ -285,7 +285,21 @@ impl Metadata {
         }
     }
 
+    /// Refuses a row that only a user's wish needs, if it would take room that is kept for
+    /// [`Metadata::room_for_reserved`].
     fn room_for(&self, rows: u64) -> Result<(), Refusal> {
+        let kept = self.slots.len() + self.fences.len();
+        let reserved = u64::from(self.slot_count) * RESERVED_PER_SLOT;
+        self.has_room(rows + reserved.saturating_sub(kept as u64))
+    }
+
+    /// Refuses a slot or a fence only if not even a checkpoint would have room. A full table must not
+    /// keep a node from joining, or a VM from being taken over.
+    fn room_for_reserved(&self) -> Result<(), Refusal> {
+        self.has_room(1)
+    }
+
+    fn has_room(&self, rows: u64) -> Result<(), Refusal> {
         if self.row_count() + rows > self.rows_max {
             let what = bascule_types::Table::Rows;
             return Err(Refusal::TableFull { what });
@@ -293,3 +307,7 @@ impl Metadata {
         Ok(())
     }
 }
+
+/// A slot's own row, the fence of its present generation and the one of the generation before, which
+/// the next rejoin deletes. Only a present generation is fenced, because no row names an older one.
+const RESERVED_PER_SLOT: u64 = 3;

@@ -120,7 +120,7 @@ impl Metadata {
                 .witness
                 .proof(victim)
                 .map_err(|missing| Refusal::NotFenced { victim, missing })?;
-            self.room_for(1)?;
+            self.room_for_reserved()?;
             records.push(MetaRecord::Fence(FenceRow { victim, proof }));
         }
         let half_saved = self.saved(vm).filter(|saved| saved.complete.is_none());

@@ -14,7 +14,7 @@ impl Metadata {
         if let Some(row) = self.slot_of(node) {
             return Ok(Decision::already(slot_answer(row.owner(), Vec::new())));
         }
-        self.room_for(1)?;
+        self.room_for_reserved()?;
         let free = (0..self.slot_count).map(SlotId);
         let slot = free
             .into_iter()
@@ -102,7 +102,7 @@ impl Metadata {
             .witness
             .lease_over(victim)
             .map_err(|missing| Refusal::NotFenced { victim, missing })?;
-        self.room_for(1)?;
+        self.room_for_reserved()?;
         let fence = FenceRow {
             victim,
             proof: FenceProof::Administrator(confirmation),

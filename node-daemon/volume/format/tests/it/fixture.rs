@@ -81,7 +81,7 @@ impl Witness for TestWitness {
 pub(crate) struct Cluster {
     pub(crate) metadata: Metadata,
     pub(crate) seen: TestWitness,
-    disks: u8,
+    disks: u32,
 }
 
 impl Cluster {
@@ -127,7 +127,7 @@ impl Cluster {
                 boot: [n; 16],
             },
             witness: &self.seen,
-            fresh_disk: DiskId::from_bytes([self.disks; 16]),
+            fresh_disk: DiskId::from_bytes(u128::from(self.disks).to_be_bytes()),
         };
         let decision = self.metadata.decide(change, &context)?;
         for record in &decision.records {

@@ -10,4 +10,5 @@ mod bytes;
 mod coordinator_decisions;
 mod crash;
 mod fixture;
+mod full_table;
 mod late_writes;

@@ -10,14 +10,17 @@
 //!   order of arrival. So a write of part of a block (read-modify-write) loses no bytes of another
 //!   write to the same block.
 //! - A flush is submitted after every write that arrived before it has completed.
-//! - After a failed write or flush no further write is submitted (sticky-failed); reads continue.
-//!   The failed write may still land, so the engine is unclean for good
+//! - An error of a request is the guest's error of that request: the disk goes on. Reads and writes
+//!   that fail because the path to the device is lost are submitted again, about once a second,
+//!   while the guest waits.
+//! - A failed write may still land, so after one, or a failed flush, the engine is unclean for good
 //!   ([`DiskEngine::writer_state`]), even when it is idle.
 //!
 //! Read next: `engine` for the life of a request.
 
 mod backend;
 mod engine;
+mod errors;
 mod extent;
 mod gate;
 mod geometry;

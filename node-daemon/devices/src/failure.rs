@@ -13,8 +13,8 @@ pub enum DeviceFailure {
         queue: usize,
         reason: String,
     },
-    /// A write or a flush failed. The disk accepts no further write until it is opened again and
-    /// verified; the guest sees I/O errors.
+    /// A write or a flush failed for the first time, and may still land. The guest sees an error, or
+    /// waits for the path to the device; the disk goes on.
     #[error("{device}: {operation} failed: {reason}")]
     DiskFailed {
         device: String,

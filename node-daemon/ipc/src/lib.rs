@@ -53,8 +53,9 @@ impl Hello {
     /// |---|---|
     /// | 1 | |
     /// | 2 | [`volume::Request::ReportFailure`], [`vm::Request::WaitsFor`] |
+    /// | 3 | the writer page, the third descriptor of [`volume::Response::Opened`] |
     pub const THIS: Self = Self {
-        version: 2,
+        version: 3,
         version_min: 1,
     };
 

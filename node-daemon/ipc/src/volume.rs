@@ -19,9 +19,10 @@ pub enum Request {
     /// A metadata change. `bascule-volume` forwards it to the coordinator, and repeats it until a
     /// coordinator answers or the time limit passes ([`Response::Unknown`]).
     Change(Change),
-    /// What a `bascule-vm` needs to write a VM's disks. The answer carries two file descriptors:
-    /// the device (read-write, `O_DIRECT` where the backing has it) and the gate page (read-only).
-    /// The volume has an open writer until [`Request::CloseVm`].
+    /// What a `bascule-vm` needs to write a VM's disks. The answer carries file descriptors: the
+    /// device (read-write, `O_DIRECT` where the backing has it), the gate page (read-only) and, since
+    /// version 3, the process's writer page (read-write). From now on the volume has an open writer,
+    /// until [`Request::CloseVm`]. `Unavailable` while a write of an earlier writer may land.
     OpenVm {
         vm: VmUid,
         /// The ownership that the requester was started for; refused when the volume's metadata
@@ -34,14 +35,15 @@ pub enum Request {
     /// What a migration's destination needs before it owns the VM: as [`Request::OpenVm`], but
     /// nothing may be written and no writer is open until `OpenVm` follows.
     PeekVm { vm: VmUid },
-    /// The VM's gate is closed and every write it submitted has completed.
+    /// The VM's gate is closed and every write it submitted has completed. `Unavailable` for a writer
+    /// one of whose writes failed, on this boot of the node.
     CloseVm {
         vm: VmUid,
         owner: Owner,
         epoch: Epoch,
     },
-    /// A write or a flush of a disk failed: the volume is failed on this node until it has been
-    /// opened again and verified. Since version 2.
+    /// A write or a flush of a disk failed, and may still land: the requester is an unclean writer for as
+    /// long as the node is not restarted. Since version 2.
     ReportFailure {
         vm: VmUid,
         /// The failed operation and its error, for logs and status messages.

@@ -1,19 +1,23 @@
 //! Where the bytes of a disk are on its volume, and writing them there with direct I/O.
 
 use std::fs::File;
+use std::io;
 use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use bascule_types::{AlignedBuffer, ExtentRun, Owner};
-use bascule_volume_gate::{GateReader, boot_time_now};
+use bascule_volume_gate::{GateReader, WriterPage, boot_time_now};
 use rustix::fs::{FallocateFlags, fallocate};
+use rustix::io::Errno;
 
 /// The disk being filled.
 #[derive(Debug)]
 pub(crate) struct Target {
     pub(crate) device: File,
     pub(crate) gate: GateReader,
+    /// None from a `bascule-volume` of an earlier release.
+    pub(crate) page: Option<WriterPage>,
     pub(crate) owner: Owner,
     pub(crate) runs: Vec<ExtentRun>,
 }
@@ -27,9 +31,7 @@ impl Target {
     /// whole extents and chunks divide them.
     pub(crate) fn write(&self, offset: u64, block: &[u8]) -> Result<()> {
         let at = self.locate(offset)?;
-        self.await_gate()?;
-        self.device
-            .write_all_at(block, at)
+        self.guarded(|| self.device.write_all_at(block, at))
             .with_context(|| format!("write at byte {at}"))
     }
 
@@ -49,13 +51,23 @@ impl Target {
     }
 
     pub(crate) fn flush(&self) -> Result<()> {
-        self.device.sync_data().context("flush the device")
+        let flushed = self.device.sync_data();
+        if let (Err(_), Some(page)) = (&flushed, &self.page) {
+            page.write_failed();
+        }
+        flushed.context("flush the device")
     }
 
     fn zero_range(&self, at: u64, length: u64) -> Result<()> {
-        self.await_gate()?;
         // Zeroes without sending them, where the device or the file system can.
-        if fallocate(&self.device, FallocateFlags::ZERO_RANGE, at, length).is_ok() {
+        let zeroed = self.guarded(|| {
+            match fallocate(&self.device, FallocateFlags::ZERO_RANGE, at, length) {
+                Ok(()) => Ok(true),
+                Err(Errno::OPNOTSUPP | Errno::INVAL) => Ok(false),
+                Err(errno) => Err(errno.into()),
+            }
+        });
+        if zeroed.with_context(|| format!("zero at byte {at}"))? {
             return Ok(());
         }
         let zeroes = chunk_buffer();
@@ -65,10 +77,8 @@ impl Target {
             let step = usize::try_from(length - done)
                 .unwrap_or(usize::MAX)
                 .min(chunk.len());
-            self.await_gate()?;
             let piece = chunk.get(..step).unwrap_or_default();
-            self.device
-                .write_all_at(piece, at + done)
+            self.guarded(|| self.device.write_all_at(piece, at + done))
                 .with_context(|| format!("zero at byte {}", at + done))?;
             done += step as u64;
         }
@@ -87,17 +97,30 @@ impl Target {
         bail!("the image is larger than the disk ({begin} bytes)")
     }
 
-    /// The check right before a write: while the lease is not valid, wait; when somebody else owns
-    /// the disk, never write again.
-    fn await_gate(&self) -> Result<()> {
+    /// One write, right after the check: while the lease is not valid, wait; when somebody else owns
+    /// the disk, never write again. The writer page says that the write is under way, and whether it
+    /// failed.
+    fn guarded<T>(&self, write: impl FnOnce() -> io::Result<T>) -> Result<T> {
         let closed = || self.gate.check(boot_time_now(), self.owner).err();
-        match crate::wait::wait_for(GATE_LIMIT, || closed().is_none().then_some(())) {
-            Some(()) => Ok(()),
-            None => match closed() {
-                Some(reason) => bail!("the volume's gate stays closed: {reason:?}"),
-                None => Ok(()),
-            },
+        let page = self.page.as_ref();
+        // The page first: see `bascule_volume_gate::writer_page`.
+        let try_begin = || {
+            page.inspect(|page| page.write_begins());
+            let is_open = closed().is_none();
+            if !is_open {
+                page.inspect(|page| page.writes_ended());
+            }
+            is_open.then_some(())
+        };
+        if crate::wait::wait_for(GATE_LIMIT, try_begin).is_none() {
+            bail!("the volume's gate stays closed: {:?}", closed());
         }
+        let written = write();
+        if written.is_err() {
+            page.inspect(|page| page.write_failed());
+        }
+        page.inspect(|page| page.writes_ended());
+        Ok(written?)
     }
 }
 

@@ -10,7 +10,7 @@ use bascule_ipc::Connection;
 use bascule_ipc::volume::{Request, Response};
 use bascule_node_api::report::{ImportReport, ImportState};
 use bascule_types::{Bytes, Change, DiskRow};
-use bascule_volume_gate::GateReader;
+use bascule_volume_gate::{GateReader, WriterPage};
 use sha2::{Digest, Sha256};
 
 use super::blocks::{CHUNK_BYTES, Target, chunk_buffer};
@@ -69,9 +69,11 @@ fn open(job: &ImportJob, volume: &mut Connection) -> Result<(Target, DiskRow)> {
         Response::Refused(refusal) => bail!("the volume refused: {refusal}"),
         other => bail!("the volume answered {other:?}"),
     };
-    let Ok([device, gate]) = <[_; 2]>::try_from(fds) else {
+    let mut fds = fds.into_iter();
+    let (Some(device), Some(gate)) = (fds.next(), fds.next()) else {
         bail!("the volume did not hand out its device and gate");
     };
+    let page = fds.next().map(WriterPage::attach).transpose();
     let row = opened
         .disks
         .into_iter()
@@ -80,6 +82,7 @@ fn open(job: &ImportJob, volume: &mut Connection) -> Result<(Target, DiskRow)> {
     let target = Target {
         device: File::from(device),
         gate: GateReader::from_fd(gate).context("map the gate page")?,
+        page: page.context("map the writer page")?,
         owner: job.owner,
         runs: row.extents.clone(),
     };

@@ -5,16 +5,20 @@
 //! relies on that. A file on a file system without `O_DIRECT` (tmpfs) is opened without it,
 //! with a warning; a block device never is.
 
+use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 
-use bascule_types::{AlignedBuffer, Bytes, Lba};
+use bascule_types::{AlignedBuffer, Bytes, Lba, VmUid};
 use bascule_volume_format::{BLOCK_BYTES, BlockStore};
-use rustix::fs::{FallocateFlags, OFlags, SeekFrom};
+use bascule_volume_protocol::WriterId;
+use rustix::fs::{FallocateFlags, Mode, OFlags, SeekFrom};
+
+use crate::writer_lock::{self, WriterLock, writer_of};
 
 /// An open device that can be re-opened after its path was lost.
 #[derive(Clone, Debug)]
@@ -40,12 +44,36 @@ struct Opened {
     identity: Identity,
 }
 
-/// Distinguishes a device or file from another one at the same path.
+/// What tells a device or file from another one at the same path. As text: three numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Identity {
-    device: u64,
-    inode: u64,
-    special: u64,
+pub struct Identity {
+    /// The file system (`st_dev`).
+    pub device: u64,
+    /// The inode there, of a block device's node.
+    pub inode: u64,
+    /// Of a block device, major and minor number (`st_rdev`).
+    pub special: u64,
+}
+
+impl Identity {
+    /// From its text; none if that is something else.
+    #[must_use]
+    pub fn parse(text: &str) -> Option<Self> {
+        let mut numbers = text.split(' ').map(str::parse);
+        let mut next = || numbers.next()?.ok();
+        let (device, inode, special) = (next()?, next()?, next()?);
+        numbers.next().is_none().then_some(Self {
+            device,
+            inode,
+            special,
+        })
+    }
+}
+
+impl fmt::Display for Identity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {} {}", self.device, self.inode, self.special)
+    }
 }
 
 impl Device {
@@ -120,20 +148,39 @@ impl Device {
             .unwrap_or(4096)
     }
 
-    /// How many writes the kernel has in flight on this block device, from `inflight` in sysfs;
-    /// `None` for a file.
-    #[must_use]
-    pub fn writes_in_flight(&self) -> Option<u64> {
-        let text = sysfs(&self.current(), "inflight")?;
-        text.split_whitespace().nth(1)?.parse().ok()
-    }
-
-    /// A duplicate of the descriptor, to pass to another process.
+    /// The device in an open file description of its own, locked for `writer`
+    /// ([`crate::writer_lock`]), and which device that is.
     ///
     /// # Errors
-    /// Those of the system call.
-    pub fn descriptor(&self) -> io::Result<OwnedFd> {
-        Ok(self.current().file.try_clone()?.into())
+    /// The system's.
+    pub fn open_for(&self, writer: WriterId) -> io::Result<(OwnedFd, Identity)> {
+        let opened = self.current();
+        let descriptor = reopen(&opened)?;
+        writer_lock::hold(&descriptor, writer)?;
+        Ok((descriptor, opened.identity))
+    }
+
+    /// What is open now.
+    #[must_use]
+    pub fn identity(&self) -> Identity {
+        self.current().identity
+    }
+
+    /// Whether a request of `writer`, which was handed these devices, may be in flight.
+    #[must_use]
+    pub fn writer_lock(&self, writer: WriterId, handed: &[Identity]) -> WriterLock {
+        let opened = self.current();
+        if handed.is_empty() || handed.iter().any(|device| *device != opened.identity) {
+            return WriterLock::NoProof;
+        }
+        match writer_lock::is_held(&opened.file, writer) {
+            Ok(true) => WriterLock::Held,
+            Ok(false) => WriterLock::Free,
+            Err(error) => {
+                tracing::warn!(%error, "cannot ask for a writer's lock");
+                WriterLock::NoProof
+            }
+        }
     }
 
     /// Makes a range read as zeroes, by WRITE ZEROES if the device supports it. Durable only after a
@@ -244,11 +291,27 @@ fn open(path: &Path, access: Access) -> io::Result<Opened> {
         }
         other => other?,
     };
+    if access == Access::ReadWrite {
+        // This process writes through it too: metadata, and the zeroes of new disks.
+        let no_vm = VmUid::from_bytes([0; 16]);
+        writer_lock::hold(&file, writer_of(no_vm, std::process::id())?)?;
+    }
     Ok(Opened {
         identity: identity(&file.metadata()?),
         file,
         is_block,
     })
+}
+
+/// The same inode in a new open file description. By descriptor: the path may name another one by now.
+fn reopen(opened: &Opened) -> io::Result<OwnedFd> {
+    let own = format!("/proc/self/fd/{}", opened.file.as_raw_fd());
+    let flags = rustix::fs::fcntl_getfl(&opened.file)? & (OFlags::DIRECT | OFlags::RWMODE);
+    Ok(rustix::fs::open(
+        own,
+        flags | OFlags::CLOEXEC,
+        Mode::empty(),
+    )?)
 }
 
 fn identity(metadata: &std::fs::Metadata) -> Identity {

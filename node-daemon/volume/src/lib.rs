@@ -36,5 +36,6 @@ pub mod slot_registration;
 pub mod volume_context;
 pub mod volume_status;
 pub mod watchdog_client;
+pub mod writer_lock;
 pub mod writer_table;
 pub mod writers;

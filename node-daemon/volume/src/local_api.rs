@@ -9,9 +9,12 @@ use bascule_ipc::{Connection, IpcError, Kind};
 use bascule_types::{Answer, Bytes, Change, DiskRow, Lba, Ownership, Refusal, VmUid};
 use bascule_volume_format::BlockStore;
 use bascule_volume_gate::boot_time_now;
+use bascule_volume_protocol::WriterId;
 
+use crate::block_device::Identity;
 use crate::peer_rpc::{PeerOperation, PeerResponse};
 use crate::volume_context::VolumeContext;
+use crate::writer_lock::writer_of;
 use crate::{volume_status, writers};
 
 /// Serves one connection until the client closes it.
@@ -33,7 +36,10 @@ fn converse(context: &VolumeContext, stream: UnixStream) -> Result<(), IpcError>
         let peer = peer
             .ok()
             .and_then(|peer| u32::try_from(peer.pid.as_raw_pid()).ok());
-        let (response, fds) = answer(context, &request, peer);
+        let (response, mut fds) = answer(context, &request, peer);
+        if connection.version() < WRITER_PAGE_SINCE {
+            fds.truncate(2);
+        }
         let fds: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
         connection.send(&response, &fds)?;
     }
@@ -55,20 +61,18 @@ fn answer(context: &VolumeContext, request: &Request, peer: Option<u32>) -> Repl
             epoch,
             pid,
         } => {
-            let writer = Writer {
-                ownership: Ownership {
-                    owner: *owner,
-                    epoch: *epoch,
-                },
-                pid: peer.unwrap_or(*pid),
+            let ownership = Ownership {
+                owner: *owner,
+                epoch: *epoch,
             };
-            open(context, *vm, Some(writer))
+            open(context, *vm, peer.unwrap_or(*pid), Some(ownership))
         }
-        Request::PeekVm { vm } => open(context, *vm, None),
+        Request::PeekVm { vm } => open(context, *vm, peer.unwrap_or(0), None),
         Request::CloseVm { vm, .. } => without_fds(close(context, *vm, peer.unwrap_or(0))),
-        Request::ReportFailure { what, .. } => {
-            // A failed flush does not tell whose writes were lost: every writer of this node stops.
-            context.fail(what);
+        Request::ReportFailure { vm, what } => {
+            // The failure is of that writer alone; the node's others do not notice.
+            tracing::error!(%vm, what, "a write of a VM failed");
+            report_failure(context, *vm, peer.unwrap_or(0));
             without_fds(Response::Noted)
         }
     }
@@ -83,13 +87,15 @@ fn rows(context: &VolumeContext) -> Response {
 
 fn change(context: &VolumeContext, change: &Change) -> Response {
     if let Change::Release { vm, .. } = change
-        && !drained(context, *vm)
+        && let Some(reason) = await_drained(context, *vm)
     {
         // A write of the old owner may still land: for example of a killed bascule-vm.
-        let reason = "a process of this VM has not closed its gate, or has writes in flight";
-        return Response::Unavailable {
-            reason: reason.to_owned(),
-        };
+        return Response::Unavailable { reason };
+    }
+    if let Some(vm) = gives_away(change)
+        && let Some(reason) = why_unclean(context, vm)
+    {
+        return Response::Unavailable { reason };
     }
     let response = ask(context, change);
     match (change, &response) {
@@ -103,14 +109,32 @@ fn change(context: &VolumeContext, change: &Change) -> Response {
     }
 }
 
-/// Whether every write of this VM has completed. Waits for the settle time of a writer that died,
-/// and returns at once while a live writer holds the VM.
-fn drained(context: &VolumeContext, vm: VmUid) -> bool {
-    let settled = context.superblock.timings.settle + timeout(context);
-    context.wait_until(settled, |state| {
-        state.writers.is_drained(vm) || state.writers.is_held(vm) || state.stopping
+/// The VM that a change prepares to give, or gives, to another slot. A transfer to the same slot is a
+/// retraction: its outcome decides whether the guest may run on here.
+fn gives_away(change: &Change) -> Option<VmUid> {
+    match change {
+        Change::Transfer { vm, from, to, .. } if from.slot != to.slot => Some(*vm),
+        Change::FinishSavedState { vm, .. } => Some(*vm),
+        _ => None,
+    }
+}
+
+fn why_unclean(context: &VolumeContext, vm: VmUid) -> Option<String> {
+    context.update(|state| {
+        state.writers.read_pages();
+        state.writers.why_unclean(vm)
+    })
+}
+
+/// Waits while dead writers of this VM complete, for a bounded time. Why not every write of this VM
+/// has completed; none when every one has.
+fn await_drained(context: &VolumeContext, vm: VmUid) -> Option<String> {
+    let patience = context.superblock.timings.settle + timeout(context);
+    context.update(|state| state.writers.read_pages());
+    context.wait_until(patience, |state| {
+        state.writers.is_drained(vm) || !state.writers.is_completing(vm) || state.stopping
     });
-    context.state().writers.is_drained(vm)
+    context.state().writers.why_not_drained(vm)
 }
 
 fn ask(context: &VolumeContext, change: &Change) -> Response {
@@ -136,11 +160,24 @@ fn zero_disk(context: &VolumeContext, disk: &DiskRow) -> Response {
     // This process counts as a writer meanwhile: if it freezes here, the node must be reset before
     // the extents go to another VM.
     let vm = disk.vm.unwrap_or(VmUid::from_bytes([0; 16]));
-    if let Err(reason) = writers::open(context, vm, std::process::id()) {
+    let me = match writer_of(vm, std::process::id()) {
+        Ok(me) => me,
+        Err(error) => {
+            let reason = format!("cannot zero disk {}: {error}", disk.name);
+            return Response::Unavailable { reason };
+        }
+    };
+    if let Err(reason) = writers::open(context, me, context.device.identity(), true) {
         return Response::Unavailable { reason };
     }
     let zeroed = zero_extents(context, &disk);
-    close(context, vm, std::process::id());
+    if zeroed.is_err() {
+        // What was to be zeroes may land on what the disk's VM writes later.
+        fail(context, me);
+    }
+    if let Err(error) = writers::close(context, me) {
+        tracing::warn!(%error, "the writer of zeroes cannot close");
+    }
     match zeroed {
         Ok(true) => ask(
             context,
@@ -191,33 +228,67 @@ fn zero_extents(context: &VolumeContext, disk: &DiskRow) -> std::io::Result<bool
     Ok(true)
 }
 
-/// A process that requests the device in order to write a VM's disks.
-#[derive(Clone, Copy)]
-struct Writer {
-    ownership: Ownership,
-    pid: u32,
+/// Hands out the VM's row and disks, the device and the gate page; without `ownership` for reading
+/// only. The writer is recorded before the row is read, so that a concurrent release sees it.
+fn open(context: &VolumeContext, vm: VmUid, pid: u32, ownership: Option<Ownership>) -> Reply {
+    match try_open(context, vm, pid, ownership) {
+        Ok((opened, fds)) => (Response::Opened(opened), fds),
+        Err(why) => (why.into(), Vec::new()),
+    }
 }
 
-/// Hands out the VM's row and disks, the device and the gate page; without `writer` for reading
-/// only. The writer is recorded before the row is read, so that a concurrent release sees it.
-fn open(context: &VolumeContext, vm: VmUid, writer: Option<Writer>) -> Reply {
-    let mut is_new = false;
-    if let Some(writer) = writer {
-        match writers::open(context, vm, writer.pid) {
-            Ok(opened) => is_new = opened,
-            Err(reason) => return (Response::Unavailable { reason }, Vec::new()),
-        }
+fn try_open(
+    context: &VolumeContext,
+    vm: VmUid,
+    pid: u32,
+    ownership: Option<Ownership>,
+) -> Result<(OpenedVm, Vec<OwnedFd>), NotOpened> {
+    let unavailable = |what: &str, error: std::io::Error| {
+        NotOpened::Unavailable(format!("cannot pass the device: {what}: {error}"))
+    };
+    let writer = writer_of(vm, pid).map_err(|error| unavailable("identify the client", error))?;
+    // A reader too: a migration's destination writes through the device that it got before it owned
+    // the VM.
+    let device = context.device.open_for(writer);
+    let (device, identity) = device.map_err(|error| unavailable("open and lock it", error))?;
+    let gate = context.gate.reader_fd();
+    let gate = gate
+        .map_err(|error| NotOpened::Unavailable(format!("cannot pass the gate page: {error}")))?;
+    let page = context.update(|state| state.writers.page(writer));
+    let page = page.map_err(|error| unavailable("make its writer page", error))?;
+    let is_new = match ownership {
+        Some(_) => admit(context, writer, identity)?,
+        None => false,
+    };
+    let opened = look_up(context, vm, ownership);
+    if opened.is_err() && is_new {
+        unrecord(context, writer);
     }
-    let opened = look_up(context, vm, writer.map(|writer| writer.ownership))
-        .and_then(|opened| Ok((opened, descriptors(context)?)));
-    match opened {
-        Ok((opened, fds)) => (Response::Opened(opened), fds),
-        Err(why) => {
-            if let Some(writer) = writer.filter(|_| is_new) {
-                close(context, vm, writer.pid);
-            }
-            (why.into(), Vec::new())
+    Ok((opened?, vec![device, gate, page]))
+}
+
+/// Records a writer, once no write of an earlier one of its VM can land any more. Whether it is new.
+fn admit(context: &VolumeContext, writer: WriterId, device: Identity) -> Result<bool, NotOpened> {
+    let earlier = context.update(|state| {
+        state.writers.read_pages();
+        state.writers.why_not_opened(writer, false)
+    });
+    let shared = match earlier {
+        Some(_) => {
+            let opened = look_up(context, writer.vm, None)?;
+            opened.disks.iter().any(|disk| disk.importing)
         }
+        None => false,
+    };
+    let timings = &context.superblock.timings;
+    writers::await_earlier(context, writer, shared, timings.settle + timings.lease);
+    writers::open(context, writer, device, shared).map_err(NotOpened::Unavailable)
+}
+
+/// Removes a writer that did not get the device after all.
+fn unrecord(context: &VolumeContext, writer: WriterId) {
+    if let Err(error) = writers::close(context, writer) {
+        tracing::warn!(?writer, %error, "cannot remove the record of a writer");
     }
 }
 
@@ -273,21 +344,29 @@ fn look_up(
     })
 }
 
-fn descriptors(context: &VolumeContext) -> Result<Vec<OwnedFd>, NotOpened> {
-    let unavailable = |what: String| NotOpened::Unavailable(format!("cannot pass {what}"));
-    let device = context.device.descriptor();
-    let device = device.map_err(|error| unavailable(format!("the device: {error}")))?;
-    let gate = context.gate.reader_fd();
-    let gate = gate.map_err(|error| unavailable(format!("the gate page: {error}")))?;
-    Ok(vec![device, gate])
+fn close(context: &VolumeContext, vm: VmUid, pid: u32) -> Response {
+    closed(writer_of(vm, pid).and_then(|writer| writers::close(context, writer)))
 }
 
-fn close(context: &VolumeContext, vm: VmUid, pid: u32) -> Response {
-    match writers::close(context, vm, pid) {
+fn closed(closed: std::io::Result<()>) -> Response {
+    match closed {
         Ok(()) => Response::Closed,
         Err(error) => Response::Unavailable {
-            reason: format!("cannot record that the writer closed: {error}"),
+            reason: format!("the writer cannot close: {error}"),
         },
+    }
+}
+
+fn report_failure(context: &VolumeContext, vm: VmUid, pid: u32) {
+    match writer_of(vm, pid) {
+        Ok(writer) => fail(context, writer),
+        Err(error) => tracing::warn!(%vm, pid, %error, "an unknown process reports a failed disk"),
+    }
+}
+
+fn fail(context: &VolumeContext, writer: WriterId) {
+    if let Err(error) = context.update(|state| state.writers.fail(writer)) {
+        tracing::error!(%error, "cannot record that a writer is unclean");
     }
 }
 
@@ -308,6 +387,8 @@ fn timeout(context: &VolumeContext) -> Duration {
     timings.watch + timings.lease
 }
 
+/// The protocol version whose clients expect a third descriptor.
+const WRITER_PAGE_SINCE: u32 = 3;
 /// For the handshake of a new connection.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 const BLOCK: u64 = bascule_volume_format::BLOCK_BYTES_U64;

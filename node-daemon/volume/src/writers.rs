@@ -2,55 +2,67 @@
 //!
 //! A writer is a process that holds the device for a VM. The volume is
 //! enlisted with the node's watchdog before a writer gets the device, and withdrawn after the last
-//! writer has closed or settled.
+//! writer has closed or is proved complete.
 
 use std::io;
 use std::time::Duration;
 
-use bascule_types::VmUid;
 use bascule_volume_format::WatchdogKind;
 use bascule_volume_gate::boot_time_now;
+use bascule_volume_protocol::WriterId;
 
+use crate::block_device::Identity;
 use crate::sleep_inhibitor::SleepInhibitor;
 use crate::volume_context::VolumeContext;
 use crate::watchdog_client;
 
-/// Once a second until the process stops: settles the writers of dead processes and refreshes the
-/// watchdog enlistment.
+/// Once a second until the process stops: asks the kernel whether the writes of dead processes are
+/// complete, and refreshes the watchdog enlistment.
 pub fn run(context: &VolumeContext) {
     let mut inhibitor = SleepInhibitor::new();
     while !context.is_stopping() {
-        let idle = context.state().writers.has_gone() && device_is_idle(context);
         let settle = context.superblock.timings.settle;
-        context.update(|state| state.writers.reap(boot_time_now(), settle, idle));
+        let dead = context.update(|state| state.writers.note_dead());
+        for (writer, handed) in dead {
+            let lock = context.device.writer_lock(writer, &handed);
+            let now = boot_time_now();
+            context.update(|state| state.writers.note_lock(writer, lock, now, settle));
+        }
         watchdog_client::refresh(context);
         inhibitor.set(context.state().writers.must_be_watched());
         context.wait_until(INTERVAL, |state| state.stopping);
     }
 }
 
-/// Whether the kernel reported no write in flight on the device in at least one of
-/// [`IDLE_SAMPLES`] samples. A file has no such counter: only the settle time covers its writes,
-/// which is one reason why a file backs a volume only in a lab.
-fn device_is_idle(context: &VolumeContext) -> bool {
-    !context.device.is_block()
-        || (0..IDLE_SAMPLES).any(|_| {
-            std::thread::park_timeout(IDLE_SAMPLE_INTERVAL);
-            context.device.writes_in_flight() == Some(0)
-        })
+/// Waits while what keeps `writer` from opening may end by itself, at most for `patience`.
+pub fn await_earlier(context: &VolumeContext, writer: WriterId, shared: bool, patience: Duration) {
+    context.wait_until(patience, |state| {
+        let why = state.writers.why_not_opened(writer, shared);
+        state.stopping || why.is_none_or(|(_, may_help)| !may_help)
+    });
 }
 
-/// Records process `pid` as a writer of `vm`, after enlisting the volume with the watchdog. While
-/// the heartbeat publishes a watchdog, a writer that cannot be enlisted is refused. Returns whether
-/// the writer is new.
+/// Records a writer, after enlisting the volume with the watchdog. Refused while a write of an earlier
+/// writer of the VM may land: it would undo one of this writer. `shared` says that several importers
+/// fill the VM's disks. While the heartbeat publishes a watchdog, a writer that cannot be enlisted is
+/// refused. Returns whether the writer is new.
 ///
 /// # Errors
-/// The reason for an error message; the process must not get the device.
-pub fn open(context: &VolumeContext, vm: VmUid, pid: u32) -> Result<bool, String> {
+/// The reason, for a person; the process must not get the device.
+pub fn open(
+    context: &VolumeContext,
+    writer: WriterId,
+    device: Identity,
+    shared: bool,
+) -> Result<bool, String> {
     let call = context.watchdog_call.lock();
-    let is_new = context
-        .update(|state| state.writers.open(vm, pid))
-        .map_err(|error| format!("cannot record the writer: {error}"))?;
+    let is_new = context.update(|state| {
+        if let Some((reason, _)) = state.writers.why_not_opened(writer, shared) {
+            return Err(reason);
+        }
+        let opened = state.writers.open(writer, device);
+        opened.map_err(|error| format!("cannot record the writer: {error}"))
+    })?;
     let enlisted = if watchdog_client::is_required(context) {
         watchdog_client::enlist(context)
     } else {
@@ -64,8 +76,8 @@ pub fn open(context: &VolumeContext, vm: VmUid, pid: u32) -> Result<bool, String
         _ if is_allowed => Ok(is_new),
         refused => {
             let error = refused.err().unwrap_or_else(|| "there is none".to_owned());
-            if is_new && let Err(error) = close(context, vm, pid) {
-                tracing::warn!(%vm, pid, %error, "cannot remove a writer that was not opened");
+            if is_new && let Err(error) = close(context, writer) {
+                tracing::warn!(?writer, %error, "cannot remove a writer that was not opened");
             }
             Err(format!("the watchdog does not watch this volume: {error}"))
         }
@@ -85,14 +97,11 @@ fn is_published_truly(context: &VolumeContext, is_watched: bool) -> bool {
 /// Removes a writer whose submitted writes have all completed.
 ///
 /// # Errors
-/// Those of the run directory; the writer then still counts as open.
-pub fn close(context: &VolumeContext, vm: VmUid, pid: u32) -> io::Result<()> {
-    let closed = context.update(|state| state.writers.close(vm, pid));
+/// For an unclean writer, and those of the run directory; the writer then still counts as open.
+pub fn close(context: &VolumeContext, writer: WriterId) -> io::Result<()> {
+    let closed = context.update(|state| state.writers.close(writer));
     watchdog_client::refresh(context);
     closed
 }
 
 const INTERVAL: Duration = Duration::from_secs(1);
-/// 50 samples at 2 ms: at most 100 ms per second, and only while a dead writer is not settled.
-const IDLE_SAMPLES: u32 = 50;
-const IDLE_SAMPLE_INTERVAL: Duration = Duration::from_millis(2);

@@ -8,11 +8,12 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::RawFd;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bascule_types::WriterState;
 
 use super::backend::Disk;
+use super::errors::{Failure, LostPath, Meaning, meaning};
 use super::job::{Job, Stage, SubRequest, SubRequestKind};
 use super::request::{Completion, DiskRequest, Operation};
 use super::ring::{Command, HostRun, Ring};
@@ -22,7 +23,7 @@ use crate::guest_ram::GuestRam;
 /// Counters and state of an engine at one moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct EngineStats {
-    /// Writes are waiting for the gate now.
+    /// Requests are waiting for the gate, or for the path to the device, now.
     pub stalled: bool,
     /// Writes that covered a block in part, each of which cost a read, since the engine was made.
     pub read_modify_writes: u64,
@@ -59,16 +60,13 @@ pub struct DiskEngine {
     /// Bytes of all bounce buffers in use.
     bounce_bytes: usize,
     failure: Failure,
+    /// Set while the path to the device is lost.
+    lost_path: Option<LostPath>,
+    /// Writes that the kernel has and has not completed.
+    writes_in_flight: usize,
+    /// The gate was told that a write begins, and not yet that none is in flight.
+    told_begin: bool,
     stats: EngineStats,
-}
-
-/// Whether a write or flush has failed.
-#[derive(Debug)]
-enum Failure {
-    None,
-    /// Not yet returned by [`DiskEngine::take_failure`]: the operation and the error.
-    New(&'static str, String),
-    Reported,
 }
 
 impl DiskEngine {
@@ -89,6 +87,9 @@ impl DiskEngine {
             next_sequence: 0,
             bounce_bytes: 0,
             failure: Failure::None,
+            lost_path: None,
+            writes_in_flight: 0,
+            told_begin: false,
             stats: EngineStats::default(),
         })
     }
@@ -115,10 +116,12 @@ impl DiskEngine {
     }
 
     /// After which time [`DiskEngine::progress`] must be called even if nothing completes: a stalled
-    /// write polls the gate. `None` when no write is stalled.
+    /// write polls the gate, and a lost path is tried again. `None` when nothing is stalled.
     #[must_use]
     pub fn retry_after(&self) -> Option<Duration> {
-        self.stats.stalled.then_some(GATE_POLL)
+        let path = self.lost_path.as_ref();
+        let wait = path.and_then(|path| path.wait(Instant::now()));
+        self.stats.stalled.then_some(wait.unwrap_or(GATE_POLL))
     }
 
     /// Queues a request, which [`DiskEngine::progress`] submits. A range that is not on the disk or
@@ -159,6 +162,7 @@ impl DiskEngine {
             self.admit();
             let submitted = self.submit()?;
             if reaped == 0 && submitted == 0 {
+                self.tell_ended();
                 return Ok(std::mem::take(&mut self.completed));
             }
         }
@@ -172,11 +176,12 @@ impl DiskEngine {
     pub fn drain(&mut self) -> io::Result<Drained> {
         while self.ring.in_flight() > 0 {
             if let Err(error) = self.ring.wait() {
-                self.stats.writer_state = WriterState::Unclean;
+                self.becomes_unclean();
                 return Err(error);
             }
             self.reap();
         }
+        self.tell_ended();
         Ok(Drained {
             completions: std::mem::take(&mut self.completed),
             writer_state: self.stats.writer_state,
@@ -204,15 +209,9 @@ impl DiskEngine {
         self.stats.stalled = false;
     }
 
-    /// The failure that made the engine refuse writes, as (operation, error). Returned once.
+    /// The first failure of a write or flush, as (operation, error). Returned once.
     pub fn take_failure(&mut self) -> Option<(&'static str, String)> {
-        match std::mem::replace(&mut self.failure, Failure::Reported) {
-            Failure::New(operation, error) => Some((operation, error)),
-            other => {
-                self.failure = other;
-                None
-            }
-        }
+        self.failure.take()
     }
 
     /// Handles all completions that the kernel has posted. Returns their number.
@@ -229,6 +228,9 @@ impl DiskEngine {
         let Some(sub_request) = self.sub_requests.get_mut(key) else {
             return;
         };
+        if matches!(sub_request.kind, SubRequestKind::Write { .. }) {
+            self.writes_in_flight -= 1;
+        }
         match result {
             Ok(count)
                 if sub_request.kind != SubRequestKind::Sync && count < sub_request.left_bytes() =>
@@ -242,31 +244,48 @@ impl DiskEngine {
                 self.sub_request_finished(key, Err(end));
             }
             Ok(_) => self.sub_request_finished(key, Ok(())),
-            Err(error) if is_transient(&error) && sub_request.retries < RETRIES_MAX => {
-                sub_request.retries += 1;
-                self.ready.push_back(key);
-            }
-            Err(error) => self.sub_request_finished(key, Err(error)),
+            Err(error) => match meaning(&error) {
+                Meaning::Again if sub_request.retries < RETRIES_MAX => {
+                    sub_request.retries += 1;
+                    self.ready.push_back(key);
+                }
+                // A flush that is tried again may succeed although what it was for is lost.
+                Meaning::Path if sub_request.kind != SubRequestKind::Sync => {
+                    let kind = sub_request.kind;
+                    self.path_lost(kind, &error);
+                    self.ready.push_back(key);
+                }
+                _ => self.sub_request_finished(key, Err(error)),
+            },
         }
+    }
+
+    fn path_lost(&mut self, kind: SubRequestKind, error: &io::Error) {
+        if self.lost_path.is_none() {
+            tracing::warn!(%error, "the path to the disk is lost: the guest waits");
+        }
+        self.lost_path = Some(LostPath::new(Instant::now()));
+        self.note_failure(kind, error);
+    }
+
+    /// A read that failed has no effect; a write or flush is reported, and leaves the engine unclean:
+    /// an error does not end a write, it may still land.
+    fn note_failure(&mut self, kind: SubRequestKind, error: &io::Error) {
+        let operation = match kind {
+            SubRequestKind::Read => return,
+            SubRequestKind::Write { .. } => "write",
+            SubRequestKind::Sync => "flush",
+        };
+        self.failure.note(operation, error);
+        self.becomes_unclean();
     }
 
     fn sub_request_finished(&mut self, key: usize, result: io::Result<()>) {
         let Some(sub_request) = self.sub_requests.remove(key) else {
             return;
         };
-        let failed_kind = result.is_err().then_some(sub_request.kind);
-        if let (Some(kind), Failure::None, Err(error)) = (failed_kind, &self.failure, &result) {
-            match kind {
-                SubRequestKind::Write { .. } => {
-                    self.failure = Failure::New("write", error.to_string())
-                }
-                SubRequestKind::Sync => self.failure = Failure::New("flush", error.to_string()),
-                SubRequestKind::Read => {}
-            }
-        }
-        if result.is_err() && sub_request.kind != SubRequestKind::Read {
-            // An error does not end a write: it may still land.
-            self.stats.writer_state = WriterState::Unclean;
+        if let Err(error) = &result {
+            self.note_failure(sub_request.kind, error);
         }
         let Some(job) = self.jobs.get_mut(sub_request.job) else {
             return;
@@ -305,15 +324,9 @@ impl DiskEngine {
                 self.waiting.push_back(key);
                 continue;
             }
-            let failed = !matches!(self.failure, Failure::None);
             let Some(job) = self.jobs.get_mut(key) else {
                 continue;
             };
-            if failed && !matches!(job.request.operation, Operation::Read { .. }) {
-                job.error = Some(io::Error::other("the disk has failed"));
-                self.job_finished(key);
-                continue;
-            }
             let commands = job.begin(&self.disk, &self.ram);
             self.bounce_bytes += job.bounce.as_ref().map_or(0, |bounce| bounce.len());
             self.stats.read_modify_writes += u64::from(job.stage == Stage::ReadModifyWrite);
@@ -370,20 +383,24 @@ impl DiskEngine {
         }
     }
 
-    /// Submits the sub-requests that may be submitted now. Returns how many were submitted or failed.
+    /// Submits the sub-requests that may be submitted now. Returns how many.
     fn submit(&mut self) -> io::Result<usize> {
         let mut count = 0;
         self.stats.stalled = false;
+        if let Some(path) = &self.lost_path {
+            if path.wait(Instant::now()).is_some() {
+                self.stats.stalled = !self.ready.is_empty();
+                return Ok(0);
+            }
+            self.lost_path = None;
+        }
         for key in std::mem::take(&mut self.ready) {
             let is_write = self.sub_requests.get(key).is_some_and(|sub_request| {
                 matches!(sub_request.kind, SubRequestKind::Write { .. })
             });
-            if is_write && !matches!(self.failure, Failure::None) {
-                self.sub_request_finished(key, Err(io::Error::other("the disk has failed")));
-                count += 1;
-            } else if !self.ring.has_room() || (is_write && self.stats.stalled) {
+            if !self.ring.has_room() || (is_write && self.stats.stalled) {
                 self.ready.push_back(key);
-            } else if is_write && !self.disk.gate.is_open() {
+            } else if is_write && !self.gate_is_open() {
                 // The gate is checked last: only the system call lies between the check and the
                 // submission of the write.
                 self.stats.stalled = true;
@@ -394,6 +411,26 @@ impl DiskEngine {
             }
         }
         Ok(count)
+    }
+
+    /// Tells the gate that a write may be under way, before it samples the clock.
+    fn gate_is_open(&mut self) -> bool {
+        if !std::mem::replace(&mut self.told_begin, true) {
+            self.disk.gate.write_begins();
+        }
+        self.disk.gate.is_open()
+    }
+
+    /// Tells the gate if no write is in flight any more.
+    fn tell_ended(&mut self) {
+        if self.writes_in_flight == 0 && std::mem::take(&mut self.told_begin) {
+            self.disk.gate.writes_ended();
+        }
+    }
+
+    fn becomes_unclean(&mut self) {
+        self.stats.writer_state = WriterState::Unclean;
+        self.disk.gate.write_failed();
     }
 
     #[expect(unsafe_code, reason = "io_uring takes raw addresses")]
@@ -419,9 +456,13 @@ impl DiskEngine {
         // read nor dropped before its last command has completed. Dropping the engine waits for
         // all completions first.
         let submitted = unsafe { self.ring.submit(&self.disk.file, command, tag) };
-        if submitted.is_err() && sub_request.kind != SubRequestKind::Read {
-            // Whether the kernel has the command is unknown.
-            self.stats.writer_state = WriterState::Unclean;
+        let kind = sub_request.kind;
+        if matches!(kind, SubRequestKind::Write { .. }) {
+            self.writes_in_flight += 1;
+        }
+        if submitted.is_err() && kind != SubRequestKind::Read {
+            // Whether the kernel has the command is unknown: a write counts as in flight for good.
+            self.becomes_unclean();
         }
         submitted
     }
@@ -438,13 +479,6 @@ impl Drop for DiskEngine {
             tracing::debug!("disk closed with incomplete requests");
         }
     }
-}
-
-fn is_transient(error: &io::Error) -> bool {
-    matches!(
-        error.kind(),
-        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
-    )
 }
 
 const SECTOR_BYTES: u64 = 512;

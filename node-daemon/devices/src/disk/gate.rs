@@ -1,15 +1,29 @@
 //! The write gate: the check that every write passes right before its submission.
 
 use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use bascule_types::Owner;
-use bascule_volume_gate::{GateClosedReason, GateReader, boot_time_now};
+use bascule_types::{Owner, WriterState};
+use bascule_volume_gate::{GateClosedReason, GateReader, WriterPage, boot_time_now};
 
 /// Decides whether a write may be submitted at this moment.
 pub trait WriteGate: Send + Sync + fmt::Debug {
     /// Called right before each submission, and every few milliseconds while writes wait.
     fn is_open(&self) -> bool;
+
+    /// A thread is about to check the gate for a write. Once per thread until
+    /// [`WriteGate::writes_ended`].
+    ///
+    /// # Ordering
+    /// Before [`WriteGate::is_open`] samples the clock ([`bascule_volume_gate::writer_page`]).
+    fn write_begins(&self) {}
+
+    /// None of that thread's writes is in flight.
+    fn writes_ended(&self) {}
+
+    /// A write or flush failed, or its outcome is unknown: it may land at any later time.
+    fn write_failed(&self) {}
 }
 
 /// The gate of a disk that no other node can write: a plain file in embedded mode without a volume.
@@ -28,15 +42,30 @@ impl WriteGate for AlwaysOpen {
 pub struct VolumeGate {
     reader: Arc<GateReader>,
     owner: Mutex<Owner>,
+    /// None with a `bascule-volume` of an earlier release, which does not ask.
+    page: Option<WriterPage>,
+    unclean: AtomicBool,
 }
 
 impl VolumeGate {
-    /// A gate that is open while the gate page of `reader` shows a valid lease of `owner`.
+    /// A gate that is open while the gate page of `reader` shows a valid lease of `owner`. What is
+    /// under way is told in `page`.
     #[must_use]
-    pub fn new(reader: Arc<GateReader>, owner: Owner) -> Self {
+    pub fn new(reader: Arc<GateReader>, owner: Owner, page: Option<WriterPage>) -> Self {
         Self {
             reader,
             owner: Mutex::new(owner),
+            page,
+            unclean: AtomicBool::new(false),
+        }
+    }
+
+    /// Whether every write through this gate has succeeded so far. Never becomes clean again.
+    pub fn writer_state(&self) -> WriterState {
+        if self.unclean.load(Ordering::SeqCst) {
+            WriterState::Unclean
+        } else {
+            WriterState::Clean
         }
     }
 
@@ -57,5 +86,24 @@ impl VolumeGate {
 impl WriteGate for VolumeGate {
     fn is_open(&self) -> bool {
         self.closed_reason().is_none()
+    }
+
+    fn write_begins(&self) {
+        if let Some(page) = &self.page {
+            page.write_begins();
+        }
+    }
+
+    fn writes_ended(&self) {
+        if let Some(page) = &self.page {
+            page.writes_ended();
+        }
+    }
+
+    fn write_failed(&self) {
+        self.unclean.store(true, Ordering::SeqCst);
+        if let Some(page) = &self.page {
+            page.write_failed();
+        }
     }
 }

@@ -91,7 +91,16 @@ impl OwnershipClient {
         })
     }
 
-    /// Sends one request, over a new connection if the old one is broken; none when that fails.
+    /// A refusal, with what the record says after it.
+    fn refused(&mut self) -> Reply {
+        match self.record() {
+            RecordAnswer::Record(row) => Reply::Refused(row),
+            RecordAnswer::NoRecord => Reply::NoSuchVm,
+            RecordAnswer::NoAnswer => Reply::NoAnswer,
+        }
+    }
+
+    /// One request, over a new connection if the old one is broken; nothing when that fails.
     pub(super) fn call(&mut self, request: &Request) -> Option<Response> {
         if self.connection.is_none() {
             self.connection = Connection::connect(&self.socket, RESPONSE_TIMEOUT).ok();
@@ -151,11 +160,11 @@ impl OwnershipAuthority for OwnershipClient {
             Some(Response::Refused(Refusal::NoSuchVm)) => Reply::NoSuchVm,
             Some(Response::Refused(refusal)) => {
                 tracing::warn!(%refusal, ?request, "the volume refused");
-                match self.record() {
-                    RecordAnswer::Record(row) => Reply::Refused(row),
-                    RecordAnswer::NoRecord => Reply::NoSuchVm,
-                    RecordAnswer::NoAnswer => Reply::NoAnswer,
-                }
+                self.refused()
+            }
+            Some(Response::Unavailable { reason }) => {
+                tracing::warn!(%reason, ?request, "the volume did not pass the request on");
+                self.refused()
             }
             _ => Reply::NoAnswer,
         }

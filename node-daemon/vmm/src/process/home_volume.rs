@@ -10,7 +10,7 @@ use anyhow::{Context as _, bail};
 use bascule_ipc::volume::{Request, Response};
 use bascule_ipc::{Connection, IpcError, Kind};
 use bascule_types::{Change, DiskRow, Ownership, SavedStateRow, VmUid};
-use bascule_volume_gate::GateReader;
+use bascule_volume_gate::{GateReader, WriterPage};
 
 use crate::migration::OwnershipClient;
 
@@ -32,6 +32,8 @@ pub(crate) struct Opened {
     pub(crate) device: Arc<File>,
     /// The gate page, until [`Opened::take_gate`].
     gate: Option<OwnedFd>,
+    /// This process's writer page, until [`Opened::take_writer_page`].
+    writer_page: Option<OwnedFd>,
     /// The VM's disks, kernel and initrd.
     pub(crate) disks: Vec<DiskRow>,
     pub(crate) saved: Option<SavedStateRow>,
@@ -50,6 +52,10 @@ pub(crate) enum Reopened {
 pub(super) const NO_HOME: &str =
     "the VM has no home volume: only the ownership record there says on which side it may run";
 
+/// Why a VM with a failed write is not migrated.
+pub(super) const UNCLEAN: &str = "a disk write failed and may still land: the VM stays on this node until the node was restarted, \
+     or is confirmed to be fenced";
+
 /// A client for the ownership record of `vm`.
 pub(super) fn ownership_client(socket: &Path, vm: VmUid) -> Result<OwnershipClient, String> {
     OwnershipClient::connect(socket, vm)
@@ -61,6 +67,13 @@ impl Opened {
     pub(crate) fn take_gate(&mut self) -> anyhow::Result<GateReader> {
         let page = self.gate.take().context("the gate was taken already")?;
         GateReader::from_fd(page).context("map the gate page")
+    }
+
+    /// The page in which this process says what it has under way; none from a `bascule-volume` of an
+    /// earlier release.
+    pub(crate) fn take_writer_page(&mut self) -> anyhow::Result<Option<WriterPage>> {
+        let page = self.writer_page.take().map(WriterPage::attach);
+        page.transpose().context("map the writer page")
     }
 
     /// The disk called `name`.
@@ -155,6 +168,7 @@ impl VolumeClient {
         Ok(Opened {
             device: Arc::new(File::from(device)),
             gate: Some(gate),
+            writer_page: fds.next(),
             disks: opened.disks,
             saved: opened.saved,
         })

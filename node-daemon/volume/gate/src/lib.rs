@@ -8,7 +8,8 @@
 //!
 //! This crate must not know the on-disk format, nor when a lease may be extended: that is in
 //! `bascule-volume-protocol`. Read next: [`layout`] (the bytes), [`GateWriter`],
-//! [`GateReader`].
+//! [`GateReader`]. Beside it, in [`writer_page`]: a page for each process that writes, in which it says
+//! whether writes of it are under way.
 //!
 //! ```no_run
 //! # use bascule_types::{Owner, SlotId, Generation};
@@ -27,8 +28,10 @@ pub mod layout;
 mod page;
 mod reader;
 mod writer;
+pub mod writer_page;
 
 pub use clock::{boot_id, boot_time_now};
 pub use error::GateError;
 pub use reader::{GateClosed, GateClosedReason, GateReader, GateView};
 pub use writer::{GateTakenOver, GateWriter};
+pub use writer_page::{WriterPage, WriterView};

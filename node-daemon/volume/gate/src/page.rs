@@ -82,6 +82,16 @@ impl Page {
         self.word(offset).fetch_max(value, Ordering::SeqCst);
     }
 
+    /// Adds to the word at byte `offset`.
+    pub(crate) fn add(&self, offset: usize, value: u64) {
+        self.word(offset).fetch_add(value, Ordering::SeqCst);
+    }
+
+    /// Subtracts from the word at byte `offset`.
+    pub(crate) fn subtract(&self, offset: usize, value: u64) {
+        self.word(offset).fetch_sub(value, Ordering::SeqCst);
+    }
+
     /// Loads 16 bytes as two words; not atomic as a whole.
     pub(crate) fn load_16(&self, offset: usize) -> [u8; 16] {
         let (low, high) = (self.load(offset), self.load(offset + 8));

@@ -48,7 +48,7 @@ pub use lease::{
     Held, LeaseCommand, LeaseConfig, LeaseEvent, LeaseHolder, LeasePhase, OwnRecord,
     OwnRecordFound, StopReason,
 };
-pub use open_writers::{WriterEvent, Writers};
+pub use open_writers::{Phase as WriterPhase, WriterEvent, WriterId, Writers};
 #[cfg(feature = "fault-injection")]
 pub use rules::Mutation;
 pub use rules::Rules;

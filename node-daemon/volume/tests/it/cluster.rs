@@ -6,12 +6,12 @@ use std::time::Instant;
 use crate::lab::{Lab, Node, name, vm};
 use bascule_ipc::volume::{PathState, Request, Response};
 use bascule_types::{
-    AdminConfirmation, Answer, AttemptId, Change, Epoch, FenceProof, MissingProof, Refusal,
+    AdminConfirmation, Answer, AttemptId, Change, Epoch, FenceProof, MissingProof, Refusal, VmRow,
 };
 use bascule_volume_gate::{GateClosedReason, GateReader, boot_time_now};
 use rustix::process::Signal;
 
-fn take_over(victim: &bascule_types::VmRow, by: &Node) -> Change {
+fn take_over(victim: &VmRow, by: &Node) -> Change {
     Change::TakeOver {
         vm: victim.vm,
         from: victim.owner.unwrap(),
@@ -135,15 +135,17 @@ fn a_failed_metadata_write_closes_the_gate_until_a_new_process_has_verified_the_
     assert_eq!(one.rows().vms.len(), 2);
 }
 
-/// Regression: the VM process only logged the failure, and the other VMs of the node kept writing.
+/// It used to close the gate for every VM of the node, until somebody killed the volume's process.
 #[test]
-fn a_disk_failure_reported_by_a_vm_closes_the_gate_of_this_node_only() {
+fn a_disk_that_a_vm_reports_as_failed_is_of_that_vm_alone_and_keeps_it_here() {
     let lab = Lab::new();
     let (mut one, two) = (lab.start(1), lab.start(2));
     let row = one.create_and_own(1);
     let owner = row.owner.unwrap();
+    let (opened, fds) = one.open_vm(&row);
+    assert!(matches!(opened, Response::Opened(_)), "{opened:?}");
+    drop(fds);
     let gate = GateReader::open(one.run_dir.join("gate")).unwrap();
-    gate.check(boot_time_now(), owner).unwrap();
     for what in ["shop/web: disk \"data\": flush failed", "a second one"] {
         let report = Request::ReportFailure {
             vm: row.vm,
@@ -151,22 +153,62 @@ fn a_disk_failure_reported_by_a_vm_closes_the_gate_of_this_node_only() {
         };
         assert_eq!(one.call(&report).unwrap().0, Response::Noted);
     }
-    let closed = gate.check(boot_time_now(), owner).unwrap_err();
-    assert_eq!(closed.reason, GateClosedReason::StickyFailed);
-    let status = one.status().unwrap();
-    assert_eq!(status.path, PathState::Unavailable);
-    let reason = status.reason.unwrap();
-    assert!(
-        reason.starts_with("shop/web: disk \"data\": flush failed;"),
-        "{reason}"
-    );
-    assert!(reason.contains("has been ended"), "{reason}");
-    two.wait_status("the other node's gate to stay open", |status| {
-        status.path == PathState::Direct
-    });
-    assert!(one.terminate());
+    gate.check(boot_time_now(), owner).unwrap();
+    assert_eq!(one.status().unwrap().path, PathState::Direct);
+
+    // Nobody is told that its writes are complete: neither now nor after a restart.
+    let (vm, epoch) = (row.vm, row.epoch);
+    let to = two.owner();
+    let attempt = AttemptId::random();
+    let from = owner;
+    let refused = [
+        Request::CloseVm { vm, owner, epoch },
+        Request::Change(Change::Release { vm, from, epoch }),
+        Request::Change(Change::Transfer {
+            vm,
+            from,
+            epoch,
+            to,
+            attempt,
+        }),
+    ];
+    for restart in [false, true] {
+        if restart {
+            one.kill();
+            one = lab.launch(1, &[]);
+            one.wait_open();
+        }
+        for request in &refused {
+            let (response, _) = one.call(request).unwrap();
+            let Response::Unavailable { reason } = response else {
+                panic!("{request:?}: {response:?}");
+            };
+            assert!(reason.contains("restart this node"), "{reason}");
+        }
+        gate.check(boot_time_now(), owner).unwrap();
+    }
+    assert_eq!(one.row(1), row);
+    // The writer itself goes on.
+    assert!(matches!(one.open_vm(&row).0, Response::Opened(_)));
+}
+
+#[test]
+fn i1_a_vm_is_not_opened_while_an_earlier_writer_of_it_may_write() {
+    let lab = Lab::new();
     let one = lab.start(1);
-    gate.check(boot_time_now(), one.owner()).unwrap();
+    let row = one.create_and_own(1);
+    let mut writer = spawn_writer(&one, &row);
+    let (refused, _) = one.open_vm(&row);
+    let Response::Unavailable { reason } = refused else {
+        panic!("{refused:?}");
+    };
+    assert!(reason.contains(&writer.id().to_string()), "{reason}");
+    writer.kill().unwrap();
+    writer.wait().unwrap();
+    let killed_at = Instant::now();
+    let open = |node: &Node| matches!(node.open_vm(&row).0, Response::Opened(_)).then_some(());
+    one.wait("the VM to open", open, |()| true);
+    assert!(killed_at.elapsed().as_millis() >= 500, "settle");
 }
 
 #[test]
@@ -381,7 +423,7 @@ fn a_vm_is_opened_only_by_its_owner_and_a_new_disk_reads_as_zeroes() {
     let disk = one.create_disk(1, "shop/first", 2);
     let start = disk.extents[0].start.lba_to_bytes().unwrap().0;
     file.write_all_at(&[0xEE; 8192], start).unwrap();
-    let stale = one.open_vm(&bascule_types::VmRow {
+    let stale = one.open_vm(&VmRow {
         epoch: Epoch(7),
         ..row.clone()
     });
@@ -406,7 +448,7 @@ fn a_vm_is_opened_only_by_its_owner_and_a_new_disk_reads_as_zeroes() {
     let Response::Opened(opened) = response else {
         panic!("{response:?}");
     };
-    assert_eq!((opened.disks.len(), fds.len()), (1, 2));
+    assert_eq!((opened.disks.len(), fds.len()), (1, 3));
     let mut bytes = [1; 8192];
     std::fs::File::open(lab.device())
         .unwrap()
@@ -420,26 +462,7 @@ fn the_vm_of_a_killed_writer_is_released_after_the_settle_time() {
     let lab = Lab::new();
     let one = lab.start(1);
     let row = one.create_and_own(1);
-    // A process that opens the VM and is killed before it closes.
-    let mut writer = std::process::Command::new(std::env::current_exe().unwrap())
-        .args([
-            "--exact",
-            "cluster::writer_that_is_killed",
-            "--ignored",
-            "--nocapture",
-        ])
-        .env("BASCULE_TEST_SOCKET", one.run_dir.join("volume.sock"))
-        .env("BASCULE_TEST_REQUEST", one.open_request(&row))
-        .stdout(std::process::Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut said = String::new();
-    let mut out = std::io::BufReader::new(writer.stdout.take().unwrap());
-    while !said.contains("opened") {
-        said.clear();
-        let read = std::io::BufRead::read_line(&mut out, &mut said).unwrap();
-        assert!(read > 0, "the writer process ended");
-    }
+    let mut writer = spawn_writer(&one, &row);
     let release = Change::Release {
         vm: vm(1),
         from: row.owner.unwrap(),
@@ -455,7 +478,31 @@ fn the_vm_of_a_killed_writer_is_released_after_the_settle_time() {
     assert!(killed_at.elapsed().as_millis() >= 500, "settle");
 }
 
-/// Not a test: the child of the one above.
+/// A process that opens the VM and dies without a word.
+fn spawn_writer(one: &Node, row: &VmRow) -> std::process::Child {
+    let mut writer = std::process::Command::new(std::env::current_exe().unwrap())
+        .args([
+            "--exact",
+            "cluster::writer_that_is_killed",
+            "--ignored",
+            "--nocapture",
+        ])
+        .env("BASCULE_TEST_SOCKET", one.run_dir.join("volume.sock"))
+        .env("BASCULE_TEST_REQUEST", one.open_request(row))
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut said = String::new();
+    let mut out = std::io::BufReader::new(writer.stdout.take().unwrap());
+    while !said.contains("opened") {
+        said.clear();
+        let read = std::io::BufRead::read_line(&mut out, &mut said).unwrap();
+        assert!(read > 0, "the writer ended");
+    }
+    writer
+}
+
+/// Not a test: the child of `spawn_writer`.
 #[test]
 #[ignore = "run by the_vm_of_a_killed_writer_is_released_after_the_settle_time"]
 fn writer_that_is_killed() {

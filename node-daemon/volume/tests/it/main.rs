@@ -8,5 +8,6 @@
 mod bad_input;
 mod chaos;
 mod cluster;
+mod hanging_device;
 mod lab;
 mod peer;

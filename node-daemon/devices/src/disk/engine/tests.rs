@@ -21,12 +21,28 @@ const VOLUME_BYTES: usize = 128 * 4096;
 struct TestGate {
     open: AtomicBool,
     checks: AtomicUsize,
+    /// What it was told: how many threads may have a write submitted, and of a failure.
+    active: AtomicUsize,
+    failed: AtomicBool,
 }
 
 impl WriteGate for TestGate {
     fn is_open(&self) -> bool {
         self.checks.fetch_add(1, Ordering::Relaxed);
+        assert_eq!(self.active.load(Ordering::Relaxed), 1, "told before");
         self.open.load(Ordering::Relaxed)
+    }
+
+    fn write_begins(&self) {
+        self.active.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn writes_ended(&self) {
+        self.active.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    fn write_failed(&self) {
+        self.failed.store(true, Ordering::Relaxed);
     }
 }
 
@@ -223,6 +239,8 @@ fn a_closed_gate_holds_writes_and_flushes_back_and_lets_reads_through() {
         bench.engine.stats().stalled && bench.engine.drain().unwrap().completions.is_empty()
     });
     assert!(gate.checks.load(Ordering::Relaxed) > 0);
+    let active = || gate.active.load(Ordering::Relaxed);
+    assert_eq!(active(), 0, "a stalled write is not in flight");
     assert!([write, merge, flush].iter().all(|tag| !bench.is_done(*tag)));
     assert_eq!(bench.engine.retry_after(), Some(GATE_POLL));
     assert!(
@@ -237,6 +255,37 @@ fn a_closed_gate_holds_writes_and_flushes_back_and_lets_reads_through() {
     assert_eq!(bench.engine.retry_after(), None);
     assert_eq!(bench.on_volume()[..4096], [7; 4096]);
     assert_eq!(bench.on_volume()[8192 + 512..8192 + 1024], [8; 512]);
+    bench.progress();
+    assert_eq!(active(), 0);
+    assert!(!gate.failed.load(Ordering::Relaxed));
+}
+
+#[test]
+fn the_gate_is_told_of_a_failed_write_before_it_is_told_that_none_is_in_flight() {
+    #[derive(Debug, Default)]
+    struct Log(std::sync::Mutex<Vec<&'static str>>);
+    impl WriteGate for Log {
+        fn is_open(&self) -> bool {
+            self.0.lock().unwrap().push("check");
+            true
+        }
+        fn write_begins(&self) {
+            self.0.lock().unwrap().push("begins");
+        }
+        fn writes_ended(&self) {
+            self.0.lock().unwrap().push("ended");
+        }
+        fn write_failed(&self) {
+            self.0.lock().unwrap().push("failed");
+        }
+    }
+    let gate = Arc::new(Log::default());
+    let mut bench = Bench::with(512, gate.clone(), false);
+    let write = bench.write(0, 0x1000, &[1; 512]);
+    bench.wait(write).unwrap_err();
+    bench.progress();
+    let log = gate.0.lock().unwrap().clone();
+    assert_eq!(log, ["begins", "check", "failed", "ended"]);
 }
 
 #[test]
@@ -268,8 +317,9 @@ fn a_flush_waits_only_for_writes_that_arrived_before_it() {
     assert!(bench.is_done(write), "the write came first");
 }
 
+/// The engine used to refuse every write after the first one that failed.
 #[test]
-fn after_a_failed_write_no_write_is_submitted_and_reads_continue() {
+fn a_failed_write_is_an_error_of_that_write_alone() {
     let mut bench = Bench::with(512, Arc::new(AlwaysOpen), false);
     let write = bench.write(0, 0x1000, &[1; 512]);
     bench.wait(write).unwrap_err();
@@ -278,12 +328,52 @@ fn after_a_failed_write_no_write_is_submitted_and_reads_continue() {
     assert!(reason.contains("Bad file descriptor"), "{reason}");
     assert_eq!(bench.engine.take_failure(), None, "returned once");
     let flush = bench.enqueue(Operation::Flush);
-    bench.wait(flush).unwrap_err();
+    bench.wait(flush).unwrap();
     let write = bench.write(0, 0x1000, &[1; 512]);
     let error = bench.wait(write).unwrap_err();
-    assert_eq!(error.to_string(), "the disk has failed");
+    assert_eq!(error.raw_os_error(), Some(libc::EBADF), "it was submitted");
+    assert_eq!(bench.engine.take_failure(), None, "only the first one");
     let read = bench.read(0, 0x1000, 512);
     bench.wait(read).unwrap();
+    assert_eq!(bench.engine.writer_state(), WriterState::Unclean);
+}
+
+#[test]
+fn a_write_waits_for_a_lost_path_and_lands_when_it_is_back() {
+    use rustix::net::{AddressFamily, SocketAddrUnix, SocketType, connect, socket};
+    let socket = socket(AddressFamily::UNIX, SocketType::STREAM, None).unwrap();
+    // Without a peer it refuses writes with ENOTCONN.
+    let path = File::from(socket.try_clone().unwrap());
+    let dir = tempfile::tempdir().unwrap();
+    let listener = std::os::unix::net::UnixListener::bind(dir.path().join("target")).unwrap();
+    let volume = tempfile::tempfile().unwrap();
+    let mut bench = Bench::on(path, volume, 512, Arc::new(AlwaysOpen));
+    // Where the volume begins: a socket has no other offset.
+    let write = bench.write(8 * 4096, 0x1000, &[7; 512]);
+    wait_until("the stall", || {
+        bench.progress();
+        bench.engine.stats().stalled
+    });
+    assert!(!bench.is_done(write), "the guest sees no error");
+    assert!(bench.engine.retry_after().unwrap() > GATE_POLL, "no storm");
+    assert_eq!(bench.engine.writer_state(), WriterState::Unclean);
+
+    connect(
+        &socket,
+        &SocketAddrUnix::new(dir.path().join("target")).unwrap(),
+    )
+    .unwrap();
+    bench.wait(write).unwrap();
+    assert_eq!(bench.engine.retry_after(), None);
+    let (mut target, _) = listener.accept().unwrap();
+    let mut landed = [0; 512];
+    io::Read::read_exact(&mut target, &mut landed).unwrap();
+    assert_eq!(landed, [7; 512]);
+    assert_eq!(
+        bench.engine.writer_state(),
+        WriterState::Unclean,
+        "an attempt that failed may land once more"
+    );
 }
 
 #[test]
@@ -410,7 +500,7 @@ fn the_volumes_gate_opens_for_the_owner_of_a_valid_lease_alone() {
         slot: SlotId(1),
         generation: Generation(generation),
     };
-    let gate = VolumeGate::new(reader, owner(4));
+    let gate = VolumeGate::new(reader, owner(4), None);
     assert!(!gate.is_open(), "no lease was published");
     writer
         .publish(owner(4), boot_time_now().after(Duration::from_secs(60)))

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -155,7 +156,10 @@ impl ImageWriter {
         if self.piece.filled > 0 {
             self.write_piece()?;
         }
-        self.area.device.sync_data()?;
+        if let Err(error) = self.area.device.sync_data() {
+            self.gate.write_failed();
+            return Err(error);
+        }
         Ok(SavedStateSum {
             length: Bytes(self.length),
             crc32c: self.crc32c,
@@ -169,13 +173,7 @@ impl ImageWriter {
         while done < whole {
             let (offset, room) = self.area.here()?;
             let end = whole.min(done.saturating_add(room));
-            self.await_gate()?;
-            let bytes = &self.piece.all()[done..end];
-            let written =
-                rustix::io::retry_on_intr(|| rustix::io::pwrite(&self.area.device, bytes, offset))?;
-            if written == 0 {
-                return Err(io::ErrorKind::WriteZero.into());
-            }
+            let written = self.write_at(offset, done..end)?;
             done += written;
             self.area.advance(written);
         }
@@ -183,16 +181,52 @@ impl ImageWriter {
         Ok(())
     }
 
-    /// Right before each write.
-    fn await_gate(&self) -> io::Result<()> {
+    fn write_at(&self, offset: u64, range: Range<usize>) -> io::Result<usize> {
+        let begun = self.await_gate()?;
+        let bytes = &self.piece.all()[range];
+        let device = &self.area.device;
+        let written = rustix::io::retry_on_intr(|| rustix::io::pwrite(device, bytes, offset));
+        if written.is_err() {
+            self.gate.write_failed();
+        }
+        drop(begun);
+        match written? {
+            0 => Err(io::ErrorKind::WriteZero.into()),
+            count => Ok(count),
+        }
+    }
+
+    /// Right before each write: waits for the gate, which is told of the write until the guard is
+    /// dropped.
+    fn await_gate(&self) -> io::Result<BegunGuard<'_>> {
         let deadline = Instant::now() + GATE_TIMEOUT;
-        while !self.gate.is_open() {
+        loop {
+            let begun = BegunGuard::new(&*self.gate);
+            if self.gate.is_open() {
+                return Ok(begun);
+            }
+            drop(begun);
             if Instant::now() >= deadline {
                 return Err(io::Error::other("the volume's gate stays closed"));
             }
             std::thread::sleep(GATE_POLL_INTERVAL);
         }
-        Ok(())
+    }
+}
+
+/// While it lives, a write may be under way.
+struct BegunGuard<'a>(&'a dyn WriteGate);
+
+impl<'a> BegunGuard<'a> {
+    fn new(gate: &'a dyn WriteGate) -> Self {
+        gate.write_begins();
+        Self(gate)
+    }
+}
+
+impl Drop for BegunGuard<'_> {
+    fn drop(&mut self) {
+        self.0.writes_ended();
     }
 }
 

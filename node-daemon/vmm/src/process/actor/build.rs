@@ -66,7 +66,9 @@ impl BuildPlan {
         else {
             return Ok(None);
         };
-        let gate = Arc::new(VolumeGate::new(Arc::new(opened.take_gate()?), home.owner));
+        let reader = Arc::new(opened.take_gate()?);
+        let page = opened.take_writer_page()?;
+        let gate = Arc::new(VolumeGate::new(reader, home.owner, page));
         ownership_watch::watch(Arc::clone(&gate), Arc::clone(volume), self.actor.clone())
             .context("watch the gate")?;
         Ok(Some(gate))

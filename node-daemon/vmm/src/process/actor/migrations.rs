@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use bascule_ipc::vm::{MigrationLimits, StartMode, StopReason};
-use bascule_types::{AttemptId, Owner, Ownership, SavedStateRow, VmUid};
+use bascule_types::{AttemptId, Owner, Ownership, SavedStateRow, VmUid, WriterState};
 
 use super::event::{ActorGone, ActorHandle, MigrationRequest};
 use super::migration_guest::{ActorArrival, ActorGuest};
@@ -19,7 +19,7 @@ use crate::migration::{
     Incoming, IncomingEnd, MigrationControl, Outgoing, OutgoingEnd, Quick, SavedArea, listen_in,
     migrate_live, migrate_quick, prefault, receive_live,
 };
-use crate::process::home_volume::{NO_HOME, VolumeClient, ownership_client};
+use crate::process::home_volume::{NO_HOME, UNCLEAN, VolumeClient, ownership_client};
 
 /// Pauses before the addresses of an arrived guest are announced again: switches may still be
 /// learning its old port.
@@ -259,7 +259,16 @@ impl VmActor {
         }
     }
 
+    /// Before the commit request of a live and of a quick migration. An unclean writer ends the attempt
+    /// here: a write of it may land after the first one of the destination.
     fn mark_in_doubt(&mut self) -> anyhow::Result<()> {
+        if let Phase::Paused(vm) = &self.phase {
+            let gate = self.gate.as_ref();
+            let state = gate.map_or(WriterState::Clean, |gate| gate.writer_state());
+            if vm.writer_state().and(state) == WriterState::Unclean {
+                bail!(UNCLEAN);
+            }
+        }
         match self.take_phase() {
             Phase::Paused(vm) => {
                 self.phase = Phase::InDoubt(vm);

@@ -17,7 +17,7 @@ use bascule_volume_protocol::fence::{self, FencePolicy};
 use bascule_volume_protocol::watchdog_policy::{Decision, Enlisted, timeout_fits};
 use bascule_volume_protocol::{
     HeartbeatSeen, Held, JoinClaim, LeaseCommand, LeaseConfig, LeaseEvent, LeaseHolder, LeasePhase,
-    OwnRecord, OwnSlot, Rules, WatchEvent, Watcher, WriterEvent, Writers, join_claim,
+    OwnRecord, OwnSlot, Rules, WatchEvent, Watcher, WriterEvent, WriterId, Writers, join_claim,
 };
 use stateright::{Model, Property};
 
@@ -25,6 +25,12 @@ use crate::checker::{Size, holds};
 use crate::table::{Table, TestWitness, VM, owner, rejoin};
 
 const NODE_A: NodeUid = NodeUid::from_bytes([1; 16]);
+/// The guest's process on node A.
+const GUEST: WriterId = WriterId {
+    vm: VM,
+    pid: 1,
+    started: 1,
+};
 const VOLUME: VolumeId = VolumeId::from_bytes([1; 16]);
 const A: u16 = 0;
 const B: u16 = 1;
@@ -306,8 +312,12 @@ impl FenceModel {
             return;
         };
         node.guest = Guest::None;
-        let ended = WriterEvent::Closed { vm: VM, drained };
-        node.writers = node.writers.clone().next(ended);
+        let ended = if drained {
+            WriterEvent::Closed
+        } else {
+            WriterEvent::Died
+        };
+        node.writers = node.writers.clone().next(GUEST, ended);
         if !node.writers.must_be_watched() {
             node.enlisted = node.enlisted.clone().withdraw(VOLUME);
         }
@@ -343,7 +353,7 @@ impl FenceModel {
         }
         let epoch = state.table.row().epoch;
         if let NodeState::Up(node) = &mut state.a {
-            node.writers = node.writers.clone().next(WriterEvent::Opened(VM));
+            node.writers = node.writers.clone().next(GUEST, WriterEvent::Opened);
             node.enlisted = node.enlisted.clone().enlist(VOLUME);
             node.guest = Guest::Running(Ownership::new(to, epoch));
         }
@@ -451,7 +461,7 @@ impl Model for FenceModel {
 
     fn init_states(&self) -> Vec<State> {
         let mut node = self.node(0, 1);
-        node.writers = node.writers.next(WriterEvent::Opened(VM));
+        node.writers = node.writers.next(GUEST, WriterEvent::Opened);
         node.enlisted = node.enlisted.enlist(VOLUME);
         node.guest = Guest::Running(Ownership::new(owner(A, 1), Epoch(1)));
         let begin = LeaseEvent::NewGeneration {

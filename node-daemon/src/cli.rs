@@ -15,7 +15,7 @@ use crate::config::NodeConfig;
 use crate::daemon::{self, ServeArgs};
 use crate::embedded::{self, MigrateArgs, RunVmArgs, StopVmArgs, VolumeCommand};
 use crate::identity::authority::{self, CertCommand};
-use crate::images::{self, FetchArgs, RunArgs};
+use crate::images::{self, RunArgs};
 use crate::paths::Paths;
 use crate::processes::launcher::{self, LaunchArgs};
 
@@ -91,8 +91,9 @@ struct ImportCli {
 enum ImportCommand {
     /// Run one import
     Run(RunArgs),
-    /// Fetch an image to standard output, without privileges (used by `run`)
-    Fetch(FetchArgs),
+    /// Fetch an image to standard output, without privileges (used by `run`); the job comes as JSON on
+    /// standard input
+    Fetch,
 }
 
 /// The program `bascule-node`.
@@ -119,7 +120,7 @@ pub fn node_main() -> ExitCode {
 pub fn import_main() -> ExitCode {
     finish(match &ImportCli::parse().command {
         ImportCommand::Run(args) => images::run(args),
-        ImportCommand::Fetch(args) => images::fetch(args),
+        ImportCommand::Fetch => images::fetch(),
     })
 }
 

@@ -2,10 +2,14 @@
 //! this node.
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::path::PathBuf;
 
+use anyhow::{Context, Result};
 use bascule_node_api::{HTTP_PORT, NODE_PORT, VOLUME_PORTS};
 use bascule_types::{ParsePortRangeError, PortRange};
+
+use crate::images::SiteConfig;
 
 /// Flags that every way of running VMs has in common.
 #[derive(Clone, Debug, clap::Args)]
@@ -22,10 +26,25 @@ pub(crate) struct NodeConfig {
     /// A file of this node that VMs may be made from, by a name; repeatable
     #[arg(long = "host-file", value_name = "NAME=PATH", value_parser = pair)]
     host_files: Vec<(String, String)>,
-    /// An address range that images may be fetched from although it is loopback or link-local;
-    /// repeatable
+    /// An address range that images may be fetched from although it is loopback, link-local or
+    /// otherwise special; repeatable
     #[arg(long = "allow-source", value_name = "CIDR")]
-    pub(crate) allow_sources: Vec<String>,
+    allow_sources: Vec<String>,
+    /// An HTTP proxy for fetching images, `http://[user:password@]host:port`. Prefer the variable: arguments
+    /// are visible to every user of this node
+    #[arg(
+        long,
+        value_name = "URL",
+        env = "BASCULE_IMAGE_PROXY",
+        hide_env_values = true
+    )]
+    image_proxy: Option<String>,
+    /// Hosts that images are fetched from without the proxy, comma-separated
+    #[arg(long, value_name = "HOSTS", env = "BASCULE_IMAGE_NO_PROXY")]
+    image_no_proxy: Option<String>,
+    /// A file with certificate authorities to trust for images beside this node's own, in PEM
+    #[arg(long, value_name = "FILE")]
+    image_ca: Option<PathBuf>,
     /// Where the programs of this release are [default: beside this one]
     #[arg(long, value_name = "DIR")]
     pub(crate) programs: Option<PathBuf>,
@@ -52,6 +71,40 @@ impl NodeConfig {
             .iter()
             .map(|(name, path)| (name.clone(), path.into()))
             .collect()
+    }
+
+    pub(crate) fn image_site(&self) -> ImageSite {
+        // An empty variable is as good as none.
+        let set = |value: &Option<String>| value.clone().filter(|value| !value.is_empty());
+        ImageSite {
+            config: SiteConfig {
+                allow: self.allow_sources.clone(),
+                proxy: set(&self.image_proxy),
+                no_proxy: set(&self.image_no_proxy),
+                ca_bundle: None,
+            },
+            ca_file: self.image_ca.clone(),
+        }
+    }
+}
+
+/// How this node reaches image sources, as its options say.
+#[derive(Clone, Debug)]
+pub(crate) struct ImageSite {
+    config: SiteConfig,
+    ca_file: Option<PathBuf>,
+}
+
+impl ImageSite {
+    /// The configuration at this moment: the file of authorities may have been renewed.
+    pub(crate) fn read(&self) -> Result<SiteConfig> {
+        let read = |path: &PathBuf| {
+            fs::read_to_string(path).with_context(|| format!("read --image-ca {}", path.display()))
+        };
+        Ok(SiteConfig {
+            ca_bundle: self.ca_file.as_ref().map(read).transpose()?,
+            ..self.config.clone()
+        })
     }
 }
 

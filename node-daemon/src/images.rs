@@ -10,8 +10,9 @@ mod blocks;
 mod fetch;
 mod fetcher;
 mod job;
+mod source_policy;
 mod writer;
 
-pub(crate) use fetch::{FetchArgs, fetch};
+pub(crate) use fetch::{SiteConfig, fetch};
 pub(crate) use job::{ImportJob, JobSource, write_report};
 pub(crate) use writer::{RunArgs, run};

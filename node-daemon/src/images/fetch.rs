@@ -1,62 +1,167 @@
 //! The fetcher: http or https to standard output, within the allowed addresses.
+//!
+//! It reads one [`FetchJob`] as JSON from standard input, so that neither a password in the URL nor one of the
+//! proxy is in the process list. It runs as user nobody with an empty environment.
 
+use std::fmt;
 use std::io::{self, Write};
 use std::net::{IpAddr, SocketAddr};
 use std::str::FromStr;
+use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
 use ureq::config::Config;
 use ureq::http::Uri;
+use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig, parse_pem};
 use ureq::unversioned::resolver::{DefaultResolver, ResolvedSocketAddrs, Resolver};
-use ureq::unversioned::transport::{DefaultConnector, NextTimeout};
+use ureq::unversioned::transport::{
+    ConnectionDetails, Connector, DefaultConnector, NextTimeout, Transport,
+};
+use ureq::{Proxy, ProxyProtocol};
 
-/// `bascule-import fetch`
-#[derive(Debug, clap::Args)]
-pub(crate) struct FetchArgs {
-    /// The image: http or https
-    #[arg(long)]
+use super::source_policy::{Range, forbidden, permitted};
+
+/// What the fetcher is to do.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct FetchJob {
     pub(crate) url: String,
-    /// A range that may be fetched from although it is loopback or link-local; repeatable
-    #[arg(long = "allow")]
-    pub(crate) allow: Vec<Range>,
+    pub(crate) site: SiteConfig,
 }
 
-/// An address range in CIDR notation.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Range {
-    address: IpAddr,
-    prefix: u8,
+/// How this node reaches image sources: the same for all of them, set by the administrator.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct SiteConfig {
+    /// Ranges that may be fetched from although the policy forbids them, in CIDR notation.
+    pub(crate) allow: Vec<String>,
+    /// An HTTP proxy, `http://[user:password@]host:port`, for both http and https.
+    pub(crate) proxy: Option<String>,
+    /// Hosts that are reached without the proxy, comma-separated, as in the variable NO_PROXY.
+    pub(crate) no_proxy: Option<String>,
+    /// Certificate authorities to trust beside those of the node, in PEM.
+    pub(crate) ca_bundle: Option<String>,
 }
 
 /// Writes the image to standard output.
-pub(crate) fn fetch(args: &FetchArgs) -> Result<()> {
+pub(crate) fn fetch() -> Result<()> {
+    let job: FetchJob = serde_json::from_reader(io::stdin().lock()).context("read the job")?;
+    fetch_to(&job, &mut io::stdout().lock())
+}
+
+fn fetch_to(job: &FetchJob, out: &mut impl Write) -> Result<()> {
+    let url: Uri = job.url.parse().context("the URL is not valid")?;
+    if let Some(host) = url.host()
+        && is_cluster_name(host)
+    {
+        bail!(
+            "{host} is a name of the cluster's DNS, which a node does not use to fetch images: use a \
+             name or an address that nodes can reach, such as an Ingress or a NodePort"
+        );
+    }
+    let shown = Redacted(&job.url);
+    let agent = agent(&job.site)?;
+    let mut response = agent
+        .get(url)
+        .call()
+        .with_context(|| format!("fetch {shown}"))?;
+    let mut body = response.body_mut().with_config().limit(u64::MAX).reader();
+    io::copy(&mut body, out).with_context(|| format!("fetch {shown}"))?;
+    out.flush().context("write to the writer")
+}
+
+fn agent(site: &SiteConfig) -> Result<ureq::Agent> {
+    let allow: Vec<Range> = site
+        .allow
+        .iter()
+        .map(|text| Range::from_str(text))
+        .collect::<Result<_, _>>()
+        .map_err(anyhow::Error::msg)?;
+    let proxy = site.proxy.as_deref().map(|proxy| parse_proxy(proxy, site));
+    let proxy = proxy.transpose()?;
+    let proxy_host = proxy.as_ref().map(|proxy| proxy.host().to_owned());
+    let tls = TlsConfig::builder().root_certs(roots(site.ca_bundle.as_deref())?);
     let config = Config::builder()
         .timeout_connect(Some(CONNECT_LIMIT))
         .timeout_recv_response(Some(RESPONSE_LIMIT))
         .max_redirects(REDIRECTS_MAX)
+        .tls_config(tls.build())
+        .proxy(proxy)
         .build();
     let resolver = PolicyResolver {
         inner: DefaultResolver::default(),
-        allow: args.allow.clone(),
+        allow: allow.clone(),
+        proxy_host: proxy_host.clone(),
     };
-    let agent = ureq::Agent::with_parts(config, DefaultConnector::default(), resolver);
-    let mut response = agent
-        .get(&args.url)
-        .call()
-        .with_context(|| format!("fetch {}", args.url))?;
-    let mut body = response.body_mut().with_config().limit(u64::MAX).reader();
-    let mut out = io::stdout().lock();
-    io::copy(&mut body, &mut out).with_context(|| format!("fetch {}", args.url))?;
-    out.flush().context("write to the writer")
+    let policy = PolicyConnector { allow, proxy_host };
+    let connector = ().chain(policy).chain(DefaultConnector::default());
+    Ok(ureq::Agent::with_parts(config, connector, resolver))
+}
+
+/// The proxy, with the hosts that go around it.
+fn parse_proxy(text: &str, site: &SiteConfig) -> Result<Proxy> {
+    let wrong = || format!("the image proxy {} is not http://host:port", Redacted(text));
+    let given = Proxy::new(text).ok().with_context(wrong)?;
+    if !matches!(given.protocol(), ProxyProtocol::Http | ProxyProtocol::Https) {
+        bail!(wrong());
+    }
+    let mut builder = Proxy::builder(given.protocol())
+        .host(given.host())
+        .port(given.port());
+    if let Some(username) = given.username() {
+        builder = builder.username(username);
+    }
+    if let Some(password) = given.password() {
+        builder = builder.password(password);
+    }
+    let hosts = site.no_proxy.as_deref().unwrap_or_default().split(',');
+    for host in hosts.map(str::trim).filter(|host| !host.is_empty()) {
+        builder = builder.no_proxy(host);
+    }
+    builder.build().ok().with_context(wrong)
+}
+
+/// The node's own trust store and `ca_bundle`; where the node has none, the roots of Mozilla that were built in.
+fn roots(ca_bundle: Option<&str>) -> Result<RootCerts> {
+    let own = rustls_native_certs::load_native_certs().certs;
+    let mut certificates: Vec<Certificate<'static>> = own
+        .iter()
+        .map(|der| Certificate::from_der(der).to_owned())
+        .collect();
+    if let Some(pem) = ca_bundle {
+        let before = certificates.len();
+        for item in parse_pem(pem.as_bytes()) {
+            match item.context("read the CA bundle for image sources")? {
+                PemItem::Certificate(certificate) => certificates.push(certificate),
+                _ => {
+                    bail!("the CA bundle for image sources holds something else than certificates")
+                }
+            }
+        }
+        if certificates.len() == before {
+            bail!("the CA bundle for image sources holds no certificate");
+        }
+    }
+    if certificates.is_empty() {
+        Ok(RootCerts::WebPki)
+    } else {
+        Ok(RootCerts::Specific(Arc::new(certificates)))
+    }
+}
+
+/// A name that only the cluster's DNS knows.
+fn is_cluster_name(host: &str) -> bool {
+    let host = host.trim_end_matches('.').to_ascii_lowercase();
+    host.ends_with(".svc") || host.ends_with(".cluster.local") || host == "kubernetes.default"
 }
 
 /// Resolves as usual, then drops the addresses that an author of a VM must not reach through the
-/// node: redirects and DNS answers are checked too, because every connection comes by here.
+/// node: redirects and DNS answers are checked too, because every direct connection passes here.
 #[derive(Debug)]
 struct PolicyResolver {
     inner: DefaultResolver,
     allow: Vec<Range>,
+    proxy_host: Option<String>,
 }
 
 impl Resolver for PolicyResolver {
@@ -67,77 +172,79 @@ impl Resolver for PolicyResolver {
         timeout: NextTimeout,
     ) -> Result<ResolvedSocketAddrs, ureq::Error> {
         let all = self.inner.resolve(uri, config, timeout)?;
+        let host = uri.host().unwrap_or_default();
+        if self.proxy_host.as_deref() == Some(host) {
+            // The administrator chose the proxy.
+            return Ok(all);
+        }
         let mut allowed = self.empty();
-        for address in all
-            .iter()
-            .filter(|address| permitted(**address, &self.allow))
-        {
+        let permitted = |address: &&SocketAddr| permitted(**address, &self.allow);
+        for address in all.iter().filter(permitted) {
             allowed.push(*address);
         }
         if allowed.is_empty() {
-            let host = uri.host().unwrap_or_default();
-            return Err(ureq::Error::Io(io::Error::new(
-                io::ErrorKind::PermissionDenied,
-                format!("{host} is a loopback or link-local address: not allowed as a source"),
-            )));
+            let first = all.iter().next().map(SocketAddr::ip);
+            return Err(refusal(host, first));
         }
         Ok(allowed)
     }
 }
 
-fn permitted(address: SocketAddr, allow: &[Range]) -> bool {
-    let ip = address.ip().to_canonical();
-    allow.iter().any(|range| range.contains(ip)) || !is_local(ip)
+/// Checks the address in the URL of a connection that goes through the proxy, which this process does not
+/// resolve. A name is left to the proxy, whose own policy applies.
+#[derive(Debug)]
+struct PolicyConnector {
+    allow: Vec<Range>,
+    proxy_host: Option<String>,
 }
 
-/// The node's own services, cloud metadata services, and nothing routable.
-fn is_local(ip: IpAddr) -> bool {
-    match ip {
-        IpAddr::V4(v4) => {
-            v4.is_loopback()
-                || v4.is_link_local()
-                || v4.is_unspecified()
-                || v4.is_multicast()
-                || v4.is_broadcast()
-        }
-        IpAddr::V6(v6) => {
-            v6.is_loopback()
-                || v6.is_unspecified()
-                || v6.is_multicast()
-                || v6.is_unicast_link_local()
+impl<In: Transport> Connector<In> for PolicyConnector {
+    type Out = In;
+
+    fn connect(
+        &self,
+        details: &ConnectionDetails<'_>,
+        chained: Option<In>,
+    ) -> Result<Option<In>, ureq::Error> {
+        let host = details.uri.host().unwrap_or_default();
+        let literal = host.trim_matches(['[', ']']).parse::<IpAddr>();
+        match literal {
+            Ok(ip)
+                if self.proxy_host.as_deref() != Some(host)
+                    && !permitted(SocketAddr::new(ip, 0), &self.allow) =>
+            {
+                Err(refusal(host, Some(ip)))
+            }
+            _ => Ok(chained),
         }
     }
 }
 
-impl Range {
-    fn contains(self, ip: IpAddr) -> bool {
-        match (self.address, ip) {
-            (IpAddr::V4(net), IpAddr::V4(ip)) => {
-                let shift = 32 - u32::from(self.prefix);
-                u64::from(net.to_bits()) >> shift == u64::from(ip.to_bits()) >> shift
-            }
-            (IpAddr::V6(net), IpAddr::V6(ip)) => {
-                let shift = 128 - u32::from(self.prefix);
-                shift == 128 || net.to_bits() >> shift == ip.to_bits() >> shift
-            }
-            _ => false,
-        }
-    }
+fn refusal(host: &str, address: Option<IpAddr>) -> ureq::Error {
+    let what = address.and_then(forbidden).unwrap_or("no address");
+    ureq::Error::Io(io::Error::new(
+        io::ErrorKind::PermissionDenied,
+        format!("{host} is {what}: not allowed as a source"),
+    ))
 }
 
-impl FromStr for Range {
-    type Err = String;
+/// A URL without user, password and query, which may hold a signature: for logs, conditions and errors.
+#[derive(Clone, Copy)]
+pub(crate) struct Redacted<'a>(pub(crate) &'a str);
 
-    fn from_str(text: &str) -> Result<Self, String> {
-        let wrong = || format!("{text:?} is not a range such as 10.0.0.0/8");
-        let (address, prefix) = text.split_once('/').ok_or_else(wrong)?;
-        let address: IpAddr = address.parse().map_err(|_| wrong())?;
-        let prefix: u8 = prefix.parse().map_err(|_| wrong())?;
-        let longest = if address.is_ipv4() { 32 } else { 128 };
-        if prefix > longest {
-            Err(wrong())
+impl fmt::Display for Redacted<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (scheme, rest) = self.0.split_once("://").unwrap_or(("", self.0));
+        let end = rest.find(['/', '?', '#']).unwrap_or(rest.len());
+        let (authority, path) = rest.split_at(end);
+        let host = authority.rsplit('@').next().unwrap_or_default();
+        let path_end = path.find(['?', '#']).unwrap_or(path.len());
+        let (path, query) = path.split_at(path_end);
+        let hidden = if query.is_empty() { "" } else { "?…" };
+        if scheme.is_empty() {
+            write!(f, "{host}{path}{hidden}")
         } else {
-            Ok(Self { address, prefix })
+            write!(f, "{scheme}://{host}{path}{hidden}")
         }
     }
 }
@@ -148,42 +255,4 @@ const RESPONSE_LIMIT: Duration = Duration::from_secs(60);
 const REDIRECTS_MAX: u32 = 5;
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn permits(address: &str, allow: &[&str]) -> bool {
-        let allow: Vec<Range> = allow.iter().map(|text| text.parse().unwrap()).collect();
-        permitted(SocketAddr::new(address.parse().unwrap(), 80), &allow)
-    }
-
-    #[test]
-    fn the_nodes_own_services_and_metadata_services_are_no_sources() {
-        for address in [
-            "127.0.0.1",
-            "169.254.169.254",
-            "::1",
-            "fe80::1",
-            "::ffff:127.0.0.1",
-        ] {
-            assert!(!permits(address, &[]), "{address}");
-        }
-        assert!(permits("10.1.2.3", &[]));
-        assert!(permits("2001:db8::1", &[]));
-    }
-
-    #[test]
-    fn an_administrator_can_allow_a_range() {
-        assert!(permits("127.0.0.1", &["127.0.0.0/8"]));
-        assert!(!permits("127.0.0.1", &["127.0.0.2/32"]));
-        assert!(permits("127.0.0.1", &["0.0.0.0/0"]));
-        assert!(!permits("::1", &["0.0.0.0/0"]));
-        assert!(permits("::1", &["::/0"]));
-    }
-
-    #[test]
-    fn a_range_that_is_none_is_refused() {
-        for bad in ["10.0.0.0", "10.0.0.0/33", "host/8"] {
-            assert!(bad.parse::<Range>().is_err(), "{bad}");
-        }
-    }
-}
+mod tests;

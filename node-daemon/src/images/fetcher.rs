@@ -1,6 +1,6 @@
 //! The fetcher as its parent sees it: a process of nobody's, from which the image comes in a pipe.
 
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, ChildStderr, ChildStdout, Command, Stdio};
 use std::thread::JoinHandle;
@@ -8,6 +8,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use rustix::event::{PollFd, PollFlags, poll};
+
+use super::fetch::FetchJob;
 
 /// A fetcher at work; killed when dropped.
 pub(super) struct Fetcher {
@@ -35,27 +37,33 @@ impl Read for Image {
 }
 
 impl Fetcher {
-    /// It runs this same program, as nobody, with nothing but its pipes.
-    pub(super) fn start(url: &str, allow: &[String]) -> Result<(Image, Self)> {
+    /// Runs this same program as user nobody, with nothing open but its pipes. The job goes through
+    /// standard input, because it may hold passwords, and arguments are visible to every user.
+    pub(super) fn start(job: &FetchJob) -> Result<(Image, Self)> {
         let program = std::env::current_exe().context("find this program")?;
         let mut command = Command::new(program);
-        command.args(["fetch", "--url", url]);
-        for range in allow {
-            command.args(["--allow", range]);
-        }
-        command.env_clear().current_dir("/");
+        command.arg("fetch").env_clear().current_dir("/");
         if rustix::process::geteuid().is_root() {
             command.uid(NOBODY).gid(NOBODY);
         }
-        Self::spawn(&mut command, PATIENCE)
+        let json = serde_json::to_vec(job).context("write the fetcher's job")?;
+        Self::spawn(&mut command, &json, PATIENCE)
     }
 
-    fn spawn(command: &mut Command, patience: Duration) -> Result<(Image, Self)> {
+    fn spawn(command: &mut Command, job: &[u8], patience: Duration) -> Result<(Image, Self)> {
         command
-            .stdin(Stdio::null())
+            .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
         let mut process = command.spawn().context("start the fetcher")?;
+        let mut input = process.stdin.take().context("the fetcher's input")?;
+        // A fetcher that has ended already says why in its own way.
+        match input.write_all(job) {
+            Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+                return Err(error).context("give the fetcher its job");
+            }
+            _ => drop(input),
+        }
         let pipe = process.stdout.take().context("the fetcher's pipe")?;
         let errors = process.stderr.take().context("the fetcher's errors")?;
         let hearing = std::thread::Builder::new()
@@ -123,7 +131,8 @@ mod tests {
 
     fn fetch(script: &str) -> (Vec<u8>, Result<()>) {
         let mut command = Command::new("sh");
-        let (mut image, fetcher) = Fetcher::spawn(command.args(["-c", script]), PATIENCE).unwrap();
+        let (mut image, fetcher) =
+            Fetcher::spawn(command.args(["-c", script]), b"", PATIENCE).unwrap();
         let mut bytes = Vec::new();
         image.read_to_end(&mut bytes).unwrap();
         (bytes, fetcher.finish())
@@ -145,7 +154,8 @@ mod tests {
     fn a_source_that_falls_silent_is_given_up_and_its_fetcher_killed() {
         let mut command = Command::new("sh");
         let command = command.args(["-c", "echo image; exec sleep 1000"]);
-        let (mut image, fetcher) = Fetcher::spawn(command, Duration::from_millis(100)).unwrap();
+        let (mut image, fetcher) =
+            Fetcher::spawn(command, b"", Duration::from_millis(100)).unwrap();
         let mut begun = [0; 6];
         while image.read_exact(&mut begun).is_err() {}
         assert_eq!(&begun, b"image\n");

@@ -7,6 +7,7 @@ use bascule_node_api::report::ImportReport;
 use bascule_types::{DiskId, Epoch, Owner, VmUid};
 use serde::{Deserialize, Serialize};
 
+use super::fetch::SiteConfig;
 use crate::files;
 
 /// One import, as `bascule-node` writes it down for the writer.
@@ -26,8 +27,8 @@ pub(crate) struct ImportJob {
     pub(crate) disk: DiskId,
     /// Where its contents come from.
     pub(crate) source: JobSource,
-    /// Address ranges that may be fetched from although they are loopback or link-local.
-    pub(crate) allow_sources: Vec<String>,
+    /// How this node reaches image sources.
+    pub(crate) site: SiteConfig,
     /// Where to report.
     pub(crate) report: PathBuf,
 }

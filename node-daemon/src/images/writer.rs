@@ -14,6 +14,7 @@ use bascule_volume_gate::{GateReader, WriterPage};
 use sha2::{Digest, Sha256};
 
 use super::blocks::{CHUNK_BYTES, Target, chunk_buffer};
+use super::fetch::{FetchJob, Redacted};
 use super::fetcher::Fetcher;
 use super::job::{ImportJob, JobSource, write_report};
 
@@ -158,7 +159,10 @@ fn open_source(job: &ImportJob) -> Result<(Box<dyn Read>, Option<Fetcher>)> {
             Ok((Box::new(file), None))
         }
         JobSource::Http { url, .. } => {
-            let (image, fetcher) = Fetcher::start(url, &job.allow_sources)?;
+            let (image, fetcher) = Fetcher::start(&FetchJob {
+                url: url.clone(),
+                site: job.site.clone(),
+            })?;
             Ok((Box::new(image), Some(fetcher)))
         }
     }
@@ -176,7 +180,10 @@ fn check_hash(source: &JobSource, hash: Sha256) -> Result<()> {
     if found.eq_ignore_ascii_case(sha256) {
         Ok(())
     } else {
-        bail!("{url}: its SHA-256 is {found}, and {sha256} is wanted")
+        bail!(
+            "{}: its SHA-256 is {found}, and {sha256} is wanted",
+            Redacted(url)
+        )
     }
 }
 

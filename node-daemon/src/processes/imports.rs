@@ -50,7 +50,7 @@ impl Supervisor {
             epoch: order.epoch,
             disk: order.disk,
             source: self.job_source(order.source)?,
-            allow_sources: self.allow_sources.clone(),
+            site: self.image_site.read()?,
             report: report_path.clone(),
         };
         let begun = ImportReport {

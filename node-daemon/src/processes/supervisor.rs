@@ -14,6 +14,7 @@ use bascule_types::PortRange;
 
 use super::launcher::Launcher;
 use super::restart_backoff::RestartBackoff;
+use crate::config::ImageSite;
 use crate::identity::Identity;
 use crate::paths::Paths;
 
@@ -27,7 +28,7 @@ pub(crate) struct Supervisor {
     pub(crate) launcher: Launcher,
     pub(crate) bridges: BTreeMap<String, String>,
     pub(crate) host_files: BTreeMap<String, PathBuf>,
-    pub(crate) allow_sources: Vec<String>,
+    pub(crate) image_site: ImageSite,
     pub(crate) watchdog: Option<PathBuf>,
     pub(crate) allow_softdog: bool,
     /// Where VM processes of this node wait for live migrations.
@@ -91,7 +92,7 @@ impl Supervisor {
             launcher: parts.launcher,
             bridges: config.bridges(),
             host_files: config.host_files(),
-            allow_sources: config.allow_sources.clone(),
+            image_site: config.image_site(),
             watchdog: config.watchdog.clone(),
             allow_softdog: config.allow_softdog,
             migration_ports: config.migration_ports,

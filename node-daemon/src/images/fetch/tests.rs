@@ -1,0 +1,248 @@
+//! The fetcher against servers on loopback, each of which serves one connection.
+
+use std::io::{BufRead, BufReader, Read};
+use std::net::TcpListener;
+use std::thread::JoinHandle;
+
+use super::*;
+
+const OK: &str = "HTTP/1.1 200 OK\r\nContent-Length: 5\r\nConnection: close\r\n\r\nimage";
+
+/// Answers one connection with `answer`, and says what was requested.
+fn serve(answer: &str) -> (u16, JoinHandle<String>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let answer = answer.to_owned();
+    let served = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let mut reader = BufReader::new(stream.try_clone().unwrap());
+        let mut request = String::new();
+        while reader.read_line(&mut request).unwrap() > 2 {}
+        stream.write_all(answer.as_bytes()).unwrap();
+        request
+    });
+    (port, served)
+}
+
+fn site(allow: &[&str]) -> SiteConfig {
+    SiteConfig {
+        allow: allow.iter().map(|range| (*range).to_owned()).collect(),
+        ..SiteConfig::default()
+    }
+}
+
+fn fetched(url: &str, site: SiteConfig) -> Result<Vec<u8>> {
+    let job = FetchJob {
+        url: url.to_owned(),
+        site,
+    };
+    let mut image = Vec::new();
+    fetch_to(&job, &mut image).map(|()| image)
+}
+
+fn error(url: &str, site: SiteConfig) -> String {
+    format!("{:#}", fetched(url, site).unwrap_err())
+}
+
+#[test]
+fn an_image_is_fetched_from_an_allowed_address() {
+    let (port, served) = serve(OK);
+    let url = format!("http://127.0.0.1:{port}/image");
+    assert_eq!(fetched(&url, site(&["127.0.0.0/8"])).unwrap(), b"image");
+    assert!(served.join().unwrap().starts_with("GET /image HTTP/1.1"));
+}
+
+#[test]
+fn a_redirect_to_a_forbidden_address_is_refused() {
+    let redirect = "HTTP/1.1 302 Found\r\nLocation: http://169.254.169.254/latest/\r\n\
+                    Content-Length: 0\r\nConnection: close\r\n\r\n";
+    let (port, served) = serve(redirect);
+    let url = format!("http://127.0.0.1:{port}/image");
+    let error = error(&url, site(&["127.0.0.0/8"]));
+    served.join().unwrap();
+    assert!(
+        error.contains("169.254.169.254 is a link-local address"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_name_that_resolves_to_a_forbidden_address_is_refused() {
+    let error = error("http://localhost:1/image", site(&[]));
+    assert!(error.contains("localhost is a loopback address"), "{error}");
+}
+
+#[test]
+fn the_proxy_is_asked_and_need_not_be_an_allowed_source() {
+    let answer = format!("HTTP/1.1 200 Connection established\r\n\r\n{OK}");
+    let (port, served) = serve(&answer);
+    let site = SiteConfig {
+        proxy: Some(format!("http://user:secret@127.0.0.1:{port}")),
+        ..site(&[])
+    };
+    assert_eq!(
+        fetched("http://images.example/image", site).unwrap(),
+        b"image"
+    );
+    let request = served.join().unwrap();
+    assert!(
+        request.starts_with("CONNECT images.example:80 HTTP/1.1"),
+        "{request}"
+    );
+    // "user:secret"
+    assert!(
+        request.contains("Proxy-Authorization: Basic dXNlcjpzZWNyZXQ="),
+        "{request}"
+    );
+}
+
+#[test]
+fn a_forbidden_address_is_refused_behind_a_proxy_too() {
+    let site = SiteConfig {
+        proxy: Some("http://127.0.0.1:1".to_owned()),
+        ..site(&[])
+    };
+    for url in [
+        "http://169.254.169.254/latest/",
+        "http://[fd00:ec2::254]/latest/",
+    ] {
+        let error = error(url, site.clone());
+        assert!(error.contains("not allowed as a source"), "{error}");
+    }
+}
+
+#[test]
+fn a_host_of_no_proxy_is_reached_directly() {
+    let (port, served) = serve(OK);
+    let site = SiteConfig {
+        proxy: Some("http://127.0.0.1:1".to_owned()),
+        no_proxy: Some("other.example, 127.0.0.1".to_owned()),
+        ..site(&["127.0.0.0/8"])
+    };
+    let url = format!("http://127.0.0.1:{port}/image");
+    assert_eq!(fetched(&url, site).unwrap(), b"image");
+    served.join().unwrap();
+}
+
+#[test]
+fn a_proxy_that_is_none_is_named_without_its_password() {
+    for bad in [
+        "socks5://user:secret@host:1",
+        "ftp://user:secret@host",
+        "http://",
+    ] {
+        let site = SiteConfig {
+            proxy: Some(bad.to_owned()),
+            ..site(&[])
+        };
+        let error = error("http://images.example/image", site);
+        assert!(error.contains("the image proxy"), "{error}");
+        assert!(!error.contains("secret"), "{error}");
+    }
+}
+
+#[test]
+fn a_name_of_the_clusters_dns_is_refused_with_that_reason() {
+    for host in [
+        "images.shop.svc",
+        "images.shop.svc.cluster.local",
+        "IMAGES.shop.SVC.",
+        "pod.cluster.local",
+    ] {
+        let error = error(&format!("http://{host}/image"), site(&[]));
+        assert!(error.contains("the cluster's DNS"), "{error}");
+    }
+    assert!(!is_cluster_name("svc.example.org"));
+}
+
+#[test]
+fn no_error_shows_user_password_or_query() {
+    let (port, served) = serve("HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n");
+    let url = format!("http://user:secret@127.0.0.1:{port}/image?signature=abc");
+    let error = error(&url, site(&["127.0.0.0/8"]));
+    let request = served.join().unwrap();
+    // The server still gets them.
+    assert!(request.starts_with("GET /image?signature=abc"), "{request}");
+    assert!(
+        request
+            .to_lowercase()
+            .contains("authorization: basic dxnlcjpzzwnyzxq="),
+        "{request}"
+    );
+    assert!(error.contains("404"), "{error}");
+    for secret in ["secret", "user", "abc"] {
+        assert!(!error.contains(secret), "{error}");
+    }
+}
+
+#[test]
+fn a_redacted_url_keeps_scheme_host_and_path() {
+    for (url, shown) in [
+        (
+            "https://u:p@host:8080/a/b?sig=1#x",
+            "https://host:8080/a/b?…",
+        ),
+        ("http://host", "http://host"),
+        ("http://host?sig=1", "http://host?…"),
+        ("https://u:p@ss@host/a", "https://host/a"),
+        ("http://[::1]:80/a", "http://[::1]:80/a"),
+        ("u:p@host/a", "host/a"),
+    ] {
+        assert_eq!(Redacted(url).to_string(), shown);
+    }
+}
+
+/// Serves one connection with `OK` over TLS, with a certificate for localhost by `authority`.
+fn serve_tls(authority: &bascule_pki::Authority) -> (u16, JoinHandle<()>) {
+    use rustls::pki_types::pem::PemObject;
+    use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+    let identity = authority.issue_operator(&["localhost".to_owned()]).unwrap();
+    let chain = CertificateDer::pem_slice_iter(identity.certificate_pem.as_bytes());
+    let key = PrivateKeyDer::from_pem_slice(identity.key_pem.as_bytes()).unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = rustls::ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(chain.collect::<Result<_, _>>().unwrap(), key)
+        .unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let served = std::thread::spawn(move || {
+        let (stream, _) = listener.accept().unwrap();
+        let connection = rustls::ServerConnection::new(Arc::new(config)).unwrap();
+        let mut stream = rustls::StreamOwned::new(connection, stream);
+        let mut request = [0; 4096];
+        // A client that does not trust the certificate ends here.
+        if stream.read(&mut request).is_ok_and(|count| count > 0) {
+            stream.write_all(OK.as_bytes()).unwrap();
+            stream.conn.send_close_notify();
+            stream.flush().unwrap();
+        }
+    });
+    (port, served)
+}
+
+#[test]
+fn a_source_with_a_private_authority_is_fetched_with_that_in_the_bundle_and_not_without() {
+    let (authority, _) = bascule_pki::Authority::create("images").unwrap();
+    for trusted in [true, false] {
+        let (port, served) = serve_tls(&authority);
+        let pem = authority.certificate_pem().to_owned();
+        let site = SiteConfig {
+            ca_bundle: trusted.then_some(pem),
+            ..site(&["127.0.0.0/8"])
+        };
+        let result = fetched(&format!("https://localhost:{port}/image"), site);
+        served.join().unwrap();
+        assert_eq!(result.is_ok_and(|image| image == b"image"), trusted);
+    }
+}
+
+#[test]
+fn a_ca_bundle_without_a_certificate_is_refused() {
+    for bad in ["", "no certificate"] {
+        let error = roots(Some(bad)).unwrap_err().to_string();
+        assert!(error.contains("holds no certificate"), "{error}");
+    }
+}

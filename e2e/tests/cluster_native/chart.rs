@@ -227,7 +227,7 @@ fn uninstall(cluster: &Installation) {
         .helm(&["get", "notes", "bascule", "-n", SYSTEM_NAMESPACE])
         .unwrap();
     assert!(
-        notes.contains("`helm uninstall` stops no virtual machine"),
+        notes.contains("`helm uninstall` does not stop virtual machines"),
         "{notes}"
     );
     let said = lab

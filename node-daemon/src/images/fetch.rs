@@ -3,7 +3,6 @@
 //! It reads one [`FetchJob`] as JSON from standard input, so that neither a password in the URL nor one of the
 //! proxy is in the process list. It runs as user nobody with an empty environment.
 
-use std::fmt;
 use std::io::{self, Write};
 use std::net::{IpAddr, SocketAddr};
 use std::str::FromStr;
@@ -11,6 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use bascule_types::RedactedUrl;
 use serde::{Deserialize, Serialize};
 use ureq::config::Config;
 use ureq::http::Uri;
@@ -59,7 +59,7 @@ fn fetch_to(job: &FetchJob, out: &mut impl Write) -> Result<()> {
              name or an address that nodes can reach, such as an Ingress or a NodePort"
         );
     }
-    let shown = Redacted(&job.url);
+    let shown = RedactedUrl(&job.url);
     let agent = agent(&job.site)?;
     let mut response = agent
         .get(url)
@@ -100,7 +100,12 @@ fn agent(site: &SiteConfig) -> Result<ureq::Agent> {
 
 /// The proxy, with the hosts that go around it.
 fn parse_proxy(text: &str, site: &SiteConfig) -> Result<Proxy> {
-    let wrong = || format!("the image proxy {} is not http://host:port", Redacted(text));
+    let wrong = || {
+        format!(
+            "the image proxy {} is not http://host:port",
+            RedactedUrl(text)
+        )
+    };
     let given = Proxy::new(text).ok().with_context(wrong)?;
     if !matches!(given.protocol(), ProxyProtocol::Http | ProxyProtocol::Https) {
         bail!(wrong());
@@ -226,27 +231,6 @@ fn refusal(host: &str, address: Option<IpAddr>) -> ureq::Error {
         io::ErrorKind::PermissionDenied,
         format!("{host} is {what}: not allowed as a source"),
     ))
-}
-
-/// A URL without user, password and query, which may hold a signature: for logs, conditions and errors.
-#[derive(Clone, Copy)]
-pub(crate) struct Redacted<'a>(pub(crate) &'a str);
-
-impl fmt::Display for Redacted<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (scheme, rest) = self.0.split_once("://").unwrap_or(("", self.0));
-        let end = rest.find(['/', '?', '#']).unwrap_or(rest.len());
-        let (authority, path) = rest.split_at(end);
-        let host = authority.rsplit('@').next().unwrap_or_default();
-        let path_end = path.find(['?', '#']).unwrap_or(path.len());
-        let (path, query) = path.split_at(path_end);
-        let hidden = if query.is_empty() { "" } else { "?…" };
-        if scheme.is_empty() {
-            write!(f, "{host}{path}{hidden}")
-        } else {
-            write!(f, "{scheme}://{host}{path}{hidden}")
-        }
-    }
 }
 
 const CONNECT_LIMIT: Duration = Duration::from_secs(20);

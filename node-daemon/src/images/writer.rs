@@ -9,12 +9,12 @@ use anyhow::{Context, Result, bail};
 use bascule_ipc::Connection;
 use bascule_ipc::volume::{Request, Response};
 use bascule_node_api::report::{ImportReport, ImportState};
-use bascule_types::{Bytes, Change, DiskRow};
+use bascule_types::{Bytes, Change, DiskRow, RedactedUrl};
 use bascule_volume_gate::{GateReader, WriterPage};
 use sha2::{Digest, Sha256};
 
 use super::blocks::{CHUNK_BYTES, Target, chunk_buffer};
-use super::fetch::{FetchJob, Redacted};
+use super::fetch::FetchJob;
 use super::fetcher::Fetcher;
 use super::job::{ImportJob, JobSource, write_report};
 
@@ -182,7 +182,7 @@ fn check_hash(source: &JobSource, hash: Sha256) -> Result<()> {
     } else {
         bail!(
             "{}: its SHA-256 is {found}, and {sha256} is wanted",
-            Redacted(url)
+            RedactedUrl(url)
         )
     }
 }

@@ -11,6 +11,7 @@ mod id;
 mod names;
 mod ownership;
 mod port_range;
+mod redacted_url;
 mod refusals;
 mod requests;
 mod rows;
@@ -23,6 +24,7 @@ pub use id::{AttemptId, BootId, ClusterId, DiskId, NodeUid, ParseIdError, VmUid,
 pub use names::{NODE_TLS_NAME, OPERATOR_TLS_NAME};
 pub use ownership::{Epoch, Generation, Owner, Ownership, SlotId};
 pub use port_range::{ParsePortRangeError, PortRange};
+pub use redacted_url::RedactedUrl;
 pub use refusals::{MissingProof, Refusal, Table};
 pub use requests::{Answer, Change};
 pub use rows::{

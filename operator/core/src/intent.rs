@@ -1,9 +1,10 @@
 //! What is asked of a virtual machine, resolved: names of rows, numbers, durations.
 
+use std::fmt;
 use std::time::Duration;
 
 use bascule_crds::{DrainPolicy, FailurePolicy, RunPolicy};
-use bascule_types::{Bytes, DiskRole, RowName, VmUid};
+use bascule_types::{Bytes, DiskRole, RedactedUrl, RowName, VmUid};
 
 use crate::Moment;
 
@@ -76,7 +77,7 @@ pub enum Origin {
 }
 
 /// Where an image comes from.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 #[expect(missing_docs, reason = "the field names say all")]
 pub enum ImageSource {
     /// By HTTP.
@@ -87,6 +88,16 @@ pub enum ImageSource {
     },
     /// From the administrator's allow-list.
     HostFile { name: String },
+}
+
+/// Without user, password and query of a URL: actions are logged.
+impl fmt::Debug for ImageSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Http { url, .. } => write!(f, "Http({})", RedactedUrl(url)),
+            Self::HostFile { name } => write!(f, "HostFile({name})"),
+        }
+    }
 }
 
 /// Limits of migrations and of a shutdown.

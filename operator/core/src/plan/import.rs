@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use bascule_crds::names::reason;
-use bascule_types::{Change, DiskRow, Owner};
+use bascule_types::{Change, DiskRow, Owner, RedactedUrl};
 
 use super::context::PlanContext;
 use super::step::{Ready, ReportChange, Step};
@@ -159,8 +159,8 @@ impl PlanContext<'_> {
 /// Names the field and where its image should come from.
 fn complaint(disk: &DiskIntent, source: &ImageSource, message: &str) -> String {
     let place = match source {
-        ImageSource::Http { url, .. } => url,
-        ImageSource::HostFile { name } => name,
+        ImageSource::Http { url, .. } => RedactedUrl(url).to_string(),
+        ImageSource::HostFile { name } => name.clone(),
     };
     let field = disk.field();
     if message.contains(place.as_str()) {
@@ -172,3 +172,31 @@ fn complaint(disk: &DiskIntent, source: &ImageSource, message: &str) -> String {
 
 /// Wait after a failed import, so that a web server that is down is not requested every second.
 const IMPORT_RETRY: Duration = Duration::from_secs(20);
+
+#[cfg(test)]
+mod tests {
+    use bascule_types::DiskRole;
+
+    use super::*;
+    use crate::Origin;
+
+    #[test]
+    fn a_complaint_shows_no_password_of_the_url() {
+        let source = ImageSource::Http {
+            url: "https://user:secret@images/k?signature=abc".to_owned(),
+            sha256: String::new(),
+        };
+        let disk = DiskIntent {
+            name: "kernel".to_owned(),
+            row: bascule_types::RowName::new("shop/web").unwrap(),
+            role: DiskRole::Kernel,
+            origin: Origin::Existing,
+            delete_with_vm: true,
+        };
+        let shown = complaint(&disk, &source, "http status: 404");
+        assert_eq!(
+            shown,
+            "spec.boot.kernel: https://images/k?…: http status: 404"
+        );
+    }
+}

@@ -114,7 +114,7 @@ impl Supervisor {
             launcher: self.launcher.clone(),
             bridges: self.bridges.clone(),
             host_files: self.host_files.clone(),
-            allow_sources: self.allow_sources.clone(),
+            image_site: self.image_site.clone(),
             watchdog: self.watchdog.clone(),
             allow_softdog: self.allow_softdog,
             migration_ports: self.migration_ports,

@@ -13,6 +13,7 @@
 //! | `vms/<uid>/vm.sock` | `bascule-vm` | `bascule-node` | [`vm`] |
 //! | `volumes/<name>/volume.sock` | `bascule-volume` | `bascule-node`, `bascule-vm` | [`volume`] |
 //! | `watchdog.sock` | `bascule-watchdog` | `bascule-volume` | [`watchdog`] |
+//! | `watchdog-holder.sock` | `bascule-watchdog --hold` | `bascule-watchdog` | [`watchdog`] |
 //!
 //! # Frame
 //! | bytes | meaning |

@@ -229,7 +229,7 @@ mod tests {
         assert!(is_news(&a, &conflict));
         let mut status = bascule_crds::VirtualMachineStatus::default();
         set(&mut status.conditions, Some(conflict.clone()));
-        assert_eq!(status.conditions, [conflict.clone()]);
+        assert_eq!(status.conditions, std::slice::from_ref(&conflict));
         a.status = Some(status.clone());
         assert!(!is_news(&a, &conflict), "one event for each conflict");
         set(&mut status.conditions, None);

@@ -235,7 +235,7 @@ mod tests {
         ) -> Result<Response<JoinResponse>, Status> {
             self.asked.fetch_add(1, Ordering::Relaxed);
             let request = request.into_inner();
-            let node = node_of(&request.token).ok_or(Status::unauthenticated("no node"))?;
+            let node = node_of(&request.token).ok_or_else(|| Status::unauthenticated("no node"))?;
             let certificate_pem = self.authority.sign_node(&request.csr_pem, node);
             Ok(Response::new(JoinResponse {
                 certificate_pem: certificate_pem.unwrap(),

@@ -172,16 +172,7 @@ async fn reconcile(
     let mut requeue = plan.requeue;
     if let Err(error) = executed {
         requeue = requeue.min(RETRY);
-        let refused = error.is::<Refused>();
-        let error = format!("{error:#}");
-        if !refused {
-            context.metrics.reconcile_errors.inc();
-            tracing::warn!(error, actions, "reconcile error");
-        } else if logged_before {
-            tracing::debug!(error, "refused again");
-        } else {
-            tracing::info!(error, "refused");
-        }
+        log_failure(context, &error, actions, logged_before);
     }
     let mut status =
         crate::vm_status::status(vm, &intent, &observed, &plan.report, Timestamp::now());
@@ -193,6 +184,25 @@ async fn reconcile(
         requeue = requeue.min(RETRY);
     }
     requeue
+}
+
+/// Logs why a plan of `actions` actions was not carried out: a refusal that was logged before at debug level.
+fn log_failure(
+    context: &OperatorContext,
+    error: &anyhow::Error,
+    actions: usize,
+    logged_before: bool,
+) {
+    let refused = error.is::<Refused>();
+    let error = format!("{error:#}");
+    if !refused {
+        context.metrics.reconcile_errors.inc();
+        tracing::warn!(error, actions, "reconcile error");
+    } else if logged_before {
+        tracing::debug!(error, "refused again");
+    } else {
+        tracing::info!(error, "refused");
+    }
 }
 
 async fn report_invalid(

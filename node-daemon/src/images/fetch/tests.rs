@@ -8,12 +8,17 @@ use super::*;
 
 const OK: &str = "HTTP/1.1 200 OK\r\nContent-Length: 5\r\nConnection: close\r\n\r\nimage";
 
+fn spawn<T: Send + 'static>(serve: impl FnOnce() -> T + Send + 'static) -> JoinHandle<T> {
+    let thread = std::thread::Builder::new().name("server".to_owned());
+    thread.spawn(serve).unwrap()
+}
+
 /// Answers one connection with `answer`, and says what was requested.
 fn serve(answer: &str) -> (u16, JoinHandle<String>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();
     let answer = answer.to_owned();
-    let served = std::thread::spawn(move || {
+    let served = spawn(move || {
         let (mut stream, _) = listener.accept().unwrap();
         let mut reader = BufReader::new(stream.try_clone().unwrap());
         let mut request = String::new();
@@ -191,7 +196,7 @@ fn serve_tls(authority: &bascule_pki::Authority) -> (u16, JoinHandle<()>) {
         .unwrap();
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();
-    let served = std::thread::spawn(move || {
+    let served = spawn(move || {
         let (stream, _) = listener.accept().unwrap();
         let connection = rustls::ServerConnection::new(Arc::new(config)).unwrap();
         let mut stream = rustls::StreamOwned::new(connection, stream);

@@ -17,64 +17,67 @@ use serde_json::Value;
 
 use super::CLUSTER;
 
+/// What to replace in a good document, by what, and what the refusal must contain.
+const BAD_DOCUMENTS: &[(&str, &str, &str)] = &[
+    ("memory: 128Mi", "memory: -1Gi", "spec.memory"),
+    ("memory: 128Mi", "memory: \"0\"", "at least 16Mi"),
+    ("memory: 128Mi", "memory: 8Ti", "at most 4Ti"),
+    ("memory: 128Mi", "memory: 99999999Ti", "at most 4Ti"),
+    ("memory: 128Mi", "memory: 17Mi", "multiple of 2Mi"),
+    ("memory: 128Mi", "memory: 17825792", "multiple of 2Mi"),
+    ("memory: 128Mi", "memory: 1", "at least 16Mi"),
+    ("memory: 128Mi", "memory: 128Mb", "such as 512Mi"),
+    (
+        "migration: {downtime",
+        "migration: {liveTimeout: 300, downtime",
+        "spec.availability.migration.liveTimeout",
+    ),
+    ("size: 64Mi", "size: 5", "at least 1Mi"),
+    ("size: 64Mi", "size: 1gi", "spec.disks[0].size"),
+    (
+        "memory: 128Mi",
+        "memory: 128Mi\n  cpu: {cores: 0}",
+        "spec.cpu.cores",
+    ),
+    (
+        "memory: 128Mi",
+        "memory: 128Mi\n  cpu: {cores: -4}",
+        "spec.cpu.cores",
+    ),
+    (
+        "memory: 128Mi",
+        "memory: 128Mi\n  cpu: {cores: 100000}",
+        "spec.cpu.cores",
+    ),
+    ("bridge: lan", "bridge: ../lan", "spec.interfaces[0].bridge"),
+    (
+        "{name: lan, bridge: lan}",
+        "{name: lan, bridge: lan, mac: \"01:00:5e:00:00:01\"}",
+        "mac must be a unicast address",
+    ),
+    (
+        "{name: lan, bridge: lan}",
+        "{name: a, bridge: lan, mac: \"02:00:00:00:00:0a\"}\n  \
+         - {name: b, bridge: lan, mac: \"02:00:00:00:00:0a\"}",
+        "two interfaces have the same mac",
+    ),
+    ("sha256: ", "sha256: x", "spec.boot.kernel.http.sha256"),
+    ("url: \"http", "url: \"ftp", "spec.boot.kernel.http.url"),
+    (
+        "size: 64Mi",
+        "size: 64Mi, existing: {name: a.b}",
+        "spec.disks[0]",
+    ),
+    ("size: 64Mi", "size: \"-5\"", "spec.disks[0].size"),
+];
+
 #[test]
 fn the_api_refuses_a_bad_document_and_names_the_field() {
     CLUSTER.with(
         "the_api_refuses_a_bad_document_and_names_the_field",
         |cluster| {
             let good = cluster.document("refused", 60);
-            for (from, to, words) in [
-                ("memory: 128Mi", "memory: -1Gi", "spec.memory"),
-                ("memory: 128Mi", "memory: \"0\"", "at least 16Mi"),
-                ("memory: 128Mi", "memory: 8Ti", "at most 4Ti"),
-                ("memory: 128Mi", "memory: 99999999Ti", "at most 4Ti"),
-                ("memory: 128Mi", "memory: 17Mi", "multiple of 2Mi"),
-                ("memory: 128Mi", "memory: 17825792", "multiple of 2Mi"),
-                ("memory: 128Mi", "memory: 1", "at least 16Mi"),
-                ("memory: 128Mi", "memory: 128Mb", "such as 512Mi"),
-                (
-                    "migration: {downtime",
-                    "migration: {liveTimeout: 300, downtime",
-                    "spec.availability.migration.liveTimeout",
-                ),
-                ("size: 64Mi", "size: 5", "at least 1Mi"),
-                ("size: 64Mi", "size: 1gi", "spec.disks[0].size"),
-                (
-                    "memory: 128Mi",
-                    "memory: 128Mi\n  cpu: {cores: 0}",
-                    "spec.cpu.cores",
-                ),
-                (
-                    "memory: 128Mi",
-                    "memory: 128Mi\n  cpu: {cores: -4}",
-                    "spec.cpu.cores",
-                ),
-                (
-                    "memory: 128Mi",
-                    "memory: 128Mi\n  cpu: {cores: 100000}",
-                    "spec.cpu.cores",
-                ),
-                ("bridge: lan", "bridge: ../lan", "spec.interfaces[0].bridge"),
-                (
-                    "{name: lan, bridge: lan}",
-                    "{name: lan, bridge: lan, mac: \"01:00:5e:00:00:01\"}",
-                    "mac must be a unicast address",
-                ),
-                (
-                    "{name: lan, bridge: lan}",
-                    "{name: a, bridge: lan, mac: \"02:00:00:00:00:0a\"}\n  \
-                     - {name: b, bridge: lan, mac: \"02:00:00:00:00:0a\"}",
-                    "two interfaces have the same mac",
-                ),
-                ("sha256: ", "sha256: x", "spec.boot.kernel.http.sha256"),
-                ("url: \"http", "url: \"ftp", "spec.boot.kernel.http.url"),
-                (
-                    "size: 64Mi",
-                    "size: 64Mi, existing: {name: a.b}",
-                    "spec.disks[0]",
-                ),
-                ("size: 64Mi", "size: \"-5\"", "spec.disks[0].size"),
-            ] {
+            for (from, to, words) in BAD_DOCUMENTS {
                 assert!(good.contains(from), "{from} is not in {good}");
                 let error = cluster
                     .lab()

@@ -303,8 +303,7 @@ impl World {
             Change::Acquire {
                 expected_epoch, to, ..
             } => {
-                let holder = self.node_of(to).is_some_and(|n| self.nodes[&n].storage);
-                if row.owner.is_some() || row.epoch != expected_epoch || !holder {
+                if row.owner.is_some() || row.epoch != expected_epoch || !self.has_path(to) {
                     return false;
                 }
                 self.own(to);
@@ -326,8 +325,7 @@ impl World {
             Change::TakeOver {
                 from, epoch, to, ..
             } => {
-                let holder = self.node_of(to).is_some_and(|n| self.nodes[&n].storage);
-                if row.owner != Some(from) || row.epoch != epoch || !holder {
+                if row.owner != Some(from) || row.epoch != epoch || !self.has_path(to) {
                     return false;
                 }
                 let victim = self
@@ -359,6 +357,12 @@ impl World {
             other => panic!("not supported by this model: {other:?}"),
         }
         true
+    }
+
+    /// Whether the holder of `owner`'s slot reaches the volume.
+    fn has_path(&self, owner: Owner) -> bool {
+        self.node_of(owner)
+            .is_some_and(|node| self.nodes[&node].storage)
     }
 
     pub(super) fn own(&mut self, to: Owner) {

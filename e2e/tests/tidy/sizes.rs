@@ -35,11 +35,15 @@ fn production_lines(tree: &Tree, path: &str, source: &str) -> usize {
         .count()
 }
 
-/// Whether the parent of the module at `path` declares it for tests alone.
+/// Whether the module at `path`, or one that it is below, is declared for tests alone.
 fn is_test_module(tree: &Tree, path: &str) -> bool {
     let Some((folder, file)) = path.rsplit_once('/') else {
         return false;
     };
+    let parent = format!("{folder}.rs");
+    if tree.text(&parent).is_some() && is_test_module(tree, &parent) {
+        return true;
+    }
     let declaration = format!("#[cfg(test)]\nmod {};", file.trim_end_matches(".rs"));
     let parents = [
         format!("{folder}.rs"),
@@ -85,4 +89,10 @@ fn a_module_for_tests_has_no_production_lines() {
         &findings(&tree("mod model;\n")),
         &["a/src/b/model.rs has 501"],
     );
+    let below = [
+        ("a/src/lib.rs", "#[cfg(test)]\nmod sim;\n"),
+        ("a/src/sim.rs", "mod world;\n"),
+        ("a/src/sim/world.rs", long.as_str()),
+    ];
+    assert_eq!(findings(&Tree::made_of(&below)), [""; 0]);
 }

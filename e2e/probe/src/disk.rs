@@ -9,8 +9,8 @@
 //! still hold the block that this guest (or an earlier run) wrote: another writer is detected.
 
 use bascule_probe_wire::block::{BLOCK_BYTES, Block, Survey};
-use bascule_probe_wire::options::Options;
 use bascule_probe_wire::guest_report::Report;
+use bascule_probe_wire::options::Options;
 use virtio_drivers::queue::VirtQueue;
 use virtio_drivers::transport::{DeviceStatus, Transport};
 
@@ -338,7 +338,10 @@ impl Device {
             // SAFETY: as above.
             Request::Flush => unsafe { queue.pop_used(token, &[header], &mut [status]) },
         };
-        assert!(popped.is_ok(), "the disk completed a request that was not submitted");
+        assert!(
+            popped.is_ok(),
+            "the disk completed a request that was not submitted"
+        );
         Some(self.status[0])
     }
 }

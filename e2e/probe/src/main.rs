@@ -27,9 +27,9 @@ mod port;
 mod runtime;
 mod serial;
 
+use bascule_probe_wire::guest_report::Report;
 use bascule_probe_wire::options::Options;
 use bascule_probe_wire::pattern::mix;
-use bascule_probe_wire::guest_report::Report;
 
 use crate::acpi::Power;
 use crate::boot::Machine;

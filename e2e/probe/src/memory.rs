@@ -1,9 +1,9 @@
 //! The memory check: a part of RAM that is filled once and verified continuously, and a part that
 //! is rewritten continuously, each page verified before.
 
+use bascule_probe_wire::guest_report::Report;
 use bascule_probe_wire::options::Options;
 use bascule_probe_wire::pattern::{PAGE_WORDS, check_page, fill_page};
-use bascule_probe_wire::guest_report::Report;
 
 use crate::serial::Console;
 

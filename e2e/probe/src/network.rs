@@ -16,8 +16,8 @@ use smoltcp::wire::{EthernetAddress, IpAddress, IpCidr, Ipv4Address};
 use crate::arena;
 use crate::nic::Nic;
 use crate::serial::Text;
-use bascule_probe_wire::options::Options;
 use bascule_probe_wire::guest_report::Report;
+use bascule_probe_wire::options::Options;
 
 /// A command line over TCP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -18,7 +18,7 @@ pub(crate) struct Args {
     /// Name of this replica's pod, used as its identity in leader election
     #[arg(long, env = "BASCULE_POD_NAME")]
     pub(crate) pod_name: String,
-    /// Listen address of the Join service, at which nodes get their certificates; [::] is every
+    /// Listen address of the Join service, at which nodes get their certificates; `[::]` is every
     /// address of both families
     #[arg(long, default_value_t = any_address(JOIN_PORT))]
     pub(crate) join_listen: SocketAddr,

@@ -98,7 +98,7 @@ fn a_hanging_disk_blocks_no_status_request_and_is_named_as_pending() {
     assert!(vm.exit(SOON).unwrap().success());
 }
 
-/// Regression: one guest's failed write stalled every guest of its node until somebody had ended a
+/// Regression: one guest's failed write stalled every guest of its node until an administrator had ended a
 /// process, and the guest itself had no disk until then.
 #[test]
 fn a_failed_disk_write_is_its_guests_error_alone_and_keeps_that_guest_on_its_node() {

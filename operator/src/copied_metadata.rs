@@ -44,7 +44,7 @@ impl CopiedMetadata {
     }
 
     /// Whether the pod was last given exactly these. What others have put on it since does not
-    /// count: two writers must not take turns for ever.
+    /// count: two writers must not overwrite each other endlessly.
     pub(crate) fn is_on(&self, pod: &Pod) -> bool {
         recorded(pod) == *self
     }

@@ -97,8 +97,8 @@ impl Target {
         bail!("the image is larger than the disk ({begin} bytes)")
     }
 
-    /// One write, right after the check: while the lease is not valid, wait; when somebody else owns
-    /// the disk, never write again. The writer page says that the write is under way, and whether it
+    /// Writes once, right after the gate's check. Waits while the lease is not valid; fails for good when
+    /// another owner has the disk. The writer page says that the write is under way, and whether it
     /// failed.
     fn guarded<T>(&self, write: impl FnOnce() -> io::Result<T>) -> Result<T> {
         let closed = || self.gate.check(boot_time_now(), self.owner).err();

@@ -1,4 +1,4 @@
-//! The fetcher as its parent sees it: a process of nobody's, from which the image comes in a pipe.
+//! The fetcher as its parent sees it: an unprivileged process that writes the image to a pipe.
 
 use std::io::{self, Read, Write};
 use std::os::unix::process::CommandExt;
@@ -14,22 +14,23 @@ use super::fetch::FetchJob;
 /// A fetcher at work; killed when dropped.
 pub(super) struct Fetcher {
     process: Child,
-    /// Hears what it says all the time: a full pipe would hold the image up.
-    hearing: Option<JoinHandle<Vec<u8>>>,
+    /// Reads the fetcher's standard error all the time: a full pipe would block the fetcher, and the image.
+    errors: Option<JoinHandle<Vec<u8>>>,
 }
 
-/// The image, as it comes. A source that was cut off says nothing for ever: reading gives up then.
+/// The image's bytes as they arrive. Reading fails after `idle_limit` without any: a source that was cut off
+/// sends nothing and closes nothing.
 pub(super) struct Image {
     pipe: ChildStdout,
-    patience: Duration,
+    idle_limit: Duration,
 }
 
 impl Read for Image {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
         let mut pipe = [PollFd::new(&self.pipe, PollFlags::IN)];
-        let patience = self.patience.try_into().map_err(io::Error::other)?;
-        if poll(&mut pipe, Some(&patience))? == 0 {
-            let message = format!("nothing came from the source for {:?}", self.patience);
+        let idle_limit = self.idle_limit.try_into().map_err(io::Error::other)?;
+        if poll(&mut pipe, Some(&idle_limit))? == 0 {
+            let message = format!("the source sent nothing for {:?}", self.idle_limit);
             return Err(io::Error::new(io::ErrorKind::TimedOut, message));
         }
         self.pipe.read(into)
@@ -47,10 +48,10 @@ impl Fetcher {
             command.uid(NOBODY).gid(NOBODY);
         }
         let json = serde_json::to_vec(job).context("write the fetcher's job")?;
-        Self::spawn(&mut command, &json, PATIENCE)
+        Self::spawn(&mut command, &json, IDLE_LIMIT)
     }
 
-    fn spawn(command: &mut Command, job: &[u8], patience: Duration) -> Result<(Image, Self)> {
+    fn spawn(command: &mut Command, job: &[u8], idle_limit: Duration) -> Result<(Image, Self)> {
         command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -66,28 +67,29 @@ impl Fetcher {
         }
         let pipe = process.stdout.take().context("the fetcher's pipe")?;
         let errors = process.stderr.take().context("the fetcher's errors")?;
-        let hearing = std::thread::Builder::new()
+        let reader = std::thread::Builder::new()
             .name("fetcher".to_owned())
-            .spawn(move || hear(errors))
+            .spawn(move || read_errors(errors))
             .context("start a thread")?;
-        let image = Image { pipe, patience };
+        let image = Image { pipe, idle_limit };
         let fetcher = Self {
             process,
-            hearing: Some(hearing),
+            errors: Some(reader),
         };
         Ok((image, fetcher))
     }
 
-    /// Waits for its end, after all of the image has come. Why it failed is the last that it says.
+    /// Waits for the fetcher's end, after the whole image has arrived. The last line of its standard error is
+    /// the reason of a failure.
     pub(super) fn finish(mut self) -> Result<()> {
         let status = self.process.wait().context("wait for the fetcher")?;
         if status.success() {
             return Ok(());
         }
-        let hearing = self.hearing.take().map(JoinHandle::join);
-        let said = hearing.and_then(Result::ok).unwrap_or_default();
-        let said = String::from_utf8_lossy(&said);
-        match said.lines().rfind(|line| !line.trim().is_empty()) {
+        let errors = self.errors.take().map(JoinHandle::join);
+        let errors = errors.and_then(Result::ok).unwrap_or_default();
+        let errors = String::from_utf8_lossy(&errors);
+        match errors.lines().rfind(|line| !line.trim().is_empty()) {
             Some(why) => {
                 let why = why.trim_start_matches("error: ").trim();
                 bail!("the image could not be fetched: {why}")
@@ -105,25 +107,25 @@ impl Drop for Fetcher {
     }
 }
 
-/// All of it, to keep the beginning.
-fn hear(mut errors: ChildStderr) -> Vec<u8> {
-    let mut said = Vec::new();
-    let heard = (&mut errors)
-        .take(SAID_MAX)
-        .read_to_end(&mut said)
+/// Reads standard error to its end, and keeps the beginning.
+fn read_errors(mut errors: ChildStderr) -> Vec<u8> {
+    let mut beginning = Vec::new();
+    let read = (&mut errors)
+        .take(ERRORS_MAX)
+        .read_to_end(&mut beginning)
         .and_then(|_| io::copy(&mut errors, &mut io::sink()));
-    if let Err(error) = heard {
-        tracing::warn!(%error, "cannot hear the fetcher");
+    if let Err(error) = read {
+        tracing::warn!(%error, "cannot read the fetcher's standard error");
     }
-    said
+    beginning
 }
 
 /// The user and group `nobody` of every distribution's default.
 const NOBODY: u32 = 65534;
-/// Longer than it waits for a connection and for an answer, together.
-const PATIENCE: Duration = Duration::from_secs(120);
+/// Longer than the fetcher's own limits for a connection and for a response together.
+const IDLE_LIMIT: Duration = Duration::from_secs(120);
 /// In bytes: a line or two are expected.
-const SAID_MAX: u64 = 4096;
+const ERRORS_MAX: u64 = 4096;
 
 #[cfg(test)]
 mod tests {
@@ -132,7 +134,7 @@ mod tests {
     fn fetch(script: &str) -> (Vec<u8>, Result<()>) {
         let mut command = Command::new("sh");
         let (mut image, fetcher) =
-            Fetcher::spawn(command.args(["-c", script]), b"", PATIENCE).unwrap();
+            Fetcher::spawn(command.args(["-c", script]), b"", IDLE_LIMIT).unwrap();
         let mut bytes = Vec::new();
         image.read_to_end(&mut bytes).unwrap();
         (bytes, fetcher.finish())
@@ -151,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn a_source_that_falls_silent_is_given_up_and_its_fetcher_killed() {
+    fn a_source_that_stops_sending_is_given_up_and_its_fetcher_killed() {
         let mut command = Command::new("sh");
         let command = command.args(["-c", "echo image; exec sleep 1000"]);
         let (mut image, fetcher) =
@@ -166,9 +168,9 @@ mod tests {
         assert!(!std::path::Path::new(&format!("/proc/{pid}")).exists());
     }
 
-    /// More than a pipe holds (64 KiB, pipe(7)) before the image: nobody listened until its end.
+    /// Regression: standard error was read only after the fetcher's end, and a pipe holds 64 KiB (pipe(7)).
     #[test]
-    fn a_talkative_fetcher_does_not_hold_the_image_up() {
+    fn a_fetcher_with_much_error_output_does_not_block_the_image() {
         let script = "yes warning | head -c 300000 >&2; echo image";
         let (image, end) = fetch(script);
         assert_eq!(image, b"image\n");

@@ -11,7 +11,7 @@
 //! # Assumes
 //! - Locks belong to the inode that was opened, for a block device to the inode of its device node.
 //!   Whoever asks must have opened the same one ([`crate::block_device::Identity`]).
-//! - A writer passes its descriptors to nobody. If it does, its lock lasts longer than it should.
+//! - A writer passes its descriptors to no other process. If it does, its lock is held longer than needed.
 //!
 //! What a free byte does not say is whether the requests ended with success.
 

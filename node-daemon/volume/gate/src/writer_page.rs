@@ -23,7 +23,7 @@
 //! # Ordering
 //! A thread of the writer raises `active`, *then* samples the clock, *then* checks the gate page, then
 //! submits; it lowers `active` when none of its writes is in flight. A reader that samples the clock,
-//! sees that the lease has ended, makes sure that nobody publishes a later expiry, and *then* loads
+//! sees that the lease has ended, makes sure that no later expiry is published, and *then* loads
 //! `active` as 0, knows that no write is in flight and that none will be submitted: a thread that
 //! raises `active` after that load samples the clock later still, and finds the gate closed. All
 //! accesses are of one total order, but the sampling of the clock is not a memory access. So the reader

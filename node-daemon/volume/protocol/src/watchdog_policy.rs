@@ -12,8 +12,8 @@
 //!
 //! ```text
 //!   a holder has the device open ────────────────────────► Adopt: pet nothing, then decide
-//!   nobody has it, every enlisted lease is valid ────────► Open
-//!   nobody has it, one has lapsed ───────────────────────► Wait: the device, if an earlier process
+//!   no holder, every enlisted lease is valid ────────────► Open
+//!   no holder, one has lapsed ───────────────────────────► Wait: the device, if an earlier process
 //!                                                          armed it, resets the node
 //! ```
 //!

@@ -43,7 +43,7 @@ fn a_new_process_knows_the_writers_of_the_one_before() {
 }
 
 /// Used to be settled by a counter of the device that says nothing about requests that wait in a
-/// queue, and that a busy neighbour keeps above zero for ever.
+/// queue, and that a busy neighbour always keeps above zero.
 #[test]
 fn i1_a_writer_that_died_counts_until_its_lock_was_free_for_the_settle_time() {
     let run_dir = tempfile::tempdir().unwrap();

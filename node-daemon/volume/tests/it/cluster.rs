@@ -135,7 +135,7 @@ fn a_failed_metadata_write_closes_the_gate_until_a_new_process_has_verified_the_
     assert_eq!(one.rows().vms.len(), 2);
 }
 
-/// It used to close the gate for every VM of the node, until somebody killed the volume's process.
+/// Regression: the report closed the gate for every VM of the node until the volume's process was killed.
 #[test]
 fn a_disk_that_a_vm_reports_as_failed_is_of_that_vm_alone_and_keeps_it_here() {
     let lab = Lab::new();

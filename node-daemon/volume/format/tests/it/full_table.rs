@@ -189,7 +189,7 @@ impl Full {
         self.ask(slot + 1, &rejoin);
     }
 
-    /// Releases and deletes every VM, and deletes every disk that nobody fills.
+    /// Releases and deletes every VM, and deletes every disk that is not being imported.
     fn empty(&mut self) {
         let rows: Vec<_> = self.cluster.metadata.vms().cloned().collect();
         for row in rows {

@@ -35,7 +35,7 @@ pub(crate) struct State {
     now: u64,
     renewed_at: u64,
     /// The storage failed or the node froze: no further renewal.
-    silent: bool,
+    heartbeat_lost: bool,
     petted_at: u64,
     is_reset: bool,
     process: Process,
@@ -61,7 +61,7 @@ enum Process {
 pub(crate) enum Action {
     TimePasses,
     Renew,
-    FallSilent,
+    LoseHeartbeat,
     Decides,
     Pets,
     ProcessEnds,
@@ -160,7 +160,7 @@ impl Model for WatchdogModel {
         vec![State {
             now: 0,
             renewed_at: 0,
-            silent: false,
+            heartbeat_lost: false,
             petted_at: 0,
             is_reset: false,
             process: Process::Running,
@@ -174,8 +174,8 @@ impl Model for WatchdogModel {
             return;
         }
         actions.push(Action::TimePasses);
-        if !state.silent {
-            actions.extend([Action::Renew, Action::FallSilent]);
+        if !state.heartbeat_lost {
+            actions.extend([Action::Renew, Action::LoseHeartbeat]);
         }
         match state.process {
             Process::Ended => actions.push(Action::ProcessStarts),
@@ -207,7 +207,7 @@ impl Model for WatchdogModel {
             }
             Action::Renew if self.has_lapsed(&state) => return None,
             Action::Renew => state.renewed_at = state.now,
-            Action::FallSilent => state.silent = true,
+            Action::LoseHeartbeat => state.heartbeat_lost = true,
             Action::Decides => self.decides(&mut state),
             Action::Pets => {
                 self.pet(&mut state);
@@ -233,7 +233,7 @@ impl Model for WatchdogModel {
                 |_, state: &State| state.is_reset && state.fault_used,
             ),
             Property::sometimes("a restarted process pets again", |_, state: &State| {
-                state.process == Process::Petting && !state.holder && !state.silent
+                state.process == Process::Petting && !state.holder && !state.heartbeat_lost
             }),
         ]
     }
@@ -263,7 +263,7 @@ fn i1_a_kill_just_before_the_reset_and_a_restart_do_not_delay_it() {
             *state = next;
         }
     };
-    step(&mut state, Action::FallSilent);
+    step(&mut state, Action::LoseHeartbeat);
     while !state.is_reset && state.now < model.ends_at {
         step(&mut state, Action::TimePasses);
         if matches!(state.now, 10 | 17) {

@@ -19,7 +19,7 @@ fn creates(case: &Case) -> bool {
     case.plans(|a| matches!(a, Action::CreateReservation { .. }))
 }
 
-/// Regression: the refusal was only logged, and the status said "waiting for the scheduler" for ever.
+/// Regression: the refusal was only logged, and the status stayed "waiting for the scheduler".
 #[test]
 fn a_quota_that_keeps_a_virtual_machine_from_starting_is_its_condition() {
     let case = refused(Case::new(), Purpose::Current, 1);

@@ -195,7 +195,7 @@ fn a_document_that_cannot_be_carried_out_is_refused_with_the_field_named() {
         (
             "volume: gold",
             "volume: tin",
-            "volume tin is not attached: say where it is",
+            "volume tin is not attached: name its device or file with --backing",
         ),
         (
             "size: 16Mi",

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, bail, ensure};
 use bascule_ipc::vm::{Boot, ImageSource};
-use bascule_types::{DiskRow, ExtentRun};
+use bascule_types::{AlignedBuffer, DiskRow, ExtentRun};
 
 use super::home_volume::Opened;
 use crate::boot::{BootSource, Initrd};
@@ -71,8 +71,8 @@ struct ExtentReader {
     run: (u64, u64),
     /// Bytes of the image that were not yet read.
     left: u64,
-    /// One allocation with room for an aligned [`READ_BYTES`]; the filled part of it.
-    buffer: Vec<u8>,
+    /// [`READ_BYTES`] of memory; the part of it that is filled and not yet returned.
+    buffer: AlignedBuffer,
     filled: std::ops::Range<usize>,
 }
 
@@ -84,7 +84,7 @@ impl ExtentReader {
             extents: row.extents.clone().into_iter(),
             run: (0, 0),
             left: row.size.0,
-            buffer: vec![0; READ_BYTES + ALIGNMENT],
+            buffer: AlignedBuffer::new(READ_BYTES, ALIGNMENT),
             filled: 0..0,
         })
     }
@@ -95,13 +95,13 @@ impl ExtentReader {
             let offset = next.start.lba_to_bytes().map_err(io::Error::other)?;
             self.run = (offset.0, next.length.0);
         }
-        let start = self.buffer.as_ptr().align_offset(ALIGNMENT);
         let length = usize::try_from(self.run.1)
             .unwrap_or(usize::MAX)
             .min(READ_BYTES);
         let room = self
             .buffer
-            .get_mut(start..start + length)
+            .bytes_mut()
+            .get_mut(..length)
             .unwrap_or_default();
         let read =
             rustix::io::retry_on_intr(|| rustix::io::pread(&self.device, &mut *room, self.run.0))?;
@@ -110,7 +110,7 @@ impl ExtentReader {
         }
         let advanced = u64::try_from(read).map_err(io::Error::other)?;
         self.run = (self.run.0 + advanced, self.run.1 - advanced);
-        self.filled = start..start + read;
+        self.filled = 0..read;
         Ok(())
     }
 }
@@ -126,7 +126,11 @@ impl Read for ExtentReader {
         if self.filled.is_empty() {
             self.refill()?;
         }
-        let ready = self.buffer.get(self.filled.clone()).unwrap_or_default();
+        let ready = self
+            .buffer
+            .bytes()
+            .get(self.filled.clone())
+            .unwrap_or_default();
         let count = wanted.min(ready.len());
         for (to, from) in buffer.iter_mut().zip(ready.iter().take(count)) {
             *to = *from;

@@ -14,7 +14,9 @@ use crate::{
 };
 use bascule_ipc::vm::{self, MigrationStatus, VmState, VmStatus};
 use bascule_ipc::volume::{PathState, WatchdogKind};
-use bascule_types::{AttemptId, Bytes, Epoch, Generation, NodeUid, Owner, SlotId, VmUid};
+use bascule_types::{
+    AttemptId, Bytes, Epoch, Generation, NodeUid, Owner, Ownership, SlotId, VmUid,
+};
 
 /// One step is this long.
 const STEP_MS: u64 = 1000;
@@ -72,7 +74,7 @@ pub(super) struct World {
     bindings: BTreeMap<String, (Option<String>, Vec<String>)>,
     migrations: Vec<Migration>,
     failovers: Vec<FailoverView>,
-    takeovers: Vec<(Owner, Epoch)>,
+    takeovers: Vec<Ownership>,
     operators: [Operator; 2],
     status: Option<VmReport>,
     run: RunPolicy,
@@ -223,7 +225,7 @@ impl World {
         if self.failovers.iter().any(|f| !f.closed) {
             return Err(format!("failovers: {}", self.failovers.len()));
         }
-        let recorded = |&(owner, epoch): &(Owner, Epoch)| {
+        let recorded = |&Ownership { owner, epoch }: &Ownership| {
             let mut records = self.failovers.iter();
             records.any(|f| f.owner == owner && f.epoch == epoch && f.taken_over)
         };

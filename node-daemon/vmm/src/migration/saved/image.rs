@@ -11,7 +11,7 @@ use bascule_migrate::wire::{
     BatchBuilder, Config, Hello, RoundEnd, STATE_PIECE_BYTES_MAX, StateEnd, StreamId,
 };
 use bascule_migrate::{Frame, FrameWriter};
-use bascule_types::{Bytes, ExtentRun, SavedStateSum};
+use bascule_types::{AlignedBuffer, Bytes, ExtentRun, SavedStateSum};
 
 use crate::dirty::DirtyBitmap;
 use crate::memory::GuestMemory;
@@ -67,11 +67,10 @@ struct Place {
     run: (u64, u64),
 }
 
-/// One aligned piece of memory.
+/// One buffer for direct I/O, and how much of it is filled.
 #[derive(Debug)]
 struct Piece {
-    memory: Vec<u8>,
-    start: usize,
+    memory: AlignedBuffer,
     filled: usize,
 }
 
@@ -336,20 +335,18 @@ impl Place {
 
 impl Piece {
     fn new() -> Self {
-        let memory = vec![0; PIECE_BYTES + ALIGNMENT];
         Self {
-            start: memory.as_ptr().align_offset(ALIGNMENT),
-            memory,
+            memory: AlignedBuffer::new(PIECE_BYTES, ALIGNMENT),
             filled: 0,
         }
     }
 
     fn all(&self) -> &[u8] {
-        &self.memory[self.start..self.start + PIECE_BYTES]
+        self.memory.bytes()
     }
 
     fn all_mut(&mut self) -> &mut [u8] {
-        &mut self.memory[self.start..self.start + PIECE_BYTES]
+        self.memory.bytes_mut()
     }
 
     fn zero_to(&mut self, end: usize) {

@@ -4,7 +4,9 @@ use std::time::Duration;
 
 use bascule_ipc::vm::{self, StopReason, VmState};
 use bascule_ipc::volume::FencingMode;
-use bascule_types::{Change, FenceProof, FenceRow, MissingProof, Owner, Refusal, RowName, VmUid};
+use bascule_types::{
+    Change, FenceProof, FenceRow, MissingProof, Owner, Ownership, Refusal, RowName, VmUid,
+};
 
 use super::{HEARTBEAT_LOST, SAFE, World, begin, guest, process, view};
 use crate::{
@@ -351,7 +353,7 @@ impl World {
                     victim: from,
                     proof,
                 });
-                self.takeovers.push((from, epoch));
+                self.takeovers.push(Ownership::new(from, epoch));
                 self.own(to);
             }
             other => panic!("not supported by this model: {other:?}"),

@@ -6,7 +6,7 @@
 //! last reference to the description. A descriptor is one, a message that carries one is one, and so
 //! is every request in flight, by io_uring or by direct I/O. So a free byte says that no descriptor of
 //! the writer is open and none of its requests is in flight, whatever became of its process. That is
-//! measured by `a_killed_process_holds_its_lock_until_its_writes_have_completed`.
+//! measured by `i1_a_killed_process_holds_its_lock_until_its_writes_have_completed`.
 //!
 //! # Assumes
 //! - Locks belong to the inode that was opened, for a block device to the inode of its device node.

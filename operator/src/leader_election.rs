@@ -70,7 +70,7 @@ impl Election {
     }
 
     async fn attempt(&self) -> Result<bool> {
-        let now = Timestamp::now();
+        let now = crate::clock::timestamp();
         let Some(mut lease) = self.api.get_opt(LEASE).await.context("read the Lease")? else {
             let lease = Lease {
                 metadata: ObjectMeta {

@@ -36,7 +36,12 @@ pub(crate) async fn report_migration(
         // A final phase is never left, not even by a plan made from a stale cache.
         return Ok(());
     }
-    let mut status = migration_status(&old, update, object.metadata.generation, Timestamp::now());
+    let mut status = migration_status(
+        &old,
+        update,
+        object.metadata.generation,
+        crate::clock::timestamp(),
+    );
     status.reservation = reservation(context, vm, name).or_else(|| old.reservation.clone());
     if status == old {
         return Ok(());
@@ -76,7 +81,12 @@ pub(crate) async fn fail_orphaned_migrations(context: &OperatorContext) -> Resul
             progress: None,
         };
         let old = object.status.clone().unwrap_or_default();
-        let status = migration_status(&old, &update, object.metadata.generation, Timestamp::now());
+        let status = migration_status(
+            &old,
+            &update,
+            object.metadata.generation,
+            crate::clock::timestamp(),
+        );
         let namespace = object.namespace().unwrap_or_default();
         write_migration(context, &namespace, &object.name_any(), &status).await?;
     }
@@ -111,7 +121,7 @@ pub(crate) async fn report_failover(
         return Ok(());
     }
     let created = object.metadata.creation_timestamp.clone();
-    let status = failover_status(&old, update, created, Timestamp::now());
+    let status = failover_status(&old, update, created, crate::clock::timestamp());
     if status == old {
         return Ok(());
     }

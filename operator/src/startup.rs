@@ -9,12 +9,14 @@ use anyhow::{Context, Result, bail};
 use bascule_crds::names::FIELD_MANAGER;
 use bascule_types::ClusterId;
 use k8s_openapi::api::core::v1::{Namespace, Node};
+use kube::client::ClientBuilder;
 use kube::runtime::events::{Recorder, Reporter};
 use kube::runtime::reflector::Store;
-use kube::{Api, Client, ResourceExt};
+use kube::{Api, Client, Config, ResourceExt};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
+use tower::util::MapResponseLayer;
 
 use crate::cli::Args;
 use crate::context::OperatorContext;
@@ -64,14 +66,21 @@ async fn run(args: Arc<Args>) -> Result<()> {
     }
 }
 
+/// A client that takes the API server's time from each response.
+async fn client() -> Result<Client> {
+    let config = Config::infer().await?;
+    let learning = MapResponseLayer::new(crate::clock::learn);
+    Ok(ClientBuilder::try_from(config)?
+        .with_layer(&learning)
+        .build())
+}
+
 async fn serve(
     args: Arc<Args>,
     metrics: Arc<Metrics>,
     ready_tx: watch::Sender<bool>,
 ) -> Result<()> {
-    let client = Client::try_default()
-        .await
-        .context("configure the Kubernetes client")?;
+    let client = client().await.context("configure the Kubernetes client")?;
     check_version(&client).await?;
     let cluster_id = cluster_id(&client).await?;
     let authority = Arc::new(cluster_ca::load_or_create(&client, &args.namespace).await?);

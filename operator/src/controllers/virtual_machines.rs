@@ -9,7 +9,6 @@ use anyhow::Result;
 use bascule_crds::names::{condition, reason};
 use bascule_crds::{VirtualMachine, VirtualMachineStatus};
 use bascule_operator_core::{PlannerMemory, plan};
-use jiff::Timestamp;
 use kube::{Api, ResourceExt};
 use tokio::sync::{Notify, Semaphore};
 use tokio::task::JoinSet;
@@ -154,7 +153,7 @@ async fn reconcile(
         memory: &mut memory,
     };
     let executed = execution.run(&plan.actions).await;
-    let conflict = context.stores.macs.conflict(vm, Timestamp::now());
+    let conflict = context.stores.macs.conflict(vm, crate::clock::timestamp());
     if let Some(news) = conflict.as_ref().filter(|c| mac_index::is_news(vm, c)) {
         execution
             .publish_event(&news.reason, &news.message, true)
@@ -174,8 +173,13 @@ async fn reconcile(
         requeue = requeue.min(RETRY);
         log_failure(context, &error, actions, logged_before);
     }
-    let mut status =
-        crate::vm_status::status(vm, &intent, &observed, &plan.report, Timestamp::now());
+    let mut status = crate::vm_status::status(
+        vm,
+        &intent,
+        &observed,
+        &plan.report,
+        crate::clock::timestamp(),
+    );
     mac_index::set(&mut status.conditions, conflict);
     if vm.status.as_ref() != Some(&status)
         && let Err(error) = write_status(context, vm, &status).await
@@ -216,7 +220,7 @@ async fn report_invalid(
         "False",
         reason::INVALID_SPEC,
         message,
-        Timestamp::now(),
+        crate::clock::timestamp(),
     );
     ready.observed_generation = vm.metadata.generation;
     bascule_crds::set_condition(&mut status.conditions, ready);

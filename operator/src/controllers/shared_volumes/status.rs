@@ -44,7 +44,7 @@ pub(super) async fn report(
     let old = current.and_then(|sv| sv.status.clone()).unwrap_or_default();
     let vms = context.stores.vms.state();
     let claimed = |uid: &str| vms.iter().any(|vm| vm.uid().as_deref() == Some(uid));
-    let mut status = status_of(volume, &old, reported, claimed, Timestamp::now());
+    let mut status = status_of(volume, &old, reported, claimed, crate::clock::timestamp());
     if status == old {
         return Ok(());
     }

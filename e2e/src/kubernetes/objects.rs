@@ -24,6 +24,8 @@ pub struct Moved {
     pub downtime: Option<String>,
     /// From the request to the end.
     pub total: Option<String>,
+    /// Why it did not succeed.
+    pub why: Option<String>,
 }
 
 /// Succeeds when the object's condition `kind` is True; the error has its reason and message.
@@ -57,15 +59,12 @@ pub(super) fn ended(object: &Value) -> Result<Moved> {
     match moved.phase.as_str() {
         "Succeeded" => Ok(moved),
         "Failed" | "Cancelled" | "Refused" => {
-            let why = condition(object, "Complete")
-                .err()
-                .map(|error| error.to_string());
             let conditions = object["status"]["conditions"].to_string();
             Err(PermanentError(format!(
                 "{} ended as {}: {}",
                 moved.name,
                 moved.phase,
-                why.unwrap_or(conditions)
+                moved.why.unwrap_or(conditions)
             ))
             .into())
         }
@@ -102,6 +101,9 @@ fn read(object: &Value) -> Result<Moved> {
             .as_str()
             .map(str::to_owned),
         total: status["progress"]["total"].as_str().map(str::to_owned),
+        why: condition(object, "Complete")
+            .err()
+            .map(|error| error.to_string()),
     })
 }
 

@@ -12,6 +12,9 @@
 //!                       └─ otherwise ──────────────────► DoesNotConverge (quick or fail)
 //! ```
 //!
+//! A fixed cost that takes more than half of the limit is measured again, since one delay of a busy host
+//! would otherwise rule the move out.
+//!
 //! All figures are integers: bytes, nanoseconds, bytes per second. Nothing here reads a clock.
 
 use std::time::Duration;
@@ -54,7 +57,8 @@ pub enum Fallback {
 }
 
 /// The part of the blackout that does not depend on how much is dirty. Every part is measured
-/// before the guest is stopped.
+/// before the guest is stopped; of several measurements the shortest counts, because a delay of the
+/// host only ever makes one longer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FixedCost {
     /// Stopping, draining and saving: a dry run on the source.
@@ -125,10 +129,19 @@ pub struct Controller {
     rate: Option<Rate>,
     best: Option<Duration>,
     stalled: u32,
+    improved_at: Duration,
     polished: u32,
+    dry_runs: u32,
 }
 
 impl FixedCost {
+    /// Takes a further dry run's measurement of what the source measures, part by part.
+    pub fn improve(&mut self, again: &Self) {
+        self.save = self.save.min(again.save);
+        self.commit = self.commit.min(again.commit);
+        self.round_trip = self.round_trip.min(again.round_trip);
+    }
+
     /// The blackout with nothing dirty, at this rate.
     #[must_use]
     pub fn total(&self, rate: Rate) -> Duration {
@@ -150,8 +163,20 @@ impl Controller {
             rate: None,
             best: None,
             stalled: 0,
+            improved_at: Duration::ZERO,
             polished: 0,
+            dry_runs: 0,
         }
+    }
+
+    /// Whether to measure the fixed cost in this round: in the first, and again while it takes more
+    /// than half of the limit, which each measurement stops the guest for [`FixedCost::save`] to find out.
+    #[must_use]
+    pub fn begin_dry_run(&mut self, fixed: &FixedCost) -> bool {
+        let dear = fixed.total(self.rate()) > self.limits.downtime_max / 2;
+        let wanted = self.dry_runs == 0 || (dear && self.dry_runs < DRY_RUNS_MAX);
+        self.dry_runs += u32::from(wanted);
+        wanted
     }
 
     /// The bandwidth as estimated so far.
@@ -181,8 +206,12 @@ impl Controller {
             return self.stop_or_polish(round.dirty, fixed, before, elapsed);
         }
         let improved = predicted < before - before / IMPROVEMENT_PART;
+        if improved {
+            self.improved_at = elapsed;
+        }
         self.stalled = if improved { 0 } else { self.stalled + 1 };
-        let exhausted = if self.stalled >= STALLED_ROUNDS_MAX {
+        let stalled_for = elapsed.saturating_sub(self.improved_at);
+        let exhausted = if self.stalled >= STALLED_ROUNDS_MAX && stalled_for >= STALLED_TIME_MIN {
             Some(Exhausted::NoProgress)
         } else {
             self.exhausted(elapsed)
@@ -254,6 +283,11 @@ const IMPROVEMENT_PART: u32 = 10;
 /// Rounds without improvement after which the guest is said not to converge. A guess: a working
 /// set that is larger than the limit allows shows the same prediction from the second round on.
 const STALLED_ROUNDS_MAX: u32 = 5;
+/// Least time without improvement after which the guest is said not to converge. Short rounds are over in
+/// milliseconds: five of them may all fall into one burst of the guest or one delay of the host.
+const STALLED_TIME_MIN: Duration = Duration::from_secs(2);
+/// Most measurements of the fixed cost.
+const DRY_RUNS_MAX: u32 = 5;
 /// Rounds that are made although the limit is already met.
 const POLISH_ROUNDS_MAX: u32 = 4;
 /// Below this, dirty memory is not worth another round.

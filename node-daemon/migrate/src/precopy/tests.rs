@@ -166,6 +166,83 @@ fn a_limit_below_the_fixed_cost_is_reported_and_not_tried() {
 }
 
 #[test]
+fn one_delay_while_the_fixed_cost_is_measured_does_not_rule_the_move_out() {
+    let mut controller = Controller::new(LIMITS);
+    let mut fixed = FixedCost::default();
+    assert!(controller.begin_dry_run(&fixed), "the first round measures");
+    // The coordinator took 200 ms to answer: with the two reads of a transfer, more than the limit.
+    fixed = FixedCost {
+        commit: Duration::from_millis(400),
+        ..FIXED
+    };
+    let round = Round {
+        sent: Bytes(64 << 20),
+        took: Duration::from_millis(64),
+        paced: Duration::ZERO,
+        dirty: Pages(8),
+    };
+    let decision = controller.round_ended(&round, &fixed, round.took);
+    assert_eq!(decision, Decision::NextRound);
+    assert!(controller.begin_dry_run(&fixed), "and the next one again");
+    fixed.improve(&FIXED);
+    assert!(!controller.begin_dry_run(&fixed), "it is short enough now");
+    let decision = controller.round_ended(&round, &fixed, round.took * 2);
+    assert!(matches!(decision, Decision::Stop { .. }), "{decision:?}");
+}
+
+#[test]
+fn a_delay_in_a_later_measurement_changes_nothing() {
+    let mut fixed = FIXED;
+    fixed.improve(&FixedCost {
+        save: Duration::from_secs(1),
+        commit: Duration::from_secs(1),
+        round_trip: Duration::from_secs(1),
+        ..FIXED
+    });
+    assert_eq!(fixed, FIXED);
+}
+
+#[test]
+fn a_fixed_cost_above_the_limit_is_not_measured_for_ever() {
+    let mut controller = Controller::new(LIMITS);
+    let fixed = FixedCost {
+        save: Duration::from_secs(1),
+        ..FIXED
+    };
+    let measured = (0..100).filter(|_| controller.begin_dry_run(&fixed));
+    assert_eq!(measured.count(), 5);
+}
+
+#[test]
+fn short_rounds_of_one_burst_are_not_taken_for_a_guest_that_never_converges() {
+    let mut controller = Controller::new(LIMITS);
+    let burst = Round {
+        sent: Bytes(512 << 20),
+        took: Duration::from_millis(100),
+        paced: Duration::ZERO,
+        dirty: Pages(1 << 20),
+    };
+    for round in 1..=10 {
+        let decision = controller.round_ended(&burst, &FIXED, burst.took * round);
+        assert_eq!(decision, Decision::NextRound, "round {round}");
+    }
+    let calm = Round {
+        dirty: Pages(8),
+        ..burst
+    };
+    let decision = controller.round_ended(&calm, &FIXED, burst.took * 11);
+    assert_ne!(
+        std::mem::discriminant(&decision),
+        std::mem::discriminant(&Decision::DoesNotConverge {
+            fallback: Fallback::Fail,
+            predicted: Duration::ZERO,
+            cause: Exhausted::NoProgress
+        }),
+        "{decision:?}"
+    );
+}
+
+#[test]
 fn the_time_budget_ends_a_slow_copy() {
     let guest = Guest {
         link: Rate(10 << 20),

@@ -35,6 +35,7 @@ use crate::memory::PAGE_SIZE;
 use crate::state;
 
 mod channel_sink;
+mod fixed_cost;
 mod outcome;
 
 use channel_sink::ChannelSink;
@@ -206,10 +207,6 @@ impl Driver<'_> {
             description: self.job.description.clone(),
         }))?;
         let accepted = self.receive()?;
-        let requested = Instant::now();
-        self.authority.record();
-        // A transfer is a journaled write and two such reads.
-        self.fixed.commit = requested.elapsed() * 2;
         self.machine
             .dirty()
             .start()
@@ -227,32 +224,10 @@ impl Driver<'_> {
         self.end_round(round)?;
         let acked = self.receive()?;
         self.round_took = began.elapsed();
-        if round == 1 {
-            self.dry_run()?;
+        if self.controller.begin_dry_run(&self.fixed) {
+            self.measure_fixed_cost(round)?;
         }
         Ok(acked)
-    }
-
-    /// Measures what does not depend on memory: stops and saves the guest once and lets it go on.
-    fn dry_run(&mut self) -> Result<(), Abort> {
-        let began = Instant::now();
-        self.pause()?;
-        let saved = self.save();
-        self.guest.resume().map_err(|error| internal(error.0))?;
-        self.fixed.save = began.elapsed();
-        self.fixed.state = Bytes(saved?.len() as u64);
-        let token = 1;
-        let pinged = Instant::now();
-        self.send(&Frame::Ping { token })?;
-        let channel = self.channel()?;
-        match channel.receive().map_err(|error| lost_frame(&error))? {
-            Frame::Pong { token: 1 } => {}
-            Frame::Abort(abort) => return Err(abort),
-            other => return Err(internal(format!("{:?} instead of Pong", other.kind()))),
-        }
-        self.fixed.round_trip = pinged.elapsed();
-        tracing::debug!(fixed = ?self.fixed, "dry run");
-        Ok(())
     }
 
     fn decide(&mut self, round: u32) -> Result<Event, Abort> {

@@ -142,8 +142,9 @@ impl Renewal<'_> {
     fn write_record(&mut self, owner: Owner, sequence: u64, detached: bool) -> io::Result<()> {
         // One lock for what the record says and that it is about to be submitted.
         let watchdog = self.context.update(|state| {
-            state.published_watchdog = state.published_watchdog.submitted(state.watchdog);
-            state.watchdog
+            let kind = state.enlistment.kind();
+            state.published_watchdog = state.published_watchdog.submitted(kind);
+            kind
         });
         let record = HeartbeatRecord {
             node: self.context.config.node,
@@ -162,6 +163,8 @@ impl Renewal<'_> {
         control_blocks::write_durably(&mut self.handle, superblock, lba, &record)?;
         self.context
             .update(|state| state.published_watchdog = PublishedWatchdog::durable(watchdog));
+        // A gate may have waited for it.
+        self.context.change_enlistment(|enlistment| enlistment);
         Ok(())
     }
 
@@ -200,7 +203,7 @@ impl Renewal<'_> {
     }
 
     /// Publishes the lease in the shared state, and in the gate page if the coordinator has
-    /// acknowledged its generation.
+    /// acknowledged its generation and the watchdog watches the volume.
     fn publish(&mut self) {
         let Some(holder) = &self.holder else { return };
         let lease = holder.lease();
@@ -209,26 +212,20 @@ impl Renewal<'_> {
             owner: holder.owner(),
             expiry: lease.map(|held| held.expiry).unwrap_or_default(),
         };
-        let (joined, before) = {
-            let state = self.context.state();
-            (state.joined, state.lease.phase)
-        };
-        if let Some(held) = lease.filter(|held| joined == Some(held.owner))
-            && let Err(error) = self.context.gate.publish(held.owner, held.expiry)
-        {
-            self.context
-                .fail(&format!("cannot publish the lease: {error}"));
-        }
-        if let LeasePhase::Stopped(reason) = view.phase {
-            self.context.gate.close();
-            if before != view.phase && reason != StopReason::Left {
-                self.context.fail(&reason.to_string());
-            }
-        }
+        let before = self.context.state().lease.phase;
         if before != view.phase {
             tracing::info!(phase = ?view.phase, owner = ?view.owner, "the lease changed its phase");
         }
-        self.context.update(|state| state.lease = view);
+        if let Err(error) = self.context.set_lease(view) {
+            self.context
+                .fail(&format!("cannot publish the lease: {error}"));
+        }
+        if let LeasePhase::Stopped(reason) = view.phase
+            && before != view.phase
+            && reason != StopReason::Left
+        {
+            self.context.fail(&reason.to_string());
+        }
     }
 
     fn has_left(&self) -> bool {

@@ -18,10 +18,10 @@ use std::time::Duration;
 
 use bascule_types::{BootTime, NodeUid, Owner, SlotId};
 use bascule_volume_format::{
-    CoordinatorEpoch, HeartbeatRecord, LeaderBlock, Metadata, SlotRow, Superblock, WatchdogKind,
+    CoordinatorEpoch, Fencing, HeartbeatRecord, LeaderBlock, Metadata, SlotRow, Superblock,
 };
-use bascule_volume_gate::{GateWriter, boot_time_now};
-use bascule_volume_protocol::{LeasePhase, Rules, Watcher};
+use bascule_volume_gate::{GateError, GateWriter, boot_time_now};
+use bascule_volume_protocol::{Enlistment, LeasePhase, Rules, Watcher};
 
 use crate::block_device::Device;
 use crate::peer_rpc::{PeerOperation, PeerRequest, PeerResponse, Tls};
@@ -102,9 +102,10 @@ pub struct State {
     pub peer_error: Option<String>,
     /// The processes that may write to the volume.
     pub writers: WriterTable,
-    /// Written by the calls to `bascule-watchdog`; published in the heartbeat.
-    pub watchdog: WatchdogKind,
-    /// Written by the heartbeat thread: what other nodes may have read of `watchdog`.
+    /// Written by the calls to `bascule-watchdog`: whether gates may open, and the kind of watchdog that
+    /// the heartbeat publishes.
+    pub enlistment: Enlistment,
+    /// Written by the heartbeat thread: what other nodes may have read of that kind.
     pub published_watchdog: PublishedWatchdog,
     /// All threads end.
     pub stopping: bool,
@@ -152,6 +153,8 @@ impl VolumeContext {
     /// The context before any thread has started.
     #[must_use]
     pub fn new(parts: VolumeContextParts) -> Self {
+        // Under LeaseOnly no watchdog resets the node: an expired lease only stalls guests.
+        let is_required = parts.superblock.fencing == Fencing::Watchdog;
         let state = State {
             lease: LeaseView {
                 phase: LeasePhase::Lapsed,
@@ -172,7 +175,7 @@ impl VolumeContext {
             unreachable_since: None,
             peer_error: None,
             writers: parts.writers,
-            watchdog: WatchdogKind::None,
+            enlistment: Enlistment::new(Rules::ENFORCED, is_required),
             published_watchdog: PublishedWatchdog::UNKNOWN,
             stopping: false,
             leaving: false,
@@ -200,6 +203,50 @@ impl VolumeContext {
         let result = alter(&mut self.state());
         self.changed.notify_all();
         result
+    }
+
+    /// Stores the lease of this node and publishes it in the gate page, if this node may write under it.
+    /// Closes the gate if the lease is over for good.
+    ///
+    /// # Errors
+    /// [`GateError`]: the page shows another slot or a later generation.
+    pub fn set_lease(&self, lease: LeaseView) -> Result<(), GateError> {
+        self.update(|state| {
+            state.lease = lease;
+            if let LeasePhase::Stopped(_) = lease.phase {
+                self.gate.close();
+            }
+            self.publish_lease(state)
+        })
+    }
+
+    /// Changes what is known of the enlistment, takes into account what other nodes may have read, and
+    /// opens the gates that may open then.
+    pub fn change_enlistment(&self, change: impl FnOnce(Enlistment) -> Enlistment) {
+        let published = self.update(|state| {
+            let before = state.enlistment.kind();
+            let may_name_one = state.published_watchdog.may_name_one();
+            state.enlistment = change(state.enlistment.clone()).published(may_name_one);
+            let kind = state.enlistment.kind();
+            if kind != before {
+                tracing::info!(?kind, "the node's watchdog kind changed");
+            }
+            self.publish_lease(state)
+        });
+        if let Err(error) = published {
+            self.fail(&format!("cannot publish the lease: {error}"));
+        }
+    }
+
+    /// The only publication of a lease. The caller holds the mutex: a lease is not published between the
+    /// decision to withdraw the volume from the watchdog and its consequences.
+    fn publish_lease(&self, state: &State) -> Result<(), GateError> {
+        match state.lease.owner {
+            Some(owner) if state.is_joined() && state.may_open_gates() => {
+                self.gate.publish(owner, state.lease.expiry)
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Waits until the state has changed or `timeout` has passed.
@@ -349,14 +396,29 @@ impl State {
         record.address.parse().ok().map(Route::Peer)
     }
 
+    /// Whether this node holds a lease in a generation that the coordinator has acknowledged.
+    fn is_joined(&self) -> bool {
+        self.lease.phase == LeasePhase::Held
+            && self.joined.is_some()
+            && self.joined == self.lease.owner
+    }
+
+    /// The end of the lease under which gates are open at `now`, or may open; none without one.
+    #[must_use]
+    pub fn lease_until(&self, now: BootTime) -> Option<BootTime> {
+        (self.is_joined() && now < self.lease.expiry).then_some(self.lease.expiry)
+    }
+
+    /// Whether the watchdog watches the volume as far as its writers need it.
+    #[must_use]
+    pub fn may_open_gates(&self) -> bool {
+        self.enlistment.may_open(self.writers.must_be_watched())
+    }
+
     /// Whether this node may write at `now`.
     #[must_use]
     pub fn is_open(&self, now: BootTime) -> bool {
-        self.failed.is_none()
-            && self.lease.phase == LeasePhase::Held
-            && self.joined.is_some()
-            && self.joined == self.lease.owner
-            && now < self.lease.expiry
+        self.failed.is_none() && self.lease_until(now).is_some() && self.may_open_gates()
     }
 }
 

@@ -43,7 +43,7 @@ pub fn status(context: &VolumeContext) -> VolumeStatus {
             Fencing::Watchdog | Fencing::PersistentReservation => FencingMode::Watchdog,
         },
         safe_time_ms: u64::try_from(superblock.timings.safe_time().as_millis()).unwrap_or(u64::MAX),
-        watchdog: match state.watchdog {
+        watchdog: match state.enlistment.kind() {
             FormatKind::Hardware => WatchdogKind::Hardware,
             FormatKind::Software => WatchdogKind::Soft,
             FormatKind::None => WatchdogKind::None,
@@ -59,7 +59,11 @@ pub fn reason(state: &State, now: BootTime) -> Option<String> {
     if device.is_some() || state.is_open(now) {
         return device;
     }
-    let waiting = state.waiting_for.as_deref().unwrap_or("a new lease");
+    let lease = match state.lease_until(now) {
+        Some(_) => "the watchdog to watch this volume",
+        None => "a new lease",
+    };
+    let waiting = state.waiting_for.as_deref().unwrap_or(lease);
     Some(format!("this node may not write: waiting for {waiting}"))
 }
 

@@ -1,63 +1,98 @@
-//! The client of the node's `bascule-watchdog`: enlists this volume while a writer is open, and
-//! withdraws it otherwise.
+//! The client of the node's `bascule-watchdog`: enlists this volume while a write may be in flight, and
+//! withdraws it when no writer is open, or when the lease has lapsed and every writer is drained.
 //!
 //! The heartbeat publishes the kind of watchdog that resets this node, and the other nodes base
 //! fence proofs on it. So the kind is always the last answer of `bascule-watchdog`, and `None` when
-//! that process cannot be reached or when its timeout is too long for the volume's timings.
+//! that process cannot be reached or when its timeout is too long for the volume's timings. What follows
+//! from the answers is decided by [`bascule_volume_protocol::Enlistment`].
 
 use std::time::Duration;
 
 use bascule_ipc::volume::WatchdogKind as IpcKind;
 use bascule_ipc::watchdog::{Request, Response};
 use bascule_ipc::{Connection, IpcError};
-use bascule_volume_format::{Fencing, WatchdogKind};
-use bascule_volume_protocol::Rules;
+use bascule_types::BootTime;
+use bascule_volume_format::WatchdogKind;
+use bascule_volume_gate::boot_time_now;
+use bascule_volume_gate::writer_page::is_closed_for_certain;
 use bascule_volume_protocol::watchdog_policy::timeout_fits;
+use bascule_volume_protocol::{Rules, WatchdogCall, WriterActivity};
 
-use crate::volume_context::VolumeContext;
+use crate::volume_context::{State, VolumeContext};
 
-/// Enlists or withdraws this volume, according to the open writers, and stores the kind of watchdog
-/// that `bascule-watchdog` reports.
-pub fn refresh(context: &VolumeContext) {
-    let call = context.watchdog_call.lock();
-    // Under LeaseOnly no watchdog resets the node: an expired lease only stalls guests.
-    let enlisted = is_required(context) && context.state().writers.must_be_watched();
-    let kind = if enlisted {
-        enlist(context).unwrap_or(WatchdogKind::None)
-    } else {
-        let volume = context.superblock.volume;
-        call_and_check(context, &Request::Withdraw { volume }).unwrap_or(WatchdogKind::None)
-    };
-    let kind = if is_required(context) {
-        kind
-    } else {
-        WatchdogKind::None
-    };
-    if context.state().watchdog != kind {
-        tracing::info!(?kind, "the node's watchdog kind changed");
-        // Before the next call: a writer that opens decides by the last answer.
-        context.update(|state| state.watchdog = kind);
+/// Enlists or withdraws this volume, according to its writers and its lease, and stores what
+/// `bascule-watchdog` answers. Returns what it decided by.
+pub fn refresh(context: &VolumeContext) -> WriterActivity {
+    let guard = context.watchdog_call.lock();
+    // One lock for the decision and what it closes: no later lease is published before both.
+    let (activity, call) = context.update(|state| {
+        let activity = activity(context, state);
+        let (decided, call) = state.enlistment.clone().decide(&activity);
+        if decided.is_withdrawn() && activity.any && !state.enlistment.is_withdrawn() {
+            tracing::info!(
+                "the lease has lapsed and no write is in flight: withdrawing the volume from the \
+                 watchdog until there is a new lease"
+            );
+        }
+        state.enlistment = decided;
+        (activity, call)
+    });
+    if let Err(reason) = send(context, call) {
+        tracing::debug!(?call, reason, "the watchdog did not grant a request");
     }
-    drop(call);
+    drop(guard);
+    activity
+}
+
+/// Sends `call`, stores its answer, and opens the gates that may open now. The caller holds
+/// [`VolumeContext::watchdog_call`].
+///
+/// # Errors
+/// The reason for status messages: `bascule-watchdog` is unreachable, refused, or its timeout is too long.
+pub fn send(context: &VolumeContext, call: WatchdogCall) -> Result<WatchdogKind, String> {
+    let volume = context.superblock.volume;
+    let request = match call {
+        WatchdogCall::Enlist { lease_until } => Request::Enlist {
+            volume,
+            gate_page: context.gate.path().to_owned(),
+            lease_until,
+        },
+        WatchdogCall::Withdraw => Request::Withdraw { volume },
+    };
+    let answer = call_and_check(context, &request);
+    let kind = answer.as_ref().ok().copied();
+    context.change_enlistment(|enlistment| enlistment.answered(call, kind));
+    answer
+}
+
+/// What the writers do now.
+fn activity(context: &VolumeContext, state: &mut State) -> WriterActivity {
+    // The clock before the writers' pages.
+    let now = boot_time_now();
+    let shown = context.gate.view().expiry;
+    WriterActivity {
+        any: state.writers.must_be_watched(),
+        closed: is_closed_for_certain(now, shown),
+        drained: state.writers.are_all_drained(),
+        lease_until: state.lease_until(now),
+    }
+}
+
+/// When to refresh next, at the latest, after a refresh that saw `activity` at `now`: soon after the end of
+/// the lease, and often while a lapsed volume still has a writer that is not drained.
+#[must_use]
+pub fn next_refresh(activity: &WriterActivity, is_withdrawn: bool, now: BootTime) -> Duration {
+    match activity.lease_until {
+        _ if !activity.any || is_withdrawn => INTERVAL,
+        Some(until) => INTERVAL.min(until.since(now) + INTERVAL_LAPSED),
+        None => INTERVAL_LAPSED,
+    }
 }
 
 /// Whether the fencing mode of this volume relies on a watchdog.
 #[must_use]
 pub fn is_required(context: &VolumeContext) -> bool {
-    context.superblock.fencing == Fencing::Watchdog
-}
-
-/// Enlists this volume: from then on the node is reset when the volume's lease expires.
-///
-/// # Errors
-/// The reason for status messages: `bascule-watchdog` is unreachable, refused, or its timeout is too long.
-pub fn enlist(context: &VolumeContext) -> Result<WatchdogKind, String> {
-    let enlist = Request::Enlist {
-        volume: context.superblock.volume,
-        gate_page: context.gate.path().to_owned(),
-        lease_until: None,
-    };
-    call_and_check(context, &enlist)
+    context.superblock.fencing == bascule_volume_format::Fencing::Watchdog
 }
 
 fn call_and_check(context: &VolumeContext, request: &Request) -> Result<WatchdogKind, String> {
@@ -96,3 +131,36 @@ fn call(context: &VolumeContext, request: &Request) -> Result<Response, IpcError
 
 /// For each step of one call; `bascule-watchdog` is on this host.
 const CALL_TIMEOUT: Duration = Duration::from_secs(1);
+/// Between two refreshes.
+const INTERVAL: Duration = Duration::from_secs(1);
+/// The same while the lease has lapsed: a fraction of a watchdog's timeout, longer than a lease takes to
+/// be over for certain.
+const INTERVAL_LAPSED: Duration = Duration::from_millis(150);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lapsed_volume_is_looked_at_soon_and_a_withdrawn_one_at_leisure() {
+        let now = BootTime(5_000_000_000);
+        let lapsed = WriterActivity {
+            any: true,
+            ..WriterActivity::default()
+        };
+        assert_eq!(next_refresh(&lapsed, false, now), INTERVAL_LAPSED);
+        assert_eq!(next_refresh(&lapsed, true, now), INTERVAL);
+        let until = |left| WriterActivity {
+            lease_until: Some(now.after(left)),
+            ..lapsed
+        };
+        assert_eq!(next_refresh(&until(INTERVAL * 3), false, now), INTERVAL);
+        let short = Duration::from_millis(50);
+        let wait = next_refresh(&until(short), false, now);
+        assert_eq!(wait, short + INTERVAL_LAPSED);
+        assert_eq!(
+            next_refresh(&WriterActivity::default(), false, now),
+            INTERVAL
+        );
+    }
+}

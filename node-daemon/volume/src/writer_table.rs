@@ -269,6 +269,21 @@ impl WriterTable {
         }
     }
 
+    /// Whether no writer has a write in flight, and none has one that failed. True of a living writer only
+    /// while its gate is closed for certain.
+    pub fn are_all_drained(&mut self) -> bool {
+        self.read_pages();
+        self.writers.iter().all(|(writer, phase)| {
+            phase == WriterPhase::Open && self.view(writer).is_some_and(WriterView::is_drained)
+        })
+    }
+
+    /// Whether this process is a writer already.
+    #[must_use]
+    pub fn is_known(&self, writer: WriterId) -> bool {
+        self.writers.phase(writer).is_some()
+    }
+
     /// Whether anything of this node may be written.
     #[must_use]
     pub fn must_be_watched(&self) -> bool {

@@ -13,7 +13,7 @@
 //! | [`fence`] | the coordinator | the proof that a failed owner will not write again |
 //! | [`Election`] | a candidate for coordinator | Disk Paxos; the leader block is durable before the old journal is read |
 //! | [`Coordinator`] | the coordinator | an answer needs a durable record and a later re-read |
-//! | [`Writers`], [`watchdog_policy`] | every attached node | when to pet the watchdog, and when it may stop watching a volume |
+//! | [`Writers`], [`Enlistment`], [`watchdog_policy`] | every attached node | when to pet the watchdog, and when it may stop watching a volume |
 //!
 //! The source of a migration has a state machine of its own, `bascule_migrate::commit`; a model here
 //! runs it against the volume's real metadata.
@@ -30,6 +30,7 @@
 mod coordinator_answers;
 mod disk_paxos;
 mod drift;
+mod enlistment;
 pub mod fence;
 mod join_claim;
 mod lease;
@@ -43,6 +44,7 @@ pub use disk_paxos::{
     Election, ElectionCommand, ElectionConfig, ElectionEvent, ElectionOutcome, ElectionPhase,
 };
 pub use drift::Drift;
+pub use enlistment::{Enlistment, WatchdogCall, WriterActivity};
 pub use join_claim::{JoinClaim, OwnSlot, join_claim};
 pub use lease::{
     Held, LeaseCommand, LeaseConfig, LeaseEvent, LeaseHolder, LeasePhase, OwnRecord,

@@ -107,6 +107,14 @@ pub enum Mutation {
     NoSecondHolder,
     /// A volume is withdrawn from the watchdog while writes are in flight.
     WithdrawBeforeDrain,
+    /// A volume whose lease has lapsed is withdrawn although a writer has a write in flight.
+    WithdrawLapsedInFlight,
+    /// A writer whose write failed counts as one that has nothing in flight.
+    UncleanCountsAsDrained,
+    /// A gate opens although the volume was withdrawn and not enlisted again.
+    GateOpensBeforeEnlisting,
+    /// A gate opens unwatched although the newest heartbeat record names a watchdog.
+    UnwatchedWhileNamed,
     /// A transfer is not conditional on the epoch that the source owned.
     TransferIgnoresEpoch,
     /// A row does not record which migration attempt began its epoch.

@@ -17,7 +17,7 @@ use bascule_volume_format::{RegionKind, Superblock};
 use rustix::process::{Pid, Resource, Rlimit, Signal, kill_process, prlimit};
 
 /// Timeout of every wait; generous, for a busy machine.
-const TIMEOUT: Duration = Duration::from_secs(60);
+pub(crate) const TIMEOUT: Duration = Duration::from_secs(60);
 
 pub(crate) struct Lab {
     dir: tempfile::TempDir,
@@ -33,6 +33,12 @@ impl Lab {
     }
 
     pub(crate) fn with_fencing(fencing: &str) -> Self {
+        let lab = Self::without_watchdog(fencing);
+        lab.start_watchdog();
+        lab
+    }
+
+    pub(crate) fn without_watchdog(fencing: &str) -> Self {
         let (authority, _) = Authority::create("test").unwrap();
         let lab = Self {
             dir: tempfile::tempdir().unwrap(),
@@ -41,7 +47,6 @@ impl Lab {
         };
         let output = lab.format(&["--create", "64", "--fencing", fencing]);
         assert!(output.status.success(), "{output:?}");
-        lab.start_watchdog();
         lab
     }
 
@@ -128,7 +133,7 @@ impl Lab {
         superblock.region(kind).start.lba_to_bytes().unwrap().0
     }
 
-    fn watchdog_sock(&self) -> PathBuf {
+    pub(crate) fn watchdog_sock(&self) -> PathBuf {
         self.dir.path().join("watchdog.sock")
     }
 

@@ -11,3 +11,4 @@ mod cluster;
 mod hanging_device;
 mod lab;
 mod peer;
+mod storage_stall;

@@ -6,6 +6,9 @@
 //! never. The watchdog device fires by itself. Node B reads A's slot, proves the fence, takes the VM
 //! and writes at once. Reads and renewals are atomic here; `lease.rs` splits them.
 
+mod enlistment;
+mod schedules;
+
 use std::time::Duration;
 
 use bascule_types::{
@@ -16,12 +19,12 @@ use bascule_volume_format::{Fencing, FencingPolicy, Timings, WatchdogKind};
 use bascule_volume_protocol::fence::{self, FencePolicy};
 use bascule_volume_protocol::watchdog_policy::{Decision, Enlisted, timeout_fits};
 use bascule_volume_protocol::{
-    HeartbeatSeen, Held, JoinClaim, LeaseCommand, LeaseConfig, LeaseEvent, LeaseHolder, LeasePhase,
-    OwnRecord, OwnSlot, Rules, WatchEvent, Watcher, WriterEvent, WriterId, Writers, join_claim,
+    Enlistment, HeartbeatSeen, Held, JoinClaim, LeaseCommand, LeaseConfig, LeaseEvent, LeaseHolder,
+    LeasePhase, OwnRecord, OwnSlot, Rules, WatchEvent, WatchdogCall, Watcher, WriterEvent,
+    WriterId, Writers, join_claim,
 };
 use stateright::{Model, Property};
 
-use crate::checker::{Size, holds};
 use crate::table::{Table, TestWitness, VM, owner, rejoin};
 
 const NODE_A: NodeUid = NodeUid::from_bytes([1; 16]);
@@ -42,7 +45,10 @@ pub(crate) struct FenceModel {
     pub(crate) rules: Rules,
     pub(crate) ticks: u64,
     pub(crate) settle: u64,
+    pub(crate) lease: u64,
     pub(crate) watch: u64,
+    /// The volume's watchdog time.
+    pub(crate) watchdog: u64,
     pub(crate) device_timeout: u64,
     pub(crate) kind: WatchdogKind,
     pub(crate) fencing: Fencing,
@@ -51,6 +57,13 @@ pub(crate) struct FenceModel {
     pub(crate) kill: bool,
     /// Whether deciding and petting are two steps of `bascule-watchdog`, or one.
     pub(crate) late_pets: bool,
+    /// Whether `bascule-volume` refreshes the enlistment with the watchdog, a step of its own: it withdraws
+    /// a volume whose lease has lapsed.
+    pub(crate) withdraws: bool,
+    /// Whether `bascule-watchdog` may not answer, for as long as the node is up.
+    pub(crate) silent_watchdog: bool,
+    /// Whether a write may fail: it lands later, or not.
+    pub(crate) failing_writes: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -59,6 +72,8 @@ pub(crate) struct State {
     a: NodeState,
     /// The newest record of A's slot: owner, sequence number, and the boot that wrote it.
     record: (Owner, u64, u8),
+    /// The watchdog that this record names.
+    named: WatchdogKind,
     /// The guest's outstanding writes, sorted: at most one of each boot of the node.
     flights: Vec<Flight>,
     /// The highest epoch of which a write took effect.
@@ -90,7 +105,10 @@ struct Node {
     page: Option<Held>,
     guest: Guest,
     writers: Writers,
+    enlistment: Enlistment,
     enlisted: Enlisted,
+    /// `bascule-watchdog` does not answer; it pets as before.
+    is_silent: bool,
     petted_at: u64,
     pet_pending: bool,
 }
@@ -121,6 +139,9 @@ pub(crate) enum Action {
     GuestReadsRow,
     GuestEnds,
     Lands(usize),
+    WriteFails,
+    Refreshes,
+    WatchdogFallsSilent,
     WatchdogDecides,
     WatchdogPets,
     PowerCut,
@@ -140,7 +161,9 @@ impl FenceModel {
             rules,
             ticks: 9,
             settle: 1,
+            lease: 2,
             watch: 5,
+            watchdog: 2,
             device_timeout: 2,
             kind: WatchdogKind::Hardware,
             fencing: Fencing::Watchdog,
@@ -148,17 +171,33 @@ impl FenceModel {
             reboots: 0,
             kill: false,
             late_pets: true,
+            withdraws: false,
+            silent_watchdog: false,
+            failing_writes: false,
+        }
+    }
+
+    /// A node whose lease lapses and comes back, with a lease of 1, W 4, T_safe 7. Deciding and petting are
+    /// one step: what this model adds is when the volume is watched.
+    pub(crate) fn withdrawing(rules: Rules) -> Self {
+        Self {
+            ticks: 8,
+            lease: 1,
+            watch: 4,
+            late_pets: false,
+            withdraws: true,
+            ..Self::new(rules)
         }
     }
 
     fn timings(&self) -> Timings {
         let ticks = |n: u64| Duration::from_nanos(n * TICK);
         Timings {
-            lease: ticks(2),
+            lease: ticks(self.lease),
             watch: ticks(self.watch),
             poll: ticks(1),
             renewal: ticks(1),
-            watchdog: ticks(2),
+            watchdog: ticks(self.watchdog),
             settle: ticks(self.settle),
         }
     }
@@ -194,7 +233,9 @@ impl FenceModel {
             page: None,
             guest: Guest::None,
             writers: Writers::new(self.rules),
+            enlistment: Enlistment::new(self.rules, self.fencing == Fencing::Watchdog),
             enlisted: Enlisted::new(self.rules),
+            is_silent: false,
             petted_at: now,
             pet_pending: false,
         }
@@ -247,6 +288,9 @@ impl FenceModel {
         }) = command
         {
             state.record = (owner, sequence, node.boot);
+            state.named = node.enlistment.kind();
+            let may_name_one = state.named != WatchdogKind::None;
+            node.enlistment = node.enlistment.clone().published(may_name_one);
             node.step(LeaseEvent::Written { now, sequence });
         }
     }
@@ -305,6 +349,7 @@ impl FenceModel {
 
     fn guest_ends(&self, state: &mut State) {
         let drained = !state.is_writing();
+        let now = state.moment();
         let NodeState::Up(node) = &mut state.a else {
             return;
         };
@@ -318,9 +363,8 @@ impl FenceModel {
             WriterEvent::Died
         };
         node.writers = node.writers.clone().next(GUEST, ended);
-        if !node.writers.must_be_watched() {
-            node.enlisted = node.enlisted.clone().withdraw(VOLUME);
-        }
+        let may_name_one = state.named != WatchdogKind::None;
+        self.refreshes(node, now, may_name_one, !drained);
         let requester = (from, node.boot);
         if node.writers.is_drained(VM) {
             let change = Change::Release {
@@ -352,9 +396,10 @@ impl FenceModel {
             return;
         }
         let epoch = state.table.row().epoch;
+        let (now, may_name_one) = (state.moment(), state.named != WatchdogKind::None);
         if let NodeState::Up(node) = &mut state.a {
             node.writers = node.writers.clone().next(GUEST, WriterEvent::Opened);
-            node.enlisted = node.enlisted.clone().enlist(VOLUME);
+            self.refreshes(node, now, may_name_one, false);
             node.guest = Guest::Running(Ownership::new(to, epoch));
         }
     }
@@ -398,7 +443,7 @@ impl FenceModel {
             node: NODE_A,
             owner,
             sequence,
-            watchdog: self.kind(),
+            watchdog: state.named,
             detached: false,
             timings: self.timings(),
         };
@@ -414,9 +459,16 @@ impl FenceModel {
 impl Node {
     fn step(&mut self, event: LeaseEvent) -> Option<LeaseCommand> {
         let (holder, command) = self.holder.clone().next(event);
-        self.page = holder.lease();
         self.holder = holder;
+        self.publish();
         command
+    }
+
+    /// A gate that may not open keeps showing the lease that has ended.
+    fn publish(&mut self) {
+        if self.enlistment.may_open(self.writers.must_be_watched()) {
+            self.page = self.holder.lease();
+        }
     }
 
     fn gate_is_open(&self, now: BootTime, owner: Owner) -> bool {
@@ -434,6 +486,16 @@ impl State {
         let flight = self.flights.remove(index);
         self.overtaken |= self.written > flight.epoch;
         self.written = self.written.max(flight.epoch);
+    }
+
+    /// Whether the guest writes after its volume was withdrawn and enlisted again.
+    fn is_writing_again(&self) -> bool {
+        match &self.a {
+            NodeState::Up(node) => {
+                matches!(node.guest, Guest::Checked(own) if own.owner.generation > Generation(1))
+            }
+            NodeState::Down(..) => false,
+        }
     }
 
     /// Whether a write of the node's present life is under way.
@@ -463,6 +525,9 @@ impl Model for FenceModel {
         let mut node = self.node(0, 1);
         node.writers = node.writers.next(GUEST, WriterEvent::Opened);
         node.enlisted = node.enlisted.enlist(VOLUME);
+        let enlist = WatchdogCall::Enlist { lease_until: None };
+        node.enlistment = node.enlistment.answered(enlist, Some(self.kind()));
+        node.enlistment = node.enlistment.published(false);
         node.guest = Guest::Running(Ownership::new(owner(A, 1), Epoch(1)));
         let begin = LeaseEvent::NewGeneration {
             now: BootTime(0),
@@ -473,6 +538,7 @@ impl Model for FenceModel {
             now: 0,
             a: NodeState::Up(Box::new(node)),
             record: (owner(A, 1), 1, 1),
+            named: WatchdogKind::None,
             flights: Vec::new(),
             written: Epoch(0),
             table: Table::new(2, self.fencing),
@@ -523,6 +589,15 @@ impl Model for FenceModel {
                 }
                 if self.power_cut {
                     actions.push(Action::PowerCut);
+                }
+                if self.withdraws {
+                    actions.push(Action::Refreshes);
+                }
+                if self.silent_watchdog {
+                    actions.push(Action::WatchdogFallsSilent);
+                }
+                if self.failing_writes && state.is_writing() {
+                    actions.push(Action::WriteFails);
                 }
             }
             NodeState::Down(since, boot) => {
@@ -580,6 +655,9 @@ impl Model for FenceModel {
                     },
                 );
             }
+            Action::Refreshes | Action::WatchdogFallsSilent | Action::WriteFails => {
+                self.on_watch(&mut state, action);
+            }
             Action::NewGeneration
             | Action::GuestChecks
             | Action::GuestSubmits
@@ -627,6 +705,12 @@ impl Model for FenceModel {
             properties.push(Property::sometimes(
                 "A writes again in a later epoch",
                 |_, state: &State| state.b_wrote.is_none() && state.written > Epoch(1),
+            ));
+        }
+        if self.withdraws {
+            properties.push(Property::sometimes(
+                "A is not reset and writes in a later generation",
+                |_, state: &State| state.is_writing_again(),
             ));
         }
         if self.can_take_over() {
@@ -697,66 +781,3 @@ pub(crate) const CONFIRMATION_BOUND: &str =
 /// I2.
 pub(crate) const FENCED_ENDS: &str =
     "a fenced owner's ownership does not go over to its next generation";
-
-#[test]
-fn i1_no_write_lands_after_a_later_epochs_first_under_a_hardware_watchdog() {
-    let model = FenceModel {
-        ticks: Size::from_environment().pick(9, 11),
-        ..FenceModel::new(Rules::ENFORCED)
-    };
-    holds("fence, hardware watchdog", model);
-}
-
-#[test]
-fn i1_no_write_lands_after_a_later_epochs_first_through_power_cut_and_reboot() {
-    let model = FenceModel {
-        ticks: Size::from_environment().pick(4, 6),
-        settle: 2,
-        power_cut: true,
-        reboots: 1,
-        late_pets: false,
-        ..FenceModel::new(Rules::ENFORCED)
-    };
-    holds("fence, power cut and reboot", model);
-}
-
-#[test]
-fn i1_a_killed_guests_vm_is_not_released_until_its_writes_have_landed() {
-    let model = FenceModel {
-        ticks: Size::from_environment().pick(5, 9),
-        kill: true,
-        late_pets: false,
-        ..FenceModel::new(Rules::ENFORCED)
-    };
-    holds("fence, killed guest", model);
-}
-
-#[test]
-fn i1_a_softdog_and_no_watchdog_prove_nothing() {
-    let size = Size::from_environment();
-    let both = [WatchdogKind::Software, WatchdogKind::None];
-    for kind in both.into_iter().take(size.pick(1, 2)) {
-        let model = FenceModel {
-            ticks: size.pick(9, 10),
-            kind,
-            late_pets: false,
-            ..FenceModel::new(Rules::ENFORCED)
-        };
-        holds("fence, no hardware watchdog", model);
-    }
-}
-
-#[test]
-fn i1_lease_only_takes_over_only_after_a_confirmation_of_this_generation() {
-    let model = FenceModel {
-        ticks: Size::from_environment().pick(4, 5),
-        watch: 3,
-        kind: WatchdogKind::None,
-        fencing: Fencing::LeaseOnly,
-        power_cut: true,
-        reboots: 1,
-        late_pets: false,
-        ..FenceModel::new(Rules::ENFORCED)
-    };
-    holds("fence, administrator's confirmation", model);
-}

@@ -212,6 +212,36 @@ fn a_volume_that_is_withdrawn_before_its_writes_completed_has_a_counterexample()
     });
 }
 
+fn withdraw_counterexample(mutation: Mutation, adapt: impl FnOnce(&mut FenceModel)) {
+    let mut model = FenceModel::withdrawing(Rules::without(mutation));
+    adapt(&mut model);
+    is_caught(&format!("{mutation:?}"), fence::I1, model);
+}
+
+#[test]
+fn a_lapsed_volume_that_is_withdrawn_with_a_write_in_flight_has_a_counterexample() {
+    withdraw_counterexample(Mutation::WithdrawLapsedInFlight, |_| {});
+}
+
+#[test]
+fn a_failed_write_that_counts_as_ended_has_a_counterexample() {
+    withdraw_counterexample(Mutation::UncleanCountsAsDrained, |model| {
+        model.failing_writes = true;
+    });
+}
+
+#[test]
+fn a_gate_that_opens_before_its_volume_is_enlisted_again_has_a_counterexample() {
+    withdraw_counterexample(Mutation::GateOpensBeforeEnlisting, |_| {});
+}
+
+#[test]
+fn a_gate_that_opens_unwatched_while_a_watchdog_is_counted_on_has_a_counterexample() {
+    withdraw_counterexample(Mutation::UnwatchedWhileNamed, |model| {
+        model.silent_watchdog = true;
+    });
+}
+
 #[test]
 fn a_take_over_that_keeps_the_epoch_has_a_counterexample() {
     fence_counterexample(Mutation::TakeOverKeepsEpoch, fence::ONE_WRITER, |model| {

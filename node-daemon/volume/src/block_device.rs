@@ -1,4 +1,5 @@
-//! The backing device of a volume: a block device, or a plain file in a lab.
+//! The backing device of a volume: a block device, or a plain file in a lab. What the threads of a process
+//! need of it is [`SharedDevice`], so that they run on a simulated disk too.
 //!
 //! Reads and writes are `pread` and `pwrite` with `O_DIRECT`, from buffers aligned to 4096 bytes.
 //! A process exits only after a `pwrite` in progress has returned; the next process of the same boot
@@ -19,6 +20,48 @@ use bascule_volume_protocol::WriterId;
 use rustix::fs::{FallocateFlags, Mode, OFlags, SeekFrom};
 
 use crate::writer_lock::{self, WriterLock, writer_of};
+
+/// The backing device of one volume, as one process uses it.
+pub trait SharedDevice: fmt::Debug + Send + Sync {
+    /// A handle for one thread's metadata I/O.
+    fn handle(&self) -> Handle;
+
+    /// Opens the path again after an I/O error, and uses the new descriptor if `accept` returns true.
+    /// Returns whether it did.
+    ///
+    /// # Errors
+    /// Those of `open(2)`.
+    fn reopen_if(&self, accept: &mut dyn FnMut(Handle) -> bool) -> io::Result<bool>;
+
+    /// Checks that the path still names the open device.
+    ///
+    /// # Errors
+    /// `NotFound` when the path names nothing or another device.
+    fn check_present(&self) -> io::Result<()>;
+
+    /// The logical block size in bytes: the alignment of direct I/O.
+    fn block_bytes(&self) -> u32;
+
+    /// The device in an open file description of its own, locked for `writer`
+    /// ([`crate::writer_lock`]), and which device that is.
+    ///
+    /// # Errors
+    /// The system's.
+    fn open_for(&self, writer: WriterId) -> io::Result<(OwnedFd, Identity)>;
+
+    /// What is open now.
+    fn identity(&self) -> Identity;
+
+    /// Whether a request of `writer`, which was handed these devices, may be in flight.
+    fn writer_lock(&self, writer: WriterId, handed: &[Identity]) -> WriterLock;
+
+    /// Makes a range read as zeroes, by WRITE ZEROES if the device supports it. Durable only after a
+    /// flush.
+    ///
+    /// # Errors
+    /// Those of the device.
+    fn zero(&self, start: Lba, length: Bytes) -> io::Result<()>;
+}
 
 /// An open device that can be re-opened after its path was lost.
 #[derive(Clone, Debug)]
@@ -90,35 +133,6 @@ impl Device {
         })
     }
 
-    /// Opens the path again after an I/O error, and uses the new descriptor if `accept` returns
-    /// true. Returns whether it did.
-    ///
-    /// # Errors
-    /// As for [`Device::open`].
-    pub fn reopen_if(&self, accept: impl FnOnce(&Self) -> bool) -> io::Result<bool> {
-        let candidate = Self::open(&self.path, self.access)?;
-        if !accept(&candidate) {
-            return Ok(false);
-        }
-        let opened = candidate.current();
-        *self.current.write().unwrap_or_else(PoisonError::into_inner) = opened;
-        Ok(true)
-    }
-
-    /// Checks that the path still names the open device.
-    ///
-    /// # Errors
-    /// `NotFound` when the path names nothing or another device.
-    pub fn check_present(&self) -> io::Result<()> {
-        let now = identity(&std::fs::metadata(&self.path)?);
-        if now == self.current().identity {
-            Ok(())
-        } else {
-            let what = "the path now names another device or file";
-            Err(io::Error::new(io::ErrorKind::NotFound, what))
-        }
-    }
-
     /// The size of the device.
     ///
     /// # Errors
@@ -136,71 +150,6 @@ impl Device {
         self.current().is_block
     }
 
-    /// The logical block size in bytes: the alignment of direct I/O.
-    #[must_use]
-    pub fn block_bytes(&self) -> u32 {
-        let opened = self.current();
-        if !opened.is_block {
-            return 4096;
-        }
-        let text = sysfs(&opened, "queue/logical_block_size");
-        text.and_then(|text| text.trim().parse().ok())
-            .unwrap_or(4096)
-    }
-
-    /// The device in an open file description of its own, locked for `writer`
-    /// ([`crate::writer_lock`]), and which device that is.
-    ///
-    /// # Errors
-    /// The system's.
-    pub fn open_for(&self, writer: WriterId) -> io::Result<(OwnedFd, Identity)> {
-        let opened = self.current();
-        let descriptor = reopen(&opened)?;
-        writer_lock::hold(&descriptor, writer)?;
-        Ok((descriptor, opened.identity))
-    }
-
-    /// What is open now.
-    #[must_use]
-    pub fn identity(&self) -> Identity {
-        self.current().identity
-    }
-
-    /// Whether a request of `writer`, which was handed these devices, may be in flight.
-    #[must_use]
-    pub fn writer_lock(&self, writer: WriterId, handed: &[Identity]) -> WriterLock {
-        let opened = self.current();
-        if handed.is_empty() || handed.iter().any(|device| *device != opened.identity) {
-            return WriterLock::NoProof;
-        }
-        match writer_lock::is_held(&opened.file, writer) {
-            Ok(true) => WriterLock::Held,
-            Ok(false) => WriterLock::Free,
-            Err(error) => {
-                tracing::warn!(%error, "cannot ask for a writer's lock");
-                WriterLock::NoProof
-            }
-        }
-    }
-
-    /// Makes a range read as zeroes, by WRITE ZEROES if the device supports it. Durable only after a
-    /// flush.
-    ///
-    /// # Errors
-    /// Those of the device.
-    pub fn zero(&self, start: Lba, length: Bytes) -> io::Result<()> {
-        let offset = start.lba_to_bytes().map_err(io::Error::other)?;
-        let opened = self.current();
-        let flags = FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE;
-        match rustix::fs::fallocate(&opened.file, flags, offset.0, length.0) {
-            Ok(()) => Ok(()),
-            Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::INVAL) => {
-                self.write_zeroes(start, length)
-            }
-            Err(errno) => Err(errno.into()),
-        }
-    }
-
     fn write_zeroes(&self, start: Lba, length: Bytes) -> io::Result<()> {
         let blocks = length.0 / BLOCK_BYTES as u64;
         let zeroes = vec![0; BLOCK_BYTES * ZERO_CHUNK_BLOCKS];
@@ -215,28 +164,119 @@ impl Device {
         Ok(())
     }
 
-    /// A handle for one thread's metadata I/O.
-    #[must_use]
-    pub fn handle(&self) -> Handle {
-        Handle {
-            device: self.clone(),
-            buffer: AlignedBuffer::new(0, BLOCK_BYTES),
-        }
-    }
-
     fn current(&self) -> Arc<Opened> {
         Arc::clone(&self.current.read().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
+impl SharedDevice for Device {
+    fn handle(&self) -> Handle {
+        Handle(Box::new(DirectIo {
+            device: self.clone(),
+            buffer: AlignedBuffer::new(0, BLOCK_BYTES),
+        }))
+    }
+
+    fn reopen_if(&self, accept: &mut dyn FnMut(Handle) -> bool) -> io::Result<bool> {
+        let candidate = Self::open(&self.path, self.access)?;
+        if !accept(candidate.handle()) {
+            return Ok(false);
+        }
+        let opened = candidate.current();
+        *self.current.write().unwrap_or_else(PoisonError::into_inner) = opened;
+        Ok(true)
+    }
+
+    fn check_present(&self) -> io::Result<()> {
+        let now = identity(&std::fs::metadata(&self.path)?);
+        if now == self.current().identity {
+            Ok(())
+        } else {
+            let what = "the path now names another device or file";
+            Err(io::Error::new(io::ErrorKind::NotFound, what))
+        }
+    }
+
+    fn block_bytes(&self) -> u32 {
+        let opened = self.current();
+        if !opened.is_block {
+            return 4096;
+        }
+        let text = sysfs(&opened, "queue/logical_block_size");
+        text.and_then(|text| text.trim().parse().ok())
+            .unwrap_or(4096)
+    }
+
+    fn open_for(&self, writer: WriterId) -> io::Result<(OwnedFd, Identity)> {
+        let opened = self.current();
+        let descriptor = reopen(&opened)?;
+        writer_lock::hold(&descriptor, writer)?;
+        Ok((descriptor, opened.identity))
+    }
+
+    fn identity(&self) -> Identity {
+        self.current().identity
+    }
+
+    fn writer_lock(&self, writer: WriterId, handed: &[Identity]) -> WriterLock {
+        let opened = self.current();
+        if handed.is_empty() || handed.iter().any(|device| *device != opened.identity) {
+            return WriterLock::NoProof;
+        }
+        match writer_lock::is_held(&opened.file, writer) {
+            Ok(true) => WriterLock::Held,
+            Ok(false) => WriterLock::Free,
+            Err(error) => {
+                tracing::warn!(%error, "cannot ask for a writer's lock");
+                WriterLock::NoProof
+            }
+        }
+    }
+
+    fn zero(&self, start: Lba, length: Bytes) -> io::Result<()> {
+        let offset = start.lba_to_bytes().map_err(io::Error::other)?;
+        let opened = self.current();
+        let flags = FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE;
+        match rustix::fs::fallocate(&opened.file, flags, offset.0, length.0) {
+            Ok(()) => Ok(()),
+            Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::INVAL) => {
+                self.write_zeroes(start, length)
+            }
+            Err(errno) => Err(errno.into()),
+        }
+    }
+}
+
 /// One thread's access to the device.
-#[derive(Debug)]
-pub struct Handle {
+pub struct Handle(pub Box<dyn BlockStore + Send>);
+
+impl fmt::Debug for Handle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Handle")
+    }
+}
+
+impl BlockStore for Handle {
+    fn read(&mut self, lba: Lba, blocks: &mut [u8]) -> io::Result<()> {
+        self.0.read(lba, blocks)
+    }
+
+    fn write(&mut self, lba: Lba, blocks: &[u8]) -> io::Result<()> {
+        self.0.write(lba, blocks)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()
+    }
+}
+
+/// Direct I/O through a buffer of its own.
+struct DirectIo {
     device: Device,
     buffer: AlignedBuffer,
 }
 
-impl Handle {
+impl DirectIo {
     /// The first `length` bytes of the aligned buffer, which grows as needed.
     fn aligned(&mut self, length: usize) -> &mut [u8] {
         if self.buffer.len() < length {
@@ -246,7 +286,7 @@ impl Handle {
     }
 }
 
-impl BlockStore for Handle {
+impl BlockStore for DirectIo {
     fn read(&mut self, lba: Lba, blocks: &mut [u8]) -> io::Result<()> {
         let offset = lba.lba_to_bytes().map_err(io::Error::other)?;
         let opened = self.device.current();

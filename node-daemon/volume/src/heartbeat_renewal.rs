@@ -8,7 +8,6 @@ use std::io;
 
 use bascule_types::{BootTime, Generation, Owner};
 use bascule_volume_format::HeartbeatRecord;
-use bascule_volume_gate::boot_time_now;
 use bascule_volume_protocol::{
     Held, JoinClaim, LeaseCommand, LeaseConfig, LeaseEvent, LeaseHolder, LeasePhase, OwnRecord,
     OwnSlot, Rules, StopReason, join_claim,
@@ -69,13 +68,13 @@ impl Renewal<'_> {
         };
         let held = held.filter(|held| held.owner.slot == slot.slot);
         let sequence = sequence_sent.max(on_disk.unwrap_or(0));
-        let holder = LeaseHolder::start(config, boot_time_now(), held, sequence);
+        let holder = LeaseHolder::start(config, self.context.now(), held, sequence);
         self.holder = Some(holder);
     }
 
     fn tick(&mut self) {
         let Some(holder) = &self.holder else { return };
-        let now = boot_time_now();
+        let now = self.context.now();
         let (leaving, stopping) = {
             let state = self.context.state();
             (state.leaving, state.stopping)
@@ -115,7 +114,7 @@ impl Renewal<'_> {
             } => {
                 let done = self.write_record(owner, sequence, detached);
                 let written = self.note(done, "write the heartbeat").is_some();
-                let now = boot_time_now();
+                let now = self.context.now();
                 if written {
                     LeaseEvent::Written { now, sequence }
                 } else {
@@ -129,7 +128,7 @@ impl Renewal<'_> {
         let slot = self.holder.as_ref().and_then(LeaseHolder::owner);
         let slot = slot.map(|owner| owner.slot).unwrap_or_default();
         let found = control_blocks::read_slot(&mut self.handle, &self.context.superblock, slot);
-        let now = boot_time_now();
+        let now = self.context.now();
         match self.note(found, "read this node's heartbeat records") {
             Some(records) => LeaseEvent::OwnRecords {
                 now,

@@ -16,7 +16,7 @@ use bascule_ipc::volume::{Request, Response};
 use bascule_ipc::{Connection, IpcError};
 
 use crate::local_api;
-use crate::peer_rpc::PeerResponse;
+use crate::peer_rpc::Tls;
 use crate::volume_context::VolumeContext;
 
 /// Listens at `sock`, in place of a socket that an earlier process left.
@@ -61,13 +61,13 @@ pub fn accept_local(context: &Arc<VolumeContext>, listener: UnixListener) -> Res
 ///
 /// # Errors
 /// When the thread cannot be started.
-pub fn accept_peers(context: &Arc<VolumeContext>, listener: TcpListener) -> Result<()> {
+pub fn accept_peers(context: &Arc<VolumeContext>, listener: TcpListener, tls: Tls) -> Result<()> {
     let context = Arc::clone(context);
     let accept = move || {
         let open = Arc::new(AtomicUsize::new(0));
         for stream in listener.incoming().flatten() {
-            let context = Arc::clone(&context);
-            spawn_bounded(&open, "peer", move || serve_peer(&context, stream));
+            let (context, tls) = (Arc::clone(&context), tls.clone());
+            spawn_bounded(&open, "peer", move || serve_peer(&context, &tls, stream));
         }
     };
     Builder::new()
@@ -77,19 +77,9 @@ pub fn accept_peers(context: &Arc<VolumeContext>, listener: TcpListener) -> Resu
         .context("start the server for other nodes")
 }
 
-fn serve_peer(context: &VolumeContext, stream: TcpStream) {
-    let served = context.tls.serve(stream, STEP_TIMEOUT, |request| {
-        if request.volume != context.superblock.volume {
-            return PeerResponse::WrongVolume;
-        }
-        let queue = context
-            .state()
-            .coordinator
-            .as_ref()
-            .map(|(_, queue)| queue.clone());
-        queue
-            .and_then(|queue| context.request_local_coordinator(&queue, request, STEP_TIMEOUT))
-            .unwrap_or(PeerResponse::NotCoordinator)
+fn serve_peer(context: &VolumeContext, tls: &Tls, stream: TcpStream) {
+    let served = tls.serve(stream, STEP_TIMEOUT, |request| {
+        context.answer_peer(request, STEP_TIMEOUT)
     });
     if let Err(error) = served {
         tracing::debug!(

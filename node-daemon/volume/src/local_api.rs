@@ -8,13 +8,11 @@ use bascule_ipc::volume::{OpenedVm, Request, Response};
 use bascule_ipc::{Connection, IpcError, Kind};
 use bascule_types::{Answer, Bytes, Change, DiskRow, Lba, Ownership, Refusal, VmUid};
 use bascule_volume_format::BlockStore;
-use bascule_volume_gate::boot_time_now;
 use bascule_volume_protocol::WriterId;
 
 use crate::block_device::Identity;
 use crate::peer_rpc::{PeerOperation, PeerResponse};
 use crate::volume_context::VolumeContext;
-use crate::writer_lock::writer_of;
 use crate::{volume_status, writers};
 
 /// Serves one connection until the client closes it.
@@ -160,7 +158,7 @@ fn zero_disk(context: &VolumeContext, disk: &DiskRow) -> Response {
     // This process counts as a writer meanwhile: if it freezes here, the node must be reset before
     // the extents go to another VM.
     let vm = disk.vm.unwrap_or(VmUid::from_bytes([0; 16]));
-    let me = match writer_of(vm, std::process::id()) {
+    let me = match context.writer(vm, std::process::id()) {
         Ok(me) => me,
         Err(error) => {
             let reason = format!("cannot zero disk {}: {error}", disk.name);
@@ -211,7 +209,7 @@ fn zero_extents(context: &VolumeContext, disk: &DiskRow) -> std::io::Result<bool
         let mut done = 0;
         while done < run.length.0 {
             let length = ZERO_BYTES.min(run.length.0 - done);
-            let now = boot_time_now();
+            let now = context.now();
             let may_write = {
                 let state = context.state();
                 state.is_open(now) && state.joined == disk.importer
@@ -246,7 +244,9 @@ fn try_open(
     let unavailable = |what: &str, error: std::io::Error| {
         NotOpened::Unavailable(format!("cannot pass the device: {what}: {error}"))
     };
-    let writer = writer_of(vm, pid).map_err(|error| unavailable("identify the client", error))?;
+    let writer = context
+        .writer(vm, pid)
+        .map_err(|error| unavailable("identify the client", error))?;
     // A reader too: a migration's destination writes through the device that it got before it owned
     // the VM.
     let device = context.device.open_for(writer);
@@ -345,7 +345,11 @@ fn look_up(
 }
 
 fn close(context: &VolumeContext, vm: VmUid, pid: u32) -> Response {
-    closed(writer_of(vm, pid).and_then(|writer| writers::close(context, writer)))
+    closed(
+        context
+            .writer(vm, pid)
+            .and_then(|writer| writers::close(context, writer)),
+    )
 }
 
 fn closed(closed: std::io::Result<()>) -> Response {
@@ -358,7 +362,7 @@ fn closed(closed: std::io::Result<()>) -> Response {
 }
 
 fn report_failure(context: &VolumeContext, vm: VmUid, pid: u32) {
-    match writer_of(vm, pid) {
+    match context.writer(vm, pid) {
         Ok(writer) => fail(context, writer),
         Err(error) => tracing::warn!(%vm, pid, %error, "an unknown process reports a failed disk"),
     }
@@ -376,7 +380,7 @@ fn unavailable(context: &VolumeContext) -> Response {
 }
 
 fn unavailable_reason(context: &VolumeContext) -> String {
-    let reason = volume_status::reason(&context.state(), boot_time_now());
+    let reason = volume_status::reason(&context.state(), context.now());
     reason.unwrap_or_else(|| "no coordinator answers".to_owned())
 }
 

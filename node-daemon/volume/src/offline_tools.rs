@@ -13,7 +13,7 @@ use bascule_volume_format::{
 };
 use clap::{Args, ValueEnum};
 
-use crate::block_device::{Access, Device};
+use crate::block_device::{Access, Device, SharedDevice as _};
 
 /// The arguments of `format`.
 #[derive(Args, Debug)]

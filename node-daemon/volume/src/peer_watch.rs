@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use bascule_types::SlotId;
 use bascule_volume_format::{HeartbeatRecord, LeaderBlock, read_superblock, recover};
-use bascule_volume_gate::boot_time_now;
 use bascule_volume_protocol::{HeartbeatSeen, WatchEvent};
 
 use crate::block_device::Handle;
@@ -16,18 +15,18 @@ use crate::volume_context::VolumeContext;
 /// Reads once per poll interval until the process stops.
 pub fn run(context: &VolumeContext) {
     let mut handle = context.device.handle();
-    let mut metadata_due = boot_time_now();
+    let mut metadata_due = context.now();
     loop {
         read_once(context, &mut handle);
-        if boot_time_now() >= metadata_due {
+        if context.now() >= metadata_due {
             read_metadata(context, &mut handle);
-            metadata_due = boot_time_now().after(METADATA_INTERVAL);
+            metadata_due = context.now().after(METADATA_INTERVAL);
         }
         // A notification of the shared state does not shorten the poll interval.
-        let next = boot_time_now().after(context.superblock.timings.poll);
+        let next = context.now().after(context.superblock.timings.poll);
         let mut state = context.state();
         loop {
-            let left = next.since(boot_time_now());
+            let left = next.since(context.now());
             if state.stopping {
                 return;
             }
@@ -42,9 +41,9 @@ pub fn run(context: &VolumeContext) {
 /// Reads the heartbeats and leader blocks of all nodes once.
 pub fn read_once(context: &VolumeContext, handle: &mut Handle) {
     let slots = slots_in_use(context);
-    let issued_at = boot_time_now();
+    let issued_at = context.now();
     let seen = read_all(context, handle, slots);
-    let completed_at = boot_time_now();
+    let completed_at = context.now();
     match seen {
         Ok((heartbeats, leaders)) => context.update(|state| {
             let of = |slot: SlotId| {
@@ -95,8 +94,8 @@ fn read_all(
 /// Re-opens the path after an I/O error, and uses it if it still holds this volume.
 fn reopen(context: &VolumeContext) {
     let volume = context.superblock.volume;
-    let same = context.device.reopen_if(|candidate| {
-        read_superblock(&mut candidate.handle()).is_ok_and(|found| found.volume == volume)
+    let same = context.device.reopen_if(&mut |mut candidate| {
+        read_superblock(&mut candidate).is_ok_and(|found| found.volume == volume)
     });
     match same {
         Ok(true) => tracing::info!("re-opened the device"),

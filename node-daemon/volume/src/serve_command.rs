@@ -27,8 +27,9 @@ use bascule_volume_protocol::{Held, LeasePhase};
 use clap::Args;
 use rustix::mm::{MlockAllFlags, mlockall};
 
-use crate::block_device::{Access, Device};
+use crate::block_device::{Access, Device, SharedDevice as _};
 use crate::coordinator::election;
+use crate::host::LinuxHost;
 use crate::listeners::{self, UnavailableServer};
 use crate::peer_rpc::Tls;
 use crate::volume_context::{ProcessConfig, VolumeContext, VolumeContextParts};
@@ -93,7 +94,7 @@ pub fn serve(args: &ServeArgs) -> Result<ExitCode> {
     tracing::info!(volume = %context.superblock.volume, %address, ?held, "serving the volume");
     let workers = start_threads(&context, held, sequence_sent)?;
     listeners::accept_local(&context, listener)?;
-    listeners::accept_peers(&context, peers)?;
+    listeners::accept_peers(&context, peers, Tls::new(&args.tls_dir))?;
     shutdown_signal::wait(|| context.is_stopping());
     stop(&context, workers);
     Ok(ExitCode::SUCCESS)
@@ -226,13 +227,15 @@ fn assemble(
             node: args.node_uid,
             boot: boot_id().context("read the boot id")?.to_bytes(),
             run_dir: args.run_dir.clone(),
-            watchdog_sock,
             address,
         },
         superblock,
-        device,
+        device: Box::new(device),
+        host: Arc::new(LinuxHost {
+            tls: Tls::new(&args.tls_dir),
+            watchdog_sock,
+        }),
         gate,
-        tls: Tls::new(&args.tls_dir),
         writers,
         joined: held.map(|held| held.owner),
     });

@@ -10,22 +10,26 @@
 //! No thread does I/O while it holds the mutex.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::mpsc::{SyncSender, sync_channel};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use bascule_types::{BootTime, NodeUid, Owner, SlotId};
+use bascule_types::{BootTime, NodeUid, Owner, SlotId, VmUid};
 use bascule_volume_format::{
     CoordinatorEpoch, Fencing, HeartbeatRecord, LeaderBlock, Metadata, SlotRow, Superblock,
 };
-use bascule_volume_gate::{GateError, GateWriter, boot_time_now};
-use bascule_volume_protocol::{Enlistment, LeasePhase, Rules, Watcher};
+use bascule_volume_gate::{GateError, GateWriter};
+use bascule_volume_protocol::{Enlistment, LeasePhase, Rules, Watcher, WriterId};
 
-use crate::block_device::Device;
-use crate::peer_rpc::{PeerOperation, PeerRequest, PeerResponse, Tls};
+use crate::block_device::SharedDevice;
+use crate::host::{Changes, Host};
+use crate::job_queue::JobQueue;
+use crate::peer_rpc::{PeerOperation, PeerRequest, PeerResponse};
 use crate::published_watchdog::PublishedWatchdog;
+use crate::turn::Turn;
+use crate::writer_lock::writer_started;
 use crate::writer_table::WriterTable;
 
 /// One attached volume, as one process serves it.
@@ -36,18 +40,18 @@ pub struct VolumeContext {
     /// As read when the volume was opened.
     pub superblock: Superblock,
     /// The opened device or file that holds the volume.
-    pub device: Device,
+    pub device: Box<dyn SharedDevice>,
+    /// Clock, waiting, network and watchdog of this machine.
+    pub host: Arc<dyn Host>,
     /// The page in which this process publishes the lease; every writer reads it.
     pub gate: GateWriter,
-    /// For connections to and from other nodes.
-    pub tls: Tls,
     /// Held during a call to `bascule-watchdog`, so that the last call carries the latest state of
     /// the writers.
-    pub watchdog_call: Mutex<()>,
+    pub watchdog_call: Turn,
     /// Held while a disk is zeroed: one at a time.
-    pub zeroing: Mutex<()>,
+    pub zeroing: Turn,
     state: Mutex<State>,
-    changed: Condvar,
+    changes: Changes,
 }
 
 /// The identity and the addresses of a process.
@@ -59,8 +63,6 @@ pub struct ProcessConfig {
     pub boot: [u8; 16],
     /// The run directory of this volume.
     pub run_dir: PathBuf,
-    /// The socket of `bascule-watchdog` on this node.
-    pub watchdog_sock: PathBuf,
     /// The address at which other nodes reach this process; published in the heartbeat.
     pub address: SocketAddr,
 }
@@ -95,7 +97,7 @@ pub struct State {
     /// Written by the coordinator and peer-watch threads: the metadata as last read.
     pub metadata: Option<(CoordinatorEpoch, Metadata)>,
     /// Written by the coordinator thread: the queue of its requests while this node coordinates.
-    pub coordinator: Option<(CoordinatorEpoch, SyncSender<Job>)>,
+    pub coordinator: Option<(CoordinatorEpoch, JobQueue)>,
     /// Written by requesters: since when no request has reached a coordinator.
     pub unreachable_since: Option<BootTime>,
     /// Written by requesters: the last logged connection error, so that it is logged once.
@@ -124,15 +126,6 @@ pub struct LeaseView {
     pub expiry: BootTime,
 }
 
-/// A request for the coordinator of this process.
-#[derive(Debug)]
-#[expect(missing_docs, reason = "the field names say all")]
-pub struct Job {
-    pub request: PeerRequest,
-    /// Dropped without an answer when the outcome is unknown.
-    pub reply: SyncSender<PeerResponse>,
-}
-
 /// The parts from which a [`VolumeContext`] is built.
 #[derive(Debug)]
 #[expect(missing_docs, reason = "as the fields of VolumeContext")]
@@ -140,9 +133,9 @@ pub struct VolumeContextParts {
     pub config: ProcessConfig,
     pub superblock: Superblock,
     /// The opened device or file that holds the volume.
-    pub device: Device,
+    pub device: Box<dyn SharedDevice>,
+    pub host: Arc<dyn Host>,
     pub gate: GateWriter,
-    pub tls: Tls,
     /// The writers of an earlier process, which may still write.
     pub writers: WriterTable,
     /// The slot and generation whose lease an earlier process left in the gate page.
@@ -185,11 +178,11 @@ impl VolumeContext {
             superblock: parts.superblock,
             device: parts.device,
             gate: parts.gate,
-            tls: parts.tls,
-            watchdog_call: Mutex::new(()),
-            zeroing: Mutex::new(()),
+            watchdog_call: Turn::new(Arc::clone(&parts.host)),
+            zeroing: Turn::new(Arc::clone(&parts.host)),
+            host: parts.host,
             state: Mutex::new(state),
-            changed: Condvar::new(),
+            changes: Changes::default(),
         }
     }
 
@@ -201,7 +194,7 @@ impl VolumeContext {
     /// Changes the shared state and wakes the threads that wait for a change.
     pub fn update<T>(&self, alter: impl FnOnce(&mut State) -> T) -> T {
         let result = alter(&mut self.state());
-        self.changed.notify_all();
+        self.announce();
         result
     }
 
@@ -249,23 +242,44 @@ impl VolumeContext {
         }
     }
 
+    /// Wakes the threads that wait for a change.
+    pub fn announce(&self) {
+        self.changes.add();
+        self.host.wake(&self.changes);
+    }
+
+    /// The present time of this host's `CLOCK_BOOTTIME`.
+    pub fn now(&self) -> BootTime {
+        self.host.now()
+    }
+
     /// Waits until the state has changed or `timeout` has passed.
     pub fn wait<'a>(
-        &self,
+        &'a self,
         state: MutexGuard<'a, State>,
         timeout: Duration,
     ) -> MutexGuard<'a, State> {
-        let waited = self.changed.wait_timeout(state, timeout);
-        waited.unwrap_or_else(PoisonError::into_inner).0
+        // Counted while the state is locked: a change after that is not missed.
+        let seen = self.changes.count();
+        drop(state);
+        self.host.wait_for_change(&self.changes, seen, timeout);
+        self.state()
     }
 
     /// Waits until `done` or until `timeout` has passed.
     pub fn wait_until(&self, timeout: Duration, done: impl Fn(&State) -> bool) -> bool {
-        let waited = self
-            .changed
-            .wait_timeout_while(self.state(), timeout, |state| !done(state));
-        let state = waited.unwrap_or_else(PoisonError::into_inner).0;
-        done(&state)
+        let deadline = self.now().after(timeout);
+        let mut state = self.state();
+        loop {
+            if done(&state) {
+                return true;
+            }
+            let left = deadline.since(self.now());
+            if left.is_zero() {
+                return false;
+            }
+            state = self.wait(state, left);
+        }
     }
 
     /// Closes the gate permanently: this node writes nothing until a new process has re-opened and
@@ -286,6 +300,14 @@ impl VolumeContext {
         });
     }
 
+    /// The living process `pid` of this node as a writer of `vm`.
+    ///
+    /// # Errors
+    /// When there is no such process.
+    pub fn writer(&self, vm: VmUid, pid: u32) -> io::Result<WriterId> {
+        writer_started(vm, pid, self.host.start_time(pid))
+    }
+
     /// Whether all threads shall end.
     pub fn is_stopping(&self) -> bool {
         self.state().stopping
@@ -298,9 +320,9 @@ impl VolumeContext {
         operation: &PeerOperation,
         timeout: Duration,
     ) -> Option<PeerResponse> {
-        let deadline = boot_time_now().after(timeout);
+        let deadline = self.now().after(timeout);
         loop {
-            let left = deadline.since(boot_time_now());
+            let left = deadline.since(self.now());
             if left.is_zero() || self.is_stopping() {
                 return None;
             }
@@ -312,7 +334,7 @@ impl VolumeContext {
                 return Some(response);
             }
             let mut state = self.state();
-            let now = boot_time_now();
+            let now = self.now();
             state.unreachable_since.get_or_insert(now);
             drop(self.wait(state, RETRY.min(left)));
         }
@@ -333,10 +355,8 @@ impl VolumeContext {
         match route? {
             Route::Local(queue) => self.request_local_coordinator(&queue, request, left),
             Route::Peer(address) => {
-                match self
-                    .tls
-                    .request(address, &request, left.min(self.connection_timeout()))
-                {
+                let timeout = left.min(self.connection_timeout());
+                match self.host.request_peer(address, &request, timeout) {
                     Ok(PeerResponse::NotCoordinator | PeerResponse::WrongVolume) => None,
                     Ok(response) => Some(response),
                     Err(error) => {
@@ -365,21 +385,36 @@ impl VolumeContext {
     /// Sends a request to the coordinator thread of this process.
     pub fn request_local_coordinator(
         &self,
-        queue: &SyncSender<Job>,
+        queue: &JobQueue,
         request: PeerRequest,
         left: Duration,
     ) -> Option<PeerResponse> {
-        let (reply, answer) = sync_channel(1);
-        queue.try_send(Job { request, reply }).ok()?;
-        match answer.recv_timeout(left) {
-            Ok(PeerResponse::NotCoordinator) | Err(_) => None,
-            Ok(response) => Some(response),
+        let reply = queue.push(request)?;
+        self.announce();
+        self.wait_until(left, |_| reply.is_over());
+        reply
+            .take()
+            .filter(|response| *response != PeerResponse::NotCoordinator)
+    }
+
+    /// Answers the request of another node.
+    pub fn answer_peer(&self, request: PeerRequest, timeout: Duration) -> PeerResponse {
+        if request.volume != self.superblock.volume {
+            return PeerResponse::WrongVolume;
         }
+        let queue = self
+            .state()
+            .coordinator
+            .as_ref()
+            .map(|(_, queue)| queue.clone());
+        queue
+            .and_then(|queue| self.request_local_coordinator(&queue, request, timeout))
+            .unwrap_or(PeerResponse::NotCoordinator)
     }
 }
 
 enum Route {
-    Local(SyncSender<Job>),
+    Local(JobQueue),
     Peer(SocketAddr),
 }
 

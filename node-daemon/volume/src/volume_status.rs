@@ -3,14 +3,13 @@
 use bascule_ipc::volume::{FencingMode, PathState, PeerStatus, VolumeStatus, WatchdogKind};
 use bascule_types::{BootTime, Bytes, Epoch};
 use bascule_volume_format::{Fencing, SlotRow, WatchdogKind as FormatKind};
-use bascule_volume_gate::boot_time_now;
 
 use crate::volume_context::{State, VolumeContext};
 
 /// The volume's state, as this node sees it now.
 #[must_use]
 pub fn status(context: &VolumeContext) -> VolumeStatus {
-    let now = boot_time_now();
+    let now = context.now();
     let state = context.state();
     let reason = reason(&state, now);
     let broken = state.failed.is_some() || state.read_error.is_some();

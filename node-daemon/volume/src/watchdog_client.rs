@@ -10,10 +10,8 @@ use std::time::Duration;
 
 use bascule_ipc::volume::WatchdogKind as IpcKind;
 use bascule_ipc::watchdog::{Request, Response};
-use bascule_ipc::{Connection, IpcError};
 use bascule_types::BootTime;
 use bascule_volume_format::WatchdogKind;
-use bascule_volume_gate::boot_time_now;
 use bascule_volume_gate::writer_page::is_closed_for_certain;
 use bascule_volume_protocol::watchdog_policy::timeout_fits;
 use bascule_volume_protocol::{Rules, WatchdogCall, WriterActivity};
@@ -68,7 +66,7 @@ pub fn send(context: &VolumeContext, call: WatchdogCall) -> Result<WatchdogKind,
 /// What the writers do now.
 fn activity(context: &VolumeContext, state: &mut State) -> WriterActivity {
     // The clock before the writers' pages.
-    let now = boot_time_now();
+    let now = context.now();
     let shown = context.gate.view().expiry;
     WriterActivity {
         any: state.writers.must_be_watched(),
@@ -96,7 +94,8 @@ pub fn is_required(context: &VolumeContext) -> bool {
 }
 
 fn call_and_check(context: &VolumeContext, request: &Request) -> Result<WatchdogKind, String> {
-    let response = call(context, request).map_err(|error| error.to_string())?;
+    let response = context.host.call_watchdog(request);
+    let response = response.map_err(|error| error.to_string())?;
     match response {
         Response::Status {
             kind, timeout_ms, ..
@@ -123,14 +122,6 @@ fn call_and_check(context: &VolumeContext, request: &Request) -> Result<Watchdog
     }
 }
 
-fn call(context: &VolumeContext, request: &Request) -> Result<Response, IpcError> {
-    let mut connection = Connection::connect(&context.config.watchdog_sock, CALL_TIMEOUT)?;
-    let (response, _) = connection.call(request)?;
-    Ok(response)
-}
-
-/// For each step of one call; `bascule-watchdog` is on this host.
-const CALL_TIMEOUT: Duration = Duration::from_secs(1);
 /// Between two refreshes.
 const INTERVAL: Duration = Duration::from_secs(1);
 /// The same while the lease has lapsed: a fraction of a watchdog's timeout, longer than a lease takes to

@@ -61,7 +61,15 @@ pub fn is_held(file: impl AsFd, writer: WriterId) -> io::Result<bool> {
 /// # Errors
 /// When there is no such process.
 pub fn writer_of(vm: VmUid, pid: u32) -> io::Result<WriterId> {
-    let started = start_time(pid).ok_or_else(|| {
+    writer_started(vm, pid, start_time(pid))
+}
+
+/// The process `pid`, which `started` then, as a writer of `vm`.
+///
+/// # Errors
+/// When there is no such process.
+pub fn writer_started(vm: VmUid, pid: u32, started: Option<u64>) -> io::Result<WriterId> {
+    let started = started.ok_or_else(|| {
         let what = format!("there is no process {pid}");
         io::Error::new(io::ErrorKind::NotFound, what)
     })?;

@@ -22,7 +22,7 @@ use bascule_volume_gate::{WriterPage, WriterView};
 use bascule_volume_protocol::{Rules, WriterEvent, WriterId, WriterPhase, Writers};
 
 use crate::block_device::Identity;
-use crate::writer_lock::{WriterLock, start_time};
+use crate::writer_lock::WriterLock;
 
 /// Every writer: a `bascule-vm`, or importers of several disks at once.
 #[derive(Debug)]
@@ -133,11 +133,9 @@ impl WriterTable {
     }
 
     /// Removes the pages of dead processes that are not writers.
-    fn drop_pages(&mut self) {
+    fn drop_pages(&mut self, lives: &dyn Fn(WriterId) -> bool) {
         let writers = &self.writers;
-        let is_over = |writer: &WriterId| {
-            writers.phase(*writer).is_none() && start_time(writer.pid) != Some(writer.started)
-        };
+        let is_over = |writer: &WriterId| writers.phase(*writer).is_none() && !lives(*writer);
         let over: Vec<WriterId> = self.pages.keys().copied().filter(is_over).collect();
         for writer in over {
             let path = self.page_directory.join(name(writer));
@@ -202,8 +200,11 @@ impl WriterTable {
     }
 
     /// Notices processes that have ended without closing. Returns the writers of dead processes, for
-    /// whose locks to ask, with what they were handed.
-    pub fn note_dead(&mut self) -> Vec<(WriterId, Vec<Identity>)> {
+    /// whose locks to ask, with what they were handed. `lives` says whether a process runs.
+    pub fn note_dead(
+        &mut self,
+        lives: &dyn Fn(WriterId) -> bool,
+    ) -> Vec<(WriterId, Vec<Identity>)> {
         self.read_pages();
         let open = self
             .writers
@@ -211,7 +212,7 @@ impl WriterTable {
             .filter(|entry| entry.1 == WriterPhase::Open);
         let dead: Vec<WriterId> = open
             .map(|(writer, _)| writer)
-            .filter(|writer| start_time(writer.pid) != Some(writer.started))
+            .filter(|writer| !lives(*writer))
             .collect();
         for writer in dead {
             tracing::warn!(vm = %writer.vm, pid = writer.pid, "a writer is gone without having closed");
@@ -220,7 +221,7 @@ impl WriterTable {
                 self.complete(writer);
             }
         }
-        self.drop_pages();
+        self.drop_pages(lives);
         let completing = self.writers.iter();
         let completing = completing.filter(|entry| entry.1 == WriterPhase::Completing);
         completing

@@ -10,7 +10,6 @@ use std::time::Duration;
 
 use bascule_types::BootTime;
 use bascule_volume_format::WatchdogKind;
-use bascule_volume_gate::boot_time_now;
 use bascule_volume_protocol::{WatchdogCall, WriterId};
 
 use crate::block_device::Identity;
@@ -24,15 +23,16 @@ pub fn run(context: &VolumeContext) {
     let mut inhibitor = SleepInhibitor::new();
     while !context.is_stopping() {
         let settle = context.superblock.timings.settle;
-        let dead = context.update(|state| state.writers.note_dead());
+        let lives = |writer: WriterId| context.host.start_time(writer.pid) == Some(writer.started);
+        let dead = context.update(|state| state.writers.note_dead(&lives));
         for (writer, handed) in dead {
             let lock = context.device.writer_lock(writer, &handed);
-            let now = boot_time_now();
+            let now = context.now();
             context.update(|state| state.writers.note_lock(writer, lock, now, settle));
         }
         let activity = watchdog_client::refresh(context);
         inhibitor.set(activity.any);
-        let now = boot_time_now();
+        let now = context.now();
         let is_withdrawn = context.state().enlistment.is_withdrawn();
         let interval = watchdog_client::next_refresh(&activity, is_withdrawn, now);
         // A new lease is no news to a refresh that saw one: if that could not open the gates, the next one
@@ -40,7 +40,7 @@ pub fn run(context: &VolumeContext) {
         let had_lease = activity.lease_until.is_some();
         context.wait_until(interval, |state| {
             let is_awaited = !had_lease && !state.may_open_gates();
-            state.stopping || is_awaited && state.lease_until(boot_time_now()).is_some()
+            state.stopping || is_awaited && state.lease_until(context.now()).is_some()
         });
     }
 }
@@ -78,7 +78,7 @@ pub fn open(
         }
         let opened = state.writers.open(writer, device);
         let is_new = opened.map_err(|error| format!("cannot record the writer: {error}"))?;
-        let lease = state.lease_until(boot_time_now());
+        let lease = state.lease_until(context.now());
         // The gate of a writer that has the device already opens when the lease is back.
         Ok((is_new, (!withdrawn).then_some(lease)))
     })?;

@@ -14,11 +14,9 @@
 use std::time::Duration;
 
 use bascule_types::{BootTime, Owner};
-use bascule_volume_gate::boot_time_now;
 use bascule_volume_protocol::{
     Election, ElectionCommand, ElectionConfig, ElectionEvent, ElectionOutcome, LeasePhase, Rules,
 };
-use rand::RngExt as _;
 
 use crate::block_device::Handle;
 use crate::control_blocks;
@@ -38,18 +36,18 @@ pub fn run(context: &VolumeContext) {
         let (participant, outcome) = elect(context, &mut handle, participant);
         election = Some(participant);
         tracing::debug!(?outcome, "an election ended");
-        let now = boot_time_now();
+        let now = context.now();
         let timings = &context.superblock.timings;
         not_before = match outcome {
             ElectionOutcome::Won(epoch) => {
                 term::run(context, &mut handle, me, epoch);
                 // The new coordinator, or the renewal of the lapsed lease, needs at least one poll.
-                boot_time_now().after(timings.poll)
+                context.now().after(timings.poll)
             }
             ElectionOutcome::Elected(..) => now.after(timings.lease),
             ElectionOutcome::Beaten => {
                 let most = timings.poll.max(Duration::from_millis(50)) * 2;
-                now.after(rand::rng().random_range(Duration::ZERO..most))
+                now.after(context.host.random_delay(most))
             }
             ElectionOutcome::NotBefore(moment) => moment,
             ElectionOutcome::Unfit => {
@@ -79,7 +77,7 @@ fn config(context: &VolumeContext, me: Owner) -> ElectionConfig {
 fn wait_for_vacancy(context: &VolumeContext, not_before: BootTime) -> Option<Owner> {
     loop {
         context.wait_until(context.superblock.timings.poll, |state| state.stopping);
-        let now = boot_time_now();
+        let now = context.now();
         let state = context.state();
         if state.stopping {
             return None;
@@ -122,7 +120,7 @@ fn elect(
     handle: &mut Handle,
     election: Election,
 ) -> (Election, ElectionOutcome) {
-    let now = boot_time_now();
+    let now = context.now();
     let (mut election, mut command) = election.next(&ElectionEvent::Start { now });
     loop {
         let event = match command {

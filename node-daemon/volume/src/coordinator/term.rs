@@ -6,7 +6,6 @@
 //! before the first request is taken; a record is durable before the leader blocks are read again;
 //! and the answer is sent only if they still show this epoch.
 
-use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::time::Duration;
 
 use bascule_ipc::volume::Rows;
@@ -17,7 +16,6 @@ use bascule_volume_format::{
     Context, CoordinatorEpoch, Decision, LeaderBlock, Log, LogError, MetaRecord, Metadata,
     Recovered, Requester, Witness, recover,
 };
-use bascule_volume_gate::boot_time_now;
 use bascule_volume_protocol::fence::{self, FencePolicy};
 use bascule_volume_protocol::{
     Coordinator, CoordinatorCommand, CoordinatorEvent, LeasePhase, Rules, Ticket, WatchEvent,
@@ -26,9 +24,10 @@ use bascule_volume_protocol::{
 
 use crate::block_device::Handle;
 use crate::control_blocks::read_highest_epoch;
+use crate::job_queue::JobQueue;
 use crate::peer_rpc::{PeerOperation, PeerRequest, PeerResponse};
 use crate::peer_watch;
-use crate::volume_context::{Job, VolumeContext};
+use crate::volume_context::VolumeContext;
 
 /// The state of one term.
 struct Term<'a> {
@@ -51,7 +50,7 @@ pub fn run(context: &VolumeContext, handle: &mut Handle, me: Owner, epoch: Coord
             return;
         }
     };
-    let (queue, jobs) = sync_channel(JOBS_MAX);
+    let queue = JobQueue::default();
     let mut term = Term {
         context,
         handle,
@@ -63,7 +62,7 @@ pub fn run(context: &VolumeContext, handle: &mut Handle, me: Owner, epoch: Coord
     };
     term.announce_slots();
     context.update(|state| {
-        state.coordinator = Some((epoch, queue));
+        state.coordinator = Some((epoch, queue.clone()));
         state.leader = Some(LeaderBlock {
             epoch,
             coordinator: me,
@@ -71,8 +70,12 @@ pub fn run(context: &VolumeContext, handle: &mut Handle, me: Owner, epoch: Coord
         state.metadata = Some((epoch, term.metadata.clone()));
     });
     tracing::info!(%epoch, "this node coordinates");
-    term.serve(&jobs);
-    context.update(|state| state.coordinator = None);
+    term.serve(&queue);
+    context.update(|state| {
+        state.coordinator = None;
+        // No further request is added: requesters take the queue from the state.
+        queue.clear();
+    });
     tracing::info!(%epoch, "this node no longer coordinates");
 }
 
@@ -109,18 +112,18 @@ fn report(context: &VolumeContext, error: &LogError) {
 }
 
 impl Term<'_> {
-    fn serve(&mut self, jobs: &Receiver<Job>) {
+    fn serve(&mut self, jobs: &JobQueue) {
+        let look_again = self.context.superblock.timings.poll / 2;
         while self.may_go_on() {
-            match jobs.recv_timeout(self.context.superblock.timings.poll / 2) {
-                Ok(job) => {
-                    if let Some(response) = self.answer(&job.request) {
-                        // The requester may have timed out.
-                        drop(job.reply.send(response));
-                    }
-                }
-                Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => return,
+            let Some(job) = jobs.pop() else {
+                self.context.wait_until(look_again, |_| !jobs.is_empty());
+                continue;
+            };
+            match self.answer(&job.request) {
+                Some(response) => job.answer(response),
+                None => drop(job),
             }
+            self.context.announce();
         }
     }
 
@@ -130,7 +133,7 @@ impl Term<'_> {
         let state = self.context.state();
         let mine = state.lease.phase == LeasePhase::Held
             && state.lease.owner == Some(self.me)
-            && boot_time_now() < state.lease.expiry;
+            && self.context.now() < state.lease.expiry;
         let newer = state
             .leader
             .is_some_and(|leader| leader.epoch > self.log.epoch());
@@ -246,7 +249,7 @@ impl Term<'_> {
     /// Reports the generation of every slot to the watcher: a granted generation counts as a
     /// heartbeat at this time.
     fn announce_slots(&self) {
-        let now = boot_time_now();
+        let now = self.context.now();
         let owners: Vec<Owner> = self.metadata.slots().map(|row| row.owner()).collect();
         self.context.update(|state| {
             for owner in owners {
@@ -270,7 +273,7 @@ impl FenceView {
     fn of(context: &VolumeContext) -> Self {
         Self {
             watcher: context.state().watcher.clone(),
-            now: boot_time_now(),
+            now: context.now(),
             watch: context.superblock.timings.watch,
             policy: FencePolicy {
                 mode: context.superblock.fencing,
@@ -295,7 +298,5 @@ impl Witness for FenceView {
     }
 }
 
-/// Queued requests; a requester that finds the queue full retries.
-const JOBS_MAX: usize = 256;
 /// The `what` of a [`LogError::Io`] whose read failed: no write was lost.
 const READ: &str = "read metadata";

@@ -1,5 +1,5 @@
 use super::*;
-use crate::writer_lock::writer_of;
+use crate::writer_lock::{start_time, writer_of};
 
 const VM: VmUid = VmUid::from_bytes([1; 16]);
 const SETTLE: Duration = Duration::from_secs(4);
@@ -29,6 +29,10 @@ fn dead() -> WriterId {
     }
 }
 
+fn runs(writer: WriterId) -> bool {
+    start_time(writer.pid) == Some(writer.started)
+}
+
 #[test]
 fn a_new_process_knows_the_writers_of_the_one_before() {
     let run_dir = tempfile::tempdir().unwrap();
@@ -37,7 +41,7 @@ fn a_new_process_knows_the_writers_of_the_one_before() {
     assert!(!table.open(me(), DEVICE).unwrap(), "not a new one");
     let mut next = WriterTable::load(run_dir.path()).unwrap();
     assert!(next.must_be_watched() && !next.is_drained(VM));
-    assert!(next.note_dead().is_empty());
+    assert!(next.note_dead(&runs).is_empty());
     next.close(me()).unwrap();
     assert!(!WriterTable::load(run_dir.path()).unwrap().must_be_watched());
 }
@@ -50,19 +54,19 @@ fn i1_a_writer_that_died_counts_until_its_lock_was_free_for_the_settle_time() {
     let mut table = WriterTable::load(run_dir.path()).unwrap();
     let writer = dead();
     table.open(writer, DEVICE).unwrap();
-    assert_eq!(table.note_dead(), [(writer, vec![DEVICE])]);
+    assert_eq!(table.note_dead(&runs), [(writer, vec![DEVICE])]);
     table.note_lock(writer, WriterLock::Held, at(10), SETTLE);
     table.note_lock(writer, WriterLock::Held, at(99), SETTLE);
     let why = table.why_not_drained(VM).unwrap();
     assert!(why.contains("has writes in flight"), "{why}");
     // A new bascule-volume asks too, and counts the settle time anew.
     let mut table = WriterTable::load(run_dir.path()).unwrap();
-    assert_eq!(table.note_dead(), [(writer, vec![DEVICE])]);
+    assert_eq!(table.note_dead(&runs), [(writer, vec![DEVICE])]);
     table.note_lock(writer, WriterLock::Free, at(100), SETTLE);
     table.note_lock(writer, WriterLock::Free, at(103), SETTLE);
     assert!(!table.is_drained(VM), "settle has not passed");
     table.note_lock(writer, WriterLock::Free, at(104), SETTLE);
-    assert!(table.is_drained(VM) && table.note_dead().is_empty());
+    assert!(table.is_drained(VM) && table.note_dead(&runs).is_empty());
     assert!(!WriterTable::load(run_dir.path()).unwrap().must_be_watched());
 }
 
@@ -72,7 +76,7 @@ fn i1_without_proof_a_dead_writer_counts_until_the_node_restarts() {
     let mut table = WriterTable::load(run_dir.path()).unwrap();
     let writer = dead();
     table.open(writer, DEVICE).unwrap();
-    table.note_dead();
+    table.note_dead(&runs);
     table.note_lock(writer, WriterLock::Free, at(10), SETTLE);
     for now in [at(20), at(30)] {
         table.note_lock(writer, WriterLock::NoProof, now, SETTLE);
@@ -111,12 +115,12 @@ fn a_later_process_with_the_same_id_is_another_writer() {
     table.open(earlier, DEVICE).unwrap();
     let (why, may_help) = table.why_not_opened(me(), false).unwrap();
     assert!(may_help, "{why}");
-    table.note_dead();
+    table.note_dead(&runs);
     table.open(me(), DEVICE).unwrap();
     table.close(me()).unwrap();
     assert!(!table.is_drained(VM) && table.is_completing(VM));
     let mut next = WriterTable::load(run_dir.path()).unwrap();
-    assert_eq!(next.note_dead(), [(earlier, vec![DEVICE])]);
+    assert_eq!(next.note_dead(&runs), [(earlier, vec![DEVICE])]);
     next.note_lock(earlier, WriterLock::Free, at(10), SETTLE);
     next.note_lock(earlier, WriterLock::Free, at(14), SETTLE);
     assert!(next.is_drained(VM));
@@ -131,7 +135,7 @@ fn a_writer_with_two_devices_is_asked_for_on_both() {
     table.open(writer, DEVICE).unwrap();
     table.open(writer, other).unwrap();
     let mut next = WriterTable::load(run_dir.path()).unwrap();
-    assert_eq!(next.note_dead(), [(writer, vec![DEVICE, other])]);
+    assert_eq!(next.note_dead(&runs), [(writer, vec![DEVICE, other])]);
 }
 
 #[test]
@@ -142,15 +146,15 @@ fn a_record_of_an_earlier_release_is_a_writer_without_proof() {
     fs::write(&old, me().started.to_string()).unwrap();
     let mut table = WriterTable::load(run_dir.path()).unwrap();
     assert!(
-        !table.is_drained(VM) && table.note_dead().is_empty(),
+        !table.is_drained(VM) && table.note_dead(&runs).is_empty(),
         "it lives"
     );
     table.close(me()).unwrap();
     assert!(table.is_drained(VM) && !old.exists());
     fs::write(&old, "1").unwrap();
     let mut table = WriterTable::load(run_dir.path()).unwrap();
-    assert_eq!(table.note_dead().len(), 1);
-    assert_eq!(table.note_dead()[0].1, [], "no device is known");
+    assert_eq!(table.note_dead(&runs).len(), 1);
+    assert_eq!(table.note_dead(&runs)[0].1, [], "no device is known");
 }
 
 #[test]
@@ -181,10 +185,10 @@ fn a_dead_writer_whose_page_says_that_nothing_is_under_way_is_not_waited_for() {
     page.write_begins();
     // A new bascule-volume reads the same page.
     let mut next = WriterTable::load(run_dir.path()).unwrap();
-    assert_eq!(next.note_dead().len(), 1, "a write is under way");
+    assert_eq!(next.note_dead(&runs).len(), 1, "a write is under way");
     page.writes_ended();
     let mut next = WriterTable::load(run_dir.path()).unwrap();
-    assert!(next.note_dead().is_empty() && next.is_drained(VM));
+    assert!(next.note_dead(&runs).is_empty() && next.is_drained(VM));
     assert_eq!(fs::read_dir(&next.page_directory).unwrap().count(), 0);
 }
 
@@ -221,9 +225,9 @@ fn the_page_of_a_process_that_only_reads_stays_while_it_lives() {
     let mut table = WriterTable::load(run_dir.path()).unwrap();
     let page = attached(&mut table, me());
     drop(table.page(dead()).unwrap());
-    table.note_dead();
+    table.note_dead(&runs);
     let mut next = WriterTable::load(run_dir.path()).unwrap();
-    next.note_dead();
+    next.note_dead(&runs);
     assert_eq!(next.pages.len(), 1);
     page.write_begins();
     next.open(me(), DEVICE).unwrap();

@@ -7,7 +7,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use bascule_types::{AlignedBuffer, VmUid};
-use bascule_volume::block_device::{Access, Device};
+use bascule_volume::block_device::{Access, Device, SharedDevice as _};
 use bascule_volume::writer_lock::{WriterLock, writer_of};
 
 const VM: VmUid = VmUid::from_bytes([1; 16]);

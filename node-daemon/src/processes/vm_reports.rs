@@ -3,16 +3,15 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
 
 use anyhow::Result;
-use bascule_ipc::vm::{Home, StopReason, VmConfig, VmState, VmStatus};
+use bascule_ipc::vm::{StopReason, VmState, VmStatus};
 use bascule_node_api::command::VmSpec;
 use bascule_node_api::report::{ImportReport, VmReport};
-use bascule_types::{Bytes, Ownership, VmUid};
+use bascule_types::{Bytes, VmUid};
 
 use super::supervisor::{Supervisor, is_alive};
-use super::vms::Presence;
+use super::vms::{Presence, last_ownership};
 use crate::files::names_in;
 
 impl Supervisor {
@@ -111,19 +110,6 @@ pub(crate) fn by_name(mut reports: Vec<VmReport>) -> Vec<VmReport> {
     reports
 }
 
-/// The ownership of the process in `folder`: the one that it has written itself, or else the one that
-/// it was started for.
-fn last_ownership(folder: &Path) -> Option<Ownership> {
-    let read = |name: &str| fs::read(folder.join(name)).ok();
-    let written = read("ownership.json").and_then(|bytes| serde_json::from_slice(&bytes).ok());
-    let started = || {
-        let config: VmConfig = serde_json::from_slice(&read("config.json")?).ok()?;
-        let Home { owner, epoch, .. } = config.home?;
-        Some(Ownership { owner, epoch })
-    };
-    written.or_else(started)
-}
-
 /// Resident memory beyond guest RAM: anonymous and file pages, without the shared memory in which
 /// guest RAM is.
 fn overhead(pid: u32) -> Option<Bytes> {
@@ -137,8 +123,8 @@ fn overhead(pid: u32) -> Option<Bytes> {
 
 #[cfg(test)]
 mod tests {
-    use bascule_ipc::vm::{Boot, ImageSource, StartMode};
-    use bascule_types::{Epoch, Generation, Owner, SlotId};
+    use bascule_ipc::vm::{Boot, Home, ImageSource, StartMode, VmConfig};
+    use bascule_types::{Epoch, Generation, Owner, Ownership, SlotId};
 
     use super::*;
 

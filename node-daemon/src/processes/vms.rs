@@ -14,7 +14,7 @@ use bascule_ipc::vm::{
 };
 use bascule_ipc::{IpcError, Kind};
 use bascule_node_api::command::{Outcome, RejectReason, VmSpec};
-use bascule_types::{AttemptId, Ownership, VmUid};
+use bascule_types::{AttemptId, Epoch, Ownership, VmUid};
 
 use super::calls::vm_call;
 use super::supervisor::{Rejection, Supervisor, is_alive};
@@ -106,7 +106,13 @@ impl Supervisor {
                 };
             }
             Presence::Unresponsive(pid) => return Err(unresponsive(pid)),
-            Presence::Responding(_) | Presence::Ended(_) => self.collect(spec.uid)?,
+            Presence::Responding(_) | Presence::Ended(_) => {
+                let ended = last_ownership(&self.paths.vm(spec.uid));
+                if !restore && ended.is_some_and(|ended| ended.epoch == ownership.epoch) {
+                    return Err(wrong_state(&ended_here(ownership.epoch)));
+                }
+                self.collect(spec.uid)?;
+            }
             Presence::Absent => {}
         }
         let start = if restore {
@@ -349,6 +355,19 @@ fn unless_missing(done: io::Result<()>) -> io::Result<()> {
     }
 }
 
+/// The ownership of the process in `folder`: the one that it has written itself, or else the one that
+/// it was started for.
+pub(super) fn last_ownership(folder: &Path) -> Option<Ownership> {
+    let read = |name: &str| fs::read(folder.join(name)).ok();
+    let written = read("ownership.json").and_then(|bytes| serde_json::from_slice(&bytes).ok());
+    let started = || {
+        let config: VmConfig = serde_json::from_slice(&read("config.json")?).ok()?;
+        let Home { owner, epoch, .. } = config.home?;
+        Some(Ownership { owner, epoch })
+    };
+    written.or_else(started)
+}
+
 /// The last state that a process has written before it ended.
 fn last_state(folder: &Path) -> Option<VmState> {
     let bytes = fs::read(folder.join("state.json")).ok()?;
@@ -410,6 +429,12 @@ fn image(row: &str) -> ImageSource {
     }
 }
 
+/// Writes of that process may be under way: the guest starts again in a later epoch, which the volume begins
+/// when they are complete.
+fn ended_here(epoch: Epoch) -> String {
+    format!("a process of the VM has ended here in epoch {epoch}: the VM must be released first")
+}
+
 fn wrong_state(message: &str) -> Rejection {
     Rejection::new(RejectReason::WrongState, message)
 }
@@ -431,6 +456,8 @@ const LOG_TAIL_LINES: usize = 3;
 
 #[cfg(test)]
 mod tests {
+    use bascule_types::{Generation, Owner, SlotId};
+
     use super::*;
 
     /// Found when three guests left an emulated node: the repeated command arrived while the machine
@@ -451,6 +478,47 @@ mod tests {
             assert!(!awaits(&StartMode::Boot, &state, attempt));
         }
         assert!(!awaits(&start, &VmState::Running, attempt));
+    }
+
+    #[test]
+    fn i1_a_vm_whose_process_has_ended_is_not_booted_again_in_that_epoch() {
+        let folder = tempfile::tempdir().unwrap();
+        let node = Supervisor::test(folder.path());
+        let spec = VmSpec {
+            uid: VmUid::random(),
+            namespace: "shop".to_owned(),
+            name: "web".to_owned(),
+            volume: "gold".to_owned(),
+            cpus: 1,
+            memory: bascule_types::Bytes::mib(64),
+            kernel: "shop/kernel".to_owned(),
+            initrd: None,
+            cmdline: String::new(),
+            disks: Vec::new(),
+            interfaces: Vec::new(),
+        };
+        let owner = Owner {
+            slot: SlotId(1),
+            generation: Generation(1),
+        };
+        let run_dir = node.paths.vm(spec.uid);
+        let ended = Ownership::new(owner, Epoch(5));
+        let leave = || {
+            fs::create_dir_all(&run_dir).unwrap();
+            let written = serde_json::to_vec(&ended).unwrap();
+            fs::write(run_dir.join("ownership.json"), written).unwrap();
+        };
+        leave();
+        let refused = node.start_vm(&spec, ended, false).unwrap_err();
+        assert!(refused.message.contains("epoch 5"), "{refused}");
+        assert!(run_dir.exists(), "it is not collected either");
+        // One that was to restore the guest did not run it. There is no program here to start.
+        for (epoch, restore) in [(Epoch(5), true), (Epoch(6), false)] {
+            leave();
+            let next = Ownership::new(owner, epoch);
+            let refused = node.start_vm(&spec, next, restore).unwrap_err();
+            assert!(!refused.message.contains("released first"), "{refused}");
+        }
     }
 
     #[test]

@@ -51,6 +51,12 @@ impl<'a> PlanContext<'a> {
         let mut step = Step::new();
         step.change(ReportChange::RestartRequired(Some(false)));
         step.append(self.refuse_migrations(row));
+        if self.ran_before(row, node) {
+            step.append(self.release(row, node, owner));
+            let message = format!("waiting until the writes of its process on {node} are complete");
+            let waiting = Ready::new(Phase::Starting, false, reason::STARTING, message);
+            return step.with_ready(self.or_last_error(waiting));
+        }
         let ended = self.ended_processes(row);
         step.append(ended.step);
         if !self.imported(row) {
@@ -91,6 +97,23 @@ impl<'a> PlanContext<'a> {
             restore,
         });
         step.requeued_soon().with_ready(ready)
+    }
+
+    /// Whether the guest ran in the row's epoch and its process has ended. It starts again in the next
+    /// epoch, which the volume begins when every write of that process is complete. One that was to restore
+    /// the guest, and whose saved state is still there, did not run it.
+    fn ran_before(&self, row: &RowView, node: &str) -> bool {
+        let restores = row
+            .saved
+            .is_some_and(|saved| saved.is_restorable(row.epoch));
+        let mut here = self.observed.processes.iter().filter(|p| p.node == node);
+        !restores
+            && here.any(|process| {
+                let status = &process.status;
+                let ran = !matches!(status.state, VmState::Incoming | VmState::Departed);
+                let ended = !process.alive || matches!(status.state, VmState::Stopped(_));
+                status.epoch == row.epoch && ran && ended
+            })
     }
 
     /// Frees the space of a saved state that no epoch may restore any more.

@@ -3,7 +3,7 @@
 mod nodes;
 mod operators;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::time::Duration;
 
@@ -75,6 +75,8 @@ pub(super) struct World {
     migrations: Vec<Migration>,
     failovers: Vec<FailoverView>,
     takeovers: Vec<Ownership>,
+    /// The epochs in which the guest was booted.
+    booted: BTreeSet<Epoch>,
     operators: [Operator; 2],
     status: Option<VmReport>,
     run: RunPolicy,
@@ -114,6 +116,7 @@ impl World {
             migrations: vec![],
             failovers: vec![],
             takeovers: vec![],
+            booted: BTreeSet::new(),
             operators: [Operator::default(), Operator::default()],
             status: None,
             run: RunPolicy::Always,

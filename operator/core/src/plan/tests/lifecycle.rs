@@ -1,6 +1,7 @@
 //! From creation to running, and stopping: no node is lost.
 
 use super::*;
+use crate::observed::SavedView;
 
 #[test]
 fn the_finalizer_comes_first() {
@@ -164,22 +165,53 @@ fn a_guest_that_keeps_failing_waits_longer_and_then_gives_up() {
     assert_eq!(case.plan().report.ready.reason, reason::RESTARTS_EXHAUSTED);
 }
 
+/// It used to be started again in the same epoch, in which writes of the killed process may be under way.
 #[test]
-fn a_killed_process_is_collected_and_started_again_in_the_same_epoch() {
+fn i1_a_killed_process_gives_its_epoch_up_before_the_guest_starts_again() {
     let mut case = Case::running_on(1);
     case.observed.processes[0].alive = false;
-    let actions = case.plan().actions;
-    assert!(actions.contains(&Action::CollectVm {
-        node: "node-1".to_owned(),
-        pid: 100
-    }));
-    assert!(actions.iter().any(|a| matches!(
-        a,
-        Action::StartVm {
-            epoch: Epoch(5),
+    // Neither collected nor counted as a restart before the volume has taken the ownership back.
+    let plan = case.plan();
+    assert!(
+        matches!(
+            &plan.actions[..],
+            [Action::Change {
+                change: Change::Release {
+                    epoch: Epoch(5),
+                    ..
+                },
+                ..
+            }]
+        ),
+        "{:?}",
+        plan.actions
+    );
+    assert_eq!(plan.report.restarts, []);
+
+    case.row().owner = None;
+    let plan = case.plan();
+    assert_eq!(plan.report.restarts, [NOW]);
+    let (node, pid) = ("node-1".to_owned(), 100);
+    assert!(plan.actions.contains(&Action::CollectVm { node, pid }));
+    assert!(matches!(
+        &case.changes()[..],
+        [Change::Acquire {
+            expected_epoch: Epoch(5),
             ..
-        }
-    )));
+        }]
+    ));
+}
+
+#[test]
+fn a_process_that_ended_before_it_restored_the_guest_is_started_again_in_its_epoch() {
+    let mut case = Case::running_on(1);
+    case.observed.processes[0].alive = false;
+    case.row().saved = Some(SavedView {
+        epoch: Epoch(4),
+        complete: true,
+    });
+    let starts = |a: &Action| matches!(a, Action::StartVm { restore: true, .. });
+    assert!(case.plans(starts), "{:?}", case.plan().actions);
 }
 
 #[test]

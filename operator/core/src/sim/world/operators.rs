@@ -8,7 +8,7 @@ use bascule_types::{
     Change, FenceProof, FenceRow, MissingProof, Owner, Ownership, Refusal, RowName, VmUid,
 };
 
-use super::{HEARTBEAT_LOST, SAFE, World, begin, guest, process, view};
+use super::{Guest, HEARTBEAT_LOST, SAFE, World, begin, guest, process, view};
 use crate::{
     Action, Budgets, DrainPolicy, Fact, FailoverUpdate, FailoverView, FailurePolicy, Observed,
     Peer, PlannerMemory, Pod, PodPhase, Purpose, Reported, RestartBudget, SpecDigest, VmIntent,
@@ -412,7 +412,9 @@ impl World {
                 restore,
                 ..
             } => {
-                let exists = node.processes.iter().any(|p| p.alive && p.epoch == epoch);
+                // One that has ended too, unless it was to restore the guest.
+                let exists = |p: &Guest| p.epoch == epoch && (p.alive || !restore);
+                let exists = node.processes.iter().any(exists);
                 if exists || row.owner != Some(owner) || row.epoch != epoch || !storage {
                     return false;
                 }
@@ -427,6 +429,9 @@ impl World {
                     row.saved,
                     self.trace()
                 );
+                let is_first = restore || self.booted.insert(epoch);
+                assert!(is_first, "I1: boots again in {epoch}\n{}", self.trace());
+                let node = self.nodes.get_mut(&node_name).unwrap();
                 // What is left of an ended one is cleared away.
                 node.processes.retain(|p| p.alive);
                 node.processes

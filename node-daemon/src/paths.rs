@@ -58,6 +58,12 @@ impl Paths {
         self.volumes().join(name)
     }
 
+    /// Where volume processes keep which metadata writes may still land. A detached volume's stay until
+    /// the next boot.
+    pub(crate) fn metadata_writes(&self) -> PathBuf {
+        self.run.join("metadata-writes")
+    }
+
     pub(crate) fn volume_socket(&self, name: &str) -> PathBuf {
         self.volume(name).join("volume.sock")
     }

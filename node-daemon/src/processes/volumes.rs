@@ -240,6 +240,8 @@ impl Supervisor {
             attachment.holder(self.identity.node).to_string().into(),
             "--run-dir".into(),
             folder.clone().into(),
+            "--ledger-dir".into(),
+            self.paths.metadata_writes().into(),
             "--tls-dir".into(),
             self.paths.tls().into(),
             "--listen".into(),

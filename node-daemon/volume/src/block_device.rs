@@ -2,8 +2,7 @@
 //! need of it is [`SharedDevice`], so that they run on a simulated disk too.
 //!
 //! Reads and writes are `pread` and `pwrite` with `O_DIRECT`, from buffers aligned to 4096 bytes.
-//! A process exits only after a `pwrite` in progress has returned; the next process of the same boot
-//! relies on that. A file on a file system without `O_DIRECT` (tmpfs) is opened without it,
+//! A process exits only after a `pwrite` in progress has returned. A file on a file system without `O_DIRECT` (tmpfs) is opened without it,
 //! with a warning; a block device never is.
 
 use std::fmt;

@@ -9,18 +9,16 @@ use bascule_volume_format::{
     PAXOS_SUBSECTORS, PaxosBlock, Record, RegionKind, Superblock, open, seal_block,
 };
 
-use crate::block_device::Handle;
-
 /// Reads `count` consecutive blocks and returns the records that can be parsed.
-fn read_run<R: Record>(
-    handle: &mut Handle,
+fn read_run<R: Record, S: BlockStore>(
+    store: &mut S,
     superblock: &Superblock,
     first: Lba,
     count: u64,
 ) -> io::Result<Vec<R>> {
     let count = usize::try_from(count).map_err(io::Error::other)?;
     let mut bytes = vec![0; count * BLOCK_BYTES];
-    handle.read(first, &mut bytes)?;
+    store.read(first, &mut bytes)?;
     let blocks = (first.0..).map(Lba).zip(bytes.chunks_exact(BLOCK_BYTES));
     Ok(blocks
         .filter_map(|(lba, block)| open(block, superblock.place(lba)).ok())
@@ -31,13 +29,13 @@ fn read_run<R: Record>(
 ///
 /// # Errors
 /// Those of the device.
-pub fn read_slot(
-    handle: &mut Handle,
+pub fn read_slot<S: BlockStore>(
+    store: &mut S,
     superblock: &Superblock,
     slot: SlotId,
 ) -> io::Result<Vec<HeartbeatRecord>> {
     let first = superblock.heartbeat_lba(slot, 0);
-    let records = read_run(handle, superblock, first, HEARTBEAT_RECORDS)?;
+    let records = read_run(store, superblock, first, HEARTBEAT_RECORDS)?;
     Ok(of_slot(records, slot))
 }
 
@@ -45,15 +43,15 @@ pub fn read_slot(
 ///
 /// # Errors
 /// Those of the device.
-pub fn read_heartbeats(
-    handle: &mut Handle,
+pub fn read_heartbeats<S: BlockStore>(
+    store: &mut S,
     superblock: &Superblock,
     slots: u16,
 ) -> io::Result<Vec<HeartbeatRecord>> {
     let first = superblock.region(RegionKind::Heartbeats).start;
     let slots = slots.min(superblock.slot_count);
     let blocks = u64::from(slots) * HEARTBEAT_RECORDS;
-    let all: Vec<HeartbeatRecord> = read_run(handle, superblock, first, blocks)?;
+    let all: Vec<HeartbeatRecord> = read_run(store, superblock, first, blocks)?;
     let newest = |slot| {
         let records = all.iter().filter(|record| record.owner.slot == slot);
         records.max_by_key(|record| record.order()).cloned()
@@ -65,10 +63,13 @@ pub fn read_heartbeats(
 ///
 /// # Errors
 /// Those of the device.
-pub fn read_paxos(handle: &mut Handle, superblock: &Superblock) -> io::Result<Vec<PaxosBlock>> {
+pub fn read_paxos<S: BlockStore>(
+    store: &mut S,
+    superblock: &Superblock,
+) -> io::Result<Vec<PaxosBlock>> {
     let region = superblock.region(RegionKind::Paxos);
     let blocks = u64::from(superblock.slot_count) * PAXOS_SUBSECTORS;
-    read_run(handle, superblock, region.start, blocks.min(region.blocks))
+    read_run(store, superblock, region.start, blocks.min(region.blocks))
 }
 
 /// Every leader block; a slot that never coordinated has none.
@@ -76,11 +77,14 @@ pub fn read_paxos(handle: &mut Handle, superblock: &Superblock) -> io::Result<Ve
 /// # Errors
 /// Those of the device; [`io::ErrorKind::InvalidData`] when a leader block is damaged, because that
 /// block may be the newest.
-pub fn read_leaders(handle: &mut Handle, superblock: &Superblock) -> io::Result<Vec<LeaderBlock>> {
+pub fn read_leaders<S: BlockStore>(
+    store: &mut S,
+    superblock: &Superblock,
+) -> io::Result<Vec<LeaderBlock>> {
     let region = superblock.region(RegionKind::Leaders);
     let count = usize::try_from(region.blocks).map_err(io::Error::other)?;
     let mut bytes = vec![0; count * BLOCK_BYTES];
-    handle.read(region.start, &mut bytes)?;
+    store.read(region.start, &mut bytes)?;
     let blocks = (region.start.0..)
         .map(Lba)
         .zip(bytes.chunks_exact(BLOCK_BYTES));
@@ -99,11 +103,11 @@ pub fn read_leaders(handle: &mut Handle, superblock: &Superblock) -> io::Result<
 ///
 /// # Errors
 /// As for [`read_leaders`].
-pub fn read_highest_epoch(
-    handle: &mut Handle,
+pub fn read_highest_epoch<S: BlockStore>(
+    store: &mut S,
     superblock: &Superblock,
 ) -> io::Result<CoordinatorEpoch> {
-    let leaders = read_leaders(handle, superblock)?;
+    let leaders = read_leaders(store, superblock)?;
     let highest = leaders.iter().map(|leader| leader.epoch).max();
     Ok(highest.unwrap_or_default())
 }
@@ -112,14 +116,14 @@ pub fn read_highest_epoch(
 ///
 /// # Errors
 /// Those of the device. Whether the record was written is then unknown.
-pub fn write_durably<R: Record>(
-    handle: &mut Handle,
+pub fn write_durably<R: Record, S: BlockStore>(
+    store: &mut S,
     superblock: &Superblock,
     lba: Lba,
     record: &R,
 ) -> io::Result<()> {
-    handle.write(lba, &seal_block(record, superblock.place(lba)))?;
-    handle.flush()
+    store.write(lba, &seal_block(record, superblock.place(lba)))?;
+    store.flush()
 }
 
 fn of_slot(records: Vec<HeartbeatRecord>, slot: SlotId) -> Vec<HeartbeatRecord> {

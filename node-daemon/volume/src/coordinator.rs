@@ -4,5 +4,11 @@
 //! [`term`] serves requests from a won election until this node is deposed, its lease lapses or its
 //! I/O fails.
 
+use crate::block_device::Handle;
+use crate::write_ledger::RecordedStore;
+
 pub mod election;
 pub mod term;
+
+/// The coordinator thread's access to the device.
+pub type Store = RecordedStore<Handle>;

@@ -39,6 +39,7 @@ pub mod turn;
 pub mod volume_context;
 pub mod volume_status;
 pub mod watchdog_client;
+pub mod write_ledger;
 pub mod writer_lock;
 pub mod writer_table;
 pub mod writers;

@@ -236,7 +236,10 @@ pub fn check(args: &CheckArgs) -> Result<ExitCode> {
             let code = match &error {
                 OpenError::NotAVolume => exit::NOT_A_VOLUME,
                 OpenError::Newer(_) => exit::NEWER,
-                OpenError::Damaged(_) | OpenError::Truncated { .. } => exit::ERRORS,
+                OpenError::Damaged(_)
+                | OpenError::TwoVolumes { .. }
+                | OpenError::CopiesDiffer { .. }
+                | OpenError::Truncated { .. } => exit::ERRORS,
                 OpenError::Io(_) => exit::UNREADABLE,
             };
             eprintln!("{path}: {:#}", anyhow::Error::from(error));

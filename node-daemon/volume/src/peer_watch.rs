@@ -5,7 +5,7 @@ use std::io;
 use std::time::Duration;
 
 use bascule_types::SlotId;
-use bascule_volume_format::{HeartbeatRecord, LeaderBlock, read_superblock, recover};
+use bascule_volume_format::{BlockStore, HeartbeatRecord, LeaderBlock, read_superblock, recover};
 use bascule_volume_protocol::{HeartbeatSeen, WatchEvent};
 
 use crate::block_device::Handle;
@@ -39,10 +39,10 @@ pub fn run(context: &VolumeContext) {
 }
 
 /// Reads the heartbeats and leader blocks of all nodes once.
-pub fn read_once(context: &VolumeContext, handle: &mut Handle) {
+pub fn read_once<S: BlockStore>(context: &VolumeContext, store: &mut S) {
     let slots = slots_in_use(context);
     let issued_at = context.now();
-    let seen = read_all(context, handle, slots);
+    let seen = read_all(context, store, slots);
     let completed_at = context.now();
     match seen {
         Ok((heartbeats, leaders)) => context.update(|state| {
@@ -80,14 +80,14 @@ fn slots_in_use(context: &VolumeContext) -> u16 {
     })
 }
 
-fn read_all(
+fn read_all<S: BlockStore>(
     context: &VolumeContext,
-    handle: &mut Handle,
+    store: &mut S,
     slots: u16,
 ) -> io::Result<(Vec<HeartbeatRecord>, Vec<LeaderBlock>)> {
     context.device.check_present()?;
-    let heartbeats = control_blocks::read_heartbeats(handle, &context.superblock, slots)?;
-    let leaders = control_blocks::read_leaders(handle, &context.superblock)?;
+    let heartbeats = control_blocks::read_heartbeats(store, &context.superblock, slots)?;
+    let leaders = control_blocks::read_leaders(store, &context.superblock)?;
     Ok((heartbeats, leaders))
 }
 

@@ -33,6 +33,8 @@ use crate::host::LinuxHost;
 use crate::listeners::{self, UnavailableServer};
 use crate::peer_rpc::Tls;
 use crate::volume_context::{ProcessConfig, VolumeContext, VolumeContextParts};
+use crate::write_ledger::{LedgerParts, WriteLedger};
+use crate::writer_lock::start_time;
 use crate::writer_table::WriterTable;
 use crate::{
     heartbeat_renewal, peer_watch, shutdown_signal, slot_registration, watchdog_client, writers,
@@ -67,6 +69,10 @@ pub struct ServeArgs {
     /// The UUID of the cluster that the volume must be bound to; any cluster if not given.
     #[arg(long)]
     pub cluster: Option<ClusterId>,
+    /// Where this node keeps which of its metadata writes may still land. Must outlive the run directory
+    /// until the node reboots, if that is removed before. By default the run directory.
+    #[arg(long)]
+    pub ledger_dir: Option<PathBuf>,
     /// The socket of bascule-watchdog; by default two directories above the run directory.
     #[arg(long, visible_alias = "watchdog-socket")]
     pub watchdog_sock: Option<PathBuf>,
@@ -89,10 +95,10 @@ pub fn serve(args: &ServeArgs) -> Result<ExitCode> {
     let peers =
         TcpListener::bind(args.listen).with_context(|| format!("listen on {}", args.listen))?;
     let address = advertised(args, &peers)?;
-    let (context, held, sequence_sent) = assemble(args, opened, address)?;
+    let (context, held, sequence_sent, ledger) = assemble(args, opened, address)?;
     let context = Arc::new(context);
     tracing::info!(volume = %context.superblock.volume, %address, ?held, "serving the volume");
-    let workers = start_threads(&context, held, sequence_sent)?;
+    let workers = start_threads(&context, held, sequence_sent, ledger)?;
     listeners::accept_local(&context, listener)?;
     listeners::accept_peers(&context, peers, Tls::new(&args.tls_dir))?;
     shutdown_signal::wait(|| context.is_stopping());
@@ -120,6 +126,7 @@ struct Opened {
     superblock: Superblock,
     gate: GateWriter,
     found: GateTakenOver,
+    ledger: WriteLedger,
 }
 
 /// Opens the volume, retrying every [`RETRY_INTERVAL`]; meanwhile volume.sock answers `Unavailable`
@@ -178,26 +185,41 @@ fn open(args: &ServeArgs) -> Result<Opened> {
         "{path} needs a newer release to write it (flags {unknown:#x})"
     );
     let (gate, found) = GateWriter::open(args.run_dir.join("gate"), id)?;
+    let process = std::process::id();
+    let ledger = WriteLedger::open(LedgerParts {
+        directory: args.ledger_dir.as_ref().unwrap_or(&args.run_dir),
+        volume: id,
+        boot: boot_id().context("read the boot id")?.to_bytes(),
+        now: boot_time_now(),
+        process: (
+            process,
+            start_time(process).context("this process has no start time")?,
+        ),
+        device: Box::new(device.clone()),
+    });
+    let ledger = ledger.context("read which metadata writes may still land")?;
     Ok(Opened {
         device,
         superblock,
         gate,
         found,
+        ledger,
     })
 }
 
 /// Builds the context, and returns the lease and the highest sequence number that an earlier
-/// process of this boot left in the gate page.
+/// process of this boot left in the gate page, and what it left in the ledger.
 fn assemble(
     args: &ServeArgs,
     opened: Opened,
     address: SocketAddr,
-) -> Result<(VolumeContext, Option<Held>, u64)> {
+) -> Result<(VolumeContext, Option<Held>, u64, WriteLedger)> {
     let Opened {
         device,
         superblock,
         gate,
         found,
+        ledger,
     } = opened;
     let view = match found {
         GateTakenOver::Existing(view) => Some(view),
@@ -239,7 +261,8 @@ fn assemble(
         writers,
         joined: held.map(|held| held.owner),
     });
-    Ok((context, held, view.map_or(0, |view| view.sequence_sent)))
+    let sequence_sent = view.map_or(0, |view| view.sequence_sent);
+    Ok((context, held, sequence_sent, ledger))
 }
 
 /// An earlier process marked the volume as failed on this node: it is served again only if the
@@ -275,6 +298,7 @@ fn start_threads(
     context: &Arc<VolumeContext>,
     held: Option<Held>,
     sequence_sent: u64,
+    ledger: WriteLedger,
 ) -> Result<Vec<JoinHandle<()>>> {
     let start = |name: &str, run: Box<dyn FnOnce(&VolumeContext) + Send>| {
         let context = Arc::clone(context);
@@ -296,7 +320,10 @@ fn start_threads(
         )?,
         start("peer-watch", Box::new(peer_watch::run))?,
         start("registration", Box::new(slot_registration::run))?,
-        start("coordinator", Box::new(election::run))?,
+        start(
+            "coordinator",
+            Box::new(move |context| election::run(context, ledger)),
+        )?,
         start("writers", Box::new(writers::run))?,
     ])
 }

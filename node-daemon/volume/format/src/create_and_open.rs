@@ -1,8 +1,9 @@
 //! Formatting a new volume, and reading the superblock of an existing one.
 
+use std::cmp::Ordering;
 use std::io;
 
-use bascule_types::{Lba, NodeUid};
+use bascule_types::{Lba, NodeUid, VolumeId};
 
 use crate::block_store::BlockStore;
 use crate::envelope::{BLOCK_BYTES, FormatError, seal_block};
@@ -44,6 +45,24 @@ pub enum OpenError {
     /// Neither superblock is intact.
     #[error("both superblocks are damaged")]
     Damaged(#[source] FormatError),
+    /// Both superblocks are intact, and of two volumes.
+    #[error(
+        "the two superblocks are of two volumes, {first} and {second}: format the device, or restore one"
+    )]
+    TwoVolumes {
+        /// The volume of the first copy.
+        first: VolumeId,
+        /// The volume of the second copy.
+        second: VolumeId,
+    },
+    /// Both superblocks are intact, have the same revision, and differ.
+    #[error(
+        "the two superblocks have revision {revision} both, and differ: neither can be trusted"
+    )]
+    CopiesDiffer {
+        /// The revision of both.
+        revision: u64,
+    },
     /// The device is smaller than the superblock says.
     #[error("the device is smaller than the volume, which has {blocks} blocks of 4096 bytes")]
     Truncated {
@@ -100,16 +119,21 @@ pub fn make_volume<S: BlockStore>(
 /// Reads the superblock: the undamaged copy with the highest revision.
 ///
 /// # Errors
-/// [`OpenError`] distinguishes a foreign device, a damaged volume and a newer format.
+/// [`OpenError`] distinguishes a foreign device, a damaged volume and a newer format. Two intact copies
+/// must be of one volume, and equal if they have the same revision: `format` erases both before it
+/// writes either.
 pub fn read_superblock<S: BlockStore>(store: &mut S) -> Result<Superblock, OpenError> {
     let mut best: Option<Superblock> = None;
     let mut worst = FormatError::Magic;
     for lba in SUPERBLOCK_LBAS {
         match read_copy(store, lba).map_err(OpenError::Io)? {
-            Ok(copy) if best.as_ref().is_none_or(|b| copy.revision > b.revision) => {
-                best = Some(copy);
+            Ok(copy) => {
+                best = Some(match best.take() {
+                    Some(first) => newer_copy(first, copy)?,
+                    None => copy,
+                });
             }
-            Ok(_) | Err(FormatError::Blank | FormatError::Magic) => {}
+            Err(FormatError::Blank | FormatError::Magic) => {}
             Err(error) => worst = error,
         }
     }
@@ -130,6 +154,24 @@ pub fn read_superblock<S: BlockStore>(store: &mut S) -> Result<Superblock, OpenE
             blocks: superblock.blocks,
         }),
         Err(error) => Err(OpenError::Io(error)),
+    }
+}
+
+/// The copy with the higher revision of two intact ones.
+fn newer_copy(first: Superblock, second: Superblock) -> Result<Superblock, OpenError> {
+    if first.volume != second.volume {
+        return Err(OpenError::TwoVolumes {
+            first: first.volume,
+            second: second.volume,
+        });
+    }
+    match first.revision.cmp(&second.revision) {
+        Ordering::Greater => Ok(first),
+        Ordering::Less => Ok(second),
+        Ordering::Equal if first == second => Ok(first),
+        Ordering::Equal => Err(OpenError::CopiesDiffer {
+            revision: first.revision,
+        }),
     }
 }
 

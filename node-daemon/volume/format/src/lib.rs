@@ -88,7 +88,7 @@ pub use envelope::{
 };
 pub use heartbeat::{ADDRESS_BYTES_MAX, HEARTBEAT_RECORDS, HeartbeatRecord, WatchdogKind};
 pub use metadata::{Context, Contradiction, Decision, Metadata, Requester, Witness};
-pub use metadata_log::{GROUP_MAX, Log, LogError, Recovered, recover};
+pub use metadata_log::{GROUP_MAX, Log, LogError, Recovered, recover, starting_half};
 pub use metadata_records::{MetaRecord, RUNS_MAX, SlotRow};
 pub use offline_check::{Finding, Report, Severity, check_volume};
 pub use superblock::{
@@ -97,5 +97,5 @@ pub use superblock::{
 };
 pub use timing::{RHO_INVERSE, TimingError, Timings};
 pub use volume_layout::{
-    Area, AreaId, BLOCK_BYTES_U64, FormatRequest, LayoutError, RECORDS_PER_BLOCK,
+    Area, AreaId, BLOCK_BYTES_U64, FormatRequest, LayoutError, RECORDS_PER_BLOCK, SlotPart,
 };

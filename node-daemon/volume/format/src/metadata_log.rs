@@ -17,7 +17,10 @@
 //!   with a later group behind it is damage, not the effect of a crash.
 //! - A checkpoint goes to the area of this slot that is not the base of what was recovered, after a
 //!   flush has made that base durable: the base is not overwritten while it may still be needed.
+//! - An area with a failed write is not written again before the node was reset: that write may still
+//!   land, on top of a later record.
 
+use std::collections::BTreeSet;
 use std::io;
 
 use bascule_types::{Lba, SlotId};
@@ -29,7 +32,7 @@ use crate::envelope::{BLOCK_BYTES, FormatError, RECORD_BYTES, open, seal, seal_b
 use crate::metadata::{Contradiction, Metadata};
 use crate::metadata_records::MetaRecord;
 use crate::superblock::Superblock;
-use crate::volume_layout::{Area, AreaId};
+use crate::volume_layout::{Area, AreaId, SlotPart};
 
 /// The largest number of records of one group.
 pub const GROUP_MAX: usize = 8;
@@ -54,6 +57,8 @@ pub struct Log {
     area: AreaId,
     id: CheckpointId,
     next: u64,
+    /// Whether a failed write may still land in the half with this index.
+    barred: [bool; 2],
     failed: bool,
 }
 
@@ -100,6 +105,17 @@ pub enum LogError {
     /// An earlier write or flush failed.
     #[error("an earlier metadata write failed")]
     Failed,
+    /// The only area that may be written next has a failed write, which may still land there.
+    #[error(
+        "a failed write may still land in metadata area {half} of slot {slot}, which comes next: this node \
+         does not coordinate again before it was restarted"
+    )]
+    Barred {
+        /// This node's slot.
+        slot: SlotId,
+        /// The area's half.
+        half: u8,
+    },
 }
 
 /// Reads the newest checkpoint and its journal. Writes nothing.
@@ -261,12 +277,35 @@ impl Chunk {
     }
 }
 
+/// The half of `slot`'s two areas in which a coordinator starts that recovered from `base`.
+///
+/// # Errors
+/// [`LogError::Barred`] when a failed write may still land there.
+pub fn starting_half(
+    base: AreaId,
+    slot: SlotId,
+    barred: &BTreeSet<SlotPart>,
+) -> Result<u8, LogError> {
+    let half = u8::from(base == AreaId { slot, half: 0 });
+    let other = 1 - half;
+    match (
+        barred.contains(&SlotPart::Area(half)),
+        base == AreaId { slot, half: other },
+    ) {
+        (false, _) => Ok(half),
+        // Neither is the base: any will do.
+        (true, false) if !barred.contains(&SlotPart::Area(other)) => Ok(other),
+        (true, _) => Err(LogError::Barred { slot, half }),
+    }
+}
+
 /// 64 KiB (a guess).
 const CHUNK_BLOCKS: u64 = 16;
 
 impl Log {
     /// Starts a new coordinator's journal with a checkpoint of `recovered`. The coordinator's leader
-    /// block must have been durable before `recovered` was read.
+    /// block must have been durable before `recovered` was read. No part of the slot in `barred` is
+    /// written: failed writes of this boot may still land there.
     ///
     /// # Errors
     /// [`LogError`].
@@ -274,15 +313,16 @@ impl Log {
         store: &mut S,
         superblock: &Superblock,
         recovered: &Recovered,
-        slot: SlotId,
-        epoch: CoordinatorEpoch,
+        (slot, epoch): (SlotId, CoordinatorEpoch),
+        barred: &BTreeSet<SlotPart>,
     ) -> Result<Self, LogError> {
-        let half = u8::from(recovered.area == AreaId { slot, half: 0 });
+        let half = starting_half(recovered.area, slot, barred)?;
         let mut log = Self {
             superblock: superblock.clone(),
             area: AreaId { slot, half },
             id: CheckpointId { epoch, number: 1 },
             next: 0,
+            barred: [0, 1].map(|half| barred.contains(&SlotPart::Area(half))),
             failed: false,
         };
         // The recovered head may only be in the device's cache, after its writer crashed before the
@@ -320,6 +360,10 @@ impl Log {
         let journal = self.superblock.area(self.area);
         if self.next + records.len() as u64 > journal.journal_blocks {
             let half = 1 - self.area.half;
+            if self.barred[usize::from(half)] {
+                let slot = self.area.slot;
+                return Err(LogError::Barred { slot, half });
+            }
             self.area = AreaId { half, ..self.area };
             self.id.number += 1;
             self.next = 0;
@@ -408,6 +452,7 @@ impl Log {
                 number: 1,
             },
             next: 0,
+            barred: [false; 2],
             failed: false,
         };
         log.write_checkpoint(store, metadata)

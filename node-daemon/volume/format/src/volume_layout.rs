@@ -167,6 +167,20 @@ pub struct AreaId {
     pub half: u8,
 }
 
+/// A part of a slot's election blocks and areas that is rewritten as a whole. A write to it that lands
+/// late may destroy what was written to the same part since, and nothing else.
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize,
+)]
+pub enum SlotPart {
+    /// The Paxos block with this index, 0 to 7.
+    Paxos(u64),
+    /// The leader block.
+    Leader,
+    /// The metadata area of this half, 0 or 1, with its checkpoint and journal.
+    Area(u8),
+}
+
 /// The position of a metadata area's parts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[expect(missing_docs, reason = "the field names say all")]
@@ -229,6 +243,28 @@ impl Superblock {
     pub fn areas(&self) -> impl Iterator<Item = AreaId> + use<> {
         self.slots()
             .flat_map(|slot| [0, 1].map(|half| AreaId { slot, half }))
+    }
+
+    /// The part of a slot's election blocks or areas at `lba`; none elsewhere.
+    #[must_use]
+    pub fn slot_part(&self, lba: Lba) -> Option<(SlotId, SlotPart)> {
+        let index_in = |kind, per_slot: u64| {
+            let region = self.region(kind);
+            let index = lba.0.checked_sub(region.start.0)?;
+            let slot = u16::try_from(index / per_slot.max(1)).ok()?;
+            let within = index < region.blocks && slot < self.slot_count;
+            within.then_some((SlotId(slot), index % per_slot.max(1)))
+        };
+        let slots = u64::from(self.slot_count);
+        if let Some((slot, subsector)) = index_in(RegionKind::Paxos, PAXOS_SUBSECTORS) {
+            return Some((slot, SlotPart::Paxos(subsector)));
+        }
+        if let Some((slot, _)) = index_in(RegionKind::Leaders, 1) {
+            return Some((slot, SlotPart::Leader));
+        }
+        let area = self.region(RegionKind::Areas).blocks / (2 * slots);
+        let (slot, index) = index_in(RegionKind::Areas, 2 * area)?;
+        Some((slot, SlotPart::Area(u8::from(index >= area))))
     }
 
     /// The position of an area's parts.

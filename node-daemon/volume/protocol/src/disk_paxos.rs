@@ -19,9 +19,10 @@
 //! - Ballot `b` of slot `s` is `counter · slots + s`; it goes to block `counter mod 8` of the slot.
 //!   Counters rise over all instances, so that a late write of an earlier ballot does not destroy a
 //!   later one.
-//! - A block whose last write has not completed, or ended with an error, is not reused by this
-//!   process. A process writes nothing before `quiet_since + settle`: by then every write of earlier
-//!   processes of the slot has landed, or never will.
+//! - A block whose last write ended with an error is not reused before the node was reset, by this
+//!   process or a later one ([`crate::OutstandingWrites`]). A process writes nothing before
+//!   `quiet_since + settle`: by then every other write of earlier processes of the slot has landed, or
+//!   never will.
 //! - The metadata areas may be read only after [`ElectionOutcome::Won`], when the leader block is
 //!   durable. Read all leader blocks again then: epochs may be skipped, and the previous coordinator
 //!   is the one with the next lower epoch.
@@ -37,7 +38,7 @@ use std::time::Duration;
 
 use bascule_types::{BootTime, Owner, SlotId};
 use bascule_volume_format::{
-    Accepted, CoordinatorEpoch, LeaderBlock, PAXOS_SUBSECTORS, PaxosBlock,
+    Accepted, CoordinatorEpoch, LeaderBlock, PAXOS_SUBSECTORS, PaxosBlock, SlotPart,
 };
 
 use crate::rules::{Rules, broken};
@@ -49,7 +50,7 @@ pub struct Election {
     state: State,
     /// The highest counter that this process used.
     counter_used: u64,
-    /// Blocks of the slot with a failed write, which may still land.
+    /// Blocks of the slot with a failed write of this boot, which may still land.
     poisoned: BTreeSet<u64>,
     /// A write of the leader block failed: it may land late and overwrite a later one.
     leader_poisoned: bool,
@@ -64,9 +65,8 @@ pub struct ElectionConfig {
     pub me: Owner,
     /// The volume's slot count.
     pub slots: u16,
-    /// No earlier process of this slot submitted a Paxos or leader write after this moment that is
-    /// still outstanding. `BootTime(0)`, the node's boot, if such writes are submitted so that the end
-    /// of a process waits for them (`pwrite`); otherwise the moment when the previous process ended.
+    /// Every write of an earlier process of this slot was complete at this moment, or is known as failed.
+    /// `BootTime(0)`, the node's boot, if the previous process was between two writes when it ended.
     pub quiet_since: BootTime,
     /// The volume's settle time.
     pub settle: Duration,
@@ -123,7 +123,7 @@ pub enum ElectionOutcome {
     Beaten,
     /// Writes of earlier processes may not have settled: start again at this boot time or later.
     NotBefore(BootTime),
-    /// Failed writes of this process may land late: only a new process can be a candidate.
+    /// Failed writes of this boot may land late: only after a reset the node can be a candidate.
     Unfit,
 }
 
@@ -168,15 +168,20 @@ enum Half {
 type Next = (Election, Option<ElectionCommand>);
 
 impl Election {
-    /// A candidate without an attempt.
+    /// A candidate without an attempt. It writes no part of its slot that is in `barred`: failed writes
+    /// of earlier processes of this boot may still land there.
     #[must_use]
-    pub fn new(config: ElectionConfig) -> Self {
+    pub fn new(config: ElectionConfig, barred: &BTreeSet<SlotPart>) -> Self {
+        let poisoned = barred.iter().filter_map(|part| match part {
+            SlotPart::Paxos(subsector) => Some(*subsector),
+            SlotPart::Leader | SlotPart::Area(_) => None,
+        });
         Self {
             config,
             state: State::Idle,
             counter_used: 0,
-            poisoned: BTreeSet::new(),
-            leader_poisoned: false,
+            poisoned: poisoned.collect(),
+            leader_poisoned: barred.contains(&SlotPart::Leader),
             decided: CoordinatorEpoch(0),
         }
     }

@@ -35,6 +35,7 @@ pub mod fence;
 mod join_claim;
 mod lease;
 mod open_writers;
+mod outstanding_writes;
 mod rules;
 pub mod watchdog_policy;
 mod watcher;
@@ -51,6 +52,7 @@ pub use lease::{
     OwnRecordFound, StopReason,
 };
 pub use open_writers::{Phase as WriterPhase, WriterEvent, WriterId, Writers};
+pub use outstanding_writes::{OutstandingWrites, Part, Predecessor};
 #[cfg(feature = "fault-injection")]
 pub use rules::Mutation;
 pub use rules::Rules;

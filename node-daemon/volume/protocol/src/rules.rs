@@ -75,6 +75,8 @@ pub enum Mutation {
     ForgetAccepted,
     /// A Paxos block is written before the writes of an earlier life have settled.
     ReuseBeforeSettle,
+    /// The next process does not know which writes of the one before it failed.
+    ForgetFailedWrites,
     /// The old journal is read while the leader block is still being written.
     ReadJournalBeforeLeaderDurable,
     /// An answer follows the durable record at once.

@@ -14,33 +14,46 @@
 use std::time::Duration;
 
 use bascule_types::{BootTime, Owner};
+use bascule_volume_format::{SlotPart, recover, starting_half};
 use bascule_volume_protocol::{
     Election, ElectionCommand, ElectionConfig, ElectionEvent, ElectionOutcome, LeasePhase, Rules,
 };
 
-use crate::block_device::Handle;
 use crate::control_blocks;
-use crate::coordinator::term;
+use crate::coordinator::{Store, term};
 use crate::volume_context::{State, VolumeContext};
+use crate::write_ledger::{RecordedStore, WriteLedger};
 
 /// Takes part in elections until the process stops.
-pub fn run(context: &VolumeContext) {
-    let mut handle = context.device.handle();
+pub fn run(context: &VolumeContext, ledger: WriteLedger) {
+    let superblock = context.superblock.clone();
+    let mut store = RecordedStore::new(context.device.handle(), superblock, ledger);
     let mut election: Option<Election> = None;
     let mut not_before = BootTime(0);
     while let Some(me) = wait_for_vacancy(context, not_before) {
+        let timings = &context.superblock.timings;
+        if let Some(reason) = why_unfit(context, &mut store, me) {
+            tracing::error!(reason, "this node does not stand for election");
+            not_before = context.now().after(timings.watch);
+            continue;
+        }
         let participant = match election.take() {
             Some(election) => election.renamed(me),
-            None => Election::new(config(context, me)),
+            None => {
+                let ledger = store.ledger();
+                Election::new(config(context, ledger, me), &ledger.barred(me.slot))
+            }
         };
-        let (participant, outcome) = elect(context, &mut handle, participant);
+        let (participant, outcome) = elect(context, &mut store, participant);
         election = Some(participant);
         tracing::debug!(?outcome, "an election ended");
         let now = context.now();
-        let timings = &context.superblock.timings;
+        if !matches!(outcome, ElectionOutcome::NotBefore(_)) {
+            store.settle();
+        }
         not_before = match outcome {
             ElectionOutcome::Won(epoch) => {
-                term::run(context, &mut handle, me, epoch);
+                term::run(context, &mut store, me, epoch);
                 // The new coordinator, or the renewal of the lapsed lease, needs at least one poll.
                 context.now().after(timings.poll)
             }
@@ -51,8 +64,8 @@ pub fn run(context: &VolumeContext) {
             }
             ElectionOutcome::NotBefore(moment) => moment,
             ElectionOutcome::Unfit => {
-                let reason = "a write of an election block failed: this process takes part in no further election, \
-                              restart it";
+                let reason = "writes of election blocks failed and may still land: this node takes part in no \
+                              election before it was restarted";
                 tracing::error!(reason);
                 now.after(timings.watch)
             }
@@ -60,17 +73,27 @@ pub fn run(context: &VolumeContext) {
     }
 }
 
-fn config(context: &VolumeContext, me: Owner) -> ElectionConfig {
+fn config(context: &VolumeContext, ledger: &WriteLedger, me: Owner) -> ElectionConfig {
     ElectionConfig {
         me,
         slots: context.superblock.slot_count,
-        // Paxos and leader blocks are written by pwrite(2). A process exits, and releases the lock
-        // on the gate page, only after its pwrite has returned. So only writes of an earlier boot
-        // can still land.
-        quiet_since: BootTime(0),
+        quiet_since: ledger.quiet_since(),
         settle: context.superblock.timings.settle,
         rules: Rules::ENFORCED,
     }
+}
+
+/// Why this node could not begin a term although it were elected: the area that it would write next has
+/// a failed write.
+fn why_unfit(context: &VolumeContext, store: &mut Store, me: Owner) -> Option<String> {
+    let barred = store.ledger().barred(me.slot);
+    if !barred.iter().any(|part| matches!(part, SlotPart::Area(_))) {
+        return None;
+    }
+    // Metadata that cannot be read is reported by the term that fails to begin.
+    let recovered = recover(store, &context.superblock).ok()?;
+    let half = starting_half(recovered.area, me.slot, &barred);
+    half.err().map(|error| error.to_string())
 }
 
 /// Waits until this node should stand for election; `None` when the process stops.
@@ -117,7 +140,7 @@ fn vacancy(state: &State, context: &VolumeContext, now: BootTime) -> Option<Owne
 /// Runs one election to its outcome.
 fn elect(
     context: &VolumeContext,
-    handle: &mut Handle,
+    store: &mut Store,
     election: Election,
 ) -> (Election, ElectionOutcome) {
     let now = context.now();
@@ -125,7 +148,7 @@ fn elect(
     loop {
         let event = match command {
             Some(ElectionCommand::Done(outcome)) => return (election, outcome),
-            Some(command) => perform(context, handle, command),
+            Some(command) => perform(context, store, command),
             // The state machine has a command until it is done.
             None => ElectionEvent::Failed,
         };
@@ -136,16 +159,12 @@ fn elect(
     }
 }
 
-fn perform(
-    context: &VolumeContext,
-    handle: &mut Handle,
-    command: ElectionCommand,
-) -> ElectionEvent {
+fn perform(context: &VolumeContext, store: &mut Store, command: ElectionCommand) -> ElectionEvent {
     let superblock = &context.superblock;
     let written = match command {
         ElectionCommand::ReadBlocks => {
-            let paxos = control_blocks::read_paxos(handle, superblock);
-            let leaders = control_blocks::read_leaders(handle, superblock);
+            let paxos = control_blocks::read_paxos(store, superblock);
+            let leaders = control_blocks::read_leaders(store, superblock);
             return match (paxos, leaders) {
                 (Ok(paxos), Ok(leaders)) => ElectionEvent::Blocks { paxos, leaders },
                 _ => ElectionEvent::Failed,
@@ -153,11 +172,11 @@ fn perform(
         }
         ElectionCommand::WritePaxos { subsector, block } => {
             let lba = superblock.paxos_lba(block.writer.slot, subsector);
-            control_blocks::write_durably(handle, superblock, lba, &block)
+            control_blocks::write_durably(store, superblock, lba, &block)
         }
         ElectionCommand::WriteLeader(leader) => {
             let lba = superblock.leader_lba(leader.coordinator.slot);
-            control_blocks::write_durably(handle, superblock, lba, &leader)
+            control_blocks::write_durably(store, superblock, lba, &leader)
         }
         ElectionCommand::Done(_) => return ElectionEvent::Failed,
     };

@@ -22,8 +22,8 @@ use bascule_volume_protocol::{
     Watcher,
 };
 
-use crate::block_device::Handle;
 use crate::control_blocks::read_highest_epoch;
+use crate::coordinator::Store;
 use crate::job_queue::JobQueue;
 use crate::peer_rpc::{PeerOperation, PeerRequest, PeerResponse};
 use crate::peer_watch;
@@ -32,7 +32,7 @@ use crate::volume_context::VolumeContext;
 /// The state of one term.
 struct Term<'a> {
     context: &'a VolumeContext,
-    handle: &'a mut Handle,
+    store: &'a mut Store,
     me: Owner,
     log: Log,
     metadata: Metadata,
@@ -41,8 +41,8 @@ struct Term<'a> {
 }
 
 /// Serves requests in `epoch` until the term ends.
-pub fn run(context: &VolumeContext, handle: &mut Handle, me: Owner, epoch: CoordinatorEpoch) {
-    let started = start(context, handle, me, epoch);
+pub fn run(context: &VolumeContext, store: &mut Store, me: Owner, epoch: CoordinatorEpoch) {
+    let started = start(context, store, me, epoch);
     let (log, metadata) = match started {
         Ok(started) => started,
         Err(error) => {
@@ -53,7 +53,7 @@ pub fn run(context: &VolumeContext, handle: &mut Handle, me: Owner, epoch: Coord
     let queue = JobQueue::default();
     let mut term = Term {
         context,
-        handle,
+        store,
         me,
         log,
         metadata,
@@ -81,17 +81,19 @@ pub fn run(context: &VolumeContext, handle: &mut Handle, me: Owner, epoch: Coord
 
 fn start(
     context: &VolumeContext,
-    handle: &mut Handle,
+    store: &mut Store,
     me: Owner,
     epoch: CoordinatorEpoch,
 ) -> Result<(Log, Metadata), LogError> {
-    let recovered: Recovered = recover(handle, &context.superblock)?;
+    let recovered: Recovered = recover(store, &context.superblock)?;
     tracing::info!(base = ?recovered.base, journaled = recovered.journaled, "recovered the metadata");
     if recovered.base.epoch >= epoch {
         // The checkpoint is of a later epoch: another coordinator was elected meanwhile.
         return Err(LogError::Failed);
     }
-    let log = Log::start(handle, &context.superblock, &recovered, me.slot, epoch)?;
+    let barred = store.ledger().barred(me.slot);
+    let term = (me.slot, epoch);
+    let log = Log::start(store, &context.superblock, &recovered, term, &barred)?;
     Ok((log, recovered.metadata))
 }
 
@@ -162,7 +164,7 @@ impl Term<'_> {
         match self.decide_on_current_evidence(change, request) {
             // The heartbeat may be newer than the last poll.
             Err(Refusal::LeaseInvalid { .. }) => {
-                peer_watch::read_once(self.context, self.handle);
+                peer_watch::read_once(self.context, self.store);
                 self.decide_on_current_evidence(change, request)
             }
             decided => decided,
@@ -191,7 +193,7 @@ impl Term<'_> {
         if records.is_empty() {
             return Some(());
         }
-        if let Err(error) = self.log.commit(self.handle, &mut self.metadata, records) {
+        if let Err(error) = self.log.commit(self.store, &mut self.metadata, records) {
             self.next(CoordinatorEvent::JournalFailed);
             report(self.context, &error);
             return None;
@@ -212,7 +214,7 @@ impl Term<'_> {
         loop {
             let event = match commands.as_slice() {
                 [CoordinatorCommand::ReadLeader] => {
-                    match read_highest_epoch(self.handle, &self.context.superblock) {
+                    match read_highest_epoch(self.store, &self.context.superblock) {
                         Ok(highest) => CoordinatorEvent::Leader { highest },
                         Err(error) => {
                             tracing::warn!(%error, "cannot re-read the leader blocks");

@@ -251,6 +251,12 @@ impl Node {
         );
     }
 
+    /// Waits until the process has logged `text`.
+    pub(crate) fn wait_log(&self, text: &str) {
+        let log = |node: &Self| std::fs::read_to_string(&node.log).ok();
+        self.wait(text, log, |log| log.contains(text));
+    }
+
     pub(crate) fn wait_status(
         &self,
         what: &str,

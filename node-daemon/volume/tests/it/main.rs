@@ -8,6 +8,7 @@
 mod bad_input;
 mod chaos;
 mod cluster;
+mod failed_writes;
 mod hanging_device;
 mod lab;
 mod peer;

@@ -317,6 +317,46 @@ fn one_damaged_superblock_is_survived_and_reported_and_two_are_an_error() {
 }
 
 #[test]
+fn two_intact_superblocks_that_contradict_each_other_are_refused() {
+    let (store, superblock) = formatted();
+    let [_, second] = SUPERBLOCK_LBAS;
+    let open_with = |copy: &Superblock| {
+        let mut store = store.clone();
+        let block = seal_block(copy, copy.place(second));
+        store.write(second, &block).unwrap();
+        read_superblock(&mut store)
+    };
+    // A copy of another revision is the remainder of an unfinished rewrite.
+    let newer = Superblock {
+        revision: superblock.revision + 1,
+        extent_mib: 2,
+        ..superblock.clone()
+    };
+    assert_eq!(open_with(&newer).unwrap(), newer);
+    let other = Superblock {
+        extent_mib: 2,
+        ..superblock.clone()
+    };
+    let error = open_with(&other).unwrap_err();
+    assert!(
+        matches!(error, OpenError::CopiesDiffer { revision: 1 }),
+        "{error}"
+    );
+    let foreign = Superblock {
+        volume: VolumeId::from_bytes([0x99; 16]),
+        revision: superblock.revision + 1,
+        ..superblock.clone()
+    };
+    let error = open_with(&foreign).unwrap_err();
+    let named = matches!(
+        &error,
+        OpenError::TwoVolumes { first, second }
+            if (*first, *second) == (superblock.volume, foreign.volume)
+    );
+    assert!(named, "{error}");
+}
+
+#[test]
 fn a_device_too_small_is_refused_with_what_is_needed() {
     let mut request = request();
     request.device_bytes = 1 << 20;

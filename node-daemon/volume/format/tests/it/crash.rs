@@ -1,6 +1,8 @@
 //! I6: after a crash at any write, with any subset of the unflushed writes lost, the volume holds
 //! exactly the acknowledged changes, plus at most the one in flight.
 
+use std::collections::BTreeSet;
+
 use crate::fixture::{Cluster, DEVICE_BYTES, formatted, name, node, owner, request, vm};
 use bascule_types::{Bytes, Change, DiskRole, Epoch, SlotId, VolumeId};
 use bascule_volume_format::{
@@ -73,7 +75,13 @@ pub(crate) fn run(
         return 0;
     };
     let epoch = CoordinatorEpoch(recovered.base.epoch.0 + 1);
-    let Ok(mut log) = Log::start(store, superblock, &recovered, SlotId(0), epoch) else {
+    let Ok(mut log) = Log::start(
+        store,
+        superblock,
+        &recovered,
+        (SlotId(0), epoch),
+        &BTreeSet::new(),
+    ) else {
         return 0;
     };
     let mut metadata = recovered.metadata;
@@ -182,11 +190,25 @@ fn what_a_deposed_coordinator_still_journals_is_not_read() {
     let recovered = recover(&mut store, &superblock).unwrap();
     let (slot_0, slot_1) = (SlotId(0), SlotId(1));
     let epoch = CoordinatorEpoch;
-    let mut old = Log::start(&mut store, &superblock, &recovered, slot_0, epoch(1)).unwrap();
+    let mut old = Log::start(
+        &mut store,
+        &superblock,
+        &recovered,
+        (slot_0, epoch(1)),
+        &BTreeSet::new(),
+    )
+    .unwrap();
     let mut old_rows = recovered.metadata;
     old.commit(&mut store, &mut old_rows, &groups[0]).unwrap();
     let recovered = recover(&mut store, &superblock).unwrap();
-    let mut new = Log::start(&mut store, &superblock, &recovered, slot_1, epoch(2)).unwrap();
+    let mut new = Log::start(
+        &mut store,
+        &superblock,
+        &recovered,
+        (slot_1, epoch(2)),
+        &BTreeSet::new(),
+    )
+    .unwrap();
     let mut rows = recovered.metadata;
     for _ in 0..40 {
         // Through several of its checkpoints, too.
@@ -204,7 +226,14 @@ fn a_journal_longer_than_its_area_goes_on_behind_a_checkpoint() {
     let groups = history(&superblock);
     let recovered = recover(&mut store, &superblock).unwrap();
     let epoch = CoordinatorEpoch(1);
-    let mut log = Log::start(&mut store, &superblock, &recovered, SlotId(0), epoch).unwrap();
+    let mut log = Log::start(
+        &mut store,
+        &superblock,
+        &recovered,
+        (SlotId(0), epoch),
+        &BTreeSet::new(),
+    )
+    .unwrap();
     let mut rows = recovered.metadata;
     for _ in 0..5 {
         for group in &groups {

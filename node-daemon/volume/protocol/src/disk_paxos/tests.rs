@@ -36,13 +36,18 @@ struct Fixture {
 
 impl Fixture {
     fn new(paxos: Vec<PaxosBlock>, leaders: Vec<LeaderBlock>) -> Self {
-        let election = Election::new(ElectionConfig {
+        Self::barred(paxos, leaders, &[])
+    }
+
+    fn barred(paxos: Vec<PaxosBlock>, leaders: Vec<LeaderBlock>, barred: &[SlotPart]) -> Self {
+        let config = ElectionConfig {
             me: owner(2, 1),
             slots: SLOTS,
             quiet_since: BootTime(0),
             settle: Duration::from_secs(4),
             rules: Rules::ENFORCED,
-        });
+        };
+        let election = Election::new(config, &barred.iter().copied().collect());
         Self {
             election,
             paxos,
@@ -192,6 +197,25 @@ fn a_process_whose_leader_block_may_land_late_is_no_longer_a_candidate() {
     }
     fixture.step(&ElectionEvent::Failed);
     assert_eq!(fixture.start(4), done(ElectionOutcome::Unfit));
+}
+
+/// Regression: only the process in which the write had failed knew of it; the next one wrote the block
+/// again.
+#[test]
+fn a_block_whose_write_failed_in_an_earlier_process_is_not_used_either() {
+    let barred: Vec<SlotPart> = [1, 2, 4].map(SlotPart::Paxos).into();
+    let mut fixture = Fixture::barred(Vec::new(), Vec::new(), &barred);
+    fixture.start(4);
+    let Some(ElectionCommand::WritePaxos { subsector, block }) = fixture.blocks() else {
+        panic!("no ballot");
+    };
+    assert_eq!((subsector, block.mbal / u64::from(SLOTS)), (3, 3));
+
+    let all: Vec<SlotPart> = (0..PAXOS_SUBSECTORS).map(SlotPart::Paxos).collect();
+    for barred in [vec![SlotPart::Leader], all] {
+        let mut fixture = Fixture::barred(Vec::new(), Vec::new(), &barred);
+        assert_eq!(fixture.start(4), done(ElectionOutcome::Unfit), "{barred:?}");
+    }
 }
 
 #[test]

@@ -80,13 +80,14 @@ impl CoordinatorModel {
     }
 
     fn election(&self, generation: u64) -> Election {
-        Election::new(ElectionConfig {
+        let config = ElectionConfig {
             me: owner(1, generation),
             slots: 2,
             quiet_since: BootTime(0),
             settle: Duration::ZERO,
             rules: self.rules,
-        })
+        };
+        Election::new(config, &BTreeSet::new())
     }
 
     fn old(state: &mut State, event: CoordinatorEvent) {

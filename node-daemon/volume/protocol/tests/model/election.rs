@@ -1,15 +1,18 @@
 //! Two or three processes elect coordinators, epoch after epoch, on one disk.
 //!
-//! Each slot is read at a different moment. Processes crash and restart in a new generation; their
-//! outstanding writes land late or never. Writes fail, and may land nevertheless.
+//! Each slot is read at a different moment. Writes fail, and land late or never. Processes crash and
+//! start again: in the same generation, with what their predecessor recorded of its writes, or after a
+//! reset of the node in a new one. What was in flight at the crash is waited for; what failed is not, as
+//! long as the node was not reset.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use bascule_types::{BootTime, Generation, Owner, SlotId};
-use bascule_volume_format::{CoordinatorEpoch, LeaderBlock, PaxosBlock};
+use bascule_volume_format::{CoordinatorEpoch, LeaderBlock, PaxosBlock, SlotPart};
 use bascule_volume_protocol::{
-    Election, ElectionCommand, ElectionConfig, ElectionEvent, ElectionOutcome, ElectionPhase, Rules,
+    Election, ElectionCommand, ElectionConfig, ElectionEvent, ElectionOutcome, ElectionPhase,
+    OutstandingWrites, Predecessor, Rules,
 };
 use stateright::{Model, Property};
 
@@ -35,13 +38,19 @@ pub(crate) struct State {
     decided: BTreeSet<(CoordinatorEpoch, Owner)>,
     /// The highest epoch whose leader block was ever durable.
     led: CoordinatorEpoch,
+    /// Epochs that a process began to coordinate.
+    begun: BTreeSet<CoordinatorEpoch>,
+    begun_twice: bool,
     crashes_left: u8,
     failures_left: u8,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Process {
+    /// Rises with every reset of the node, and only then.
     generation: u64,
+    /// Outlives the process.
+    recorded: OutstandingWrites,
     election: Option<Election>,
     attempts_left: u8,
     reading: Option<Reading>,
@@ -59,8 +68,12 @@ struct Reading {
 struct Write {
     slot: u16,
     what: Block,
+    /// The generation in which it was submitted.
+    generation: u64,
     /// Whether a running process waits for the completion.
     awaited: bool,
+    /// Whether it was reported as failed.
+    failed: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -78,6 +91,7 @@ pub(crate) enum Action {
     Fail(usize),
     Crash(u16),
     Restart(u16),
+    Reset(u16),
 }
 
 impl ElectionModel {
@@ -106,6 +120,11 @@ impl ElectionModel {
         let Some(election) = process.election.take() else {
             return;
         };
+        match event {
+            ElectionEvent::Written => process.recorded.end(),
+            ElectionEvent::Failed => process.recorded.fail(),
+            _ => {}
+        }
         let (election, command) = election.next(event);
         process.election = Some(election);
         let what = match command {
@@ -115,8 +134,14 @@ impl ElectionModel {
                 return;
             }
             Some(ElectionCommand::Done(outcome)) => {
-                if let ElectionOutcome::Elected(epoch, winner) = outcome {
-                    state.decided.insert((epoch, winner));
+                match outcome {
+                    ElectionOutcome::Elected(epoch, winner) => {
+                        state.decided.insert((epoch, winner));
+                    }
+                    ElectionOutcome::Won(epoch) => {
+                        state.begun_twice |= !state.begun.insert(epoch);
+                    }
+                    _ => {}
                 }
                 return;
             }
@@ -128,11 +153,23 @@ impl ElectionModel {
                 Block::Leader(leader)
             }
         };
+        process.recorded.submit((SlotId(slot), what.part()));
         state.in_flight.push(Write {
             slot,
             what,
+            generation: process.generation,
             awaited: true,
+            failed: false,
         });
+    }
+
+    fn restart(&self, state: &mut State, slot: u16, predecessor: Predecessor) {
+        let process = &mut state.processes[usize::from(slot)];
+        let recorded = std::mem::take(&mut process.recorded);
+        process.recorded = recorded.inherit(self.rules, predecessor);
+        let config = self.config(slot, process.generation);
+        let barred = process.recorded.barred(SlotId(slot));
+        process.election = Some(Election::new(config, &barred));
     }
 
     fn land(&self, state: &mut State, index: usize) {
@@ -169,6 +206,15 @@ impl ElectionModel {
     }
 }
 
+impl Block {
+    fn part(self) -> SlotPart {
+        match self {
+            Self::Paxos(subsector, _) => SlotPart::Paxos(subsector),
+            Self::Leader(_) => SlotPart::Leader,
+        }
+    }
+}
+
 fn owner(slot: u16, generation: u64) -> Owner {
     Owner {
         slot: SlotId(slot),
@@ -177,9 +223,16 @@ fn owner(slot: u16, generation: u64) -> Owner {
 }
 
 impl State {
-    /// Whether a write of an earlier process of the slot may still land.
+    /// Whether a write of an earlier process of the slot is in flight that was not reported as failed, or
+    /// any of an earlier boot.
     fn is_unsettled(&self, slot: u16) -> bool {
-        self.in_flight.iter().any(|w| w.slot == slot && !w.awaited)
+        let generation = self.processes[usize::from(slot)].generation;
+        let unsettled = |write: &Write| {
+            write.slot == slot
+                && !write.awaited
+                && !(write.failed && write.generation == generation)
+        };
+        self.in_flight.iter().any(unsettled)
     }
 }
 
@@ -190,7 +243,8 @@ impl Model for ElectionModel {
     fn init_states(&self) -> Vec<State> {
         let process = |slot| Process {
             generation: 1,
-            election: Some(Election::new(self.config(slot, 1))),
+            recorded: OutstandingWrites::default(),
+            election: Some(Election::new(self.config(slot, 1), &BTreeSet::new())),
             attempts_left: self.attempts,
             reading: None,
         };
@@ -201,6 +255,8 @@ impl Model for ElectionModel {
             in_flight: Vec::new(),
             decided: BTreeSet::new(),
             led: CoordinatorEpoch(0),
+            begun: BTreeSet::new(),
+            begun_twice: false,
             crashes_left: self.crashes,
             failures_left: self.failures,
         }]
@@ -209,7 +265,7 @@ impl Model for ElectionModel {
     fn actions(&self, state: &State, actions: &mut Vec<Action>) {
         for (slot, process) in (0..).zip(&state.processes) {
             let Some(election) = &process.election else {
-                actions.push(Action::Restart(slot));
+                actions.extend([Action::Restart(slot), Action::Reset(slot)]);
                 continue;
             };
             if process.reading.is_some() {
@@ -218,7 +274,9 @@ impl Model for ElectionModel {
             if election.phase() == ElectionPhase::Idle && process.attempts_left > 0 {
                 actions.push(Action::Start(slot));
             }
-            if state.crashes_left > 0 && election.phase() != ElectionPhase::Idle {
+            let idle = election.phase() == ElectionPhase::Idle;
+            let forgets = process.recorded != OutstandingWrites::default();
+            if state.crashes_left > 0 && (!idle || forgets) {
                 actions.push(Action::Crash(slot));
             }
         }
@@ -236,10 +294,12 @@ impl Model for ElectionModel {
         let mut state = last.clone();
         match action {
             Action::Start(slot) => {
+                let unsettled = state.is_unsettled(slot);
                 let process = &mut state.processes[usize::from(slot)];
                 process.attempts_left -= 1;
-                // The state machine itself accounts for failed writes of the present process.
-                let unsettled = process.generation > 1 && state.is_unsettled(slot);
+                if !unsettled {
+                    process.recorded.settle();
+                }
                 let now = BootTime(if unsettled { 0 } else { 5 });
                 self.deliver(&mut state, slot, &ElectionEvent::Start { now });
             }
@@ -251,6 +311,7 @@ impl Model for ElectionModel {
             Action::Fail(index) => {
                 state.failures_left -= 1;
                 state.in_flight[index].awaited = false;
+                state.in_flight[index].failed = true;
                 let slot = state.in_flight[index].slot;
                 self.deliver(&mut state, slot, &ElectionEvent::Failed);
             }
@@ -263,11 +324,10 @@ impl Model for ElectionModel {
                     write.awaited &= write.slot != slot;
                 }
             }
-            Action::Restart(slot) => {
-                let process = &mut state.processes[usize::from(slot)];
-                process.generation += 1;
-                let config = self.config(slot, process.generation);
-                process.election = Some(Election::new(config));
+            Action::Restart(slot) => self.restart(&mut state, slot, Predecessor::Complete),
+            Action::Reset(slot) => {
+                state.processes[usize::from(slot)].generation += 1;
+                self.restart(&mut state, slot, Predecessor::OfEarlierBoot);
             }
         }
         Some(state)
@@ -283,6 +343,7 @@ impl Model for ElectionModel {
                 let shown = state.leaders.values().map(|leader| leader.epoch).max();
                 shown.unwrap_or_default() == state.led
             }),
+            Property::always(BEGUN, |_, state: &State| !state.begun_twice),
             Property::sometimes("a second epoch is led", |_, state: &State| {
                 state.led == CoordinatorEpoch(2)
             }),
@@ -303,6 +364,9 @@ pub(crate) const AGREED: &str = "every epoch has one winner";
 /// A late write of a leader block must not overwrite a later epoch.
 pub(crate) const LED: &str = "the highest epoch that was ever led is shown";
 
+/// Two journals of one epoch could not be told apart.
+pub(crate) const BEGUN: &str = "every epoch is begun once";
+
 #[test]
 fn i2_every_coordinator_epoch_has_one_winner() {
     let size = Size::from_environment();
@@ -317,6 +381,18 @@ fn i2_every_coordinator_epoch_has_one_winner_when_writes_fail() {
         ..ElectionModel::new(Rules::ENFORCED, Size::from_environment())
     };
     holds("election with failing writes", model);
+}
+
+/// Regression: a process did not know which writes of its predecessor had failed, and wrote the same
+/// blocks again.
+#[test]
+fn i2_every_coordinator_epoch_has_one_winner_when_writes_fail_and_processes_restart() {
+    let model = ElectionModel {
+        crashes: 1,
+        failures: 1,
+        ..ElectionModel::new(Rules::ENFORCED, Size::from_environment())
+    };
+    holds("election with failing writes and crashes", model);
 }
 
 #[test]

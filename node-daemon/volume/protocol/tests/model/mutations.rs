@@ -87,6 +87,18 @@ fn a_paxos_block_reused_before_earlier_writes_settled_has_a_counterexample() {
     election_counterexample(Mutation::ReuseBeforeSettle, election::AGREED);
 }
 
+#[test]
+fn a_process_that_does_not_know_its_predecessors_failed_writes_has_counterexamples() {
+    for property in [election::AGREED, election::LED] {
+        let rules = Rules::without(Mutation::ForgetFailedWrites);
+        let model = ElectionModel {
+            failures: 1,
+            ..ElectionModel::new(rules, Size::Small)
+        };
+        is_caught("ForgetFailedWrites", property, model);
+    }
+}
+
 fn coordinator_counterexample(mutation: Mutation) {
     let model = CoordinatorModel::new(Rules::without(mutation), Size::Small);
     is_caught(&format!("{mutation:?}"), coordinator::KEPT, model);

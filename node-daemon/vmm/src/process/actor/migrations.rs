@@ -354,3 +354,69 @@ fn announce_again(actor: &ActorHandle) {
 fn ending(gone: ActorGone) -> String {
     gone.to_string()
 }
+
+#[cfg(test)]
+mod tests {
+    use bascule_devices::disk::{VolumeGate, WriteGate as _};
+    use bascule_ipc::vm::{Boot, ImageSource, VmConfig, VmState};
+    use bascule_types::{Bytes, Generation, SlotId, VolumeId};
+    use bascule_volume_gate::{GateReader, GateWriter};
+
+    use super::*;
+    use crate::process::run_dir::RunDir;
+    use crate::testing::{COUNTER, TestVm, kvm_or_skip};
+
+    fn config() -> VmConfig {
+        VmConfig {
+            version: VmConfig::VERSION,
+            uid: VmUid::random(),
+            name: "shop/web".to_owned(),
+            cpus: 1,
+            memory: Bytes::mib(16),
+            boot: Boot {
+                kernel: ImageSource::File {
+                    path: PathBuf::new(),
+                },
+                initrd: None,
+                cmdline: String::new(),
+            },
+            disks: Vec::new(),
+            interfaces: Vec::new(),
+            home: None,
+            start: StartMode::Boot,
+            tls_dir: None,
+        }
+    }
+
+    /// The volume refuses the transfer of an unclean writer too, if the failure has reached it.
+    #[test]
+    fn i1_a_source_with_a_failed_write_requests_no_commit() {
+        if !kvm_or_skip() {
+            return;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let page = folder.path().join("gate");
+        let (_writer, _) = GateWriter::open(&page, VolumeId::random()).unwrap();
+        let owner = Owner {
+            slot: SlotId(1),
+            generation: Generation(1),
+        };
+        let gate = VolumeGate::new(Arc::new(GateReader::open(&page).unwrap()), owner, None);
+        let gate = Arc::new(gate);
+        let run_dir = RunDir::of(&folder.path().join("config.json"));
+        let (mut actor, _inbox) = VmActor::new(config(), run_dir).unwrap();
+        actor.gate = Some(Arc::clone(&gate));
+        let (vm, _test) = TestVm::with(COUNTER);
+        actor.phase = Phase::Paused(vm);
+        gate.write_failed();
+        let refused = actor.mark_in_doubt().unwrap_err();
+        assert_eq!(refused.to_string(), UNCLEAN);
+        assert_eq!(actor.phase.state(), VmState::Paused, "it can run on here");
+
+        // The control: with a gate through which every write succeeded.
+        let clean = VolumeGate::new(Arc::new(GateReader::open(&page).unwrap()), owner, None);
+        actor.gate = Some(Arc::new(clean));
+        actor.mark_in_doubt().unwrap();
+        assert_eq!(actor.phase.state(), VmState::InDoubt);
+    }
+}

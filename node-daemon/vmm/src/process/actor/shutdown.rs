@@ -23,8 +23,10 @@ use crate::{PausedVm, RunningVm};
 /// Attempts to release the ownership before the guest counts as stopped. Later attempts go on in
 /// the background until the volume answers.
 const RELEASE_ATTEMPTS: u32 = 2;
-/// Pause between two attempts in the background.
-const RELEASE_PAUSE: Duration = Duration::from_secs(1);
+/// First and longest pause between two attempts in the background. A writer with a failed write is refused
+/// until its node was restarted.
+const RELEASE_PAUSE_MIN: Duration = Duration::from_secs(1);
+const RELEASE_PAUSE_MAX: Duration = Duration::from_secs(60);
 
 impl VmActor {
     /// Begins to pause a running guest.
@@ -105,18 +107,17 @@ impl VmActor {
                 machine.end();
             }
             let owned = volume.zip(ended);
-            let release = || match &owned {
-                Some((volume, ownership)) => try_release(volume, uid, *ownership),
-                None => true,
+            let mut retries = ReleaseRetries::default();
+            let mut release = || match &owned {
+                Some((volume, ownership)) => retries.note(try_release(volume, uid, *ownership)),
+                None => None,
             };
-            let released = (0..RELEASE_ATTEMPTS).any(|_| release());
+            let released = (0..RELEASE_ATTEMPTS).any(|_| release().is_none());
             actor.task_ended(TaskOutcome::Ended(reason));
             if !released {
-                tracing::warn!(
-                    "the volume does not respond: releasing the ownership in the background"
-                );
-                while !release() {
-                    std::thread::sleep(RELEASE_PAUSE);
+                tracing::warn!("releasing the ownership in the background");
+                while let Some(pause) = release() {
+                    std::thread::sleep(pause);
                 }
             }
         });
@@ -142,8 +143,40 @@ impl VmActor {
     }
 }
 
-/// Makes one attempt; returns `true` when the volume granted or refused it.
-fn try_release(volume: &Arc<VolumeClient>, vm: VmUid, ownership: Ownership) -> bool {
+/// The attempts to release an ownership: how long to wait for the next, and whether its outcome is news.
+#[derive(Debug, Default)]
+struct ReleaseRetries {
+    pause: Option<Duration>,
+    reason: Option<String>,
+}
+
+impl ReleaseRetries {
+    /// The pause after an attempt: none when the volume granted or refused the release for good, doubled
+    /// with each that failed. Logs why one failed, but the same reason once.
+    fn note(&mut self, attempt: Result<(), String>) -> Option<Duration> {
+        let reason = attempt.err()?;
+        if self.is_news(reason) {
+            let reason = self.reason.as_deref();
+            tracing::info!(reason, "the ownership is not released yet");
+        }
+        let doubled = self.pause.map(|pause| pause.saturating_mul(2));
+        let pause = doubled.map_or(RELEASE_PAUSE_MIN, |pause| pause.min(RELEASE_PAUSE_MAX));
+        self.pause = Some(pause);
+        self.pause
+    }
+
+    fn is_news(&mut self, reason: String) -> bool {
+        let is_news = self.reason.as_ref() != Some(&reason);
+        self.reason = Some(reason);
+        is_news
+    }
+}
+
+/// Makes one attempt.
+///
+/// # Errors
+/// Why the volume has neither granted nor refused the release.
+fn try_release(volume: &Arc<VolumeClient>, vm: VmUid, ownership: Ownership) -> Result<(), String> {
     let release = Change::Release {
         vm,
         from: ownership.owner,
@@ -153,21 +186,31 @@ fn try_release(volume: &Arc<VolumeClient>, vm: VmUid, ownership: Ownership) -> b
         .close(ownership)
         .and_then(|()| volume.change(release).context("release the ownership"));
     match released {
-        Ok(VolumeResponse::Granted(_)) => true,
+        Ok(VolumeResponse::Granted(_)) => Ok(()),
         Ok(VolumeResponse::Refused(refusal)) => {
             tracing::warn!(%refusal, "the volume refused to release the ownership");
-            true
+            Ok(())
         }
-        Ok(other) => {
-            tracing::info!(response = ?other, "the ownership is not released yet");
-            false
-        }
-        Err(error) => {
-            tracing::info!(
-                error = format_args!("{error:#}"),
-                "the ownership is not released yet"
-            );
-            false
-        }
+        Ok(VolumeResponse::Unavailable { reason }) => Err(reason),
+        Ok(other) => Err(format!("the volume answers {other:?}")),
+        Err(error) => Err(format!("{error:#}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The process of a VM with a failed write used to try, and to log, once a second.
+    #[test]
+    fn attempts_to_release_become_rarer_and_a_reason_is_news_once() {
+        let mut retries = ReleaseRetries::default();
+        let mut failed = || retries.note(Err("a write failed".to_owned()));
+        let pauses: Vec<_> = (0..8).filter_map(|_| failed()).collect();
+        let seconds: Vec<_> = pauses.iter().map(Duration::as_secs).collect();
+        assert_eq!(seconds, [1, 2, 4, 8, 16, 32, 60, 60]);
+        assert!(!retries.is_news("a write failed".to_owned()));
+        assert!(retries.is_news("no coordinator".to_owned()));
+        assert_eq!(retries.note(Ok(())), None);
     }
 }

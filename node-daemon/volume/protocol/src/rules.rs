@@ -103,6 +103,8 @@ pub enum Mutation {
     PetWithoutLease,
     /// A watchdog counts though its timeout is too long for the volume's times.
     LongWatchdogTimeout,
+    /// A watchdog's timeout counts once: a keepalive that comes late is forgotten.
+    LateKeepaliveNotCounted,
     /// A restarted `bascule-watchdog` opens the device before it decides whether to pet.
     OpenBeforeDeciding,
     /// No second process holds the watchdog device open: the death of `bascule-watchdog` closes it.

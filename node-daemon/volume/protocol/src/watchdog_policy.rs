@@ -133,7 +133,13 @@ impl Enlisted {
 /// watchdog time. If not, the node's heartbeat on this volume must say `WatchdogKind::None`.
 #[must_use]
 pub fn timeout_fits(rules: Rules, timings: &Timings, device: Duration) -> bool {
-    let reset_after = Drift::ASSUMED.watch_min(timings.lease + device * 2);
+    // One for the device to fire after the last keepalive in time, one for a keepalive that comes late.
+    let timeouts = if broken!(rules, LateKeepaliveNotCounted) {
+        1
+    } else {
+        2
+    };
+    let reset_after = Drift::ASSUMED.watch_min(timings.lease + device * timeouts);
     let fits = reset_after <= timings.watch + timings.watchdog && device <= timings.watchdog;
     fits || broken!(rules, LongWatchdogTimeout)
 }

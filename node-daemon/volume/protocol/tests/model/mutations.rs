@@ -209,6 +209,13 @@ fn a_watchdog_device_that_only_one_process_holds_has_a_counterexample() {
 }
 
 #[test]
+fn a_timeout_that_counts_once_has_a_counterexample() {
+    let rules = Rules::without(Mutation::LateKeepaliveNotCounted);
+    let model = WatchdogModel::with_long_timeout(rules);
+    is_caught("LateKeepaliveNotCounted", watchdog::RESET_IN_TIME, model);
+}
+
+#[test]
 fn a_pet_without_a_lease_has_a_counterexample() {
     fence_counterexample(Mutation::PetWithoutLease, fence::I1, |model| {
         model.late_pets = false;

@@ -73,10 +73,24 @@ pub(crate) enum Action {
 
 impl WatchdogModel {
     pub(crate) fn new(rules: Rules) -> Self {
+        Self::with_timeout(rules, Timings::DEFAULT, 8)
+    }
+
+    /// With a device whose timeout is the volume's watchdog time, if the rules admit it.
+    pub(crate) fn with_long_timeout(rules: Rules) -> Self {
+        // Long enough for ticks of a second to show the difference.
+        let timings = Timings {
+            watchdog: Duration::from_secs(12),
+            ..Timings::DEFAULT
+        };
+        Self::with_timeout(rules, timings, 12)
+    }
+
+    fn with_timeout(rules: Rules, timings: Timings, timeout: u64) -> Self {
         let model = Self {
             rules,
-            timings: Timings::DEFAULT,
-            timeout: 8,
+            timings,
+            timeout,
             ends_at: 32,
         };
         let timeout = Duration::from_secs(model.timeout);

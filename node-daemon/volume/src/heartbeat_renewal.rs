@@ -10,7 +10,7 @@ use bascule_types::{BootTime, Generation, Owner};
 use bascule_volume_format::HeartbeatRecord;
 use bascule_volume_protocol::{
     Held, JoinClaim, LeaseCommand, LeaseConfig, LeaseEvent, LeaseHolder, LeasePhase, OwnRecord,
-    OwnSlot, Rules, StopReason, join_claim,
+    OwnSlot, StopReason, join_claim,
 };
 
 use crate::block_device::Handle;
@@ -64,7 +64,7 @@ impl Renewal<'_> {
         let config = LeaseConfig {
             node: self.context.config.node,
             timings: self.context.superblock.timings,
-            rules: Rules::ENFORCED,
+            rules: self.context.config.rules,
         };
         let held = held.filter(|held| held.owner.slot == slot.slot);
         let sequence = sequence_sent.max(on_disk.unwrap_or(0));
@@ -181,7 +181,9 @@ impl Renewal<'_> {
         });
         let settle = self.context.superblock.timings.settle;
         let (node, boot) = (self.context.config.node, self.context.config.boot);
-        if let JoinClaim::Wait { .. } = join_claim(Rules::ENFORCED, now, boot, node, own, settle) {
+        if let JoinClaim::Wait { .. } =
+            join_claim(self.context.config.rules, now, boot, node, own, settle)
+        {
             let reason =
                 "the settle time: writes of this node's last boot may still land".to_owned();
             self.context

@@ -15,6 +15,7 @@ use bascule_volume_gate::boot_time_now;
 use rand::RngExt as _;
 
 use crate::peer_rpc::{PeerError, PeerRequest, PeerResponse, Tls};
+use crate::sleep_inhibitor::SleepInhibitor;
 use crate::writer_lock;
 
 /// The machine that a process runs on. Threads wait here and nowhere else.
@@ -50,6 +51,9 @@ pub trait Host: fmt::Debug + Send + Sync {
     /// # Errors
     /// [`IpcError`].
     fn call_watchdog(&self, request: &Request) -> Result<Response, IpcError>;
+
+    /// Keeps the node from going to sleep, or no longer ([`SleepInhibitor`]).
+    fn keep_awake(&self, wanted: bool);
 }
 
 /// Counts changes of something that threads wait for.
@@ -80,10 +84,21 @@ impl Changes {
 /// The Linux host of this process.
 #[derive(Debug)]
 pub struct LinuxHost {
-    /// For connections to other nodes.
-    pub tls: Tls,
-    /// The socket of `bascule-watchdog` on this node.
-    pub watchdog_sock: PathBuf,
+    tls: Tls,
+    watchdog_sock: PathBuf,
+    inhibitor: Mutex<SleepInhibitor>,
+}
+
+impl LinuxHost {
+    /// With the TLS identity for connections to other nodes, and the socket of `bascule-watchdog`.
+    #[must_use]
+    pub fn new(tls: Tls, watchdog_sock: PathBuf) -> Self {
+        Self {
+            tls,
+            watchdog_sock,
+            inhibitor: Mutex::new(SleepInhibitor::new()),
+        }
+    }
 }
 
 impl Host for LinuxHost {
@@ -123,6 +138,13 @@ impl Host for LinuxHost {
         let mut connection = Connection::connect(&self.watchdog_sock, CALL_TIMEOUT)?;
         let (response, _) = connection.call(request)?;
         Ok(response)
+    }
+
+    fn keep_awake(&self, wanted: bool) {
+        let inhibitor = self.inhibitor.lock();
+        inhibitor
+            .unwrap_or_else(PoisonError::into_inner)
+            .set(wanted);
     }
 }
 

@@ -30,6 +30,7 @@ pub mod local_api;
 pub mod offline_tools;
 pub mod peer_rpc;
 pub mod peer_watch;
+pub mod process;
 pub mod published_watchdog;
 pub mod serve_command;
 pub mod shutdown_signal;

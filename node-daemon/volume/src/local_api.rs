@@ -43,11 +43,13 @@ fn converse(context: &VolumeContext, stream: UnixStream) -> Result<(), IpcError>
     }
 }
 
-type Reply = (Response, Vec<OwnedFd>);
+/// A response, and the descriptors that come with it.
+pub type Reply = (Response, Vec<OwnedFd>);
 
-/// `peer` is the process id of the client, from SO_PEERCRED. It identifies a writer; without it the
+/// The answer to one request. `peer` is the process id of the client, from SO_PEERCRED. It identifies a writer; without it the
 /// `pid` of the request does.
-fn answer(context: &VolumeContext, request: &Request, peer: Option<u32>) -> Reply {
+#[must_use]
+pub fn answer(context: &VolumeContext, request: &Request, peer: Option<u32>) -> Reply {
     let without_fds = |response| (response, Vec::new());
     match request {
         Request::Status => without_fds(Response::Status(volume_status::status(context))),

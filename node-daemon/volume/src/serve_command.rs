@@ -19,26 +19,23 @@ use std::sync::Arc;
 use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use bascule_types::{ClusterId, NodeUid, VolumeId};
-use bascule_volume_format::{RO_COMPAT_KNOWN, Severity, Superblock, check_volume, read_superblock};
-use bascule_volume_gate::{GateError, GateTakenOver, GateView, GateWriter, boot_id, boot_time_now};
-use bascule_volume_protocol::{Held, LeasePhase};
+use bascule_volume_format::{RO_COMPAT_KNOWN, read_superblock};
+use bascule_volume_gate::{GateError, GateWriter, boot_id, boot_time_now};
+use bascule_volume_protocol::{LeasePhase, Rules};
 use clap::Args;
 use rustix::mm::{MlockAllFlags, mlockall};
 
 use crate::block_device::{Access, Device, SharedDevice as _};
-use crate::coordinator::election;
 use crate::host::LinuxHost;
 use crate::listeners::{self, UnavailableServer};
 use crate::peer_rpc::Tls;
-use crate::volume_context::{ProcessConfig, VolumeContext, VolumeContextParts};
+use crate::process::{Assembled, Opened, Thread, assemble};
+use crate::volume_context::{ProcessConfig, VolumeContext};
 use crate::write_ledger::{LedgerParts, WriteLedger};
 use crate::writer_lock::start_time;
-use crate::writer_table::WriterTable;
-use crate::{
-    heartbeat_renewal, peer_watch, shutdown_signal, slot_registration, watchdog_client, writers,
-};
+use crate::{shutdown_signal, watchdog_client};
 
 /// The arguments of `serve`.
 #[derive(Args, Clone, Debug)]
@@ -95,10 +92,12 @@ pub fn serve(args: &ServeArgs) -> Result<ExitCode> {
     let peers =
         TcpListener::bind(args.listen).with_context(|| format!("listen on {}", args.listen))?;
     let address = advertised(args, &peers)?;
-    let (context, held, sequence_sent, ledger) = assemble(args, opened, address)?;
-    let context = Arc::new(context);
+    let host = Arc::new(linux_host(args));
+    let assembled = assemble(process_config(args, address)?, host, opened)?;
+    let context = Arc::clone(&assembled.context);
+    let held = assembled.held();
     tracing::info!(volume = %context.superblock.volume, %address, ?held, "serving the volume");
-    let workers = start_threads(&context, held, sequence_sent, ledger)?;
+    let workers = start_threads(assembled)?;
     listeners::accept_local(&context, listener)?;
     listeners::accept_peers(&context, peers, Tls::new(&args.tls_dir))?;
     shutdown_signal::wait(|| context.is_stopping());
@@ -118,15 +117,6 @@ fn lock_in_memory() {
     if let Err(error) = mlockall(kept) {
         tracing::warn!(%error, "cannot lock this process in memory");
     }
-}
-
-/// An open volume whose gate page this process has locked.
-struct Opened {
-    device: Device,
-    superblock: Superblock,
-    gate: GateWriter,
-    found: GateTakenOver,
-    ledger: WriteLedger,
 }
 
 /// Opens the volume, retrying every [`RETRY_INTERVAL`]; meanwhile volume.sock answers `Unavailable`
@@ -191,6 +181,7 @@ fn open(args: &ServeArgs) -> Result<Opened> {
         volume: id,
         boot: boot_id().context("read the boot id")?.to_bytes(),
         now: boot_time_now(),
+        rules: Rules::ENFORCED,
         process: (
             process,
             start_time(process).context("this process has no start time")?,
@@ -199,7 +190,7 @@ fn open(args: &ServeArgs) -> Result<Opened> {
     });
     let ledger = ledger.context("read which metadata writes may still land")?;
     Ok(Opened {
-        device,
+        device: Box::new(device),
         superblock,
         gate,
         found,
@@ -207,75 +198,22 @@ fn open(args: &ServeArgs) -> Result<Opened> {
     })
 }
 
-/// Builds the context, and returns the lease and the highest sequence number that an earlier
-/// process of this boot left in the gate page, and what it left in the ledger.
-fn assemble(
-    args: &ServeArgs,
-    opened: Opened,
-    address: SocketAddr,
-) -> Result<(VolumeContext, Option<Held>, u64, WriteLedger)> {
-    let Opened {
-        device,
-        superblock,
-        gate,
-        found,
-        ledger,
-    } = opened;
-    let view = match found {
-        GateTakenOver::Existing(view) => Some(view),
-        GateTakenOver::Fresh => {
-            // A fresh gate page: no process of this boot has been a writer yet.
-            WriterTable::remove_all(&args.run_dir).context("clear the table of writers")?;
-            None
-        }
-    };
-    if view.is_some_and(|view| view.failed) {
-        verify_failed_volume(&device)?;
-        gate.clear_failed();
-    }
-    let now = boot_time_now();
-    let held = view.and_then(|view: GateView| {
-        let owner = view.owner.filter(|_| view.lease_is_valid(now))?;
-        let expiry = view.expiry;
-        Some(Held { owner, expiry })
-    });
-    let writers = WriterTable::load(&args.run_dir).context("read the table of writers")?;
+fn process_config(args: &ServeArgs, address: SocketAddr) -> Result<ProcessConfig> {
+    Ok(ProcessConfig {
+        node: args.node_uid,
+        boot: boot_id().context("read the boot id")?.to_bytes(),
+        rules: Rules::ENFORCED,
+        run_dir: args.run_dir.clone(),
+        address,
+    })
+}
+
+fn linux_host(args: &ServeArgs) -> LinuxHost {
     let watchdog_sock = match &args.watchdog_sock {
         Some(path) => path.clone(),
         None => args.run_dir.join("../../watchdog.sock"),
     };
-    let context = VolumeContext::new(VolumeContextParts {
-        config: ProcessConfig {
-            node: args.node_uid,
-            boot: boot_id().context("read the boot id")?.to_bytes(),
-            run_dir: args.run_dir.clone(),
-            address,
-        },
-        superblock,
-        device: Box::new(device),
-        host: Arc::new(LinuxHost {
-            tls: Tls::new(&args.tls_dir),
-            watchdog_sock,
-        }),
-        gate,
-        writers,
-        joined: held.map(|held| held.owner),
-    });
-    let sequence_sent = view.map_or(0, |view| view.sequence_sent);
-    Ok((context, held, sequence_sent, ledger))
-}
-
-/// An earlier process marked the volume as failed on this node: it is served again only if the
-/// offline check finds no error.
-fn verify_failed_volume(device: &Device) -> Result<()> {
-    let report = check_volume(&mut device.handle()).context("verify the failed volume")?;
-    match report.worst() {
-        Some(Severity::Error) => bail!(
-            "the volume failed on this node and is damaged: {:?}",
-            report.findings
-        ),
-        _ => Ok(()),
-    }
+    LinuxHost::new(Tls::new(&args.tls_dir), watchdog_sock)
 }
 
 fn advertised(args: &ServeArgs, listener: &TcpListener) -> Result<SocketAddr> {
@@ -294,14 +232,12 @@ fn advertised(args: &ServeArgs, listener: &TcpListener) -> Result<SocketAddr> {
     Ok(address)
 }
 
-fn start_threads(
-    context: &Arc<VolumeContext>,
-    held: Option<Held>,
-    sequence_sent: u64,
-    ledger: WriteLedger,
-) -> Result<Vec<JoinHandle<()>>> {
-    let start = |name: &str, run: Box<dyn FnOnce(&VolumeContext) + Send>| {
-        let context = Arc::clone(context);
+fn start_threads(assembled: Assembled) -> Result<Vec<JoinHandle<()>>> {
+    let context = Arc::clone(&assembled.context);
+    // Before the first heartbeat is written, because the heartbeat publishes the watchdog's kind.
+    watchdog_client::refresh(&context);
+    let start = |(name, run): Thread| {
+        let context = Arc::clone(&context);
         Builder::new()
             .name(name.to_owned())
             .spawn(move || {
@@ -311,21 +247,7 @@ fn start_threads(
             })
             .with_context(|| format!("start the {name} thread"))
     };
-    // Before the first heartbeat is written, because the heartbeat publishes the watchdog's kind.
-    watchdog_client::refresh(context);
-    Ok(vec![
-        start(
-            "heartbeat",
-            Box::new(move |context| heartbeat_renewal::run(context, held, sequence_sent)),
-        )?,
-        start("peer-watch", Box::new(peer_watch::run))?,
-        start("registration", Box::new(slot_registration::run))?,
-        start(
-            "coordinator",
-            Box::new(move |context| election::run(context, ledger)),
-        )?,
-        start("writers", Box::new(writers::run))?,
-    ])
+    assembled.threads().into_iter().map(start).collect()
 }
 
 /// Stops the process when a thread panics: the other threads rely on every thread.

@@ -61,6 +61,8 @@ pub struct ProcessConfig {
     pub node: NodeUid,
     /// The boot id of the kernel.
     pub boot: [u8; 16],
+    /// All of them; tests break one at a time.
+    pub rules: Rules,
     /// The run directory of this volume.
     pub run_dir: PathBuf,
     /// The address at which other nodes reach this process; published in the heartbeat.
@@ -146,6 +148,7 @@ impl VolumeContext {
     /// The context before any thread has started.
     #[must_use]
     pub fn new(parts: VolumeContextParts) -> Self {
+        let rules = parts.config.rules;
         // Under LeaseOnly no watchdog resets the node: an expired lease only stalls guests.
         let is_required = parts.superblock.fencing == Fencing::Watchdog;
         let state = State {
@@ -157,7 +160,7 @@ impl VolumeContext {
             joined: parts.joined,
             slot: None,
             waiting_for: Some("the volume's metadata".to_owned()),
-            watcher: Watcher::new(Rules::ENFORCED),
+            watcher: Watcher::new(rules),
             heartbeats: BTreeMap::new(),
             leader: None,
             read_error: None,
@@ -168,7 +171,7 @@ impl VolumeContext {
             unreachable_since: None,
             peer_error: None,
             writers: parts.writers,
-            enlistment: Enlistment::new(Rules::ENFORCED, is_required),
+            enlistment: Enlistment::new(rules, is_required),
             published_watchdog: PublishedWatchdog::UNKNOWN,
             stopping: false,
             leaving: false,

@@ -14,7 +14,7 @@ use bascule_types::BootTime;
 use bascule_volume_format::WatchdogKind;
 use bascule_volume_gate::writer_page::is_closed_for_certain;
 use bascule_volume_protocol::watchdog_policy::timeout_fits;
-use bascule_volume_protocol::{Rules, WatchdogCall, WriterActivity};
+use bascule_volume_protocol::{WatchdogCall, WriterActivity};
 
 use crate::volume_context::{State, VolumeContext};
 
@@ -102,7 +102,11 @@ fn call_and_check(context: &VolumeContext, request: &Request) -> Result<Watchdog
         } => {
             // One keepalive may be late by a whole timeout: the safe time must have room for two.
             let timings = &context.superblock.timings;
-            let fits = timeout_fits(Rules::ENFORCED, timings, Duration::from_millis(timeout_ms));
+            let fits = timeout_fits(
+                context.config.rules,
+                timings,
+                Duration::from_millis(timeout_ms),
+            );
             if kind != IpcKind::None && !fits {
                 return Err(format!(
                     "the watchdog's timeout of {timeout_ms} ms is too long for this volume: the \

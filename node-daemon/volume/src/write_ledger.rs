@@ -55,6 +55,8 @@ pub struct LedgerParts<'a> {
     pub process: (u32, u64),
     /// The device that is written to.
     pub device: Box<dyn SharedDevice>,
+    /// All of them; tests break one at a time.
+    pub rules: Rules,
 }
 
 /// The contents of the file.
@@ -99,7 +101,7 @@ impl WriteLedger {
             Predecessor::OfEarlierBoot
         };
         let outstanding = OutstandingWrites::new(record.submitted, record.failed);
-        ledger.outstanding = outstanding.inherit(Rules::ENFORCED, predecessor);
+        ledger.outstanding = outstanding.inherit(parts.rules, predecessor);
         if !ledger.outstanding.submitted().is_empty() {
             ledger.quiet_since = parts.now;
         }

@@ -65,13 +65,13 @@ impl WriterTable {
     ///
     /// # Errors
     /// The system's.
-    pub fn load(run_dir: &Path) -> io::Result<Self> {
+    pub fn load(run_dir: &Path, rules: Rules) -> io::Result<Self> {
         let directory = run_dir.join("writers");
         let page_directory = run_dir.join("writer-pages");
         fs::create_dir_all(&directory)?;
         fs::create_dir_all(&page_directory)?;
         let mut table = Self {
-            writers: Writers::new(Rules::ENFORCED),
+            writers: Writers::new(rules),
             processes: BTreeMap::new(),
             pages: BTreeMap::new(),
             directory,

@@ -13,14 +13,12 @@ use bascule_volume_format::WatchdogKind;
 use bascule_volume_protocol::{WatchdogCall, WriterId};
 
 use crate::block_device::Identity;
-use crate::sleep_inhibitor::SleepInhibitor;
 use crate::volume_context::VolumeContext;
 use crate::watchdog_client;
 
 /// Once a second until the process stops, and when the lease has ended or is back: asks the kernel whether
 /// the writes of dead processes are complete, and refreshes the watchdog enlistment.
 pub fn run(context: &VolumeContext) {
-    let mut inhibitor = SleepInhibitor::new();
     while !context.is_stopping() {
         let settle = context.superblock.timings.settle;
         let lives = |writer: WriterId| context.host.start_time(writer.pid) == Some(writer.started);
@@ -31,7 +29,7 @@ pub fn run(context: &VolumeContext) {
             context.update(|state| state.writers.note_lock(writer, lock, now, settle));
         }
         let activity = watchdog_client::refresh(context);
-        inhibitor.set(activity.any);
+        context.host.keep_awake(activity.any);
         let now = context.now();
         let is_withdrawn = context.state().enlistment.is_withdrawn();
         let interval = watchdog_client::next_refresh(&activity, is_withdrawn, now);

@@ -16,7 +16,7 @@ use std::time::Duration;
 use bascule_types::{BootTime, Owner};
 use bascule_volume_format::{SlotPart, recover, starting_half};
 use bascule_volume_protocol::{
-    Election, ElectionCommand, ElectionConfig, ElectionEvent, ElectionOutcome, LeasePhase, Rules,
+    Election, ElectionCommand, ElectionConfig, ElectionEvent, ElectionOutcome, LeasePhase,
 };
 
 use crate::control_blocks;
@@ -79,7 +79,7 @@ fn config(context: &VolumeContext, ledger: &WriteLedger, me: Owner) -> ElectionC
         slots: context.superblock.slot_count,
         quiet_since: ledger.quiet_since(),
         settle: context.superblock.timings.settle,
-        rules: Rules::ENFORCED,
+        rules: context.config.rules,
     }
 }
 

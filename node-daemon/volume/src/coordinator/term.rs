@@ -18,8 +18,7 @@ use bascule_volume_format::{
 };
 use bascule_volume_protocol::fence::{self, FencePolicy};
 use bascule_volume_protocol::{
-    Coordinator, CoordinatorCommand, CoordinatorEvent, LeasePhase, Rules, Ticket, WatchEvent,
-    Watcher,
+    Coordinator, CoordinatorCommand, CoordinatorEvent, LeasePhase, Ticket, WatchEvent, Watcher,
 };
 
 use crate::control_blocks::read_highest_epoch;
@@ -57,7 +56,7 @@ pub fn run(context: &VolumeContext, store: &mut Store, me: Owner, epoch: Coordin
         me,
         log,
         metadata,
-        rule: Some(Coordinator::new(epoch, Rules::ENFORCED)),
+        rule: Some(Coordinator::new(epoch, context.config.rules)),
         tickets: 0,
     };
     term.announce_slots();
@@ -280,7 +279,7 @@ impl FenceView {
             policy: FencePolicy {
                 mode: context.superblock.fencing,
                 allowed: context.superblock.policy,
-                rules: Rules::ENFORCED,
+                rules: context.config.rules,
             },
         }
     }

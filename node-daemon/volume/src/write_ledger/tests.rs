@@ -52,6 +52,7 @@ impl Fixture {
     fn open(&self, boot: [u8; 16], device: &Device) -> io::Result<WriteLedger> {
         let process = std::process::id();
         WriteLedger::open(LedgerParts {
+            rules: Rules::ENFORCED,
             directory: self.directory.path(),
             volume: VOLUME,
             boot,

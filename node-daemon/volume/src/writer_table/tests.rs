@@ -36,14 +36,18 @@ fn runs(writer: WriterId) -> bool {
 #[test]
 fn a_new_process_knows_the_writers_of_the_one_before() {
     let run_dir = tempfile::tempdir().unwrap();
-    let mut table = WriterTable::load(run_dir.path()).unwrap();
+    let mut table = WriterTable::load(run_dir.path(), Rules::ENFORCED).unwrap();
     assert!(table.open(me(), DEVICE).unwrap());
     assert!(!table.open(me(), DEVICE).unwrap(), "not a new one");
-    let mut next = WriterTable::load(run_dir.path()).unwrap();
+    let mut next = WriterTable::load(run_dir.path(), Rules::ENFORCED).unwrap();
     assert!(next.must_be_watched() && !next.is_drained(VM));
     assert!(next.note_dead(&runs).is_empty());
     next.close(me()).unwrap();
-    assert!(!WriterTable::load(run_dir.path()).unwrap().must_be_watched());
+    assert!(
+        !WriterTable::load(run_dir.path(), Rules::ENFORCED)
+            .unwrap()
+            .must_be_watched()
+    );
 }
 
 /// Used to be settled by a counter of the device that says nothing about requests that wait in a
@@ -51,7 +55,7 @@ fn a_new_process_knows_the_writers_of_the_one_before() {
 #[test]
 fn i1_a_writer_that_died_counts_until_its_lock_was_free_for_the_settle_time() {
     let run_dir = tempfile::tempdir().unwrap();
-    let mut table = WriterTable::load(run_dir.path()).unwrap();
+    let mut table = WriterTable::load(run_dir.path(), Rules::ENFORCED).unwrap();
     let writer = dead();
     table.open(writer, DEVICE).unwrap();
     assert_eq!(table.note_dead(&runs), [(writer, vec![DEVICE])]);
@@ -60,20 +64,24 @@ fn i1_a_writer_that_died_counts_until_its_lock_was_free_for_the_settle_time() {
     let why = table.why_not_drained(VM).unwrap();
     assert!(why.contains("has writes in flight"), "{why}");
     // A new bascule-volume asks too, and counts the settle time anew.
-    let mut table = WriterTable::load(run_dir.path()).unwrap();
+    let mut table = WriterTable::load(run_dir.path(), Rules::ENFORCED).unwrap();
     assert_eq!(table.note_dead(&runs), [(writer, vec![DEVICE])]);
     table.note_lock(writer, WriterLock::Free, at(100), SETTLE);
     table.note_lock(writer, WriterLock::Free, at(103), SETTLE);
     assert!(!table.is_drained(VM), "settle has not passed");
     table.note_lock(writer, WriterLock::Free, at(104), SETTLE);
     assert!(table.is_drained(VM) && table.note_dead(&runs).is_empty());
-    assert!(!WriterTable::load(run_dir.path()).unwrap().must_be_watched());
+    assert!(
+        !WriterTable::load(run_dir.path(), Rules::ENFORCED)
+            .unwrap()
+            .must_be_watched()
+    );
 }
 
 #[test]
 fn i1_without_proof_a_dead_writer_counts_until_the_node_restarts() {
     let run_dir = tempfile::tempdir().unwrap();
-    let mut table = WriterTable::load(run_dir.path()).unwrap();
+    let mut table = WriterTable::load(run_dir.path(), Rules::ENFORCED).unwrap();
     let writer = dead();
     table.open(writer, DEVICE).unwrap();
     table.note_dead(&runs);
@@ -85,16 +93,20 @@ fn i1_without_proof_a_dead_writer_counts_until_the_node_restarts() {
     let why = table.why_not_drained(VM).unwrap();
     assert!(why.contains("restart this node"), "{why}");
     WriterTable::remove_all(run_dir.path()).unwrap();
-    assert!(WriterTable::load(run_dir.path()).unwrap().is_drained(VM));
+    assert!(
+        WriterTable::load(run_dir.path(), Rules::ENFORCED)
+            .unwrap()
+            .is_drained(VM)
+    );
 }
 
 #[test]
 fn i1_an_unclean_writer_stays_so_in_the_next_process_and_cannot_close() {
     let run_dir = tempfile::tempdir().unwrap();
-    let mut table = WriterTable::load(run_dir.path()).unwrap();
+    let mut table = WriterTable::load(run_dir.path(), Rules::ENFORCED).unwrap();
     table.open(me(), DEVICE).unwrap();
     table.fail(me()).unwrap();
-    let mut next = WriterTable::load(run_dir.path()).unwrap();
+    let mut next = WriterTable::load(run_dir.path(), Rules::ENFORCED).unwrap();
     for table in [&mut table, &mut next] {
         let refused = table.close(me()).unwrap_err().to_string();
         assert!(refused.contains("may still land"), "{refused}");
@@ -110,7 +122,7 @@ fn i1_an_unclean_writer_stays_so_in_the_next_process_and_cannot_close() {
 #[test]
 fn a_later_process_with_the_same_id_is_another_writer() {
     let run_dir = tempfile::tempdir().unwrap();
-    let mut table = WriterTable::load(run_dir.path()).unwrap();
+    let mut table = WriterTable::load(run_dir.path(), Rules::ENFORCED).unwrap();
     let earlier = WriterId { started: 1, ..me() };
     table.open(earlier, DEVICE).unwrap();
     let (why, may_help) = table.why_not_opened(me(), false).unwrap();
@@ -119,7 +131,7 @@ fn a_later_process_with_the_same_id_is_another_writer() {
     table.open(me(), DEVICE).unwrap();
     table.close(me()).unwrap();
     assert!(!table.is_drained(VM) && table.is_completing(VM));
-    let mut next = WriterTable::load(run_dir.path()).unwrap();
+    let mut next = WriterTable::load(run_dir.path(), Rules::ENFORCED).unwrap();
     assert_eq!(next.note_dead(&runs), [(earlier, vec![DEVICE])]);
     next.note_lock(earlier, WriterLock::Free, at(10), SETTLE);
     next.note_lock(earlier, WriterLock::Free, at(14), SETTLE);
@@ -129,12 +141,12 @@ fn a_later_process_with_the_same_id_is_another_writer() {
 #[test]
 fn a_writer_with_two_devices_is_asked_for_on_both() {
     let run_dir = tempfile::tempdir().unwrap();
-    let mut table = WriterTable::load(run_dir.path()).unwrap();
+    let mut table = WriterTable::load(run_dir.path(), Rules::ENFORCED).unwrap();
     let writer = dead();
     let other = Identity { inode: 9, ..DEVICE };
     table.open(writer, DEVICE).unwrap();
     table.open(writer, other).unwrap();
-    let mut next = WriterTable::load(run_dir.path()).unwrap();
+    let mut next = WriterTable::load(run_dir.path(), Rules::ENFORCED).unwrap();
     assert_eq!(next.note_dead(&runs), [(writer, vec![DEVICE, other])]);
 }
 
@@ -144,7 +156,7 @@ fn a_record_of_an_earlier_release_is_a_writer_without_proof() {
     fs::create_dir(run_dir.path().join("writers")).unwrap();
     let old = run_dir.path().join("writers").join(old_name(me()));
     fs::write(&old, me().started.to_string()).unwrap();
-    let mut table = WriterTable::load(run_dir.path()).unwrap();
+    let mut table = WriterTable::load(run_dir.path(), Rules::ENFORCED).unwrap();
     assert!(
         !table.is_drained(VM) && table.note_dead(&runs).is_empty(),
         "it lives"
@@ -152,7 +164,7 @@ fn a_record_of_an_earlier_release_is_a_writer_without_proof() {
     table.close(me()).unwrap();
     assert!(table.is_drained(VM) && !old.exists());
     fs::write(&old, "1").unwrap();
-    let mut table = WriterTable::load(run_dir.path()).unwrap();
+    let mut table = WriterTable::load(run_dir.path(), Rules::ENFORCED).unwrap();
     assert_eq!(table.note_dead(&runs).len(), 1);
     assert_eq!(table.note_dead(&runs)[0].1, [], "no device is known");
 }
@@ -160,7 +172,7 @@ fn a_record_of_an_earlier_release_is_a_writer_without_proof() {
 #[test]
 fn two_importers_of_one_vm_are_two_writers() {
     let run_dir = tempfile::tempdir().unwrap();
-    let mut table = WriterTable::load(run_dir.path()).unwrap();
+    let mut table = WriterTable::load(run_dir.path(), Rules::ENFORCED).unwrap();
     let other = WriterId { pid: 1, ..me() };
     table.open(other, DEVICE).unwrap();
     assert_eq!(table.why_not_opened(me(), true), None);
@@ -178,16 +190,16 @@ fn attached(table: &mut WriterTable, writer: WriterId) -> WriterPage {
 #[test]
 fn a_dead_writer_whose_page_says_that_nothing_is_under_way_is_not_waited_for() {
     let run_dir = tempfile::tempdir().unwrap();
-    let mut table = WriterTable::load(run_dir.path()).unwrap();
+    let mut table = WriterTable::load(run_dir.path(), Rules::ENFORCED).unwrap();
     let writer = dead();
     let page = attached(&mut table, writer);
     table.open(writer, DEVICE).unwrap();
     page.write_begins();
     // A new bascule-volume reads the same page.
-    let mut next = WriterTable::load(run_dir.path()).unwrap();
+    let mut next = WriterTable::load(run_dir.path(), Rules::ENFORCED).unwrap();
     assert_eq!(next.note_dead(&runs).len(), 1, "a write is under way");
     page.writes_ended();
-    let mut next = WriterTable::load(run_dir.path()).unwrap();
+    let mut next = WriterTable::load(run_dir.path(), Rules::ENFORCED).unwrap();
     assert!(next.note_dead(&runs).is_empty() && next.is_drained(VM));
     assert_eq!(fs::read_dir(&next.page_directory).unwrap().count(), 0);
 }
@@ -195,21 +207,21 @@ fn a_dead_writer_whose_page_says_that_nothing_is_under_way_is_not_waited_for() {
 #[test]
 fn i1_a_failed_write_in_a_page_makes_the_writer_unclean_for_good() {
     let run_dir = tempfile::tempdir().unwrap();
-    let mut table = WriterTable::load(run_dir.path()).unwrap();
+    let mut table = WriterTable::load(run_dir.path(), Rules::ENFORCED).unwrap();
     let page = attached(&mut table, me());
     table.open(me(), DEVICE).unwrap();
     assert_eq!(table.why_unclean(VM), None);
     page.write_failed();
     let refused = table.close(me()).unwrap_err().to_string();
     assert_eq!(table.why_unclean(VM), Some(refused));
-    let next = WriterTable::load(run_dir.path()).unwrap();
+    let next = WriterTable::load(run_dir.path(), Rules::ENFORCED).unwrap();
     assert!(next.why_unclean(VM).is_some(), "it is in the record too");
 }
 
 #[test]
 fn a_writer_with_a_write_under_way_cannot_close() {
     let run_dir = tempfile::tempdir().unwrap();
-    let mut table = WriterTable::load(run_dir.path()).unwrap();
+    let mut table = WriterTable::load(run_dir.path(), Rules::ENFORCED).unwrap();
     let page = attached(&mut table, me());
     table.open(me(), DEVICE).unwrap();
     page.write_begins();
@@ -222,11 +234,11 @@ fn a_writer_with_a_write_under_way_cannot_close() {
 #[test]
 fn the_page_of_a_process_that_only_reads_stays_while_it_lives() {
     let run_dir = tempfile::tempdir().unwrap();
-    let mut table = WriterTable::load(run_dir.path()).unwrap();
+    let mut table = WriterTable::load(run_dir.path(), Rules::ENFORCED).unwrap();
     let page = attached(&mut table, me());
     drop(table.page(dead()).unwrap());
     table.note_dead(&runs);
-    let mut next = WriterTable::load(run_dir.path()).unwrap();
+    let mut next = WriterTable::load(run_dir.path(), Rules::ENFORCED).unwrap();
     next.note_dead(&runs);
     assert_eq!(next.pages.len(), 1);
     page.write_begins();

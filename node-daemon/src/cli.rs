@@ -17,7 +17,7 @@ use crate::embedded::{self, MigrateArgs, RunVmArgs, StopVmArgs, VolumeCommand};
 use crate::identity::authority::{self, CertCommand};
 use crate::images::{self, RunArgs};
 use crate::paths::Paths;
-use crate::processes::launcher::{self, LaunchArgs};
+use crate::processes::launcher::{self, LaunchArgs, RemoveCgroupArgs};
 
 /// Runs and supervises the virtual machines of one node.
 ///
@@ -77,6 +77,9 @@ enum NodeCommand {
     /// Execute another program outside this container (used by the daemon)
     #[command(hide = true)]
     Launch(LaunchArgs),
+    /// Remove the cgroup of a program that has ended (used by the daemon)
+    #[command(hide = true)]
+    RemoveCgroup(RemoveCgroupArgs),
 }
 
 /// Fills one disk of a volume from an image. Started by bascule-node.
@@ -112,6 +115,7 @@ pub fn node_main() -> ExitCode {
         NodeCommand::Volume(command) => embedded::run_volume(command),
         NodeCommand::Cert(command) => authority::run(command),
         NodeCommand::Launch(args) => launcher::launch(args),
+        NodeCommand::RemoveCgroup(args) => launcher::remove_cgroup(args),
     })
 }
 

@@ -77,6 +77,11 @@ async fn serve_node(args: &ServeArgs) -> Result<()> {
         launcher,
     };
     let mut supervisor = Arc::new(Supervisor::new(&args.config, parts)?);
+    let starter = Arc::clone(&supervisor);
+    let removed = tokio::task::spawn_blocking(move || starter.remove_interrupted_starts()).await;
+    if let Err(error) = removed.context("a thread ended").flatten() {
+        tracing::warn!(error = format!("{error:#}"), "remove interrupted starts");
+    }
     let mut stop = Stop {
         terminate: signal(SignalKind::terminate()).context("handle SIGTERM")?,
         interrupt: signal(SignalKind::interrupt()).context("handle SIGINT")?,

@@ -7,6 +7,7 @@
 //! | `launcher.rs` | starts a process outside the daemon's container, cgroup and session |
 //! | `calls.rs` | requests over the processes' unix sockets |
 //! | `locks.rs` | one command at a time for a VM, and for the volumes |
+//! | `vm_start.rs`, `undo.rs` | the steps of a VM's start, and their undo when one fails |
 //! | `vms.rs`, `volumes.rs`, `imports.rs` | `bascule-vm`, `bascule-volume`, `bascule-import` |
 //! | `vm_reports.rs` | the processes' reports, or the files that they have left |
 //! | `tap.rs`, `reservation.rs` | a VM's tap devices; its reservation pod's hold process |
@@ -20,6 +21,8 @@ pub(crate) mod reservation;
 pub(crate) mod restart_backoff;
 pub(crate) mod supervisor;
 pub(crate) mod tap;
+mod undo;
 pub(crate) mod vm_reports;
+mod vm_start;
 pub(crate) mod vms;
 pub(crate) mod volumes;

@@ -124,7 +124,13 @@ fn start_unless_here(
     let epoch = acquire(node, document, owner)?;
     import_all(node, document, Ownership { owner, epoch }, interrupt)?;
     interrupt.check()?;
-    node.start_vm(&document.spec, Ownership { owner, epoch }, false)?;
+    if let Err(error) = node.start_vm(&document.spec, Ownership { owner, epoch }, false) {
+        // Of a process that has ended nothing stays: the next run releases this ownership first.
+        if let Presence::Ended(_) = node.presence(vm) {
+            node.collect_vm(vm, 0)?;
+        }
+        return Err(error.into());
+    }
     check_started(node, vm)
 }
 

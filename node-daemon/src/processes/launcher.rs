@@ -12,13 +12,15 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use sha2::{Digest, Sha256};
 
 use crate::config::NodeConfig;
 use crate::paths::Paths;
+use crate::wait::wait_for;
 
 /// `bascule-node launch`: executes another program outside this container.
 #[derive(Debug, clap::Args)]
@@ -32,9 +34,22 @@ pub(crate) struct LaunchArgs {
     /// The file that the program's standard error is appended to
     #[arg(long)]
     stderr: PathBuf,
+    /// The file that the process id is written to before the program is executed
+    #[arg(long)]
+    pid_file: Option<PathBuf>,
     /// The program and its arguments
     #[arg(trailing_var_arg = true, required = true)]
     command: Vec<OsString>,
+}
+
+/// `bascule-node remove-cgroup`: removes the cgroup of a program that has ended.
+#[derive(Debug, clap::Args)]
+pub(crate) struct RemoveCgroupArgs {
+    /// Join the mount and cgroup namespaces of process 1
+    #[arg(long)]
+    host_namespaces: bool,
+    /// Its name, below Bascule's own, in every hierarchy
+    name: String,
 }
 
 /// How this node launches programs.
@@ -73,8 +88,56 @@ impl Launcher {
         log: &Path,
         args: &[OsString],
     ) -> Result<Child> {
+        self.spawn_with(program, cgroup, log, None, args)
+    }
+
+    /// Like [`Self::spawn`]; the process writes its id to `pid_file` before it becomes `program`, so that
+    /// a process that runs is found by the file, also when this one ends meanwhile. Without the file's
+    /// directory `program` is not executed.
+    pub(crate) fn spawn_recorded(
+        &self,
+        program: &str,
+        cgroup: &str,
+        log: &Path,
+        pid_file: &Path,
+        args: &[OsString],
+    ) -> Result<Child> {
+        self.spawn_with(program, cgroup, log, Some(pid_file), args)
+    }
+
+    /// Removes the cgroup of a program that has ended, if it is there.
+    pub(crate) fn remove_cgroup(&self, cgroup: &str) -> Result<()> {
+        if !self.cgroups {
+            return Ok(());
+        }
+        let mut command = Command::new(self.programs.join("bascule-node"));
+        command.arg("remove-cgroup");
+        if self.host_namespaces {
+            command.arg("--host-namespaces");
+        }
+        let removed = command
+            .arg(cgroup)
+            .stdin(Stdio::null())
+            .output()
+            .with_context(|| format!("remove cgroup {cgroup}"))?;
+        let error = String::from_utf8_lossy(&removed.stderr);
+        ensure!(removed.status.success(), "{}", error.trim_end());
+        Ok(())
+    }
+
+    fn spawn_with(
+        &self,
+        program: &str,
+        cgroup: &str,
+        log: &Path,
+        pid_file: Option<&Path>,
+        args: &[OsString],
+    ) -> Result<Child> {
         let mut command = Command::new(self.programs.join("bascule-node"));
         command.arg("launch").arg("--stderr").arg(log);
+        if let Some(pid_file) = pid_file {
+            command.arg("--pid-file").arg(pid_file);
+        }
         if self.host_namespaces {
             command.arg("--host-namespaces");
         }
@@ -116,15 +179,15 @@ pub(crate) fn launch(args: &LaunchArgs) -> Result<()> {
 
 fn become_program(args: &LaunchArgs, log: &File) -> Result<()> {
     let (program, rest) = args.command.split_first().context("no program to launch")?;
-    if args.host_namespaces {
-        join_host("cgroup", LinkNameSpaceType::ControlGroup)?;
-        join_host("mnt", LinkNameSpaceType::Mount)?;
-    }
+    join_host_namespaces(args.host_namespaces)?;
     if let Some(name) = &args.cgroup {
         join_cgroups(name)?;
     }
     set_oom_score(Path::new(program), log)?;
     rustix::process::setsid().context("start a session of its own")?;
+    if let Some(path) = &args.pid_file {
+        write_pid(path)?;
+    }
     let log = log.try_clone().context("duplicate the log")?;
     let error = Command::new(program)
         .args(rest)
@@ -134,6 +197,52 @@ fn become_program(args: &LaunchArgs, log: &File) -> Result<()> {
         .stderr(Stdio::from(log))
         .exec();
     Err(error).with_context(|| format!("execute {}", program.display()))
+}
+
+/// Runs `bascule-node remove-cgroup`. Tries again for a short time: a process that has just ended may
+/// still count.
+pub(crate) fn remove_cgroup(args: &RemoveCgroupArgs) -> Result<()> {
+    join_host_namespaces(args.host_namespaces)?;
+    let mut left = None;
+    let removed = wait_for(CGROUP_LIMIT, || {
+        left = remove_cgroups(&args.name).err();
+        left.is_none().then_some(())
+    });
+    match (removed, left) {
+        (None, Some(error)) => Err(error),
+        _ => Ok(()),
+    }
+}
+
+fn remove_cgroups(name: &str) -> Result<()> {
+    for folder in cgroup_folders(name)? {
+        match fs::remove_dir(&folder) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(error).with_context(|| format!("remove {}", folder.display()));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Without its directory, the start that this belongs to was given up. The parent writes the same file
+/// under another draft name.
+fn write_pid(path: &Path) -> Result<()> {
+    let mut draft = path.as_os_str().to_owned();
+    draft.push(".launch");
+    let written = fs::write(&draft, std::process::id().to_string());
+    written
+        .and_then(|()| fs::rename(&draft, path))
+        .with_context(|| format!("write {}", path.display()))
+}
+
+fn join_host_namespaces(wanted: bool) -> Result<()> {
+    if wanted {
+        join_host("cgroup", LinkNameSpaceType::ControlGroup)?;
+        join_host("mnt", LinkNameSpaceType::Mount)?;
+    }
+    Ok(())
 }
 
 /// Sets the OOM score so that the kernel kills other pods first when the node runs out of memory: a
@@ -181,19 +290,9 @@ fn join_host(name: &str, kind: LinkNameSpaceType) -> Result<()> {
     move_into_link_name_space(fd, Some(kind)).with_context(|| format!("join {theirs}"))
 }
 
-/// Makes and joins `<base>/bascule/<name>` in the v2 hierarchy, or in each mounted v1 hierarchy.
-/// The base is process 1's own cgroup where that is not systemd's: a node that is itself in a
-/// container keeps its VMs among its own.
+/// Makes and joins the cgroup in the v2 hierarchy, or in each mounted v1 hierarchy.
 fn join_cgroups(name: &str) -> Result<()> {
-    let table = fs::read_to_string("/proc/1/cgroup").context("read /proc/1/cgroup")?;
-    for (controllers, base) in parse_cgroups(&table) {
-        let Some(root) = hierarchy_root(&controllers) else {
-            continue;
-        };
-        let folder = root
-            .join(cgroup_base(&base).trim_start_matches('/'))
-            .join("bascule")
-            .join(name);
+    for folder in cgroup_folders(name)? {
         fs::create_dir_all(&folder).with_context(|| format!("create {}", folder.display()))?;
         fill_cpuset(&folder)?;
         let procs = folder.join("cgroup.procs");
@@ -201,6 +300,24 @@ fn join_cgroups(name: &str) -> Result<()> {
             .with_context(|| format!("write {}", procs.display()))?;
     }
     Ok(())
+}
+
+/// The folder `<base>/bascule/<name>` in each hierarchy. The base is process 1's own cgroup where that is
+/// not systemd's: a node that is itself in a container keeps its VMs among its own.
+fn cgroup_folders(name: &str) -> Result<Vec<PathBuf>> {
+    let table = fs::read_to_string("/proc/1/cgroup").context("read /proc/1/cgroup")?;
+    let folders = parse_cgroups(&table)
+        .into_iter()
+        .filter_map(|(controllers, base)| {
+            let base = cgroup_base(&base).trim_start_matches('/');
+            Some(
+                hierarchy_root(&controllers)?
+                    .join(base)
+                    .join("bascule")
+                    .join(name),
+            )
+        });
+    Ok(folders.collect())
 }
 
 /// The lines of `/proc/PID/cgroup` as (controllers, path); the v2 hierarchy has no controllers.
@@ -332,6 +449,8 @@ const LOG_BYTES_MAX: u64 = 1 << 20;
 const OOM_SCORE_OF_NODE: &str = "-999";
 /// As the kubelet gives to pods whose memory is all requested.
 const OOM_SCORE_OF_GUARANTEED: &str = "-997";
+/// The kernel lets go of a process that has ended within milliseconds.
+const CGROUP_LIMIT: Duration = Duration::from_secs(2);
 /// The mark of a folder into which all programs were copied.
 const COMPLETE: &str = ".complete";
 
@@ -350,6 +469,24 @@ mod tests {
                 (String::new(), "/init.scope".to_owned()),
             ]
         );
+    }
+
+    /// A daemon that ends between the start of a process and its own note of the id would take the process
+    /// for one that has ended, and remove its files while it runs.
+    #[test]
+    fn a_process_writes_its_id_and_is_not_started_once_its_directory_is_gone() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("vm/pid");
+        assert!(write_pid(&path).is_err());
+        fs::create_dir(folder.path().join("vm")).unwrap();
+        write_pid(&path).unwrap();
+        let written = fs::read_to_string(&path).unwrap();
+        assert_eq!(written, std::process::id().to_string());
+    }
+
+    #[test]
+    fn removing_a_cgroup_that_is_not_there_is_no_error() {
+        remove_cgroups("vm-that-never-was").unwrap();
     }
 
     #[test]

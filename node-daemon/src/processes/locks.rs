@@ -38,6 +38,16 @@ impl Supervisor {
         work()
     }
 
+    /// The exclusive lock on a VM, unless another command holds one.
+    pub(crate) fn try_vm_lock(&self, vm: VmUid) -> Result<Option<VmLock>> {
+        let path = self.paths.vm_lock(vm);
+        match lock(&path, FlockOperation::NonBlockingLockExclusive) {
+            Ok(_lock) => Ok(Some(VmLock { _lock })),
+            Err(error) if error.downcast_ref() == Some(&rustix::io::Errno::WOULDBLOCK) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
     /// A shared lock: while it is held, no command collects this VM's process, so that the process'
     /// last state can be read. Any number of commands may hold it.
     pub(crate) fn watch(&self, vm: VmUid) -> Result<VmLock> {

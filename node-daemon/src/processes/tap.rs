@@ -2,6 +2,11 @@
 //!
 //! A tap is persistent: it outlives the daemon, and the VM process opens it by name without network
 //! privileges. It is removed together with the VM process's run directory.
+//!
+//! A bridge must not notice a tap. Unless an administrator has set them, the kernel gives a bridge the
+//! smallest MTU of its ports and the lowest of their addresses (net/bridge: `br_mtu_auto_adjust`,
+//! `br_stp_recalculate_bridge_id`). So a tap gets the bridge's MTU before it joins, of which the guest
+//! is told (VIRTIO_NET_F_MTU), and an address that is higher than those of network cards.
 
 use anyhow::{Context, Result, bail};
 use bascule_devices::net::TapFd;
@@ -15,40 +20,86 @@ use sha2::{Digest, Sha256};
 /// that stand for node and VM (two nodes of a lab may share a network namespace) and the
 /// interface's index.
 pub(crate) fn name(node: NodeUid, vm: VmUid, index: usize) -> String {
+    format!("{}{index}", prefix(node, vm))
+}
+
+/// What the names of all taps of a VM begin with.
+fn prefix(node: NodeUid, vm: VmUid) -> String {
     let digest = Sha256::digest([node.to_bytes(), vm.to_bytes()].concat());
     let short: String = digest
         .iter()
         .take(4)
         .map(|byte| format!("{byte:02x}"))
         .collect();
-    format!("bs{short}-{index}")
+    format!("bs{short}-")
 }
 
-/// Creates the tap, attaches it to the bridge and brings it up. Idempotent.
-pub(crate) fn ensure(tap: &str, bridge: &str) -> Result<()> {
+/// Creates the tap, attaches it to the bridge and brings it up; returns the bridge's MTU in bytes, which
+/// is the tap's too. Idempotent.
+pub(crate) fn ensure(tap: &str, bridge: &str) -> Result<u16> {
     on_rtnetlink(async |handle| {
         let Some(bridge_link) = find(handle, bridge).await? else {
-            bail!("no such interface")
+            bail!("it does not exist on this node")
         };
         if !is_bridge(&bridge_link) {
             bail!("it is not a bridge");
         }
+        let mtu = tap_mtu(mtu_of(&bridge_link).context("its MTU is not known")?)?;
         TapFd::create_persistent(tap)
             .with_context(|| format!("create tap {tap} (is the tun module loaded?)"))?;
         let Some(link) = find(handle, tap).await? else {
             bail!("tap {tap} vanished")
         };
-        let change = LinkUnspec::new_with_index(link.header.index)
+        let index = link.header.index;
+        let own = LinkUnspec::new_with_index(index)
+            .mtu(u32::from(mtu))
+            .address(address(tap).to_vec());
+        let set = handle.link().set(own.build()).execute().await;
+        set.with_context(|| format!("set MTU {mtu} and the address of {tap}"))?;
+        let joined = LinkUnspec::new_with_index(index)
             .controller(bridge_link.header.index)
-            .up()
-            .build();
-        handle
-            .link()
-            .set(change)
-            .execute()
-            .await
-            .with_context(|| format!("attach {tap}"))
+            .up();
+        let set = handle.link().set(joined.build()).execute().await;
+        set.with_context(|| format!("attach {tap}"))?;
+        Ok(mtu)
     })
+}
+
+/// The MTU in bytes that a tap takes on a bridge with this one.
+fn tap_mtu(of_bridge: u32) -> Result<u16> {
+    match u16::try_from(of_bridge) {
+        Ok(mtu) if (MTU_MIN..=MTU_MAX).contains(&mtu) => Ok(mtu),
+        _ => bail!("its MTU is {of_bridge} bytes; a tap can have {MTU_MIN} to {MTU_MAX}"),
+    }
+}
+
+/// The address of a tap: locally administered, and higher than those of network cards. The guest's
+/// interface has another one.
+fn address(tap: &str) -> [u8; 6] {
+    let digest = Sha256::digest(tap);
+    let [a, b, c, d, ..] = <[u8; 32]>::from(digest);
+    [0xFE, 0xFF, a, b, c, d]
+}
+
+/// Removes all taps of a VM, whatever its present configuration says.
+pub(crate) fn remove_all(node: NodeUid, vm: VmUid) -> Result<()> {
+    let prefix = prefix(node, vm);
+    let links = on_rtnetlink(async |handle| {
+        let links: Vec<LinkMessage> = handle
+            .link()
+            .get()
+            .execute()
+            .try_collect()
+            .await
+            .context("list the interfaces")?;
+        Ok(links)
+    })?;
+    for name in links.iter().filter_map(name_of) {
+        if name.starts_with(&prefix) {
+            remove(name)?;
+        }
+    }
+    Ok(())
 }
 
 /// Removes the tap, if it is there.
@@ -110,37 +161,28 @@ fn is_bridge(link: &LinkMessage) -> bool {
     })
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_taps_name_fits_an_interface_name() {
-        let (one, other, vm) = (NodeUid::random(), NodeUid::random(), VmUid::random());
-        assert!(name(one, vm, 15).len() <= 15);
-        assert_ne!(name(one, vm, 0), name(other, vm, 0));
-        assert_ne!(name(one, vm, 0), name(one, vm, 1));
-    }
-
-    /// Two commands removed the same VM process, and the later one failed with "No such device".
-    #[test]
-    fn only_enodev_means_that_another_command_has_removed_the_tap() {
-        let answer = |code: i32| {
-            let mut message = rtnetlink::packet_core::ErrorMessage::default();
-            message.code = std::num::NonZeroI32::new(code);
-            rtnetlink::Error::NetlinkError(message)
-        };
-        assert!(says_gone(&answer(-19)), "ENODEV");
-        assert!(!says_gone(&answer(-1)), "EPERM");
-        assert!(!says_gone(&rtnetlink::Error::RequestFailed));
-    }
-
-    #[test]
-    fn a_bridge_that_does_not_exist_is_named_as_the_reason() {
-        let error = ensure("bs00000000-0", "bsc-no-such-br").unwrap_err();
-        assert!(
-            format!("{error:#}").contains("no such interface"),
-            "{error:#}"
-        );
-    }
+fn mtu_of(link: &LinkMessage) -> Option<u32> {
+    link.attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            LinkAttribute::Mtu(mtu) => Some(*mtu),
+            _ => None,
+        })
 }
+
+fn name_of(link: &LinkMessage) -> Option<&str> {
+    link.attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            LinkAttribute::IfName(name) => Some(name.as_str()),
+            _ => None,
+        })
+}
+
+/// ETH_MIN_MTU, which is also the least that VIRTIO_NET_F_MTU can announce (virtio 1.2, 5.1.4.1).
+const MTU_MIN: u16 = 68;
+/// What the tun driver allows: 65535 less the Ethernet header.
+const MTU_MAX: u16 = 65_521;
+
+#[cfg(test)]
+pub(super) mod tests;

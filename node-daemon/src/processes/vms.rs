@@ -1,6 +1,5 @@
-//! Commands on VM processes: start, call, and remove them.
+//! Commands on VM processes: start, call, and remove them. `vm_start.rs` has the steps of a start.
 
-use std::ffi::OsString;
 use std::fs;
 use std::io;
 use std::net::SocketAddr;
@@ -9,8 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use bascule_ipc::vm::{
-    Boot, DiskConfig, DiskSource, Home, ImageSource, InterfaceConfig, LastState, Request, Response,
-    StartMode, StopReason, VmConfig, VmState, VmStatus,
+    Home, LastState, Request, Response, StartMode, StopReason, VmConfig, VmState, VmStatus,
 };
 use bascule_ipc::{IpcError, Kind};
 use bascule_node_api::command::{Outcome, RejectReason, VmSpec};
@@ -19,7 +17,7 @@ use bascule_types::{AttemptId, Epoch, Ownership, VmUid};
 use super::calls::vm_call;
 use super::supervisor::{Rejection, Supervisor, is_alive};
 use super::tap;
-use crate::files;
+use crate::files::names_in;
 use crate::wait::wait_for;
 
 /// The VM process and run directory of a VM on this node.
@@ -51,10 +49,7 @@ impl Supervisor {
     /// The presence of a VM from files and `/proc` only, for a process that does not respond.
     pub(crate) fn presence_without_call(&self, vm: VmUid) -> Presence {
         let folder = self.paths.vm(vm);
-        let pid = fs::read_to_string(folder.join("pid"))
-            .ok()
-            .and_then(|text| text.trim().parse().ok());
-        match (pid, last_state(&folder)) {
+        match (recorded_pid(&folder), last_state(&folder)) {
             (Some(pid), _) if is_alive(pid) => Presence::Unresponsive(pid),
             // Another command has removed the folder meanwhile.
             (None, None) if !folder.exists() => Presence::Absent,
@@ -150,7 +145,20 @@ impl Supervisor {
             ports: Some(self.migration_ports),
             attempt,
         };
-        listening(&self.launch_vm(spec, ownership, start)?)
+        let answer = self
+            .launch_vm(spec, ownership, start)
+            .and_then(|status| listening(&status));
+        // The source keeps its guest: of a destination that could not be built nothing stays. It has
+        // never been the VM's writer.
+        if answer.is_err() {
+            match self.presence(spec.uid) {
+                Presence::Responding(status) if is_over(&status.state) => self.collect(spec.uid)?,
+                Presence::Ended(_) => self.collect(spec.uid)?,
+                // One that is slow is found by a repeated command.
+                _ => {}
+            }
+        }
+        answer
     }
 
     /// The configuration that a VM's process was started with.
@@ -199,16 +207,14 @@ impl Supervisor {
             wait_for(EXIT_LIMIT, || (!is_alive(status.pid)).then_some(()))
                 .ok_or_else(|| unresponsive(status.pid))?;
         }
-        let folder = self.paths.vm(vm);
-        if let Ok(bytes) = fs::read(folder.join("config.json")) {
-            let config: VmConfig = serde_json::from_slice(&bytes).context("read config.json")?;
-            for interface in &config.interfaces {
-                tap::remove(&interface.tap)?;
-            }
+        self.remove_taps(vm)?;
+        if let Err(error) = self.launcher.remove_cgroup(&cgroup_name(vm)) {
+            tracing::warn!(%vm, error = format!("{error:#}"), "remove the cgroup");
         }
+        let folder = self.paths.vm(vm);
         // Renamed first, which is atomic: in embedded mode two commands may remove the same VM
         // process, and neither may find a partly removed folder.
-        let trash = self.paths.vms().join(format!("{vm}.gone"));
+        let trash = self.paths.vms().join(format!("{vm}{TRASH_SUFFIX}"));
         let removed = remove_folder(&trash)
             .and_then(|()| unless_missing(fs::rename(&folder, &trash)))
             .and_then(|()| remove_folder(&trash));
@@ -216,118 +222,40 @@ impl Supervisor {
         Ok(())
     }
 
-    fn launch_vm(
-        &self,
-        spec: &VmSpec,
-        ownership: Ownership,
-        start: StartMode,
-    ) -> Result<VmStatus, Rejection> {
-        if let Some(message) = kvm_error() {
-            return Err(Rejection::new(RejectReason::KvmUnavailable, message));
-        }
-        let folder = self.paths.vm(spec.uid);
-        fs::create_dir_all(&folder).with_context(|| format!("create {}", folder.display()))?;
-        let config = self.resolve(spec, ownership, start)?;
-        let json = serde_json::to_vec_pretty(&config).context("write config.json")?;
-        files::replace(&folder.join("config.json"), &json, 0o600)?;
-        let json = serde_json::to_vec_pretty(spec).context("write spec.json")?;
-        files::replace(&folder.join("spec.json"), &json, 0o600)?;
-        let args: Vec<OsString> = vec!["--config".into(), folder.join("config.json").into()];
-        let child = self.launcher.spawn(
-            "bascule-vm",
-            &format!("vm-{}", spec.uid),
-            &folder.join("vm.log"),
-            &args,
-        )?;
-        let pid = child.id();
-        self.adopt_child(child);
-        files::replace(&folder.join("pid"), pid.to_string().as_bytes(), 0o644)?;
-        tracing::info!(vm = %spec.uid, name = %config.name, epoch = %ownership.epoch, pid, "VM process started");
-        self.await_start(spec.uid, pid)
-    }
-
-    /// Waits until a started process responds, and until an incoming one listens.
-    fn await_start(&self, vm: VmUid, pid: u32) -> Result<VmStatus, Rejection> {
-        let answer = wait_for(START_LIMIT, || match self.presence(vm) {
-            Presence::Responding(status) if is_coming_up(&status) => None,
-            Presence::Responding(status) => Some(Ok(*status)),
-            Presence::Unresponsive(_) => None,
-            Presence::Absent | Presence::Ended(_) => {
-                self.reap();
-                (!is_alive(pid)).then(|| Err(self.log_tail(vm)))
+    /// Removes the VM's taps: those of its configuration, which a node had under an earlier UID too, and
+    /// those that an interrupted start has left.
+    fn remove_taps(&self, vm: VmUid) -> Result<()> {
+        let config = fs::read(self.paths.vm(vm).join("config.json"));
+        if let Some(config) = config
+            .ok()
+            .and_then(|bytes| serde_json::from_slice::<VmConfig>(&bytes).ok())
+        {
+            for interface in &config.interfaces {
+                tap::remove(&interface.tap)?;
             }
-        });
-        answer.unwrap_or_else(|| Err(unresponsive(pid)))
-    }
-
-    /// The error for a process that ended at startup, with the end of its log.
-    fn log_tail(&self, vm: VmUid) -> Rejection {
-        let log = fs::read_to_string(self.paths.vm(vm).join("vm.log")).unwrap_or_default();
-        let lines: Vec<&str> = log.lines().rev().take(LOG_TAIL_LINES).collect();
-        let words: Vec<&str> = lines.into_iter().rev().collect();
-        Rejection::new(
-            RejectReason::Failed,
-            format!("the VM process ended at startup: {}", words.join(" | ")),
-        )
-    }
-
-    fn resolve(
-        &self,
-        spec: &VmSpec,
-        ownership: Ownership,
-        start: StartMode,
-    ) -> Result<VmConfig, Rejection> {
-        let mut interfaces = Vec::new();
-        for (index, interface) in spec.interfaces.iter().enumerate() {
-            let bridge = self.bridges.get(&interface.network).ok_or_else(|| {
-                Rejection::new(
-                    RejectReason::BridgeUnavailable,
-                    format!(
-                        "interfaces[{index}].bridge: no bridge {:?} is allowed on this node",
-                        interface.network
-                    ),
-                )
-            })?;
-            let tap = tap::name(self.identity.node, spec.uid, index);
-            tap::ensure(&tap, bridge).map_err(|error| {
-                Rejection::new(
-                    RejectReason::BridgeUnavailable,
-                    format!("interfaces[{index}].bridge: bridge {bridge}: {error:#}"),
-                )
-            })?;
-            interfaces.push(InterfaceConfig {
-                tap,
-                mac: interface.mac,
-                mtu: None,
-            });
         }
-        let disks = spec.disks.iter().map(|disk| DiskConfig {
-            name: disk.name.clone(),
-            source: DiskSource::Volume {
-                disk: disk.row.clone(),
-            },
-        });
-        Ok(VmConfig {
-            version: VmConfig::VERSION,
-            uid: spec.uid,
-            name: format!("{}/{}", spec.namespace, spec.name),
-            cpus: spec.cpus,
-            memory: spec.memory,
-            boot: Boot {
-                kernel: image(&spec.kernel),
-                initrd: spec.initrd.as_deref().map(image),
-                cmdline: spec.cmdline.clone(),
-            },
-            disks: disks.collect(),
-            interfaces,
-            home: Some(Home {
-                socket: self.paths.volume_socket(&spec.volume),
-                owner: ownership.owner,
-                epoch: ownership.epoch,
-            }),
-            start,
-            tls_dir: Some(self.paths.tls()),
-        })
+        tap::remove_all(self.identity.node, vm)
+    }
+
+    /// Removes what starts and removals have left that a crash interrupted. A VM that another command
+    /// works on at this moment is left alone.
+    pub(crate) fn remove_interrupted_starts(&self) -> Result<()> {
+        for name in names_in(&self.paths.vms())? {
+            let Ok(vm) = name.trim_end_matches(TRASH_SUFFIX).parse::<VmUid>() else {
+                continue;
+            };
+            let Some(_lock) = self.try_vm_lock(vm)? else {
+                continue;
+            };
+            let folder = self.paths.vms().join(&name);
+            if name.ends_with(TRASH_SUFFIX) {
+                remove_folder(&folder).with_context(|| format!("remove {name}"))?;
+            } else if folder.exists() && recorded_pid(&folder).is_none() {
+                tracing::info!(%vm, "removing a start that was interrupted");
+                self.collect(vm).map_err(anyhow::Error::new)?;
+            }
+        }
+        Ok(())
     }
 
     fn unreachable(&self, vm: VmUid, error: &IpcError) -> Rejection {
@@ -344,7 +272,7 @@ impl Supervisor {
     }
 }
 
-fn remove_folder(path: &Path) -> io::Result<()> {
+pub(super) fn remove_folder(path: &Path) -> io::Result<()> {
     unless_missing(fs::remove_dir_all(path))
 }
 
@@ -366,6 +294,17 @@ pub(super) fn last_ownership(folder: &Path) -> Option<Ownership> {
         Some(Ownership { owner, epoch })
     };
     written.or_else(started)
+}
+
+/// The name of a VM process' cgroup, below Bascule's own.
+pub(super) fn cgroup_name(vm: VmUid) -> String {
+    format!("vm-{vm}")
+}
+
+/// The id of the process that was started for a run directory; none before it was.
+pub(super) fn recorded_pid(folder: &Path) -> Option<u32> {
+    let text = fs::read_to_string(folder.join("pid")).ok()?;
+    text.trim().parse().ok()
 }
 
 /// The last state that a process has written before it ended.
@@ -409,24 +348,9 @@ fn listening(status: &VmStatus) -> Result<Outcome, Rejection> {
     Ok(Outcome::Listening { address })
 }
 
-/// Whether a process has yet to boot or to listen.
-fn is_coming_up(status: &VmStatus) -> bool {
-    match status.state {
-        VmState::Starting => true,
-        VmState::Incoming => status.listening.is_none(),
-        _ => false,
-    }
-}
-
 /// Whether a process never runs its guest again.
 pub(crate) fn is_over(state: &VmState) -> bool {
     matches!(state, VmState::Stopped(_) | VmState::Departed)
-}
-
-fn image(row: &str) -> ImageSource {
-    ImageSource::Volume {
-        disk: row.to_owned(),
-    }
 }
 
 /// Writes of that process may be under way: the guest starts again in a later epoch, which the volume begins
@@ -439,20 +363,17 @@ fn wrong_state(message: &str) -> Rejection {
     Rejection::new(RejectReason::WrongState, message)
 }
 
-fn unresponsive(pid: u32) -> Rejection {
+pub(super) fn unresponsive(pid: u32) -> Rejection {
     Rejection::new(
         RejectReason::ProcessUnresponsive,
         format!("the VM process {pid} exists and does not answer"),
     )
 }
 
-/// A VM process maps its memory and opens its disks in well under a second; an emulated node takes
-/// several.
-const START_LIMIT: Duration = Duration::from_secs(30);
+/// Of a run directory that is being removed.
+const TRASH_SUFFIX: &str = ".gone";
 /// A process without a guest ends within milliseconds.
 const EXIT_LIMIT: Duration = Duration::from_secs(10);
-/// How many log lines of an ended process an error message repeats.
-const LOG_TAIL_LINES: usize = 3;
 
 #[cfg(test)]
 mod tests {

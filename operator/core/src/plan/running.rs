@@ -94,7 +94,11 @@ impl<'a> PlanContext<'a> {
         for process in &self.observed.processes {
             let status = &process.status;
             let over = match status.state {
-                VmState::Departed | VmState::Stopped(_) => status.epoch < row.epoch,
+                VmState::Departed => status.epoch < row.epoch,
+                // On another node also the failed destination of an attempt in the present epoch.
+                VmState::Stopped(_) => {
+                    status.epoch < row.epoch || (process.node != node && status.epoch == row.epoch)
+                }
                 VmState::Incoming => process.node != node || status.epoch < row.epoch,
                 _ => !process.alive && status.epoch < row.epoch,
             };

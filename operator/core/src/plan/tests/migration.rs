@@ -201,6 +201,25 @@ fn a_committed_migration_succeeds_when_the_guest_runs_on_its_target() {
     );
 }
 
+/// It has the epoch of its source, so it was never "of an earlier epoch" and stayed with its taps.
+#[test]
+fn a_failed_destination_in_the_present_epoch_is_collected() {
+    let failed = VmState::Stopped(StopReason::Failed {
+        what: "the guest uses an MTU of 9000 bytes, the network here has 1500".to_owned(),
+    });
+    let collected = |case: &Case| {
+        case.plans(|a| matches!(a, Action::CollectVm { node, .. } if node == "node-2"))
+    };
+    let mut case = Case::running_on(1);
+    let epoch = case.row().epoch;
+    assert!(!collected(&case));
+    let case = case.with_process(2, failed.clone(), epoch);
+    assert!(collected(&case));
+    // In a later epoch the row is out of date, and that guest ran.
+    let case = Case::running_on(1).with_process(2, failed, Epoch(epoch.0 + 1));
+    assert!(!collected(&case));
+}
+
 #[test]
 fn an_attempt_that_a_node_refuses_fails_with_the_nodes_words() {
     let mut case = Case::running_on(1).with_migration("go", MigrationMode::Quick);

@@ -66,6 +66,8 @@ pub mod reason {
     pub const IMPORTED: &str = "Imported";
     /// A source could not be fetched or failed its check.
     pub const IMPORT_FAILED: &str = "ImportFailed";
+    /// An image has a format, a length or a CPU that is not supported. It is not fetched again.
+    pub const IMAGE_REFUSED: &str = "ImageRefused";
     /// No node has room for the VM, or none fits its placement.
     pub const UNSCHEDULABLE: &str = "Unschedulable";
     /// A quota or limit range of the namespace does not let the reservation pod be created.

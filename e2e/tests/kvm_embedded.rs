@@ -214,7 +214,7 @@ fn a_document_that_cannot_be_carried_out_is_refused_with_the_field_named() {
     // Not a kernel image. Each VM has its own copy, imported to the volume once.
     let whole = std::fs::read(probe::build().unwrap()).unwrap();
     for (name, kernel, named) in [
-        ("missing", None, "default/missing.boot-kernel: "),
+        ("missing", None, "spec.boot.kernel: "),
         ("empty", Some(&whole[..0]), "boot.kernel: "),
         (
             "text",

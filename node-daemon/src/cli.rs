@@ -133,7 +133,11 @@ fn finish(outcome: Result<()>) -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");
-            ExitCode::FAILURE
+            if images::is_final(&error) {
+                ExitCode::from(images::FINAL_STATUS)
+            } else {
+                ExitCode::FAILURE
+            }
         }
     }
 }

@@ -219,8 +219,9 @@ fn imports(volume: &str, states: &BTreeMap<String, NodeState>) -> Vec<ImportView
             phase: match &import.state {
                 ImportState::Running => ImportPhase::Running,
                 ImportState::Complete { length } => ImportPhase::Complete { length: *length },
-                ImportState::Failed { message } => ImportPhase::Failed {
+                ImportState::Failed { message, is_final } => ImportPhase::Failed {
                     message: message.clone(),
+                    is_final: *is_final,
                 },
             },
         })

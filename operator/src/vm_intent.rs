@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use bascule_crds::{DeletionPolicy, Disk, Source, SourceKind, VirtualMachine, mac_address};
+use bascule_image::{INITRD_BYTES_MAX, KERNEL_BYTES_MAX};
 use bascule_node_api::command::{DiskRef, Interface, VmSpec};
 use bascule_operator_core::{
     Budgets, DiskIntent, ImageSource, Origin, RestartBudget, SpecDigest, VmIntent,
@@ -147,12 +148,13 @@ fn disks(vm: &VirtualMachine, namespace: &str, name: &str) -> Result<Vec<DiskInt
     let kernel = boot(
         KERNEL,
         DiskRole::Kernel,
-        KERNEL_SIZE_MAX,
+        Bytes(KERNEL_BYTES_MAX),
         &vm.spec.boot.kernel,
     )?;
     let mut all = vec![kernel];
     if let Some(initrd) = &vm.spec.boot.initrd {
-        all.push(boot(INITRD, DiskRole::Initrd, INITRD_SIZE_MAX, initrd)?);
+        let size = Bytes(INITRD_BYTES_MAX);
+        all.push(boot(INITRD, DiskRole::Initrd, size, initrd)?);
     }
     for disk in &vm.spec.disks {
         let size =
@@ -215,10 +217,6 @@ fn parse_mac(text: &str) -> Option<[u8; 6]> {
 pub(crate) const KERNEL: &str = "boot-kernel";
 /// Name of the disk on the volume that holds the initrd.
 pub(crate) const INITRD: &str = "boot-initrd";
-/// Space reserved for a kernel until its length is known; the import then returns the rest.
-const KERNEL_SIZE_MAX: Bytes = Bytes::mib(64);
-/// Space reserved for an initrd; enough for a generic distribution's with all modules.
-const INITRD_SIZE_MAX: Bytes = Bytes::mib(256);
 /// Time for the operator to observe the end of the last stage and for the hold process to exit (guess).
 const GRACE_MARGIN: Duration = Duration::from_secs(60);
 

@@ -111,7 +111,7 @@ fn disks(intent: &VmIntent, observed: &Observed, old: &[DiskStatus]) -> Vec<Disk
             .find(|import| import.disk == on_volume.disk);
         let (state, message) = match import.map(|import| &import.phase) {
             _ if !on_volume.importing => (DiskState::Ready, String::new()),
-            Some(ImportPhase::Failed { message }) => (DiskState::Failed, message.clone()),
+            Some(ImportPhase::Failed { message, .. }) => (DiskState::Failed, message.clone()),
             _ => (DiskState::Importing, String::new()),
         };
         DiskStatus {

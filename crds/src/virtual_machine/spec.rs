@@ -99,11 +99,12 @@ pub struct Cpu {
 #[serde(rename_all = "camelCase")]
 #[x_kube(validation = Rule::new("has(self.initrd) == has(oldSelf.initrd)").message("boot.initrd cannot be added or removed: it was copied to the volume when the VirtualMachine was created"))]
 pub struct Boot {
-    /// The kernel: an x86-64 Linux bzImage, or an ELF image with a PVH entry note. Cannot be
-    /// changed.
+    /// The kernel: an x86-64 Linux bzImage, or an ELF image with a PVH entry note, of at most
+    /// 128Mi. Cannot be changed.
     #[x_kube(validation = Rule::new("self == oldSelf").message("boot.kernel cannot be changed: it was copied to the volume when the VirtualMachine was created"))]
     pub kernel: Source,
-    /// The initial RAM disk, if the kernel wants one. Cannot be changed.
+    /// The initial RAM disk, if the kernel wants one: a cpio archive, compressed or not, of at most
+    /// 512Mi. Cannot be changed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[x_kube(validation = Rule::new("self == oldSelf").message("boot.initrd cannot be changed: it was copied to the volume when the VirtualMachine was created"))]
     pub initrd: Option<Source>,
@@ -175,8 +176,8 @@ pub struct Disk {
     // comparing the longest text, and there may be 16 disks.
     #[x_kube(validation = Rule::new("[type(self)] == [int] || isQuantity(self)").message("write a whole number of bytes with an optional suffix Ki, Mi, Gi, Ti, k, M, G or T, such as 512Mi or 20Gi"), validation = Rule::new("[type(self)] == [int] ? self >= 1048576 && self <= 70368744177664 : [quantity(self)].all(size, size.compareTo(quantity('1Mi')) >= 0 && size.compareTo(quantity('64Ti')) <= 0)").message("a disk has at least 1Mi and at most 64Ti"))]
     pub size: Option<Quantity>,
-    /// The raw image that a new disk begins with. Without it the disk is empty and reads as
-    /// zeroes.
+    /// The raw image that a new disk begins with; qcow2 and other formats, archives and compressed
+    /// files are refused. Without it the disk is empty and reads as zeroes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<Source>,
     /// A disk that an earlier virtual machine of this namespace left on the volume.

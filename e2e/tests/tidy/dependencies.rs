@@ -51,6 +51,10 @@ const RULES: &[Rule] = &[
         forbidden: FORMAT,
     },
     Rule {
+        krate: "bascule-image",
+        forbidden: EFFECTS,
+    },
+    Rule {
         krate: "bascule-operator-core",
         forbidden: EFFECTS,
     },

@@ -93,5 +93,8 @@ pub enum ImportState {
     Failed {
         /// The cause; names the source.
         message: String,
+        /// Whether the same source fails again: its format, its length or its CPU is wrong.
+        #[serde(default)]
+        is_final: bool,
     },
 }

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use bascule_crds::{Source, VirtualMachine};
+use bascule_image::{INITRD_BYTES_MAX, KERNEL_BYTES_MAX};
 use bascule_node_api::command::{DiskRef, ImportSource, Interface, VmSpec};
 use bascule_types::{Bytes, DiskRole, RowName, VmUid};
 use sha2::{Digest, Sha256};
@@ -14,6 +15,8 @@ use super::schema::check_fields;
 /// A disk that the document needs on the volume.
 #[derive(Debug)]
 pub(crate) struct WantedDisk {
+    /// The path of the field that says where its contents come from.
+    pub(crate) field: String,
     pub(crate) row: RowName,
     pub(crate) role: DiskRole,
     /// Size and contents of a new disk; none for a kept disk.
@@ -110,15 +113,20 @@ fn resolve(vm: &VirtualMachine, namespace: &str, name: &str) -> Result<VmSpec> {
 
 fn wanted_disks(vm: &VirtualMachine, namespace: &str, name: &str) -> Result<Vec<WantedDisk>> {
     let mut wanted = vec![WantedDisk {
+        field: "spec.boot.kernel".to_owned(),
         row: RowName::new(format!("{namespace}/{name}.{KERNEL}"))?,
         role: DiskRole::Kernel,
-        fill: Some((KERNEL_ROOM, import_source(&vm.spec.boot.kernel)?)),
+        fill: Some((
+            Bytes(KERNEL_BYTES_MAX),
+            import_source(&vm.spec.boot.kernel)?,
+        )),
     }];
     if let Some(initrd) = &vm.spec.boot.initrd {
         wanted.push(WantedDisk {
+            field: "spec.boot.initrd".to_owned(),
             row: RowName::new(format!("{namespace}/{name}.{INITRD}"))?,
             role: DiskRole::Initrd,
-            fill: Some((INITRD_ROOM, import_source(initrd)?)),
+            fill: Some((Bytes(INITRD_BYTES_MAX), import_source(initrd)?)),
         });
     }
     for (index, disk) in vm.spec.disks.iter().enumerate() {
@@ -138,6 +146,7 @@ fn wanted_disks(vm: &VirtualMachine, namespace: &str, name: &str) -> Result<Vec<
             _ => None,
         };
         wanted.push(WantedDisk {
+            field: format!("{}.source", at()),
             row: RowName::new(format!("{namespace}/{row}")).with_context(at)?,
             role: DiskRole::Data,
             fill,
@@ -197,9 +206,6 @@ fn parse_mac(text: &str) -> Result<[u8; 6]> {
 
 const KERNEL: &str = "boot-kernel";
 const INITRD: &str = "boot-initrd";
-/// The space allocated for a boot image until its length is known; the import frees the rest.
-const KERNEL_ROOM: Bytes = Bytes::mib(128);
-const INITRD_ROOM: Bytes = Bytes::mib(512);
 
 #[cfg(test)]
 mod tests {

@@ -222,7 +222,7 @@ fn import_one(
         disk,
         source,
     })
-    .with_context(|| wanted.row.to_string())?;
+    .with_context(|| wanted.field.clone())?;
     Ok(())
 }
 
@@ -249,9 +249,9 @@ fn await_import(
             eprintln!("Filled {} with {length}.", wanted.row);
             Ok(())
         }
-        Some(ImportState::Failed { message }) => bail!("{}: {message}", wanted.row),
+        Some(ImportState::Failed { message, .. }) => bail!("{}: {message}", wanted.field),
         Some(ImportState::Running) => bail!("interrupted"),
-        None => bail!("{}: the import does not end", wanted.row),
+        None => bail!("{}: the import does not end", wanted.field),
     }
 }
 

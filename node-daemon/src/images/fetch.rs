@@ -21,12 +21,14 @@ use ureq::unversioned::transport::{
 };
 use ureq::{Proxy, ProxyProtocol};
 
+use super::length_limit::LengthLimit;
 use super::source_policy::{Range, forbidden, permitted};
 
 /// What the fetcher is to do.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct FetchJob {
     pub(crate) url: String,
+    pub(crate) limit: LengthLimit,
     pub(crate) site: SiteConfig,
 }
 
@@ -65,6 +67,9 @@ fn fetch_to(job: &FetchJob, out: &mut impl Write) -> Result<()> {
         .get(url)
         .call()
         .with_context(|| format!("fetch {shown}"))?;
+    if let Some(announced) = response.body().content_length() {
+        job.limit.check(announced)?;
+    }
     let mut body = response.body_mut().with_config().limit(u64::MAX).reader();
     io::copy(&mut body, out).with_context(|| format!("fetch {shown}"))?;
     out.flush().context("write to the writer")

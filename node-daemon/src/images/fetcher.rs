@@ -10,6 +10,7 @@ use anyhow::{Context, Result, bail};
 use rustix::event::{PollFd, PollFlags, poll};
 
 use super::fetch::FetchJob;
+use super::final_failure::{FINAL_STATUS, RefusedByFetcher};
 
 /// A fetcher at work; killed when dropped.
 pub(super) struct Fetcher {
@@ -92,6 +93,9 @@ impl Fetcher {
         match errors.lines().rfind(|line| !line.trim().is_empty()) {
             Some(why) => {
                 let why = why.trim_start_matches("error: ").trim();
+                if status.code() == Some(FINAL_STATUS.into()) {
+                    return Err(RefusedByFetcher(why.to_owned()).into());
+                }
                 bail!("the image could not be fetched: {why}")
             }
             None => bail!("the image could not be fetched: its fetcher ended with {status}"),
@@ -130,6 +134,7 @@ const ERRORS_MAX: u64 = 4096;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::images::is_final;
 
     fn fetch(script: &str) -> (Vec<u8>, Result<()>) {
         let mut command = Command::new("sh");
@@ -166,6 +171,16 @@ mod tests {
         let pid = fetcher.process.id();
         drop(fetcher);
         assert!(!std::path::Path::new(&format!("/proc/{pid}")).exists());
+    }
+
+    #[test]
+    fn what_the_fetcher_refuses_for_good_is_not_fetched_again() {
+        let (_, end) = fetch("echo 'error: the image has 9 bytes, and the disk 8' >&2; exit 3");
+        let error = end.unwrap_err();
+        assert!(is_final(&error));
+        assert_eq!(error.to_string(), "the image has 9 bytes, and the disk 8");
+        let (_, end) = fetch("echo 'error: http status: 404' >&2; exit 1");
+        assert!(!is_final(&end.unwrap_err()));
     }
 
     /// Regression: standard error was read only after the fetcher's end, and a pipe holds 64 KiB (pipe(7)).

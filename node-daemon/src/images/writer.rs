@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use bascule_image::Inspection;
 use bascule_ipc::Connection;
 use bascule_ipc::volume::{Request, Response};
 use bascule_node_api::report::{ImportReport, ImportState};
@@ -16,7 +17,9 @@ use sha2::{Digest, Sha256};
 use super::blocks::{CHUNK_BYTES, Target, chunk_buffer};
 use super::fetch::FetchJob;
 use super::fetcher::Fetcher;
+use super::final_failure::is_final;
 use super::job::{ImportJob, JobSource, write_report};
+use super::length_limit::{LengthLimit, image_role};
 
 /// `bascule-import run`
 #[derive(Debug, clap::Args)]
@@ -34,6 +37,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<()> {
     if let Err(error) = &outcome {
         let state = ImportState::Failed {
             message: format!("{error:#}"),
+            is_final: is_final(error),
         };
         report(&job, Bytes(0), None, state)?;
     }
@@ -92,7 +96,12 @@ fn open(job: &ImportJob, volume: &mut Connection) -> Result<(Target, DiskRow)> {
 
 /// Fills the disk; says how long the image was.
 fn fill(job: &ImportJob, target: &Target, row: &DiskRow) -> Result<Bytes> {
-    let (mut source, fetcher) = open_source(job)?;
+    let limit = LengthLimit {
+        role: row.role,
+        disk: row.size.max(Bytes(target.capacity())),
+    };
+    let (mut source, fetcher) = open_source(job, limit)?;
+    let mut inspection = Inspection::new(image_role(row.role));
     let mut hash = Sha256::new();
     let mut buffer = chunk_buffer();
     let mut written = 0u64;
@@ -102,10 +111,10 @@ fn fill(job: &ImportJob, target: &Target, row: &DiskRow) -> Result<Bytes> {
         if read == 0 {
             break;
         }
-        if written + read as u64 > row.size.0.max(target.capacity()) {
-            bail!("the image is larger than the disk of {}", row.size);
-        }
-        hash.update(chunk.get(..read).unwrap_or_default());
+        limit.check(written + read as u64)?;
+        let image = chunk.get(..read).unwrap_or_default();
+        inspection.feed(image)?;
+        hash.update(image);
         // The tail of the last block reads as zeroes.
         chunk.get_mut(read..).unwrap_or_default().fill(0);
         target.write(written, chunk)?;
@@ -116,6 +125,7 @@ fn fill(job: &ImportJob, target: &Target, row: &DiskRow) -> Result<Bytes> {
         fetcher.finish()?;
     }
     check_hash(&job.source, hash)?;
+    inspection.finish()?;
     let covered = written.next_multiple_of(CHUNK_BYTES as u64);
     target.zero_from(covered.min(target.capacity()))?;
     target.flush()?;
@@ -151,16 +161,19 @@ fn finish(job: &ImportJob, volume: &mut Connection, length: Bytes) -> Result<()>
     }
 }
 
-fn open_source(job: &ImportJob) -> Result<(Box<dyn Read>, Option<Fetcher>)> {
+fn open_source(job: &ImportJob, limit: LengthLimit) -> Result<(Box<dyn Read>, Option<Fetcher>)> {
     match &job.source {
         JobSource::Blank => Ok((Box::new(io::empty()), None)),
         JobSource::File { path } => {
             let file = File::open(path).with_context(|| format!("open {}", path.display()))?;
+            let length = file.metadata().context("measure the file")?.len();
+            limit.check(length)?;
             Ok((Box::new(file), None))
         }
         JobSource::Http { url, .. } => {
             let (image, fetcher) = Fetcher::start(&FetchJob {
                 url: url.clone(),
+                limit,
                 site: job.site.clone(),
             })?;
             Ok((Box::new(image), Some(fetcher)))

@@ -248,6 +248,8 @@ pub enum ImportPhase {
     Failed {
         /// For users.
         message: String,
+        /// Whether the same source fails again.
+        is_final: bool,
     },
 }
 

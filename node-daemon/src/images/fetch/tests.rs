@@ -4,7 +4,10 @@ use std::io::{BufRead, BufReader, Read};
 use std::net::TcpListener;
 use std::thread::JoinHandle;
 
+use bascule_types::{Bytes, DiskRole};
+
 use super::*;
+use crate::images::is_final;
 
 const OK: &str = "HTTP/1.1 200 OK\r\nContent-Length: 5\r\nConnection: close\r\n\r\nimage";
 
@@ -37,12 +40,19 @@ fn site(allow: &[&str]) -> SiteConfig {
 }
 
 fn fetched(url: &str, site: SiteConfig) -> Result<Vec<u8>> {
-    let job = FetchJob {
-        url: url.to_owned(),
-        site,
-    };
     let mut image = Vec::new();
-    fetch_to(&job, &mut image).map(|()| image)
+    fetch_to(&job(url, site), &mut image).map(|()| image)
+}
+
+fn job(url: &str, site: SiteConfig) -> FetchJob {
+    FetchJob {
+        url: url.to_owned(),
+        limit: LengthLimit {
+            role: DiskRole::Data,
+            disk: Bytes::mib(1),
+        },
+        site,
+    }
 }
 
 fn error(url: &str, site: SiteConfig) -> String {
@@ -55,6 +65,26 @@ fn an_image_is_fetched_from_an_allowed_address() {
     let url = format!("http://127.0.0.1:{port}/image");
     assert_eq!(fetched(&url, site(&["127.0.0.0/8"])).unwrap(), b"image");
     assert!(served.join().unwrap().starts_with("GET /image HTTP/1.1"));
+}
+
+/// Without the announced length, hundreds of MiB were fetched and then refused.
+#[test]
+fn an_image_that_is_announced_as_too_long_is_refused_before_its_first_byte() {
+    let announced = (1 << 20) + 1;
+    let (port, served) = serve(&format!(
+        "HTTP/1.1 200 OK\r\nContent-Length: {announced}\r\nConnection: close\r\n\r\nimage"
+    ));
+    let job = job(
+        &format!("http://127.0.0.1:{port}/image"),
+        site(&["127.0.0.0/8"]),
+    );
+    let mut image = Vec::new();
+    let error = fetch_to(&job, &mut image).unwrap_err();
+    served.join().unwrap();
+    assert!(image.is_empty());
+    assert!(is_final(&error));
+    let text = error.to_string();
+    assert_eq!(text, "the image has 1048577 bytes, and the disk 1048576");
 }
 
 #[test]

@@ -5,14 +5,13 @@ use std::io::{self, Read};
 use std::sync::Arc;
 
 use anyhow::{Context as _, bail, ensure};
+use bascule_image::KERNEL_BYTES_MAX;
 use bascule_ipc::vm::{Boot, ImageSource};
 use bascule_types::{AlignedBuffer, DiskRow, ExtentRun};
 
 use super::home_volume::Opened;
 use crate::boot::{BootSource, Initrd};
 
-/// Longest kernel: ten times a distribution's.
-const KERNEL_BYTES_MAX: u64 = 256 << 20;
 /// Bytes read from a volume at once.
 const READ_BYTES: usize = 1 << 20;
 /// Direct I/O wants memory, offset and length aligned to a volume block.

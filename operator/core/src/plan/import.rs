@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use bascule_crds::names::reason;
-use bascule_types::{Change, DiskRow, Owner, RedactedUrl};
+use bascule_types::{Change, DiskRole, DiskRow, Owner, RedactedUrl};
 
 use super::context::PlanContext;
 use super::step::{Ready, ReportChange, Step};
@@ -31,8 +31,8 @@ impl PlanContext<'_> {
     /// The next step for every disk that is not there yet. `node` owns the row.
     pub(super) fn import(&self, row: &RowView, node: &str, owner: Owner) -> Step {
         let mut step = Step::new().requeued_soon();
-        // The last disk that failed decides the conditions.
-        let mut failure = None;
+        // The last disk that failed decides the conditions; one that failed for good before all others.
+        let mut failure: Option<ImportFailure> = None;
         for disk in &self.intent.disks {
             match self.disk_row(row, disk) {
                 None => step.push(self.make_disk(node, disk)),
@@ -40,23 +40,35 @@ impl PlanContext<'_> {
                     step.push(self.attach_disk(node, disk));
                 }
                 Some(r) if r.importing => {
-                    failure = self.import_failure(node, disk, r).or(failure);
+                    let failed = self.import_failure(node, disk, r);
+                    failure = failed
+                        .filter(|new| {
+                            new.is_final || !failure.as_ref().is_some_and(|old| old.is_final)
+                        })
+                        .or(failure);
                     step.actions
                         .extend(self.fill_disk(row, node, owner, disk, r));
                 }
                 Some(_) => {}
             }
         }
-        let (reason, message) = failure.map_or_else(
-            || {
+        let (phase, reason, message) = match failure {
+            None => {
                 let message = format!("images are being copied to volume {}", self.intent.volume);
-                (reason::IMPORTING, message)
-            },
-            |message| (reason::IMPORT_FAILED, message),
-        );
+                (Phase::Importing, reason::IMPORTING, message)
+            }
+            Some(ImportFailure {
+                message,
+                is_final: false,
+            }) => (Phase::Importing, reason::IMPORT_FAILED, message),
+            Some(ImportFailure { message, .. }) => {
+                let message = format!("{message}; not tried again: {WAY_OUT}");
+                (Phase::Failed, reason::IMAGE_REFUSED, message)
+            }
+        };
         let imported = Condition::new(Some(false), reason, message.clone());
         step.change(ReportChange::Imported(imported));
-        let ready = Ready::new(Phase::Importing, false, reason, message);
+        let ready = Ready::new(phase, false, reason, message);
         step.with_ready(self.or_last_error(ready))
     }
 
@@ -99,12 +111,20 @@ impl PlanContext<'_> {
     }
 
     /// Why the import of a disk on `node` failed, if it did.
-    fn import_failure(&self, node: &str, disk: &DiskIntent, disk_row: &DiskRow) -> Option<String> {
+    fn import_failure(
+        &self,
+        node: &str,
+        disk: &DiskIntent,
+        disk_row: &DiskRow,
+    ) -> Option<ImportFailure> {
         let Origin::Image { source, .. } = &disk.origin else {
             return None;
         };
         match self.import_on(node, disk_row)? {
-            ImportPhase::Failed { message } => Some(complaint(disk, source, message)),
+            ImportPhase::Failed { message, is_final } => Some(ImportFailure {
+                message: complaint(disk, source, message),
+                is_final: *is_final,
+            }),
             ImportPhase::Running | ImportPhase::Complete { .. } => None,
         }
     }
@@ -134,6 +154,7 @@ impl PlanContext<'_> {
                     change,
                 });
             }
+            Some(ImportPhase::Failed { is_final: true, .. }) => return None,
             Some(ImportPhase::Failed { .. }) => {
                 let begun = self.observed.memory.imports_begun.get(&id);
                 if begun.is_some_and(|at| self.now.since(*at) < IMPORT_RETRY) {
@@ -156,13 +177,25 @@ impl PlanContext<'_> {
     }
 }
 
+/// Why a disk could not be filled.
+struct ImportFailure {
+    /// For users.
+    message: String,
+    /// Whether the same source fails again.
+    is_final: bool,
+}
+
 /// Names the field and where its image should come from.
 fn complaint(disk: &DiskIntent, source: &ImageSource, message: &str) -> String {
     let place = match source {
         ImageSource::Http { url, .. } => RedactedUrl(url).to_string(),
         ImageSource::HostFile { name } => name.clone(),
     };
-    let field = disk.field();
+    let field = match disk.role {
+        DiskRole::Data => format!("{}.source", disk.field()),
+        // The field of a boot image is its source.
+        DiskRole::Kernel | DiskRole::Initrd => disk.field(),
+    };
     if message.contains(place.as_str()) {
         format!("{field}: {message}")
     } else {
@@ -170,15 +203,15 @@ fn complaint(disk: &DiskIntent, source: &ImageSource, message: &str) -> String {
     }
 }
 
+/// What a user can do about an image that is refused for good.
+const WAY_OUT: &str =
+    "a source cannot be changed, so delete the VirtualMachine and create it with another image";
 /// Wait after a failed import, so that a web server that is down is not requested every second.
 const IMPORT_RETRY: Duration = Duration::from_secs(20);
 
 #[cfg(test)]
 mod tests {
-    use bascule_types::DiskRole;
-
     use super::*;
-    use crate::Origin;
 
     #[test]
     fn a_complaint_shows_no_password_of_the_url() {

@@ -90,6 +90,7 @@ fn a_failed_import_names_the_field_and_the_place_that_it_should_come_from() {
             written: bascule_types::Bytes(0),
             phase: ImportPhase::Failed {
                 message: message.to_owned(),
+                is_final: false,
             },
         }];
         case.observed.memory.imports_begun.insert(disk, NOW);
@@ -121,4 +122,29 @@ fn a_failed_import_names_the_field_and_the_place_that_it_should_come_from() {
         failing(file, "cannot be opened"),
         "spec.boot.kernel: debian: cannot be opened"
     );
+}
+
+/// Found on a cluster: a kernel for another CPU was reported as five crashes of the guest.
+#[test]
+fn an_image_that_is_refused_for_good_is_reported_and_never_requested_again() {
+    let mut case = Case::new().owned_by(1).with_pod("node-1").with_disks();
+    case.row().disks[0].importing = true;
+    case.observed.imports = vec![ImportView {
+        node: "node-1".to_owned(),
+        disk: case.row().disks[0].disk,
+        written: bascule_types::Bytes(0),
+        phase: ImportPhase::Failed {
+            message: "the kernel is a kernel for AArch64".to_owned(),
+            is_final: true,
+        },
+    }];
+    case.now = NOW.after(Duration::from_secs(86_400));
+    let plan = case.plan();
+    assert_eq!(plan.actions, []);
+    assert_eq!(plan.report.phase, Phase::Failed);
+    for condition in [&plan.report.ready, &plan.report.imported] {
+        assert_eq!(condition.reason, reason::IMAGE_REFUSED);
+        let message = &condition.message;
+        assert!(message.contains("AArch64; not tried again"), "{message}");
+    }
 }

@@ -1,0 +1,16 @@
+//! Failures that the same source meets again, so that it is not fetched again.
+
+/// What the fetcher refused for good; the text is its message.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct RefusedByFetcher(pub(crate) String);
+
+/// Whether the same source would fail again.
+pub(crate) fn is_final(error: &anyhow::Error) -> bool {
+    error
+        .chain()
+        .any(|cause| cause.is::<bascule_image::Refusal>() || cause.is::<RefusedByFetcher>())
+}
+
+/// The exit status of a process that failed for good.
+pub(crate) const FINAL_STATUS: u8 = 3;

@@ -11,6 +11,7 @@ mod blocks;
 mod fetch;
 mod fetcher;
 mod final_failure;
+mod image_hash;
 mod job;
 mod length_limit;
 mod source_policy;

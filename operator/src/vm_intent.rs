@@ -9,7 +9,7 @@ use bascule_node_api::command::{DiskRef, Interface, VmSpec};
 use bascule_operator_core::{
     Budgets, DiskIntent, ImageSource, Origin, RestartBudget, SpecDigest, VmIntent,
 };
-use bascule_types::{Bytes, DiskRole, RowName};
+use bascule_types::{Bytes, DiskRole, ImageDigest, RowName};
 use sha2::{Digest, Sha256};
 
 use crate::clock::moment;
@@ -185,7 +185,8 @@ fn image_source(source: &Source) -> Result<ImageSource> {
     {
         SourceKind::Http(http) => Ok(ImageSource::Http {
             url: http.url.clone(),
-            sha256: http.sha256.clone(),
+            digest: ImageDigest::of(http.sha256.as_deref(), http.sha512.as_deref())
+                .context("set exactly one of sha256 and sha512")?,
         }),
         SourceKind::HostFile(file) => Ok(ImageSource::HostFile {
             name: file.name.clone(),

@@ -243,7 +243,16 @@ impl Errors {
                 && !http.url.contains(char::is_whitespace);
             let message = "url must begin with http:// or https://, name a host and have a path";
             self.require(good, &format!("{path}.url"), message);
-            self.require(is_sha256(&http.sha256), &format!("{path}.sha256"), SHA256);
+            let one = http.sha256.is_some() != http.sha512.is_some();
+            self.require(one, &path, ONE_DIGEST);
+            if let Some(sha256) = &http.sha256 {
+                let good = is_hexadecimal(sha256, 64);
+                self.require(good, &format!("{path}.sha256"), SHA256);
+            }
+            if let Some(sha512) = &http.sha512 {
+                let good = is_hexadecimal(sha512, 128);
+                self.require(good, &format!("{path}.sha512"), SHA512);
+            }
         }
         if let Some(file) = &source.host_file {
             let path = format!("{field}.hostFile");
@@ -316,8 +325,9 @@ fn is_label(text: &str) -> bool {
         && !text.ends_with('-')
 }
 
-fn is_sha256(text: &str) -> bool {
-    text.len() == 64
+/// In lower case, with so many digits.
+fn is_hexadecimal(text: &str, digits: usize) -> bool {
+    text.len() == digits
         && text
             .bytes()
             .all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
@@ -333,7 +343,10 @@ const MIB: u64 = 1 << 20;
 const TIB: u64 = 1 << 40;
 const SAME_MAC: &str = "another interface has the same mac: give each its own, or leave mac out";
 const DNS_LABEL: &str = "must be a DNS label: at most 63 lower-case letters, digits and hyphens";
+const ONE_DIGEST: &str = "set exactly one of sha256 and sha512";
 const SHA256: &str = "sha256 must be 64 hexadecimal digits in lower case, as sha256sum prints them";
+const SHA512: &str =
+    "sha512 must be 128 hexadecimal digits in lower case, as sha512sum prints them";
 
 #[cfg(test)]
 mod tests {
@@ -356,6 +369,39 @@ spec:
   interfaces:
   - {name: lan, bridge: lan}
 ";
+
+    #[test]
+    fn a_source_has_exactly_one_hash_of_the_right_length() {
+        let source = |hashes: &str| {
+            let http = format!("{{http: {{url: 'http://x/y'{hashes}}}}}");
+            errors_of(&GOOD.replace("{hostFile: {name: debian-kernel}}", &http))
+        };
+        let sha256 = format!(", sha256: '{}'", "a".repeat(64));
+        let sha512 = format!(", sha512: '{}'", "0".repeat(128));
+        assert_eq!(source(&sha256), Vec::<String>::new());
+        assert_eq!(source(&sha512), Vec::<String>::new());
+        for (hashes, field) in [
+            (String::new(), "spec.boot.kernel.http: set exactly one"),
+            (
+                format!("{sha256}{sha512}"),
+                "spec.boot.kernel.http: set exactly one",
+            ),
+            (
+                format!(", sha512: '{}'", "0".repeat(64)),
+                "spec.boot.kernel.http.sha512: ",
+            ),
+            (
+                format!(", sha256: '{}'", "A".repeat(64)),
+                "spec.boot.kernel.http.sha256: ",
+            ),
+        ] {
+            let errors = source(&hashes);
+            assert!(
+                errors.iter().any(|error| error.starts_with(field)),
+                "{hashes}: {errors:?}"
+            );
+        }
+    }
 
     fn errors_of(document: &str) -> Vec<String> {
         let vm: VirtualMachine = serde_saphyr::from_str(document).unwrap();

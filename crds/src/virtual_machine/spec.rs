@@ -128,9 +128,10 @@ pub struct Source {
     pub host_file: Option<HostFileSource>,
 }
 
-/// An image that is fetched by HTTP.
+/// An image that is fetched by HTTP: exactly one of sha256 and sha512 says what it must be.
 #[derive(KubeSchema, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
+#[x_kube(validation = Rule::new("has(self.sha256) != has(self.sha512)").message("set exactly one of sha256 and sha512"))]
 pub struct HttpSource {
     /// Where it is, http:// or https://. The importer follows no redirect out of the addresses that
     /// the administrator allows.
@@ -138,9 +139,15 @@ pub struct HttpSource {
     #[x_kube(validation = Rule::new("self.matches('^https?://[^/ ]+/[^ ]*$')").message("url must begin with http:// or https://, name a host and have a path"))]
     pub url: String,
     /// The SHA-256 of the image, 64 hexadecimal digits in lower case, as sha256sum prints it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 64))]
     #[x_kube(validation = Rule::new("self.matches('^[0-9a-f]{64}$')").message("sha256 must be 64 hexadecimal digits in lower case, as sha256sum prints them"))]
-    pub sha256: String,
+    pub sha256: Option<String>,
+    /// The SHA-512 of the image, 128 hexadecimal digits in lower case, as sha512sum prints it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 128))]
+    #[x_kube(validation = Rule::new("self.matches('^[0-9a-f]{128}$')").message("sha512 must be 128 hexadecimal digits in lower case, as sha512sum prints them"))]
+    pub sha512: Option<String>,
 }
 
 /// A file on the nodes, by the name that an administrator gave it.

@@ -62,6 +62,7 @@ const BAD_DOCUMENTS: &[(&str, &str, &str)] = &[
         "two interfaces have the same mac",
     ),
     ("sha256: ", "sha256: x", "spec.boot.kernel.http.sha256"),
+    ("sha256: ", "sha512: ", "spec.boot.kernel.http.sha512"),
     ("url: \"http", "url: \"ftp", "spec.boot.kernel.http.url"),
     (
         "size: 64Mi",

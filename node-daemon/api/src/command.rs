@@ -6,7 +6,8 @@ use std::path::PathBuf;
 use bascule_ipc::vm::MigrationLimits;
 use bascule_ipc::volume::{FencingMode, Rows};
 use bascule_types::{
-    Answer, AttemptId, Bytes, Change, ClusterId, DiskId, Epoch, Owner, Refusal, VmUid, VolumeId,
+    Answer, AttemptId, Bytes, Change, ClusterId, DiskId, Epoch, ImageDigest, Owner, Refusal, VmUid,
+    VolumeId,
 };
 use serde::{Deserialize, Serialize};
 
@@ -249,8 +250,8 @@ pub enum ImportSource {
     /// A file by http or https.
     Http {
         url: String,
-        /// SHA-256 of the file, 64 hex digits.
-        sha256: String,
+        /// The hash that the file must have.
+        digest: ImageDigest,
     },
     /// A file of the node, by its name in the administrator's allow-list.
     HostFile {

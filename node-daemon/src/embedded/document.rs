@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use bascule_crds::{Source, VirtualMachine};
 use bascule_image::{INITRD_BYTES_MAX, KERNEL_BYTES_MAX};
 use bascule_node_api::command::{DiskRef, ImportSource, Interface, VmSpec};
-use bascule_types::{Bytes, DiskRole, RowName, VmUid};
+use bascule_types::{Bytes, DiskRole, ImageDigest, RowName, VmUid};
 use sha2::{Digest, Sha256};
 
 use super::schema::check_fields;
@@ -159,7 +159,8 @@ fn import_source(source: &Source) -> Result<ImportSource> {
     match (&source.http, &source.host_file) {
         (Some(http), None) => Ok(ImportSource::Http {
             url: http.url.clone(),
-            sha256: http.sha256.clone(),
+            digest: ImageDigest::of(http.sha256.as_deref(), http.sha512.as_deref())
+                .context("set exactly one of sha256 and sha512")?,
         }),
         (None, Some(file)) => Ok(ImportSource::HostFile {
             name: file.name.clone(),

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use bascule_node_api::report::ImportReport;
-use bascule_types::{DiskId, Epoch, Owner, VmUid};
+use bascule_types::{DiskId, Epoch, ImageDigest, Owner, VmUid};
 use serde::{Deserialize, Serialize};
 
 use super::fetch::SiteConfig;
@@ -38,8 +38,8 @@ pub(crate) struct ImportJob {
 pub(crate) enum JobSource {
     /// Nothing: zeroes.
     Blank,
-    /// A file by http or https, with its SHA-256 in hex.
-    Http { url: String, sha256: String },
+    /// A file by http or https.
+    Http { url: String, digest: ImageDigest },
     /// A file of this node, from the administrator's allow-list.
     File { path: PathBuf },
 }

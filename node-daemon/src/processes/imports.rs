@@ -137,9 +137,9 @@ impl Supervisor {
     fn job_source(&self, source: &ImportSource) -> Result<JobSource, Rejection> {
         match source {
             ImportSource::Blank => Ok(JobSource::Blank),
-            ImportSource::Http { url, sha256 } => Ok(JobSource::Http {
+            ImportSource::Http { url, digest } => Ok(JobSource::Http {
                 url: url.clone(),
-                sha256: sha256.clone(),
+                digest: digest.clone(),
             }),
             ImportSource::HostFile { name } => {
                 let path = self.host_files.get(name).ok_or_else(|| {

@@ -8,6 +8,7 @@
 mod aligned_buffer;
 mod error_chain;
 mod id;
+mod image_digest;
 mod names;
 mod ownership;
 mod port_range;
@@ -21,6 +22,7 @@ mod writer_state;
 pub use aligned_buffer::AlignedBuffer;
 pub use error_chain::error_chain;
 pub use id::{AttemptId, BootId, ClusterId, DiskId, NodeUid, ParseIdError, VmUid, VolumeId};
+pub use image_digest::ImageDigest;
 pub use names::{NODE_TLS_NAME, OPERATOR_TLS_NAME};
 pub use ownership::{Epoch, Generation, Owner, Ownership, SlotId};
 pub use port_range::{ParsePortRangeError, PortRange};

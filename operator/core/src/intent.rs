@@ -4,7 +4,7 @@ use std::fmt;
 use std::time::Duration;
 
 use bascule_crds::{DrainPolicy, FailurePolicy, RunPolicy};
-use bascule_types::{Bytes, DiskRole, RedactedUrl, RowName, VmUid};
+use bascule_types::{Bytes, DiskRole, ImageDigest, RedactedUrl, RowName, VmUid};
 
 use crate::Moment;
 
@@ -83,8 +83,8 @@ pub enum ImageSource {
     /// By HTTP.
     Http {
         url: String,
-        /// Its hash, 64 hexadecimal digits.
-        sha256: String,
+        /// The hash that it must have.
+        digest: ImageDigest,
     },
     /// From the administrator's allow-list.
     HostFile { name: String },

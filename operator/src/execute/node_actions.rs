@@ -251,9 +251,9 @@ fn refusal_condition(
 
 fn import_source(source: &ImageSource) -> ImportSource {
     match source {
-        ImageSource::Http { url, sha256 } => ImportSource::Http {
+        ImageSource::Http { url, digest } => ImportSource::Http {
             url: url.clone(),
-            sha256: sha256.clone(),
+            digest: digest.clone(),
         },
         ImageSource::HostFile { name } => ImportSource::HostFile { name: name.clone() },
     }

@@ -217,7 +217,7 @@ mod tests {
     fn a_complaint_shows_no_password_of_the_url() {
         let source = ImageSource::Http {
             url: "https://user:secret@images/k?signature=abc".to_owned(),
-            sha256: String::new(),
+            digest: bascule_types::ImageDigest::Sha256(String::new()),
         };
         let disk = DiskIntent {
             name: "kernel".to_owned(),

@@ -105,8 +105,8 @@ fn a_failed_import_names_the_field_and_the_place_that_it_should_come_from() {
         plan.report.ready.message
     };
     let url = "https://images.example/vmlinuz".to_owned();
-    let sha256 = "0".repeat(64);
-    let http = ImageSource::Http { url, sha256 };
+    let digest = bascule_types::ImageDigest::Sha256("0".repeat(64));
+    let http = ImageSource::Http { url, digest };
     assert_eq!(
         failing(http.clone(), "http status: 404"),
         "spec.boot.kernel: https://images.example/vmlinuz: http status: 404"

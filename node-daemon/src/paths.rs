@@ -77,6 +77,10 @@ impl Paths {
         self.run.join("imports")
     }
 
+    pub(crate) fn imports_lock(&self) -> PathBuf {
+        self.run.join("imports.lock")
+    }
+
     pub(crate) fn import(&self, disk: DiskId) -> PathBuf {
         self.imports().join(format!("{disk}.json"))
     }

@@ -6,12 +6,14 @@ use std::collections::BTreeMap;
 use bascule_crds::names::{LABEL_TRIGGER, TRIGGER_DRAIN};
 use bascule_crds::{
     Failover, FailoverPhase, MigrationPhase, SharedVolume, VirtualMachine, VirtualMachineMigration,
+    VirtualMachineStatus,
 };
 use bascule_ipc::volume::{FencingMode, PathState, Rows};
 use bascule_node_api::report::{ImportState, NodeReport};
 use bascule_operator_core::{
-    self as core, Access, Fact, FailoverView, ImportPhase, ImportView, Moment, NodeView, Observed,
-    Peer, PlannerMemory, Process, Reported, RowView, SavedView, Stream, VolumeView,
+    self as core, Access, Fact, FailedImports, FailoverView, ImportPhase, ImportView, Moment,
+    NodeView, Observed, Peer, PlannerMemory, Process, Reported, RowView, SavedView, Stream,
+    VolumeView,
 };
 use bascule_types::{Epoch, Generation, Owner, SlotId, VmUid};
 use k8s_openapi::api::core::v1::Node;
@@ -69,7 +71,7 @@ pub(crate) fn observe(
         failovers: Fact::Known(failovers(vm, stores)),
         processes: processes(uid, states),
         imports: imports(volume, states),
-        memory: planner_memory(vm, memory),
+        memory: planner_memory(vm, memory, now),
     }
 }
 
@@ -215,6 +217,7 @@ fn imports(volume: &str, states: &BTreeMap<String, NodeState>) -> Vec<ImportView
         .map(|(name, import)| ImportView {
             node: name.clone(),
             disk: import.disk,
+            attempt: import.attempt,
             written: import.written,
             phase: match &import.state {
                 ImportState::Running => ImportPhase::Running,
@@ -275,7 +278,7 @@ fn failover_view(f: &Failover) -> Option<FailoverView> {
     })
 }
 
-fn planner_memory(vm: &VirtualMachine, memory: &PlannerMemory) -> PlannerMemory {
+fn planner_memory(vm: &VirtualMachine, memory: &PlannerMemory, now: Moment) -> PlannerMemory {
     let status = vm.status.clone().unwrap_or_default();
     PlannerMemory {
         restarts: status
@@ -289,8 +292,33 @@ fn planner_memory(vm: &VirtualMachine, memory: &PlannerMemory) -> PlannerMemory 
             phase,
             node: status.node.clone(),
         }),
+        failed_imports: failed_imports(vm, &status, now),
         ..memory.clone()
     }
+}
+
+/// The failed imports that the status has on record. A change of the spec brings the next attempt forward.
+fn failed_imports(
+    vm: &VirtualMachine,
+    status: &VirtualMachineStatus,
+    now: Moment,
+) -> BTreeMap<String, FailedImports> {
+    let changed = status.observed_generation != vm.metadata.generation;
+    let recorded = status.disks.iter().filter_map(|disk| {
+        let failed = FailedImports {
+            count: u32::try_from(disk.failed_imports)
+                .ok()
+                .filter(|count| *count > 0)?,
+            next: if changed {
+                Some(now)
+            } else {
+                disk.next_import.as_ref().map(|at| moment(&at.0))
+            },
+            message: disk.message.clone(),
+        };
+        Some((disk.name.clone(), failed))
+    });
+    recorded.collect()
 }
 
 fn parse(text: &str) -> Option<u64> {
@@ -303,6 +331,44 @@ mod tests {
     use bascule_types::NodeUid;
 
     use super::*;
+
+    /// An operator that has just started knows only the status.
+    #[test]
+    fn failed_imports_are_read_from_the_status_and_a_changed_spec_is_tried_at_once() {
+        let mut vm: VirtualMachine = serde_json::from_value(serde_json::json!({
+            "apiVersion": "bascule.dev/v1alpha1",
+            "kind": "VirtualMachine",
+            "metadata": {"name": "web", "namespace": "shop", "generation": 3},
+            "spec": {
+                "memory": "512Mi", "volume": "san", "boot": {"kernel": {"hostFile": {"name": "k"}}},
+            },
+            "status": {"observedGeneration": 3, "disks": [
+                {"name": "boot-kernel", "state": "Failed", "failedImports": 2,
+                 "nextImport": "1970-01-01T00:01:00Z", "message": "http status: 404"},
+                {"name": "root", "state": "Failed", "failedImports": 1, "message": "a qcow2 image"},
+                {"name": "data", "state": "Ready"},
+            ]},
+        }))
+        .unwrap();
+        let now = Moment(5_000);
+        let failed =
+            |vm: &VirtualMachine| planner_memory(vm, &PlannerMemory::default(), now).failed_imports;
+        let known = failed(&vm);
+        assert_eq!(known.len(), 2);
+        assert_eq!(
+            known["boot-kernel"],
+            FailedImports {
+                count: 2,
+                next: Some(Moment(60_000)),
+                message: "http status: 404".to_owned(),
+            }
+        );
+        assert_eq!(known["root"].next, None);
+        vm.metadata.generation = Some(4);
+        for (_, failed) in failed(&vm) {
+            assert_eq!(failed.next, Some(now));
+        }
+    }
 
     /// Regression: the volume counted as not attached, which failed migrations to a busy node.
     #[test]

@@ -78,7 +78,7 @@ pub(crate) fn status(
         stopping_since: report.stopping_since.and_then(time),
         completed: report.completed,
         stop_reason: report.stop_reason.clone().or(old.stop_reason),
-        disks: disks(intent, observed, &old.disks),
+        disks: disks(intent, observed, report, &old.disks),
         interfaces: interfaces(vm),
         conditions,
     }
@@ -91,7 +91,12 @@ fn ownership(row: &RowView) -> Ownership {
     }
 }
 
-fn disks(intent: &VmIntent, observed: &Observed, old: &[DiskStatus]) -> Vec<DiskStatus> {
+fn disks(
+    intent: &VmIntent,
+    observed: &Observed,
+    report: &VmReport,
+    old: &[DiskStatus],
+) -> Vec<DiskStatus> {
     let Fact::Known(row) = &observed.row else {
         return old.to_vec();
     };
@@ -102,6 +107,8 @@ fn disks(intent: &VmIntent, observed: &Observed, old: &[DiskStatus]) -> Vec<Disk
                 state: DiskState::Pending,
                 size: None,
                 imported: None,
+                failed_imports: 0,
+                next_import: None,
                 message: String::new(),
             };
         };
@@ -109,10 +116,13 @@ fn disks(intent: &VmIntent, observed: &Observed, old: &[DiskStatus]) -> Vec<Disk
             .imports
             .iter()
             .find(|import| import.disk == on_volume.disk);
-        let (state, message) = match import.map(|import| &import.phase) {
-            _ if !on_volume.importing => (DiskState::Ready, String::new()),
-            Some(ImportPhase::Failed { message, .. }) => (DiskState::Failed, message.clone()),
-            _ => (DiskState::Importing, String::new()),
+        let failed = report.failed_imports.get(&disk.name);
+        let state = match (import.map(|import| &import.phase), failed) {
+            _ if !on_volume.importing => DiskState::Ready,
+            (Some(ImportPhase::Running | ImportPhase::Complete { .. }), _) | (_, None) => {
+                DiskState::Importing
+            }
+            (_, Some(_)) => DiskState::Failed,
         };
         DiskStatus {
             name: disk.name.clone(),
@@ -121,7 +131,12 @@ fn disks(intent: &VmIntent, observed: &Observed, old: &[DiskStatus]) -> Vec<Disk
             imported: import
                 .filter(|_| on_volume.importing)
                 .map(|import| Quantity::from_bytes(import.written.0)),
-            message,
+            failed_imports: failed
+                .map_or(0, |failed| i32::try_from(failed.count).unwrap_or(i32::MAX)),
+            next_import: failed.and_then(|failed| failed.next).and_then(time),
+            message: failed
+                .map(|failed| failed.message.clone())
+                .unwrap_or_default(),
         }
     };
     intent.disks.iter().map(describe).collect()
@@ -216,6 +231,44 @@ mod tests {
         let intent = crate::vm_intent::intent(&vm).unwrap();
         let report = plan(&intent, &observed, Moment(now)).report;
         status(&vm, &intent, &observed, &report, at(2_000))
+    }
+
+    /// The next plan, of this operator or another, reads its back-off from here.
+    #[test]
+    fn failed_imports_are_in_the_status() {
+        let vm = vm();
+        let intent = crate::vm_intent::intent(&vm).unwrap();
+        let mut observed = unreachable_since(0);
+        observed.row = Fact::Known(RowView {
+            disks: vec![bascule_types::DiskRow {
+                disk: bascule_types::DiskId::random(),
+                name: intent.disks[0].row.clone(),
+                vm: Some(intent.uid),
+                size: bascule_types::Bytes::mib(1),
+                role: bascule_types::DiskRole::Kernel,
+                importing: true,
+                importer: None,
+                extents: vec![],
+            }],
+            ..RowView::default()
+        });
+        let mut report = plan(&intent, &observed, Moment(0)).report;
+        report.keep = false;
+        let failed = |next| bascule_operator_core::FailedImports {
+            count: 3,
+            next,
+            message: "http status: 404".to_owned(),
+        };
+        let mut disk = |next| {
+            let name = "boot-kernel".to_owned();
+            report.failed_imports.insert(name, failed(next));
+            status(&vm, &intent, &observed, &report, at(2_000)).disks[0].clone()
+        };
+        let later = disk(Some(Moment(60_000)));
+        assert_eq!((later.state, later.failed_imports), (DiskState::Failed, 3));
+        assert_eq!(later.next_import, Some(Time(at(60))));
+        assert_eq!(later.message, "http status: 404");
+        assert_eq!(disk(None).next_import, None);
     }
 
     #[test]

@@ -85,9 +85,21 @@ pub struct DiskStatus {
     /// How much of its image is there, while it is being imported.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub imported: Option<Quantity>,
-    /// What went wrong.
+    /// How many attempts to import it have failed, until it is there.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub failed_imports: i32,
+    /// When the next attempt to import it is made. None after a failed attempt means that the same
+    /// image would fail again: it is not tried again before the spec is changed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next_import: Option<Time>,
+    /// What went wrong in the last attempt.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub message: String,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "as serde calls it")]
+fn is_zero(count: &i32) -> bool {
+    *count == 0
 }
 
 /// Whether a disk is there.

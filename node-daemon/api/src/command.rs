@@ -64,9 +64,14 @@ pub enum Command {
         /// The epoch of that ownership.
         epoch: Epoch,
         disk: DiskId,
+        /// The number of the attempt, from 1. One that runs or has ended is not repeated.
+        #[serde(default)]
+        attempt: u32,
         /// Where the disk's contents come from.
         source: ImportSource,
     },
+    /// End the import of a disk, if it runs, and forget its report.
+    CancelImport { disk: DiskId },
     /// Start a VM that this node owns.
     StartVm {
         spec: VmSpec,
@@ -284,10 +289,6 @@ pub struct VmSpec {
     pub disks: Vec<DiskRef>,
     /// The interfaces, in the order of their PCI slots.
     pub interfaces: Vec<Interface>,
-    /// How long the guest has to switch itself off when its node shuts down, in milliseconds; none for the
-    /// default. No reason to restart the guest when it changes.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub shutdown_timeout_ms: Option<u64>,
 }
 
 /// A disk in a VM's spec.

@@ -59,6 +59,9 @@ pub struct ImportReport {
     /// The SharedVolume's name.
     pub volume: String,
     pub disk: DiskId,
+    /// The number of the attempt, as it was requested.
+    #[serde(default)]
+    pub attempt: u32,
     /// Bytes written.
     pub written: Bytes,
     /// The total number of bytes, when the source announces it.

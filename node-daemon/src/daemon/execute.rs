@@ -44,6 +44,7 @@ impl Supervisor {
                 owner,
                 epoch,
                 disk,
+                attempt,
                 source,
             } => self.import(&ImportOrder {
                 volume,
@@ -51,34 +52,22 @@ impl Supervisor {
                 owner: *owner,
                 epoch: *epoch,
                 disk: *disk,
+                attempt: Some(*attempt),
                 source,
             }),
+            Command::CancelImport { disk } => self.cancel_import_soon(*disk),
             Command::StartVm {
                 spec,
                 owner,
                 epoch,
                 restore,
-            } => self.start_vm(
-                spec,
-                Ownership {
-                    owner: *owner,
-                    epoch: *epoch,
-                },
-                *restore,
-            ),
+            } => self.start_vm(spec, Ownership::new(*owner, *epoch), *restore),
             Command::PrepareIncoming {
                 spec,
                 attempt,
                 owner,
                 epoch,
-            } => self.prepare_incoming(
-                spec,
-                *attempt,
-                Ownership {
-                    owner: *owner,
-                    epoch: *epoch,
-                },
-            ),
+            } => self.prepare_incoming(spec, *attempt, Ownership::new(*owner, *epoch)),
             Command::CollectVm { vm, pid } => self.collect_vm(*vm, *pid),
             Command::EndReservation { pod_uid } => {
                 let ended = reservation::end(pod_uid)?;

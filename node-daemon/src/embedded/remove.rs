@@ -86,7 +86,7 @@ fn cancel_imports(node: &Supervisor, document: &Document) -> Result<()> {
     let mut disks = rows.disks.iter();
     disks.try_for_each(|disk| {
         if disk.importing && disk.vm == Some(document.spec.uid) {
-            node.cancel_import(disk.disk)?;
+            node.cancel_import(disk.disk, STOP_LIMIT)?;
         }
         Ok(())
     })
@@ -130,7 +130,7 @@ fn made_names(document: &Document) -> impl Iterator<Item = &RowName> {
     made.map(|disk| &disk.row)
 }
 
-/// A VM stops when its writes in flight are completed.
+/// A process ends when its writes in flight are completed.
 const STOP_LIMIT: Duration = Duration::from_secs(60);
 /// Longer than the settle time of any volume.
 const RELEASE_LIMIT: Duration = Duration::from_secs(60);

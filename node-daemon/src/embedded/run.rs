@@ -220,6 +220,7 @@ fn import_one(
         owner: ownership.owner,
         epoch: ownership.epoch,
         disk,
+        attempt: None,
         source,
     })
     .with_context(|| wanted.field.clone())?;
@@ -312,6 +313,7 @@ fn request_disk(
     }
 }
 
-/// An image of 100 GB at 100 MB/s takes 17 minutes.
-const IMPORT_LIMIT: Duration = Duration::from_secs(3600);
+/// An image of 8 TB at 100 MB/s takes 22 hours. A source that sends nothing and a process that was killed are
+/// noticed long before.
+const IMPORT_LIMIT: Duration = Duration::from_secs(24 * 3600);
 const LAST_STATUS_LIMIT: Duration = Duration::from_secs(30);

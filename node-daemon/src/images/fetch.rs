@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use bascule_types::RedactedUrl;
+use rustix::process::{Signal, getppid, set_parent_process_death_signal};
 use serde::{Deserialize, Serialize};
 use ureq::config::Config;
 use ureq::http::Uri;
@@ -27,6 +28,8 @@ use super::source_policy::{Range, forbidden, permitted};
 /// What the fetcher is to do.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct FetchJob {
+    /// The process that starts the fetcher, and that the fetcher does not outlive.
+    pub(crate) parent: u32,
     pub(crate) url: String,
     pub(crate) limit: LengthLimit,
     pub(crate) site: SiteConfig,
@@ -47,7 +50,13 @@ pub(crate) struct SiteConfig {
 
 /// Writes the image to standard output.
 pub(crate) fn fetch() -> Result<()> {
+    // From here on, a death of the parent is this process' own.
+    set_parent_process_death_signal(Some(Signal::KILL)).context("follow the parent")?;
     let job: FetchJob = serde_json::from_reader(io::stdin().lock()).context("read the job")?;
+    let parent = getppid().and_then(|pid| u32::try_from(pid.as_raw_pid()).ok());
+    if parent != Some(job.parent) {
+        bail!("the import has ended");
+    }
     fetch_to(&job, &mut io::stdout().lock())
 }
 

@@ -25,6 +25,8 @@ pub(crate) struct ImportJob {
     pub(crate) epoch: Epoch,
     /// The disk to fill.
     pub(crate) disk: DiskId,
+    /// The number of the attempt, for the report.
+    pub(crate) attempt: u32,
     /// Where its contents come from.
     pub(crate) source: JobSource,
     /// How this node reaches image sources.

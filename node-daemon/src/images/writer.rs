@@ -179,6 +179,7 @@ fn open_source(job: &ImportJob, limit: LengthLimit) -> Result<(Box<dyn Read>, Op
         }
         JobSource::Http { url, .. } => {
             let (image, fetcher) = Fetcher::start(&FetchJob {
+                parent: std::process::id(),
                 url: url.clone(),
                 limit,
                 site: job.site.clone(),
@@ -206,6 +207,7 @@ fn report(job: &ImportJob, written: Bytes, total: Option<Bytes>, state: ImportSt
     let report = ImportReport {
         volume: job.volume.clone(),
         disk: job.disk,
+        attempt: job.attempt,
         written,
         total,
         state,

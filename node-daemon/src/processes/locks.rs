@@ -27,6 +27,13 @@ pub(crate) struct VolumesLock {
     _lock: File,
 }
 
+/// The exclusive lock on starting imports and judging their reports; released on drop.
+#[derive(Debug)]
+#[must_use = "the lock is released when this is dropped"]
+pub(crate) struct ImportsLock {
+    _lock: File,
+}
+
 impl Supervisor {
     /// Runs `work` while no other command starts, stops or calls this VM's process.
     pub(crate) fn with_vm_lock<T, E: From<anyhow::Error>>(
@@ -58,6 +65,12 @@ impl Supervisor {
     pub(crate) fn lock_volumes(&self) -> Result<VolumesLock> {
         lock(&self.paths.volumes_lock(), FlockOperation::LockExclusive)
             .map(|_lock| VolumesLock { _lock })
+    }
+
+    /// Prevents an import from being taken for dead between its report's first line and its process id.
+    pub(super) fn lock_imports(&self) -> Result<ImportsLock> {
+        lock(&self.paths.imports_lock(), FlockOperation::LockExclusive)
+            .map(|_lock| ImportsLock { _lock })
     }
 }
 

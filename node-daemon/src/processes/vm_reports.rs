@@ -1,4 +1,4 @@
-//! The reports of this node's VM and import processes, from their answers or, when a process does not
+//! The reports of this node's VM processes, from their answers or, when a process does not
 //! respond or has ended, from the files in its run directory.
 
 use std::collections::BTreeMap;
@@ -7,7 +7,7 @@ use std::fs;
 use anyhow::Result;
 use bascule_ipc::vm::{StopReason, VmState, VmStatus};
 use bascule_node_api::command::VmSpec;
-use bascule_node_api::report::{ImportReport, VmReport};
+use bascule_node_api::report::VmReport;
 use bascule_types::{Bytes, VmUid};
 
 use super::supervisor::{Supervisor, is_alive};
@@ -85,24 +85,6 @@ impl Supervisor {
             addresses: Vec::new(),
         }
     }
-
-    pub(crate) fn import_reports(&self) -> Result<Vec<ImportReport>> {
-        let mut reports = Vec::new();
-        for name in names_in(&self.paths.imports())? {
-            if !name.ends_with(".json") {
-                continue;
-            }
-            // A file that is being replaced is read at the next report.
-            let Ok(bytes) = fs::read(self.paths.imports().join(name)) else {
-                continue;
-            };
-            let Ok(report) = serde_json::from_slice(&bytes) else {
-                continue;
-            };
-            reports.push(report);
-        }
-        Ok(reports)
-    }
 }
 
 pub(crate) fn by_name(mut reports: Vec<VmReport>) -> Vec<VmReport> {
@@ -162,7 +144,6 @@ mod tests {
             }),
             start: StartMode::Boot,
             tls_dir: None,
-            shutdown_timeout_ms: None,
         };
         let put = |name: &str, json: Vec<u8>| fs::write(folder.path().join(name), json).unwrap();
         put("config.json", serde_json::to_vec(&config).unwrap());

@@ -4,8 +4,7 @@
 //! ```text
 //!  vm.sock ──► connection threads ─┐
 //!  vCPU and device threads ────────┼─► inbox ──► VM actor (main thread)
-//!  task and migration threads ─────┤
-//!  SIGTERM, SIGINT ────────────────┘
+//!  task and migration threads ─────┘
 //! ```
 //! Read next: [`actor`].
 
@@ -15,7 +14,6 @@ mod control_socket;
 mod devices;
 mod home_volume;
 mod run_dir;
-mod signals;
 mod vm_config;
 
 use std::path::Path;
@@ -27,8 +25,7 @@ use bascule_ipc::vm::VmConfig;
 use self::actor::vm_actor::VmActor;
 use self::run_dir::RunDir;
 
-/// Runs the machine of the configuration file `config` until a client of `vm.sock` requests the exit, or the
-/// guest is off after SIGTERM.
+/// Runs the machine of the configuration file `config` until a client of `vm.sock` requests the exit.
 /// The process's files are made in the directory of `config`.
 #[must_use]
 pub fn run(config: &Path) -> ExitCode {
@@ -44,8 +41,6 @@ pub fn run(config: &Path) -> ExitCode {
 }
 
 fn serve(path: &Path) -> anyhow::Result<()> {
-    // Before there is a second thread: threads inherit the mask.
-    let signals = signals::block().context("block signals")?;
     let run_dir = RunDir::of(path);
     run_dir.start_log().context("start the log")?;
     let config: VmConfig = vm_config::read(path)?;
@@ -55,7 +50,6 @@ fn serve(path: &Path) -> anyhow::Result<()> {
     tracing::info!(release = env!("CARGO_PKG_VERSION"), "starting");
     let (mut actor, inbox) = VmActor::new(config, run_dir.clone())?;
     control_socket::listen(&run_dir, &actor.handle()).context("listen on vm.sock")?;
-    signals::watch(signals, actor.handle()).context("wait for signals")?;
     actor.start();
     actor.serve(&inbox);
     tracing::info!("exiting");

@@ -1,5 +1,6 @@
 //! Every action that the operator may take for a virtual machine, and the status that it reports.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -7,7 +8,7 @@ use bascule_crds::{MigrationMode, MigrationPhase, Phase};
 use bascule_ipc::vm::{MigrationLimits, MigrationStatus};
 use bascule_types::{AttemptId, Change, DiskId, Epoch, FenceProof, Owner};
 
-use crate::{ImageSource, Moment};
+use crate::{FailedImports, ImageSource, Moment};
 
 /// One action. All are idempotent.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -90,9 +91,13 @@ pub enum Action {
         /// The row's epoch.
         epoch: Epoch,
         disk: DiskId,
+        /// The number of the attempt, from 1.
+        attempt: u32,
         /// Where its contents come from.
         source: ImageSource,
     },
+    /// End the import of a disk, or forget that it failed.
+    CancelImport { node: String, disk: DiskId },
     /// Start the guest.
     StartVm {
         node: String,
@@ -299,6 +304,8 @@ pub struct VmReport {
     pub restarts: Vec<Moment>,
     /// Why the guest last ended, if that was observed.
     pub stop_reason: Option<String>,
+    /// The failed attempts to import disks that are not there yet, by the disk's name.
+    pub failed_imports: BTreeMap<String, FailedImports>,
 }
 
 /// A condition to write; `metav1.Condition` without times and generation.

@@ -17,6 +17,7 @@
 
 mod action;
 mod fact;
+mod failed_imports;
 mod intent;
 mod node_health;
 mod observed;
@@ -31,6 +32,7 @@ pub use bascule_crds::{
     DrainPolicy, FailurePolicy, MigrationMode, MigrationPhase, Phase, RunPolicy,
 };
 pub use fact::{Fact, Moment};
+pub use failed_imports::FailedImports;
 pub use intent::{Budgets, DiskIntent, ImageSource, Origin, RestartBudget, SpecDigest, VmIntent};
 pub use node_health::{NodeHealth, node_health};
 pub use observed::{

@@ -13,7 +13,7 @@ use bascule_ipc::volume::{FencingMode, PathState, WatchdogKind};
 use bascule_types::{AttemptId, Bytes, DiskId, DiskRow, Epoch, FenceRow, NodeUid, Owner, Refusal};
 
 use crate::action::Purpose;
-use crate::{Fact, Moment, SpecDigest};
+use crate::{Fact, FailedImports, Moment, SpecDigest};
 
 /// The observed inputs of a plan.
 #[derive(Clone, Debug, Default)]
@@ -232,6 +232,8 @@ pub struct ImportView {
     /// The importing node.
     pub node: String,
     pub disk: DiskId,
+    /// The number of the attempt, as it was requested.
+    pub attempt: u32,
     pub written: Bytes,
     pub phase: ImportPhase,
 }
@@ -289,7 +291,8 @@ pub struct PlannerMemory {
     /// Since when this operator has had no information about the VM.
     pub unknown_since: Option<Moment>,
     pub power_button: Option<Moment>,
-    pub imports_begun: BTreeMap<DiskId, Moment>,
+    /// The failed attempts to import disks, by the disk's name.
+    pub failed_imports: BTreeMap<String, FailedImports>,
     /// Whether the API server refused a creation because the namespace is being deleted.
     pub namespace_ending: bool,
     /// The attempt that the source accepted last, and the source's process id.

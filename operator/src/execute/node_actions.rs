@@ -95,19 +95,21 @@ impl Execution<'_> {
                 owner,
                 epoch,
                 disk,
+                attempt,
                 source,
             } => {
-                self.memory.imports_begun.insert(*disk, self.now);
                 let command = Command::Import {
                     volume: self.intent.volume.clone(),
                     vm,
                     owner: *owner,
                     epoch: *epoch,
                     disk: *disk,
+                    attempt: *attempt,
                     source: import_source(source),
                 };
                 (node, command)
             }
+            Action::CancelImport { node, disk } => (node, Command::CancelImport { disk: *disk }),
             Action::StartVm {
                 node,
                 owner,

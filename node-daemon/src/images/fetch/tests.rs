@@ -46,6 +46,7 @@ fn fetched(url: &str, site: SiteConfig) -> Result<Vec<u8>> {
 
 fn job(url: &str, site: SiteConfig) -> FetchJob {
     FetchJob {
+        parent: std::process::id(),
         url: url.to_owned(),
         limit: LengthLimit {
             role: DiskRole::Data,

@@ -12,5 +12,4 @@ mod failed_writes;
 mod hanging_device;
 mod lab;
 mod peer;
-mod repair;
 mod storage_stall;

@@ -67,6 +67,7 @@ impl<'a> PlanContext<'a> {
         let mut step = Step::new();
         let Some(process) = self.process_of(row, node).filter(|process| process.alive) else {
             step.append(self.collect_all());
+            step.append(self.cancel_imports(node, row));
             step.append(self.release(row, node, owner));
             return step;
         };

@@ -7,8 +7,8 @@ use bascule_types::{Change, DiskRole, DiskRow, Owner, RedactedUrl};
 
 use super::context::PlanContext;
 use super::step::{Ready, ReportChange, Step};
-use crate::observed::{ImportPhase, RowView};
-use crate::{Action, Condition, DiskIntent, ImageSource, Origin, Phase};
+use crate::observed::{ImportPhase, ImportView, RowView};
+use crate::{Action, Condition, DiskIntent, FailedImports, ImageSource, Origin, Phase};
 
 impl PlanContext<'_> {
     /// Whether every disk is there, complete, and this virtual machine's.
@@ -21,18 +21,36 @@ impl PlanContext<'_> {
 
     /// Whether a disk of this virtual machine is being filled on `node`.
     pub(super) fn import_runs_on(&self, node: &str, row: &RowView) -> bool {
-        self.observed.imports.iter().any(|import| {
+        self.imports_on(node, row)
+            .any(|import| import.phase == ImportPhase::Running)
+    }
+
+    /// Ends the imports of this virtual machine's disks on `node`, and has those that failed forgotten.
+    pub(super) fn cancel_imports(&self, node: &str, row: &RowView) -> Step {
+        let mut step = Step::new();
+        for import in self.imports_on(node, row) {
+            step.push(Action::CancelImport {
+                node: node.to_owned(),
+                disk: import.disk,
+            });
+        }
+        step
+    }
+
+    fn imports_on(&self, node: &str, row: &RowView) -> impl Iterator<Item = &ImportView> {
+        let ours = move |import: &&ImportView| {
+            let mut disks = row.disks.iter();
             import.node == node
-                && import.phase == ImportPhase::Running
-                && row.disks.iter().any(|disk| disk.disk == import.disk)
-        })
+                && disks.any(|r| r.disk == import.disk && r.vm == Some(self.intent.uid))
+        };
+        self.observed.imports.iter().filter(ours)
     }
 
     /// The next step for every disk that is not there yet. `node` owns the row.
     pub(super) fn import(&self, row: &RowView, node: &str, owner: Owner) -> Step {
         let mut step = Step::new().requeued_soon();
         // The last disk that failed decides the conditions; one that failed for good before all others.
-        let mut failure: Option<ImportFailure> = None;
+        let mut shown: Option<(String, FailedImports)> = None;
         for disk in &self.intent.disks {
             match self.disk_row(row, disk) {
                 None => step.push(self.make_disk(node, disk)),
@@ -40,36 +58,59 @@ impl PlanContext<'_> {
                     step.push(self.attach_disk(node, disk));
                 }
                 Some(r) if r.importing => {
-                    let failed = self.import_failure(node, disk, r);
-                    failure = failed
-                        .filter(|new| {
-                            new.is_final || !failure.as_ref().is_some_and(|old| old.is_final)
-                        })
-                        .or(failure);
-                    step.actions
-                        .extend(self.fill_disk(row, node, owner, disk, r));
+                    let import = self.import_on(node, r);
+                    let failed = self.failed_imports(disk, import);
+                    step.actions.extend(self.fill_disk(
+                        row,
+                        owner,
+                        disk,
+                        (r, node, import),
+                        failed.as_ref(),
+                    ));
+                    let Some(failed) = failed else { continue };
+                    step.change(ReportChange::ImportFailed(
+                        disk.name.clone(),
+                        failed.clone(),
+                    ));
+                    let runs = import.is_some_and(|i| i.phase == ImportPhase::Running);
+                    let outranked = shown.as_ref().is_some_and(|(_, old)| old.next.is_none());
+                    let is_shown = failed.next.is_none() || !outranked;
+                    if is_shown && !runs {
+                        shown = Some((complaint(disk, &failed.message), failed));
+                    }
                 }
                 Some(_) => {}
             }
         }
-        let (phase, reason, message) = match failure {
-            None => {
-                let message = format!("images are being copied to volume {}", self.intent.volume);
-                (Phase::Importing, reason::IMPORTING, message)
-            }
-            Some(ImportFailure {
-                message,
-                is_final: false,
-            }) => (Phase::Importing, reason::IMPORT_FAILED, message),
-            Some(ImportFailure { message, .. }) => {
-                let message = format!("{message}; not tried again: {WAY_OUT}");
-                (Phase::Failed, reason::IMAGE_REFUSED, message)
-            }
-        };
+        let (phase, reason, message) = self.import_condition(shown);
         let imported = Condition::new(Some(false), reason, message.clone());
         step.change(ReportChange::Imported(imported));
         let ready = Ready::new(phase, false, reason, message);
         step.with_ready(self.or_last_error(ready))
+    }
+
+    fn import_condition(
+        &self,
+        failed: Option<(String, FailedImports)>,
+    ) -> (Phase, &'static str, String) {
+        match failed {
+            None => {
+                let message = format!("images are being copied to volume {}", self.intent.volume);
+                (Phase::Importing, reason::IMPORTING, message)
+            }
+            Some((complaint, FailedImports { next: None, .. })) => {
+                let message = format!("{complaint}; not tried again: {WAY_OUT}");
+                (Phase::Failed, reason::IMAGE_REFUSED, message)
+            }
+            Some((complaint, FailedImports { count, .. })) => {
+                let times = if count == 1 { "time" } else { "times" };
+                let wait = import_backoff(count).as_secs();
+                let message = format!(
+                    "{complaint}; failed {count} {times}, tried again {wait} s after the last"
+                );
+                (Phase::Importing, reason::IMPORT_FAILED, message)
+            }
+        }
     }
 
     fn make_disk(&self, node: &str, disk: &DiskIntent) -> Action {
@@ -102,47 +143,50 @@ impl PlanContext<'_> {
         }
     }
 
-    fn import_on(&self, node: &str, disk: &DiskRow) -> Option<&ImportPhase> {
-        self.observed
-            .imports
-            .iter()
-            .find(|import| import.disk == disk.disk && import.node == node)
-            .map(|import| &import.phase)
+    fn import_on(&self, node: &str, disk: &DiskRow) -> Option<&ImportView> {
+        let mut imports = self.observed.imports.iter();
+        imports.find(|import| import.disk == disk.disk && import.node == node)
     }
 
-    /// Why the import of a disk on `node` failed, if it did.
-    fn import_failure(
+    /// The failed attempts to import a disk, with one that its node has just reported.
+    fn failed_imports(
         &self,
-        node: &str,
         disk: &DiskIntent,
-        disk_row: &DiskRow,
-    ) -> Option<ImportFailure> {
-        let Origin::Image { source, .. } = &disk.origin else {
-            return None;
-        };
-        match self.import_on(node, disk_row)? {
-            ImportPhase::Failed { message, is_final } => Some(ImportFailure {
-                message: complaint(disk, source, message),
-                is_final: *is_final,
-            }),
-            ImportPhase::Running | ImportPhase::Complete { .. } => None,
+        import: Option<&ImportView>,
+    ) -> Option<FailedImports> {
+        let known = self.observed.memory.failed_imports.get(&disk.name);
+        let counted = known.map_or(0, |known| known.count);
+        match import {
+            Some(ImportView {
+                attempt,
+                phase: ImportPhase::Failed { message, is_final },
+                ..
+            }) if *attempt > counted => {
+                let wait = import_backoff(*attempt);
+                Some(FailedImports {
+                    count: *attempt,
+                    next: (!is_final).then(|| self.now.after(wait)),
+                    message: message.clone(),
+                })
+            }
+            _ => known.cloned(),
         }
     }
 
     fn fill_disk(
         &self,
         row: &RowView,
-        node: &str,
         owner: Owner,
         disk: &DiskIntent,
-        disk_row: &DiskRow,
+        (disk_row, node, import): (&DiskRow, &str, Option<&ImportView>),
+        failed: Option<&FailedImports>,
     ) -> Option<Action> {
         let Origin::Image { source, .. } = &disk.origin else {
             // The requesting node's volume process is still zeroing it, or ended meanwhile: repeat it.
             return Some(self.make_disk(node, disk));
         };
         let id = disk_row.disk;
-        match self.import_on(node, disk_row) {
+        match import.map(|import| &import.phase) {
             Some(ImportPhase::Running) => return None,
             Some(ImportPhase::Complete { length }) => {
                 let change = Change::FinishImport {
@@ -154,20 +198,23 @@ impl PlanContext<'_> {
                     change,
                 });
             }
-            Some(ImportPhase::Failed { is_final: true, .. }) => return None,
-            Some(ImportPhase::Failed { .. }) => {
-                let begun = self.observed.memory.imports_begun.get(&id);
-                if begun.is_some_and(|at| self.now.since(*at) < IMPORT_RETRY) {
-                    return None;
-                }
-            }
-            None => {}
+            Some(ImportPhase::Failed { .. }) | None => {}
         }
+        let attempt = match failed {
+            None => 1,
+            Some(FailedImports {
+                count,
+                next: Some(next),
+                ..
+            }) if *next <= self.now => count.saturating_add(1),
+            Some(_) => return None,
+        };
         Some(Action::Import {
             node: node.to_owned(),
             owner,
             epoch: row.epoch,
             disk: id,
+            attempt,
             source: source.clone(),
         })
     }
@@ -177,19 +224,18 @@ impl PlanContext<'_> {
     }
 }
 
-/// Why a disk could not be filled.
-struct ImportFailure {
-    /// For users.
-    message: String,
-    /// Whether the same source fails again.
-    is_final: bool,
-}
-
 /// Names the field and where its image should come from.
-fn complaint(disk: &DiskIntent, source: &ImageSource, message: &str) -> String {
-    let place = match source {
-        ImageSource::Http { url, .. } => RedactedUrl(url).to_string(),
-        ImageSource::HostFile { name } => name.clone(),
+fn complaint(disk: &DiskIntent, message: &str) -> String {
+    let place = match &disk.origin {
+        Origin::Image {
+            source: ImageSource::Http { url, .. },
+            ..
+        } => RedactedUrl(url).to_string(),
+        Origin::Image {
+            source: ImageSource::HostFile { name },
+            ..
+        } => name.clone(),
+        Origin::Blank { .. } | Origin::Existing => String::new(),
     };
     let field = match disk.role {
         DiskRole::Data => format!("{}.source", disk.field()),
@@ -206,12 +252,28 @@ fn complaint(disk: &DiskIntent, source: &ImageSource, message: &str) -> String {
 /// What a user can do about an image that is refused for good.
 const WAY_OUT: &str =
     "a source cannot be changed, so delete the VirtualMachine and create it with another image";
-/// Wait after a failed import, so that a web server that is down is not requested every second.
-const IMPORT_RETRY: Duration = Duration::from_secs(20);
+/// The wait after so many failed attempts: it doubles, so that an image with a wrong hash is not fetched all
+/// day long.
+fn import_backoff(failed: u32) -> Duration {
+    // 7 doublings are more than the longest wait.
+    let doublings = failed.saturating_sub(1).min(7);
+    BACKOFF_MIN.saturating_mul(1 << doublings).min(BACKOFF_MAX)
+}
+
+/// A web server that is restarted is back.
+const BACKOFF_MIN: Duration = Duration::from_secs(20);
+/// Images are fetched a few dozen times a day at most.
+const BACKOFF_MAX: Duration = Duration::from_secs(1800);
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_wait_after_a_failed_import_doubles_up_to_half_an_hour() {
+        let waits = [0, 1, 2, 3, 7, 8, 9, u32::MAX].map(|failed| import_backoff(failed).as_secs());
+        assert_eq!(waits, [20, 20, 40, 80, 1280, 1800, 1800, 1800]);
+    }
 
     #[test]
     fn a_complaint_shows_no_password_of_the_url() {
@@ -223,10 +285,13 @@ mod tests {
             name: "kernel".to_owned(),
             row: bascule_types::RowName::new("shop/web").unwrap(),
             role: DiskRole::Kernel,
-            origin: Origin::Existing,
+            origin: Origin::Image {
+                size: bascule_types::Bytes::mib(1),
+                source,
+            },
             delete_with_vm: true,
         };
-        let shown = complaint(&disk, &source, "http status: 404");
+        let shown = complaint(&disk, "http status: 404");
         assert_eq!(
             shown,
             "spec.boot.kernel: https://images/k?…: http status: 404"

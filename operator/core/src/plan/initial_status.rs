@@ -1,12 +1,13 @@
 //! The status that a plan begins with, and the status while the guest's state is unknown.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use bascule_crds::names::reason;
 
 use super::context::PlanContext;
 use super::step::{ReportChange, Step};
-use crate::{Condition, Fact, Moment, Observed, Phase, VmIntent, VmReport};
+use crate::{Condition, Fact, FailedImports, Moment, Observed, Phase, VmIntent, VmReport};
 
 /// The report that the steps of a plan change.
 pub(super) fn initial(intent: &VmIntent, observed: &Observed, now: Moment) -> VmReport {
@@ -49,7 +50,23 @@ pub(super) fn initial(intent: &VmIntent, observed: &Observed, now: Moment) -> Vm
         completed: completed_before(intent, observed),
         restarts: intent.restart.recent(&observed.memory.restarts, now),
         stop_reason: None,
+        failed_imports: failed_imports(intent, observed),
     }
+}
+
+/// The failed attempts to import disks that are not complete yet, as far as is known.
+fn failed_imports(intent: &VmIntent, observed: &Observed) -> BTreeMap<String, FailedImports> {
+    let is_complete = |name: &str| {
+        let row = observed.row.known();
+        let disk = intent.disks.iter().find(|disk| disk.name == name);
+        row.zip(disk).is_some_and(|(row, disk)| {
+            let mut rows = row.disks.iter();
+            rows.any(|r| r.name == disk.row && !r.importing)
+        })
+    };
+    let mut failed = observed.memory.failed_imports.clone();
+    failed.retain(|name, _| !is_complete(name));
+    failed
 }
 
 /// Whether the guest had shut itself down before this plan, and stays down for it.

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use bascule_types::AttemptId;
 
-use crate::{Action, Condition, Moment, Phase, VmReport};
+use crate::{Action, Condition, FailedImports, Moment, Phase, VmReport};
 
 #[derive(Debug)]
 #[must_use]
@@ -56,6 +56,8 @@ pub(super) enum ReportChange {
     Completed,
     Restarted(Moment),
     StopReason(String),
+    /// The failed attempts to import the disk of this name.
+    ImportFailed(String, FailedImports),
     TargetLost(AttemptId, Moment),
     /// Nothing is known since then. `keep` leaves the status as it was, `node` is the last known node.
     Unknown {
@@ -80,6 +82,9 @@ impl ReportChange {
             Self::Completed => report.completed = true,
             Self::Restarted(at) => report.restarts.push(at),
             Self::StopReason(why) => report.stop_reason = Some(why),
+            Self::ImportFailed(disk, failed) => {
+                report.failed_imports.insert(disk, failed);
+            }
             Self::TargetLost(attempt, since) => report.target_lost = Some((attempt, since)),
             Self::Unknown { since, keep, node } => {
                 report.unknown_since = Some(since);

@@ -6,6 +6,7 @@ mod case;
 mod deletion;
 mod drain;
 mod failure;
+mod imports;
 mod lifecycle;
 mod migration;
 mod moves;

@@ -63,7 +63,7 @@ impl VmActor {
         Answer::Now(response, Vec::new())
     }
 
-    pub(super) fn press_power_button(&self) -> anyhow::Result<()> {
+    fn press_power_button(&self) -> anyhow::Result<()> {
         let machine = self.running()?;
         machine.press_power_button().context("raise the interrupt")
     }

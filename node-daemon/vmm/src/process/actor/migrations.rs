@@ -385,7 +385,6 @@ mod tests {
             home: None,
             start: StartMode::Boot,
             tls_dir: None,
-            shutdown_timeout_ms: None,
         }
     }
 

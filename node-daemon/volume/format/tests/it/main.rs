@@ -9,7 +9,6 @@
 mod bytes;
 mod coordinator_decisions;
 mod crash;
-mod damage;
 mod fixture;
 mod full_table;
 mod late_writes;

@@ -15,7 +15,7 @@ fn a_fetcher_does_not_outlive_the_import_that_was_killed() {
     let port = listener.local_addr().unwrap().port();
     let job = format!(
         r#"{{"url":"http://127.0.0.1:{port}/image","limit":{{"role":"Data","disk":1048576}},
-        "site":{{"allow":["127.0.0.0/8"],"proxy":null,"no_proxy":null,"ca_bundle":null}},"parent":"#
+        "ca_bundle":null,"site":{{"allow":["127.0.0.0/8"],"proxy":null,"no_proxy":null,"ca_bundle":null}},"parent":"#
     );
     let mut parent = Command::new("sh")
         .args(["-c", PARENT, env!("CARGO_BIN_EXE_bascule-import"), &job])

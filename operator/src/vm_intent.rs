@@ -187,6 +187,7 @@ fn image_source(source: &Source) -> Result<ImageSource> {
             url: http.url.clone(),
             digest: ImageDigest::of(http.sha256.as_deref(), http.sha512.as_deref())
                 .context("set exactly one of sha256 and sha512")?,
+            ca_bundle: http.ca_bundle.clone(),
         }),
         SourceKind::HostFile(file) => Ok(ImageSource::HostFile {
             name: file.name.clone(),

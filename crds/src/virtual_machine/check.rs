@@ -245,6 +245,12 @@ impl Errors {
             self.require(good, &format!("{path}.url"), message);
             let one = http.sha256.is_some() != http.sha512.is_some();
             self.require(one, &path, ONE_DIGEST);
+            if let Some(bundle) = &http.ca_bundle {
+                let good = bundle.len() <= CA_BUNDLE_MAX
+                    && bundle.contains("-----BEGIN CERTIFICATE-----")
+                    && !bundle.contains("PRIVATE KEY");
+                self.require(good, &format!("{path}.caBundle"), CA_BUNDLE);
+            }
             if let Some(sha256) = &http.sha256 {
                 let good = is_hexadecimal(sha256, 64);
                 self.require(good, &format!("{path}.sha256"), SHA256);
@@ -344,6 +350,10 @@ const TIB: u64 = 1 << 40;
 const SAME_MAC: &str = "another interface has the same mac: give each its own, or leave mac out";
 const DNS_LABEL: &str = "must be a DNS label: at most 63 lower-case letters, digits and hyphens";
 const ONE_DIGEST: &str = "set exactly one of sha256 and sha512";
+const CA_BUNDLE: &str =
+    "caBundle holds certificates in PEM and nothing else, in at most 16384 characters";
+/// In bytes: eight authorities with RSA keys.
+const CA_BUNDLE_MAX: usize = 16_384;
 const SHA256: &str = "sha256 must be 64 hexadecimal digits in lower case, as sha256sum prints them";
 const SHA512: &str =
     "sha512 must be 128 hexadecimal digits in lower case, as sha512sum prints them";
@@ -389,6 +399,10 @@ spec:
             (
                 format!(", sha512: '{}'", "0".repeat(64)),
                 "spec.boot.kernel.http.sha512: ",
+            ),
+            (
+                format!("{sha256}, caBundle: /etc/ssl/ca.pem"),
+                "spec.boot.kernel.http.caBundle: ",
             ),
             (
                 format!(", sha256: '{}'", "A".repeat(64)),

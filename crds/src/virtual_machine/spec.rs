@@ -148,6 +148,12 @@ pub struct HttpSource {
     #[schemars(length(max = 128))]
     #[x_kube(validation = Rule::new("self.matches('^[0-9a-f]{128}$')").message("sha512 must be 128 hexadecimal digits in lower case, as sha512sum prints them"))]
     pub sha512: Option<String>,
+    /// Certificate authorities to trust for this source beside those that the administrator has set
+    /// up, in PEM: for a server with a certificate of a private authority. At most 16384 characters.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 16384))]
+    #[x_kube(validation = Rule::new("self.contains('-----BEGIN CERTIFICATE-----') && !self.contains('PRIVATE KEY')").message("caBundle holds certificates in PEM and nothing else"))]
+    pub ca_bundle: Option<String>,
 }
 
 /// A file on the nodes, by the name that an administrator gave it.

@@ -257,6 +257,9 @@ pub enum ImportSource {
         url: String,
         /// The hash that the file must have.
         digest: ImageDigest,
+        /// Certificate authorities to trust beside the node's, in PEM.
+        #[serde(default)]
+        ca_bundle: Option<String>,
     },
     /// A file of the node, by its name in the administrator's allow-list.
     HostFile {

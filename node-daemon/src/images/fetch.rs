@@ -32,6 +32,8 @@ pub(crate) struct FetchJob {
     pub(crate) parent: u32,
     pub(crate) url: String,
     pub(crate) limit: LengthLimit,
+    /// Certificate authorities to trust for this source alone, in PEM.
+    pub(crate) ca_bundle: Option<String>,
     pub(crate) site: SiteConfig,
 }
 
@@ -71,7 +73,7 @@ fn fetch_to(job: &FetchJob, out: &mut impl Write) -> Result<()> {
         );
     }
     let shown = RedactedUrl(&job.url);
-    let agent = agent(&job.site)?;
+    let agent = agent(&job.site, job.ca_bundle.as_deref())?;
     let mut response = agent
         .get(url)
         .call()
@@ -84,7 +86,7 @@ fn fetch_to(job: &FetchJob, out: &mut impl Write) -> Result<()> {
     out.flush().context("write to the writer")
 }
 
-fn agent(site: &SiteConfig) -> Result<ureq::Agent> {
+fn agent(site: &SiteConfig, ca_bundle: Option<&str>) -> Result<ureq::Agent> {
     let allow: Vec<Range> = site
         .allow
         .iter()
@@ -94,7 +96,7 @@ fn agent(site: &SiteConfig) -> Result<ureq::Agent> {
     let proxy = site.proxy.as_deref().map(|proxy| parse_proxy(proxy, site));
     let proxy = proxy.transpose()?;
     let proxy_host = proxy.as_ref().map(|proxy| proxy.host().to_owned());
-    let tls = TlsConfig::builder().root_certs(roots(site.ca_bundle.as_deref())?);
+    let tls = TlsConfig::builder().root_certs(roots(site.ca_bundle.as_deref(), ca_bundle)?);
     let config = Config::builder()
         .timeout_connect(Some(CONNECT_LIMIT))
         .timeout_recv_response(Some(RESPONSE_LIMIT))
@@ -140,32 +142,40 @@ fn parse_proxy(text: &str, site: &SiteConfig) -> Result<Proxy> {
     builder.build().ok().with_context(wrong)
 }
 
-/// The node's own trust store and `ca_bundle`; where the node has none, the roots of Mozilla that were built in.
-fn roots(ca_bundle: Option<&str>) -> Result<RootCerts> {
+/// The node's own trust store, the site's bundle and the source's; where the node has none of its own, the
+/// roots of Mozilla that were built in.
+fn roots(site: Option<&str>, source: Option<&str>) -> Result<RootCerts> {
     let own = rustls_native_certs::load_native_certs().certs;
     let mut certificates: Vec<Certificate<'static>> = own
         .iter()
         .map(|der| Certificate::from_der(der).to_owned())
         .collect();
-    if let Some(pem) = ca_bundle {
-        let before = certificates.len();
-        for item in parse_pem(pem.as_bytes()) {
-            match item.context("read the CA bundle for image sources")? {
-                PemItem::Certificate(certificate) => certificates.push(certificate),
-                _ => {
-                    bail!("the CA bundle for image sources holds something else than certificates")
-                }
-            }
-        }
-        if certificates.len() == before {
-            bail!("the CA bundle for image sources holds no certificate");
-        }
+    if let Some(pem) = site {
+        certificates.extend(parse_bundle(pem, "the CA bundle for image sources")?);
+    }
+    if let Some(pem) = source {
+        certificates.extend(parse_bundle(pem, "http.caBundle")?);
     }
     if certificates.is_empty() {
         Ok(RootCerts::WebPki)
     } else {
         Ok(RootCerts::Specific(Arc::new(certificates)))
     }
+}
+
+/// The certificates in `pem`, which messages call `name`.
+fn parse_bundle(pem: &str, name: &str) -> Result<Vec<Certificate<'static>>> {
+    let mut certificates = Vec::new();
+    for item in parse_pem(pem.as_bytes()) {
+        match item.with_context(|| format!("read {name}"))? {
+            PemItem::Certificate(certificate) => certificates.push(certificate),
+            _ => bail!("{name} holds something else than certificates"),
+        }
+    }
+    if certificates.is_empty() {
+        bail!("{name} holds no certificate");
+    }
+    Ok(certificates)
 }
 
 /// A name that only the cluster's DNS knows.

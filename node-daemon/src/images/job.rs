@@ -41,7 +41,12 @@ pub(crate) enum JobSource {
     /// Nothing: zeroes.
     Blank,
     /// A file by http or https.
-    Http { url: String, digest: ImageDigest },
+    Http {
+        url: String,
+        digest: ImageDigest,
+        /// Certificate authorities to trust beside the site's, in PEM.
+        ca_bundle: Option<String>,
+    },
     /// A file of this node, from the administrator's allow-list.
     File { path: PathBuf },
 }

@@ -177,11 +177,12 @@ fn open_source(job: &ImportJob, limit: LengthLimit) -> Result<(Box<dyn Read>, Op
             limit.check(length)?;
             Ok((Box::new(file), None))
         }
-        JobSource::Http { url, .. } => {
+        JobSource::Http { url, ca_bundle, .. } => {
             let (image, fetcher) = Fetcher::start(&FetchJob {
                 parent: std::process::id(),
                 url: url.clone(),
                 limit,
+                ca_bundle: ca_bundle.clone(),
                 site: job.site.clone(),
             })?;
             Ok((Box::new(image), Some(fetcher)))

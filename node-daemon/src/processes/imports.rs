@@ -209,9 +209,14 @@ impl Supervisor {
     fn job_source(&self, source: &ImportSource) -> Result<JobSource, Rejection> {
         match source {
             ImportSource::Blank => Ok(JobSource::Blank),
-            ImportSource::Http { url, digest } => Ok(JobSource::Http {
+            ImportSource::Http {
+                url,
+                digest,
+                ca_bundle,
+            } => Ok(JobSource::Http {
                 url: url.clone(),
                 digest: digest.clone(),
+                ca_bundle: ca_bundle.clone(),
             }),
             ImportSource::HostFile { name } => {
                 let path = self.host_files.get(name).ok_or_else(|| {

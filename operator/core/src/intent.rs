@@ -85,6 +85,8 @@ pub enum ImageSource {
         url: String,
         /// The hash that it must have.
         digest: ImageDigest,
+        /// Certificate authorities to trust beside the node's, in PEM.
+        ca_bundle: Option<String>,
     },
     /// From the administrator's allow-list.
     HostFile { name: String },

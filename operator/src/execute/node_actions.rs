@@ -253,9 +253,14 @@ fn refusal_condition(
 
 fn import_source(source: &ImageSource) -> ImportSource {
     match source {
-        ImageSource::Http { url, digest } => ImportSource::Http {
+        ImageSource::Http {
+            url,
+            digest,
+            ca_bundle,
+        } => ImportSource::Http {
             url: url.clone(),
             digest: digest.clone(),
+            ca_bundle: ca_bundle.clone(),
         },
         ImageSource::HostFile { name } => ImportSource::HostFile { name: name.clone() },
     }

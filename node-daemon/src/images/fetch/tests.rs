@@ -52,6 +52,7 @@ fn job(url: &str, site: SiteConfig) -> FetchJob {
             role: DiskRole::Data,
             disk: Bytes::mib(1),
         },
+        ca_bundle: None,
         site,
     }
 }
@@ -259,9 +260,32 @@ fn a_source_with_a_private_authority_is_fetched_with_that_in_the_bundle_and_not_
 }
 
 #[test]
+fn a_source_brings_its_own_authority_beside_the_sites() {
+    let (site_authority, _) = bascule_pki::Authority::create("site").unwrap();
+    let (own_authority, _) = bascule_pki::Authority::create("images").unwrap();
+    for signer in [&site_authority, &own_authority] {
+        let (port, served) = serve_tls(signer);
+        let site = SiteConfig {
+            ca_bundle: Some(site_authority.certificate_pem().to_owned()),
+            ..site(&["127.0.0.0/8"])
+        };
+        let job = FetchJob {
+            ca_bundle: Some(own_authority.certificate_pem().to_owned()),
+            ..job(&format!("https://localhost:{port}/image"), site)
+        };
+        let mut image = Vec::new();
+        fetch_to(&job, &mut image).unwrap();
+        served.join().unwrap();
+        assert_eq!(image, b"image");
+    }
+}
+
+#[test]
 fn a_ca_bundle_without_a_certificate_is_refused() {
     for bad in ["", "no certificate"] {
-        let error = roots(Some(bad)).unwrap_err().to_string();
-        assert!(error.contains("holds no certificate"), "{error}");
+        let of_site = roots(Some(bad), None).unwrap_err().to_string();
+        assert!(of_site.contains("holds no certificate"), "{of_site}");
+        let of_source = roots(None, Some(bad)).unwrap_err().to_string();
+        assert_eq!(of_source, "http.caBundle holds no certificate");
     }
 }

@@ -280,6 +280,7 @@ mod tests {
         let source = ImageSource::Http {
             url: "https://user:secret@images/k?signature=abc".to_owned(),
             digest: bascule_types::ImageDigest::Sha256(String::new()),
+            ca_bundle: None,
         };
         let disk = DiskIntent {
             name: "kernel".to_owned(),

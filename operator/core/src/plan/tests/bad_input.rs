@@ -108,7 +108,11 @@ fn a_failed_import_names_the_field_and_the_place_that_it_should_come_from() {
     };
     let url = "https://images.example/vmlinuz".to_owned();
     let digest = bascule_types::ImageDigest::Sha256("0".repeat(64));
-    let http = ImageSource::Http { url, digest };
+    let http = ImageSource::Http {
+        url,
+        digest,
+        ca_bundle: None,
+    };
     assert_eq!(
         failing(http.clone(), "http status: 404"),
         "spec.boot.kernel: https://images.example/vmlinuz: http status: 404"

@@ -60,6 +60,7 @@ impl TestVmSpec {
                 home: None,
                 start: StartMode::Boot,
                 tls_dir: None,
+                shutdown_timeout_ms: None,
             },
             fault: None,
         })

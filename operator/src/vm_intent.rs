@@ -98,15 +98,26 @@ pub(crate) fn vm_spec(vm: &VirtualMachine) -> Result<VmSpec> {
                 }
             })
             .collect(),
+        shutdown_timeout_ms: Some(millis(
+            spec.availability.migration.shutdown_timeout.to_std()?,
+        )),
         namespace,
         name,
     })
 }
 
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
 /// Digest of all fields that the reservation pod or the running guest depends on; a different digest
 /// means that a restart is required.
 pub(crate) fn digest(vm: &VirtualMachine) -> Result<SpecDigest> {
-    let relevant = (vm_spec(vm)?, &vm.spec.placement);
+    let spec = VmSpec {
+        shutdown_timeout_ms: None,
+        ..vm_spec(vm)?
+    };
+    let relevant = (spec, &vm.spec.placement);
     let json = serde_json::to_vec(&relevant).context("serialize the spec")?;
     Ok(SpecDigest(Sha256::digest(json).into()))
 }

@@ -292,6 +292,10 @@ pub struct VmSpec {
     pub disks: Vec<DiskRef>,
     /// The interfaces, in the order of their PCI slots.
     pub interfaces: Vec<Interface>,
+    /// How long the guest has to switch itself off when its node shuts down, in milliseconds; none for the
+    /// default. No reason to restart the guest when it changes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shutdown_timeout_ms: Option<u64>,
 }
 
 /// A disk in a VM's spec.

@@ -3,6 +3,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use bascule_types::{AttemptId, Bytes, Epoch, Owner, PortRange, VmUid};
 use serde::{Deserialize, Serialize};
@@ -33,11 +34,24 @@ pub struct VmConfig {
     pub start: StartMode,
     /// The folder of the node's TLS identity ([`crate::tls`]), for migration streams.
     pub tls_dir: Option<PathBuf>,
+    /// How long the guest has to switch itself off after SIGTERM to the process, in milliseconds; none for
+    /// [`VmConfig::SHUTDOWN_TIMEOUT`].
+    #[serde(default)]
+    pub shutdown_timeout_ms: Option<u64>,
 }
 
 impl VmConfig {
     /// The version that this release writes.
     pub const VERSION: u32 = 1;
+    /// As `shutdownTimeout` of a VirtualMachine by default.
+    pub const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(120);
+
+    /// How long the guest has to switch itself off after SIGTERM to the process.
+    #[must_use]
+    pub fn shutdown_timeout(&self) -> Duration {
+        self.shutdown_timeout_ms
+            .map_or(Self::SHUTDOWN_TIMEOUT, Duration::from_millis)
+    }
 }
 
 /// A VM's home volume, and the ownership in which the process writes to it.

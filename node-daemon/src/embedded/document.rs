@@ -108,6 +108,12 @@ fn resolve(vm: &VirtualMachine, namespace: &str, name: &str) -> Result<VmSpec> {
         cmdline: vm.spec.boot.cmdline.clone(),
         disks: disks.collect(),
         interfaces,
+        shutdown_timeout_ms: u64::try_from(
+            (vm.spec.availability.migration.shutdown_timeout)
+                .to_std()?
+                .as_millis(),
+        )
+        .ok(),
     })
 }
 

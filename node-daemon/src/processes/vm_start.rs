@@ -201,6 +201,7 @@ impl OnNode<'_> {
             }),
             start: self.mode.clone(),
             tls_dir: Some(self.node.paths.tls()),
+            shutdown_timeout_ms: spec.shutdown_timeout_ms,
         }
     }
 }

@@ -417,6 +417,7 @@ mod tests {
             cmdline: String::new(),
             disks: Vec::new(),
             interfaces: Vec::new(),
+            shutdown_timeout_ms: None,
         };
         let owner = Owner {
             slot: SlotId(1),

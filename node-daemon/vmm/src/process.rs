@@ -4,7 +4,8 @@
 //! ```text
 //!  vm.sock ──► connection threads ─┐
 //!  vCPU and device threads ────────┼─► inbox ──► VM actor (main thread)
-//!  task and migration threads ─────┘
+//!  task and migration threads ─────┤
+//!  SIGTERM, SIGINT ────────────────┘
 //! ```
 //! Read next: [`actor`].
 
@@ -14,6 +15,7 @@ mod control_socket;
 mod devices;
 mod home_volume;
 mod run_dir;
+mod signals;
 mod vm_config;
 
 use std::path::Path;
@@ -25,7 +27,8 @@ use bascule_ipc::vm::VmConfig;
 use self::actor::vm_actor::VmActor;
 use self::run_dir::RunDir;
 
-/// Runs the machine of the configuration file `config` until a client of `vm.sock` requests the exit.
+/// Runs the machine of the configuration file `config` until a client of `vm.sock` requests the exit, or the
+/// guest is off after SIGTERM.
 /// The process's files are made in the directory of `config`.
 #[must_use]
 pub fn run(config: &Path) -> ExitCode {
@@ -41,6 +44,8 @@ pub fn run(config: &Path) -> ExitCode {
 }
 
 fn serve(path: &Path) -> anyhow::Result<()> {
+    // Before there is a second thread: threads inherit the mask.
+    let signals = signals::block().context("block signals")?;
     let run_dir = RunDir::of(path);
     run_dir.start_log().context("start the log")?;
     let config: VmConfig = vm_config::read(path)?;
@@ -50,6 +55,7 @@ fn serve(path: &Path) -> anyhow::Result<()> {
     tracing::info!(release = env!("CARGO_PKG_VERSION"), "starting");
     let (mut actor, inbox) = VmActor::new(config, run_dir.clone())?;
     control_socket::listen(&run_dir, &actor.handle()).context("listen on vm.sock")?;
+    signals::watch(signals, actor.handle()).context("wait for signals")?;
     actor.start();
     actor.serve(&inbox);
     tracing::info!("exiting");

@@ -20,6 +20,7 @@ use bascule_ipc::vm::{
 };
 use bascule_ipc::{Connection, Kind};
 use bascule_types::{Bytes, VmUid};
+use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
 const ANSWER_LIMIT: Duration = Duration::from_secs(60);
@@ -62,6 +63,7 @@ fn config(dir: &TempDir, code: &[u8]) -> VmConfig {
         home: None,
         start: StartMode::Boot,
         tls_dir: None,
+        shutdown_timeout_ms: None,
     }
 }
 
@@ -155,6 +157,18 @@ impl TestProcess {
         }
     }
 
+    fn signal(&self, signal: Signal) {
+        let pid = i32::try_from(self.child.id()).unwrap();
+        kill_process(Pid::from_raw(pid).unwrap(), signal).unwrap();
+    }
+
+    /// The process exits cleanly, and its last state is that of a guest that was stopped on request.
+    fn ends_on_request(mut self) {
+        assert!(self.child.wait().unwrap().success());
+        let state = std::fs::read_to_string(self.dir.path().join("state.json")).unwrap();
+        assert!(state.contains("\"Requested\""), "{state}");
+    }
+
     fn exits(mut self) {
         self.accepted(&Request::Exit);
         assert!(self.child.wait().unwrap().success());
@@ -225,6 +239,55 @@ fn the_power_button_is_pressed_over_the_control_socket() {
     vm.accepted(&Request::PowerButton);
     assert_eq!(vm.await_stopped(), StopReason::GuestShutdown);
     vm.exits();
+}
+
+/// A host's shutdown sends SIGTERM to every process, and again after a while.
+#[test]
+fn sigterm_presses_the_power_button_and_the_process_exits_when_the_guest_is_off() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let mut vm = TestProcess::running(guests::AWAIT_BUTTON);
+    vm.signal(Signal::HUP);
+    assert_eq!(vm.status().state, VmState::Running);
+    vm.signal(Signal::TERM);
+    vm.ends_on_request();
+    // A guest that was paused on request can react, too.
+    let mut vm = TestProcess::running(guests::AWAIT_BUTTON);
+    vm.accepted(&Request::Pause);
+    vm.signal(Signal::INT);
+    vm.ends_on_request();
+}
+
+#[test]
+fn a_guest_that_ignores_the_power_button_is_stopped_when_its_time_is_up() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let dir = TempDir::new().unwrap();
+    let mut config = config(&dir, guests::COUNTER);
+    config.shutdown_timeout_ms = Some(300);
+    let vm = TestProcess::start(dir, &config);
+    vm.await_console(50);
+    for signal in [Signal::TERM, Signal::TERM, Signal::INT, Signal::HUP] {
+        vm.signal(signal);
+    }
+    vm.ends_on_request();
+}
+
+/// Nothing is lost: the guest was never started.
+#[test]
+fn a_process_that_could_not_build_its_machine_exits_on_sigterm() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let dir = TempDir::new().unwrap();
+    let mut config = config(&dir, guests::COUNTER);
+    config.cpus = 0;
+    let mut vm = TestProcess::start(dir, &config);
+    vm.await_stopped();
+    vm.signal(Signal::TERM);
+    assert!(vm.child.wait().unwrap().success());
 }
 
 #[test]

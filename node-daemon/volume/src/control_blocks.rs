@@ -5,8 +5,8 @@ use std::io;
 
 use bascule_types::{Lba, SlotId};
 use bascule_volume_format::{
-    BLOCK_BYTES, BlockStore, CoordinatorEpoch, HEARTBEAT_RECORDS, HeartbeatRecord, LeaderBlock,
-    PAXOS_SUBSECTORS, PaxosBlock, Record, RegionKind, Superblock, open, seal_block,
+    BLOCK_BYTES, BlockStore, CoordinatorEpoch, HEARTBEAT_RECORDS, HeartbeatRecord,
+    PAXOS_SUBSECTORS, PaxosBlock, Record, RegionKind, Superblock, open, read_leaders, seal_block,
 };
 
 /// Reads `count` consecutive blocks and returns the records that can be parsed.
@@ -72,44 +72,16 @@ pub fn read_paxos<S: BlockStore>(
     read_run(store, superblock, region.start, blocks.min(region.blocks))
 }
 
-/// Every leader block; a slot that never coordinated has none.
-///
-/// # Errors
-/// Those of the device; [`io::ErrorKind::InvalidData`] when a leader block is damaged, because that
-/// block may be the newest.
-pub fn read_leaders<S: BlockStore>(
-    store: &mut S,
-    superblock: &Superblock,
-) -> io::Result<Vec<LeaderBlock>> {
-    let region = superblock.region(RegionKind::Leaders);
-    let count = usize::try_from(region.blocks).map_err(io::Error::other)?;
-    let mut bytes = vec![0; count * BLOCK_BYTES];
-    store.read(region.start, &mut bytes)?;
-    let blocks = (region.start.0..)
-        .map(Lba)
-        .zip(bytes.chunks_exact(BLOCK_BYTES));
-    let mut leaders = Vec::new();
-    for (lba, block) in blocks {
-        match open(block, superblock.place(lba)) {
-            Ok(leader) => leaders.push(leader),
-            Err(bascule_volume_format::FormatError::Blank) => {}
-            Err(error) => return Err(io::Error::new(io::ErrorKind::InvalidData, error)),
-        }
-    }
-    Ok(leaders)
-}
-
 /// The highest coordinator epoch of any leader block; 0 when there is none.
 ///
 /// # Errors
-/// As for [`read_leaders`].
+/// As for [`read_leaders`]: a damaged leader block may be the newest.
 pub fn read_highest_epoch<S: BlockStore>(
     store: &mut S,
     superblock: &Superblock,
 ) -> io::Result<CoordinatorEpoch> {
-    let leaders = read_leaders(store, superblock)?;
-    let highest = leaders.iter().map(|leader| leader.epoch).max();
-    Ok(highest.unwrap_or_default())
+    let newest = read_leaders(store, superblock)?.newest();
+    Ok(newest.map(|leader| leader.epoch).unwrap_or_default())
 }
 
 /// Writes a record and flushes the device.

@@ -1,5 +1,5 @@
-//! `bascule-volume`: one process per attached SharedVolume, and the offline tools `format` and
-//! `check`.
+//! `bascule-volume`: one process per attached SharedVolume, and the offline tools `format`, `check` and
+//! `repair`.
 //!
 //! The process holds this node's slot on the volume: it renews the node's heartbeat, watches the
 //! heartbeats of the other nodes, coordinates while it is elected, and hands the device to
@@ -32,6 +32,7 @@ pub mod peer_rpc;
 pub mod peer_watch;
 pub mod process;
 pub mod published_watchdog;
+pub mod repair_command;
 pub mod serve_command;
 pub mod shutdown_signal;
 pub mod sleep_inhibitor;

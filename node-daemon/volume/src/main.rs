@@ -1,13 +1,14 @@
 //! One process per attached SharedVolume: heartbeat, fencing, coordinator; and the offline tools
-//! format and check.
+//! format, check and repair.
 #![forbid(unsafe_code)]
 
 use std::io::IsTerminal as _;
 use std::process::ExitCode;
 
 use bascule_volume::offline_tools::{CheckArgs, FormatArgs};
+use bascule_volume::repair_command::RepairArgs;
 use bascule_volume::serve_command::ServeArgs;
-use bascule_volume::{offline_tools, serve_command};
+use bascule_volume::{offline_tools, repair_command, serve_command};
 use clap::{Parser, Subcommand, ValueEnum};
 use tracing_subscriber::EnvFilter;
 
@@ -32,6 +33,12 @@ enum Command {
     /// Exit codes: 0 clean, 1 warnings, 2 damaged, 3 not a Bascule volume, 4 a newer format,
     /// 5 unreadable.
     Check(CheckArgs),
+    /// Repair damaged superblocks, leader blocks and checkpoint heads of a volume that no node has
+    /// attached, as far as other blocks prove what they held. Without --yes it only says what it would write.
+    ///
+    /// Exit codes: 0 nothing left to do, 1 something to do (or an error), 2 something cannot be repaired,
+    /// 3 no volume of a format that this release knows.
+    Repair(RepairArgs),
     /// Attach a volume on this node and serve the processes of the node.
     Serve(ServeArgs),
 }
@@ -56,6 +63,7 @@ fn main() -> ExitCode {
     let outcome = match &cli.command {
         Command::Format(args) => offline_tools::format(args),
         Command::Check(args) => offline_tools::check(args),
+        Command::Repair(args) => repair_command::repair(args),
         Command::Serve(args) => serve_command::serve(args),
     };
     outcome.unwrap_or_else(|error| {

@@ -4,8 +4,10 @@
 use std::io;
 use std::time::Duration;
 
-use bascule_types::SlotId;
-use bascule_volume_format::{BlockStore, HeartbeatRecord, LeaderBlock, read_superblock, recover};
+use bascule_types::{SlotId, error_chain};
+use bascule_volume_format::{
+    BlockStore, HeartbeatRecord, Leaders, read_leaders, read_superblock, recover,
+};
 use bascule_volume_protocol::{HeartbeatSeen, WatchEvent};
 
 use crate::block_device::Handle;
@@ -45,23 +47,26 @@ pub fn read_once<S: BlockStore>(context: &VolumeContext, store: &mut S) {
     let seen = read_all(context, store, slots);
     let completed_at = context.now();
     match seen {
-        Ok((heartbeats, leaders)) => context.update(|state| {
-            let of = |slot: SlotId| {
-                let record = heartbeats.iter().find(|record| record.owner.slot == slot);
-                (slot, record.map(HeartbeatSeen::from))
-            };
-            let event = WatchEvent::Read {
-                issued_at,
-                completed_at,
-                slots: (0..slots).map(SlotId).map(of).collect(),
-            };
-            state.watcher = state.watcher.clone().next(event);
-            state.heartbeats = heartbeats.into_iter().map(|r| (r.owner.slot, r)).collect();
-            state.leader = leaders.into_iter().max_by_key(|leader| leader.epoch);
-            state.read_error = None;
-        }),
+        Ok((heartbeats, leaders)) => {
+            context.report_damage(&leaders.obsolete);
+            context.update(|state| {
+                let of = |slot: SlotId| {
+                    let record = heartbeats.iter().find(|record| record.owner.slot == slot);
+                    (slot, record.map(HeartbeatSeen::from))
+                };
+                let event = WatchEvent::Read {
+                    issued_at,
+                    completed_at,
+                    slots: (0..slots).map(SlotId).map(of).collect(),
+                };
+                state.watcher = state.watcher.clone().next(event);
+                state.heartbeats = heartbeats.into_iter().map(|r| (r.owner.slot, r)).collect();
+                state.leader = leaders.newest();
+                state.read_error = None;
+            });
+        }
         Err(error) => {
-            let error = format!("cannot read the volume: {error}");
+            let error = format!("cannot read the volume: {}", error_chain(&error));
             tracing::warn!(error, "no heartbeat was read");
             context.update(|state| state.read_error = Some(error));
             reopen(context);
@@ -84,10 +89,10 @@ fn read_all<S: BlockStore>(
     context: &VolumeContext,
     store: &mut S,
     slots: u16,
-) -> io::Result<(Vec<HeartbeatRecord>, Vec<LeaderBlock>)> {
+) -> io::Result<(Vec<HeartbeatRecord>, Leaders)> {
     context.device.check_present()?;
     let heartbeats = control_blocks::read_heartbeats(store, &context.superblock, slots)?;
-    let leaders = control_blocks::read_leaders(store, &context.superblock)?;
+    let leaders = read_leaders(store, &context.superblock)?;
     Ok((heartbeats, leaders))
 }
 
@@ -112,6 +117,7 @@ fn read_metadata(context: &VolumeContext, handle: &mut Handle) {
     }
     let found = recover(handle, &context.superblock);
     if let Ok(recovered) = found {
+        context.report_damage(&recovered.obsolete);
         context.update(|state| {
             if state.coordinator.is_none() {
                 state.metadata = Some((recovered.base.epoch, recovered.metadata));

@@ -9,16 +9,17 @@
 //! ```
 //! No thread does I/O while it holds the mutex.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use bascule_types::{BootTime, NodeUid, Owner, SlotId, VmUid};
+use bascule_types::{BootTime, Lba, NodeUid, Owner, SlotId, VmUid};
 use bascule_volume_format::{
-    CoordinatorEpoch, Fencing, HeartbeatRecord, LeaderBlock, Metadata, SlotRow, Superblock,
+    CoordinatorEpoch, Fencing, HeartbeatRecord, LeaderBlock, Metadata, Obsolete, SlotRow,
+    Superblock,
 };
 use bascule_volume_gate::{GateError, GateWriter};
 use bascule_volume_protocol::{Enlistment, LeasePhase, Rules, Watcher, WriterId};
@@ -93,6 +94,8 @@ pub struct State {
     pub read_error: Option<String>,
     /// Written by the heartbeat thread: why heartbeats cannot be written.
     pub write_error: Option<String>,
+    /// Damaged blocks that are ignored, and were reported.
+    pub damaged: BTreeSet<Lba>,
     /// Written by any thread, once: why this node must not write to the volume until a new process
     /// has verified it.
     pub failed: Option<String>,
@@ -165,6 +168,7 @@ impl VolumeContext {
             leader: None,
             read_error: None,
             write_error: None,
+            damaged: BTreeSet::new(),
             failed: None,
             metadata: None,
             coordinator: None,
@@ -309,6 +313,17 @@ impl VolumeContext {
     /// When there is no such process.
     pub fn writer(&self, vm: VmUid, pid: u32) -> io::Result<WriterId> {
         writer_started(vm, pid, self.host.start_time(pid))
+    }
+
+    /// Reports damaged blocks that are ignored, each once.
+    pub fn report_damage(&self, blocks: &[Obsolete]) {
+        for block in blocks {
+            if self.state().damaged.insert(block.lba) {
+                tracing::warn!(
+                    "{block}; bascule-volume repair blanks it on a volume that no node has attached"
+                );
+            }
+        }
     }
 
     /// Whether all threads shall end.

@@ -170,12 +170,18 @@ fn of_a_vm_whose_second_bridge_is_missing_no_tap_and_no_file_stays() {
         cmdline: String::new(),
         disks: Vec::new(),
         interfaces: vec![interface("lan"), interface("wan")],
+        shutdown_timeout_ms: None,
     };
     let owner = bascule_types::Owner {
         slot: bascule_types::SlotId(1),
         generation: bascule_types::Generation(1),
     };
-    let before = ip("link show");
+    let names = || -> Vec<String> {
+        let links = ip("-o link show");
+        let names = links.lines().filter_map(|line| line.split(' ').nth(1));
+        names.map(str::to_owned).collect()
+    };
+    let before = names();
     let taps = node.wanted_taps(&spec).unwrap();
     let on_node = OnNode {
         node: &node,
@@ -188,7 +194,7 @@ fn of_a_vm_whose_second_bridge_is_missing_no_tap_and_no_file_stays() {
         error.message,
         "interfaces[1].bridge: bridge br9: it does not exist on this node"
     );
-    assert_eq!(ip("link show"), before);
+    assert_eq!(names(), before);
     assert!(!node.paths.vm(spec.uid).exists());
 }
 

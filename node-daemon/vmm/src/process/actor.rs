@@ -30,6 +30,7 @@
 //! | `control_requests` | requests on `vm.sock` |
 //! | `start`, `build` | building the machine, on a task thread |
 //! | `shutdown` | pausing and ending, on task threads |
+//! | `host_shutdown`, `host_shutdown_progress` | SIGTERM: the guest is asked to switch itself off, and stopped when it does not in time |
 //! | `migrations`, `migration_guest` | starting migrations, and the machine as their threads see it |
 //! | `ownership_watch` | following the gate page: the node has re-joined, or lost the VM |
 //! | `disk_failure` | reporting a failed disk to the home volume |
@@ -38,6 +39,8 @@ mod build;
 mod control_requests;
 mod disk_failure;
 pub(super) mod event;
+mod host_shutdown;
+mod host_shutdown_progress;
 mod migration_guest;
 mod migrations;
 mod ownership_watch;

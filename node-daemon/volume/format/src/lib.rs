@@ -66,6 +66,7 @@
 pub mod area_blocks;
 mod block_store;
 mod create_and_open;
+mod damage;
 pub mod election_blocks;
 pub mod envelope;
 mod extent_allocator;
@@ -74,6 +75,7 @@ pub mod metadata;
 pub mod metadata_log;
 pub mod metadata_records;
 mod offline_check;
+mod repair;
 pub mod superblock;
 pub mod timing;
 pub mod volume_layout;
@@ -81,6 +83,7 @@ pub mod volume_layout;
 pub use area_blocks::{CheckpointHead, CheckpointId, CheckpointRow, JournalBlock};
 pub use block_store::{BlockStore, MemStore};
 pub use create_and_open::{MakeError, OpenError, make_volume, read_copy, read_superblock};
+pub use damage::{DamagedLeader, Leaders, Obsolete, read_leaders};
 pub use election_blocks::{Accepted, CoordinatorEpoch, LeaderBlock, PAXOS_SUBSECTORS, PaxosBlock};
 pub use envelope::{
     BLOCK_BYTES, BODY_BYTES, BodyReader, BodyWriter, FormatError, Kind, Place, RECORD_BYTES,
@@ -91,6 +94,7 @@ pub use metadata::{Context, Contradiction, Decision, Metadata, Requester, Witnes
 pub use metadata_log::{GROUP_MAX, Log, LogError, Recovered, recover, starting_half};
 pub use metadata_records::{MetaRecord, RUNS_MAX, SlotRow};
 pub use offline_check::{Finding, Report, Severity, check_volume};
+pub use repair::{Repair, RepairStep, Repaired, plan_repair};
 pub use superblock::{
     FORMAT_VERSION, FeatureFlags, Fencing, FencingPolicy, INCOMPAT_KNOWN, RO_COMPAT_KNOWN, Region,
     RegionKind, SLOTS_MAX, SUPERBLOCK_LBAS, Superblock,

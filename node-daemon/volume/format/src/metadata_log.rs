@@ -27,6 +27,7 @@ use bascule_types::{Lba, SlotId};
 
 use crate::area_blocks::{CheckpointHead, CheckpointId, CheckpointRow, JournalBlock};
 use crate::block_store::BlockStore;
+use crate::damage::{DamagedHead, Obsolete, is_older_head, scan_heads};
 use crate::election_blocks::CoordinatorEpoch;
 use crate::envelope::{BLOCK_BYTES, FormatError, RECORD_BYTES, open, seal, seal_block};
 use crate::metadata::{Contradiction, Metadata};
@@ -48,6 +49,8 @@ pub struct Recovered {
     pub area: AreaId,
     /// How many journal records were applied.
     pub journaled: u64,
+    /// Damaged checkpoint heads that are older than `base`.
+    pub obsolete: Vec<Obsolete>,
 }
 
 /// The journal of one coordinator.
@@ -121,45 +124,48 @@ pub enum LogError {
 /// Reads the newest checkpoint and its journal. Writes nothing.
 ///
 /// # Errors
-/// [`LogError`]. A damaged head is an error even if another area has an undamaged checkpoint: that
-/// one may be older, and using it could undo acknowledged changes.
+/// [`LogError`]. A damaged head is an error if nothing proves that it is older than the newest one that
+/// can be read: using an older checkpoint could undo acknowledged changes.
 pub fn recover<S: BlockStore>(
     store: &mut S,
     superblock: &Superblock,
 ) -> Result<Recovered, LogError> {
-    let (area, head) = newest_checkpoint(store, superblock)?;
-    let mut metadata = Metadata::new(superblock);
-    load_rows(store, superblock, area, &head, &mut metadata)?;
-    let journaled = replay(store, superblock, area, head.id, &mut metadata)?;
+    let heads = scan_heads(store, superblock).map_err(read_failed)?;
+    let newest = heads.newest();
+    let mut obsolete = Vec::new();
+    for DamagedHead { area, lba, source } in heads.damaged {
+        let what = "checkpoint head";
+        let older = match &newest {
+            Some((_, head)) => is_older_head(store, superblock, area, head).map_err(read_failed)?,
+            None => false,
+        };
+        if !older {
+            return Err(LogError::Damaged { what, lba, source });
+        }
+        obsolete.push(Obsolete { what, lba, source });
+    }
+    let (area, head) = newest.ok_or(LogError::NoCheckpoint)?;
+    let (metadata, journaled) = recover_from(store, superblock, area, &head)?;
     Ok(Recovered {
         metadata,
         base: head.id,
         area,
         journaled,
+        obsolete,
     })
 }
 
-fn newest_checkpoint<S: BlockStore>(
+/// The checkpoint of `head` with its journal applied, and the number of journal records.
+pub(crate) fn recover_from<S: BlockStore>(
     store: &mut S,
     superblock: &Superblock,
-) -> Result<(AreaId, CheckpointHead), LogError> {
-    let mut newest: Option<(AreaId, CheckpointHead)> = None;
-    for id in superblock.areas() {
-        let lba = superblock.area(id).head;
-        let mut block = [0; BLOCK_BYTES];
-        read(store, lba, &mut block)?;
-        match open::<CheckpointHead>(&block, superblock.place(lba)) {
-            Ok(head) if newest.is_none_or(|(_, best)| head.id > best.id) => {
-                newest = Some((id, head));
-            }
-            Ok(_) | Err(FormatError::Blank) => {}
-            Err(source) => {
-                let what = "checkpoint head";
-                return Err(LogError::Damaged { what, lba, source });
-            }
-        }
-    }
-    newest.ok_or(LogError::NoCheckpoint)
+    area: AreaId,
+    head: &CheckpointHead,
+) -> Result<(Metadata, u64), LogError> {
+    let mut metadata = Metadata::new(superblock);
+    load_rows(store, superblock, area, head, &mut metadata)?;
+    let journaled = replay(store, superblock, area, head.id, &mut metadata)?;
+    Ok((metadata, journaled))
 }
 
 fn load_rows<S: BlockStore>(
@@ -460,10 +466,12 @@ impl Log {
 }
 
 fn read<S: BlockStore>(store: &mut S, lba: Lba, bytes: &mut [u8]) -> Result<(), LogError> {
+    store.read(lba, bytes).map_err(read_failed)
+}
+
+const fn read_failed(source: io::Error) -> LogError {
     let what = "read metadata";
-    store
-        .read(lba, bytes)
-        .map_err(|source| LogError::Io { what, source })
+    LogError::Io { what, source }
 }
 
 fn write<S: BlockStore>(

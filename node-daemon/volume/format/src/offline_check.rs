@@ -3,10 +3,11 @@
 use std::fmt;
 use std::io;
 
-use bascule_types::{Lba, SlotId, error_chain};
+use bascule_types::{Lba, error_chain};
 
 use crate::block_store::BlockStore;
 use crate::create_and_open::{OpenError, read_copy, read_superblock};
+use crate::damage::{read_leaders, read_record};
 use crate::election_blocks::{CoordinatorEpoch, LeaderBlock, PAXOS_SUBSECTORS, PaxosBlock};
 use crate::envelope::{BLOCK_BYTES, FormatError, Record, open};
 use crate::heartbeat::{HEARTBEAT_RECORDS, HeartbeatRecord};
@@ -79,6 +80,9 @@ pub fn check_volume<S: BlockStore>(store: &mut S) -> Result<Report, OpenError> {
     check_nodes(store, &superblock, &mut report).map_err(OpenError::Io)?;
     match recover(store, &superblock) {
         Ok(recovered) => {
+            for obsolete in &recovered.obsolete {
+                report.find(Severity::Warning, obsolete.to_string());
+            }
             check_rows(&recovered, &mut report);
             report.recovered = Some(recovered);
         }
@@ -142,31 +146,38 @@ fn check_nodes<S: BlockStore>(
                 report.find(Severity::Error, text);
             }
         }
-        check_leader(store, superblock, slot, report)?;
     }
-    Ok(())
+    check_leaders(store, superblock, report)
 }
 
-fn check_leader<S: BlockStore>(
+fn check_leaders<S: BlockStore>(
     store: &mut S,
     superblock: &Superblock,
-    slot: SlotId,
     report: &mut Report,
 ) -> io::Result<()> {
-    let lba = superblock.leader_lba(slot);
-    let Some(leader) = look::<_, LeaderBlock>(store, superblock, lba, report)? else {
-        return Ok(());
+    let leaders = match read_leaders(store, superblock) {
+        Ok(leaders) => leaders,
+        Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+            report.find(Severity::Error, error_chain(&error));
+            return Ok(());
+        }
+        Err(error) => return Err(error),
     };
-    if leader.coordinator.slot != slot {
-        let text = format!(
-            "Leader block {}: written by another slot than its own",
-            lba.0
-        );
-        report.find(Severity::Error, text);
+    for obsolete in &leaders.obsolete {
+        report.find(Severity::Warning, obsolete.to_string());
     }
-    if report.leader.is_none_or(|best| best.epoch < leader.epoch) {
-        report.leader = Some(leader);
+    for slot in superblock.slots() {
+        let lba = superblock.leader_lba(slot);
+        let leader = read_record::<_, LeaderBlock>(store, superblock, lba)?;
+        if leader.is_ok_and(|leader| leader.coordinator.slot != slot) {
+            let text = format!(
+                "Leader block {}: written by another slot than its own",
+                lba.0
+            );
+            report.find(Severity::Error, text);
+        }
     }
+    report.leader = leaders.newest();
     Ok(())
 }
 

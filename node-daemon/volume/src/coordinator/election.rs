@@ -11,10 +11,13 @@
 //! the lease time, or when requests of this node have not reached the coordinator for twice the
 //! lease time.
 
+use std::io;
 use std::time::Duration;
 
-use bascule_types::{BootTime, Owner};
-use bascule_volume_format::{SlotPart, recover, starting_half};
+use bascule_types::{BootTime, Owner, error_chain};
+use bascule_volume_format::{
+    BLOCK_BYTES, BlockStore as _, SlotPart, read_leaders, recover, starting_half,
+};
 use bascule_volume_protocol::{
     Election, ElectionCommand, ElectionConfig, ElectionEvent, ElectionOutcome, LeasePhase,
 };
@@ -29,12 +32,20 @@ pub fn run(context: &VolumeContext, ledger: WriteLedger) {
     let superblock = context.superblock.clone();
     let mut store = RecordedStore::new(context.device.handle(), superblock, ledger);
     let mut election: Option<Election> = None;
-    let mut not_before = BootTime(0);
+    // No write of an earlier process is outstanding then that did not fail.
+    let settle = context.superblock.timings.settle;
+    let mut not_before = store.ledger().quiet_since().after(settle);
     while let Some(me) = wait_for_vacancy(context, not_before) {
         let timings = &context.superblock.timings;
         if let Some(reason) = why_unfit(context, &mut store, me) {
             tracing::error!(reason, "this node does not stand for election");
             not_before = context.now().after(timings.watch);
+            continue;
+        }
+        if let Err(error) = blank_own_leader(context, &mut store, me) {
+            let error = error_chain(&error);
+            tracing::warn!(error, "this node does not stand for election");
+            not_before = context.now().after(timings.lease);
             continue;
         }
         let participant = match election.take() {
@@ -94,6 +105,20 @@ fn why_unfit(context: &VolumeContext, store: &mut Store, me: Owner) -> Option<St
     let recovered = recover(store, &context.superblock).ok()?;
     let half = starting_half(recovered.area, me.slot, &barred);
     half.err().map(|error| error.to_string())
+}
+
+/// Blanks this slot's leader block if it is damaged and an older one. It has to be done before this node
+/// stands: its new Paxos blocks would say that the damaged block may be the newest.
+fn blank_own_leader(context: &VolumeContext, store: &mut Store, me: Owner) -> io::Result<()> {
+    let superblock = &context.superblock;
+    let lba = superblock.leader_lba(me.slot);
+    let leaders = read_leaders(store, superblock)?;
+    let Some(block) = leaders.obsolete.iter().find(|block| block.lba == lba) else {
+        return Ok(());
+    };
+    tracing::warn!("{block}: blanking it");
+    store.write(lba, &[0; BLOCK_BYTES])?;
+    store.flush()
 }
 
 /// Waits until this node should stand for election; `None` when the process stops.
@@ -164,9 +189,12 @@ fn perform(context: &VolumeContext, store: &mut Store, command: ElectionCommand)
     let written = match command {
         ElectionCommand::ReadBlocks => {
             let paxos = control_blocks::read_paxos(store, superblock);
-            let leaders = control_blocks::read_leaders(store, superblock);
+            let leaders = read_leaders(store, superblock);
             return match (paxos, leaders) {
-                (Ok(paxos), Ok(leaders)) => ElectionEvent::Blocks { paxos, leaders },
+                (Ok(paxos), Ok(leaders)) => ElectionEvent::Blocks {
+                    paxos,
+                    leaders: leaders.blocks,
+                },
                 _ => ElectionEvent::Failed,
             };
         }

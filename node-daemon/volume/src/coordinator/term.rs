@@ -85,6 +85,7 @@ fn start(
     epoch: CoordinatorEpoch,
 ) -> Result<(Log, Metadata), LogError> {
     let recovered: Recovered = recover(store, &context.superblock)?;
+    context.report_damage(&recovered.obsolete);
     tracing::info!(base = ?recovered.base, journaled = recovered.journaled, "recovered the metadata");
     if recovered.base.epoch >= epoch {
         // The checkpoint is of a later epoch: another coordinator was elected meanwhile.

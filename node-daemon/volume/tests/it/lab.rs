@@ -186,7 +186,7 @@ fn open_request(row: &VmRow) -> Request {
     }
 }
 
-fn binary() -> Command {
+pub(crate) fn binary() -> Command {
     Command::new(env!("CARGO_BIN_EXE_bascule-volume"))
 }
 

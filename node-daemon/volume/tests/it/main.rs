@@ -12,4 +12,5 @@ mod failed_writes;
 mod hanging_device;
 mod lab;
 mod peer;
+mod repair;
 mod storage_stall;

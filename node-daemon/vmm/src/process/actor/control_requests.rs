@@ -63,7 +63,7 @@ impl VmActor {
         Answer::Now(response, Vec::new())
     }
 
-    fn press_power_button(&self) -> anyhow::Result<()> {
+    pub(super) fn press_power_button(&self) -> anyhow::Result<()> {
         let machine = self.running()?;
         machine.press_power_button().context("raise the interrupt")
     }

@@ -92,6 +92,7 @@ mod tests {
             home: None,
             start: StartMode::Boot,
             tls_dir: None,
+            shutdown_timeout_ms: None,
         }
     }
 

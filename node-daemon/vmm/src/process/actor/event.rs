@@ -28,12 +28,23 @@ pub(crate) enum Event {
     /// End the process once the guest is stopped or departed. Sent after the reply to an accepted
     /// [`Request::Exit`], so that its client gets the reply.
     Exit(Reply<()>),
+    /// The host shuts down.
+    HostShutdown(HostShutdown, Reply<()>),
     /// The outcome of a task thread.
     Task(TaskOutcome),
     /// A migration thread handles the machine.
     Migration(MigrationRequest),
     /// The thread that watches the gate requests a check of the ownership.
     Ownership(OwnershipRequest),
+}
+
+/// Why the guest is to be switched off for a shutdown of the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum HostShutdown {
+    /// SIGTERM or SIGINT has arrived.
+    Requested,
+    /// The VM's shutdown timeout has passed since the first of them.
+    TimeIsUp,
 }
 
 /// The outcome of a task that the actor started.
@@ -177,6 +188,7 @@ impl fmt::Debug for Event {
             Self::Notices => f.write_str("Notices"),
             Self::Control(request, _) => write!(f, "Control({request:?})"),
             Self::Exit(_) => f.write_str("Exit"),
+            Self::HostShutdown(why, _) => write!(f, "HostShutdown({why:?})"),
             Self::Task(outcome) => write!(f, "Task({})", outcome.name()),
             Self::Migration(request) => write!(f, "Migration({})", request.name()),
             Self::Ownership(request) => write!(f, "Ownership({})", request.name()),

@@ -10,6 +10,7 @@ use bascule_ipc::vm::{LastState, StopReason, VmConfig, VmState, VmStatus};
 use bascule_types::{Epoch, Ownership};
 
 use super::event::{ActorHandle, Done, Event, Notices, OwnershipRequest, TaskOutcome, lock};
+use super::host_shutdown_progress::Progress;
 use super::phase::Phase;
 use crate::process::devices::Devices;
 use crate::process::home_volume::VolumeClient;
@@ -44,7 +45,9 @@ pub(crate) struct VmActor {
     pub(super) stopping: Waiters,
     /// The guest is to be stopped as soon as it is built, or paused.
     pub(super) stop_wanted: Option<StopReason>,
-    exit: bool,
+    /// The progress of a shutdown of the host.
+    pub(super) host_shutdown: Progress,
+    pub(super) exit: bool,
 }
 
 /// Requests that wait for one change.
@@ -98,6 +101,7 @@ impl VmActor {
             pausing: Waiters::default(),
             stopping: Waiters::default(),
             stop_wanted: None,
+            host_shutdown: Progress::default(),
             exit: false,
         };
         Ok((actor, inbox))
@@ -132,6 +136,10 @@ impl VmActor {
                 self.exit = true;
                 reply.send(());
             }
+            Event::HostShutdown(why, reply) => {
+                self.host_shuts_down(why);
+                reply.send(());
+            }
             Event::Task(TaskOutcome::Built(ownership, built)) => self.built(ownership, built),
             Event::Task(TaskOutcome::Parked(paused)) => self.parked(paused),
             Event::Task(TaskOutcome::Ended(reason)) => self.stopped(reason),
@@ -139,6 +147,7 @@ impl VmActor {
             Event::Ownership(request) => self.ownership_request(request),
         }
         self.process_notices();
+        self.continue_host_shutdown();
     }
 
     /// Stops a guest that ended by itself while it ran, and reports failed disks. A guest that ended
@@ -154,6 +163,7 @@ impl VmActor {
             self.disk_failed(&failure);
         }
         if let Some(reason) = stop {
+            let reason = self.host_shutdown.reason(reason);
             drop(self.stop(reason));
         }
     }

@@ -9,6 +9,7 @@
 mod bytes;
 mod coordinator_decisions;
 mod crash;
+mod damage;
 mod fixture;
 mod full_table;
 mod late_writes;

@@ -26,6 +26,7 @@
 //! [`tls`] is the node's certificate, which these processes share as files.
 #![forbid(unsafe_code)]
 
+mod accept_errors;
 mod frame;
 #[cfg(feature = "mutual-tls")]
 pub mod mutual_tls;
@@ -34,6 +35,7 @@ pub mod vm;
 pub mod volume;
 pub mod watchdog;
 
+pub use accept_errors::AcceptErrors;
 pub use frame::{Connection, FRAME_BYTES_MAX, FRAME_FDS_MAX, IpcError, Kind};
 
 use serde::{Deserialize, Serialize};

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
 use bascule_ipc::volume::{Request, Response};
-use bascule_ipc::{Connection, IpcError};
+use bascule_ipc::{AcceptErrors, Connection, IpcError};
 
 use crate::local_api;
 use crate::peer_rpc::Tls;
@@ -45,7 +45,7 @@ pub fn accept_local(context: &Arc<VolumeContext>, listener: UnixListener) -> Res
     let context = Arc::clone(context);
     let accept = move || {
         let open = Arc::new(AtomicUsize::new(0));
-        for stream in listener.incoming().flatten() {
+        for stream in accepted("volume.sock", || listener.accept()) {
             let context = Arc::clone(&context);
             spawn_bounded(&open, "local", move || local_api::serve(&context, stream));
         }
@@ -65,7 +65,7 @@ pub fn accept_peers(context: &Arc<VolumeContext>, listener: TcpListener, tls: Tl
     let context = Arc::clone(context);
     let accept = move || {
         let open = Arc::new(AtomicUsize::new(0));
-        for stream in listener.incoming().flatten() {
+        for stream in accepted("the port for other nodes", || listener.accept()) {
             let (context, tls) = (Arc::clone(&context), tls.clone());
             spawn_bounded(&open, "peer", move || serve_peer(&context, &tls, stream));
         }
@@ -75,6 +75,27 @@ pub fn accept_peers(context: &Arc<VolumeContext>, listener: TcpListener, tls: Tl
         .spawn(accept)
         .map(drop)
         .context("start the server for other nodes")
+}
+
+/// The connections of a listener, without end. After an error it waits a moment.
+fn accepted<S, A>(
+    listener: &'static str,
+    accept: impl Fn() -> io::Result<(S, A)>,
+) -> impl Iterator<Item = S> {
+    let mut errors = AcceptErrors::default();
+    std::iter::repeat_with(move || match accept() {
+        Ok((stream, _)) => {
+            errors.accepted();
+            Some(stream)
+        }
+        Err(error) => {
+            if errors.pause(&error) {
+                tracing::warn!(%error, listener, "cannot accept a connection");
+            }
+            None
+        }
+    })
+    .flatten()
 }
 
 fn serve_peer(context: &VolumeContext, tls: &Tls, stream: TcpStream) {
@@ -132,7 +153,7 @@ impl UnavailableServer {
         let text = reason.clone();
         let open = Arc::new(AtomicUsize::new(0));
         let run = move || {
-            for stream in listener.incoming().flatten() {
+            for stream in accepted("volume.sock", || listener.accept()) {
                 if stopped.load(Ordering::Acquire) {
                     return;
                 }

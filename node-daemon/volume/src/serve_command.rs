@@ -1,8 +1,9 @@
-//! `bascule-volume serve`: opens the volume, starts the threads, and ends on SIGTERM.
+//! `bascule-volume serve`: opens the volume, starts the threads, and ends on SIGTERM once no
+//! process of this node writes any more.
 //!
 //! # States
 //! ```text
-//!   open device ─► superblock ─► gate page (lock) ─► sockets ─► threads ─► SIGTERM ─► leave?
+//!   open device ─► superblock ─► gate page (lock) ─► sockets ─► threads ─► SIGTERM ─► no writers ─► leave?
 //!        ▲              │              │ held by another process
 //!        └── retry ◄────┴──────────────┘   meanwhile volume.sock answers Unavailable{reason}
 //! ```
@@ -32,7 +33,7 @@ use crate::host::LinuxHost;
 use crate::listeners::{self, UnavailableServer};
 use crate::peer_rpc::Tls;
 use crate::process::{Assembled, Opened, Thread, assemble};
-use crate::volume_context::{ProcessConfig, VolumeContext};
+use crate::volume_context::{ProcessConfig, State, VolumeContext};
 use crate::write_ledger::{LedgerParts, WriteLedger};
 use crate::writer_lock::start_time;
 use crate::{shutdown_signal, watchdog_client};
@@ -101,6 +102,7 @@ pub fn serve(args: &ServeArgs) -> Result<ExitCode> {
     listeners::accept_local(&context, listener)?;
     listeners::accept_peers(&context, peers, Tls::new(&args.tls_dir))?;
     shutdown_signal::wait(|| context.is_stopping());
+    await_writers(&context);
     stop(&context, workers);
     Ok(ExitCode::SUCCESS)
 }
@@ -260,17 +262,39 @@ impl Drop for PanicGuard<'_> {
     }
 }
 
+/// Waits until no process of this node writes any more. A host that shuts down sends SIGTERM to all
+/// processes at once, and without a lease its guests could not write what they write as they shut down.
+fn await_writers(context: &VolumeContext) {
+    let at_work = || !context.is_stopping() && context.state().writers.are_any_at_work();
+    if !at_work() {
+        return;
+    }
+    tracing::info!("ending once the writers of this node have closed");
+    while at_work() {
+        std::thread::sleep(WRITERS_INTERVAL);
+    }
+    // A process that has closed releases its ownership next.
+    let until = boot_time_now().after(RELEASE_LIMIT);
+    while !context.is_stopping() && owns_rows(&context.state()) && boot_time_now() < until {
+        std::thread::sleep(WRITERS_INTERVAL);
+    }
+}
+
+/// Whether this node owns a VM, or fills a disk.
+fn owns_rows(state: &State) -> bool {
+    let me = state.joined;
+    state.metadata.as_ref().is_some_and(|(_, rows)| {
+        me.is_some()
+            && (rows.vms().any(|vm| vm.owner == me) || rows.disks().any(|disk| disk.importer == me))
+    })
+}
+
 /// Stops the threads. The node leaves the volume only when it owns nothing and no writer is open;
 /// otherwise the lease stays in the gate page for the next process.
 fn stop(context: &VolumeContext, workers: Vec<JoinHandle<()>>) {
     let leaves = {
         let state = context.state();
-        let me = state.joined;
-        let owns = state.metadata.as_ref().is_some_and(|(_, rows)| {
-            me.is_some()
-                && (rows.vms().any(|vm| vm.owner == me)
-                    || rows.disks().any(|disk| disk.importer == me))
-        });
+        let owns = owns_rows(&state);
         let failed = state.failed.is_some();
         !failed && !owns && !state.writers.must_be_watched() && state.metadata.is_some()
     };
@@ -285,5 +309,10 @@ fn stop(context: &VolumeContext, workers: Vec<JoinHandle<()>>) {
     }
 }
 
+/// Between two looks at the writers after SIGTERM.
+const WRITERS_INTERVAL: Duration = Duration::from_millis(100);
+/// From the close of the last writer after SIGTERM to the release of its ownership; a coordinator answers
+/// within milliseconds unless it is being elected.
+const RELEASE_LIMIT: Duration = Duration::from_secs(10);
 /// Between two attempts to open the volume.
 const RETRY_INTERVAL: Duration = Duration::from_millis(500);

@@ -285,6 +285,15 @@ impl WriterTable {
         self.writers.phase(writer).is_some()
     }
 
+    /// Whether a writer is open, or one that was killed has writes in flight: an end is to be expected of
+    /// either. A writer with a failed write stays until the node restarts.
+    #[must_use]
+    pub fn are_any_at_work(&self) -> bool {
+        self.writers
+            .iter()
+            .any(|(_, phase)| phase != WriterPhase::Unclean)
+    }
+
     /// Whether anything of this node may be written.
     #[must_use]
     pub fn must_be_watched(&self) -> bool {

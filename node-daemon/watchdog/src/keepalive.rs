@@ -33,6 +33,8 @@ pub struct State {
     /// The client has received the answer to its disarm request: the loop disarms the device and
     /// this process exits.
     pub ending: bool,
+    /// The host shuts down: as if the device were to be disarmed as soon as no volume is enlisted.
+    pub terminating: bool,
     /// A keepalive has failed.
     broken: bool,
     /// The volume whose expired lease last stopped the keepalives.
@@ -51,6 +53,7 @@ impl Shared {
                 broken: false,
                 disarming: false,
                 ending: false,
+                terminating: false,
                 withheld: None,
             }),
             changed: Condvar::new(),
@@ -67,6 +70,12 @@ impl Shared {
     /// Wakes the loop after the list of volumes changed.
     pub fn wake(&self) {
         self.changed.notify_all();
+    }
+
+    /// Makes the loop disarm the device and return as soon as no volume is enlisted.
+    pub fn terminate(&self) {
+        self.lock().terminating = true;
+        self.wake();
     }
 
     /// Makes the loop disarm the device and return.
@@ -101,6 +110,10 @@ where
 {
     let mut state = shared.lock();
     loop {
+        if state.terminating && state.volumes.ids().is_empty() {
+            state.disarming = true;
+            state.ending = true;
+        }
         if state.ending {
             if let Slot::Open(device) = &mut slot
                 && let Err(error) = device.disarm()

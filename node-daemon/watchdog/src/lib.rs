@@ -16,8 +16,9 @@
 //! - A process that starts pets nothing before it has decided. It takes the open device from the holder
 //!   ([`Holder`], a second process); if there is none, it opens the device only once every enlisted
 //!   lease is valid (`docs/adr/0007-watchdog-adoption.md`).
-//! - The device is disarmed only on request and only while no volume is enlisted. When this process
-//!   ends in any other way, the device stays armed and its timeout keeps running.
+//! - The device is disarmed only on request, or after SIGTERM, and only while no volume is enlisted. Until
+//!   then SIGTERM, which a host's shutdown sends to every process, has no effect: guests may be shutting
+//!   down. When this process ends in any other way, the device stays armed and its timeout keeps running.
 //! - The kernel's softdog is refused unless it was allowed: it hangs with its kernel.
 //!
 //! The decision itself is [`bascule_volume_protocol::watchdog_policy`]. Read next:
@@ -30,6 +31,7 @@ mod holder;
 pub mod keepalive;
 mod linux_watchdog;
 pub mod server;
+pub mod shutdown_signal;
 mod watchdog_device;
 
 pub use enlisted_volumes::{EnlistRefused, EnlistedVolumes};

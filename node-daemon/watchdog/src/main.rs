@@ -12,9 +12,10 @@ use bascule_volume_protocol::watchdog_policy::Start;
 use bascule_watchdog::keepalive::{self, Shared, Slot};
 use bascule_watchdog::{
     EnlistedVolumes, EnlistmentStore, HeldDevice, Holder, LinuxDevice, NoDevice, PipeDevice,
-    WatchdogDevice, server,
+    WatchdogDevice, server, shutdown_signal,
 };
 use clap::Parser;
+use nix::sys::signal::SigSet;
 use rustix::fs::{FileType, FlockOperation, flock};
 use rustix::mm::{MlockAllFlags, mlockall};
 
@@ -55,6 +56,8 @@ fn main() -> anyhow::Result<()> {
         .with_ansi(std::io::stderr().is_terminal())
         .init();
     let arguments = Arguments::parse();
+    // Before there is a second thread: threads inherit the mask.
+    let signals = shutdown_signal::block().context("block signals")?;
     let run_dir = &arguments.run_dir;
     if arguments.hold {
         return bascule_watchdog::hold(run_dir).context("hold the watchdog device open");
@@ -79,7 +82,7 @@ fn main() -> anyhow::Result<()> {
     let volumes = EnlistedVolumes::load(store).context("load the enlisted volumes")?;
     let listener = server::listen(&run_dir.join("watchdog.sock")).context("listen")?;
     let slot = device_slot(&arguments, &volumes)?;
-    run(slot, volumes, listener)
+    run(slot, volumes, listener, signals)
 }
 
 type BoxedDevice = Box<dyn WatchdogDevice>;
@@ -158,6 +161,7 @@ fn run(
     slot: Slot<BoxedDevice, Opener>,
     volumes: EnlistedVolumes,
     listener: std::os::unix::net::UnixListener,
+    signals: SigSet,
 ) -> anyhow::Result<()> {
     let enlisted = volumes.ids().len();
     let device: Option<&dyn WatchdogDevice> = match &slot {
@@ -174,5 +178,6 @@ fn run(
         .name("server".to_owned())
         .spawn(move || server::serve(&listener, &served))
         .context("start the server")?;
+    shutdown_signal::watch(signals, std::sync::Arc::clone(&shared)).context("wait for signals")?;
     keepalive::run(slot, &shared).context("open the watchdog")
 }

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use bascule_ipc::volume::WatchdogKind;
 use bascule_ipc::watchdog::{Request, Response};
-use bascule_ipc::{Connection, IpcError};
+use bascule_ipc::{AcceptErrors, Connection, IpcError};
 
 use crate::keepalive::{Shared, State};
 use crate::watchdog_device::Kind;
@@ -35,14 +35,18 @@ pub fn listen(path: &Path) -> io::Result<UnixListener> {
 /// Serves clients, each on its own thread, until the process ends.
 pub fn serve(listener: &UnixListener, shared: &Arc<Shared>) {
     let open = Arc::new(AtomicUsize::new(0));
+    let mut errors = AcceptErrors::default();
     for stream in listener.incoming() {
         let stream = match stream {
             Ok(stream) => stream,
             Err(error) => {
-                tracing::warn!(error = %error, "cannot accept a connection");
+                if errors.pause(&error) {
+                    tracing::warn!(error = %error, "cannot accept a connection");
+                }
                 continue;
             }
         };
+        errors.accepted();
         if open.fetch_add(1, Ordering::SeqCst) >= CONNECTIONS_MAX {
             open.fetch_sub(1, Ordering::SeqCst);
             tracing::warn!("closed a connection: too many are open");

@@ -14,6 +14,7 @@ use bascule_types::VolumeId;
 use bascule_volume_gate::boot_time_now;
 use bascule_watchdog::EnlistmentStore;
 use rustix::fs::{CWD, FileType, Mode, OFlags, mknodat};
+use rustix::process::{Signal, kill_process};
 
 const DEADLINE: Duration = Duration::from_secs(10);
 
@@ -173,6 +174,37 @@ fn a_killed_process_leaves_the_device_armed_and_a_disarm_request_writes_the_magi
     assert!(again.0.wait().unwrap().success());
     let read = reader.read(&mut bytes).unwrap();
     assert_eq!(bytes[..read].last(), Some(&b'V'));
+}
+
+/// A host's shutdown sends SIGTERM to all processes at once, while guests are shutting down.
+#[test]
+fn sigterm_ends_the_process_only_when_no_volume_is_enlisted_and_disarms_the_device() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut reader, arguments) = pipe(dir.path());
+    let arguments = arguments.iter().map(String::as_str).collect::<Vec<_>>();
+    let store = EnlistmentStore::new(dir.path().join("watchdog.json")).unwrap();
+    let volume = VolumeId::from_bytes([1; 16]);
+    let gone = BTreeMap::from([(volume, dir.path().join("gate"))]);
+    let first = start(dir.path(), &arguments);
+    assert_eq!(kind(dir.path()), WatchdogKind::Hardware);
+    drop(first);
+    store.save(&gone).unwrap();
+    let mut program = start(dir.path(), &arguments);
+    assert_eq!(kind(dir.path()), WatchdogKind::Hardware);
+    let pid = rustix::process::Pid::from_child(&program.0);
+    for signal in [Signal::TERM, Signal::INT, Signal::HUP, Signal::TERM] {
+        kill_process(pid, signal).unwrap();
+        assert_eq!(kind(dir.path()), WatchdogKind::Hardware, "it still serves");
+    }
+    assert!(program.0.try_wait().unwrap().is_none());
+    let withdraw = Request::Withdraw { volume };
+    connect(dir.path()).call::<_, Response>(&withdraw).unwrap();
+    assert!(program.0.wait().unwrap().success());
+    let until = boot_time_now().after(DEADLINE);
+    while is_open(&mut reader) {
+        assert!(boot_time_now() < until, "the holder is still there");
+        std::thread::yield_now();
+    }
 }
 
 #[test]

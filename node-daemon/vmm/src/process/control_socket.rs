@@ -9,7 +9,7 @@ use std::sync::mpsc::RecvTimeoutError;
 use std::time::Duration;
 
 use bascule_ipc::vm::{Request, Response};
-use bascule_ipc::{Connection, IpcError, Kind};
+use bascule_ipc::{AcceptErrors, Connection, IpcError, Kind};
 
 use super::actor::event::{ActorHandle, Answer, Event};
 use super::run_dir::RunDir;
@@ -40,14 +40,18 @@ pub(super) fn listen(run_dir: &RunDir, actor: &ActorHandle) -> io::Result<()> {
 
 fn accept(listener: &UnixListener, actor: &ActorHandle) {
     let open = Arc::new(AtomicUsize::new(0));
+    let mut errors = AcceptErrors::default();
     for stream in listener.incoming() {
         let stream = match stream {
             Ok(stream) => stream,
             Err(error) => {
-                tracing::warn!(%error, "accept on vm.sock");
+                if errors.pause(&error) {
+                    tracing::warn!(%error, "accept on vm.sock");
+                }
                 continue;
             }
         };
+        errors.accepted();
         if open.load(Ordering::Relaxed) >= CONNECTIONS_MAX {
             tracing::warn!("too many connections on vm.sock: a connection is refused");
             continue;

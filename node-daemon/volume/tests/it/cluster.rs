@@ -391,6 +391,39 @@ fn i4_a_killed_and_restarted_process_closes_no_gate() {
     assert_eq!(one.row(1).owner, None);
 }
 
+/// A host's shutdown sends SIGTERM to all processes at once: without a lease the guests could not write
+/// what they write as they shut down, and without the process not release their ownership.
+#[test]
+fn sigterm_ends_the_process_only_when_its_writers_have_closed_and_released() {
+    let lab = Lab::new();
+    let mut one = lab.start(1);
+    let row = one.create_and_own(1);
+    let owner = row.owner.unwrap();
+    let (opened, fds) = one.open_vm(&row);
+    assert!(matches!(opened, Response::Opened(_)), "{opened:?}");
+    let gate = GateReader::from_fd(fds.into_iter().nth(1).unwrap()).unwrap();
+    let renewed = one.status().unwrap().lease_left_ms;
+    one.signal(Signal::TERM);
+    one.wait_log("ending once the writers");
+    one.signal(Signal::TERM);
+    one.wait_status("a renewal after the signal", |status| {
+        status.lease_left_ms > 0 && status.lease_left_ms != renewed
+    });
+    gate.check(boot_time_now(), owner).unwrap();
+    let close = Request::CloseVm {
+        vm: vm(1),
+        owner,
+        epoch: row.epoch,
+    };
+    assert_eq!(one.call(&close).unwrap().0, Response::Closed);
+    one.grant(&Change::Release {
+        vm: vm(1),
+        from: owner,
+        epoch: row.epoch,
+    });
+    assert!(one.ends_cleanly());
+}
+
 #[test]
 fn a_process_that_is_stopped_by_sigterm_leaves_and_another_coordinates_at_once() {
     let lab = Lab::new();

@@ -386,6 +386,11 @@ impl Node {
     /// Sends SIGTERM; returns whether the process exited with status 0.
     pub(crate) fn terminate(&mut self) -> bool {
         self.signal(Signal::TERM);
+        self.ends_cleanly()
+    }
+
+    /// Waits for the process to exit; returns whether it did with status 0.
+    pub(crate) fn ends_cleanly(&mut self) -> bool {
         self.child.wait().unwrap().success()
     }
 }

@@ -63,6 +63,7 @@ fn every_example_is_parsed_and_checked() {
     assert_eq!(
         names,
         [
+            "bascule-guests.service",
             "embedded.yaml",
             "migration.yaml",
             "sharedvolume.yaml",
@@ -82,6 +83,74 @@ fn every_example_is_parsed_and_checked() {
     assert_eq!(migration.metadata.namespace, vm.metadata.namespace);
     let moved = Some(migration.spec.virtual_machine);
     assert_eq!(moved, vm.metadata.name);
+}
+
+/// The lines of a section, as key and value, in their order.
+fn section<'a>(unit: &'a str, name: &str) -> Vec<(&'a str, &'a str)> {
+    let header = format!("[{name}]");
+    let lines = unit.lines().skip_while(|line| *line != header).skip(1);
+    lines
+        .take_while(|line| !line.starts_with('['))
+        .filter(|line| !line.is_empty() && !line.starts_with('#'))
+        .map(|line| line.split_once('=').unwrap_or_else(|| panic!("{line}")))
+        .collect()
+}
+
+/// A key that systemd does not know is only a line in its log; so is a unit that is stopped too late.
+#[test]
+fn the_service_unit_stops_guests_before_what_they_need() {
+    let unit = example("bascule-guests.service");
+    let value = |part: &str, key: &str| -> String {
+        let lines = section(&unit, part);
+        let values = lines.iter().filter(|line| line.0 == key).map(|line| line.1);
+        values.collect::<Vec<_>>().join(" ")
+    };
+    let known = [
+        (
+            "Unit",
+            &["Description", "After", "Wants", "RequiresMountsFor"][..],
+        ),
+        (
+            "Service",
+            &[
+                "Type",
+                "RemainAfterExit",
+                "ExecStart",
+                "ExecStop",
+                "TimeoutStopSec",
+                "KillMode",
+            ],
+        ),
+        ("Install", &["WantedBy"]),
+    ];
+    for (part, keys) in known {
+        for (key, _) in section(&unit, part) {
+            assert!(keys.contains(&key), "[{part}] {key}");
+        }
+    }
+    let sections = unit.lines().filter(|line| line.starts_with('['));
+    assert_eq!(sections.count(), known.len());
+    let after = value("Unit", "After");
+    for needed in [
+        "network-online.target",
+        "remote-fs.target",
+        "iscsid.service",
+        "multipathd.service",
+        "kubelet.service",
+        "containerd.service",
+    ] {
+        assert!(after.split(' ').any(|unit| unit == needed), "{needed}");
+    }
+    // Otherwise it counts as stopped right after the boot, and nothing is executed at a shutdown.
+    assert_eq!(value("Service", "Type"), "oneshot");
+    assert_eq!(value("Service", "RemainAfterExit"), "yes");
+    let stop = value("Service", "ExecStop");
+    assert!(
+        stop.ends_with("/bin/current/bascule-node host-shutdown"),
+        "{stop}"
+    );
+    assert_eq!(value("Service", "TimeoutStopSec"), "10min");
+    assert_eq!(value("Install", "WantedBy"), "multi-user.target");
 }
 
 #[test]

@@ -4,6 +4,7 @@
 mod console;
 mod document;
 mod first_run;
+mod host_shutdown;
 mod interrupt;
 mod local_node;
 mod migrate;
@@ -14,6 +15,7 @@ mod schema;
 mod stop;
 mod volume;
 
+pub(crate) use host_shutdown::{HostShutdownArgs, host_shutdown};
 pub(crate) use migrate::{MigrateArgs, migrate};
 pub(crate) use run::{RunVmArgs, run_vm};
 pub(crate) use stop::{StopVmArgs, stop_vm};

@@ -24,6 +24,11 @@ impl Paths {
         &self.run
     }
 
+    /// Exists from the begin of the host's shutdown on: no guest is started here. The reboot removes it.
+    pub(crate) fn shutting_down(&self) -> PathBuf {
+        self.run.join("shutting-down")
+    }
+
     pub(crate) fn vms(&self) -> PathBuf {
         self.run.join("vms")
     }

@@ -12,7 +12,6 @@ use bascule_volume_gate::boot_id;
 use super::status_poller::StatusPoller;
 use crate::processes::supervisor::Supervisor;
 use crate::processes::vm_reports::by_name;
-use crate::processes::vms::kvm_error;
 
 /// Makes this node's reports. A process that does not respond delays no report: the operator
 /// takes a node without reports for unreachable.
@@ -40,7 +39,7 @@ impl Reporter {
             name: self.supervisor.identity.name.clone(),
             release: env!("CARGO_PKG_VERSION").to_owned(),
             boot_id: boot_id().map(|id| id.to_string()).unwrap_or_default(),
-            kvm_error: kvm_error(),
+            kvm_error: self.supervisor.cannot_run(),
             volumes: self.volume_reports()?,
             vms: self.vm_reports()?,
             imports: self.supervisor.import_reports()?,

@@ -9,6 +9,7 @@ use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::symlink;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -409,6 +410,7 @@ fn install_programs(from: &Path, into: &Path) -> Result<PathBuf> {
         .collect();
     let target = into.join(&hash);
     if target.join(COMPLETE).exists() {
+        point_at(into, &hash)?;
         return Ok(target);
     }
     fs::create_dir_all(&target).with_context(|| format!("create {}", target.display()))?;
@@ -418,7 +420,20 @@ fn install_programs(from: &Path, into: &Path) -> Result<PathBuf> {
         fs::rename(&draft, target.join(program)).with_context(|| format!("install {program}"))?;
     }
     fs::write(target.join(COMPLETE), b"").context("mark the programs complete")?;
+    point_at(into, &hash)?;
     Ok(target)
+}
+
+/// Points the link `current`, for administrators and service units, at the programs of this release.
+fn point_at(into: &Path, hash: &str) -> Result<()> {
+    let draft = into.join(".current.new");
+    let free = match fs::remove_file(&draft) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        removed => removed,
+    };
+    free.and_then(|()| symlink(hash, &draft))
+        .and_then(|()| fs::rename(&draft, into.join("current")))
+        .with_context(|| format!("link current in {}", into.display()))
 }
 
 struct HashWriter<'a>(&'a mut Sha256);
@@ -520,9 +535,15 @@ mod tests {
         let into = folder.path().join("bin");
         let first = install_programs(&from, &into).unwrap();
         assert_eq!(install_programs(&from, &into).unwrap(), first);
+        let current = into.join("current/bascule-node").canonicalize().unwrap();
+        assert_eq!(current, first.join("bascule-node").canonicalize().unwrap());
         fs::write(from.join("bascule-vm"), "a newer release").unwrap();
         let second = install_programs(&from, &into).unwrap();
         assert_ne!(first, second);
+        assert_eq!(
+            into.join("current").canonicalize().unwrap(),
+            second.canonicalize().unwrap()
+        );
         assert_eq!(fs::read(first.join("bascule-vm")).unwrap(), b"bascule-vm");
     }
 }

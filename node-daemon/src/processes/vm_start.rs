@@ -33,7 +33,7 @@ use bascule_types::{Ownership, VmUid};
 use super::supervisor::{Rejection, Supervisor, is_alive};
 use super::tap;
 use super::undo::Undo;
-use super::vms::{Presence, cgroup_name, kvm_error, remove_folder, unresponsive};
+use super::vms::{Presence, cgroup_name, remove_folder, unresponsive};
 use crate::files;
 use crate::wait::wait_for;
 
@@ -96,7 +96,7 @@ impl Supervisor {
         ownership: Ownership,
         mode: StartMode,
     ) -> Result<VmStatus, Rejection> {
-        if let Some(message) = kvm_error() {
+        if let Some(message) = self.cannot_run() {
             return Err(Rejection::new(RejectReason::KvmUnavailable, message));
         }
         let taps = self.wanted_taps(spec)?;

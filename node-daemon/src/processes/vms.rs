@@ -82,6 +82,16 @@ impl Supervisor {
         )
     }
 
+    /// Why no VM can run on this node; none if one can.
+    pub(crate) fn cannot_run(&self) -> Option<String> {
+        let marker = self.paths.shutting_down();
+        if marker.exists() {
+            let marker = marker.display();
+            return Some(format!("this node is shutting down ({marker} exists)"));
+        }
+        kvm_error()
+    }
+
     /// Starts a VM that this node owns, booting or restoring it.
     pub(crate) fn start_vm(
         &self,
@@ -302,7 +312,7 @@ pub(super) fn cgroup_name(vm: VmUid) -> String {
 }
 
 /// The id of the process that was started for a run directory; none before it was.
-pub(super) fn recorded_pid(folder: &Path) -> Option<u32> {
+pub(crate) fn recorded_pid(folder: &Path) -> Option<u32> {
     let text = fs::read_to_string(folder.join("pid")).ok()?;
     text.trim().parse().ok()
 }
@@ -315,7 +325,7 @@ fn last_state(folder: &Path) -> Option<VmState> {
 }
 
 /// Why no VM can run here; none when `/dev/kvm` works.
-pub(crate) fn kvm_error() -> Option<String> {
+fn kvm_error() -> Option<String> {
     why_unusable(Path::new("/dev/kvm"))
 }
 
@@ -441,6 +451,20 @@ mod tests {
             let refused = node.start_vm(&spec, next, restore).unwrap_err();
             assert!(!refused.message.contains("released first"), "{refused}");
         }
+    }
+
+    /// Otherwise the operator would start a guest again on the host that is going down.
+    #[test]
+    fn a_node_that_shuts_down_runs_no_guest_and_says_so() {
+        let folder = tempfile::tempdir().unwrap();
+        let node = Supervisor::test(folder.path());
+        let shutting_down = |node: &Supervisor| {
+            let why = node.cannot_run().unwrap_or_default();
+            why.contains("shutting down")
+        };
+        assert!(!shutting_down(&node));
+        fs::write(node.paths.shutting_down(), "").unwrap();
+        assert!(shutting_down(&node));
     }
 
     #[test]

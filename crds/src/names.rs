@@ -110,6 +110,8 @@ pub mod reason {
     pub const WAITING_FOR_CONFIRMATION: &str = "WaitingForConfirmation";
     /// The node's guests lost their storage path and wait.
     pub const STORAGE_LOST: &str = "StorageLost";
+    /// The guest is paused because one of its disks failed, and the disk's onError is Pause.
+    pub const DISK_ERROR: &str = "DiskError";
     /// The VM is being deleted.
     pub const DELETING: &str = "Deleting";
     /// The spec cannot be carried out, for the reason in the message.

@@ -44,6 +44,17 @@ pub enum FailurePolicy {
     Leave,
 }
 
+/// What happens when the device fails a read or a write of a disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "kinds", derive(Serialize, Deserialize, JsonSchema))]
+pub enum OnError {
+    /// The guest gets the error.
+    #[default]
+    Report,
+    /// The guest is paused and does not get it.
+    Pause,
+}
+
 /// How to move.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "kinds", derive(Serialize, Deserialize, JsonSchema))]

@@ -145,6 +145,7 @@ impl TestCluster {
         config.disks = vec![DiskConfig {
             name: "data".to_owned(),
             source,
+            on_error: bascule_types::OnError::Report,
         }];
         Ok(VmOnVolume { uid, spec })
     }

@@ -90,6 +90,7 @@ impl TestVmSpec {
         self.config.disks.push(DiskConfig {
             name: "data".to_owned(),
             source,
+            on_error: bascule_types::OnError::Report,
         });
         self
     }

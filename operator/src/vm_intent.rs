@@ -9,7 +9,7 @@ use bascule_node_api::command::{DiskRef, Interface, VmSpec};
 use bascule_operator_core::{
     Budgets, DiskIntent, ImageSource, Origin, RestartBudget, SpecDigest, VmIntent,
 };
-use bascule_types::{Bytes, DiskRole, ImageDigest, RowName};
+use bascule_types::{Bytes, DiskRole, ImageDigest, OnError, RowName};
 use sha2::{Digest, Sha256};
 
 use crate::clock::moment;
@@ -85,6 +85,7 @@ pub(crate) fn vm_spec(vm: &VirtualMachine) -> Result<VmSpec> {
             .map(|disk| DiskRef {
                 name: disk.name.clone(),
                 row: disk_row(&namespace, &name, disk),
+                on_error: on_error(disk),
             })
             .collect(),
         interfaces: spec
@@ -154,6 +155,7 @@ fn disks(vm: &VirtualMachine, namespace: &str, name: &str) -> Result<Vec<DiskInt
                 source: image_source(source)?,
             },
             delete_with_vm: true,
+            on_error: bascule_crds::OnError::Report,
         })
     };
     let kernel = boot(
@@ -184,6 +186,7 @@ fn disks(vm: &VirtualMachine, namespace: &str, name: &str) -> Result<Vec<DiskInt
             role: DiskRole::Data,
             origin,
             delete_with_vm: disk.deletion_policy == DeletionPolicy::Delete,
+            on_error: disk.on_error,
         });
     }
     Ok(all)
@@ -203,6 +206,13 @@ fn image_source(source: &Source) -> Result<ImageSource> {
         SourceKind::HostFile(file) => Ok(ImageSource::HostFile {
             name: file.name.clone(),
         }),
+    }
+}
+
+fn on_error(disk: &Disk) -> OnError {
+    match disk.on_error {
+        bascule_crds::OnError::Report => OnError::Report,
+        bascule_crds::OnError::Pause => OnError::Pause,
     }
 }
 

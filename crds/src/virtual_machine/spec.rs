@@ -12,7 +12,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::status::VirtualMachineStatus;
-use crate::{DrainPolicy, Duration, FailurePolicy, Quantity, RunPolicy};
+use crate::{DrainPolicy, Duration, FailurePolicy, OnError, Quantity, RunPolicy};
 
 /// What is asked of the virtual machine.
 #[derive(CustomResource, KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -173,7 +173,7 @@ pub struct HostFileSource {
 #[x_kube(
     validation = Rule::new("!(has(self.source) && has(self.existing))").message("set source for a new disk or existing for a kept one, not both"),
     validation = Rule::new("has(self.existing) != has(self.size)").message("a new disk needs a size; a kept disk (existing) brings its own"),
-    validation = Rule::new("has(self.size) == has(oldSelf.size) && (!has(self.size) || self.size == oldSelf.size) && has(self.source) == has(oldSelf.source) && (!has(self.source) || self.source == oldSelf.source) && has(self.existing) == has(oldSelf.existing) && (!has(self.existing) || self.existing == oldSelf.existing)").message("size, source and existing of a disk cannot be changed after creation; only deletionPolicy can"),
+    validation = Rule::new("has(self.size) == has(oldSelf.size) && (!has(self.size) || self.size == oldSelf.size) && has(self.source) == has(oldSelf.source) && (!has(self.source) || self.source == oldSelf.source) && has(self.existing) == has(oldSelf.existing) && (!has(self.existing) || self.existing == oldSelf.existing)").message("size, source and existing of a disk cannot be changed after creation; only deletionPolicy and onError can"),
 )]
 pub struct Disk {
     /// The disk's name among this virtual machine's. On the volume it is called
@@ -201,6 +201,14 @@ pub struct Disk {
     /// contents are gone for good.
     #[serde(default)]
     pub deletion_policy: DeletionPolicy,
+    /// What happens when the storage fails a read or a write of this disk, for example at a bad sector
+    /// or when a thin volume is full. Report: the guest gets the error. Pause: the guest is paused, does
+    /// not get the error, and Ready says which disk failed and how. Once the storage is repaired, set
+    /// Report: the request is tried again, and the guest runs on; if it fails again, the guest gets
+    /// the error. Pause takes effect at the guest's next start. A failed flush is always reported. A
+    /// lost path to the storage is no such error: the guest waits for it.
+    #[serde(default)]
+    pub on_error: OnError,
 }
 
 /// A disk that a deleted virtual machine of the same namespace left on the volume.

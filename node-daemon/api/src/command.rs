@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use bascule_ipc::vm::MigrationLimits;
 use bascule_ipc::volume::{FencingMode, Rows};
 use bascule_types::{
-    Answer, AttemptId, Bytes, Change, ClusterId, DiskId, Epoch, ImageDigest, Owner, Refusal, VmUid,
-    VolumeId,
+    Answer, AttemptId, Bytes, Change, ClusterId, DiskId, Epoch, ImageDigest, OnError, Owner,
+    Refusal, VmUid, VolumeId,
 };
 use serde::{Deserialize, Serialize};
 
@@ -117,6 +117,12 @@ pub enum Command {
     PowerButton { vm: VmUid },
     /// Stop the guest now and release its ownership.
     StopVm { vm: VmUid },
+    /// Errors of this disk go to the guest from now on; one that was paused for them is resumed.
+    ReportDiskErrors {
+        vm: VmUid,
+        /// The disk's name in the VM's spec.
+        disk: String,
+    },
     /// Remove a VM process that is stopped or departed, or that waits for an attempt that was given
     /// up, together with its run directory and tap devices.
     CollectVm {
@@ -305,6 +311,9 @@ pub struct DiskRef {
     pub name: String,
     /// The name on the volume, `<namespace>/<disk>`.
     pub row: String,
+    /// What a failed read or write does.
+    #[serde(default, skip_serializing_if = "OnError::is_default")]
+    pub on_error: OnError,
 }
 
 /// A network interface in a VM's spec.

@@ -10,9 +10,12 @@
 //!   order of arrival. So a write of part of a block (read-modify-write) loses no bytes of another
 //!   write to the same block.
 //! - A flush is submitted after every write that arrived before it has completed.
-//! - An error of a request is the guest's error of that request: the disk goes on. Reads and writes
-//!   that fail because the path to the device is lost are submitted again, about once a second,
-//!   while the guest waits.
+//! - An error of a request is the guest's error of that request: the disk goes on. With
+//!   [`bascule_types::OnError::Pause`] a read or write that failed is held instead, and with it whatever
+//!   comes later, until [`DiskEngine::retry_held`]. A flush is not: a flush that is tried again may succeed
+//!   although what it was for is lost.
+//! - Reads and writes that fail because the path to the device is lost are submitted again, about once
+//!   a second, while the guest waits.
 //! - A failed write may still land, so after one, or a failed flush, the engine is unclean for good
 //!   ([`DiskEngine::writer_state`]), even when it is idle.
 //!
@@ -31,6 +34,7 @@ mod slab;
 
 pub use backend::Disk;
 pub use engine::{DiskEngine, Drained, EngineStats};
+pub use errors::ErrorPolicy;
 pub use extent::{ExtentError, ExtentMap};
 pub use gate::{AlwaysOpen, VolumeGate, WriteGate};
 pub use geometry::block_bytes_of;

@@ -21,6 +21,14 @@ pub enum DeviceFailure {
         operation: &'static str,
         reason: String,
     },
+    /// A read or a write failed. The guest does not get the error: the disk holds the request back until it
+    /// is resumed, and the guest is to be paused.
+    #[error("{device}: {operation} failed: {reason}; held back")]
+    DiskHeld {
+        device: String,
+        operation: &'static str,
+        reason: String,
+    },
     /// The host side of the device failed: the tap was deleted, or epoll or io_uring failed.
     #[error("{device}: {what}: {reason}")]
     Host {
@@ -37,7 +45,7 @@ impl DeviceFailure {
     /// Whether the virtual machine must stop, because the device serves no more requests.
     #[must_use]
     pub const fn ends_the_machine(&self) -> bool {
-        !matches!(self, Self::DiskFailed { .. })
+        !matches!(self, Self::DiskFailed { .. } | Self::DiskHeld { .. })
     }
 }
 

@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use bascule_types::{AttemptId, Bytes, Epoch, Owner, PortRange, VmUid};
+use bascule_types::{AttemptId, Bytes, Epoch, OnError, Owner, PortRange, VmUid};
 use serde::{Deserialize, Serialize};
 
 /// The configuration of a `bascule-vm`, which `bascule-node` writes to `config.json`. Names are
@@ -96,6 +96,9 @@ pub struct DiskConfig {
     pub name: String,
     /// Where the disk's blocks are.
     pub source: DiskSource,
+    /// What a failed read or write does.
+    #[serde(default)]
+    pub on_error: OnError,
 }
 
 /// The location of a disk's blocks.
@@ -166,6 +169,12 @@ pub enum Request {
     Pause,
     /// Resume a paused guest.
     Resume,
+    /// Errors of this disk go to the guest from now on. A guest that was paused for one is resumed: the
+    /// failed request is tried again first. Only to a process whose status has a disk error.
+    ReportDiskErrors {
+        /// The disk's name in the VM's spec.
+        disk: String,
+    },
     /// Migrate live to another node. Answered at once; [`VmStatus::migration`] has the progress.
     MigrateLive {
         attempt: AttemptId,
@@ -230,6 +239,18 @@ pub struct VmStatus {
     pub io_stalled: bool,
     /// The guest's IP addresses, as far as known.
     pub addresses: Vec<IpAddr>,
+    /// The error for which the guest is paused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_error: Option<DiskError>,
+}
+
+/// An error of a disk whose policy is [`OnError::Pause`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskError {
+    /// The disk's name in the VM's spec.
+    pub disk: String,
+    /// What failed and how, for status messages.
+    pub what: String,
 }
 
 /// The last state, which a process writes to `state.json` of its run directory before it ends.

@@ -78,6 +78,7 @@ impl Supervisor {
             | Command::MigrateQuick { .. }
             | Command::CancelMigration { .. }
             | Command::PowerButton { .. }
+            | Command::ReportDiskErrors { .. }
             | Command::StopVm { .. } => self.forward(command),
         }
     }
@@ -112,6 +113,10 @@ impl Supervisor {
             }
             Command::PowerButton { vm } => (*vm, VmRequest::PowerButton),
             Command::StopVm { vm } => (*vm, VmRequest::Stop),
+            Command::ReportDiskErrors { vm, disk } => {
+                let disk = disk.clone();
+                (*vm, VmRequest::ReportDiskErrors { disk })
+            }
             other => {
                 return Err(Rejection::new(
                     RejectReason::Failed,
@@ -132,6 +137,7 @@ const fn vm_of(command: &Command) -> Option<VmUid> {
         | Command::CancelMigration { vm, .. }
         | Command::PowerButton { vm }
         | Command::StopVm { vm }
+        | Command::ReportDiskErrors { vm, .. }
         | Command::CollectVm { vm, .. } => Some(*vm),
         _ => None,
     }

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use bascule_crds::{Source, VirtualMachine};
 use bascule_image::{INITRD_BYTES_MAX, KERNEL_BYTES_MAX};
 use bascule_node_api::command::{DiskRef, ImportSource, Interface, VmSpec};
-use bascule_types::{Bytes, DiskRole, ImageDigest, RowName, VmUid};
+use bascule_types::{Bytes, DiskRole, ImageDigest, OnError, RowName, VmUid};
 use sha2::{Digest, Sha256};
 
 use super::schema::check_fields;
@@ -94,6 +94,10 @@ fn resolve(vm: &VirtualMachine, namespace: &str, name: &str) -> Result<VmSpec> {
         DiskRef {
             name: disk.name.clone(),
             row,
+            on_error: match disk.on_error {
+                bascule_crds::OnError::Report => OnError::Report,
+                bascule_crds::OnError::Pause => OnError::Pause,
+            },
         }
     });
     Ok(VmSpec {

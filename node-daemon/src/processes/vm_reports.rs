@@ -83,6 +83,7 @@ impl Supervisor {
             migration: None,
             io_stalled: false,
             addresses: Vec::new(),
+            disk_error: None,
         }
     }
 }

@@ -180,6 +180,7 @@ impl OnNode<'_> {
             source: DiskSource::Volume {
                 disk: disk.row.clone(),
             },
+            on_error: disk.on_error,
         });
         VmConfig {
             version: VmConfig::VERSION,

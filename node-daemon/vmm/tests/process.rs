@@ -366,6 +366,7 @@ fn a_failed_build_names_the_field_and_the_process_stays_to_report_it() {
                 config.disks.push(DiskConfig {
                     name: "data".into(),
                     source,
+                    on_error: bascule_types::OnError::Report,
                 });
             },
             "disks: \"data\": open /nowhere",

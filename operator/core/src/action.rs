@@ -144,6 +144,8 @@ pub enum Action {
     PowerButton { node: String },
     /// Force the guest off.
     StopVm { node: String },
+    /// Have a paused guest run on, with the errors of this disk.
+    ReportDiskErrors { node: String, disk: String },
     /// Remove a VM process that has ended or is not needed any more.
     CollectVm { node: String, pid: u32 },
     /// Record a Kubernetes event on the VirtualMachine.

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::time::Duration;
 
-use bascule_crds::{DrainPolicy, FailurePolicy, RunPolicy};
+use bascule_crds::{DrainPolicy, FailurePolicy, OnError, RunPolicy};
 use bascule_types::{Bytes, DiskRole, ImageDigest, RedactedUrl, RowName, VmUid};
 
 use crate::Moment;
@@ -47,6 +47,8 @@ pub struct DiskIntent {
     pub origin: Origin,
     /// Whether the disk is deleted with the VM; otherwise it becomes a kept disk.
     pub delete_with_vm: bool,
+    /// What a failed read or write does.
+    pub on_error: OnError,
 }
 
 impl DiskIntent {

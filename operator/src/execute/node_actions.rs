@@ -175,6 +175,10 @@ impl Execution<'_> {
                 (node, Command::PowerButton { vm })
             }
             Action::StopVm { node } => (node, Command::StopVm { vm }),
+            Action::ReportDiskErrors { node, disk } => {
+                let disk = disk.clone();
+                (node, Command::ReportDiskErrors { vm, disk })
+            }
             Action::CollectVm { node, pid } => (node, Command::CollectVm { vm, pid: *pid }),
             other => bail!("not an action for a node: {}", action_name(other)),
         };

@@ -80,6 +80,11 @@ impl BlkHandler {
         }
     }
 
+    fn process_queues(&mut self, active: &mut Active) -> Result<(), HandlerError> {
+        (0..active.queues.len()).try_for_each(|queue| self.process_queue(active, queue))?;
+        self.progress(active)
+    }
+
     /// Processes the chains that the driver has made available, at most [`BATCH_MAX`].
     fn process_queue(&mut self, active: &mut Active, queue: usize) -> Result<(), HandlerError> {
         let failed = HandlerError::for_queue(queue);
@@ -221,6 +226,13 @@ impl BlkHandler {
                 reason,
             });
         }
+        if let Some((operation, reason)) = self.engine.take_held() {
+            self.shared.report(DeviceFailure::DiskHeld {
+                device: self.shared.name().to_owned(),
+                operation,
+                reason,
+            });
+        }
         Ok(())
     }
 
@@ -269,8 +281,8 @@ impl QueueHandler for BlkHandler {
     }
 
     fn start(&mut self, active: &mut Active) -> Result<(), HandlerError> {
-        (0..active.queues.len()).try_for_each(|queue| self.process_queue(active, queue))?;
-        self.progress(active)
+        self.engine.retry_held();
+        self.process_queues(active)
     }
 
     fn queue_notified(&mut self, active: &mut Active, queue: usize) -> Result<(), HandlerError> {
@@ -291,7 +303,7 @@ impl QueueHandler for BlkHandler {
 
     fn tick(&mut self, active: &mut Active) -> Result<(), HandlerError> {
         if std::mem::take(&mut self.backlog) {
-            return self.start(active);
+            return self.process_queues(active);
         }
         self.progress(active)
     }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use bascule_types::{Bytes, ExtentRun};
 
+use super::errors::ErrorPolicy;
 use super::extent::{ExtentError, ExtentMap};
 use super::gate::WriteGate;
 use super::geometry::block_bytes_of;
@@ -22,6 +23,8 @@ pub struct Disk {
     pub block_bytes: u32,
     /// Checked right before every write is submitted.
     pub gate: Arc<dyn WriteGate>,
+    /// What a failed read or write does. By default the guest gets the error.
+    pub errors: Arc<ErrorPolicy>,
 }
 
 impl Disk {
@@ -47,6 +50,13 @@ impl Disk {
             file,
             block_bytes,
             gate,
+            errors: Arc::default(),
         })
+    }
+
+    /// The same disk with this policy.
+    #[must_use]
+    pub fn with_errors(self, errors: Arc<ErrorPolicy>) -> Self {
+        Self { errors, ..self }
     }
 }

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use bascule_types::WriterState;
 
 use super::backend::Disk;
-use super::errors::{Failure, LostPath, Meaning, meaning};
+use super::errors::{Failure, HeldBack, Meaning, meaning};
 use super::job::{Job, Stage, SubRequest, SubRequestKind};
 use super::request::{Completion, DiskRequest, Operation};
 use super::ring::{Command, HostRun, Ring};
@@ -60,8 +60,7 @@ pub struct DiskEngine {
     /// Bytes of all bounce buffers in use.
     bounce_bytes: usize,
     failure: Failure,
-    /// Set while the path to the device is lost.
-    lost_path: Option<LostPath>,
+    held_back: HeldBack,
     /// Writes that the kernel has and has not completed.
     writes_in_flight: usize,
     /// The gate was told that a write begins, and not yet that none is in flight.
@@ -87,7 +86,7 @@ impl DiskEngine {
             next_sequence: 0,
             bounce_bytes: 0,
             failure: Failure::None,
-            lost_path: None,
+            held_back: HeldBack::default(),
             writes_in_flight: 0,
             told_begin: false,
             stats: EngineStats::default(),
@@ -119,9 +118,8 @@ impl DiskEngine {
     /// write polls the gate, and a lost path is tried again. `None` when nothing is stalled.
     #[must_use]
     pub fn retry_after(&self) -> Option<Duration> {
-        let path = self.lost_path.as_ref();
-        let wait = path.and_then(|path| path.wait(Instant::now()));
-        self.stats.stalled.then_some(wait.unwrap_or(GATE_POLL))
+        let wait = self.held_back.poll_after(Instant::now());
+        wait.filter(|_| self.stats.stalled)
     }
 
     /// Queues a request, which [`DiskEngine::progress`] submits. A range that is not on the disk or
@@ -207,6 +205,17 @@ impl DiskEngine {
         self.completed.clear();
         self.bounce_bytes = 0;
         self.stats.stalled = false;
+        self.retry_held();
+    }
+
+    /// The request that is held since the last call, as (operation, error).
+    pub fn take_held(&mut self) -> Option<(&'static str, String)> {
+        self.held_back.take()
+    }
+
+    /// Has the next [`DiskEngine::progress`] submit what was held back after an error.
+    pub fn retry_held(&mut self) {
+        self.held_back.retry();
     }
 
     /// The first failure of a write or flush, as (operation, error). Returned once.
@@ -255,29 +264,33 @@ impl DiskEngine {
                     self.path_lost(kind, &error);
                     self.ready.push_back(key);
                 }
+                Meaning::Request
+                    if sub_request.kind != SubRequestKind::Sync && self.disk.errors.pauses() =>
+                {
+                    let kind = sub_request.kind;
+                    self.held_back.hold(kind.operation(), &error);
+                    self.note_failure(kind, &error);
+                    self.ready.push_back(key);
+                }
                 _ => self.sub_request_finished(key, Err(error)),
             },
         }
     }
 
     fn path_lost(&mut self, kind: SubRequestKind, error: &io::Error) {
-        if self.lost_path.is_none() {
+        if self.held_back.path_lost(Instant::now()) {
             tracing::warn!(%error, "the path to the disk is lost: the guest waits");
         }
-        self.lost_path = Some(LostPath::new(Instant::now()));
         self.note_failure(kind, error);
     }
 
     /// A read that failed has no effect; a write or flush is reported, and leaves the engine unclean:
     /// an error does not end a write, it may still land.
     fn note_failure(&mut self, kind: SubRequestKind, error: &io::Error) {
-        let operation = match kind {
-            SubRequestKind::Read => return,
-            SubRequestKind::Write { .. } => "write",
-            SubRequestKind::Sync => "flush",
-        };
-        self.failure.note(operation, error);
-        self.becomes_unclean();
+        if kind != SubRequestKind::Read {
+            self.failure.note(kind.operation(), error);
+            self.becomes_unclean();
+        }
     }
 
     fn sub_request_finished(&mut self, key: usize, result: io::Result<()>) {
@@ -387,12 +400,9 @@ impl DiskEngine {
     fn submit(&mut self) -> io::Result<usize> {
         let mut count = 0;
         self.stats.stalled = false;
-        if let Some(path) = &self.lost_path {
-            if path.wait(Instant::now()).is_some() {
-                self.stats.stalled = !self.ready.is_empty();
-                return Ok(0);
-            }
-            self.lost_path = None;
+        if self.held_back.blocks(Instant::now()) {
+            self.stats.stalled = !self.ready.is_empty();
+            return Ok(0);
         }
         for key in std::mem::take(&mut self.ready) {
             let is_write = self.sub_requests.get(key).is_some_and(|sub_request| {
@@ -482,8 +492,6 @@ impl Drop for DiskEngine {
 }
 
 const SECTOR_BYTES: u64 = 512;
-/// Poll interval of a closed gate: far below the length of a lease, far above the cost of a check.
-const GATE_POLL: Duration = Duration::from_millis(5);
 /// Limit on the sum of bounce buffers, which a guest with misaligned buffers makes us allocate. One
 /// request may always begin, whatever its size. A guess.
 const BOUNCE_BYTES_MAX: usize = 32 << 20;

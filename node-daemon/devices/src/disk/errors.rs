@@ -1,7 +1,85 @@
 //! What an error of a command means for the request, and waiting for a lost path.
 
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
+
+use bascule_types::OnError;
+
+/// What a disk does when the device fails a read or a write. Shared with who may change it.
+#[derive(Debug, Default)]
+pub struct ErrorPolicy {
+    pauses: AtomicBool,
+}
+
+impl ErrorPolicy {
+    /// The policy to begin with.
+    #[must_use]
+    pub fn new(on_error: OnError) -> Self {
+        let policy = Self::default();
+        policy.set(on_error);
+        policy
+    }
+
+    /// Changes it for every later error.
+    pub fn set(&self, on_error: OnError) {
+        self.pauses
+            .store(on_error == OnError::Pause, Ordering::Relaxed);
+    }
+
+    pub(super) fn pauses(&self) -> bool {
+        self.pauses.load(Ordering::Relaxed)
+    }
+}
+
+/// Why nothing is submitted: the guest waits.
+#[derive(Debug, Default)]
+pub(super) struct HeldBack {
+    /// Until the path to the device is tried again.
+    lost_path: Option<LostPath>,
+    /// A request failed while the policy was to pause: until it is to be tried again.
+    is_held: bool,
+    /// Of that request, not yet returned.
+    new: Option<(&'static str, String)>,
+}
+
+impl HeldBack {
+    /// The path is lost from `now` on. Whether that is news.
+    pub(super) fn path_lost(&mut self, now: Instant) -> bool {
+        self.lost_path.replace(LostPath::new(now)).is_none()
+    }
+
+    /// Whether nothing may be submitted at `now`. Once the path is due, it is tried with everything.
+    pub(super) fn blocks(&mut self, now: Instant) -> bool {
+        let waits = self.lost_path.as_ref().and_then(|path| path.wait(now));
+        if self.is_held || waits.is_some() {
+            return true;
+        }
+        self.lost_path = None;
+        false
+    }
+
+    /// When to look again, at the path or at a closed gate; never while a request is held.
+    pub(super) fn poll_after(&self, now: Instant) -> Option<Duration> {
+        let wait = self.lost_path.as_ref().and_then(|path| path.wait(now));
+        (!self.is_held).then_some(wait.unwrap_or(GATE_POLL))
+    }
+
+    pub(super) fn hold(&mut self, operation: &'static str, error: &io::Error) {
+        if !std::mem::replace(&mut self.is_held, true) {
+            self.new = Some((operation, error.to_string()));
+        }
+    }
+
+    /// Ends the hold.
+    pub(super) fn retry(&mut self) {
+        (self.is_held, self.new) = (false, None);
+    }
+
+    pub(super) fn take(&mut self) -> Option<(&'static str, String)> {
+        self.new.take()
+    }
+}
 
 /// What becomes of a command that failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,6 +166,8 @@ impl Failure {
     }
 }
 
+/// Poll interval of a closed gate: far below the length of a lease, far above the cost of a check.
+pub(super) const GATE_POLL: Duration = Duration::from_millis(5);
 /// Between two attempts. A guess: a path that comes back is used within a second, and a path that
 /// does not costs next to nothing.
 const PATH_RETRY: Duration = Duration::from_secs(1);

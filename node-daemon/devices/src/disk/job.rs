@@ -62,6 +62,17 @@ pub(super) enum SubRequestKind {
     Sync,
 }
 
+impl SubRequestKind {
+    /// Its name in messages.
+    pub(super) const fn operation(self) -> &'static str {
+        match self {
+            Self::Read => "read",
+            Self::Write { .. } => "write",
+            Self::Sync => "flush",
+        }
+    }
+}
+
 impl Job {
     /// The range of bytes of the disk that the request touches, extended to whole blocks.
     pub(super) fn span(&self, block_bytes: u32) -> (u64, u64) {

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, ensure};
 use bascule_devices::blk::{BlkConfig, BlkDevice, BlkMetrics, Serial};
-use bascule_devices::disk::{AlwaysOpen, Disk, VolumeGate, WriteGate};
+use bascule_devices::disk::{AlwaysOpen, Disk, ErrorPolicy, VolumeGate, WriteGate};
 use bascule_devices::net::{MacAddress, NetConfig, NetDevice, NetHandle, TapFd};
 use bascule_devices::rng::{RngConfig, RngDevice};
 use bascule_ipc::vm::{DiskConfig, DiskSource, StartMode, VmConfig};
@@ -26,6 +26,8 @@ const DISK_QUEUES_MAX: u16 = 4;
 pub(crate) struct Devices {
     /// Each disk's name and counters, in order.
     pub(crate) disks: Vec<(String, Arc<BlkMetrics>)>,
+    /// Each disk's name and what an error on it does.
+    pub(crate) policies: Vec<(String, Arc<ErrorPolicy>)>,
     /// Each interface, in order.
     pub(crate) interfaces: Vec<NetHandle>,
 }
@@ -74,6 +76,8 @@ pub(super) fn add(
     for (index, disk) in config.disks.iter().enumerate() {
         let (backing, read_only) =
             backing(disk, home).with_context(|| format!("disks: {:?}", disk.name))?;
+        let errors = Arc::new(ErrorPolicy::new(disk.on_error));
+        let backing = backing.with_errors(Arc::clone(&errors));
         let settings = BlkConfig {
             name: format!("blk{index}"),
             serial: Serial::of_name(&disk.name),
@@ -83,6 +87,7 @@ pub(super) fn add(
         let device = BlkDevice::new(&settings, backing, builder.device_context())?;
         builder.add_device(Box::new(device.function))?;
         devices.disks.push((disk.name.clone(), device.metrics));
+        devices.policies.push((disk.name.clone(), errors));
     }
     for (index, interface) in config.interfaces.iter().enumerate() {
         let settings = NetConfig {

@@ -291,6 +291,7 @@ mod tests {
                 source,
             },
             delete_with_vm: true,
+            on_error: bascule_crds::OnError::Report,
         };
         let shown = complaint(&disk, "http status: 404");
         assert_eq!(

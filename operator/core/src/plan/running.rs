@@ -1,13 +1,15 @@
 //! A guest that runs on a healthy node.
 
+use bascule_crds::OnError;
 use bascule_crds::names::reason;
-use bascule_ipc::vm::VmState;
+use bascule_ipc::vm::{DiskError, VmState};
+use bascule_types::DiskRole;
 
 use super::context::PlanContext;
 use super::reservation::leaving;
 use super::step::{Ready, ReportChange, Step};
 use crate::observed::RowView;
-use crate::{Action, Migration, Phase, PodPhase, Process, Purpose, RunPolicy};
+use crate::{Action, DiskIntent, Migration, Phase, PodPhase, Process, Purpose, RunPolicy};
 
 impl<'a> PlanContext<'a> {
     /// A chapter that stops or moves the guest sets the Ready condition; else it tells whether the
@@ -25,6 +27,7 @@ impl<'a> PlanContext<'a> {
             step.append(self.stop_running(row, node, process, active));
         } else {
             step.append(self.keep_running(row, node, process, active));
+            step.append(self.disk_error(node, process));
         }
         if process.status.io_stalled {
             step.requeue_soon();
@@ -37,6 +40,25 @@ impl<'a> PlanContext<'a> {
             }
             ready
         })
+    }
+
+    /// A guest that is paused for a disk error runs on when that disk's errors are to be reported.
+    fn disk_error(&self, node: &str, process: &Process) -> Step {
+        let mut step = Step::new();
+        let Some(error) = &process.status.disk_error else {
+            return step;
+        };
+        let reports = |disk: &DiskIntent| {
+            let is_it = disk.role == DiskRole::Data && disk.name == error.disk;
+            is_it && disk.on_error == OnError::Report
+        };
+        if self.intent.disks.iter().any(reports) {
+            step.push(Action::ReportDiskErrors {
+                node: node.to_owned(),
+                disk: error.disk.clone(),
+            });
+        }
+        step.requeued_soon()
     }
 
     fn stop_running(
@@ -156,6 +178,13 @@ impl<'a> PlanContext<'a> {
 
 /// The Ready condition of a guest that is neither moved nor stopped.
 fn running_condition(node: &str, process: &Process) -> Ready {
+    if let Some(DiskError { disk, what }) = &process.status.disk_error {
+        let message = format!(
+            "paused on {node}: disk {disk:?}: {what}: repair the storage, then set onError of that disk to \
+             Report: the request is tried again and the guest runs on"
+        );
+        return Ready::new(Phase::Running, false, reason::DISK_ERROR, message);
+    }
     if process.status.io_stalled {
         let message = format!("the disks of the guest on {node} wait for the node's lease");
         return Ready::new(Phase::Running, false, reason::STORAGE_LOST, message);

@@ -493,6 +493,7 @@ fn process(node: &str, guest: &Guest) -> Process {
             migration,
             io_stalled: false,
             addresses: vec![],
+            disk_error: None,
         },
     }
 }

@@ -2,13 +2,13 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use bascule_types::{Bytes as ByteCount, ExtentRun, Lba, WriterState};
+use bascule_types::{Bytes as ByteCount, ExtentRun, Lba, OnError, WriterState};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
 use crate::blk::Serial;
 use crate::device::Device;
-use crate::disk::{AlwaysOpen, WriteGate};
+use crate::disk::{AlwaysOpen, ErrorPolicy, WriteGate};
 use crate::failure::DeviceFailure;
 use crate::testing::{
     Buffer, TestDriver, TestMachine, assert_golden, clear_dirty, dirty_pages, migrate, rings,
@@ -514,6 +514,47 @@ fn a_failed_write_is_the_guests_error_and_is_reported_once() {
     );
     assert!(!failures[0].ends_the_machine());
     assert_eq!(driver.status() & 0x40, 0, "the device itself works");
+}
+
+#[test]
+fn with_the_policy_to_pause_the_guest_gets_no_error_and_its_request_waits_for_the_resume() {
+    let machine = TestMachine::new();
+    let volume = Volume::new();
+    let errors = Arc::new(ErrorPolicy::new(OnError::Pause));
+    let disk = volume.disk(Arc::new(AlwaysOpen), 512, false);
+    let disk = disk.with_errors(Arc::clone(&errors));
+    let device = BlkDevice::new(&config(), disk, machine.context()).unwrap();
+    let mut driver = TestDriver::new(&machine, device.function);
+    driver.start(FLUSH, 1);
+    let out = offer_write(&mut driver, 0, 0, &[1; 512], 0);
+    driver.notify(0);
+    let held = |failure: &DeviceFailure| {
+        matches!(
+            failure,
+            DeviceFailure::DiskHeld {
+                operation: "write",
+                ..
+            }
+        )
+    };
+    wait_until("the request to be held", || {
+        machine.failures.all().iter().any(held)
+    });
+    assert!(
+        !machine
+            .failures
+            .all()
+            .iter()
+            .any(DeviceFailure::ends_the_machine)
+    );
+    assert_eq!(driver.function.pause(), WriterState::Unclean);
+    errors.set(OnError::Report);
+    driver.function.resume();
+    assert_eq!(
+        answer(&mut driver, 0, &out),
+        (1, 1),
+        "the next attempt's error"
+    );
 }
 
 #[test]

@@ -2,13 +2,14 @@ use std::fs::File;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use bascule_types::{Bytes as ByteCount, ExtentRun, Lba};
+use bascule_types::{Bytes as ByteCount, ExtentRun, Lba, OnError};
 use proptest::prelude::*;
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::*;
-use crate::disk::{AlwaysOpen, ExtentMap, VolumeGate, WriteGate, block_bytes_of};
+use crate::disk::errors::GATE_POLL;
+use crate::disk::{AlwaysOpen, ErrorPolicy, ExtentMap, VolumeGate, WriteGate, block_bytes_of};
 use crate::testing::wait_until;
 use crate::virtio::{Segment, Segments};
 
@@ -49,6 +50,7 @@ impl WriteGate for TestGate {
 struct Bench {
     engine: DiskEngine,
     volume: File,
+    errors: Arc<ErrorPolicy>,
     ram: Arc<GuestRam>,
     done: Vec<Completion>,
     next_tag: u64,
@@ -88,11 +90,13 @@ impl Bench {
             start: Lba(start),
             length: ByteCount(blocks * 4096),
         });
+        let errors = Arc::new(ErrorPolicy::default());
         let disk = Disk {
             file: opened.into(),
             extents: ExtentMap::new(&runs, ByteCount(DISK_BYTES as u64)).unwrap(),
             block_bytes,
             gate,
+            errors: Arc::clone(&errors),
         };
         let ranges = [
             (GuestAddress(0), 0x10_0000),
@@ -102,6 +106,7 @@ impl Bench {
         Self {
             engine: DiskEngine::new(disk, ram.clone()).unwrap(),
             volume,
+            errors,
             ram,
             done: Vec::new(),
             next_tag: 0,
@@ -573,4 +578,54 @@ proptest! {
             }
         }
     }
+}
+
+/// A descriptor without the right to write stands for a bad sector.
+#[test]
+fn with_the_policy_to_pause_a_failed_write_is_held_and_tried_again_on_request() {
+    let mut bench = Bench::with(512, Arc::new(AlwaysOpen), false);
+    bench.errors.set(OnError::Pause);
+    let write = bench.write(0, 0x1000, &[1; 512]);
+    let mut held = None;
+    wait_until("the request to be held", || {
+        bench.progress();
+        held = bench.engine.take_held();
+        held.is_some()
+    });
+    let (operation, reason) = held.unwrap();
+    assert_eq!(operation, "write");
+    assert!(reason.contains("Bad file descriptor"), "{reason}");
+    assert_eq!(bench.engine.writer_state(), WriterState::Unclean);
+    // Nothing goes on meanwhile, and nothing polls.
+    let read = bench.read(0, 0x2000, 512);
+    bench.progress();
+    assert!(!bench.is_done(write) && !bench.is_done(read));
+    assert_eq!(bench.engine.retry_after(), None);
+    assert!(bench.engine.stats().stalled);
+
+    // It fails again, and is held again.
+    bench.engine.retry_held();
+    wait_until("the request to be held again", || {
+        bench.progress();
+        bench.engine.take_held().is_some()
+    });
+    assert!(!bench.is_done(write));
+
+    // With the other policy the guest gets the error of the next attempt.
+    bench.errors.set(OnError::Report);
+    bench.engine.retry_held();
+    bench.wait(write).unwrap_err();
+    bench.wait(read).unwrap();
+}
+
+#[test]
+fn a_failed_flush_is_the_guests_error_whatever_the_policy() {
+    let volume = tempfile::tempfile().unwrap();
+    // The null device refuses fdatasync.
+    let null = File::options().write(true).open("/dev/null").unwrap();
+    let mut bench = Bench::on(null, volume, 512, Arc::new(AlwaysOpen));
+    bench.errors.set(OnError::Pause);
+    let flush = bench.enqueue(Operation::Flush);
+    bench.wait(flush).unwrap_err();
+    assert_eq!(bench.engine.take_held(), None);
 }

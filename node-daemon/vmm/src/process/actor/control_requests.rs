@@ -31,7 +31,7 @@ impl VmActor {
 
     /// Applies a request that is done at once.
     fn answer(&mut self, request: &Request) -> Answer {
-        let done = match *request {
+        let done = match request {
             Request::Status => {
                 let status = Response::Status(Box::new(self.status()));
                 return Answer::Now(status, Vec::new());
@@ -47,6 +47,7 @@ impl VmActor {
             }
             Request::PowerButton => self.press_power_button(),
             Request::Resume => self.resume_requested(),
+            Request::ReportDiskErrors { disk } => self.report_disk_errors(disk),
             Request::Announce => self.announce(),
             // Applied by `control_request`.
             Request::Stop | Request::Pause | Request::Exit => Ok(()),
@@ -55,9 +56,9 @@ impl VmActor {
                 peer,
                 to,
                 limits,
-            } => self.migrate_live(attempt, (peer, to), limits),
-            Request::CancelMigration { attempt } => self.cancel_migration(attempt),
-            Request::MigrateQuick { attempt, to } => self.migrate_quick(attempt, to),
+            } => self.migrate_live(*attempt, (*peer, *to), *limits),
+            Request::CancelMigration { attempt } => self.cancel_migration(*attempt),
+            Request::MigrateQuick { attempt, to } => self.migrate_quick(*attempt, *to),
         };
         let response = done.map_or_else(|error| refused(&error), |()| Response::Accepted);
         Answer::Now(response, Vec::new())

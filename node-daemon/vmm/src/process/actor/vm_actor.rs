@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use anyhow::{Context as _, bail};
 use bascule_devices::disk::VolumeGate;
-use bascule_ipc::vm::{LastState, StopReason, VmConfig, VmState, VmStatus};
+use bascule_ipc::vm::{DiskError, LastState, StopReason, VmConfig, VmState, VmStatus};
 use bascule_types::{Epoch, Ownership};
 
 use super::event::{ActorHandle, Done, Event, Notices, OwnershipRequest, TaskOutcome, lock};
@@ -35,6 +35,8 @@ pub(crate) struct VmActor {
     /// Passed by every write to the home volume.
     pub(super) gate: Option<Arc<VolumeGate>>,
     pub(super) devices: Devices,
+    /// The error for which the guest is paused, or about to be.
+    pub(super) disk_error: Option<DiskError>,
     pub(super) run_dir: RunDir,
     pub(super) console: Console,
     handle: ActorHandle,
@@ -94,6 +96,7 @@ impl VmActor {
             listening: None,
             gate: None,
             devices: Devices::default(),
+            disk_error: None,
             run_dir,
             console: Console::with_log(log),
             handle,
@@ -193,7 +196,10 @@ impl VmActor {
     pub(super) fn resume(&mut self) -> anyhow::Result<()> {
         match self.take_phase() {
             Phase::Paused(vm) | Phase::Incoming(vm) | Phase::InDoubt(vm) => match vm.run() {
-                Ok(vm) => self.phase = Phase::Running(vm),
+                Ok(vm) => {
+                    self.disk_error = None;
+                    self.phase = Phase::Running(vm);
+                }
                 Err(error) => {
                     let what = format!("resume: {error}");
                     self.stopped(StopReason::Failed { what: what.clone() });
@@ -295,6 +301,7 @@ impl VmActor {
             migration: self.migration.as_ref().map(|control| control.status()),
             io_stalled: self.devices.io_stalled(),
             addresses: Vec::new(),
+            disk_error: self.disk_error.clone(),
         }
     }
 }

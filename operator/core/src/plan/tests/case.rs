@@ -269,6 +269,7 @@ impl Case {
                 migration: None,
                 io_stalled: false,
                 addresses: vec![],
+                disk_error: None,
             },
         });
         self
@@ -434,6 +435,7 @@ fn disk(name: &str, role: DiskRole, origin: Origin, delete_with_vm: bool) -> Dis
         role,
         origin,
         delete_with_vm,
+        on_error: bascule_crds::OnError::Report,
     }
 }
 

@@ -1,6 +1,9 @@
 //! From creation to running, and stopping: no node is lost.
 
 use super::*;
+use bascule_crds::OnError;
+use bascule_ipc::vm::DiskError;
+
 use crate::observed::SavedView;
 
 #[test]
@@ -247,4 +250,36 @@ fn images_are_on_the_volume_before_the_guest_starts() {
         "{actions:?}"
     );
     assert_eq!(case.plan().report.phase, Phase::Importing);
+}
+
+#[test]
+fn a_guest_that_is_paused_for_a_disk_error_says_so_and_runs_on_when_the_error_may_be_reported() {
+    let mut case = Case::running_on(1).with_disks();
+    let status = &mut case.observed.processes[0].status;
+    status.state = VmState::Paused;
+    let (disk, what) = ("root".to_owned(), "write failed: No space left".to_owned());
+    status.disk_error = Some(DiskError { disk, what });
+    let root = |case: &mut Case| {
+        let mut disks = case.intent.disks.iter_mut();
+        disks.find(|disk| disk.name == "root").unwrap().on_error = OnError::Pause;
+    };
+    root(&mut case);
+    let plan = case.plan();
+    assert_eq!(plan.actions, []);
+    let ready = plan.report.ready;
+    assert_eq!(
+        (ready.status, ready.reason),
+        (Some(false), reason::DISK_ERROR)
+    );
+    let names_both = ready.message.contains("root") && ready.message.contains("No space left");
+    assert!(names_both, "{}", ready.message);
+
+    for disk in &mut case.intent.disks {
+        disk.on_error = OnError::Report;
+    }
+    let (node, disk) = ("node-1".to_owned(), "root".to_owned());
+    assert_eq!(
+        case.plan().actions,
+        [Action::ReportDiskErrors { node, disk }]
+    );
 }

@@ -9,7 +9,7 @@
 //! | `processes/` | starts, finds again and calls VM, volume, watchdog and import processes | `images`, `identity` |
 //! | `identity/` | the node's UID and certificate; `cert init` and `cert issue` | |
 //! | `images/` | `bascule-import`: fills one disk from an image | |
-//! | `config.rs`, `paths.rs`, `files.rs`, `wait.rs` | common options, file layout, atomic writes, polling | |
+//! | `config.rs`, `paths.rs`, `files.rs`, `output.rs`, `wait.rs` | common options, file layout, atomic writes, standard output, polling | |
 //!
 //! The daemon does not decide which node may run a VM: the ownership records on the volume do. It
 //! holds no state that a restart could lose.
@@ -23,6 +23,7 @@ mod embedded;
 mod files;
 mod identity;
 mod images;
+mod output;
 mod paths;
 mod processes;
 mod wait;

@@ -300,6 +300,10 @@ mod tests {
             base
         );
         assert_eq!(of(serde_json::json!({"runPolicy": "Stopped"})), base);
+        let longer = serde_json::json!({"availability": {"migration": {"shutdownTimeout": "9m"}}});
+        assert_eq!(of(longer.clone()), base);
+        let told = vm_spec(&vm(&longer)).unwrap().shutdown_timeout_ms;
+        assert_eq!(told, Some(540_000));
     }
 
     #[test]

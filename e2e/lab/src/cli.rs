@@ -1,5 +1,6 @@
 //! The command line.
 
+use std::fmt::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -281,15 +282,14 @@ fn perform(cli: &Cli) -> Result<()> {
         Command::Status => status(&cli.lab),
         Command::Guest => {
             let image = crate::guest::GuestImage::ensure()?;
-            println!("{}\n{}", image.kernel.display(), image.initrd.display());
-            Ok(())
+            let (kernel, initrd) = (image.kernel.display(), image.initrd.display());
+            show(&format!("{kernel}\n{initrd}\n"))
         }
         Command::Prepare { emulated: false } => prepare(Tier::Native),
         Command::Prepare { emulated: true } => prepare(Tier::Emulated),
         Command::Image { bin_dir, name, out } => {
             let digest = project::pack(name, bin_dir, out)?;
-            println!("{digest}");
-            Ok(())
+            show(&format!("{digest}\n"))
         }
         Command::Launch {
             cgroup,
@@ -316,10 +316,7 @@ fn in_lab(lab: &Lab, command: &Command) -> Result<()> {
         Command::Install { helm } => {
             lab.install_bascule(&helm.iter().map(String::as_str).collect::<Vec<_>>())
         }
-        Command::Exec { node, command } => {
-            print!("{}", lab.node(node)?.exec(&command.words())?);
-            Ok(())
-        }
+        Command::Exec { node, command } => show(&lab.node(node)?.exec(&command.words())?),
         Command::Publish { file, name } => show_source("file", &lab.publish(name, file)?),
         Command::PublishGuest => {
             let sources = lab.publish_guest()?;
@@ -404,18 +401,20 @@ fn bring_up(name: &LabName, up: &Up) -> Result<()> {
 fn status(name: &LabName) -> Result<()> {
     let paths = LabPaths::new(name)?;
     let Some(state) = State::load(&paths)? else {
-        println!("lab {name}: down");
-        return Ok(());
+        return show(&format!("lab {name}: down\n"));
     };
+    let mut text = String::new();
     let how = if state.complete { "up" } else { "incomplete" };
-    println!(
+    writeln!(
+        text,
         "lab {name}: {how}, {:?} tier, logs in {}",
         state.tier,
         state.logs.display()
-    );
-    println!("network: virtual machines on 10.91.0.0/24, the hub is {HUB_VM_ADDRESS}");
+    )?;
+    let network = "virtual machines on 10.91.0.0/24, the hub is";
+    writeln!(text, "network: {network} {HUB_VM_ADDRESS}")?;
     if !state.complete {
-        return Ok(());
+        return show(&text);
     }
     let lab = Lab::open(name)?;
     for component in Component::ALL {
@@ -424,32 +423,56 @@ fn status(name: &LabName) -> Result<()> {
         } else {
             "down"
         };
-        println!("{:<24} {running}", component.program());
+        writeln!(text, "{:<24} {running}", component.program())?;
     }
     for node in lab.nodes() {
         let Some(machine) = node.machine()?.filter(|machine| machine.alive()) else {
-            println!("{:<24} off", node.name());
+            writeln!(text, "{:<24} off", node.name())?;
             continue;
         };
-        println!("{:<24} on, process {}", node.name(), machine.pid());
+        writeln!(text, "{:<24} on, process {}", node.name(), machine.pid())?;
         match node.services() {
             Ok(services) => {
                 for (service, pid) in services {
                     let pid = pid.map_or_else(|| "down".to_owned(), |pid| format!("pid {pid}"));
-                    println!("  {service:<22} {pid}");
+                    writeln!(text, "  {service:<22} {pid}")?;
                 }
             }
-            Err(error) => println!("  does not respond: {error:#}"),
+            Err(error) => writeln!(text, "  does not respond: {error:#}")?,
         }
     }
-    print!("{}", faults::describe(name));
-    Ok(())
+    text += &faults::describe(name);
+    show(&text)
+}
+
+/// Writes to standard output. A reader that has gone (`| head`) is no error.
+fn show(text: &str) -> Result<()> {
+    show_to(&mut std::io::stdout().lock(), text)
+}
+
+fn show_to(out: &mut impl std::io::Write, text: &str) -> Result<()> {
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        written => written.context("write to standard output"),
+    }
 }
 
 fn show_source(what: &str, source: &web::Source) -> Result<()> {
-    println!(
-        "{what}: {} sha256={} bytes={}",
-        source.url, source.sha256, source.bytes
-    );
-    Ok(())
+    let (url, sha256, bytes) = (&source.url, &source.sha256, source.bytes);
+    show(&format!("{what}: {url} sha256={sha256} bytes={bytes}\n"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `lab status | head` panicked.
+    #[test]
+    fn output_that_nobody_reads_is_no_error() {
+        let (reader, mut writer) = std::io::pipe().unwrap();
+        drop(reader);
+        show_to(&mut writer, "lab x: up\n").unwrap();
+        let full = std::fs::OpenOptions::new().write(true).open("/dev/full");
+        show_to(&mut full.unwrap(), "lab x: up\n").unwrap_err();
+    }
 }

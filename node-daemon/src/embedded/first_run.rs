@@ -15,7 +15,7 @@ use bascule_node_api::command::{Backing, FormatOptions, Outcome};
 use bascule_types::Bytes;
 
 use super::document::Document;
-use super::local_node::{attach, supervisor};
+use super::local_node::{attach, check_rights, supervisor};
 use crate::config::NodeConfig;
 use crate::identity::{Identity, authority};
 use crate::paths::Paths;
@@ -27,6 +27,7 @@ pub(super) fn node_with_identity(
     address: IpAddr,
     no_cgroups: bool,
 ) -> Result<Supervisor> {
+    check_rights(config, no_cgroups)?;
     let paths = Paths::new(&config.run_dir, &config.state_dir);
     if Identity::load(&paths)?.is_none() {
         make_identity(config, &paths)?;

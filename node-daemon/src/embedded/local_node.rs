@@ -8,6 +8,7 @@ use anyhow::{Context, Result, bail};
 use bascule_ipc::volume::{Request, Rows};
 use bascule_node_api::command::{Backing, Outcome};
 use bascule_types::{Answer, Owner, Refusal, VmRow, VmUid};
+use rustix::fs::Access;
 
 use super::interrupt::Interrupt;
 use crate::config::NodeConfig;
@@ -23,6 +24,7 @@ pub(super) fn supervisor(
     address: IpAddr,
     no_cgroups: bool,
 ) -> Result<Supervisor> {
+    check_rights(config, no_cgroups)?;
     let paths = Paths::new(&config.run_dir, &config.state_dir);
     let identity = Identity::load(&paths)?.with_context(|| {
         format!(
@@ -40,6 +42,43 @@ pub(super) fn supervisor(
             launcher,
         },
     )
+}
+
+/// Says what is missing to a user who is not root, before a file that cannot be written does.
+pub(super) fn check_rights(config: &NodeConfig, no_cgroups: bool) -> Result<()> {
+    if rustix::process::geteuid().is_root() {
+        return Ok(());
+    }
+    match missing_rights(config, no_cgroups, is_writable) {
+        None => Ok(()),
+        Some(what) => bail!(
+            "not root: {what}. Run this as root, or with --run-dir and --state-dir of your own and \
+             --no-cgroups; a VM also needs access to /dev/kvm, and one with interfaces needs root"
+        ),
+    }
+}
+
+fn missing_rights(
+    config: &NodeConfig,
+    no_cgroups: bool,
+    is_writable: impl Fn(&Path) -> bool,
+) -> Option<String> {
+    for (option, folder) in [
+        ("--run-dir", &config.run_dir),
+        ("--state-dir", &config.state_dir),
+    ] {
+        if !is_writable(folder) {
+            return Some(format!("{} ({option}) is not writable", folder.display()));
+        }
+    }
+    (!no_cgroups).then(|| "cgroups cannot be made".to_owned())
+}
+
+/// Whether files can be made in a folder, which may be still to be made itself.
+fn is_writable(folder: &Path) -> bool {
+    let access = Access::WRITE_OK | Access::EXEC_OK;
+    let present = folder.ancestors().find(|folder| folder.exists());
+    present.is_some_and(|folder| rustix::fs::access(folder, access).is_ok())
 }
 
 /// Attaches a volume, unless it is attached.
@@ -140,3 +179,41 @@ pub(super) fn granted(outcome: Result<Outcome, Rejection>) -> Result<Answer> {
 
 /// A first lease takes an election and, after a crash, the wait for the earlier one to lapse.
 const LEASE_LIMIT: Duration = Duration::from_secs(60);
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Debug, Parser)]
+    struct TestCli {
+        #[command(flatten)]
+        config: NodeConfig,
+    }
+
+    /// `bascule-node run` without root said "Permission denied" of a file that the user had not named.
+    #[test]
+    fn a_user_without_root_is_told_which_option_is_missing() {
+        let config = TestCli::parse_from(["test"]).config;
+        let missing = |no_cgroups, writable: &[&str]| {
+            missing_rights(&config, no_cgroups, |folder| {
+                writable.iter().any(|name| folder == Path::new(name))
+            })
+        };
+        let run = "/run/bascule";
+        let state = "/var/lib/bascule";
+        let why = missing(true, &[]).unwrap();
+        assert_eq!(why, "/run/bascule (--run-dir) is not writable");
+        let why = missing(true, &[run]).unwrap();
+        assert_eq!(why, "/var/lib/bascule (--state-dir) is not writable");
+        assert!(missing(false, &[run, state]).unwrap().contains("cgroups"));
+        assert_eq!(missing(true, &[run, state]), None);
+    }
+
+    #[test]
+    fn a_folder_that_is_still_to_be_made_is_as_writable_as_the_one_above_it() {
+        let folder = tempfile::tempdir().unwrap();
+        assert!(is_writable(&folder.path().join("a/b")));
+    }
+}

@@ -1,5 +1,6 @@
 //! `bascule-node migrate`: live migration of a VM of this node to another node.
 
+use std::fmt::Write as _;
 use std::io::{IsTerminal, Write};
 use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
@@ -13,6 +14,7 @@ use bascule_types::{AttemptId, Owner, VmUid};
 use super::local_node::{find, forget, rows, supervisor, vm_row};
 use super::peer::Peer;
 use crate::config::NodeConfig;
+use crate::output::show;
 use crate::processes::supervisor::Supervisor;
 use crate::wait::wait_for;
 
@@ -84,8 +86,7 @@ pub(crate) fn migrate(args: &MigrateArgs) -> Result<()> {
     let (pid, status) = outcome?;
     drop(watch);
     forget(&node, vm, pid)?;
-    say(&status, &args.to);
-    Ok(())
+    say(&status, &args.to)
 }
 
 fn spec_of(node: &Supervisor, vm: VmUid) -> Result<VmSpec> {
@@ -166,17 +167,18 @@ fn forget_incoming(peer: &mut Peer, vm: VmUid) -> Result<()> {
     Ok(())
 }
 
-fn say(status: &MigrationStatus, to: &HostPort) {
+fn say(status: &MigrationStatus, to: &HostPort) -> Result<()> {
     let downtime = status
         .downtime_ms
         .map_or_else(|| "unknown".to_owned(), |ms| format!("{ms} ms"));
-    println!(
-        "Moved to {to} in {} ms: {} rounds, {}, downtime {downtime}.",
+    let mut text = format!(
+        "Moved to {to} in {} ms: {} rounds, {}, downtime {downtime}.\n",
         status.total_ms, status.rounds, status.bytes
     );
     for (phase, ms) in &status.timings {
-        println!("  {phase:?}: {ms} ms");
+        writeln!(text, "  {phase:?}: {ms} ms")?;
     }
+    show(&text)
 }
 
 /// The time after the limit within which a VM process reports that the migration was given up.

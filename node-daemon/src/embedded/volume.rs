@@ -1,5 +1,6 @@
 //! `bascule-node volume`: the operator's work on SharedVolumes as commands, for use without Kubernetes.
 
+use std::fmt::Write as _;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 
@@ -13,6 +14,7 @@ use super::interrupt::Interrupt;
 use super::local_node::{attach, granted, own_slot, rows, supervisor};
 use super::peer::Peer;
 use crate::config::NodeConfig;
+use crate::output::show;
 
 /// `bascule-node volume`
 #[derive(Debug, clap::Subcommand)]
@@ -123,10 +125,7 @@ fn format(args: &FormatArgs) -> Result<()> {
     };
     let options = FormatOptions::new(fencing);
     match node.format_volume(&backing, node.identity.cluster, &options)? {
-        Outcome::Formatted { volume } => {
-            println!("Formatted volume {volume}.");
-            Ok(())
-        }
+        Outcome::Formatted { volume } => show(&format!("Formatted volume {volume}.\n")),
         other => bail!("format answered {other:?}"),
     }
 }
@@ -145,13 +144,12 @@ fn join(args: &VolumeJoinArgs) -> Result<()> {
     }
     attach(&node, &args.name, Some(&args.backing))?;
     let owner = own_slot(&node, &args.name, &Interrupt::default())?;
-    println!("Joined volume {} as {owner}.", args.name);
-    Ok(())
+    show(&format!("Joined volume {} as {owner}.\n", args.name))
 }
 
 fn disks(args: &NamedArgs) -> Result<()> {
     let node = supervisor(&args.config, IpAddr::V4(Ipv4Addr::LOCALHOST), true)?;
-    println!("{:<48} {:>16} {:<8} VM", "DISK", "BYTES", "STATE");
+    let mut table = format!("{:<48} {:>16} {:<8} VM\n", "DISK", "BYTES", "STATE");
     for disk in rows(&node, &args.name)?.disks {
         let state = match (disk.importing, disk.vm) {
             (true, _) => "filling",
@@ -159,25 +157,26 @@ fn disks(args: &NamedArgs) -> Result<()> {
             (false, None) => "kept",
         };
         let vm = disk.vm.map(|vm| vm.to_string()).unwrap_or_default();
-        println!(
+        writeln!(
+            table,
             "{:<48} {:>16} {state:<8} {vm}",
             disk.name.as_str(),
             disk.size.0
-        );
+        )?;
     }
-    Ok(())
+    show(&table)
 }
 
 fn list_vms(args: &NamedArgs) -> Result<()> {
     let node = supervisor(&args.config, IpAddr::V4(Ipv4Addr::LOCALHOST), true)?;
-    println!("{:<48} {:>8} OWNER", "VM", "EPOCH");
+    let mut table = format!("{:<48} {:>8} OWNER\n", "VM", "EPOCH");
     for row in rows(&node, &args.name)?.vms {
         let owner = row
             .owner
             .map_or_else(|| "none".to_owned(), |owner| owner.to_string());
-        println!("{:<48} {:>8} {owner}", row.name.as_str(), row.epoch);
+        writeln!(table, "{:<48} {:>8} {owner}", row.name.as_str(), row.epoch)?;
     }
-    Ok(())
+    show(&table)
 }
 
 fn confirm(args: &ConfirmArgs) -> Result<()> {
@@ -191,6 +190,7 @@ fn confirm(args: &ConfirmArgs) -> Result<()> {
         confirmation: AdminConfirmation::Confirmed,
     };
     let answer = granted(node.change(&args.name, change))?;
-    println!("Recorded: {answer:?}. The node's VMs can be started elsewhere now.");
-    Ok(())
+    show(&format!(
+        "Recorded: {answer:?}. The node's VMs can be started elsewhere now.\n"
+    ))
 }

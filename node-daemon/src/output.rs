@@ -1,0 +1,31 @@
+//! Standard output of the commands.
+
+use std::io::{self, Write};
+
+use anyhow::{Context, Result};
+
+/// Writes `text`. A reader that has gone (`| head`) is no error.
+pub(crate) fn show(text: &str) -> Result<()> {
+    show_to(&mut io::stdout().lock(), text)
+}
+
+fn show_to(out: &mut impl Write, text: &str) -> Result<()> {
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        written => written.context("write to standard output"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn output_that_nobody_reads_is_no_error() {
+        let (reader, mut writer) = io::pipe().unwrap();
+        drop(reader);
+        show_to(&mut writer, "VM\n").unwrap();
+        let full = std::fs::OpenOptions::new().write(true).open("/dev/full");
+        show_to(&mut full.unwrap(), "VM\n").unwrap_err();
+    }
+}

@@ -504,6 +504,20 @@ mod tests {
         assert_eq!(anew.uid_on("gold"), identity.node);
     }
 
+    /// A failed metadata write may still land after the volume was detached and attached again.
+    #[test]
+    fn a_detached_volume_leaves_what_is_known_of_its_metadata_writes() {
+        let folder = tempfile::tempdir().unwrap();
+        let node = Supervisor::test(folder.path());
+        let ledger = node.paths.metadata_writes().join("ledger");
+        for path in [&ledger, &node.paths.volume("gold").join("gate")] {
+            files::replace(path, b"1", 0o600).unwrap();
+        }
+        node.detach_volume("gold").unwrap();
+        assert!(!node.paths.volume("gold").exists());
+        assert!(ledger.exists());
+    }
+
     #[test]
     fn an_attachment_of_a_release_that_noted_no_uid_is_served_under_the_nodes() {
         let json = serde_json::json!({

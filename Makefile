@@ -88,6 +88,11 @@ unit: checkout ## Pure tests, models, simulations, crash enumeration: no root, n
 	cargo test --quiet --locked $(if $(P),-p $(P),--workspace --exclude bascule-e2e) -- $(T)
 	$(if $(P)$(T),,cd e2e/probe && $(GUEST_CARGO) test --quiet --locked -p bascule-probe-wire)
 
+SEEDS ?= 1000
+.PHONY: soak
+soak: checkout ## The volume's real drivers in simulation, under faults of SEEDS seeds (1.5 s each)
+	BASCULE_SIM_SEEDS=$(SEEDS) cargo test --quiet --locked -p bascule-volume --test sim -- i1_i3_i6
+
 .PHONY: kvm
 kvm: checkout ## The VM process on this machine's /dev/kvm, with the probe guest. One test: T=NAME
 	$(if $(T),,cargo test --quiet --locked -p bascule-e2e --lib --bins)

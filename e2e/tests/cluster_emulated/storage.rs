@@ -4,6 +4,7 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::ensure;
 use bascule_e2e::kubernetes::{VOLUME, scenarios};
+use bascule_lab::Node;
 
 use crate::{BACK_LIMIT, CLUSTER};
 
@@ -26,6 +27,39 @@ fn backing_gone_on_all_nodes_for_a_moment_loses_nothing() {
         assert_eq!(talk.append().unwrap(), promised + 1);
         talk.check().unwrap();
         vm.wait_ready(BACK_LIMIT).unwrap();
+        assert_eq!(vm.slot_and_epoch().unwrap().1, epoch);
+        assert_eq!(vm.times_taken_over().unwrap(), taken);
+        cluster.wait_volume().unwrap();
+    });
+}
+
+/// A fail-over of the storage that takes longer than leases and watchdog together resets no node whose
+/// guests have no write in flight: the volume is withdrawn from the watchdog, and enlisted again before a
+/// gate opens. No multipath here: the path itself stalls, as it does until multipath has changed it.
+#[test]
+fn backing_gone_for_half_a_minute_resets_nobody_whose_writes_are_complete() {
+    CLUSTER.with_resident("quiet", |cluster, vm| {
+        let lab = cluster.lab();
+        let resets = || -> Vec<usize> {
+            let of = |node: Node<'_>| node.watchdog_resets().unwrap().len();
+            lab.nodes().map(of).collect()
+        };
+        let mut talk = vm.talk().unwrap();
+        let promised = talk.append().unwrap();
+        let (_, epoch) = vm.slot_and_epoch().unwrap();
+        let (taken, before) = (vm.times_taken_over().unwrap(), resets());
+        for node in lab.nodes() {
+            node.stall_disk().unwrap();
+        }
+        // The length of the fault itself: longer than lease and watchdog timeout together.
+        std::thread::sleep(Duration::from_secs(30));
+        for node in lab.nodes() {
+            node.resume_disk().unwrap();
+        }
+        assert_eq!(talk.append().unwrap(), promised + 1);
+        talk.check().unwrap();
+        vm.wait_ready(BACK_LIMIT).unwrap();
+        assert_eq!(resets(), before, "a watchdog reset a node");
         assert_eq!(vm.slot_and_epoch().unwrap().1, epoch);
         assert_eq!(vm.times_taken_over().unwrap(), taken);
         cluster.wait_volume().unwrap();

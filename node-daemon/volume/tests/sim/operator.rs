@@ -1,0 +1,239 @@
+//! What the operator and the node daemons do with VMs, as far as ownership goes: start what has no owner,
+//! take over what a lost node owns, start a guest whose process ended in a new epoch, move some.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bascule_ipc::volume::{Request, Response};
+use bascule_types::{
+    Answer, Bytes, Change, DiskRole, Epoch, Owner, Ownership, RowName, VmRow, VmUid,
+};
+
+use crate::guest::Guest;
+use crate::scheduler::{Group, nanos};
+use crate::world::{Guests, NODES, World};
+
+pub(crate) const VMS: u8 = 2;
+
+/// A guest writes several times a second.
+const STANDS_STILL: Duration = Duration::from_secs(4);
+/// A process id of the operator's requests on a node: that of its daemon.
+const DAEMON: u32 = 1;
+
+pub(crate) struct Operator {
+    pub(crate) world: Arc<World>,
+    /// The guests' processes as last started.
+    pub(crate) guests: Guests,
+    /// How much each VM had written when it last went on, and when that was.
+    progress: BTreeMap<u8, (u64, u64)>,
+}
+
+pub(crate) fn vm(n: u8) -> VmUid {
+    VmUid::from_bytes([0x10 + n; 16])
+}
+
+impl Operator {
+    pub(crate) fn new(world: &Arc<World>) -> Self {
+        Self {
+            world: Arc::clone(world),
+            guests: Guests::new(),
+            progress: BTreeMap::new(),
+        }
+    }
+
+    /// Whether the VM has written nothing for a while: a bold operator takes it over then. The volume's
+    /// coordinator decides whether it may.
+    fn stands_still(&mut self, n: u8) -> bool {
+        let now = self.world.scheduler.now();
+        let writes = self.world.oracle().writes.get(&u64::from(n)).copied();
+        let writes = writes.unwrap_or(0);
+        let (last, since) = self.progress.entry(n).or_insert((writes, now));
+        if *last != writes {
+            (*last, *since) = (writes, now);
+        }
+        now - *since > nanos(STANDS_STILL)
+    }
+
+    /// Creates the VMs and their disks, through node 0, without faults.
+    pub(crate) fn set_up(&self) {
+        for n in 0..VMS {
+            let name = |what: &str| RowName::new(format!("shop/{what}-{n}")).expect("a name");
+            let create = Change::CreateVm {
+                vm: vm(n),
+                name: name("web"),
+                spec_digest: [n; 32],
+            };
+            let disk = Change::CreateDisk {
+                vm: vm(n),
+                name: name("data"),
+                size: Bytes::mib(1),
+                role: DiskRole::Data,
+                importing: false,
+            };
+            for change in [create, disk] {
+                while !matches!(self.change(0, &change), Some(Response::Granted(_))) {
+                    self.world.scheduler.sleep(Duration::from_secs(1));
+                }
+            }
+        }
+    }
+
+    /// One look at everything.
+    pub(crate) fn step(&mut self) {
+        let asked = u8::try_from(self.world.scheduler.below(u64::from(NODES))).unwrap_or(0);
+        let Some((Response::Rows(rows), _)) = self.world.call_volume(asked, DAEMON, &Request::Rows)
+        else {
+            return;
+        };
+        for n in 0..VMS {
+            if let Some(row) = rows.vms.iter().find(|row| row.vm == vm(n)) {
+                self.drive(n, row);
+            }
+        }
+    }
+
+    fn drive(&mut self, n: u8, row: &VmRow) {
+        let home = row.owner.and_then(|owner| self.node_of(owner));
+        let runs = self.guests.get(&n).copied();
+        let runs = runs.filter(|(node, pid)| self.world.lives(*node, *pid));
+        let stands_still = self.stands_still(n);
+        match (row.owner, home, runs) {
+            (None, ..) => self.acquire(n, row),
+            (Some(_), ..) if stands_still && self.world.scheduler.once_in(2) => {
+                self.take_over(n, row);
+            }
+            (Some(owner), Some(node), None) => {
+                // A guest whose process ended starts in a new epoch.
+                let release = Change::Release {
+                    vm: row.vm,
+                    from: owner,
+                    epoch: row.epoch,
+                };
+                self.change(node, &release);
+            }
+            // So does whoever restarts a guest that hangs.
+            (Some(_), Some(node), Some((on, pid)))
+                if on == node && stands_still && self.world.scheduler.once_in(3) =>
+            {
+                self.world.kill_process(on, pid);
+            }
+            (Some(owner), Some(node), Some((on, pid))) if on == node => {
+                if self.world.scheduler.once_in(40) {
+                    self.migrate(n, row, owner, node, pid);
+                }
+            }
+            // It lost the VM, or its node is gone.
+            (Some(_), _, Some((on, pid))) => {
+                if home.is_some() {
+                    self.world.kill_process(on, pid);
+                } else {
+                    self.take_over(n, row);
+                }
+            }
+            (Some(_), None, None) => self.take_over(n, row),
+        }
+    }
+
+    /// The node that has this slot and generation now.
+    fn node_of(&self, owner: Owner) -> Option<u8> {
+        (0..NODES).find(|node| self.owner_of(*node) == Some(owner))
+    }
+
+    fn owner_of(&self, node: u8) -> Option<Owner> {
+        let volume = self.world.nodes()[usize::from(node)].volume.clone()?;
+        volume.state().joined
+    }
+
+    fn some_node(&self) -> u8 {
+        u8::try_from(self.world.scheduler.below(u64::from(NODES))).unwrap_or(0)
+    }
+
+    fn acquire(&mut self, n: u8, row: &VmRow) {
+        let node = self.some_node();
+        let Some(to) = self.owner_of(node) else {
+            return;
+        };
+        let change = Change::Acquire {
+            vm: row.vm,
+            expected_epoch: row.epoch,
+            to,
+        };
+        self.start_if_granted(n, node, &change);
+    }
+
+    fn take_over(&mut self, n: u8, row: &VmRow) {
+        let node = self.some_node();
+        let (Some(to), Some(from)) = (self.owner_of(node), row.owner) else {
+            return;
+        };
+        let change = Change::TakeOver {
+            vm: row.vm,
+            from,
+            epoch: row.epoch,
+            to,
+        };
+        self.start_if_granted(n, node, &change);
+    }
+
+    fn migrate(&mut self, n: u8, row: &VmRow, from: Owner, node: u8, pid: u32) {
+        let target = self.some_node();
+        let Some(to) = self.owner_of(target) else {
+            return;
+        };
+        if target == node {
+            return;
+        }
+        // The guest stops first; what it has submitted completes in the kernel.
+        self.world.kill_process(node, pid);
+        let release = Change::Release {
+            vm: row.vm,
+            from,
+            epoch: row.epoch,
+        };
+        if let Some(Response::Granted(_)) = self.change(node, &release) {
+            let acquire = Change::Acquire {
+                vm: row.vm,
+                expected_epoch: row.epoch,
+                to,
+            };
+            self.start_if_granted(n, target, &acquire);
+        }
+    }
+
+    fn start_if_granted(&mut self, n: u8, node: u8, change: &Change) {
+        let Some(Response::Granted(Answer::Row(row))) = self.change(node, change) else {
+            return;
+        };
+        let Some(owner) = row.owner else { return };
+        self.start(n, node, owner, row.epoch);
+    }
+
+    fn start(&mut self, n: u8, node: u8, owner: Owner, epoch: Epoch) {
+        if !self.world.nodes()[usize::from(node)].is_up {
+            return;
+        }
+        let pid = self.world.start_process(node);
+        self.guests.insert(n, (node, pid));
+        let guest = Guest {
+            world: Arc::clone(&self.world),
+            node,
+            pid,
+            vm: vm(n),
+            number: u64::from(n),
+            ownership: Ownership { owner, epoch },
+        };
+        let world = Arc::clone(&self.world);
+        let group = Group { node, process: pid };
+        self.world.scheduler.spawn(group, "guest", move || {
+            guest.run();
+            world.nodes()[usize::from(node)].forget(pid);
+        });
+    }
+
+    fn change(&self, node: u8, change: &Change) -> Option<Response> {
+        let request = Request::Change(change.clone());
+        let answered = self.world.call_volume(node, DAEMON, &request);
+        answered.map(|(response, _)| response)
+    }
+}

@@ -1,0 +1,314 @@
+//! A deterministic scheduler: real threads of which one runs at a time, and a clock that advances when
+//! none can run. Which of several goes on is drawn from the seed, so a seed replays exactly.
+
+use std::any::Any;
+use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::Builder;
+use std::time::Duration;
+
+use rand::rngs::StdRng;
+use rand::{RngExt as _, SeedableRng as _};
+
+/// What is killed and frozen together: a process of a node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct Group {
+    pub(crate) node: u8,
+    pub(crate) process: u32,
+}
+
+/// The world outside all nodes.
+pub(crate) const WORLD: Group = Group {
+    node: u8::MAX,
+    process: 0,
+};
+
+pub(crate) struct Scheduler {
+    inner: Mutex<Inner>,
+    over: Condvar,
+}
+
+struct Inner {
+    now: u64,
+    random: StdRng,
+    tasks: BTreeMap<u64, Task>,
+    running: Option<u64>,
+    next: u64,
+    frozen: BTreeMap<u8, u64>,
+    failure: Option<String>,
+    ending: bool,
+    digest: u64,
+}
+
+struct Task {
+    group: Group,
+    state: State,
+    killed: bool,
+    wake: Arc<Condvar>,
+}
+
+#[derive(Clone, Copy)]
+enum State {
+    Ready,
+    Blocked {
+        until: u64,
+        on: Option<usize>,
+        /// In the kernel: a killed task goes on to the end of the wait.
+        uninterruptible: bool,
+    },
+}
+
+/// How a killed task unwinds.
+struct Killed;
+
+thread_local! {
+    static ME: std::cell::Cell<u64> = const { std::cell::Cell::new(0) };
+}
+
+impl Scheduler {
+    /// Runs `first` and all that it spawns until `first` returns. The error is the first panic.
+    pub(crate) fn run(
+        seed: u64,
+        first: impl FnOnce(&Arc<Self>) + Send + 'static,
+    ) -> Result<u64, String> {
+        let this = Arc::new(Self {
+            inner: Mutex::new(Inner {
+                now: 0,
+                random: StdRng::seed_from_u64(seed),
+                tasks: BTreeMap::new(),
+                running: None,
+                next: 1,
+                frozen: BTreeMap::new(),
+                failure: None,
+                ending: false,
+                digest: 0,
+            }),
+            over: Condvar::new(),
+        });
+        let scheduler = Arc::clone(&this);
+        this.spawn(WORLD, "first", move || {
+            first(&scheduler);
+            scheduler.end(None);
+        });
+        let mut inner = this.lock();
+        inner.choose();
+        while !inner.tasks.is_empty() {
+            inner = this
+                .over
+                .wait(inner)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        match inner.failure.take() {
+            Some(failure) => Err(failure),
+            None => Ok(inner.digest),
+        }
+    }
+
+    pub(crate) fn spawn(
+        self: &Arc<Self>,
+        group: Group,
+        name: &str,
+        run: impl FnOnce() + Send + 'static,
+    ) {
+        let wake = Arc::new(Condvar::new());
+        let mut inner = self.lock();
+        let id = inner.next;
+        inner.next += 1;
+        let ending = inner.ending;
+        inner.tasks.insert(
+            id,
+            Task {
+                group,
+                state: State::Ready,
+                killed: ending,
+                wake: Arc::clone(&wake),
+            },
+        );
+        drop(inner);
+        let this = Arc::clone(self);
+        Builder::new()
+            .name(format!("{name}@{}", group.node))
+            .stack_size(1 << 20)
+            .spawn(move || {
+                ME.set(id);
+                let outcome = catch_unwind(AssertUnwindSafe(|| {
+                    this.await_turn(id, this.lock());
+                    run();
+                }));
+                if let Err(payload) = outcome
+                    && !payload.is::<Killed>()
+                {
+                    this.end(Some(text(payload.as_ref())));
+                }
+                let mut inner = this.lock();
+                inner.tasks.remove(&id);
+                inner.choose();
+                if inner.tasks.is_empty() {
+                    this.over.notify_all();
+                }
+            })
+            .expect("a thread");
+    }
+
+    /// Ends the run: every task unwinds.
+    fn end(&self, failure: Option<String>) {
+        let mut inner = self.lock();
+        if inner.failure.is_none() {
+            inner.failure = failure;
+        }
+        inner.ending = true;
+        for task in inner.tasks.values_mut() {
+            task.killed = true;
+            task.state = State::Ready;
+        }
+    }
+
+    pub(crate) fn now(&self) -> u64 {
+        self.lock().now
+    }
+
+    /// A number of `0..most`.
+    pub(crate) fn below(&self, most: u64) -> u64 {
+        self.lock().random.random_range(0..most.max(1))
+    }
+
+    /// True once in `n`.
+    pub(crate) fn once_in(&self, n: u64) -> bool {
+        self.below(n) == 0
+    }
+
+    /// Something that two runs of a seed must agree about.
+    pub(crate) fn note(&self, what: u64) {
+        let mut inner = self.lock();
+        let mixed = inner.digest ^ what ^ inner.now.rotate_left(17);
+        inner.digest = mixed.wrapping_mul(0x9E37_79B9_7F4A_7C15).rotate_left(23);
+    }
+
+    pub(crate) fn sleep(&self, duration: Duration) {
+        let until = self.now() + nanos(duration);
+        self.block(None, until, false);
+    }
+
+    /// Lets others run, as a preemption does.
+    pub(crate) fn preempt(&self) {
+        let now = self.now();
+        self.block(None, now, false);
+    }
+
+    /// Waits for [`Scheduler::wake`] of `on`, or until `until`.
+    pub(crate) fn block(&self, on: Option<usize>, until: u64, uninterruptible: bool) {
+        let me = ME.get();
+        let mut inner = self.lock();
+        if inner.task(me).killed && !std::thread::panicking() {
+            drop(inner);
+            resume_unwind(Box::new(Killed));
+        }
+        inner.task(me).state = State::Blocked {
+            until,
+            on,
+            uninterruptible,
+        };
+        inner.choose();
+        self.await_turn(me, inner);
+    }
+
+    fn await_turn(&self, me: u64, mut inner: MutexGuard<'_, Inner>) {
+        let wake = Arc::clone(&inner.task(me).wake);
+        while inner.running != Some(me) {
+            inner = wake.wait(inner).unwrap_or_else(PoisonError::into_inner);
+        }
+        if inner.task(me).killed && !std::thread::panicking() {
+            drop(inner);
+            resume_unwind(Box::new(Killed));
+        }
+    }
+
+    pub(crate) fn wake(&self, on: usize) {
+        for task in self.lock().tasks.values_mut() {
+            if matches!(task.state, State::Blocked { on: Some(key), .. } if key == on) {
+                task.state = State::Ready;
+            }
+        }
+    }
+
+    /// Kills the tasks that match, and waits until they have unwound. `hard` ends waits in the kernel too:
+    /// the node is reset.
+    pub(crate) fn kill(&self, hard: bool, matches: impl Fn(Group) -> bool) {
+        loop {
+            let mut inner = self.lock();
+            let mut left = false;
+            for task in inner.tasks.values_mut().filter(|task| matches(task.group)) {
+                left = true;
+                task.killed = true;
+                match task.state {
+                    State::Blocked {
+                        uninterruptible: true,
+                        ..
+                    } if !hard => {}
+                    _ => task.state = State::Ready,
+                }
+            }
+            drop(inner);
+            if !left {
+                return;
+            }
+            self.sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// No task of the node runs before `until`.
+    pub(crate) fn freeze(&self, node: u8, until: u64) {
+        self.lock().frozen.insert(node, until);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Inner {
+    fn task(&mut self, id: u64) -> &mut Task {
+        self.tasks.get_mut(&id).expect("the task")
+    }
+
+    /// When the task may run at the earliest.
+    fn due(&self, task: &Task) -> u64 {
+        let due = match task.state {
+            State::Ready => self.now,
+            State::Blocked { until, .. } => until,
+        };
+        let frozen = self.frozen.get(&task.group.node).copied().unwrap_or(0);
+        if task.killed { due } else { due.max(frozen) }
+    }
+
+    /// Hands the turn to a task that can run, and advances the clock if there is none.
+    fn choose(&mut self) {
+        let first = self.tasks.values().map(|task| self.due(task)).min();
+        let Some(first) = first else {
+            self.running = None;
+            return;
+        };
+        self.now = self.now.max(first);
+        let now = self.now;
+        let due: Vec<u64> = (self.tasks.iter())
+            .filter(|(_, task)| self.due(task) <= now)
+            .map(|(id, _)| *id)
+            .collect();
+        let chosen = due[self.random.random_range(0..due.len())];
+        let task = self.task(chosen);
+        task.state = State::Ready;
+        task.wake.notify_all();
+        self.running = Some(chosen);
+    }
+}
+
+fn text(payload: &(dyn Any + Send)) -> String {
+    let text = payload.downcast_ref::<String>().cloned();
+    text.or_else(|| payload.downcast_ref::<&str>().map(ToString::to_string))
+        .unwrap_or_else(|| "a panic".to_owned())
+}
+
+pub(crate) fn nanos(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX / 4)
+}

@@ -130,7 +130,7 @@ fn make_faults(world: &Arc<World>, end: u64) {
     let faults = Arc::clone(world);
     world.scheduler.spawn(WORLD, "faults", move || {
         loop {
-            let pause = Duration::from_millis(faults.scheduler.below(25_000));
+            let pause = Duration::from_millis(faults.scheduler.below(12_000));
             faults.scheduler.sleep(pause);
             if faults.scheduler.now() >= end {
                 return;
@@ -223,8 +223,8 @@ fn seeds() -> std::ops::Range<u64> {
 
 /// As many as take some seconds.
 const SEEDS: u64 = 8;
-/// More than twice as many as any of them needs.
-const MUTATION_SEEDS: u64 = 12;
+/// They need up to 3; a change of the drivers changes which.
+const MUTATION_SEEDS: u64 = 40;
 
 #[test]
 fn i1_i3_i6_the_real_drivers_keep_them_under_faults_of_every_seed() {

@@ -190,7 +190,7 @@ fn a_document_that_cannot_be_carried_out_is_refused_with_the_field_named() {
         (
             "name: probe",
             "name: none",
-            "vm4.boot-kernel: hostFile: \"none\"",
+            "spec.boot.kernel: hostFile: \"none\"",
         ),
         (
             "volume: gold",

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 use bascule_ipc::vm::Request;
-use bascule_types::{Change, Owner, RowName};
+use bascule_types::{Change, DiskRow, Owner, RowName, VmRow};
 
 use super::document::Document;
 use super::first_run::MadeVolume;
@@ -98,22 +98,7 @@ fn remove_rows(node: &Supervisor, document: &Document, owner: Owner) -> Result<(
     let Some(row) = present.vms.iter().find(|row| row.vm == vm) else {
         return Ok(());
     };
-    if row.owner == Some(owner) {
-        let release = Change::Release {
-            vm,
-            from: owner,
-            epoch: row.epoch,
-        };
-        // Refused until the writes of a cancelled import have settled.
-        let mut refused = None;
-        wait_for(RELEASE_LIMIT, || {
-            granted(node.change(volume, release.clone()))
-                .map_err(|error| refused = Some(error))
-                .ok()
-        })
-        .ok_or_else(|| refused.unwrap_or_else(|| anyhow!("not released")))
-        .with_context(|| format!("release VM {}", document.row))?;
-    }
+    release(node, document, row, owner)?;
     for disk in &present.disks {
         if disk.vm == Some(vm) && made_names(document).any(|name| *name == disk.name) {
             granted(node.change(volume, Change::DeleteDisk { disk: disk.disk }))
@@ -121,6 +106,48 @@ fn remove_rows(node: &Supervisor, document: &Document, owner: Owner) -> Result<(
         }
     }
     granted(node.change(volume, Change::DeleteVm { vm }))?;
+    Ok(())
+}
+
+/// Releases the VM if `owner` owns it.
+fn release(node: &Supervisor, document: &Document, row: &VmRow, owner: Owner) -> Result<()> {
+    if row.owner != Some(owner) {
+        return Ok(());
+    }
+    let release = Change::Release {
+        vm: row.vm,
+        from: owner,
+        epoch: row.epoch,
+    };
+    // Refused until the writes of a cancelled import have settled.
+    let mut refused = None;
+    wait_for(RELEASE_LIMIT, || {
+        granted(node.change(&document.spec.volume, release.clone()))
+            .map_err(|error| refused = Some(error))
+            .ok()
+    })
+    .ok_or_else(|| refused.unwrap_or_else(|| anyhow!("not released")))
+    .with_context(|| format!("release VM {}", document.row))?;
+    Ok(())
+}
+
+/// Gives back the space of the disks whose imports failed, and with it the VM: a disk is deleted only while
+/// its VM has no owner. The next run begins anew.
+pub(super) fn remove_unfinished(
+    node: &Supervisor,
+    document: &Document,
+    owner: Owner,
+) -> Result<()> {
+    let (volume, vm) = (&document.spec.volume, document.spec.uid);
+    let present = rows(node, volume)?;
+    if let Some(row) = present.vms.iter().find(|row| row.vm == vm) {
+        release(node, document, row, owner)?;
+    }
+    let unfinished = |disk: &&DiskRow| disk.importing && disk.vm == Some(vm);
+    for disk in present.disks.iter().filter(unfinished) {
+        granted(node.change(volume, Change::DeleteDisk { disk: disk.disk }))
+            .with_context(|| format!("remove disk {}", disk.name))?;
+    }
     Ok(())
 }
 

@@ -14,7 +14,7 @@ use super::document::{Document, WantedDisk};
 use super::first_run::{attach_or_make, node_with_identity};
 use super::interrupt::Interrupt;
 use super::local_node::{forget, granted, own_slot, rows, vm_row};
-use super::remove::{check_new, remove};
+use super::remove::{check_new, remove, remove_unfinished};
 use crate::config::NodeConfig;
 use crate::processes::imports::ImportOrder;
 use crate::processes::supervisor::Supervisor;
@@ -122,7 +122,15 @@ fn start_unless_here(
     }
     create(node, document)?;
     let epoch = acquire(node, document, owner)?;
-    import_all(node, document, Ownership { owner, epoch }, interrupt)?;
+    if let Err(error) = import_all(node, document, Ownership { owner, epoch }, interrupt) {
+        if interrupt.arrived() {
+            return Err(error);
+        }
+        return Err(match remove_unfinished(node, document, owner) {
+            Ok(()) => error,
+            Err(left) => error.context(format!("an unfinished disk remains: {left:#}")),
+        });
+    }
     interrupt.check()?;
     if let Err(error) = node.start_vm(&document.spec, Ownership { owner, epoch }, false) {
         // Of a process that has ended nothing stays: the next run releases this ownership first.

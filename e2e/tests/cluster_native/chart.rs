@@ -132,6 +132,10 @@ fn the_api_accepts_every_example() {
         let mut count = 0;
         for entry in std::fs::read_dir(directory).unwrap() {
             let path = entry.unwrap().path();
+            // The service unit is checked by a unit test.
+            if path.extension().is_none_or(|extension| extension != "yaml") {
+                continue;
+            }
             let text = std::fs::read_to_string(&path).unwrap();
             // This cluster has a SharedVolume `gold`, whose backing is immutable, and no namespace `shop`.
             let text = text.replace("metadata: {name: gold}", "metadata: {name: example}");

@@ -88,6 +88,20 @@ impl Disk {
         self.lock().failing.insert(node, until);
     }
 
+    /// The process was killed: a write of it that fails from now on is seen by no process, and is assumed to
+    /// land within the settle time (ADR 6).
+    pub(crate) fn process_ended(&self, initiator: Initiator, pid: u32) {
+        let settle = nanos(self.settle);
+        let mut state = self.lock();
+        let requests = state.requests.values_mut();
+        for request in
+            requests.filter(|request| (request.initiator, request.pid) == (initiator, pid))
+        {
+            let latest = request.completes + settle;
+            request.lands = request.lands.map(|at| at.min(latest));
+        }
+    }
+
     /// The initiator was reset: half of what it has under way is lost, the rest lands within settle.
     pub(crate) fn reset(&self, node: u8) {
         let now = self.scheduler.now();

@@ -223,7 +223,7 @@ fn seeds() -> std::ops::Range<u64> {
 
 /// As many as take some seconds.
 const SEEDS: u64 = 8;
-/// They need up to 3; a change of the drivers changes which.
+/// They need up to 7; a change of the drivers changes which.
 const MUTATION_SEEDS: u64 = 40;
 
 #[test]

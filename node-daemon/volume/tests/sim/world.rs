@@ -136,6 +136,7 @@ impl World {
                 node.volume_pid = None;
             }
         }
+        self.disk.process_ended(self.initiator(node), pid);
         self.scheduler.kill(false, |other| other == group);
         self.nodes()[usize::from(node)].processes.remove(&pid);
     }

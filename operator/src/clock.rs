@@ -56,8 +56,11 @@ impl ApiClock {
         let learned = corrected(*ahead, date.as_millisecond(), boot);
         *ahead = Some(learned);
         drop(ahead);
+        if !first {
+            return;
+        }
         let difference_ms = learned + boot - Timestamp::now().as_millisecond();
-        if first && difference_ms.unsigned_abs() > NOTABLE_MS {
+        if difference_ms.unsigned_abs() > NOTABLE_MS {
             tracing::warn!(
                 difference_ms,
                 "this node's clock differs from the API server's; the API server's is used"

@@ -72,8 +72,7 @@ pub fn run(context: &VolumeContext, store: &mut Store, me: Owner, epoch: Coordin
     term.serve(&queue);
     context.update(|state| {
         state.coordinator = None;
-        // No further request is added: requesters take the queue from the state.
-        queue.clear();
+        queue.close();
     });
     tracing::info!(%epoch, "this node no longer coordinates");
 }

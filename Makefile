@@ -115,7 +115,7 @@ scenario: image ## One scenario: T=NAME, TIER=native or emulated; KEEP=1 leaves 
 
 .PHONY: lab-down
 lab-down: lab ## Remove the lab that `make scenario KEEP=1` left up
-	$(LAB) --lab test down
+	$(LAB) --lab $(or $(BASCULE_LAB),test) down
 
 .PHONY: bench
 bench: packages image ## Benchmarks, each figure beside a baseline of the same run

@@ -41,12 +41,14 @@ impl Lab {
         Self::for_test(Tier::Emulated, nodes)
     }
 
-    /// A lab of `nodes` nodes of this tier for one test.
+    /// A lab of `nodes` nodes of this tier for one test, named by `BASCULE_LAB`, or `test`: runs with different names
+    /// can go on side by side.
     ///
     /// With `BASCULE_LAB_KEEP=1` the lab stays up when the test ends, and the next such test uses it again if it is
     /// equivalent to a new one (`kept.rs`).
     pub fn for_test(tier: Tier, nodes: u8) -> Result<Self> {
-        let mut options = Options::new("test".parse()?, tier, nodes);
+        let name = std::env::var("BASCULE_LAB").unwrap_or_else(|_| "test".into());
+        let mut options = Options::new(name.parse()?, tier, nodes);
         options.images = images_from_env();
         options.ephemeral = !keep_from_env();
         let session = LabPaths::new(&options.name)?.lock_session()?;

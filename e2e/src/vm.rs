@@ -104,6 +104,7 @@ impl TestVmSpec {
             tap: tap.name.clone(),
             mac,
             mtu: None,
+            bridge: String::new(),
         });
         self
     }

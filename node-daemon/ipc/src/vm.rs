@@ -128,6 +128,9 @@ pub struct InterfaceConfig {
     /// The MTU of its bridge in bytes, which the device announces to the guest; none when it is not known.
     #[serde(default)]
     pub mtu: Option<u16>,
+    /// The name of its bridge on this node, for messages; empty when it is not known.
+    #[serde(default)]
+    pub bridge: String,
 }
 
 /// How the guest of a `bascule-vm` starts.

@@ -64,6 +64,17 @@ pub struct Machine {
     pub layout: MemoryLayout,
     /// Compared byte for byte with the source's.
     pub description: Vec<u8>,
+    /// Its network interfaces, in order.
+    pub interfaces: Vec<Interface>,
+}
+
+/// A network interface of the machine that was built on the destination.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Interface {
+    /// The bridge of this node that it is attached to; empty when it is not known.
+    pub bridge: String,
+    /// MTU in bytes of the bridge; none when it is not known.
+    pub mtu: Option<u16>,
 }
 
 /// Waits for `Hello`.
@@ -76,6 +87,7 @@ pub struct ExpectHello {
 #[derive(Debug)]
 pub struct ExpectConfig {
     terms: Terms,
+    features: Features,
 }
 
 /// Takes memory, round after round.
@@ -218,7 +230,8 @@ impl ExpectHello {
             destination: expected.destination,
             restore_estimate: expected.restore_estimate,
         };
-        Ok((ExpectConfig { terms }, welcome))
+        let features = welcome.features;
+        Ok((ExpectConfig { terms, features }, welcome))
     }
 }
 
@@ -249,7 +262,8 @@ impl ExpectConfig {
             destination: hello.source,
             attempt: hello.attempt,
         };
-        Ok(Self { terms })
+        let features = Features(0);
+        Ok(Self { terms, features })
     }
 
     /// Takes the description of the source's machine and compares it with the one built here.
@@ -262,6 +276,9 @@ impl ExpectConfig {
             return Err(unexpected(&frame, "Config"));
         };
         machine.compare(&config)?;
+        if self.features.contains(Features::OFFERED_MTUS) {
+            machine.compare_mtus(&config.offered_mtus)?;
+        }
         Ok(ExpectMemory {
             terms: self.terms,
             layout: config.layout,
@@ -463,6 +480,27 @@ impl Machine {
         }
         if config.description != self.description {
             return differs("devices or CPU features differ".to_owned());
+        }
+        Ok(())
+    }
+
+    /// A driver reads the MTU once, when it starts: on a network with a smaller one, the guest's longest
+    /// packets would be lost.
+    fn compare_mtus(&self, offered: &[u16]) -> Result<(), Abort> {
+        if offered.len() != self.interfaces.len() {
+            let (here, there) = (self.interfaces.len(), offered.len());
+            return Err(protocol(format!("{here} interfaces here, {there} there")));
+        }
+        for (index, (interface, &offered)) in self.interfaces.iter().zip(offered).enumerate() {
+            let Some(mtu) = interface.mtu.filter(|&mtu| mtu < offered) else {
+                continue;
+            };
+            let text = format!(
+                "interfaces[{index}]: the guest uses an MTU of {offered} bytes, bridge {:?} of the \
+                 target has {mtu}",
+                interface.bridge
+            );
+            return Err(Abort::new(AbortReason::MachineDiffers, text));
         }
         Ok(())
     }

@@ -127,8 +127,8 @@ pub enum Event {
 /// What to do about it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Action {
-    /// Send `Config`.
-    Describe,
+    /// Send `Config`, as the features that the destination has taken want it.
+    Describe(Features),
     /// Copy what is dirty, then send `RoundEnd` with this round.
     CopyRound(u32),
     /// Let the pre-copy controller decide: another round or stop.
@@ -318,7 +318,7 @@ impl State {
             destination: welcome.destination,
             attempt: attempt.attempt,
         };
-        (Self::Describing(terms), Action::Describe)
+        (Self::Describing(terms), Action::Describe(welcome.features))
     }
 
     fn committing(terms: Terms, commit: Commit, event: &Event) -> (Self, Action) {

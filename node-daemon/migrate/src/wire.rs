@@ -30,7 +30,7 @@
 //! |---|---|---|---|---|
 //! | 1 | Hello | S→D | 0: 8 `BASCMIG\0` · 8: 2 lowest version · 10: 2 highest version · 12: 2 streams wanted · 14: 2 reserved · 16: 8 features offered · 24: 8 features required · 32: 16 VM UID · 48: 16 attempt id · 64: 8 epoch · 72: 2 source's slot · 74: 6 reserved · 80: 8 source's generation · 88: 16 volume id · 104: later versions' fields, ignored | 512 |
 //! | 2 | Welcome | D→S | 0: 2 version · 2: 2 streams · 4: 4 reserved · 8: 8 features taken · 16: 2 slot · 18: 6 reserved · 24: 8 generation · 32: 8 estimated restore time in ns | 40 |
-//! | 3 | Config | S→D | 0: 2 vCPUs · 2: 2 regions · 4: 4 state format version · 8: 4 length of the description · 12: 4 reserved · 16: regions × (8 first page, 8 pages) · then the description | 65,808 |
+//! | 3 | Config | S→D | 0: 2 vCPUs · 2: 2 regions · 4: 4 state format version · 8: 4 length of the description · 12: 4 reserved · 16: regions × (8 first page, 8 pages) · then the description · with feature 1: interfaces × 2 MTU in bytes offered to the guest, 0 for none | 65,936 |
 //! | 4 | Memory | S→D | 0: 4 runs · 4: 4 reserved · 8: runs × (8 first page, 4 pages, 4 kind: 0 zero, 1 data) · then the contents of the data runs in order | 1,114,120 |
 //! | 5 | RoundEnd | S→D | 0: 4 round · 4: 4 streams · 8: streams × (2 stream, 2 reserved, 4 frames sent before this one) | 520 |
 //! | 6 | State | S→D | a piece of the device state | 1 MiB |
@@ -46,6 +46,12 @@
 //!
 //! # Versions
 //! - 1: the first.
+//!
+//! # Features
+//!
+//! | bit | name | what |
+//! |---|---|---|
+//! | 0 | OFFERED_MTUS | `Config` ends with the MTUs that were offered to the guest, so that a destination whose network has a smaller one refuses before memory is copied |
 
 mod cursor;
 mod error;
@@ -63,8 +69,8 @@ pub use error::WireError;
 pub use frame::{HEADER_BYTES, Header};
 pub use kind::FrameKind;
 pub use limits::{
-    ABORT_TEXT_BYTES_MAX, DESCRIPTION_BYTES_MAX, MEMORY_DATA_BYTES_MAX, MEMORY_RUNS_MAX,
-    STATE_BYTES_MAX, STATE_PIECE_BYTES_MAX, STREAMS_MAX, VERSION_MAX, VERSION_MIN,
+    ABORT_TEXT_BYTES_MAX, DESCRIPTION_BYTES_MAX, INTERFACES_MAX, MEMORY_DATA_BYTES_MAX,
+    MEMORY_RUNS_MAX, STATE_BYTES_MAX, STATE_PIECE_BYTES_MAX, STREAMS_MAX, VERSION_MAX, VERSION_MIN,
 };
 pub use memory::{Batch, BatchBuilder, PAGE, RunContents, Runs};
 pub use message::{

@@ -80,6 +80,7 @@ fn start(effects: &impl StartEffects, taps: &[WantedTap]) -> Result<u32, Rejecti
             tap: wanted.tap.clone(),
             mac: wanted.mac,
             mtu: Some(mtu),
+            bridge: wanted.bridge.clone(),
         });
     }
     effects.write_documents(interfaces)?;

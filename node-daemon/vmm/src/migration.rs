@@ -15,7 +15,7 @@
 //! | [`control`] | progress, cancelling |
 //! | [`request`], [`guest`] | what is requested, and how a machine is handled |
 //! | [`outgoing`] | the live source |
-//! | [`incoming`], [`listen`] | the live destination, and its port |
+//! | [`incoming`], [`listen`], `prefault` | the live destination, its port and its memory |
 //! | `copy`, `apply` | guest memory to frames and back |
 //! | `channel` | frames over mutual TLS over TCP |
 //! | [`ownership_client`] | transferring and reading the VM's ownership record |
@@ -32,6 +32,7 @@ pub mod incoming;
 pub mod listen;
 pub mod outgoing;
 pub mod ownership_client;
+mod prefault;
 pub mod request;
 pub mod saved;
 
@@ -40,11 +41,12 @@ mod tests;
 
 pub use control::MigrationControl;
 pub use guest::{Arrival, Guest, GuestError};
-pub use incoming::{Incoming, IncomingEnd, prefault, receive_live};
+pub use incoming::{Incoming, IncomingEnd, receive_live};
 pub use listen::{ListenError, listen_in};
 pub use outgoing::{OutgoingEnd, migrate_live};
 pub use ownership_client::{
     OwnershipAuthority, OwnershipClient, OwnershipClientError, RecordAnswer,
 };
+pub use prefault::prefault;
 pub use request::{Outgoing, Refused};
 pub use saved::{Quick, SavedArea, migrate_quick, restore_saved};

@@ -7,8 +7,8 @@ use super::announce::announcements;
 use super::config::{
     CLASS, DEVICE_TYPE, F_CSUM, F_CTRL_VQ, F_GUEST_ANNOUNCE, F_GUEST_CSUM, F_GUEST_ECN,
     F_GUEST_TSO4, F_GUEST_TSO6, F_HOST_ECN, F_HOST_TSO4, F_HOST_TSO6, F_MAC, F_MRG_RXBUF, F_MTU,
-    F_STATUS, MacAddress, NetConfig, QUEUE_SIZES, STATUS_ANNOUNCE, STATUS_LINK_UP, config_space,
-    set_status,
+    F_STATUS, MTU_AT, MacAddress, NetConfig, QUEUE_SIZES, STATUS_ANNOUNCE, STATUS_LINK_UP,
+    config_space, set_status,
 };
 use super::learned::Learned;
 use super::metrics::NetMetrics;
@@ -99,6 +99,15 @@ impl NetHandle {
             self.shared.signal_config();
         }
         Ok(frames.len())
+    }
+
+    /// The MTU in bytes that was offered to the guest when it was started, here or on the node that it
+    /// came from; none if none was.
+    #[must_use]
+    pub fn offered_mtu(&self) -> Option<u16> {
+        let mut mtu = [0; 2];
+        self.shared.config_read(MTU_AT as u64, &mut mtu);
+        Some(u16::from_le_bytes(mtu)).filter(|&mtu| mtu > 0)
     }
 
     /// Sets the link state that the guest reads. Frames pass in either state.

@@ -51,6 +51,14 @@ fn machine() -> Machine {
         state_versions: (1, 2),
         layout: MemoryLayout::new(vec![range(0, 256)]).unwrap(),
         description: b"machine".to_vec(),
+        interfaces: vec![interface("lan", Some(9000)), interface("wan", None)],
+    }
+}
+
+fn interface(bridge: &str, mtu: Option<u16>) -> Interface {
+    Interface {
+        bridge: bridge.to_owned(),
+        mtu,
     }
 }
 
@@ -60,6 +68,7 @@ fn config() -> Config {
         state_version: 2,
         layout: machine().layout,
         description: b"machine".to_vec(),
+        offered_mtus: vec![],
     }
 }
 
@@ -140,7 +149,7 @@ fn an_unexpected_source_is_refused_with_the_reason() {
         ),
         (
             Hello {
-                required: Features(1),
+                required: Features(2),
                 ..hello()
             },
             AbortReason::Version,
@@ -236,6 +245,46 @@ fn a_machine_that_differs_is_refused_with_the_name_of_the_difference() {
         assert_eq!(abort.reason, AbortReason::MachineDiffers);
         assert_eq!(abort.text, text);
     }
+}
+
+/// The phase after `Hello` of a source that offers these features.
+fn in_config(offered: Features) -> (ExpectConfig, Features) {
+    let hello = Hello { offered, ..hello() };
+    let (phase, welcome) = ExpectHello::new(expected())
+        .hello(Frame::Hello(hello))
+        .unwrap();
+    (phase, welcome.features)
+}
+
+#[test]
+fn a_network_with_a_smaller_mtu_than_the_guest_uses_is_refused_before_any_memory() {
+    let cases = [
+        (vec![9000, 1500], None),
+        (vec![0, 0], None),
+        (
+            vec![9001, 1500],
+            Some(
+                "interfaces[0]: the guest uses an MTU of 9001 bytes, bridge \"lan\" of the target \
+                 has 9000",
+            ),
+        ),
+        (vec![9000], Some("2 interfaces here, 1 there")),
+        (vec![], Some("2 interfaces here, 0 there")),
+    ];
+    for (offered_mtus, refusal) in cases {
+        let (phase, features) = in_config(Features::KNOWN);
+        assert_eq!(features, Features::OFFERED_MTUS);
+        let config = Config {
+            offered_mtus,
+            ..config()
+        };
+        let taken = phase.config(Frame::Config(config), &machine());
+        assert_eq!(taken.err().map(|abort| abort.text).as_deref(), refusal);
+    }
+    // A source that does not know the feature is refused when its state is restored.
+    let (phase, features) = in_config(Features(0));
+    assert_eq!(features, Features(0));
+    assert!(phase.config(Frame::Config(config()), &machine()).is_ok());
 }
 
 #[test]

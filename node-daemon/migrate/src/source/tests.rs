@@ -89,7 +89,7 @@ fn a_successful_migration_takes_these_steps() {
     assert_eq!(
         actions,
         [
-            Action::Describe,
+            Action::Describe(Features(0)),
             Action::CopyRound(1),
             Action::Decide(1),
             Action::CopyRound(2),
@@ -175,7 +175,7 @@ fn a_choice_that_was_not_offered_is_refused() {
             ..welcome()
         },
         Welcome {
-            features: Features(1),
+            features: Features(2),
             ..welcome()
         },
         Welcome {

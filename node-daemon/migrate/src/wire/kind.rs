@@ -1,8 +1,8 @@
 //! The kinds of frames, and how long each may be.
 
 use super::limits::{
-    ABORT_TEXT_BYTES_MAX, DESCRIPTION_BYTES_MAX, MEMORY_DATA_BYTES_MAX, MEMORY_RUNS_MAX, RUN_BYTES,
-    STATE_PIECE_BYTES_MAX, STREAMS_MAX,
+    ABORT_TEXT_BYTES_MAX, DESCRIPTION_BYTES_MAX, INTERFACES_MAX, MEMORY_DATA_BYTES_MAX,
+    MEMORY_RUNS_MAX, RUN_BYTES, STATE_PIECE_BYTES_MAX, STREAMS_MAX,
 };
 use crate::pages::REGIONS_MAX;
 
@@ -65,7 +65,9 @@ impl FrameKind {
             // 104 are used; the rest is for later versions.
             Self::Hello => 512,
             Self::Welcome => 40,
-            Self::Config => (16 + REGIONS_MAX * 16 + DESCRIPTION_BYTES_MAX) as u32,
+            Self::Config => {
+                (16 + REGIONS_MAX * 16 + DESCRIPTION_BYTES_MAX + INTERFACES_MAX * 2) as u32
+            }
             Self::Memory => (8 + MEMORY_RUNS_MAX * RUN_BYTES + MEMORY_DATA_BYTES_MAX) as u32,
             Self::RoundEnd => 8 + STREAMS_MAX as u32 * 8,
             Self::State => STATE_PIECE_BYTES_MAX as u32,

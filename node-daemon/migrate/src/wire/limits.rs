@@ -10,6 +10,8 @@ pub const STATE_BYTES_MAX: u64 = 16 << 20;
 pub const STATE_PIECE_BYTES_MAX: usize = 1 << 20;
 /// Bound of the machine description in `Config`.
 pub const DESCRIPTION_BYTES_MAX: usize = 64 << 10;
+/// Bound of the interfaces in `Config`; the API allows 8.
+pub const INTERFACES_MAX: usize = 64;
 /// Bound of an `Abort`'s text.
 pub const ABORT_TEXT_BYTES_MAX: usize = 512;
 /// Streams of one attempt.

@@ -17,7 +17,7 @@ mod opening;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct StreamId(u16);
 
-/// Optional parts of the protocol, one bit each. None exists in version 1.
+/// Optional parts of the protocol, one bit each: see the table of `wire`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Features(pub u64);
 
@@ -93,6 +93,9 @@ pub struct Config {
     pub layout: MemoryLayout,
     /// What else must be equal on both sides, as the adapter writes it.
     pub description: Vec<u8>,
+    /// The MTU in bytes that was offered to the guest on each interface, in the order of the
+    /// interfaces, 0 where none was. Empty unless [`Features::OFFERED_MTUS`] is used.
+    pub offered_mtus: Vec<u16>,
 }
 
 /// How many frames a stream had sent when a round ended.
@@ -200,8 +203,10 @@ impl StreamId {
 }
 
 impl Features {
+    /// `Config` has the MTUs that were offered to the guest.
+    pub const OFFERED_MTUS: Self = Self(1);
     /// All features that this release knows.
-    pub const KNOWN: Self = Self(0);
+    pub const KNOWN: Self = Self::OFFERED_MTUS;
 
     /// The features in both.
     #[must_use]

@@ -49,6 +49,7 @@ fn samples() -> Vec<Frame<'static>> {
             state_version: 1,
             layout: MemoryLayout::new(vec![range(0, 256), range(0x10_0000, 16)]).unwrap(),
             description: b"{}".to_vec(),
+            offered_mtus: vec![],
         }),
         Frame::RoundEnd(RoundEnd {
             round: 2,
@@ -135,6 +136,28 @@ fn version_1_has_these_bytes() {
         let golden: String = golden.split_whitespace().collect();
         assert_eq!(hex(&bytes_of(frame)), golden, "{:?}", frame.kind());
     }
+}
+
+#[test]
+fn a_config_with_mtus_has_these_bytes() {
+    let config = |interfaces: u16| Config {
+        vcpus: 2,
+        state_version: 1,
+        layout: MemoryLayout::new(vec![range(0, 256)]).unwrap(),
+        description: b"{}".to_vec(),
+        offered_mtus: (0..interfaces).map(|index| 9000 - index * 9000).collect(),
+    };
+    let bytes = bytes_of(&Frame::Config(config(2)));
+    let golden = "ba5c030000000000260000000000000002000100010000000200000000000000\
+                  000000000000000000010000000000007b7d28230000";
+    assert_eq!(hex(&bytes), golden);
+    let decode = |body: &[u8]| Frame::decode(FrameKind::Config, body).map(drop);
+    let body = &bytes[HEADER_BYTES..];
+    assert!(decode(body).is_ok());
+    assert!(decode(&body[..body.len() - 1]).is_err(), "half an MTU");
+    let full = [body, &[0; 2 * (INTERFACES_MAX - 2)]].concat();
+    assert!(decode(&full).is_ok());
+    assert!(decode(&[&full[..], &[0; 2]].concat()).is_err());
 }
 
 #[test]

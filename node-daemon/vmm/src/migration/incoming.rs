@@ -10,16 +10,15 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bascule_ipc::vm::{MigrationPhase, VmConfig};
+use bascule_ipc::vm::{InterfaceConfig, MigrationPhase, VmConfig};
 use bascule_migrate::Frame;
 use bascule_migrate::destination::{
     CommitEvent, CommitStep, ExpectCommit, ExpectHello, ExpectMemory, ExpectState, Expected,
-    Machine, MemoryStep, Restoring, StateStep,
+    Interface, Machine, MemoryStep, Restoring, StateStep,
 };
 use bascule_migrate::wire::{Abort, AbortReason};
 use bascule_types::{AttemptId, Epoch, Owner, Ownership, VmUid, VolumeId, error_chain};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::apply::{Applier, layout_of};
 use super::channel::{Channel, lost, lost_frame};
@@ -47,6 +46,8 @@ pub struct Incoming {
     pub cpus: u16,
     /// Must be equal on both sides.
     pub description: Vec<u8>,
+    /// The machine's network interfaces, in order.
+    pub interfaces: Vec<Interface>,
     /// Longest time, after `Ready`, of querying the ownership record while a source without a stream
     /// still owns the VM. After it the machine is given up: see [`CommitEvent::TimedOut`].
     pub orphan_timeout: Duration,
@@ -90,8 +91,6 @@ const POLL_INTERVAL: Timespec = Timespec {
 };
 /// The restore time that `Welcome` reports: 1 to 3 ms were measured with one vCPU.
 const RESTORE_ESTIMATE: Duration = Duration::from_millis(3);
-/// Bytes of memory made resident by one system call.
-const PREFAULT_BYTES: usize = 64 << 20;
 /// The default of [`Incoming::orphan_timeout`].
 const ORPHAN_TIMEOUT: Duration = Duration::from_secs(600);
 
@@ -109,40 +108,11 @@ impl Incoming {
             tls_dir: config.tls_dir.clone().ok_or(Refused::NoTls)?,
             cpus: config.cpus.into(),
             description: describe(config).map_err(Refused::Description)?,
+            interfaces: config.interfaces.iter().map(interface_of).collect(),
             orphan_timeout: ORPHAN_TIMEOUT,
             faults: Faults::from_environment(),
         })
     }
-}
-
-/// Makes all of the machine's memory resident, so that a destination without enough of it fails
-/// before the source has begun.
-///
-/// # Errors
-/// When the kernel has not got the memory.
-pub fn prefault(machine: &MachineHandle) -> io::Result<()> {
-    populate(machine.memory())
-}
-
-#[expect(unsafe_code, reason = "the kernel is handed guest memory's addresses")]
-fn populate(memory: &GuestMemory) -> io::Result<()> {
-    use rustix::mm::{Advice, madvise};
-    for region in memory.iter() {
-        let length = usize::try_from(region.len()).unwrap_or(0);
-        for start in (0..length).step_by(PREFAULT_BYTES) {
-            let step = PREFAULT_BYTES.min(length - start);
-            let address = region.as_ptr().wrapping_add(start).cast();
-            // SAFETY: the range lies within one mapping of guest memory, which `memory` keeps
-            // alive; populating it changes no byte and no protection.
-            let populated = unsafe { madvise(address, step, Advice::LinuxPopulateWrite) };
-            match populated {
-                // Kernels before 5.14 do it page by page, when the pages are written.
-                Ok(()) | Err(rustix::io::Errno::INVAL) => {}
-                Err(errno) => return Err(errno.into()),
-            }
-        }
-    }
-    Ok(())
 }
 
 /// Waits for the source, takes the machine over and runs it.
@@ -169,6 +139,13 @@ pub fn receive_live(
     match receiver.await_commit(&mut channel, waiting, authority) {
         Ok(epoch) => receiver.run(arrival, &mut channel, epoch, authority),
         Err(failure) => discard(control, failure),
+    }
+}
+
+fn interface_of(interface: &InterfaceConfig) -> Interface {
+    Interface {
+        bridge: interface.bridge.clone(),
+        mtu: interface.mtu,
     }
 }
 
@@ -257,6 +234,7 @@ impl Receiver<'_> {
             state_versions: (state::VERSION, state::VERSION),
             layout: layout_of(&self.memory),
             description: self.job.description.clone(),
+            interfaces: self.job.interfaces.clone(),
         };
         let frame = channel.receive().map_err(|error| lost_frame(&error))?;
         let phase = config.config(frame, &machine)?;

@@ -16,8 +16,8 @@ use bascule_migrate::precopy::{
 };
 use bascule_migrate::source::{Action, Attempt, Event, Phase, Source, event_of, retry_delay};
 use bascule_migrate::wire::{
-    Abort, AbortReason, Config, Hello, Progress, RoundEnd, STATE_BYTES_MAX, STATE_PIECE_BYTES_MAX,
-    StateEnd,
+    Abort, AbortReason, Config, Features, Hello, Progress, RoundEnd, STATE_BYTES_MAX,
+    STATE_PIECE_BYTES_MAX, StateEnd,
 };
 use bascule_types::{AttemptId, Bytes, Epoch, Ownership, error_chain};
 
@@ -170,7 +170,7 @@ impl Driver<'_> {
     /// Actions before the commit point: each failure ends in `resume_source`.
     fn act(&mut self, action: Action) -> Result<Event, Abort> {
         match action {
-            Action::Describe => self.describe(),
+            Action::Describe(features) => self.describe(features),
             Action::CopyRound(round) => self.copy_round(round),
             Action::Decide(round) => self.decide(round),
             Action::StopGuest => self.stop(),
@@ -199,12 +199,18 @@ impl Driver<'_> {
         Ok(event)
     }
 
-    fn describe(&mut self) -> Result<Event, Abort> {
+    fn describe(&mut self, features: Features) -> Result<Event, Abort> {
+        let offered_mtus = if features.contains(Features::OFFERED_MTUS) {
+            self.job.offered_mtus.clone()
+        } else {
+            Vec::new()
+        };
         self.send(&Frame::Config(Config {
             vcpus: self.job.cpus,
             state_version: state::VERSION,
             layout: layout_of(self.machine.memory()),
             description: self.job.description.clone(),
+            offered_mtus,
         }))?;
         let accepted = self.receive()?;
         self.machine

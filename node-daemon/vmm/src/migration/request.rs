@@ -31,6 +31,8 @@ pub struct Outgoing {
     pub cpus: u16,
     /// Must be equal on both sides, see [`describe`].
     pub description: Vec<u8>,
+    /// The MTU in bytes that was offered to the guest on each interface, 0 where none was.
+    pub offered_mtus: Vec<u16>,
     /// Faults injected by tests.
     pub faults: Faults,
 }
@@ -55,12 +57,12 @@ pub enum Refused {
 }
 
 impl Outgoing {
-    /// The migration that `config`'s machine would make.
+    /// The migration that `config`'s machine would make; its guest was offered these MTUs.
     ///
     /// # Errors
     /// [`Refused`].
     pub fn new(
-        config: &VmConfig,
+        (config, offered_mtus): (&VmConfig, Vec<u16>),
         ownership: Ownership,
         (attempt, peer, to): (AttemptId, SocketAddr, Owner),
         limits: MigrationLimits,
@@ -81,6 +83,7 @@ impl Outgoing {
             tls_dir: config.tls_dir.clone().ok_or(Refused::NoTls)?,
             cpus: config.cpus.into(),
             description: describe(config).map_err(Refused::Description)?,
+            offered_mtus,
             faults: Faults::from_environment(),
         })
     }

@@ -113,6 +113,7 @@ impl Quick {
             state_version: state::VERSION,
             layout: layout_of(memory),
             description: self.description.clone(),
+            offered_mtus: Vec::new(),
         }
     }
 }

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use bascule_ipc::vm::{MigrationLimits, MigrationPhase, MigrationStatus};
 use bascule_migrate::OwnershipRecord;
 use bascule_migrate::commit::{Reply, TransferRequest};
+use bascule_migrate::destination::Interface;
 use bascule_migrate::wire::AbortReason;
 use bascule_types::{
     AttemptId, Bytes, Epoch, Generation, NodeUid, Owner, Ownership, SlotId, VmUid, VolumeId,
@@ -333,6 +334,39 @@ fn another_attempt_and_another_machine_are_refused_and_the_right_one_is_still_ad
     assert!(matches!(end, OutgoingEnd::Departed { .. }), "{end:?}");
     let (_, there) = arrives.join().unwrap();
     assert_goes_on(&there, &there_test);
+}
+
+#[test]
+fn a_target_with_a_smaller_mtu_is_refused_before_memory_is_copied() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let mut order = Move::new();
+    order.outgoing.offered_mtus = vec![9000];
+    let ((mut here, here_test), (there, _)) = (source(), destination());
+    let arrives = order.listen(there);
+    let end = order.send(&mut here);
+    let OutgoingEnd::Kept { failure, .. } = end else {
+        panic!("{end:?}");
+    };
+    assert_eq!(failure.reason, AbortReason::MachineDiffers);
+    assert_eq!(
+        failure.text,
+        "interfaces[0]: the guest uses an MTU of 9000 bytes, bridge \"lan\" of the target has 1500"
+    );
+    let status = order.status();
+    assert_eq!((status.rounds, status.bytes), (0, Bytes(0)), "{status:?}");
+    assert_goes_on(&here, &here_test);
+    assert!(order.destination_control.cancel(), "it still waits");
+    drop(arrives.join().unwrap());
+    // The control: a network with that MTU.
+    let mut order = Move::new();
+    order.outgoing.offered_mtus = vec![9000];
+    order.incoming.interfaces = vec![interface(9000)];
+    let arrives = order.listen(destination().0);
+    let end = order.send(&mut here);
+    assert!(matches!(end, OutgoingEnd::Departed { .. }), "{end:?}");
+    drop(arrives.join().unwrap());
 }
 
 #[test]

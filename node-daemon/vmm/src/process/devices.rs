@@ -48,6 +48,14 @@ impl Devices {
         (!words.is_empty()).then(|| words.join(", "))
     }
 
+    /// The MTU in bytes that was offered to the guest on each interface, 0 where none was.
+    pub(crate) fn offered_mtus(&self) -> Vec<u16> {
+        let interfaces = self.interfaces.iter();
+        interfaces
+            .map(|nic| nic.offered_mtu().unwrap_or(0))
+            .collect()
+    }
+
     /// Announces the guest's addresses once on every interface, even when some fail.
     ///
     /// # Errors

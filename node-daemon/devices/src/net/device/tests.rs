@@ -456,10 +456,13 @@ fn restored(
     mtu: (Option<u16>, bool),
 ) -> Result<TestDriver, String> {
     let other = TestMachine::with_ram(bench.machine.ram.clone());
-    let mut function = make_with_mtu(&other, tap().0, mtu).function;
+    let device = make_with_mtu(&other, tap().0, mtu);
+    let mut function = device.function;
     assert_eq!(function.pause(), WriterState::Clean);
     function.restore(saved).map_err(|error| error.to_string())?;
     function.resume();
+    let told = saved.body["device"]["mtu"].as_u64();
+    assert_eq!(device.handle.offered_mtu().map(u64::from), told);
     Ok(TestDriver::new(&other, function))
 }
 

@@ -8,7 +8,7 @@ use super::{Config, Features, Hello, Welcome, owner_of, put_nanos, put_owner};
 use crate::pages::{MemoryLayout, PageIndex, PageRange, Pages, REGIONS_MAX};
 use crate::wire::cursor::{Cursor, Put};
 use crate::wire::error::WireError;
-use crate::wire::limits::DESCRIPTION_BYTES_MAX;
+use crate::wire::limits::{DESCRIPTION_BYTES_MAX, INTERFACES_MAX};
 
 /// What `Hello` starts with.
 const HELLO_MAGIC: &[u8; 8] = b"BASCMIG\0";
@@ -93,11 +93,22 @@ impl Config {
                 PageRange::new(first, pages).map_err(|_| cursor.malformed("bad memory region"))?,
             );
         }
+        let layout =
+            MemoryLayout::new(ranges).map_err(|_| cursor.malformed("bad memory layout"))?;
+        let description = cursor.bytes(length)?.to_vec();
+        let mut offered_mtus = Vec::new();
+        while !cursor.rest().is_empty() {
+            if offered_mtus.len() == INTERFACES_MAX {
+                return Err(cursor.malformed("too many interfaces"));
+            }
+            offered_mtus.push(cursor.u16()?);
+        }
         Ok(Self {
             vcpus,
             state_version,
-            layout: MemoryLayout::new(ranges).map_err(|_| cursor.malformed("bad memory layout"))?,
-            description: cursor.bytes(length)?.to_vec(),
+            layout,
+            description,
+            offered_mtus,
         })
     }
 
@@ -115,5 +126,8 @@ impl Config {
             out.put_u64(range.pages().0);
         }
         out.extend_from_slice(&self.description);
+        for &mtu in &self.offered_mtus {
+            out.put_u16(mtu);
+        }
     }
 }

@@ -114,6 +114,8 @@ fn read(
         state_versions: (state::VERSION, state::VERSION),
         layout: layout_of(&memory),
         description: describe(config).map_err(RestoreSavedError::Description)?,
+        // A saved guest is restored on any network: there is nothing else of it.
+        interfaces: Vec::new(),
     };
     let not_it = RestoreSavedError::DoesNotFit;
     let mut frames = FrameBuffer::new(StreamId::FIRST);

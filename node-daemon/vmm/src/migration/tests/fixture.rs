@@ -194,6 +194,14 @@ pub(super) const LIMITS: MigrationLimits = MigrationLimits {
     bytes_per_second_max: None,
 };
 
+/// An interface of the destination on a network with this MTU.
+pub(super) fn interface(mtu: u16) -> Interface {
+    Interface {
+        bridge: "lan".to_owned(),
+        mtu: Some(mtu),
+    }
+}
+
 /// One attempt, with the requests of both sides.
 pub(super) struct Move {
     pub(super) outgoing: Outgoing,
@@ -221,6 +229,7 @@ impl Move {
                 tls_dir: tls.path().to_owned(),
                 cpus: 1,
                 description: description.clone(),
+                offered_mtus: vec![1500],
                 faults: Faults::NONE,
             },
             incoming: Incoming {
@@ -230,6 +239,7 @@ impl Move {
                 tls_dir: tls.path().to_owned(),
                 cpus: 1,
                 description,
+                interfaces: vec![interface(1500)],
                 orphan_timeout: Duration::from_secs(20),
                 faults: Faults::NONE,
             },

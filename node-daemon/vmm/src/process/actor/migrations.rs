@@ -92,7 +92,8 @@ impl VmActor {
         }
         let machine = self.movable()?;
         let ownership = self.ownership.context(NO_HOME)?;
-        let job = Outgoing::new(&self.config, ownership, (attempt, peer, to), limits)?;
+        let described = (&self.config, self.devices.offered_mtus());
+        let job = Outgoing::new(described, ownership, (attempt, peer, to), limits)?;
         let control = Arc::new(MigrationControl::new(attempt));
         let mut guest = ActorGuest(self.handle());
         let (socket, uid) = self.home_socket()?;

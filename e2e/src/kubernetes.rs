@@ -7,6 +7,7 @@
 mod guest;
 mod objects;
 mod records;
+mod san;
 pub mod scenarios;
 mod shared;
 mod takeover;
@@ -21,7 +22,8 @@ use serde_json::Value;
 
 pub use guest::{Guest, Talk};
 pub use objects::{Moved, condition};
-pub use records::Succession;
+pub use records::{GuestWrite, Succession};
+pub use san::VmProcess;
 pub use shared::SharedCluster;
 pub use takeover::Takeover;
 pub use writer::Writer;
@@ -41,6 +43,8 @@ pub struct ClusterVm<'a> {
     pub name: String,
     /// Its guest's address.
     pub address: Ipv4Addr,
+    /// The SharedVolume of its disks.
+    pub volume: &'static str,
 }
 
 impl Installation {
@@ -73,8 +77,24 @@ impl Installation {
             Tier::Native => "LeaseOnly",
             Tier::Emulated => "Watchdog",
         };
-        self.lab.apply(&objects::shared_volume(VOLUME, mode))?;
+        let device = "/dev/disk/by-id/virtio-shared0";
+        self.lab
+            .apply(&objects::shared_volume(VOLUME, device, mode))?;
         self.wait_volume()
+    }
+
+    /// Applies a SharedVolume on the lab's SAN and waits until every node reaches it. Emulated tier
+    /// only.
+    ///
+    /// # Errors
+    /// When it does not become ready.
+    pub fn san_volume(&self) -> Result<()> {
+        self.lab.apply(&objects::shared_volume(
+            SAN_VOLUME,
+            bascule_lab::SAN_DEVICE,
+            "Watchdog",
+        ))?;
+        self.wait_volume_on(SAN_VOLUME)
     }
 
     /// Waits until every node reaches the volume, as after a node's return.
@@ -82,9 +102,17 @@ impl Installation {
     /// # Errors
     /// When one does not in time.
     pub fn wait_volume(&self) -> Result<()> {
+        self.wait_volume_on(VOLUME)
+    }
+
+    /// As [`Self::wait_volume`], for any volume.
+    ///
+    /// # Errors
+    /// When a node does not reach it in time.
+    pub fn wait_volume_on(&self, volume: &str) -> Result<()> {
         self.lab
             .wait_for("the SharedVolume on every node", VOLUME_LIMIT, || {
-                let volume = self.lab.get(&["sharedvolume", VOLUME])?;
+                let volume = self.lab.get(&["sharedvolume", volume])?;
                 condition(&volume, "Ready")?;
                 let nodes = volume["status"]["nodes"].as_array();
                 let (direct, others): (Vec<_>, Vec<_>) = nodes
@@ -108,8 +136,24 @@ impl Installation {
     /// # Errors
     /// When it does not become ready, or its guest does not answer.
     pub fn vm(&self, name: &str, number: u8) -> Result<ClusterVm<'_>> {
-        self.lab.apply(&self.document(name, number))?;
-        let vm = self.handle(name, number);
+        self.start(&self.document(name, number), self.handle(name, number))
+    }
+
+    /// As [`Self::vm`], with its disks on the volume of [`Self::san_volume`].
+    ///
+    /// # Errors
+    /// As [`Self::vm`].
+    pub fn san_vm(&self, name: &str, number: u8) -> Result<ClusterVm<'_>> {
+        let document = self.guest.document(name, address(number), SAN_VOLUME);
+        let vm = ClusterVm {
+            volume: SAN_VOLUME,
+            ..self.handle(name, number)
+        };
+        self.start(&document, vm)
+    }
+
+    fn start<'a>(&'a self, document: &str, vm: ClusterVm<'a>) -> Result<ClusterVm<'a>> {
+        self.lab.apply(document)?;
         vm.wait_ready(START_LIMIT)?;
         vm.talk()?;
         Ok(vm)
@@ -118,7 +162,7 @@ impl Installation {
     /// The VirtualMachine that [`Self::vm`] applies.
     #[must_use]
     pub fn document(&self, name: &str, number: u8) -> String {
-        self.guest.document(name, address(number))
+        self.guest.document(name, address(number), VOLUME)
     }
 
     /// A virtual machine that is there, or is about to be.
@@ -128,6 +172,7 @@ impl Installation {
             cluster: self,
             name: name.to_owned(),
             address: address(number),
+            volume: VOLUME,
         }
     }
 
@@ -430,6 +475,8 @@ pub const NAMESPACE: &str = "default";
 pub use bascule_lab::project::NAMESPACE as SYSTEM_NAMESPACE;
 /// The SharedVolume of a scenario.
 pub const VOLUME: &str = "gold";
+/// The SharedVolume on the lab's SAN.
+pub const SAN_VOLUME: &str = "san";
 
 /// The label of everything that belongs to a VirtualMachine.
 const LABEL_VM: &str = "bascule.dev/virtual-machine";

@@ -18,7 +18,7 @@ use crate::options::{Options, Watchdog};
 use crate::progress::say;
 use crate::state::{LabPaths, State, Tier};
 use crate::up::prepare;
-use crate::{bmc, guard, init, process, project, web};
+use crate::{bmc, guard, init, process, project, san, web};
 
 /// Real Kubernetes clusters on one machine, with fault injection.
 ///
@@ -197,6 +197,15 @@ enum Command {
         socket: PathBuf,
     },
     #[command(hide = true)]
+    San {
+        #[arg(long)]
+        disk: PathBuf,
+        #[arg(long)]
+        hold: PathBuf,
+        #[arg(long)]
+        writes: PathBuf,
+    },
+    #[command(hide = true)]
     Guard {
         #[arg(long)]
         process: i32,
@@ -299,6 +308,7 @@ fn perform(cli: &Cli) -> Result<()> {
         Command::NodeInit { spec } => init::run(spec),
         Command::Serve { dir, address } => web::serve(dir, address),
         Command::Bmc { node, socket } => bmc::serve(&cli.lab, node, socket),
+        Command::San { disk, hold, writes } => san::serve(disk, hold, writes),
         Command::Guard { process } => guard::guard(&cli.lab, *process),
         command => in_lab(&Lab::open(&cli.lab)?, command),
     }

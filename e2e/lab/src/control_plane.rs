@@ -15,6 +15,7 @@ use crate::names::{
 };
 use crate::pki::{Pki, Subject};
 use crate::process::{Daemon, ProcessId};
+use crate::san;
 use crate::state::LabPaths;
 use crate::tools::{Tools, lab_binary};
 use crate::wait::{PermanentError, wait_for};
@@ -34,10 +35,12 @@ pub enum Component {
     Dns,
     /// The lab's web server.
     Web,
+    /// The lab's SAN: in the emulated tier only.
+    San,
 }
 
 impl Component {
-    /// All, in the order in which they start.
+    /// All that every lab has, in the order in which they start.
     pub const ALL: [Self; 6] = [
         Self::Etcd,
         Self::Apiserver,
@@ -56,6 +59,7 @@ impl Component {
             Self::Scheduler => "kube-scheduler",
             Self::Dns => "coredns",
             Self::Web => "lab-web",
+            Self::San => "lab-san",
         }
     }
 }
@@ -91,7 +95,7 @@ impl ControlPlane<'_> {
         let cgroup = self.cgroup_path(component);
         Cgroup::at(&cgroup)?.create()?;
         let program = match component {
-            Component::Web => lab_binary()?,
+            Component::Web | Component::San => lab_binary()?,
             other => self.tools.path(other.program())?,
         };
         let program = program.to_string_lossy().into_owned();
@@ -243,6 +247,9 @@ impl ControlPlane<'_> {
                 format!("--dir={}", self.paths.web().display()),
                 format!("--address={HUB_ADDRESS}:{WEB_PORT}"),
             ],
+            Component::San => std::iter::once("san".into())
+                .chain(san::args(&self.paths.dir(), &self.paths.disks(), self.logs))
+                .collect(),
         }
     }
 }

@@ -18,6 +18,7 @@ use crate::audit;
 use crate::cache::cache_dir;
 use crate::cgroup::Cgroup;
 use crate::command::Run;
+use crate::control_plane::Component;
 use crate::hub::Hub;
 use crate::image::pause_archive;
 use crate::init::{CONTROL, DiskSpec};
@@ -29,6 +30,7 @@ use crate::options::{Options, Watchdog};
 use crate::process::{Daemon, ProcessId};
 use crate::progress::step;
 use crate::qmp::{DISK_BUS, DISK_DEVICE, shared_drive};
+use crate::san;
 use crate::state::{Tier, boot_id};
 use crate::tools::{Tools, lab_binary, require_static};
 use crate::wait::wait_for;
@@ -106,8 +108,9 @@ pub(crate) fn plan(nodes: &[NodeIndex], disks: Vec<DiskSpec>, options: &Options)
     }
 }
 
-/// Makes the disk of programs and image archives, one for all nodes.
+/// Starts the SAN and makes the disk of programs and image archives, one for all nodes.
 pub(crate) fn prepare_lab(lab: &Lab, assets: &Assets) -> Result<()> {
+    lab.control_plane().start(Component::San)?;
     step("packing the nodes' programs", || {
         let staging = lab.paths().disks().join("bin.d");
         fs::create_dir_all(staging.join("bin")).context("make the program directory")?;
@@ -448,7 +451,7 @@ const PROGRAMS: &[&str] = &[
     "kube-proxy",
 ];
 /// Services with a log port of their own.
-const SERVICES: &[&str] = &["containerd", "kubelet", "kube-proxy"];
+const SERVICES: &[&str] = &["containerd", "kubelet", "kube-proxy", san::SERVICE];
 /// A panic resets the node after 1 s. CPU mitigations are off: they slow emulation and serve no purpose in a lab.
 const KERNEL_ARGS: &str = "console=ttyS0 panic=1 mitigations=off net.ifnames=0 no_timer_check";
 /// 3 s with working nested virtualization; a machine without it does not finish.

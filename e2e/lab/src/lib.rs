@@ -13,6 +13,7 @@
 //! | its /dev/kvm | the host's | its own (AMD-V, emulated where nesting does not work) |
 //! | its watchdog | none | IPMI, by [`bmc`] outside the machine; or i6300esb |
 //! | the shared disk | a loop device | the same raw image in every machine |
+//! | a SAN | none | [`san`]: iSCSI over two paths, dm-multipath |
 //! | power cut | `kill -9` of PID 1 | `kill -9` of QEMU |
 //! | frozen | the freezer of the node's cgroup | the freezer of QEMU's cgroup |
 //! | two nodes are Ready after | 5 s | 70 s |
@@ -105,6 +106,8 @@ pub mod process;
 pub mod progress;
 pub mod project;
 mod qmp;
+pub mod san;
+pub mod san_faults;
 pub mod state;
 pub mod tools;
 pub mod up;
@@ -116,5 +119,6 @@ pub use faults::{Network, Side};
 pub use lab::Lab;
 pub use node::{Node, Service};
 pub use options::{Options, Watchdog, images_from_env};
+pub use san::{SAN_DEVICE, SanPath, SanWrite};
 pub use state::Tier;
 pub use wait::{PermanentError, wait_for};

@@ -10,6 +10,7 @@ use crate::config;
 use crate::init::{DiskSpec, NativeSpec, NodeSpec, ServiceSpec};
 use crate::names::{LabName, NodeIndex};
 use crate::pki::{Pki, Subject};
+use crate::san;
 use crate::state::Tier;
 
 /// Input of `native::start` and `emulated::start`.
@@ -107,7 +108,7 @@ fn spec(node: NodeIndex, plan: &NodePlan, native: Option<NativeSpec>) -> NodeSpe
             None => PathBuf::from(service),
         },
     };
-    let services = vec![
+    let mut services = vec![
         service(
             "containerd",
             vec![
@@ -134,6 +135,9 @@ fn spec(node: NodeIndex, plan: &NodePlan, native: Option<NativeSpec>) -> NodeSpe
             ],
         ),
     ];
+    if plan.tier == Tier::Emulated {
+        services.push(service(san::SERVICE, san::service_argv(&name)));
+    }
     NodeSpec {
         index: node,
         tier: plan.tier,

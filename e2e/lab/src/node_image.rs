@@ -122,7 +122,7 @@ fn parse_mirror(targets: &str) -> Option<String> {
 const SUITE: &str = "trixie";
 
 const PACKAGES: &str = "linux-image-amd64,kmod,iproute2,nftables,iptables,conntrack,ethtool,socat,\
-runc,containernetworking-plugins,e2fsprogs,mount,procps,busybox-static,open-iscsi,ca-certificates";
+runc,containernetworking-plugins,e2fsprogs,mount,procps,busybox-static,open-iscsi,dmsetup,ca-certificates";
 
 /// Sparse; images and pods of a scenario take a few hundred megabytes.
 const ROOT_SIZE: &str = "6G";

@@ -9,7 +9,7 @@ use bascule_lab::guest::{AGENTLET_PORT, GuestSession};
 use bascule_lab::web::Source;
 use bascule_probe_wire::{TCP_PORT, UDP_PORT};
 
-use super::{NAMESPACE, VOLUME};
+use super::NAMESPACE;
 use crate::{Flow, Session, probe};
 
 /// What a tier's virtual machines run.
@@ -50,7 +50,7 @@ impl Guest {
         })
     }
 
-    pub(super) fn document(&self, name: &str, address: Ipv4Addr) -> String {
+    pub(super) fn document(&self, name: &str, address: Ipv4Addr, volume: &str) -> String {
         let source = |source: &Source| {
             format!(
                 "{{http: {{url: \"{}\", sha256: {}}}}}",
@@ -88,7 +88,7 @@ impl Guest {
 kind: VirtualMachine
 metadata: {{name: {name}, namespace: {NAMESPACE}}}
 spec:
-  volume: {VOLUME}
+  volume: {volume}
   memory: {memory}
   boot:
 {boot}

@@ -107,7 +107,7 @@ fn read(object: &Value) -> Result<Moved> {
     })
 }
 
-pub(super) fn shared_volume(name: &str, fencing: &str) -> String {
+pub(super) fn shared_volume(name: &str, device: &str, fencing: &str) -> String {
     // LeaseOnly needs a manual fencing confirmation; the out-of-service taint may be one.
     let taint = fencing == "LeaseOnly";
     format!(
@@ -115,7 +115,7 @@ pub(super) fn shared_volume(name: &str, fencing: &str) -> String {
 kind: SharedVolume
 metadata: {{name: {name}}}
 spec:
-  backing: {{device: {{path: /dev/disk/by-id/virtio-shared0}}}}
+  backing: {{device: {{path: {device}}}}}
   fencing: {{mode: {fencing}, trustOutOfServiceTaint: {taint}}}
 "
     )

@@ -7,10 +7,12 @@ use std::os::unix::fs::FileExt;
 use std::time::SystemTime;
 
 use anyhow::{Context, Result, ensure};
-use bascule_types::{DiskRow, Epoch, Lba, SlotId, VmRow};
+use bascule_lab::SanWrite;
+use bascule_lab::audit::DiskWrite;
+use bascule_types::{DiskRow, Epoch, ExtentRun, Lba, SlotId, VmRow};
 use bascule_volume_format::{BLOCK_BYTES_U64, BlockStore, Metadata, Severity, check_volume};
 
-use super::{ClusterVm, Installation, NAMESPACE};
+use super::{ClusterVm, Installation, NAMESPACE, SAN_VOLUME};
 
 /// The last write of one owner to a disk and the first of the next.
 #[derive(Clone, Copy, Debug)]
@@ -21,13 +23,45 @@ pub struct Succession {
     pub first: SystemTime,
 }
 
+/// A write to a guest's disk.
+#[derive(Clone, Debug)]
+#[expect(missing_docs, reason = "the field names say all")]
+pub struct GuestWrite {
+    pub node: String,
+    /// When the storage had it.
+    pub begun: SystemTime,
+    /// When it had taken effect; for a write whose end is not recorded, when it began.
+    pub ended: SystemTime,
+}
+
+impl GuestWrite {
+    fn from_san(write: SanWrite) -> Self {
+        Self {
+            node: write.node,
+            begun: write.received,
+            ended: write.landed,
+        }
+    }
+
+    fn from_disk(write: DiskWrite) -> Self {
+        Self {
+            node: write.node,
+            begun: write.at,
+            ended: write.at,
+        }
+    }
+}
+
 impl Installation {
-    /// The shared volume's metadata, read with the offline checker.
+    /// A volume's metadata, read with the offline checker.
     ///
     /// # Errors
     /// When the checker finds damage, or a coordinator is writing at the same time.
-    pub fn metadata(&self) -> Result<Metadata> {
-        let path = self.lab.shared_disk();
+    pub fn metadata(&self, volume: &str) -> Result<Metadata> {
+        let path = match volume {
+            SAN_VOLUME => self.lab.san_disk(),
+            _ => self.lab.shared_disk(),
+        };
         let file = File::open(&path).with_context(|| format!("open {}", path.display()))?;
         let report = check_volume(&mut ReadOnly(file)).context("read the volume")?;
         ensure!(
@@ -70,26 +104,45 @@ impl ClusterVm<'_> {
     /// # Errors
     /// When one of them wrote nothing, or they overlap: two writers.
     pub fn succession(&self, since: SystemTime, old: &str, new: &str) -> Result<Succession> {
-        let disk = self.disk()?;
-        let writes = self.cluster.lab.disk_writes(since)?;
-        let on_disk = writes
-            .iter()
-            .filter(|write| overlaps(&disk, write.offset, write.bytes));
-        let of = |node: &'static str, wanted: &str| {
-            let found = on_disk.clone().filter(|write| write.node == wanted);
-            let times: Vec<SystemTime> = found.map(|write| write.at).collect();
-            ensure!(!times.is_empty(), "the {node} node {wanted} wrote nothing");
-            Ok(times)
-        };
-        let (old, new) = (of("old", old)?, of("new", new)?);
-        let last = old.into_iter().max().context("no write")?;
-        let first = new.into_iter().min().context("no write")?;
+        let writes = self.writes(since)?;
+        let of_old = writes.iter().filter(|write| write.node == old);
+        let of_new = writes.iter().filter(|write| write.node == new);
+        let last = of_old.map(|write| write.ended).max();
+        let last = last.with_context(|| format!("the old node {old} wrote nothing"))?;
+        let first = of_new.map(|write| write.begun).min();
+        let first = first.with_context(|| format!("the new node {new} wrote nothing"))?;
         ensure!(
             last < first,
             "the old owner wrote {:?} after the new one's first write",
             last.duration_since(first).unwrap_or_default()
         );
         Ok(Succession { last, first })
+    }
+
+    /// The writes to its disk after `since`, by the audit of its volume's storage.
+    ///
+    /// # Errors
+    /// When there is no audit, or no disk.
+    pub fn writes(&self, since: SystemTime) -> Result<Vec<GuestWrite>> {
+        let disk = self.disk()?;
+        let on_disk = |offset: u64, bytes: u64| overlaps(&disk, offset, bytes);
+        if self.volume == SAN_VOLUME {
+            let writes = self.cluster.lab.san_writes(since)?.into_iter();
+            let writes = writes.filter(|write| on_disk(write.offset, write.bytes));
+            return Ok(writes.map(GuestWrite::from_san).collect());
+        }
+        let writes = self.cluster.lab.disk_writes(since)?.into_iter();
+        let writes = writes.filter(|write| on_disk(write.offset, write.bytes));
+        Ok(writes.map(GuestWrite::from_disk).collect())
+    }
+
+    /// Where its disk is on the volume: ranges of bytes, first and end.
+    ///
+    /// # Errors
+    /// When it has none.
+    pub fn ranges(&self) -> Result<Vec<(u64, u64)>> {
+        let disk = self.disk()?;
+        Ok(disk.extents.iter().map(range).collect())
     }
 
     fn disk(&self) -> Result<DiskRow> {
@@ -107,16 +160,20 @@ impl ClusterVm<'_> {
         bascule_lab::wait_for(
             "consistent metadata on the volume",
             super::ROWS_LIMIT,
-            || self.cluster.metadata(),
+            || self.cluster.metadata(self.volume),
         )
     }
 }
 
 fn overlaps(disk: &DiskRow, offset: u64, bytes: u64) -> bool {
-    disk.extents.iter().any(|run| {
-        let start = run.start.0 * BLOCK_BYTES_U64;
-        offset < start + run.length.0 && start < offset + bytes
-    })
+    let mut ranges = disk.extents.iter().map(range);
+    ranges.any(|(first, end)| offset < end && first < offset + bytes)
+}
+
+/// First byte and end.
+fn range(run: &ExtentRun) -> (u64, u64) {
+    let first = run.start.0 * BLOCK_BYTES_U64;
+    (first, first + run.length.0)
 }
 
 /// The disk's file, which running machines write.
@@ -138,7 +195,7 @@ impl BlockStore for ReadOnly {
 
 #[cfg(test)]
 mod tests {
-    use bascule_types::{Bytes, DiskId, DiskRole, ExtentRun, RowName};
+    use bascule_types::{Bytes, DiskId, DiskRole, RowName};
 
     use super::*;
 

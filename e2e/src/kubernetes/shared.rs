@@ -18,6 +18,7 @@ pub struct SharedCluster {
     nodes: u8,
     installation: OnceLock<Installation>,
     resident: OnceLock<ClusterVm<'static>>,
+    on_san: OnceLock<ClusterVm<'static>>,
 }
 
 impl SharedCluster {
@@ -29,6 +30,7 @@ impl SharedCluster {
             nodes,
             installation: OnceLock::new(),
             resident: OnceLock::new(),
+            on_san: OnceLock::new(),
         }
     }
 
@@ -100,6 +102,32 @@ impl SharedCluster {
         });
     }
 
+    /// Runs a scenario on it with the one virtual machine whose disks are on the lab's SAN, on a SharedVolume
+    /// of its own. Emulated tier only.
+    ///
+    /// # Panics
+    /// As [`Self::with_resident`].
+    #[expect(
+        clippy::expect_used,
+        reason = "the only way for a test to fail from a helper"
+    )]
+    pub fn with_san(
+        &'static self,
+        name: &str,
+        scenario: impl FnOnce(&Installation, &ClusterVm<'_>),
+    ) {
+        self.with(name, |cluster| {
+            let vm = self.on_san.get_or_init(|| {
+                let cluster: &'static Installation = self.get();
+                cluster.san_volume().expect("a SharedVolume on the SAN");
+                let vm = cluster.san_vm("on-san", ON_SAN);
+                vm.expect("a virtual machine on it")
+            });
+            vm.wait_ready(READY_LIMIT).expect("the virtual machine");
+            scenario(cluster, vm);
+        });
+    }
+
     fn get(&self) -> &Installation {
         self.installation
             .get_or_init(|| self.bring_up().expect("Bascule on a cluster"))
@@ -114,5 +142,6 @@ impl SharedCluster {
 
 /// Its address is 10.91.0.99.
 const RESIDENT: u8 = 99;
+const ON_SAN: u8 = 98;
 /// It may still be migrating from the previous scenario.
 const READY_LIMIT: Duration = Duration::from_secs(240);

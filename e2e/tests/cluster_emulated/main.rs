@@ -7,6 +7,7 @@ mod clock;
 mod fencing;
 mod isolation;
 mod memory;
+mod san;
 mod storage;
 
 use std::time::Duration;

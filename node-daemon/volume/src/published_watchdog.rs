@@ -30,12 +30,6 @@ impl PublishedWatchdog {
         }
     }
 
-    /// Whether a writer may open: a watchdog watches this volume, or no other node counts on one.
-    #[must_use]
-    pub fn allows_writer(self, is_watched: bool) -> bool {
-        is_watched || !self.may_name_one
-    }
-
     /// Whether other nodes may count on a watchdog of this node.
     #[must_use]
     pub fn may_name_one(self) -> bool {
@@ -56,8 +50,6 @@ mod tests {
         let taken_back = PublishedWatchdog::durable(none);
         assert!(!taken_back.may_name_one());
         assert!(!taken_back.submitted(none).may_name_one());
-        assert!(taken_back.allows_writer(false));
-        assert!(!unknown.allows_writer(false) && unknown.allows_writer(true));
         assert!(taken_back.submitted(hardware).may_name_one(), "it may land");
         assert!(PublishedWatchdog::durable(hardware).may_name_one());
     }

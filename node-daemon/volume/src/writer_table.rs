@@ -275,7 +275,11 @@ impl WriterTable {
     pub fn are_all_drained(&mut self) -> bool {
         self.read_pages();
         self.writers.iter().all(|(writer, phase)| {
-            phase == WriterPhase::Open && self.view(writer).is_some_and(WriterView::is_drained)
+            let view = self.view(writer);
+            view.is_some_and(|view| {
+                let clean = view.state == WriterState::Clean;
+                self.writers.is_quiet(phase, view.active == 0, clean)
+            })
         })
     }
 

@@ -103,12 +103,16 @@ fn enlist(context: &VolumeContext, lease_until: Option<BootTime>) -> Result<(), 
     let before = context.state().enlistment.kind();
     let enlisted = watchdog_client::send(context, WatchdogCall::Enlist { lease_until });
     let is_watched = matches!(enlisted, Ok(kind) if kind != WatchdogKind::None);
-    // Waits for a heartbeat that takes back what an earlier one said.
-    let may_come = is_watched || before == WatchdogKind::None;
-    let is_allowed = may_come
-        && context.wait_until(context.superblock.timings.lease, |state| {
-            state.published_watchdog.allows_writer(is_watched)
-        });
+    // Waits for a heartbeat that takes back what an earlier one said, if one may come.
+    let patience = if is_watched || before == WatchdogKind::None {
+        context.superblock.timings.lease
+    } else {
+        Duration::ZERO
+    };
+    let is_allowed = context.wait_until(patience, |state| {
+        let may_name_one = state.published_watchdog.may_name_one();
+        state.enlistment.may_admit(is_watched, may_name_one)
+    });
     // It may be the reason that the gates waited for.
     context.change_enlistment(|enlistment| enlistment);
     if is_allowed {

@@ -76,6 +76,7 @@ pub mod metadata_log;
 pub mod metadata_records;
 mod offline_check;
 mod repair;
+mod rules;
 pub mod superblock;
 pub mod timing;
 pub mod volume_layout;
@@ -95,6 +96,9 @@ pub use metadata_log::{GROUP_MAX, Log, LogError, Recovered, recover, starting_ha
 pub use metadata_records::{MetaRecord, RUNS_MAX, SlotRow};
 pub use offline_check::{Finding, Report, Severity, check_volume};
 pub use repair::{Repair, RepairStep, Repaired, plan_repair};
+#[cfg(feature = "fault-injection")]
+pub use rules::Mutation;
+pub use rules::Rules;
 pub use superblock::{
     FORMAT_VERSION, FeatureFlags, Fencing, FencingPolicy, INCOMPAT_KNOWN, RO_COMPAT_KNOWN, Region,
     RegionKind, SLOTS_MAX, SUPERBLOCK_LBAS, Superblock,

@@ -16,6 +16,7 @@ use bascule_types::{
     SlotId, VmRow, VmUid,
 };
 
+use crate::broken;
 use crate::extent_allocator::ExtentAllocator;
 use crate::metadata_records::{MetaRecord, SlotRow};
 use crate::superblock::{Fencing, FencingPolicy, Superblock};
@@ -287,7 +288,10 @@ impl Metadata {
 
     /// Refuses a row that only a user's wish needs, if it would take room that is kept for
     /// [`Metadata::room_for_reserved`].
-    fn room_for(&self, rows: u64) -> Result<(), Refusal> {
+    fn room_for(&self, rows: u64, context: &Context<'_>) -> Result<(), Refusal> {
+        if broken!(context.rules, NoReservedRows) {
+            return self.has_room(rows);
+        }
         let kept = self.slots.len() + self.fences.len();
         let reserved = u64::from(self.slot_count) * RESERVED_PER_SLOT;
         self.has_room(rows + reserved.saturating_sub(kept as u64))

@@ -16,7 +16,7 @@
 
 use bascule_volume_format::CoordinatorEpoch;
 
-use crate::rules::{Rules, broken};
+use bascule_volume_format::{Rules, broken};
 
 /// A coordinator's pending answers.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]

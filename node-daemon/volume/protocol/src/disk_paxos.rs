@@ -41,7 +41,7 @@ use bascule_volume_format::{
     Accepted, CoordinatorEpoch, LeaderBlock, PAXOS_SUBSECTORS, PaxosBlock, SlotPart,
 };
 
-use crate::rules::{Rules, broken};
+use bascule_volume_format::{Rules, broken};
 
 /// A candidate: one process's part in the elections of a volume.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -72,6 +72,15 @@ pub struct ElectionConfig {
     pub settle: Duration,
     /// All rules, except in a test that breaks one.
     pub rules: Rules,
+}
+
+/// From when on a candidate, and its driver, may write in the slot.
+#[must_use]
+pub fn writes_from(rules: Rules, quiet_since: BootTime, settle: Duration) -> BootTime {
+    if broken!(rules, ReuseBeforeSettle) {
+        return BootTime(0);
+    }
+    quiet_since.after(settle)
 }
 
 /// An input of the candidate.
@@ -246,8 +255,14 @@ impl Election {
     }
 
     fn start(self, now: BootTime) -> Next {
-        let from = self.config.quiet_since.after(self.config.settle);
-        if now < from && !broken!(self.config.rules, ReuseBeforeSettle) {
+        let ElectionConfig {
+            rules,
+            quiet_since,
+            settle,
+            ..
+        } = self.config;
+        let from = writes_from(rules, quiet_since, settle);
+        if now < from {
             return self.done(ElectionOutcome::NotBefore(from));
         }
         if self.leader_poisoned || self.poisoned.len() as u64 == PAXOS_SUBSECTORS {

@@ -24,7 +24,7 @@
 use bascule_types::BootTime;
 use bascule_volume_format::WatchdogKind;
 
-use crate::rules::{Rules, broken};
+use bascule_volume_format::{Rules, broken};
 
 /// What `bascule-volume` knows of the enlistment of its volume.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -139,6 +139,13 @@ impl Enlistment {
             self.state = State::Unwatched;
         }
         self
+    }
+
+    /// Whether a writer may open: a watchdog watches this volume, or no record that other nodes may read
+    /// names one.
+    #[must_use]
+    pub fn may_admit(&self, is_watched: bool, may_name_one: bool) -> bool {
+        is_watched || !may_name_one || broken!(self.rules, OpenBeforePublished)
     }
 
     /// Whether a gate may be opened, or a lease extended. `any_writer`: a writer has not closed.
@@ -268,6 +275,13 @@ mod tests {
         }
         // Records do not make a volume unwatched that was never refused.
         assert!(!withdrawn().published(false).may_open(true));
+    }
+
+    #[test]
+    fn i1_a_writer_opens_only_watched_or_when_no_record_names_a_watchdog() {
+        let new = Enlistment::new(Rules::ENFORCED, true);
+        assert!(new.may_admit(true, true) && new.may_admit(false, false));
+        assert!(!new.may_admit(false, true));
     }
 
     #[test]

@@ -17,8 +17,8 @@ use std::time::Duration;
 use bascule_types::{FenceProof, MissingProof};
 use bascule_volume_format::{Fencing, FencingPolicy, Timings, WatchdogKind};
 
-use crate::rules::{Rules, broken};
 use crate::watcher::{Evidence, HeartbeatSeen, Standing, whole_ms};
+use bascule_volume_format::{Rules, broken};
 
 /// A volume's fencing mode and policy, from its superblock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use bascule_types::{BootTime, NodeUid, Owner};
 
-use crate::rules::{Rules, broken};
+use bascule_volume_format::{Rules, broken};
 
 /// The newest record in this node's slot at the start of a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -41,7 +41,7 @@ pub use events::{
     Held, LeaseCommand, LeaseConfig, LeaseEvent, LeasePhase, OwnRecord, OwnRecordFound, StopReason,
 };
 
-use crate::rules::broken;
+use bascule_volume_format::broken;
 
 /// The holder's side of one lease.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]

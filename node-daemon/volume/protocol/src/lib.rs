@@ -36,13 +36,16 @@ mod join_claim;
 mod lease;
 mod open_writers;
 mod outstanding_writes;
-mod rules;
 pub mod watchdog_policy;
 mod watcher;
 
+#[cfg(feature = "fault-injection")]
+pub use bascule_volume_format::Mutation;
+pub use bascule_volume_format::Rules;
 pub use coordinator_answers::{Coordinator, CoordinatorCommand, CoordinatorEvent, Ticket};
 pub use disk_paxos::{
     Election, ElectionCommand, ElectionConfig, ElectionEvent, ElectionOutcome, ElectionPhase,
+    writes_from,
 };
 pub use drift::Drift;
 pub use enlistment::{Enlistment, WatchdogCall, WriterActivity};
@@ -53,7 +56,4 @@ pub use lease::{
 };
 pub use open_writers::{Phase as WriterPhase, WriterEvent, WriterId, Writers};
 pub use outstanding_writes::{OutstandingWrites, Part, Predecessor};
-#[cfg(feature = "fault-injection")]
-pub use rules::Mutation;
-pub use rules::Rules;
 pub use watcher::{Evidence, HeartbeatSeen, Standing, WatchEvent, Watcher};

@@ -22,7 +22,7 @@ use std::collections::BTreeMap;
 
 use bascule_types::VmUid;
 
-use crate::rules::{Rules, broken};
+use bascule_volume_format::{Rules, broken};
 
 /// A process that writes for a VM: a `bascule-vm`, or one of several importers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -113,6 +113,16 @@ impl Writers {
     /// The writers of one VM.
     pub fn of(&self, vm: VmUid) -> impl Iterator<Item = (WriterId, Phase)> + '_ {
         self.iter().filter(move |(writer, _)| writer.vm == vm)
+    }
+
+    /// Whether a writer in this phase has nothing in flight and nothing that failed, if its page shows that
+    /// it is `idle`, and `clean`. True of a living writer only while its gate is closed for certain.
+    #[must_use]
+    pub fn is_quiet(&self, phase: Phase, idle: bool, clean: bool) -> bool {
+        if broken!(self.rules, UncleanCountsAsDrained) {
+            return idle && phase != Phase::Completing;
+        }
+        phase == Phase::Open && idle && clean
     }
 
     /// Whether this volume must be enlisted with the watchdog.

@@ -19,7 +19,7 @@ use std::collections::BTreeSet;
 use bascule_types::SlotId;
 use bascule_volume_format::SlotPart;
 
-use crate::rules::{Rules, broken};
+use bascule_volume_format::{Rules, broken};
 
 /// A part of a slot.
 pub type Part = (SlotId, SlotPart);

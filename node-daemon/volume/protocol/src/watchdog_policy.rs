@@ -37,7 +37,7 @@ use bascule_types::{BootTime, VolumeId};
 use bascule_volume_format::Timings;
 
 use crate::drift::Drift;
-use crate::rules::{Rules, broken};
+use bascule_volume_format::{Rules, broken};
 
 /// The volumes on whose leases the watchdog depends.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]

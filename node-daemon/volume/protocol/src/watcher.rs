@@ -29,7 +29,7 @@ use std::time::Duration;
 use bascule_types::{BootTime, Generation, MissingProof, NodeUid, Owner, SlotId};
 use bascule_volume_format::{HeartbeatRecord, Timings, WatchdogKind};
 
-use crate::rules::{Rules, broken};
+use bascule_volume_format::{Rules, broken};
 
 /// The observations of every heartbeat slot by this node.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -234,6 +234,23 @@ impl Watcher {
                     && now.since(watch.since) < record.timings.watch
             })
         })
+    }
+
+    /// Whether the lease of `victim` has certainly ended. `watch` is the volume's W, for a slot that shows no
+    /// record; `now` does not matter: what was not looked at is not over.
+    ///
+    /// # Errors
+    /// [`MissingProof::Alive`] or [`MissingProof::SafeTime`].
+    pub fn check_lease_over(
+        &self,
+        victim: Owner,
+        watch: Duration,
+        now: BootTime,
+    ) -> Result<(), MissingProof> {
+        if broken!(self.rules, UnseenCountsAsOver) && !self.is_alive(victim, now) {
+            return Ok(());
+        }
+        self.evidence(victim).check_lease_over(watch)
     }
 
     /// The newest record of every slot that shows one.

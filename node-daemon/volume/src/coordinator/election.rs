@@ -20,6 +20,7 @@ use bascule_volume_format::{
 };
 use bascule_volume_protocol::{
     Election, ElectionCommand, ElectionConfig, ElectionEvent, ElectionOutcome, LeasePhase,
+    writes_from,
 };
 
 use crate::control_blocks;
@@ -34,7 +35,8 @@ pub fn run(context: &VolumeContext, ledger: WriteLedger) {
     let mut election: Option<Election> = None;
     // No write of an earlier process is outstanding then that did not fail.
     let settle = context.superblock.timings.settle;
-    let mut not_before = store.ledger().quiet_since().after(settle);
+    let rules = context.config.rules;
+    let mut not_before = writes_from(rules, store.ledger().quiet_since(), settle);
     while let Some(me) = wait_for_vacancy(context, not_before) {
         let timings = &context.superblock.timings;
         if let Some(reason) = why_unfit(context, &mut store, me) {

@@ -184,6 +184,7 @@ impl Term<'_> {
             },
             witness: &view,
             fresh_disk: DiskId::random(),
+            rules: self.context.config.rules,
         };
         self.metadata.decide(change, &context)
     }
@@ -291,7 +292,7 @@ impl Witness for FenceView {
     }
 
     fn lease_over(&self, victim: Owner) -> Result<(), MissingProof> {
-        self.watcher.evidence(victim).check_lease_over(self.watch)
+        self.watcher.check_lease_over(victim, self.watch, self.now)
     }
 
     fn proof(&self, victim: Owner) -> Result<FenceProof, MissingProof> {

@@ -3,7 +3,7 @@
 //!
 //! A completed write is durable: losing a device's cache is what `format/tests/it/crash.rs` enumerates.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -12,10 +12,13 @@ use std::time::Duration;
 use bascule_types::{Bytes, Lba};
 use bascule_volume::block_device::{Handle, Identity, SharedDevice};
 use bascule_volume::writer_lock::WriterLock;
-use bascule_volume_format::{BLOCK_BYTES, BlockStore};
+use bascule_volume_format::{BLOCK_BYTES, BlockStore, Superblock, read_leaders, recover};
 use bascule_volume_protocol::WriterId;
 
+use crate::Setup;
 use crate::guest::{Oracle, Stamp};
+use crate::oracles::ElectionOracle;
+use crate::profile::Profile;
 use crate::scheduler::{Scheduler, nanos};
 
 /// A node in one boot.
@@ -23,7 +26,12 @@ pub(crate) type Initiator = (u8, u64);
 
 pub(crate) struct Disk {
     scheduler: Arc<Scheduler>,
-    pub(crate) settle: Duration,
+    superblock: Superblock,
+    setup: Setup,
+    /// One write in this many fails on a failing path.
+    fails_once_in: u64,
+    /// What a reset leaves under way lands at the end of the settle time.
+    lands_last: bool,
     state: Mutex<DiskState>,
     pub(crate) oracle: Mutex<Oracle>,
 }
@@ -36,8 +44,9 @@ struct DiskState {
     stalled: BTreeMap<u8, u64>,
     /// Writes of these nodes fail once in a few, until then.
     failing: BTreeMap<u8, u64>,
-    /// The device answers no lock question truthfully: a mutation.
-    pub(crate) lock_lies: bool,
+    /// Blocks that cannot be parsed.
+    damaged: BTreeSet<u64>,
+    elections: ElectionOracle,
 }
 
 struct Request {
@@ -52,16 +61,29 @@ struct Request {
 }
 
 impl Disk {
-    pub(crate) fn new(scheduler: &Arc<Scheduler>, settle: Duration, lock_lies: bool) -> Arc<Self> {
+    pub(crate) fn new(
+        scheduler: &Arc<Scheduler>,
+        superblock: Superblock,
+        setup: Setup,
+        profile: &Profile,
+    ) -> Arc<Self> {
         Arc::new(Self {
             scheduler: Arc::clone(scheduler),
-            settle,
-            state: Mutex::new(DiskState {
-                lock_lies,
-                ..DiskState::default()
-            }),
+            superblock,
+            setup,
+            fails_once_in: profile.fails_once_in,
+            lands_last: profile.lands_last,
+            state: Mutex::default(),
             oracle: Mutex::default(),
         })
+    }
+
+    pub(crate) fn superblock(&self) -> &Superblock {
+        &self.superblock
+    }
+
+    fn settle(&self) -> u64 {
+        nanos(self.superblock.timings.settle)
     }
 
     /// Without delays or faults: for setting up and for the last check.
@@ -91,7 +113,7 @@ impl Disk {
     /// The process was killed: a write of it that fails from now on is seen by no process, and is assumed to
     /// land within the settle time (ADR 6).
     pub(crate) fn process_ended(&self, initiator: Initiator, pid: u32) {
-        let settle = nanos(self.settle);
+        let settle = self.settle();
         let mut state = self.lock();
         let requests = state.requests.values_mut();
         for request in
@@ -106,15 +128,18 @@ impl Disk {
     pub(crate) fn reset(&self, node: u8) {
         let now = self.scheduler.now();
         self.apply(now);
-        let settle = nanos(self.settle);
+        let settle = self.settle();
         let mut state = self.lock();
         let ids: Vec<u64> = (state.requests.iter())
             .filter(|(_, request)| request.initiator.0 == node)
             .map(|(id, _)| *id)
             .collect();
         for id in ids {
-            let lost = self.scheduler.once_in(2);
-            let lands = now + self.scheduler.below(settle);
+            let lost = !self.lands_last && self.scheduler.once_in(2);
+            let lands = match self.lands_last {
+                true => now + settle - 1,
+                false => now + self.scheduler.below(settle),
+            };
             if let Some(request) = state.requests.get_mut(&id) {
                 let later = request.lands.filter(|_| !lost);
                 request.lands = later.map(|at| at.min(lands));
@@ -143,7 +168,7 @@ impl Disk {
                     let mut oracle = self.oracle.lock().unwrap_or_else(PoisonError::into_inner);
                     oracle.landed(lba + n as u64, stamp);
                 }
-                state.blocks.insert(lba + n as u64, block.into());
+                state.land(&self.superblock, Lba(lba + n as u64), block);
             }
         }
         state
@@ -172,7 +197,7 @@ impl Disk {
         let now = self.scheduler.now();
         let took = self.latency();
         let early = self.scheduler.below(took);
-        let fails_once_in = self.scheduler.below(4);
+        let fails_once_in = self.scheduler.below(self.fails_once_in);
         let late = self.scheduler.below(nanos(LANDS_LATE_MAX));
         let mut state = self.lock();
         let from = state
@@ -268,11 +293,66 @@ impl Disk {
         let state = self.lock();
         let mut mine = (state.requests.values())
             .filter(|request| request.initiator == initiator && request.pid == pid);
-        !state.lock_lies && mine.any(|request| request.completes > now)
+        !self.setup.lock_lies && mine.any(|request| request.completes > now)
+    }
+
+    /// Damages a block. Unless `newest`, only if the volume can still be read: it is provably obsolete then.
+    pub(crate) fn damage(self: &Arc<Self>, lba: Lba, newest: bool) {
+        self.apply(self.scheduler.now());
+        let Some(before) = self.lock().blocks.get(&lba.0).cloned() else {
+            return;
+        };
+        if !self.is_readable() {
+            return;
+        }
+        let mut damaged = before.to_vec();
+        for byte in damaged.iter_mut().skip(64).take(64) {
+            *byte ^= 0x5a;
+        }
+        {
+            let mut state = self.lock();
+            state.blocks.insert(lba.0, damaged.into());
+            state.damaged.insert(lba.0);
+        }
+        if !newest && !self.is_readable() {
+            let mut state = self.lock();
+            state.blocks.insert(lba.0, before);
+            state.damaged.remove(&lba.0);
+        }
+    }
+
+    fn is_readable(self: &Arc<Self>) -> bool {
+        let mut store = self.offline();
+        read_leaders(&mut store, &self.superblock).is_ok()
+            && recover(&mut store, &self.superblock).is_ok()
+    }
+
+    /// What a mutation does with damaged blocks of a read.
+    fn misread(&self, lba: Lba, blocks: &mut [u8]) -> io::Result<()> {
+        let state = self.lock();
+        for (n, block) in blocks.chunks_exact_mut(BLOCK_BYTES).enumerate() {
+            if state.damaged.contains(&(lba.0 + n as u64)) {
+                if self.setup.old_damage_counts {
+                    return Err(io::Error::from_raw_os_error(libc::EIO));
+                }
+                if self.setup.damages_newest {
+                    block.fill(0);
+                }
+            }
+        }
+        Ok(())
     }
 
     fn lock(&self) -> MutexGuard<'_, DiskState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl DiskState {
+    fn land(&mut self, superblock: &Superblock, lba: Lba, block: &[u8]) {
+        let before = self.blocks.insert(lba.0, block.into());
+        (self.elections).landed(superblock, lba, before.as_deref(), block);
+        self.damaged.remove(&lba.0);
     }
 }
 
@@ -284,6 +364,8 @@ pub(crate) struct Attached {
     pub(crate) pid: u32,
     /// Which processes of the node live.
     pub(crate) lives: Arc<dyn Fn(u32) -> bool + Send + Sync>,
+    /// Told of every write before it is submitted.
+    pub(crate) about_to_write: Arc<dyn Fn(Lba) + Send + Sync>,
 }
 
 impl std::fmt::Debug for Attached {
@@ -295,10 +377,11 @@ impl std::fmt::Debug for Attached {
 impl BlockStore for Attached {
     fn read(&mut self, lba: Lba, blocks: &mut [u8]) -> io::Result<()> {
         self.disk.read(self.initiator, lba, blocks, true);
-        Ok(())
+        self.disk.misread(lba, blocks)
     }
 
     fn write(&mut self, lba: Lba, blocks: &[u8]) -> io::Result<()> {
+        (self.about_to_write)(lba);
         self.disk.write(self.initiator, self.pid, lba, blocks, true)
     }
 

@@ -11,6 +11,7 @@ use bascule_types::{Lba, Ownership, VmRow, VmUid};
 use bascule_volume_format::{BLOCK_BYTES, BLOCK_BYTES_U64};
 use bascule_volume_gate::{GateReader, WriterPage};
 
+use crate::profile::Moment;
 use crate::world::World;
 
 /// What a guest writes: which write of which process of which epoch.
@@ -58,12 +59,12 @@ pub(crate) struct Oracle {
 }
 
 impl Oracle {
-    /// I1 and I3: nobody writes after a later epoch or process has, and no acknowledged block goes back.
+    /// I1 and I3: nobody writes after a later epoch has, within an epoch one process writes, and no acknowledged block goes back.
     pub(crate) fn landed(&mut self, lba: u64, stamp: Stamp) {
         let writer = self.writer.entry(stamp.vm).or_default();
         let by = (stamp.epoch, stamp.process);
         assert!(
-            by >= *writer,
+            by == *writer || stamp.epoch > writer.0,
             "I1: {stamp:?} took effect after the first write of epoch {} by process {}",
             writer.0,
             writer.1
@@ -110,7 +111,7 @@ struct Open {
 }
 
 impl Guest {
-    pub(crate) fn run(self) {
+    pub(crate) fn run(mut self) {
         let Some(open) = self.open() else {
             return;
         };
@@ -147,6 +148,7 @@ impl Guest {
             pid: self.pid,
         };
         for _ in 0..TRIES {
+            self.world.reached(Moment::Opening, self.node);
             if let Some((Response::Opened(opened), fds)) =
                 self.world.call_volume(self.node, self.pid, &request)
             {
@@ -170,8 +172,27 @@ impl Guest {
         last
     }
 
+    /// The node may have joined the volume in a new generation, and kept the VM.
+    fn reopen(&mut self) {
+        let volume = self.world.nodes()[usize::from(self.node)].volume.clone();
+        let joined = volume.and_then(|volume| volume.state().joined);
+        let Some(owner) = joined.filter(|joined| *joined != self.ownership.owner) else {
+            return;
+        };
+        let request = Request::OpenVm {
+            vm: self.vm,
+            owner,
+            epoch: self.ownership.epoch,
+            pid: self.pid,
+        };
+        let answer = self.world.call_volume(self.node, self.pid, &request);
+        if let Some((Response::Opened(_), _)) = answer {
+            self.ownership.owner = owner;
+        }
+    }
+
     /// Whether it succeeded.
-    fn write(&self, open: &Open, lba: u64, stamp: Stamp) -> bool {
+    fn write(&mut self, open: &Open, lba: u64, stamp: Stamp) -> bool {
         loop {
             open.page.write_begins();
             let now = self.world.node_time(self.node);
@@ -181,8 +202,13 @@ impl Guest {
             }
             open.page.writes_ended();
             self.world.scheduler.sleep(Duration::from_millis(100));
+            self.reopen();
         }
         // Between the check and the submission the process may stand still for any time.
+        self.world.reached(Moment::Passed, self.node);
+        if self.world.is_falsely_unwatched(self.node) {
+            self.world.reached(Moment::PassedUnwatched, self.node);
+        }
         let stop = self.world.scheduler.below(3_000_000);
         self.world.scheduler.sleep(Duration::from_nanos(stop));
         let initiator = self.world.initiator(self.node);

@@ -38,6 +38,7 @@ struct Inner {
     running: Option<u64>,
     next: u64,
     frozen: BTreeMap<u8, u64>,
+    held: BTreeMap<Group, u64>,
     failure: Option<String>,
     ending: bool,
     digest: u64,
@@ -84,6 +85,7 @@ impl Scheduler {
                 running: None,
                 next: 1,
                 frozen: BTreeMap::new(),
+                held: BTreeMap::new(),
                 failure: None,
                 ending: false,
                 digest: 0,
@@ -277,6 +279,18 @@ impl Scheduler {
         self.lock().frozen.insert(node, until);
     }
 
+    /// No task of the process runs before `until`.
+    pub(crate) fn hold(&self, process: Group, until: u64) {
+        self.lock().held.insert(process, until);
+    }
+
+    /// Nothing stands still on the node any more.
+    pub(crate) fn let_go(&self, node: u8) {
+        let mut inner = self.lock();
+        inner.frozen.remove(&node);
+        inner.held.retain(|group, _| group.node != node);
+    }
+
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -294,7 +308,12 @@ impl Inner {
             State::Blocked { until, .. } => until,
         };
         let frozen = self.frozen.get(&task.group.node).copied().unwrap_or(0);
-        if task.killed { due } else { due.max(frozen) }
+        let held = self.held.get(&task.group).copied().unwrap_or(0);
+        if task.killed {
+            due
+        } else {
+            due.max(frozen).max(held)
+        }
     }
 
     /// Gives the turn to a task that can run, and advances the clock if there is none. The task's thread, if it waits.

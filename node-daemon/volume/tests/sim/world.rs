@@ -19,14 +19,16 @@ use bascule_volume::process::{Opened, assemble};
 use bascule_volume::volume_context::{ProcessConfig, VolumeContext};
 use bascule_volume::watchdog_client;
 use bascule_volume::write_ledger::{LedgerParts, WriteLedger};
-use bascule_volume_format::read_superblock;
+use bascule_volume_format::{SlotPart, read_superblock};
 use bascule_volume_gate::{GateReader, GateWriter};
 use bascule_volume_protocol::Rules;
 use bascule_volume_protocol::watchdog_policy::{Decision, Enlisted};
 
 use crate::Setup;
 use crate::disk::{Attached, Disk, Initiator};
+use crate::faults::Faults;
 use crate::guest::Oracle;
+use crate::profile::{Moment, Profile};
 use crate::scheduler::{Group, Scheduler, nanos};
 
 pub(crate) const NODES: u8 = 3;
@@ -36,11 +38,14 @@ pub(crate) struct World {
     pub(crate) disk: Arc<Disk>,
     pub(crate) setup: Setup,
     directory: tempfile::TempDir,
+    pub(crate) faults: Faults,
     nodes: Mutex<Vec<Node>>,
 }
 
 pub(crate) struct Node {
     pub(crate) is_up: bool,
+    /// Nobody switches it on again.
+    pub(crate) stays_off: bool,
     boot: u64,
     booted_at: u64,
     /// Parts in a million by which its clock is fast.
@@ -50,6 +55,8 @@ pub(crate) struct Node {
     pub(crate) volume: Option<Arc<VolumeContext>>,
     pub(crate) volume_pid: Option<u32>,
     pub(crate) cut_off_until: u64,
+    /// Until when `bascule-watchdog` does not answer.
+    pub(crate) deaf_until: u64,
     watchdog: Watchdog,
     pub(crate) resets: u32,
 }
@@ -62,9 +69,15 @@ struct Watchdog {
 }
 
 impl World {
-    pub(crate) fn new(scheduler: &Arc<Scheduler>, disk: Arc<Disk>, setup: Setup) -> Arc<Self> {
+    pub(crate) fn new(
+        scheduler: &Arc<Scheduler>,
+        disk: Arc<Disk>,
+        setup: Setup,
+        profile: Profile,
+    ) -> Arc<Self> {
         let node = |_| Node {
             is_up: false,
+            stays_off: false,
             boot: 0,
             booted_at: 0,
             drift: i64::try_from(scheduler.below(1000)).unwrap_or(0) - 500,
@@ -73,6 +86,7 @@ impl World {
             volume: None,
             volume_pid: None,
             cut_off_until: 0,
+            deaf_until: 0,
             watchdog: Watchdog::new(setup.rules),
             resets: 0,
         };
@@ -80,6 +94,7 @@ impl World {
             scheduler: Arc::clone(scheduler),
             disk,
             setup,
+            faults: Faults::new(profile),
             directory: tempfile::tempdir().expect("a directory"),
             nodes: Mutex::new((0..NODES).map(node).collect()),
         })
@@ -151,9 +166,10 @@ impl World {
             down.volume_pid = None;
             down.processes.clear();
             down.watchdog = Watchdog::new(self.setup.rules);
+            down.deaf_until = 0;
         }
         self.disk.reset(node);
-        self.scheduler.freeze(node, 0);
+        self.scheduler.let_go(node);
         self.scheduler.kill(true, |group| group.node == node);
         drop(std::fs::remove_dir_all(self.run_dir(node)));
     }
@@ -169,7 +185,7 @@ impl World {
         }
         for (process, name, run) in [
             (1, "daemon", Self::keep_volume_running as fn(&Arc<Self>, u8)),
-            (2, "watchdog", Self::keep_alive),
+            (WATCHDOG_PID, "watchdog", Self::keep_alive),
         ] {
             let world = Arc::clone(self);
             let group = Group { node, process };
@@ -221,7 +237,10 @@ impl World {
             world: Arc::clone(self),
             node,
         });
-        let assembled = assemble(config, host, opened).expect("a process");
+        let Ok(assembled) = assemble(config, host, opened) else {
+            // The daemon starts another one later.
+            return self.end_process(node, pid);
+        };
         let context = Arc::clone(&assembled.context);
         watchdog_client::refresh(&context);
         let group = Group { node, process: pid };
@@ -234,11 +253,19 @@ impl World {
 
     fn open(self: &Arc<Self>, node: u8, pid: u32) -> anyhow::Result<Opened> {
         let world = Arc::clone(self);
+        let elects = Arc::clone(self);
+        let about_to_write = move |lba| {
+            let part = elects.disk.superblock().slot_part(lba);
+            if let Some((_, SlotPart::Paxos(_) | SlotPart::Leader)) = part {
+                elects.reached(Moment::Electing, node);
+            }
+        };
         let device = Attached {
             disk: Arc::clone(&self.disk),
             initiator: self.initiator(node),
             pid,
             lives: Arc::new(move |pid| world.lives(node, pid)),
+            about_to_write: Arc::new(about_to_write),
         };
         let superblock = read_superblock(&mut device.clone())?;
         let run_dir = self.run_dir(node);
@@ -277,7 +304,7 @@ impl World {
     }
 
     /// Runs `answer` on a thread of the node's volume process, which may be killed meanwhile.
-    fn ask<T: Send + 'static>(
+    pub(crate) fn ask<T: Send + 'static>(
         self: &Arc<Self>,
         node: u8,
         answer: impl FnOnce(&VolumeContext) -> T + Send + 'static,
@@ -325,12 +352,36 @@ impl World {
                 view.owner.map(|_| view.expiry)
             });
             // The process may stand still between its decision and the keepalive.
+            self.reached(self.petting(node), node);
             self.scheduler.preempt();
             if decision == Decision::Pet {
                 let now = self.scheduler.now();
                 self.nodes()[usize::from(node)].watchdog.petted_at = Some(now);
             }
             self.scheduler.sleep(Duration::from_secs(1));
+        }
+    }
+
+    fn petting(&self, node: u8) -> Moment {
+        let now = self.node_time(node);
+        let page = self.nodes()[usize::from(node)].watchdog.page.clone();
+        let view = page.and_then(|page| Some(GateReader::open(&page).ok()?.view()));
+        let left = view.map(|view| view.expiry.since(now)).unwrap_or_default();
+        if (1..1000).contains(&left.as_millis()) {
+            Moment::PettingLast
+        } else {
+            Moment::Petting
+        }
+    }
+
+    /// A volume's process ends by itself.
+    fn end_process(&self, node: u8, pid: u32) {
+        self.disk.process_ended(self.initiator(node), pid);
+        let mut nodes = self.nodes();
+        let node = &mut nodes[usize::from(node)];
+        node.forget(pid);
+        if node.volume_pid == Some(pid) {
+            node.volume_pid = None;
         }
     }
 
@@ -381,6 +432,11 @@ impl World {
 
     fn node_at(&self, wanted: SocketAddr) -> Option<u8> {
         (0..NODES).find(|node| address(*node) == wanted)
+    }
+
+    pub(crate) fn is_deaf(&self, node: u8) -> bool {
+        let now = self.scheduler.now();
+        self.nodes()[usize::from(node)].deaf_until > now
     }
 
     fn is_cut_off(&self, node: u8) -> bool {
@@ -458,6 +514,7 @@ impl Host for SimulatedHost {
             return Err(lost());
         }
         let request = request.clone();
+        world.duplicate(to, &request);
         let answered = world.ask(
             to,
             move |context| context.answer_peer(request, PEER_STEP),
@@ -472,6 +529,12 @@ impl Host for SimulatedHost {
 
     fn call_watchdog(&self, request: &Request) -> Result<Response, IpcError> {
         self.world.scheduler.preempt();
+        if self.world.is_deaf(self.node) {
+            // At once, or after a while.
+            let hangs = self.world.scheduler.below(2) * self.world.scheduler.below(4000);
+            self.world.scheduler.sleep(Duration::from_millis(hangs));
+            return Err(IpcError::Closed);
+        }
         Ok(self.world.answer_watchdog(self.node, request))
     }
 
@@ -496,13 +559,20 @@ fn boot_bytes((node, boot): Initiator) -> [u8; 16] {
 const WATCHDOG_TIMEOUT: Duration = Duration::from_secs(8);
 /// Longer than the volume's process waits for a coordinator.
 const PATIENCE: Duration = Duration::from_secs(20);
+/// Of every node's `bascule-watchdog`.
+pub(crate) const WATCHDOG_PID: u32 = 2;
 /// As in `listeners`.
-const PEER_STEP: Duration = Duration::from_secs(5);
+pub(crate) const PEER_STEP: Duration = Duration::from_secs(5);
 
 /// Guests that run: which process on which node, by VM.
 pub(crate) type Guests = BTreeMap<u8, (u8, u32)>;
 
 impl Node {
+    /// Whether its watchdog watches the volume.
+    pub(crate) fn is_watched(&self) -> bool {
+        self.watchdog.enlisted.volumes().next().is_some()
+    }
+
     /// A process has ended by itself.
     pub(crate) fn forget(&mut self, pid: u32) {
         self.processes.remove(&pid);

@@ -8,6 +8,7 @@ use bascule_types::{
 
 use super::Metadata;
 use crate::metadata_records::MetaRecord;
+use crate::rules::Rules;
 
 /// The coordinator's evidence about other nodes, all of it from its own reads of the volume.
 pub trait Witness {
@@ -53,6 +54,8 @@ pub struct Context<'a> {
     pub witness: &'a dyn Witness,
     /// The identity for a disk that the change creates.
     pub fresh_disk: DiskId,
+    /// All of them; tests break one at a time.
+    pub rules: Rules,
 }
 
 /// A granted change: the records to make durable as one group, and then the answer. No records:
@@ -99,7 +102,7 @@ impl Metadata {
                 vm,
                 name,
                 spec_digest,
-            } => self.create_vm(*vm, name, *spec_digest),
+            } => self.create_vm(*vm, name, *spec_digest, context),
             Change::DeleteVm { vm } => self.delete_vm(*vm),
             Change::Acquire {
                 vm,
@@ -143,7 +146,7 @@ impl Metadata {
                 from,
                 epoch,
                 size,
-            } => self.reserve_saved(*vm, Ownership::new(*from, *epoch), *size),
+            } => self.reserve_saved(*vm, Ownership::new(*from, *epoch), *size, context),
             Change::FinishSavedState {
                 vm,
                 from,
@@ -155,10 +158,10 @@ impl Metadata {
                     length: *length,
                     crc32c: *crc32c,
                 };
-                self.finish_saved(*vm, Ownership::new(*from, *epoch), sum)
+                self.finish_saved(*vm, Ownership::new(*from, *epoch), sum, context)
             }
             Change::DropSavedState { vm, from, epoch } => {
-                self.drop_saved_state(*vm, Ownership::new(*from, *epoch))
+                self.drop_saved_state(*vm, Ownership::new(*from, *epoch), context)
             }
             _ => Err(Refusal::NotAllowed),
         }

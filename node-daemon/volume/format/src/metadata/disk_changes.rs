@@ -12,6 +12,7 @@ use bascule_types::{
 use super::Metadata;
 use super::decide::{Context, Decision};
 use super::ownership_changes::{check_not_owned, check_owned};
+use crate::broken;
 use crate::metadata_records::MetaRecord;
 
 impl Metadata {
@@ -37,7 +38,7 @@ impl Metadata {
             return self.resume_import(row, importer, context);
         }
         let importer = self.check_importer(importer, context)?;
-        self.room_for(1)?;
+        self.room_for(1, context)?;
         let extents = self.space.plan(size)?;
         Ok(put(DiskRow {
             disk: context.fresh_disk,
@@ -175,18 +176,19 @@ impl Metadata {
         vm: VmUid,
         from: Ownership,
         size: Bytes,
+        context: &Context<'_>,
     ) -> Result<Decision, Refusal> {
-        self.check_owned_vm(vm, from)?;
+        self.check_owned_vm(vm, from, context)?;
         let epoch = from.epoch;
         let mut records = Vec::new();
         if let Some(saved) = self.saved(vm) {
-            check_not_complete(saved, epoch)?;
+            check_not_complete(saved, epoch, context)?;
             if saved.epoch == epoch && room(saved) >= size.0 {
                 return Ok(Decision::already(Answer::SavedState(saved.clone())));
             }
             records.push(MetaRecord::DeleteSaved(vm));
         }
-        self.room_for(1)?;
+        self.room_for(1, context)?;
         let saved = SavedStateRow {
             vm,
             epoch,
@@ -202,8 +204,9 @@ impl Metadata {
         vm: VmUid,
         from: Ownership,
         sum: SavedStateSum,
+        context: &Context<'_>,
     ) -> Result<Decision, Refusal> {
-        self.check_owned_vm(vm, from)?;
+        self.check_owned_vm(vm, from, context)?;
         let saved = self.saved(vm).filter(|saved| saved.epoch == from.epoch);
         let saved = saved.ok_or(Refusal::NoSavedState)?;
         if saved.complete == Some(sum) {
@@ -220,18 +223,31 @@ impl Metadata {
         Ok(Decision::new(records, Answer::SavedState(saved)))
     }
 
-    pub(super) fn drop_saved_state(&self, vm: VmUid, from: Ownership) -> Result<Decision, Refusal> {
-        self.check_owned_vm(vm, from)?;
+    pub(super) fn drop_saved_state(
+        &self,
+        vm: VmUid,
+        from: Ownership,
+        context: &Context<'_>,
+    ) -> Result<Decision, Refusal> {
+        self.check_owned_vm(vm, from, context)?;
         let Some(saved) = self.saved(vm) else {
             return Ok(Decision::already(Answer::Gone));
         };
-        check_not_complete(saved, from.epoch)?;
+        check_not_complete(saved, from.epoch, context)?;
         let records = vec![MetaRecord::DeleteSaved(vm)];
         Ok(Decision::new(records, Answer::Gone))
     }
 
-    fn check_owned_vm(&self, vm: VmUid, from: Ownership) -> Result<(), Refusal> {
+    fn check_owned_vm(
+        &self,
+        vm: VmUid,
+        from: Ownership,
+        context: &Context<'_>,
+    ) -> Result<(), Refusal> {
         let row = self.vm(vm).ok_or(Refusal::NoSuchVm)?;
+        if broken!(context.rules, SavedStateUnbound) {
+            return Ok(());
+        }
         check_owned(row, from)?;
         if self.fence(from.owner).is_some() {
             return Err(Refusal::Fenced { owner: from.owner });
@@ -251,8 +267,13 @@ fn put(row: DiskRow) -> Decision {
 
 /// An owner that saved the VM completely never runs it again in that epoch, so neither a new reserve nor
 /// a drop of the same epoch is meant for the complete state.
-fn check_not_complete(saved: &SavedStateRow, epoch: Epoch) -> Result<(), Refusal> {
-    if saved.epoch == epoch && saved.complete.is_some() {
+fn check_not_complete(
+    saved: &SavedStateRow,
+    epoch: Epoch,
+    context: &Context<'_>,
+) -> Result<(), Refusal> {
+    let kept = saved.epoch == epoch && !broken!(context.rules, SavedStateUnbound);
+    if kept && saved.complete.is_some() {
         Err(Refusal::SavedStateComplete)
     } else {
         Ok(())

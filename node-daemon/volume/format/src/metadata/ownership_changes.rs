@@ -6,6 +6,7 @@ use bascule_types::{
 
 use super::Metadata;
 use super::decide::{Context, Decision};
+use crate::broken;
 use crate::metadata_records::MetaRecord;
 
 impl Metadata {
@@ -14,11 +15,12 @@ impl Metadata {
         vm: VmUid,
         name: &RowName,
         spec_digest: [u8; 32],
+        context: &Context<'_>,
     ) -> Result<Decision, Refusal> {
         if let Some(row) = self.vm(vm) {
             return Ok(Decision::already(Answer::Row(row.clone())));
         }
-        self.room_for(1)?;
+        self.room_for(1, context)?;
         Ok(put(VmRow {
             vm,
             name: name.clone(),
@@ -125,9 +127,12 @@ impl Metadata {
         }
         let half_saved = self.saved(vm).filter(|saved| saved.complete.is_none());
         records.extend(half_saved.map(|saved| MetaRecord::DeleteSaved(saved.vm)));
-        let row = next_ownership(row, to, None);
-        records.push(MetaRecord::Vm(row.clone()));
-        Ok(Decision::new(records, Answer::Row(row)))
+        let mut next = next_ownership(row, to, None);
+        if broken!(context.rules, TakeOverKeepsEpoch) {
+            next.epoch = row.epoch;
+        }
+        records.push(MetaRecord::Vm(next.clone()));
+        Ok(Decision::new(records, Answer::Row(next)))
     }
 
     /// Refuses a requester that is not on the owner's node: only that node knows whether the guest is

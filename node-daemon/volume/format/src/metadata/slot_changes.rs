@@ -7,6 +7,7 @@ use bascule_types::{
 
 use super::decide::{Context, Decision};
 use super::{Metadata, SlotRow};
+use crate::broken;
 use crate::metadata_records::MetaRecord;
 
 impl Metadata {
@@ -54,7 +55,11 @@ impl Metadata {
         // The row's boot id overrides `rebooted: false` of the request: no process of a generation of
         // an earlier boot exists any more.
         let rebooted = rebooted || row.boot != context.requester.boot;
-        let keep = !rebooted && self.fence(from).is_none();
+        let fenced = self.fence(from).is_some();
+        let keep = match fenced {
+            true => broken!(context.rules, RejoinKeepsFencedRows),
+            false => !rebooted,
+        };
         let mut records = vec![MetaRecord::Rejoin {
             from,
             to,

@@ -7,8 +7,8 @@ use bascule_types::{
     Refusal, RowName, SlotId, VmRow, VmUid, VolumeId,
 };
 use bascule_volume_format::{
-    Context, Fencing, FencingPolicy, FormatRequest, MemStore, Metadata, Requester, Superblock,
-    Timings, Witness, make_volume,
+    Context, Fencing, FencingPolicy, FormatRequest, MemStore, Metadata, Requester, Rules,
+    Superblock, Timings, Witness, make_volume,
 };
 
 pub(crate) const DEVICE_BYTES: u64 = 64 << 20;
@@ -128,6 +128,7 @@ impl Cluster {
             },
             witness: &self.seen,
             fresh_disk: DiskId::from_bytes(u128::from(self.disks).to_be_bytes()),
+            rules: Rules::ENFORCED,
         };
         let decision = self.metadata.decide(change, &context)?;
         for record in &decision.records {

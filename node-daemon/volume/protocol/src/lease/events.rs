@@ -3,7 +3,7 @@
 use bascule_types::{BootTime, NodeUid, Owner};
 use bascule_volume_format::Timings;
 
-use crate::rules::Rules;
+use bascule_volume_format::Rules;
 
 /// The parameters of a lease holder.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -4,7 +4,7 @@ use bascule_types::{BootTime, Generation, NodeUid, Owner, SlotId};
 use bascule_volume_format::Timings;
 
 use super::*;
-use crate::rules::Rules;
+use bascule_volume_format::Rules;
 
 const ME: NodeUid = NodeUid::from_bytes([1; 16]);
 const OTHER: NodeUid = NodeUid::from_bytes([2; 16]);

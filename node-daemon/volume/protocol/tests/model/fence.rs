@@ -339,7 +339,7 @@ impl FenceModel {
             alive: |owner: Owner| owner.slot.0 == B || watcher.is_alive(owner, now),
             over: |victim| {
                 let watch = self.timings().watch;
-                watcher.evidence(victim).check_lease_over(watch)
+                watcher.check_lease_over(victim, watch, now)
             },
             proof: |victim| fence::verify(self.policy(), &watcher.evidence(victim)),
         };

@@ -137,6 +137,7 @@ impl Table {
             },
             witness,
             fresh_disk: DiskId::from_bytes([9; 16]),
+            rules,
         };
         let change = self.broken_change(change, rules);
         let decision = self.0.decide(&change, &context)?;
@@ -175,13 +176,7 @@ impl Table {
     fn broken_record(record: &MetaRecord, rules: Rules) -> MetaRecord {
         let mut record = record.clone();
         match &mut record {
-            MetaRecord::Vm(row) if rules.breaks(Mutation::TakeOverKeepsEpoch) => {
-                row.epoch = Epoch(row.epoch.0.min(1));
-            }
             MetaRecord::Vm(row) if rules.breaks(Mutation::AttemptForgotten) => row.attempt = None,
-            MetaRecord::Rejoin { keep, .. } if rules.breaks(Mutation::RejoinKeepsFencedRows) => {
-                *keep = true;
-            }
             _ => {}
         }
         record

@@ -33,19 +33,24 @@ impl Rules {
 }
 
 /// Whether the named mutation is switched on. Constant `false` in a release.
+#[cfg(feature = "fault-injection")]
+#[doc(hidden)]
+#[macro_export]
 macro_rules! broken {
-    ($rules:expr, $mutation:ident) => {{
-        #[cfg(feature = "fault-injection")]
-        {
-            $rules.breaks($crate::rules::Mutation::$mutation)
-        }
-        #[cfg(not(feature = "fault-injection"))]
-        {
-            $rules != $crate::rules::Rules::ENFORCED
-        }
-    }};
+    ($rules:expr, $mutation:ident) => {
+        $rules.breaks($crate::Mutation::$mutation)
+    };
 }
-pub(crate) use broken;
+
+/// Whether the named mutation is switched on. Constant `false` in a release.
+#[cfg(not(feature = "fault-injection"))]
+#[doc(hidden)]
+#[macro_export]
+macro_rules! broken {
+    ($rules:expr, $mutation:ident) => {
+        $rules != $crate::Rules::ENFORCED
+    };
+}
 
 /// One way to break a rule.
 #[cfg(feature = "fault-injection")]
@@ -97,6 +102,12 @@ pub enum Mutation {
     RejoinKeepsFencedRows,
     /// A takeover does not raise the epoch.
     TakeOverKeepsEpoch,
+    /// No rows are kept free for slots and fences.
+    NoReservedRows,
+    /// A node is confirmed as dead when it was not seen alive, by a node that may not have looked.
+    UnseenCountsAsOver,
+    /// Saved states are not bound to the ownership of the request, nor kept once they are complete.
+    SavedStateUnbound,
     /// A reboot releases the VMs before the old boot's writes have settled.
     RebootClaimedBeforeSettle,
     /// The watchdog is petted although a lease has lapsed.
@@ -115,6 +126,8 @@ pub enum Mutation {
     WithdrawLapsedInFlight,
     /// A writer whose write failed counts as one that has nothing in flight.
     UncleanCountsAsDrained,
+    /// A writer opens before the heartbeat says whether it is watched.
+    OpenBeforePublished,
     /// A gate opens although the volume was withdrawn and not enlisted again.
     GateOpensBeforeEnlisting,
     /// A gate opens unwatched although the newest heartbeat record names a watchdog.

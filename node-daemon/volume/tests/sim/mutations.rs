@@ -1,0 +1,88 @@
+//! Each hole that was once open, and each rule of the drivers, broken: the simulation finds it.
+
+use bascule_volume_protocol::{Mutation, Rules};
+
+use crate::profile::Kind;
+use crate::{Setup, run, sound};
+
+const fn broken(profile: Kind, mutation: Mutation) -> Setup {
+    Setup {
+        rules: Rules::without(mutation),
+        ..sound(profile)
+    }
+}
+
+/// A seed of the profile's first [`SEEDS`] finds it: `known` today. A change of the drivers changes which.
+fn is_found(name: &str, known: u64, setup: Setup) {
+    let seeds = std::iter::once(known).chain(0..SEEDS);
+    let mut failures = seeds.filter_map(|seed| Some((seed, run(seed, setup).err()?)));
+    let found = failures.next();
+    println!("{name}: {found:?}");
+    assert!(found.is_some(), "{name} is not found");
+}
+
+const SEEDS: u64 = 40;
+
+#[test]
+fn a_lock_that_says_that_a_dead_writer_has_nothing_in_flight_is_found() {
+    let setup = Setup {
+        lock_lies: true,
+        ..sound(Kind::Mixed)
+    };
+    is_found("lock lies", 4, setup);
+}
+
+#[test]
+fn a_watchdog_that_does_not_fire_is_found() {
+    let setup = Setup {
+        no_watchdog: true,
+        ..sound(Kind::Mixed)
+    };
+    is_found("no watchdog", 2, setup);
+}
+
+#[test]
+fn obsolete_damage_that_stops_coordination_is_found() {
+    let setup = Setup {
+        old_damage_counts: true,
+        ..sound(Kind::Damage)
+    };
+    is_found("old damage counts", 0, setup);
+}
+
+#[test]
+fn going_back_from_a_damaged_block_is_found() {
+    let setup = Setup {
+        damages_newest: true,
+        ..sound(Kind::Damage)
+    };
+    is_found("goes back", 3, setup);
+}
+
+/// One test for each, so that they run side by side.
+macro_rules! found {
+    ($($name:ident: $profile:ident, $mutation:ident, $known:literal;)*) => {$(
+        #[test]
+        fn $name() {
+            let setup = broken(Kind::$profile, Mutation::$mutation);
+            is_found(stringify!($mutation), $known, setup);
+        }
+    )*};
+}
+
+found! {
+    petting_without_a_lease_is_found: Mixed, PetWithoutLease, 2;
+    withdrawing_with_writes_in_flight_is_found: Mixed, WithdrawBeforeDrain, 2;
+    withdrawing_a_lapsed_volume_in_flight_is_found: Mixed, WithdrawLapsedInFlight, 6;
+    an_unclean_writer_that_counts_as_drained_is_found: FailedWrites, UncleanCountsAsDrained, 11;
+    a_takeover_without_a_fence_is_found: Mixed, TakeOverWithoutFence, 2;
+    a_takeover_before_the_settle_time_is_found: LateResets, SafeTimeWithoutSettle, 3;
+    a_takeover_in_the_same_epoch_is_found: Mixed, TakeOverKeepsEpoch, 0;
+    a_fenced_node_that_keeps_its_vms_is_found: Returns, RejoinKeepsFencedRows, 0;
+    a_living_node_that_is_confirmed_dead_is_found: Returns, UnseenCountsAsOver, 0;
+    a_full_table_that_blocks_takeover_is_found: FullTable, NoReservedRows, 1;
+    an_answer_without_a_re_read_is_found: Mixed, AnswerWithoutReread, 5;
+    a_forgotten_failed_write_is_found: Elections, ForgetFailedWrites, 0;
+    a_paxos_block_that_is_reused_too_early_is_found: Elections, ReuseBeforeSettle, 9;
+    a_writer_that_opens_unwatched_is_found: DeafWatchdog, OpenBeforePublished, 9;
+}

@@ -15,7 +15,8 @@
 //!   comes later, until [`DiskEngine::retry_held`]. A flush is not: a flush that is tried again may succeed
 //!   although what it was for is lost.
 //! - Reads and writes that fail because the path to the device is lost are submitted again, about once
-//!   a second, while the guest waits.
+//!   a second, while the guest waits. An unspecific I/O error counts as such if the volume's first block
+//!   cannot be read either.
 //! - A failed write may still land, so after one, or a failed flush, the engine is unclean for good
 //!   ([`DiskEngine::writer_state`]), even when it is idle.
 //!

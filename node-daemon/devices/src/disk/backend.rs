@@ -23,6 +23,9 @@ pub struct Disk {
     pub block_bytes: u32,
     /// Checked right before every write is submitted.
     pub gate: Arc<dyn WriteGate>,
+    /// Where on the file a block can be read as long as the device is there at all: its first block, unless said
+    /// otherwise.
+    pub probe_offset: u64,
     /// What a failed read or write does. By default the guest gets the error.
     pub errors: Arc<ErrorPolicy>,
 }
@@ -50,6 +53,7 @@ impl Disk {
             file,
             block_bytes,
             gate,
+            probe_offset: 0,
             errors: Arc::default(),
         })
     }

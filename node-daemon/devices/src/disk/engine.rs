@@ -13,12 +13,15 @@ use std::time::{Duration, Instant};
 use bascule_types::WriterState;
 
 use super::backend::Disk;
-use super::errors::{Failure, HeldBack, Meaning, meaning};
+use super::errors::{Failure, HeldBack};
 use super::job::{Job, Stage, SubRequest, SubRequestKind};
 use super::request::{Completion, DiskRequest, Operation};
 use super::ring::{Command, HostRun, Ring};
 use super::slab::Slab;
 use crate::guest_ram::GuestRam;
+use failed::{PROBE, Suspects};
+
+mod failed;
 
 /// Counters and state of an engine at one moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -61,6 +64,7 @@ pub struct DiskEngine {
     bounce_bytes: usize,
     failure: Failure,
     held_back: HeldBack,
+    suspects: Suspects,
     /// Writes that the kernel has and has not completed.
     writes_in_flight: usize,
     /// The gate was told that a write begins, and not yet that none is in flight.
@@ -87,6 +91,7 @@ impl DiskEngine {
             bounce_bytes: 0,
             failure: Failure::None,
             held_back: HeldBack::default(),
+            suspects: Suspects::default(),
             writes_in_flight: 0,
             told_begin: false,
             stats: EngineStats::default(),
@@ -203,6 +208,7 @@ impl DiskEngine {
         self.waiting.clear();
         self.ready.clear();
         self.completed.clear();
+        self.suspects.clear();
         self.bounce_bytes = 0;
         self.stats.stalled = false;
         self.retry_held();
@@ -234,6 +240,9 @@ impl DiskEngine {
     }
 
     fn command_completed(&mut self, key: usize, result: io::Result<usize>) {
+        if key == PROBE {
+            return self.probe_answered(result.as_ref().err());
+        }
         let Some(sub_request) = self.sub_requests.get_mut(key) else {
             return;
         };
@@ -253,35 +262,8 @@ impl DiskEngine {
                 self.sub_request_finished(key, Err(end));
             }
             Ok(_) => self.sub_request_finished(key, Ok(())),
-            Err(error) => match meaning(&error) {
-                Meaning::Again if sub_request.retries < RETRIES_MAX => {
-                    sub_request.retries += 1;
-                    self.ready.push_back(key);
-                }
-                // A flush that is tried again may succeed although what it was for is lost.
-                Meaning::Path if sub_request.kind != SubRequestKind::Sync => {
-                    let kind = sub_request.kind;
-                    self.path_lost(kind, &error);
-                    self.ready.push_back(key);
-                }
-                Meaning::Request
-                    if sub_request.kind != SubRequestKind::Sync && self.disk.errors.pauses() =>
-                {
-                    let kind = sub_request.kind;
-                    self.held_back.hold(kind.operation(), &error);
-                    self.note_failure(kind, &error);
-                    self.ready.push_back(key);
-                }
-                _ => self.sub_request_finished(key, Err(error)),
-            },
+            Err(error) => self.command_failed(key, error),
         }
-    }
-
-    fn path_lost(&mut self, kind: SubRequestKind, error: &io::Error) {
-        if self.held_back.path_lost(Instant::now()) {
-            tracing::warn!(%error, "the path to the disk is lost: the guest waits");
-        }
-        self.note_failure(kind, error);
     }
 
     /// A read that failed has no effect; a write or flush is reported, and leaves the engine unclean:
@@ -398,11 +380,11 @@ impl DiskEngine {
 
     /// Submits the sub-requests that may be submitted now. Returns how many.
     fn submit(&mut self) -> io::Result<usize> {
-        let mut count = 0;
+        let mut count = self.submit_probe()?;
         self.stats.stalled = false;
         if self.held_back.blocks(Instant::now()) {
             self.stats.stalled = !self.ready.is_empty();
-            return Ok(0);
+            return Ok(count);
         }
         for key in std::mem::take(&mut self.ready) {
             let is_write = self.sub_requests.get(key).is_some_and(|sub_request| {
@@ -484,6 +466,7 @@ impl Drop for DiskEngine {
             // The kernel may still write to this memory: leak it, so that it is never reused.
             tracing::error!(%error, "cannot wait for disk commands in flight; their memory is leaked");
             std::mem::forget(std::mem::replace(&mut self.jobs, Slab::new()));
+            std::mem::forget(std::mem::take(&mut self.suspects));
             std::mem::forget(self.ram.clone());
         } else if !self.jobs.is_empty() {
             tracing::debug!("disk closed with incomplete requests");
@@ -495,8 +478,6 @@ const SECTOR_BYTES: u64 = 512;
 /// Limit on the sum of bounce buffers, which a guest with misaligned buffers makes us allocate. One
 /// request may always begin, whatever its size. A guess.
 const BOUNCE_BYTES_MAX: usize = 32 << 20;
-/// Retries of a command after `EAGAIN` or `EINTR`. A guess; the kernel retries most of them itself.
-const RETRIES_MAX: u32 = 16;
 
 #[cfg(test)]
 mod tests;

@@ -90,13 +90,15 @@ pub(super) enum Meaning {
     Path,
     /// The guest's error: for example of the medium, at this place.
     Request,
+    /// Either of the two: to be found out.
+    Unclear,
 }
 
 /// The meaning of an error. Linux names block errors in `blk_errors` (block/blk-core.c):
 /// `BLK_STS_TRANSPORT` is `ENOLINK`, `BLK_STS_TIMEOUT` is `ETIMEDOUT`, `BLK_STS_OFFLINE` is `ENODEV`,
 /// `BLK_STS_RESV_CONFLICT` is `EBADE`; `BLK_STS_MEDIUM` (`ENODATA`), `BLK_STS_TARGET` (`EREMOTEIO`),
-/// `BLK_STS_PROTECTION` (`EILSEQ`), `BLK_STS_NOSPC` (`ENOSPC`) and whatever is unspecified (`EIO`) are
-/// of the request.
+/// `BLK_STS_PROTECTION` (`EILSEQ`) and `BLK_STS_NOSPC` (`ENOSPC`) are of the request. Whatever is unspecified is
+/// `EIO`, a bad place as well as a device that is offline.
 pub(super) fn meaning(error: &io::Error) -> Meaning {
     match error.raw_os_error() {
         Some(libc::EAGAIN | libc::EINTR) => Meaning::Again,
@@ -114,6 +116,7 @@ pub(super) fn meaning(error: &io::Error) -> Meaning {
             | libc::ESHUTDOWN
             | libc::ECONNRESET,
         ) => Meaning::Path,
+        Some(libc::EIO) => Meaning::Unclear,
         _ => Meaning::Request,
     }
 }
@@ -179,13 +182,7 @@ mod tests {
     #[test]
     fn a_bad_sector_is_the_guests_and_a_lost_path_is_not() {
         let of = |errno| meaning(&io::Error::from_raw_os_error(errno));
-        for errno in [
-            libc::EIO,
-            libc::ENODATA,
-            libc::EREMOTEIO,
-            libc::EILSEQ,
-            libc::ENOSPC,
-        ] {
+        for errno in [libc::ENODATA, libc::EREMOTEIO, libc::EILSEQ, libc::ENOSPC] {
             assert_eq!(of(errno), Meaning::Request, "{errno}");
         }
         for errno in [
@@ -200,6 +197,7 @@ mod tests {
         for errno in [libc::EAGAIN, libc::EINTR] {
             assert_eq!(of(errno), Meaning::Again, "{errno}");
         }
+        assert_eq!(of(libc::EIO), Meaning::Unclear);
         let end = io::Error::new(io::ErrorKind::UnexpectedEof, "end of the device");
         assert_eq!(meaning(&end), Meaning::Request);
     }

@@ -96,6 +96,7 @@ impl Bench {
             extents: ExtentMap::new(&runs, ByteCount(DISK_BYTES as u64)).unwrap(),
             block_bytes,
             gate,
+            probe_offset: 0,
             errors: Arc::clone(&errors),
         };
         let ranges = [
@@ -379,6 +380,116 @@ fn a_write_waits_for_a_lost_path_and_lands_when_it_is_back() {
         WriterState::Unclean,
         "an attempt that failed may land once more"
     );
+}
+
+/// The memory of this process as a device: where nothing is mapped, reads and writes fail with `EIO`.
+struct MemoryDevice {
+    base: usize,
+}
+
+impl MemoryDevice {
+    const BYTES: usize = 16 * 4096;
+
+    fn new() -> Self {
+        let mut device = Self { base: 0 };
+        device.base = device.map(0, Self::BYTES, 0);
+        device
+    }
+
+    /// Maps zeroes at `at`, or anywhere.
+    #[expect(unsafe_code, reason = "holes in the address space")]
+    fn map(&self, at: usize, length: usize, fixed: libc::c_int) -> usize {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | fixed;
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        let at = std::ptr::with_exposed_provenance_mut(at);
+        // SAFETY: new memory, at a place where nothing else is: chosen by the kernel, or not to be replaced.
+        let address = unsafe { libc::mmap(at, length, access, flags, -1, 0) };
+        assert_ne!(address, libc::MAP_FAILED, "{}", io::Error::last_os_error());
+        address.expose_provenance()
+    }
+
+    fn set_there(&self, block: usize, there: bool) {
+        let at = self.base + block * 4096;
+        if there {
+            self.map(at, 4096, libc::MAP_FIXED_NOREPLACE);
+        } else {
+            self.unmap(at);
+        }
+    }
+
+    #[expect(unsafe_code, reason = "holes in the address space")]
+    fn unmap(&self, at: usize) {
+        // SAFETY: a page of this device, into which no reference exists.
+        let failed = unsafe { libc::munmap(std::ptr::with_exposed_provenance_mut(at), 4096) };
+        assert_eq!(failed, 0);
+    }
+
+    /// A disk on its blocks from 8 on; its block 0 is the one that is read to see whether it is there.
+    fn bench(&self) -> Bench {
+        let open = || {
+            File::options()
+                .read(true)
+                .write(true)
+                .open("/proc/self/mem")
+        };
+        let mut bench = Bench::on(open().unwrap(), open().unwrap(), 512, Arc::new(AlwaysOpen));
+        let start = u64::try_from(self.base / 4096 + 8).unwrap();
+        let run = ExtentRun {
+            start: Lba(start),
+            length: ByteCount(8 * 4096),
+        };
+        let disk = Disk {
+            file: open().unwrap().into(),
+            extents: ExtentMap::new(&[run], ByteCount(8 * 4096)).unwrap(),
+            block_bytes: 512,
+            gate: Arc::new(AlwaysOpen),
+            probe_offset: u64::try_from(self.base).unwrap(),
+            errors: Arc::clone(&bench.errors),
+        };
+        bench.engine = DiskEngine::new(disk, bench.ram.clone()).unwrap();
+        bench
+    }
+}
+
+#[test]
+fn an_io_error_of_one_block_is_the_guests_while_the_device_is_there() {
+    let device = MemoryDevice::new();
+    let mut bench = device.bench();
+    device.set_there(9, false);
+    let bad = bench.read(4096, 0x1000, 512);
+    let good = bench.read(0, 0x2000, 512);
+    bench.wait(good).unwrap();
+    let error = bench.wait(bad).unwrap_err();
+    assert_eq!(error.raw_os_error(), Some(libc::EIO));
+    assert_eq!(bench.engine.writer_state(), WriterState::Clean);
+    let write = bench.write(4096, 0x1000, &[7; 512]);
+    bench.wait(write).unwrap_err();
+    assert_eq!(bench.engine.writer_state(), WriterState::Unclean);
+}
+
+/// Linux says `EIO` for each of its blocks, as for a bad sector.
+#[test]
+fn an_io_error_of_a_device_that_is_gone_is_a_lost_path_for_the_guest() {
+    let device = MemoryDevice::new();
+    let mut bench = device.bench();
+    for block in [0, 9] {
+        device.set_there(block, false);
+    }
+    // The policy for a bad sector does not matter.
+    bench.errors.set(OnError::Pause);
+    let read = bench.read(4096, 0x1000, 512);
+    wait_until("the stall", || {
+        bench.progress();
+        bench.engine.stats().stalled
+    });
+    assert!(!bench.is_done(read), "the guest sees no error");
+    assert!(bench.engine.retry_after().unwrap() > GATE_POLL, "no storm");
+    assert_eq!(bench.engine.take_held(), None, "nothing to confirm");
+    for block in [0, 9] {
+        device.set_there(block, true);
+    }
+    bench.wait(read).unwrap();
+    assert_eq!(bench.engine.writer_state(), WriterState::Clean);
 }
 
 #[test]

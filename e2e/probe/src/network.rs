@@ -34,6 +34,8 @@ pub(crate) enum Command {
 pub(crate) struct Network {
     nic: Nic,
     interface: Interface,
+    /// The second address that the interface has.
+    alias: Option<[u8; 4]>,
     sockets: SocketSet<'static>,
     udp: SocketHandle,
     sessions: [Session; SESSIONS],
@@ -68,6 +70,7 @@ impl Network {
         added.then_some(Self {
             nic,
             interface,
+            alias: None,
             sockets,
             udp,
             sessions,
@@ -82,6 +85,7 @@ impl Network {
         options: &mut Options,
     ) -> Option<Command> {
         let now = Instant::from_micros(now_us.cast_signed());
+        self.set_alias(options.alias);
         self.interface.poll(now, &mut self.nic, &mut self.sockets);
         echo(
             self.sockets.get_mut::<udp::Socket<'_>>(self.udp),
@@ -96,6 +100,25 @@ impl Network {
         // Sends what the sessions wrote now, not with the next received packet.
         self.interface.poll(now, &mut self.nic, &mut self.sockets);
         command
+    }
+
+    /// Gives the interface this second address, or takes it back.
+    fn set_alias(&mut self, alias: Option<[u8; 4]>) {
+        if self.alias == alias {
+            return;
+        }
+        self.alias = alias;
+        self.interface.update_ip_addrs(|addresses| {
+            addresses.truncate(1);
+            let added = alias.map(|address| {
+                let address = IpAddress::Ipv4(Ipv4Address::from(address));
+                addresses.push(IpCidr::new(address, 32)).is_ok()
+            });
+            assert!(
+                added != Some(false),
+                "an interface has room for two addresses"
+            );
+        });
     }
 }
 

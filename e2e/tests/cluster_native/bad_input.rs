@@ -378,7 +378,7 @@ fn apply_bad_vms(cluster: &Installation) {
     bad("toolarge", "size: 64Mi", too_large);
 }
 
-fn await_ready_says(cluster: &Installation, object: &[&str], reason: &str, words: &str) {
+pub(super) fn await_ready_says(cluster: &Installation, object: &[&str], reason: &str, words: &str) {
     let what = format!("{object:?} to say {reason}: {words}");
     let said = cluster.lab().wait_for(&what, SAID_LIMIT, || {
         let message = complaint(&cluster.lab().get(object)?, "Ready")?;

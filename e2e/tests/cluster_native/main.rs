@@ -8,6 +8,7 @@ mod bad_input;
 mod chart;
 mod drain;
 mod lost_node;
+mod networks;
 mod tenants;
 
 use std::time::Duration;

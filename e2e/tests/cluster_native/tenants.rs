@@ -3,9 +3,10 @@
 use std::time::Duration;
 
 use anyhow::ensure;
-use bascule_e2e::kubernetes::NAMESPACE;
+use bascule_e2e::kubernetes::{Installation, NAMESPACE};
 
 use super::CLUSTER;
+use super::bad_input::await_ready_says;
 
 #[test]
 fn a_quota_without_room_is_quoted_in_the_condition() {
@@ -92,5 +93,116 @@ fn a_reservation_has_its_vms_labels_and_two_vms_with_one_mac_are_told() {
     });
 }
 
+#[test]
+fn limits_quota_and_anti_affinity_of_a_namespace_are_obeyed_and_named() {
+    let name = "limits_quota_and_anti_affinity_of_a_namespace_are_obeyed_and_named";
+    CLUSTER.with(name, |cluster| {
+        let lab = cluster.lab();
+        let _limits = Limits::set(cluster);
+        // The LimitRange's defaults are less than a virtual machine needs; the reservation has its own.
+        lab.apply(&anti_affine(cluster, "db-a", 74)).unwrap();
+        let vm = cluster.handle("db-a", 74);
+        vm.wait_ready(READY_LIMIT).unwrap();
+        let mut talk = vm.talk().unwrap();
+        let large = cluster.document("large", 75);
+        lab.apply(&large.replacen("memory: 128Mi", "memory: 256Mi", 1))
+            .unwrap();
+        let large = ["vm", "large", "-n", NAMESPACE];
+        let words = "maximum memory usage per Container is 250Mi";
+        await_ready_says(cluster, &large, "QuotaExceeded", words);
+        lab.kubectl(&["delete", "vm", "large", "-n", NAMESPACE, "--timeout=60s"])
+            .unwrap();
+
+        let home = vm.node().unwrap();
+        let impatient = ["drain", &home, "--ignore-daemonsets", "--timeout=1s"];
+        lab.kubectl(&[&impatient[..], &["--delete-emptydir-data"]].concat())
+            .expect_err("there is no room for a second reservation");
+        lab.wait_for("the migration to name the quota", SAID_LIMIT, || {
+            let moves = vm.moves()?;
+            let [only] = &moves[..] else {
+                anyhow::bail!("not one migration: {moves:?}")
+            };
+            let why = only.why.as_deref().unwrap_or_default();
+            let named =
+                why.contains("QuotaExceeded") && why.contains("exceeded quota: room-for-one");
+            ensure!(named, "{why}");
+            Ok(())
+        })
+        .unwrap();
+        talk.ping().unwrap();
+        lab.apply(&quota("800Mi")).unwrap();
+        cluster.drain(&home).unwrap();
+        let now = vm.wait_elsewhere(&home, READY_LIMIT).unwrap();
+        cluster.uncordon(&home).unwrap();
+        talk.ping().unwrap();
+        talk.check().unwrap();
+        let moves = vm.moves().unwrap();
+        let ended = [(moves[0].mode.as_str(), moves[0].phase.as_str(), moves.len())];
+        assert_eq!(ended, [("Live", "Succeeded", 1)], "{moves:?}");
+
+        lab.apply(&anti_affine(cluster, "db-b", 75)).unwrap();
+        let second = cluster.handle("db-b", 75);
+        second.wait_ready(READY_LIMIT).unwrap();
+        assert_ne!(second.node().unwrap(), now, "they share a node");
+        lab.apply(&anti_affine(cluster, "db-c", 76)).unwrap();
+        let third = ["vm", "db-c", "-n", NAMESPACE];
+        await_ready_says(cluster, &third, "Unschedulable", "anti-affinity");
+        let all = ["vm", "db-a", "db-b", "db-c", "-n", NAMESPACE];
+        let delete = [&["delete", "--timeout=90s"], &all[..]].concat();
+        let run = lab.kubectl_run().unwrap().args(delete);
+        run.deadline(READY_LIMIT).done().unwrap();
+    });
+}
+
+/// A virtual machine that shares no node with others of its kind.
+fn anti_affine(cluster: &Installation, name: &str, number: u8) -> String {
+    let placement = "spec:\n  placement:\n    affinity:\n      podAntiAffinity:\n        \
+                     requiredDuringSchedulingIgnoredDuringExecution:\n        - labelSelector: \
+                     {matchLabels: {app: db}}\n          topologyKey: kubernetes.io/hostname\n";
+    let document = cluster.document(name, number);
+    document
+        .replacen("metadata: {", "metadata: {labels: {app: db}, ", 1)
+        .replacen("spec:\n", placement, 1)
+}
+
+/// Room for this much memory; a reservation of these scenarios has 192Mi.
+fn quota(memory: &str) -> String {
+    format!(
+        "apiVersion: v1\nkind: ResourceQuota\nmetadata: {{name: room-for-one, namespace: {NAMESPACE}}}\n\
+         spec: {{hard: {{limits.memory: {memory}}}}}\n"
+    )
+}
+
+/// A quota with room for one reservation and a LimitRange. Both are deleted when this is dropped, because
+/// other scenarios use the namespace too.
+struct Limits<'a>(&'a Installation);
+
+impl<'a> Limits<'a> {
+    fn set(cluster: &'a Installation) -> Self {
+        let limits = Self(cluster);
+        let range = format!(
+            "apiVersion: v1\nkind: LimitRange\nmetadata: {{name: small, namespace: {NAMESPACE}}}\n\
+             spec: {{limits: [{{type: Container, max: {{memory: 250Mi}}, \
+             default: {{memory: 64Mi, cpu: 10m}}, defaultRequest: {{memory: 32Mi, cpu: 5m}}}}]}}\n"
+        );
+        let documents = format!("{}---\n{range}", quota("300Mi"));
+        cluster.lab().apply(&documents).unwrap();
+        limits
+    }
+}
+
+impl Drop for Limits<'_> {
+    fn drop(&mut self) {
+        let both = ["resourcequota/room-for-one", "limitrange/small"];
+        let delete = ["delete", "-n", NAMESPACE, "--ignore-not-found"];
+        let delete = [&delete[..], &both].concat();
+        if let Err(error) = self.0.lab().kubectl(&delete) {
+            eprintln!("{error:#}");
+        }
+    }
+}
+
 /// A watch event and a reconciliation, with room for a busy machine.
 const SAID_LIMIT: Duration = Duration::from_secs(60);
+/// As a drain's, or the start of a virtual machine.
+const READY_LIMIT: Duration = Duration::from_secs(120);

@@ -6,6 +6,8 @@
 pub struct Options {
     /// `ip=10.77.0.5/24`: address and prefix length of the first NIC.
     pub ip: Option<([u8; 4], u8)>,
+    /// `alias=10.77.0.9`: a second address of the first NIC, as a virtual IP is; `alias=none` for none.
+    pub alias: Option<[u8; 4]>,
     /// `gw=10.77.0.1`: default route.
     pub gateway: Option<[u8; 4]>,
     /// `dirty=256M`: how much memory to rewrite over and over, verifying each page before.
@@ -37,6 +39,7 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             ip: None,
+            alias: None,
             gateway: None,
             dirty_bytes: 0,
             dirty_rate_bytes: None,
@@ -76,6 +79,12 @@ impl Options {
                 let (address, prefix) = value.split_once('/')?;
                 let prefix = prefix.parse().ok().filter(|&bits| bits <= 32)?;
                 self.ip = Some((parse_ipv4(address)?, prefix));
+            }
+            "alias" => {
+                self.alias = match value {
+                    "none" => None,
+                    address => Some(parse_ipv4(address)?),
+                };
             }
             "gw" => self.gateway = Some(parse_ipv4(value)?),
             "dirty" => self.dirty_bytes = parse_size(value)?,
@@ -149,6 +158,15 @@ mod tests {
             (options.tsc_khz, options.ecam),
             (Some(2_800_000), Some(0xe000_0000))
         );
+    }
+
+    #[test]
+    fn an_alias_can_be_taken_back() {
+        let mut options = Options::parse("alias=10.77.0.9").unwrap();
+        assert_eq!(options.alias, Some([10, 77, 0, 9]));
+        assert_eq!(options.set("alias", "some"), None);
+        options.set("alias", "none").unwrap();
+        assert_eq!(options.alias, None);
     }
 
     #[test]

@@ -23,7 +23,7 @@ use crate::{bmc, guard, init, process, project, san, web};
 /// Real Kubernetes clusters on one machine, with fault injection.
 ///
 /// A lab has a control plane (etcd, API server, controller manager, scheduler, DNS), nodes with
-/// containerd, kubelet and kube-proxy, two networks (10.90.0.0/24 for the cluster, 10.91.0.0/24 for virtual machines,
+/// containerd, kubelet and kube-proxy, two networks (fd00:90::/64 for the cluster, 10.90.0.0/24 in the emulated tier; 10.91.0.0/24 for virtual machines,
 /// on the bridge vmbr0 of every node) and a disk that all nodes share (/dev/disk/by-id/virtio-shared0). It changes
 /// neither the host's network nor its disks; `lab down` removes everything but the logs.
 #[derive(Debug, Parser)]

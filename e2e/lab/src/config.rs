@@ -4,14 +4,15 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
+use crate::addresses::Family;
 use crate::image::PAUSE_IMAGE;
-use crate::names::{HUB_ADDRESS, NodeIndex, POD_CIDR};
+use crate::names::NodeIndex;
 
 /// Where a node finds its own configuration, in both tiers.
 pub const NODE_CONF: &str = "/run/lab/conf";
 
 /// Kubelet configuration; JSON is YAML.
-pub fn kubelet() -> Value {
+pub fn kubelet(family: Family) -> Value {
     json!({
         "apiVersion": "kubelet.config.k8s.io/v1beta1",
         "kind": "KubeletConfiguration",
@@ -23,6 +24,7 @@ pub fn kubelet() -> Value {
         "authorization": {"mode": "Webhook"},
         "tlsCertFile": format!("{NODE_CONF}/kubelet.crt"),
         "tlsPrivateKeyFile": format!("{NODE_CONF}/kubelet.key"),
+        "address": family.unspecified(),
         // The host may have v1 hierarchies only.
         "failCgroupV1": false,
         "cgroupDriver": "cgroupfs",
@@ -40,7 +42,7 @@ pub fn kubelet() -> Value {
         "imageGCHighThresholdPercent": 100,
         "imageGCLowThresholdPercent": 99,
         "resolvConf": "",
-        "clusterDNS": [HUB_ADDRESS.to_string()],
+        "clusterDNS": [family.hub()],
         "clusterDomain": "cluster.local",
         "containerRuntimeEndpoint": "unix:///run/containerd/containerd.sock",
         "nodeStatusUpdateFrequency": "4s",
@@ -82,7 +84,7 @@ disable = true
 }
 
 /// CNI configuration: a bridge per node. Pods of other nodes are routed, nothing is masqueraded.
-pub fn cni(node: NodeIndex) -> Value {
+pub fn cni(family: Family, node: NodeIndex) -> Value {
     json!({
         "cniVersion": "1.0.0",
         "name": "pods",
@@ -95,8 +97,8 @@ pub fn cni(node: NodeIndex) -> Value {
                 "hairpinMode": true,
                 "ipam": {
                     "type": "host-local",
-                    "ranges": [[{"subnet": node.pod_cidr()}]],
-                    "routes": [{"dst": "0.0.0.0/0"}],
+                    "ranges": [[{"subnet": family.pods_of(node)}]],
+                    "routes": [{"dst": family.everywhere()}],
                     "dataDir": "/run/cni/pods",
                 },
             },
@@ -106,12 +108,13 @@ pub fn cni(node: NodeIndex) -> Value {
 }
 
 /// kube-proxy configuration.
-pub fn kube_proxy() -> Value {
+pub fn kube_proxy(family: Family) -> Value {
     json!({
         "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
         "kind": "KubeProxyConfiguration",
         "mode": "nftables",
-        "clusterCIDR": POD_CIDR,
+        "bindAddress": family.unspecified(),
+        "clusterCIDR": family.pods(),
         "clientConnection": {"kubeconfig": format!("{NODE_CONF}/kube-proxy.kubeconfig")},
         // 0: do not set the kernel's limits; they are not writable in a network namespace.
         "conntrack": {
@@ -124,18 +127,20 @@ pub fn kube_proxy() -> Value {
 }
 
 /// Corefile of the lab's DNS, which runs beside the control plane.
-pub fn corefile(kubeconfig: &Path) -> String {
+pub fn corefile(family: Family, kubeconfig: &Path) -> String {
     format!(
         ".:53 {{
-    bind {HUB_ADDRESS}
+    bind {}
     errors
     ready 127.0.0.1:8181
-    kubernetes cluster.local in-addr.arpa {{
+    kubernetes cluster.local {} {{
         kubeconfig {}
         pods insecure
     }}
 }}
 ",
+        family.hub(),
+        family.reverse_zone(),
         kubeconfig.display()
     )
 }
@@ -146,13 +151,16 @@ mod tests {
 
     #[test]
     fn a_node_gives_its_pods_addresses_of_its_own_subnet_and_the_labs_dns() {
-        let conf = cni(NodeIndex::new(3).unwrap());
-        assert_eq!(
-            conf["plugins"][0]["ipam"]["ranges"][0][0]["subnet"],
-            "10.92.3.0/24"
-        );
-        assert_eq!(kubelet()["clusterDNS"][0], "10.90.0.1");
-        assert!(corefile(Path::new("/k")).contains("bind 10.90.0.1"));
+        for (family, subnet, dns) in [
+            (Family::V4, "10.92.3.0/24", "10.90.0.1"),
+            (Family::V6, "fd00:92:0:3::/64", "fd00:90::1"),
+        ] {
+            let conf = cni(family, NodeIndex::new(3).unwrap());
+            let ranges = &conf["plugins"][0]["ipam"]["ranges"];
+            assert_eq!(ranges[0][0]["subnet"], subnet);
+            assert_eq!(kubelet(family)["clusterDNS"][0], dns);
+            assert!(corefile(family, Path::new("/k")).contains(&format!("bind {dns}\n")));
+        }
     }
 
     #[test]

@@ -1,18 +1,17 @@
 //! etcd, API server, controller manager, scheduler and cluster DNS: processes in the hub.
 
 use std::fs;
-use std::net::IpAddr;
+use std::net::SocketAddr;
 use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
+use crate::addresses::Family;
 use crate::cgroup::Cgroup;
 use crate::command::Run;
 use crate::config;
-use crate::names::{
-    API_PORT, API_SERVICE_ADDRESS, HUB_ADDRESS, LabName, POD_CIDR, SERVICE_CIDR, WEB_PORT,
-};
+use crate::names::{API_PORT, LabName, WEB_PORT};
 use crate::pki::{Pki, Subject};
 use crate::process::{Daemon, ProcessId};
 use crate::san;
@@ -75,6 +74,8 @@ pub struct ControlPlane<'a> {
     pub logs: &'a Path,
     /// Kubernetes.
     pub tools: &'a Tools,
+    /// The cluster's address family.
+    pub family: Family,
 }
 
 impl ControlPlane<'_> {
@@ -159,9 +160,9 @@ impl ControlPlane<'_> {
             .map(str::to_owned)
             .to_vec(),
             addresses: vec![
-                IpAddr::V4(HUB_ADDRESS),
-                IpAddr::V4(API_SERVICE_ADDRESS),
-                IpAddr::from([127, 0, 0, 1]),
+                self.family.hub(),
+                self.family.api_service(),
+                self.family.loopback(),
             ],
             ..Subject::default()
         };
@@ -178,8 +179,11 @@ impl ControlPlane<'_> {
         pki.kubeconfig_file("scheduler", "system:kube-scheduler", None)?;
         // Cluster DNS reads Services and EndpointSlices of every namespace; in a lab it may read all.
         let dns = pki.kubeconfig_file("dns", "lab-dns", masters)?;
-        fs::write(pki.dir().join("Corefile"), config::corefile(&dns))
-            .context("write the Corefile")?;
+        fs::write(
+            pki.dir().join("Corefile"),
+            config::corefile(self.family, &dns),
+        )
+        .context("write the Corefile")?;
         Ok(())
     }
 
@@ -197,9 +201,10 @@ impl ControlPlane<'_> {
             ],
             Component::Apiserver => vec![
                 "--etcd-servers=http://127.0.0.1:2379".into(),
-                format!("--advertise-address={HUB_ADDRESS}"),
+                format!("--advertise-address={}", self.family.hub()),
+                format!("--bind-address={}", self.family.unspecified()),
                 format!("--secure-port={API_PORT}"),
-                format!("--service-cluster-ip-range={SERVICE_CIDR}"),
+                format!("--service-cluster-ip-range={}", self.family.services()),
                 "--authorization-mode=Node,RBAC".into(),
                 "--enable-admission-plugins=NodeRestriction".into(),
                 // 300 s by default: scenarios wait for pods to be evicted from lost nodes.
@@ -224,7 +229,7 @@ impl ControlPlane<'_> {
                 file("service-account-private-key-file", "sa.key"),
                 file("cluster-signing-cert-file", "ca.crt"),
                 file("cluster-signing-key-file", "ca.key"),
-                format!("--cluster-cidr={POD_CIDR}"),
+                format!("--cluster-cidr={}", self.family.pods()),
                 "--use-service-account-credentials=true".into(),
                 "--authentication-skip-lookup=true".into(),
                 "--leader-elect=false".into(),
@@ -245,7 +250,7 @@ impl ControlPlane<'_> {
             Component::Web => vec![
                 "serve".into(),
                 format!("--dir={}", self.paths.web().display()),
-                format!("--address={HUB_ADDRESS}:{WEB_PORT}"),
+                format!("--address={}", SocketAddr::new(self.family.hub(), WEB_PORT)),
             ],
             Component::San => std::iter::once("san".into())
                 .chain(san::args(&self.paths.dir(), &self.paths.disks(), self.logs))

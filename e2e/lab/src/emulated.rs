@@ -206,7 +206,7 @@ pub(crate) fn start(context: &MachineContext<'_>, node: NodeIndex) -> Result<Pro
         hub.ip(&["link", "set", &port, "master", bridge])?;
         hub.ip(&["link", "set", &port, "up"])?;
     }
-    hub.route_pods(node)?;
+    hub.route_pods(Tier::Emulated.family(), node)?;
     let cgroup = format!("{}/{name}", context.name.cgroup());
     Cgroup::at(&cgroup)?.create()?;
     let argv = fs::read(context.files.dir.join(COMMAND_LINE)).context("read the command line")?;

@@ -10,8 +10,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
 
+use crate::addresses::Family;
 use crate::command::Run;
-use crate::names::{HUB_ADDRESS, HUB_VM_ADDRESS, LabName, MGMT_BRIDGE, NodeIndex, VM_BRIDGE};
+use crate::names::{HUB_VM_ADDRESS, LabName, MGMT_BRIDGE, NodeIndex, VM_BRIDGE};
 use crate::process::enter_netns;
 
 /// The hub of a lab.
@@ -27,12 +28,17 @@ impl Hub {
     }
 
     /// Creates the namespace and its bridges.
-    pub fn create(&self) -> Result<()> {
+    pub fn create(&self, family: Family) -> Result<()> {
         create_netns(&self.name.hub_netns())?;
         self.ip(&["link", "set", "lo", "up"])?;
-        for (bridge, address) in [(MGMT_BRIDGE, HUB_ADDRESS), (VM_BRIDGE, HUB_VM_ADDRESS)] {
+        let management = format!("{}/{}", family.hub(), family.management_prefix());
+        for (bridge, address) in [
+            (MGMT_BRIDGE, management),
+            (VM_BRIDGE, format!("{HUB_VM_ADDRESS}/24")),
+        ] {
             self.ip(&["link", "add", bridge, "type", "bridge"])?;
-            self.ip(&["addr", "add", &format!("{address}/24"), "dev", bridge])?;
+            // No duplicate address detection: it delays the address by a second.
+            self.ip(&["addr", "add", &address, "dev", bridge, "nodad"])?;
             self.ip(&["link", "set", bridge, "up"])?;
         }
         Ok(())
@@ -45,12 +51,12 @@ impl Hub {
     }
 
     /// Adds a route to a node's pods, for admission webhooks and tests.
-    pub fn route_pods(&self, node: NodeIndex) -> Result<()> {
-        let via = node.address().to_string();
+    pub fn route_pods(&self, family: Family, node: NodeIndex) -> Result<()> {
+        let via = family.node(node).to_string();
         self.ip(&[
             "route",
             "replace",
-            &node.pod_cidr(),
+            &family.pods_of(node),
             "via",
             &via,
             "dev",

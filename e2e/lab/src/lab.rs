@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
+use crate::addresses::Family;
 use crate::command::Run;
 use crate::control_plane::{Component, ControlPlane};
 use crate::down::down;
@@ -75,6 +76,11 @@ impl Lab {
     /// The state file's content when this handle was made.
     pub fn state(&self) -> &State {
         &self.state
+    }
+
+    /// The address family of its cluster.
+    pub fn family(&self) -> Family {
+        self.state.tier.family()
     }
 
     /// Its hub: network access for tests.
@@ -191,6 +197,7 @@ impl Lab {
             paths: &self.paths,
             logs: &self.state.logs,
             tools: &self.tools,
+            family: self.family(),
         }
     }
 

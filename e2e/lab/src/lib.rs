@@ -12,6 +12,7 @@
 //! | its kernel | the host's | Debian's, 6.12 |
 //! | its /dev/kvm | the host's | its own (AMD-V, emulated where nesting does not work) |
 //! | its watchdog | none | IPMI, by [`bmc`] outside the machine; or i6300esb |
+//! | the cluster is | IPv6-only | IPv4-only |
 //! | the shared disk | a loop device | the same raw image in every machine |
 //! | a SAN | none | [`san`]: iSCSI over two paths, dm-multipath |
 //! | power cut | `kill -9` of PID 1 | `kill -9` of QEMU |
@@ -23,13 +24,15 @@
 //!   network namespace bl.NAME.hub
 //!   ┌──────────────────────────────────────────────────────────────────────────────┐
 //!   │ etcd, kube-apiserver, -controller-manager, -scheduler, coredns, lab-web      │
-//!   │ mgmt   10.90.0.1/24 ──┬── m-n1 ── eth0 of n1, 10.90.0.11                     │
-//!   │                       └── m-n2 ── eth0 of n2, 10.90.0.12                     │
+//!   │ mgmt   10.90.0.1/24 ──┬── m-n1 ── eth0 of n1, 10.90.0.11    IPv4 (emulated)  │
+//!   │      fd00:90::1/64    │           or fd00:90::b             or IPv6 (native) │
+//!   │                       └── m-n2 ── eth0 of n2, 10.90.0.12 or fd00:90::c       │
 //!   │ vmbr0  10.91.0.1/24 ──┬── v-n1 ── eth1 of n1, in its bridge vmbr0            │
 //!   │                       └── v-n2 ── eth1 of n2, in its bridge vmbr0            │
 //!   └──────────────────────────────────────────────────────────────────────────────┘
-//!   pods 10.92.N.0/24 of node N, routed · Services 10.93.0.0/16, kube-proxy (nftables)
-//!   guests 10.91.0.100 and up, by convention · cluster DNS 10.90.0.1
+//!   pods 10.92.N.0/24 or fd00:92:0:N::/64 of node N, routed
+//!   Services 10.93.0.0/16 or fd00:93::/108, kube-proxy (nftables) · cluster DNS: the hub
+//!   guests 10.91.0.100 and up, by convention
 //!   shared disk /dev/disk/by-id/virtio-shared0 on every node
 //!   cgroup bascule-lab-NAME, in every hierarchy, holds every process of the lab
 //! ```
@@ -74,6 +77,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod addresses;
 pub mod audit;
 pub mod bmc;
 pub mod cache;

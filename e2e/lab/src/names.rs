@@ -99,16 +99,6 @@ impl NodeIndex {
         format!("n{}", self.0)
     }
 
-    /// The node's address on the management network.
-    pub fn address(self) -> Ipv4Addr {
-        Ipv4Addr::new(10, 90, 0, 10 + self.0)
-    }
-
-    /// The node's share of the pod network.
-    pub fn pod_cidr(self) -> String {
-        format!("10.92.{}.0/24", self.0)
-    }
-
     /// MAC address of one of the node's interfaces (0: management, 1: virtual machines).
     pub fn mac(self, interface: u8) -> String {
         format!("02:ba:5c:00:{interface:02x}:{:02x}", self.0)
@@ -122,19 +112,11 @@ impl NodeIndex {
 
 /// Serial number of the disk that all nodes share: `/dev/disk/by-id/virtio-shared0` on every node.
 pub const SHARED_DISK: &str = "shared0";
-/// Address of the control plane, of the lab's DNS and of its web server, on the management network.
-pub const HUB_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 90, 0, 1);
 /// The hub's address on the network that the virtual machines share; guests take 10.91.0.100 and up.
 pub const HUB_VM_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 91, 0, 1);
-/// Pod network of all nodes together.
-pub const POD_CIDR: &str = "10.92.0.0/16";
-/// Addresses of Services.
-pub const SERVICE_CIDR: &str = "10.93.0.0/16";
-/// First address of [`SERVICE_CIDR`]: the API server as pods see it.
-pub const API_SERVICE_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 93, 0, 1);
-/// Port of the API server on [`HUB_ADDRESS`].
+/// Port of the API server on the hub.
 pub const API_PORT: u16 = 6443;
-/// Port of the lab's web server (kernel, initramfs, disk images) on [`HUB_ADDRESS`].
+/// Port of the lab's web server (kernel, initramfs, disk images) on the hub.
 pub const WEB_PORT: u16 = 8080;
 /// Bridge, in the hub, of the management network.
 pub const MGMT_BRIDGE: &str = "mgmt";
@@ -163,13 +145,11 @@ mod tests {
     }
 
     #[test]
-    fn nodes_have_addresses_of_their_own() {
-        let (first, last) = (NodeIndex::new(1).unwrap(), NodeIndex::new(50).unwrap());
+    fn nodes_have_names_and_mac_addresses_of_their_own() {
+        let first = NodeIndex::new(1).unwrap();
         assert_eq!(first.name(), "n1");
-        assert_eq!(first.address().to_string(), "10.90.0.11");
-        assert_eq!(last.address().to_string(), "10.90.0.60");
-        assert_eq!(last.pod_cidr(), "10.92.50.0/24");
         assert_eq!(first.mac(1), "02:ba:5c:00:01:01");
+        assert!(NodeIndex::new(50).is_ok());
         assert!(NodeIndex::new(0).is_err() && NodeIndex::new(51).is_err());
     }
 }

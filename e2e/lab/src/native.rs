@@ -13,6 +13,7 @@ use crate::init::NativeSpec;
 use crate::names::{MGMT_BRIDGE, NodeIndex, VM_BRIDGE};
 use crate::node_conf::{MachineContext, NodeFiles};
 use crate::process::{Daemon, ProcessId};
+use crate::state::Tier;
 use crate::tools::lab_binary;
 use crate::wait::{PermanentError, wait_for};
 
@@ -105,7 +106,7 @@ fn plug_in(context: &MachineContext<'_>, node: NodeIndex, netns: &str) -> Result
         hub.ip(&["link", "set", &port, "master", bridge])?;
         hub.ip(&["link", "set", &port, "up"])?;
     }
-    hub.route_pods(node)
+    hub.route_pods(Tier::Native.family(), node)
 }
 
 /// The child of `unshare --fork`: the namespace's first process, seen from here.

@@ -1,5 +1,6 @@
 //! A node of a lab: running programs on it, power, services, and faults of its disk and network.
 
+use std::net::IpAddr;
 use std::path::Path;
 use std::time::Duration;
 
@@ -77,6 +78,11 @@ impl<'a> Node<'a> {
     /// Its name in the cluster.
     pub fn name(&self) -> String {
         self.index.name()
+    }
+
+    /// Its address on the management network.
+    pub fn address(&self) -> IpAddr {
+        self.lab.family().node(self.index)
     }
 
     /// The number in the node's name: 1 is `n1`.

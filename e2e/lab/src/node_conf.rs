@@ -1,7 +1,6 @@
 //! A node's configuration directory, the same in both tiers.
 
 use std::fs;
-use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -67,7 +66,7 @@ pub(crate) fn write_conf(
     native: Option<NativeSpec>,
     pki: &Pki,
 ) -> Result<()> {
-    let name = node.name();
+    let (name, family) = (node.name(), plan.tier.family());
     fs::create_dir_all(files.conf.join("cni")).context("make the configuration directory")?;
     let write = |file: &str, text: &str| {
         fs::write(files.conf.join(file), text).with_context(|| format!("write {file} of {name}"))
@@ -77,19 +76,22 @@ pub(crate) fn write_conf(
         user: &user,
         group: Some("system:nodes"),
         names: vec![name.clone()],
-        addresses: vec![IpAddr::V4(node.address())],
+        addresses: vec![family.node(node)],
     })?;
     write("ca.crt", pki.ca_pem())?;
     write("kubelet.crt", &serving.cert)?;
     write("kubelet.key", &serving.key)?;
     let kubelet = pki.kubeconfig(&user, Some("system:nodes"))?;
     write("kubelet.kubeconfig", &kubelet.to_string())?;
-    write("kubelet.json", &config::kubelet().to_string())?;
+    write("kubelet.json", &config::kubelet(family).to_string())?;
     let proxy = pki.kubeconfig("system:kube-proxy", None)?;
     write("kube-proxy.kubeconfig", &proxy.to_string())?;
-    write("kube-proxy.json", &config::kube_proxy().to_string())?;
+    write("kube-proxy.json", &config::kube_proxy(family).to_string())?;
     write("containerd.toml", &config::containerd())?;
-    write("cni/10-pods.conflist", &config::cni(node).to_string())?;
+    write(
+        "cni/10-pods.conflist",
+        &config::cni(family, node).to_string(),
+    )?;
     let spec = spec(node, plan, native);
     write(
         "spec.json",
@@ -123,7 +125,7 @@ fn spec(node: NodeIndex, plan: &NodePlan, native: Option<NativeSpec>) -> NodeSpe
                 format!("--config={conf}/kubelet.json"),
                 format!("--kubeconfig={conf}/kubelet.kubeconfig"),
                 format!("--hostname-override={name}"),
-                format!("--node-ip={}", node.address()),
+                format!("--node-ip={}", plan.tier.family().node(node)),
             ],
         ),
         service(
@@ -158,7 +160,7 @@ mod tests {
     #[test]
     fn a_nodes_configuration_has_its_own_name_address_and_certificate() {
         let (pki_dir, dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-        let pki = Pki::create(pki_dir.path()).unwrap();
+        let pki = Pki::create(pki_dir.path(), Tier::Emulated.family()).unwrap();
         let files = NodeFiles::at(dir.path().to_owned());
         let node = NodeIndex::new(2).unwrap();
         let plan = NodePlan {

@@ -1,7 +1,7 @@
 //! The lab's own certificate authority, and kubeconfigs.
 
 use std::fs;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -13,7 +13,8 @@ use rcgen::{
 };
 use serde_json::{Value, json};
 
-use crate::names::{API_PORT, HUB_ADDRESS};
+use crate::addresses::Family;
+use crate::names::API_PORT;
 
 /// The certificate authority of one lab, with its directory.
 #[derive(Debug)]
@@ -21,6 +22,7 @@ pub struct Pki {
     dir: PathBuf,
     issuer: Issuer<'static, KeyPair>,
     ca_pem: String,
+    family: Family,
 }
 
 /// Who a certificate speaks for.
@@ -47,7 +49,7 @@ pub struct Identity {
 
 impl Pki {
     /// A new authority; `ca.crt`, `ca.key` and the service-account key `sa.key`, `sa.pub` are put into `dir`.
-    pub fn create(dir: &Path) -> Result<Self> {
+    pub fn create(dir: &Path, family: Family) -> Result<Self> {
         fs::create_dir_all(dir).with_context(|| format!("make {}", dir.display()))?;
         let key = KeyPair::generate().context("generate the CA's key")?;
         let mut params = CertificateParams::default();
@@ -70,11 +72,12 @@ impl Pki {
             dir: dir.to_owned(),
             issuer: Issuer::new(params, key),
             ca_pem,
+            family,
         })
     }
 
     /// The authority that an earlier process made in `dir`.
-    pub fn open(dir: &Path) -> Result<Self> {
+    pub fn open(dir: &Path, family: Family) -> Result<Self> {
         let read = |name: &str| {
             fs::read_to_string(dir.join(name)).with_context(|| format!("read the lab's {name}"))
         };
@@ -85,6 +88,7 @@ impl Pki {
             dir: dir.to_owned(),
             issuer,
             ca_pem,
+            family,
         })
     }
 
@@ -150,7 +154,7 @@ impl Pki {
             "apiVersion": "v1",
             "kind": "Config",
             "clusters": [{"name": "lab", "cluster": {
-                "server": format!("https://{HUB_ADDRESS}:{API_PORT}"),
+                "server": format!("https://{}", SocketAddr::new(self.family.hub(), API_PORT)),
                 "certificate-authority-data": STANDARD.encode(&self.ca_pem),
             }}],
             "users": [{"name": user, "user": {
@@ -178,8 +182,8 @@ mod tests {
     #[test]
     fn an_authority_that_was_reopened_signs_in_the_same_name() {
         let dir = tempfile::tempdir().unwrap();
-        let made = Pki::create(dir.path()).unwrap();
-        let opened = Pki::open(dir.path()).unwrap();
+        let made = Pki::create(dir.path(), Family::V4).unwrap();
+        let opened = Pki::open(dir.path(), Family::V4).unwrap();
         assert_eq!(made.ca_pem(), opened.ca_pem());
         let (cert, key) = opened
             .issue_files(
@@ -205,14 +209,14 @@ mod tests {
     #[test]
     fn a_kubeconfig_speaks_for_its_user_to_the_hub() {
         let dir = tempfile::tempdir().unwrap();
-        let config = Pki::create(dir.path())
-            .unwrap()
-            .kubeconfig("jane", None)
-            .unwrap();
-        assert_eq!(
-            config["clusters"][0]["cluster"]["server"],
-            "https://10.90.0.1:6443"
-        );
+        let config = |family| {
+            let pki = Pki::create(dir.path(), family).unwrap();
+            pki.kubeconfig("jane", None).unwrap()
+        };
+        let server = |family| config(family)["clusters"][0]["cluster"]["server"].clone();
+        assert_eq!(server(Family::V4), "https://10.90.0.1:6443");
+        assert_eq!(server(Family::V6), "https://[fd00:90::1]:6443");
+        let config = config(Family::V6);
         assert_eq!(config["contexts"][0]["context"]["user"], "jane");
     }
 }

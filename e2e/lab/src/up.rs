@@ -134,9 +134,9 @@ fn build(
     assets: Option<&emulated::Assets>,
 ) -> Result<()> {
     Cgroup::at(options.name.cgroup())?.create()?;
-    lab.hub.create()?;
+    lab.hub.create(options.tier.family())?;
     let device = make_shared_disk(lab, options)?;
-    let pki = Pki::create(&lab.paths.pki())?;
+    let pki = Pki::create(&lab.paths.pki(), options.tier.family())?;
     step("starting the control plane", || {
         lab.control_plane().start_all(&pki)
     })?;

@@ -4,7 +4,7 @@
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::command::named_thread;
 use crate::image::sha256_file;
 use crate::lab::Lab;
-use crate::names::{HUB_ADDRESS, WEB_PORT};
+use crate::names::WEB_PORT;
 
 /// A published file, as the `http` source of a VirtualMachine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -33,7 +33,8 @@ impl Lab {
         let target = self.paths().web().join(name);
         std::fs::copy(file, &target).with_context(|| format!("publish {}", file.display()))?;
         let (sha256, bytes) = sha256_file(&target)?;
-        let url = format!("http://{HUB_ADDRESS}:{WEB_PORT}/{name}");
+        let hub = SocketAddr::new(self.family().hub(), WEB_PORT);
+        let url = format!("http://{hub}/{name}");
         Ok(Source { url, sha256, bytes })
     }
 }

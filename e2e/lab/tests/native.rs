@@ -1,6 +1,6 @@
 //! The native tier on this machine. Needs root and a few seconds per test; builds Kubernetes the first time.
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -78,8 +78,8 @@ fn faults_affect_only_their_target_and_heal() -> Result<()> {
     let lab = Lab::native(2)?;
     let (n1, n2) = (lab.node("n1")?, lab.node("n2")?);
     let ping = || {
-        n1.exec(&["busybox", "ping", "-c1", "-W1", "10.90.0.12"])
-            .map(drop)
+        let n2 = n2.address().to_string();
+        n1.exec(&["busybox", "ping", "-c1", "-W1", &n2]).map(drop)
     };
     ping()?;
     lab.partition(
@@ -128,7 +128,7 @@ fn faults_affect_only_their_target_and_heal() -> Result<()> {
 fn nothing_is_left_of_a_lab_that_is_gone() -> Result<()> {
     let lab = Lab::native(1)?;
     let name = lab.state().name.clone();
-    let address = SocketAddr::from((Ipv4Addr::new(10, 90, 0, 1), 6443));
+    let address = SocketAddr::new(lab.family().hub(), 6443);
     lab.connect(address, SOON)
         .context("the API is reachable from the hub")?;
     lab.down()?;

@@ -5,8 +5,9 @@ use std::fs;
 use anyhow::{Context, Result};
 
 use super::NodeSpec;
+use crate::addresses::Family;
 use crate::command::Run;
-use crate::names::{HUB_ADDRESS, VM_BRIDGE};
+use crate::names::VM_BRIDGE;
 
 /// Interface of the management network.
 pub(crate) const MGMT_INTERFACE: &str = "eth0";
@@ -15,11 +16,14 @@ pub(crate) const VM_INTERFACE: &str = "eth1";
 
 /// Sets up addresses, bridge and routes. The interfaces themselves are there already.
 pub(crate) fn configure(spec: &NodeSpec) -> Result<()> {
-    let address = format!("{}/24", spec.index.address());
-    let gateway = HUB_ADDRESS.to_string();
+    let family = spec.tier.family();
+    let (own, prefix) = (family.node(spec.index), family.management_prefix());
+    let address = format!("{own}/{prefix}");
+    let gateway = family.hub().to_string();
     let lines: [&[&str]; 9] = [
         &["link", "set", "lo", "up"],
-        &["addr", "replace", &address, "dev", MGMT_INTERFACE],
+        // No duplicate address detection: it delays the address by a second.
+        &["addr", "replace", &address, "dev", MGMT_INTERFACE, "nodad"],
         &["link", "set", MGMT_INTERFACE, "up"],
         // No spanning tree: a learning bridge forwards at once.
         &[
@@ -51,7 +55,7 @@ pub(crate) fn configure(spec: &NodeSpec) -> Result<()> {
         Run::new("ip").env("PATH", &spec.path).args(line).done()?;
     }
     for node in spec.nodes.iter().filter(|node| **node != spec.index) {
-        let (cidr, via) = (node.pod_cidr(), node.address().to_string());
+        let (cidr, via) = (family.pods_of(*node), family.node(*node).to_string());
         let route = [
             "route",
             "replace",
@@ -63,12 +67,17 @@ pub(crate) fn configure(spec: &NodeSpec) -> Result<()> {
         ];
         Run::new("ip").env("PATH", &spec.path).args(route).done()?;
     }
-    for (name, value) in SYSCTLS {
-        let file = format!("/proc/sys/net/ipv4/{name}");
+    for (name, value) in sysctls(family) {
+        let file = format!("/proc/sys/net/{name}");
         fs::write(&file, value).with_context(|| format!("write {file}"))?;
     }
     Ok(())
 }
 
 /// A node routes for its pods.
-const SYSCTLS: [(&str, &str); 2] = [("ip_forward", "1"), ("conf/all/rp_filter", "0")];
+fn sysctls(family: Family) -> &'static [(&'static str, &'static str)] {
+    match family {
+        Family::V4 => &[("ipv4/ip_forward", "1"), ("ipv4/conf/all/rp_filter", "0")],
+        Family::V6 => &[("ipv6/conf/all/forwarding", "1")],
+    }
+}

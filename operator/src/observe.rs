@@ -57,6 +57,7 @@ pub(crate) fn observe(
             })
             .collect(),
         row: row_view(uid, rows),
+        last_owner: last_owner(vm),
         pods: Fact::Known(
             pods.iter()
                 .map(|pod| crate::reservation_pod::view(pod, vm, now))
@@ -263,15 +264,26 @@ fn failovers(vm: &VirtualMachine, stores: &Stores) -> Vec<FailoverView> {
     records.iter().filter_map(|f| failover_view(f)).collect()
 }
 
+/// What the status says of the row. It outlives the operator that wrote it.
+fn last_owner(vm: &VirtualMachine) -> Option<(Owner, Epoch)> {
+    let ownership = vm.status.as_ref()?.ownership.as_ref()?;
+    let owner = ownership.owner.as_ref()?;
+    Some((api_owner(owner)?, Epoch(parse(&ownership.epoch)?)))
+}
+
+fn api_owner(owner: &bascule_crds::Owner) -> Option<Owner> {
+    Some(Owner {
+        slot: SlotId(u16::try_from(owner.slot).ok()?),
+        generation: Generation(parse(&owner.generation)?),
+    })
+}
+
 fn failover_view(f: &Failover) -> Option<FailoverView> {
     let status = f.status.clone().unwrap_or_default();
     Some(FailoverView {
         name: f.name_any(),
         node: f.spec.node.clone(),
-        owner: Owner {
-            slot: SlotId(u16::try_from(f.spec.owner.slot).ok()?),
-            generation: Generation(parse(&f.spec.owner.generation)?),
-        },
+        owner: api_owner(&f.spec.owner)?,
         epoch: Epoch(parse(&f.spec.epoch)?),
         taken_over: status.taken_over_at.is_some(),
         closed: status.phase.is_some_and(FailoverPhase::is_final),

@@ -24,6 +24,9 @@ pub struct Observed {
     pub nodes: BTreeMap<String, NodeView>,
     /// The VM's row on its home volume.
     pub row: Fact<RowView>,
+    /// The owner that the last response of the volume named, and the epoch, however old that response is: good
+    /// for reports, never for a decision about who may write.
+    pub last_owner: Option<(Owner, Epoch)>,
     pub pods: Fact<Vec<Pod>>,
     /// Including finished ones.
     pub migrations: Fact<Vec<Migration>>,

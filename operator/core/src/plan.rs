@@ -88,6 +88,9 @@ impl<'a> PlanContext<'a> {
     fn row_unknown(&self) -> Step {
         let volume = &self.intent.volume;
         if self.route().is_some() {
+            if let Some(step) = self.suspect_last_owner() {
+                return step;
+            }
             let message = format!("the coordinator of volume {volume} does not answer");
             return self.not_known(reason::VOLUME_UNAVAILABLE, message);
         }

@@ -9,7 +9,7 @@ use bascule_types::{Change, Epoch, FenceProof, MissingProof, Owner, Refusal};
 
 use super::context::PlanContext;
 use super::place::Place;
-use super::step::{Ready, Step};
+use super::step::{Ready, ReportChange, Step};
 use crate::action::FailoverUpdate;
 use crate::observed::RowView;
 use crate::{Action, Fact, FailoverView, FailurePolicy, NodeHealth, Phase, Purpose};
@@ -67,6 +67,35 @@ impl PlanContext<'_> {
                 step.with_ready(waiting(reason, format!("{node} does not respond; {why}")))
             }
         }
+    }
+
+    /// The coordinator is lost, and the last owner's node with it, or the same node: the outage is recorded while
+    /// the others elect a coordinator. What the volume said last may be out of date, so nothing is requested. With a
+    /// migration under way it says too little even for the record.
+    pub(super) fn suspect_last_owner(&self) -> Option<Step> {
+        let (owner, epoch) = self.observed.last_owner?;
+        let row = RowView {
+            owner: Some(owner),
+            epoch,
+            ..RowView::default()
+        };
+        let Place::On { node, health, .. } = self.place(&row) else {
+            return None;
+        };
+        let migrations = self.observed.migrations.known()?;
+        if health != NodeHealth::Suspect
+            || self.intent.on_failure == FailurePolicy::Leave
+            || migrations.iter().any(|m| !m.phase.is_final())
+        {
+            return None;
+        }
+        let waits_for =
+            format!("{node} does not respond; the volume has no coordinator at the moment");
+        let mut step = Step::new().requeued_soon();
+        step.append(self.record_suspicion(epoch, &node, owner, &waits_for));
+        step.change(ReportChange::Node(Some(node)));
+        let waiting = Ready::new(Phase::FailingOver, false, reason::NODE_SUSPECT, waits_for);
+        Some(step.with_ready(waiting))
     }
 
     /// Every outage of a node has a record of its own: a node that came back in time and stops

@@ -51,6 +51,50 @@ fn a_suspect_node_is_recorded_and_the_takeover_requested_until_granted() {
     assert!(!case.plans(|a| matches!(a, Action::StartVm { .. })));
 }
 
+/// The coordinator was on the lost node: the record does not wait for the election of another one.
+#[test]
+fn a_suspect_node_is_recorded_while_no_coordinator_answers() {
+    let lost = |case: Case| {
+        let mut case = case.unresponsive(1);
+        case.observed.row = Fact::Unknown;
+        case.observed.last_owner = Some((node_owner(1), Epoch(5)));
+        case
+    };
+    let plan = lost(Case::running_on(1)).plan();
+    assert!(matches!(
+        &plan.actions[..],
+        [Action::Event { .. }, Action::CreateFailover { owner, epoch: Epoch(5), node, .. }]
+            if *owner == node_owner(1) && node == "node-1"
+    ));
+    assert_eq!(plan.report.phase, Phase::FailingOver);
+    assert_eq!(plan.report.ready.reason, reason::NODE_SUSPECT);
+
+    // Once recorded, its message follows, and nothing is asked of a volume that cannot answer.
+    let recorded = lost(
+        Case::running_on(1)
+            .with_failover(Epoch(5))
+            .with_pod("node-2"),
+    )
+    .plan();
+    assert!(matches!(
+        &recorded.actions[..],
+        [Action::ReportFailover {
+            update: FailoverUpdate::Suspected { .. },
+            ..
+        }]
+    ));
+
+    // Not: a node that has not stopped, a policy that leaves the guest there, a guest that may have moved.
+    let records = |case: Case| case.plans(|a| matches!(a, Action::CreateFailover { .. }));
+    assert!(!records(lost(Case::running_on(1)).heartbeat(1, true)));
+    let mut leave = lost(Case::running_on(1));
+    leave.intent.on_failure = FailurePolicy::Leave;
+    assert!(!records(leave));
+    let mut moving = Case::running_on(1).with_migration("move", MigrationMode::Live);
+    moving.begun(0);
+    assert!(!records(lost(moving)));
+}
+
 #[test]
 fn a_takeover_that_waits_for_a_manual_confirmation_says_so() {
     let mut case = Case::running_on(1).unresponsive(1).with_pod("node-2");

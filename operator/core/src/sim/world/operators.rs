@@ -171,6 +171,7 @@ impl World {
                 (None, _) => Fact::Absent,
                 (Some(row), _) => Fact::Known(row.clone()),
             },
+            last_owner: (self.row.as_ref()).and_then(|row| Some((row.owner?, row.epoch))),
             pods: Fact::Known(self.pods.clone()),
             migrations: Fact::Known(self.migrations.clone()),
             failovers: Fact::Known(self.failovers.clone()),

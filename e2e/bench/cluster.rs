@@ -69,6 +69,11 @@ fn print_drains(one: &Drained, three: &Drained) {
     };
     row("kubectl drain (s)", one.took, three.took);
     row("longest outage of a guest (s)", outage(one), outage(three));
+    println!("\nstages of the one VM's move, after the begin of kubectl drain");
+    for (stage, after) in one.guests.iter().flat_map(|guest| &guest.stages) {
+        let (after, whole) = (after.as_secs_f64(), one.took.as_secs_f64());
+        println!("{stage:<34}{after:>12.1}{:>12.2}", after / whole);
+    }
 }
 
 fn print_cut(cut: &PowerCut) {

@@ -120,6 +120,9 @@ fn summary(drained: &Drained, cut: Option<&PowerCut>) {
         let downtime = moved.downtime.as_deref().unwrap_or("-");
         row("blackout measured by VMM", downtime.to_owned());
         row(&moved.mode, format!("{} to {}", moved.source, moved.target));
+        for (stage, after) in &guest.stages {
+            row(stage, format!("after {:.0} s", after.as_secs_f64()));
+        }
     }
     if let Some(cut) = cut {
         println!("The power cut, seconds after it:");

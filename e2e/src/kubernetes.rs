@@ -7,6 +7,7 @@
 mod guest;
 mod objects;
 mod records;
+mod reservation;
 mod san;
 pub mod scenarios;
 mod shared;
@@ -342,25 +343,6 @@ impl ClusterVm<'_> {
             .with_context(|| format!("{} has no node", self.name))
     }
 
-    /// UID of its reservation pod.
-    ///
-    /// # Errors
-    /// When there are several, or none that stays.
-    pub fn reservation(&self) -> Result<String> {
-        let label = format!("-l{LABEL_VM}={}", self.name);
-        let pods = self.cluster.lab.get(&["pod", "-n", NAMESPACE, &label])?;
-        let pods = pods["items"].as_array().context("a list of pods")?;
-        let [pod] = pods.as_slice() else {
-            bail!("{} has {} reservations", self.name, pods.len())
-        };
-        let metadata = &pod["metadata"];
-        if metadata["deletionTimestamp"].is_string() {
-            bail!("the reservation of {} is leaving", self.name)
-        }
-        let uid = metadata["uid"].as_str().context("a pod without a UID")?;
-        Ok(uid.to_owned())
-    }
-
     /// Waits until its Ready condition is true.
     ///
     /// # Errors
@@ -478,8 +460,6 @@ pub const VOLUME: &str = "gold";
 /// The SharedVolume on the lab's SAN.
 pub const SAN_VOLUME: &str = "san";
 
-/// The label of everything that belongs to a VirtualMachine.
-const LABEL_VM: &str = "bascule.dev/virtual-machine";
 /// A coordinator's write takes milliseconds. All limits here allow for emulated nodes, which are ten
 /// times slower than real ones.
 const ROWS_LIMIT: Duration = Duration::from_secs(20);

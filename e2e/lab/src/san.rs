@@ -36,8 +36,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
 
+use crate::addresses::Family;
 use crate::command::named_thread;
-use crate::names::HUB_ADDRESS;
 pub use initiator::SAN_DEVICE;
 pub(crate) use initiator::{SERVICE, service_argv};
 use session::Sessions;
@@ -101,7 +101,7 @@ pub fn serve(image: &Path, hold: &Path, writes: &Path) -> Result<()> {
     let disk = Arc::new(Disk::open(image, hold, writes)?);
     let sessions = Arc::new(Sessions::default());
     let [first, second] = SanPath::ALL.map(|path| {
-        let address = (HUB_ADDRESS, path.port());
+        let address = (Family::V4.hub(), path.port());
         TcpListener::bind(address).with_context(|| format!("listen on {address:?}"))
     });
     let (first, second) = (first?, second?);

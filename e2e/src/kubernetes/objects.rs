@@ -3,6 +3,7 @@
 use anyhow::{Context, Result, bail};
 use bascule_lab::image::PAUSE_IMAGE;
 use bascule_lab::{Lab, PermanentError};
+use jiff::Timestamp;
 use serde_json::Value;
 
 use super::NAMESPACE;
@@ -26,6 +27,8 @@ pub struct Moved {
     pub total: Option<String>,
     /// Why it did not succeed.
     pub why: Option<String>,
+    /// When the record was made, the target found and the attempt ended, in whole seconds.
+    pub times: Vec<(&'static str, Timestamp)>,
 }
 
 /// Succeeds when the object's condition `kind` is True; the error has its reason and message.
@@ -104,7 +107,29 @@ fn read(object: &Value) -> Result<Moved> {
         why: condition(object, "Complete")
             .err()
             .map(|error| error.to_string()),
+        times: [
+            (
+                "migration recorded",
+                &object["metadata"]["creationTimestamp"],
+            ),
+            ("target found", &status["placedAt"]),
+            ("guest moved", &status["finishedAt"]),
+        ]
+        .into_iter()
+        .filter_map(|(stage, at)| Some((stage, time(at)?)))
+        .collect(),
     })
+}
+
+pub(super) fn time(value: &Value) -> Option<Timestamp> {
+    value.as_str()?.parse().ok()
+}
+
+/// Since when a pod is ready, in whole seconds.
+pub(super) fn ready_since(pod: &Value) -> Option<Timestamp> {
+    let conditions = pod["status"]["conditions"].as_array()?;
+    let ready = conditions.iter().find(|c| c["type"] == "Ready")?;
+    (ready["status"] == "True").then(|| time(&ready["lastTransitionTime"]))?
 }
 
 pub(super) fn shared_volume(name: &str, device: &str, fencing: &str) -> String {

@@ -26,6 +26,8 @@ pub struct DrainedGuest {
     /// Packets of a client during the drain.
     pub seen: FlowSummary,
     pub moved: Moved,
+    /// When each stage of its move ended, after the begin of the drain. The times of Kubernetes are whole seconds.
+    pub stages: Vec<(&'static str, Duration)>,
 }
 
 /// Figures of a power cut.
@@ -79,6 +81,7 @@ pub fn drain_moves_vms_live(
         talk.ping()?;
         clients.push((vm, talk, vm.flow()?));
     }
+    let begun = Timestamp::now();
     let took = cluster.drain(source)?;
     let mut guests = Vec::new();
     for (vm, mut talk, flow) in clients {
@@ -92,7 +95,20 @@ pub fn drain_moves_vms_live(
         ensure!(how == ("Live", "Succeeded"), "{moves:?}");
         let way = (moved.source.as_str(), moved.target.as_str());
         ensure!(way == (source, target.as_str()), "{moved:?}");
-        guests.push(DrainedGuest { seen, moved });
+        let mut times = moved.times.clone();
+        times.extend(vm.reservation_ready()?.map(|at| ("target's pod ready", at)));
+        times.sort_by_key(|(_, at)| *at);
+        let after = |at: Timestamp| Duration::try_from(at - begun).unwrap_or_default();
+        let mut stages: Vec<_> = times
+            .iter()
+            .map(|(stage, at)| (*stage, after(*at)))
+            .collect();
+        stages.push(("drain ended", took));
+        guests.push(DrainedGuest {
+            seen,
+            moved,
+            stages,
+        });
     }
     cluster.uncordon(source)?;
     Ok(Drained { took, guests })

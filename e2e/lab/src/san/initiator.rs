@@ -3,14 +3,21 @@
 //! `dmsetup` and a loop take the place of multipathd, which wants udev: a path that the kernel has failed is reinstated
 //! when its session is logged in again, as multipathd does after its path check.
 
-use crate::names::HUB_ADDRESS;
+use crate::addresses::Family;
 
 /// The service of a node that connects it to the SAN.
 pub(crate) fn service_argv(node: &str) -> Vec<String> {
     let script = include_str!("initiator.sh");
-    ["sh", "-c", script, SERVICE, node, &HUB_ADDRESS.to_string()]
-        .map(str::to_owned)
-        .to_vec()
+    [
+        "sh",
+        "-c",
+        script,
+        SERVICE,
+        node,
+        &Family::V4.hub().to_string(),
+    ]
+    .map(str::to_owned)
+    .to_vec()
 }
 
 /// Name of that service, of its log and its virtio port.

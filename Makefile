@@ -89,10 +89,14 @@ unit: checkout ## Pure tests, models, simulations, crash enumeration: no root, n
 	$(if $(P)$(T),,cd e2e/probe && $(GUEST_CARGO) test --quiet --locked -p bascule-probe-wire)
 
 SEEDS ?= 1000
+FROM ?= 0
+JOBS ?= 1
 .PHONY: soak
-soak: checkout ## The volume's real drivers in simulation, under faults of SEEDS seeds (0.4 s each)
-	TMPDIR=$(or $(wildcard /dev/shm),/tmp) BASCULE_SIM_SEEDS=$(SEEDS) \
-	  cargo test --release --quiet --locked -p bascule-volume --test sim -- i1_i3_i6
+soak: checkout ## The volume's real drivers in simulation: SEEDS seeds (0.4 s each) in each of JOBS processes, from FROM on
+	cargo test --release --quiet --locked -p bascule-volume --test sim --no-run
+	seq 0 $$(($(JOBS) - 1)) | TMPDIR=$(or $(wildcard /dev/shm),/tmp) BASCULE_SIM_SEEDS=$(SEEDS) xargs -P $(JOBS) -I {} \
+	  sh -c 'BASCULE_SIM_FROM=$$(($(FROM) + {} * $(SEEDS))) \
+	    cargo test --release --quiet --locked -p bascule-volume --test sim -- --nocapture i1_i3_i6'
 
 .PHONY: kvm
 kvm: checkout ## The VM process on this machine's /dev/kvm, with the probe guest. One test: T=NAME

@@ -6,8 +6,9 @@
 //! is lost (I3), election blocks do not go back (I6). Checked at its end: with the faults gone every VM
 //! writes again within a bound (no wedge), and the offline check finds no damage (I6).
 //!
-//! `make soak SEEDS=1000` runs more seeds, `BASCULE_SIM_SEED=7` one of them, with figures, and
-//! `BASCULE_SIM_PROFILE=Elections` those of one profile.
+//! `make soak SEEDS=1000` runs more seeds, in `JOBS=2` processes side by side, and says how many hours they
+//! simulated; `BASCULE_SIM_SEED=7` runs one of them, with figures, and `BASCULE_SIM_PROFILE=Elections` those
+//! of one profile.
 //!
 //! # Not simulated
 //! The VM process and bascule-watchdog (their gate check, writer page and decisions are the real ones, what
@@ -25,6 +26,7 @@ mod scheduler;
 mod world;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bascule_types::{ClusterId, VolumeId};
@@ -107,6 +109,7 @@ fn simulate(scheduler: &Arc<Scheduler>, setup: Setup) {
     let report = check_volume(&mut world.disk.offline()).expect("the check");
     let damage = report.worst() == Some(Severity::Error);
     assert!(!damage, "I6: {:?}", report.findings);
+    SIMULATED_SECONDS.fetch_add(scheduler.now() / 1_000_000_000, Ordering::Relaxed);
     if std::env::var_os("BASCULE_SIM_SEED").is_some() {
         let resets: u32 = world.nodes().iter().map(|node| node.resets).sum();
         let oracle = world.oracle();
@@ -185,7 +188,10 @@ fn number(name: &str) -> Option<u64> {
 fn seeds() -> std::ops::Range<u64> {
     match number("BASCULE_SIM_SEED") {
         Some(seed) => seed..seed + 1,
-        None => 0..number("BASCULE_SIM_SEEDS").unwrap_or(SEEDS),
+        None => {
+            let from = number("BASCULE_SIM_FROM").unwrap_or(0);
+            from..from + number("BASCULE_SIM_SEEDS").unwrap_or(SEEDS)
+        }
     }
 }
 
@@ -203,17 +209,27 @@ fn profile_of(seed: u64) -> Kind {
     }
 }
 
+/// Of all runs up to their ends.
+static SIMULATED_SECONDS: AtomicU64 = AtomicU64::new(0);
+
 /// Each profile once.
 const SEEDS: u64 = 2 * KINDS.len() as u64;
 
 #[test]
 fn i1_i3_i6_the_real_drivers_keep_them_under_faults_of_every_seed() {
-    for seed in seeds() {
+    let seeds = seeds();
+    for seed in seeds.clone() {
         let profile = profile_of(seed);
         if let Err(failure) = run(seed, sound(profile)) {
             panic!("seed {seed}, profile {profile:?}: {failure}");
         }
     }
+    let minutes = SIMULATED_SECONDS.load(Ordering::Relaxed) / 60;
+    println!(
+        "seeds {seeds:?}: {}.{} simulated hours",
+        minutes / 60,
+        minutes % 60 / 6
+    );
 }
 
 #[test]

@@ -1,9 +1,12 @@
 //! Each hole that was once open, and each rule of the drivers, broken: the simulation finds it.
+//!
+//! `UnwatchedWhileNamed` was not found: a guest must open its VM again before it writes in a new generation,
+//! and that waits for the same record. The model finds it.
 
 use bascule_volume_protocol::{Mutation, Rules};
 
 use crate::profile::Kind;
-use crate::{Setup, run, sound};
+use crate::{Setup, number, run, sound};
 
 const fn broken(profile: Kind, mutation: Mutation) -> Setup {
     Setup {
@@ -14,7 +17,8 @@ const fn broken(profile: Kind, mutation: Mutation) -> Setup {
 
 /// A seed of the profile's first [`SEEDS`] finds it: `known` today. A change of the drivers changes which.
 fn is_found(name: &str, known: u64, setup: Setup) {
-    let seeds = std::iter::once(known).chain(0..SEEDS);
+    let most = number("BASCULE_SIM_SEEDS").unwrap_or(SEEDS);
+    let seeds = std::iter::once(known).chain(0..most);
     let mut failures = seeds.filter_map(|seed| Some((seed, run(seed, setup).err()?)));
     let found = failures.next();
     println!("{name}: {found:?}");
@@ -81,8 +85,10 @@ found! {
     a_fenced_node_that_keeps_its_vms_is_found: Returns, RejoinKeepsFencedRows, 0;
     a_living_node_that_is_confirmed_dead_is_found: Returns, UnseenCountsAsOver, 0;
     a_full_table_that_blocks_takeover_is_found: FullTable, NoReservedRows, 1;
+    a_late_duplicate_that_drops_a_saved_state_is_found: SavedStates, SavedStateUnbound, 4;
     an_answer_without_a_re_read_is_found: Mixed, AnswerWithoutReread, 5;
     a_forgotten_failed_write_is_found: Elections, ForgetFailedWrites, 0;
     a_paxos_block_that_is_reused_too_early_is_found: Elections, ReuseBeforeSettle, 9;
+    a_gate_that_opens_before_it_is_watched_is_found: Lapses, GateOpensBeforeEnlisting, 7;
     a_writer_that_opens_unwatched_is_found: DeafWatchdog, OpenBeforePublished, 9;
 }

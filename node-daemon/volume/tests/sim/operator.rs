@@ -64,6 +64,7 @@ impl Operator {
     /// The last check waits for every VM.
     pub(crate) fn takes_over_at_once(&mut self) {
         self.wishes.dawdles = false;
+        self.wishes.patient = false;
     }
 
     /// Creates the VMs and their disks, through node 0, without faults.
@@ -146,7 +147,10 @@ impl Operator {
             }
             // So does whoever restarts a guest that hangs.
             (Some(_), Some(node), Some((on, pid)))
-                if on == node && stands_still && self.world.scheduler.once_in(3) =>
+                if on == node
+                    && stands_still
+                    && !self.wishes.patient
+                    && self.world.scheduler.once_in(3) =>
             {
                 self.world.kill_process(on, pid);
             }

@@ -135,6 +135,8 @@ pub(crate) struct Wishes {
     /// The administrator confirms that nodes are dead: those that are off, and by mistake one that has just
     /// joined.
     pub(crate) confirms: bool,
+    /// A guest that hangs is left alone.
+    pub(crate) patient: bool,
     /// Of a lost node's VMs, one is taken over at once and the others hardly ever.
     pub(crate) dawdles: bool,
 }
@@ -146,6 +148,7 @@ const DUTY: Wishes = Wishes {
     saves: false,
     fills_table: false,
     confirms: false,
+    patient: false,
     dawdles: false,
 };
 
@@ -178,9 +181,11 @@ pub(crate) enum Kind {
     Damage,
     /// Writes of guests that fail and land later.
     FailedWrites,
+    /// Guests that live through a lapse of their node's lease, as its watchdog's process stops answering.
+    Lapses,
 }
 
-pub(crate) const KINDS: [Kind; 10] = [
+pub(crate) const KINDS: [Kind; 11] = [
     Kind::Mixed,
     Kind::Swarm,
     Kind::LateResets,
@@ -191,6 +196,7 @@ pub(crate) const KINDS: [Kind; 10] = [
     Kind::SavedStates,
     Kind::Damage,
     Kind::FailedWrites,
+    Kind::Lapses,
 ];
 
 impl Kind {
@@ -206,6 +212,7 @@ impl Kind {
             Self::SavedStates => saved_states(),
             Self::Damage => damage(),
             Self::FailedWrites => failed_writes(),
+            Self::Lapses => lapses(),
         }
     }
 }
@@ -274,6 +281,7 @@ fn swarm(scheduler: &Scheduler) -> Profile {
             saves: coin(),
             fills_table: scheduler.once_in(8),
             confirms: coin(),
+            patient: false,
             dawdles: scheduler.once_in(4),
         },
         one_stays_off: coin(),
@@ -434,5 +442,17 @@ fn failed_writes() -> Profile {
         fails_once_in: 1,
         wishes: EAGER,
         ..mixed()
+    }
+}
+
+fn lapses() -> Profile {
+    let profile = deaf_watchdog();
+    Profile {
+        name: "lapses",
+        wishes: Wishes {
+            patient: true,
+            ..profile.wishes
+        },
+        ..profile
     }
 }

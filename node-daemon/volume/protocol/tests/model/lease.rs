@@ -2,7 +2,8 @@
 //!
 //! The holder's process crashes, restarts from the gate page, and freezes (it gets no event while time
 //! passes); its writes land and are acknowledged at any time. A record of a newer generation may
-//! appear in its slot, as a second process of the node would write it.
+//! appear in its slot, as a second process of the node would write it. Reads fail; writes fail, and land at
+//! any later time, when their block of the ring has been written again, or never. The holder may leave.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -11,7 +12,7 @@ use bascule_types::{BootTime, Generation, NodeUid, Owner, SlotId};
 use bascule_volume_format::{HEARTBEAT_RECORDS, Timings, WatchdogKind};
 use bascule_volume_protocol::{
     Drift, HeartbeatSeen, Held, LeaseCommand, LeaseConfig, LeaseEvent, LeaseHolder, LeasePhase,
-    Mutation, OwnRecord, Rules, WatchEvent, Watcher,
+    Mutation, OwnRecord, Rules, StopReason, WatchEvent, Watcher,
 };
 use stateright::{Model, Property};
 
@@ -33,9 +34,15 @@ pub(crate) struct LeaseModel {
     pub(crate) generations: u64,
     pub(crate) crashes: u8,
     pub(crate) newer_process: bool,
+    /// How many reads and writes may fail.
+    pub(crate) failures: u8,
+    pub(crate) leaves: bool,
+    /// How many blocks the slot has: records of as many sequences lie side by side.
+    pub(crate) ring: u64,
 }
 
-type Record = (u64, u64);
+/// Generation and sequence, and whether it is the last one of a holder that left.
+type Record = (u64, u64, bool);
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct State {
@@ -49,6 +56,8 @@ pub(crate) struct State {
     disk: BTreeMap<u64, Record>,
     /// Submitted, not landed. A list: a broken rule may send one twice.
     in_flight: Vec<Record>,
+    /// Failed, and not landed.
+    failed: Vec<Record>,
     /// Landed, not acknowledged to the process that submitted it.
     unacknowledged: Vec<Record>,
     own_read: OwnRead,
@@ -57,6 +66,10 @@ pub(crate) struct State {
     concluded: BTreeSet<Generation>,
     crashes_left: u8,
     newer_left: bool,
+    failures_left: u8,
+    has_left: bool,
+    /// A failed write took the place of a later one.
+    went_back: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -81,6 +94,10 @@ pub(crate) enum Action {
     HolderReadDone,
     Land(usize),
     Acknowledge(usize),
+    ReadFails,
+    WriteFails(usize),
+    LandFailed(usize),
+    Leave,
     NewGeneration,
     Crash,
     Restart,
@@ -99,6 +116,9 @@ impl LeaseModel {
             generations: 2,
             crashes: 1,
             newer_process: false,
+            failures: 0,
+            leaves: false,
+            ring: HEARTBEAT_RECORDS,
         }
     }
 
@@ -125,7 +145,7 @@ impl LeaseModel {
             timings: self.timings(),
             rules: self.rules,
         };
-        let on_disk = state.disk.values().map(|(_, sequence)| *sequence);
+        let on_disk = state.disk.values().map(|(_, sequence, _)| *sequence);
         let on_disk = on_disk.max().unwrap_or(0);
         let sequence = if self.rules.breaks(Mutation::SequenceFromDisk) {
             on_disk
@@ -143,25 +163,58 @@ impl LeaseModel {
         match command {
             Some(LeaseCommand::ReadOwnRecords) => state.own_read = OwnRead::Issued,
             Some(LeaseCommand::WriteRecord {
-                owner, sequence, ..
+                owner,
+                sequence,
+                detached,
             }) => {
                 state.page_sequence = state.page_sequence.max(sequence);
-                state.in_flight.push((owner.generation.0, sequence));
+                state
+                    .in_flight
+                    .push((owner.generation.0, sequence, detached));
                 state.in_flight.sort_unstable();
             }
             None => {}
         }
         state.page = holder.lease();
+        state.has_left |= holder.phase() == LeasePhase::Stopped(StopReason::Left);
         state.holder = Some(holder);
     }
 
-    fn seen(&self, (generation, sequence): Record) -> HeartbeatSeen {
+    /// Reads and writes that fail, and a holder that leaves.
+    fn goes_wrong(&self, state: &mut State, action: Action) {
+        let now = state.holder_now();
+        match action {
+            Action::ReadFails => {
+                state.failures_left -= 1;
+                state.own_read = OwnRead::None;
+                self.deliver(state, LeaseEvent::ReadFailed { now });
+            }
+            Action::WriteFails(index) => {
+                state.failures_left -= 1;
+                let record = state.in_flight.remove(index);
+                state.failed.push(record);
+                state.failed.sort_unstable();
+                let sequence = record.1;
+                self.deliver(state, LeaseEvent::WriteFailed { now, sequence });
+            }
+            Action::LandFailed(index) => {
+                let record = state.failed.remove(index);
+                let before = state.disk.get(&(record.1 % self.ring));
+                state.went_back |= before.is_some_and(|before| *before > record);
+                state.land(record, self.ring);
+            }
+            Action::Leave => self.deliver(state, LeaseEvent::Leave { now }),
+            _ => {}
+        }
+    }
+
+    fn seen(&self, (generation, sequence, detached): Record) -> HeartbeatSeen {
         HeartbeatSeen {
             node: NODE,
             owner: owner(generation),
             sequence,
             watchdog: WatchdogKind::Hardware,
-            detached: false,
+            detached,
             timings: self.timings(),
         }
     }
@@ -197,8 +250,8 @@ impl State {
         self.disk.values().copied().max()
     }
 
-    fn land(&mut self, record: Record) {
-        self.disk.insert(record.1 % HEARTBEAT_RECORDS, record);
+    fn land(&mut self, record: Record, ring: u64) {
+        self.disk.insert(record.1 % ring, record);
     }
 
     /// Whether a write would pass the gate now, and for whom.
@@ -233,6 +286,7 @@ impl Model for LeaseModel {
                     page_sequence: 0,
                     disk: BTreeMap::new(),
                     in_flight: Vec::new(),
+                    failed: Vec::new(),
                     unacknowledged: Vec::new(),
                     own_read: OwnRead::None,
                     watcher: Watcher::new(self.rules),
@@ -240,6 +294,9 @@ impl Model for LeaseModel {
                     concluded: BTreeSet::new(),
                     crashes_left: self.crashes,
                     newer_left: self.newer_process,
+                    failures_left: self.failures,
+                    has_left: false,
+                    went_back: false,
                 };
                 state.holder = Some(self.start(&state));
                 states.push(state);
@@ -253,10 +310,20 @@ impl Model for LeaseModel {
             actions.push(Action::TimePasses);
         }
         actions.extend((0..state.in_flight.len()).map(Action::Land));
+        actions.extend((0..state.failed.len()).map(Action::LandFailed));
         match &state.holder {
             Some(holder) => {
                 if holder.sequence_sent() < self.sequences {
                     actions.push(Action::HolderTick);
+                    if self.leaves {
+                        actions.push(Action::Leave);
+                    }
+                }
+                if state.failures_left > 0 {
+                    actions.extend((0..state.in_flight.len()).map(Action::WriteFails));
+                    if state.own_read != OwnRead::None {
+                        actions.push(Action::ReadFails);
+                    }
                 }
                 match state.own_read {
                     OwnRead::None => {}
@@ -298,7 +365,7 @@ impl Model for LeaseModel {
                 let OwnRead::Sampled(records) = read else {
                     return None;
                 };
-                let own = |(generation, sequence): Record| OwnRecord {
+                let own = |(generation, sequence, _): Record| OwnRecord {
                     node: NODE,
                     owner: owner(generation),
                     sequence,
@@ -308,18 +375,18 @@ impl Model for LeaseModel {
             }
             Action::Land(index) => {
                 let record = state.in_flight.remove(index);
-                state.land(record);
+                state.land(record, self.ring);
                 if state.holder.is_some() {
                     state.unacknowledged.push(record);
                     state.unacknowledged.sort_unstable();
                 }
             }
             Action::Acknowledge(index) => {
-                let (_, sequence) = state.unacknowledged.remove(index);
+                let (_, sequence, _) = state.unacknowledged.remove(index);
                 self.deliver(&mut state, LeaseEvent::Written { now, sequence });
             }
             Action::NewGeneration => {
-                let shown = state.newest().map_or(0, |(generation, _)| generation);
+                let shown = state.newest().map_or(0, |(generation, ..)| generation);
                 let paged = state.page.map_or(0, |held| held.owner.generation.0);
                 let next = shown.max(paged) + 1;
                 if next > self.generations {
@@ -337,7 +404,7 @@ impl Model for LeaseModel {
             Action::Restart => state.holder = Some(self.start(&state)),
             Action::NewerProcessWrites => {
                 state.newer_left = false;
-                state.land((NEWER, 1));
+                state.land((NEWER, 1, false), self.ring);
             }
             Action::WatcherIssue => state.watch_read = WatchRead::Issued(state.watcher_now()),
             Action::WatcherSample => {
@@ -347,6 +414,7 @@ impl Model for LeaseModel {
                 state.watch_read = WatchRead::Sampled(issued_at, state.newest());
             }
             Action::WatcherReadDone => self.watcher_read(&mut state),
+            other => self.goes_wrong(&mut state, other),
         }
         (state != *last).then_some(state)
     }
@@ -370,6 +438,18 @@ impl Model for LeaseModel {
                 |_, state: &State| !state.concluded.is_empty(),
             ),
         ];
+        if self.leaves {
+            let left = |_: &Self, state: &State| {
+                state.has_left && state.disk.values().any(|(.., detached)| *detached)
+            };
+            properties.push(Property::sometimes("a holder has left", left));
+        }
+        if self.failures > 0 {
+            properties.push(Property::sometimes(
+                "a failed write landed on a later record",
+                |_, state: &State| state.went_back,
+            ));
+        }
         if self.newer_process {
             properties.push(Property::sometimes(
                 "a holder stops permanently",
@@ -378,7 +458,7 @@ impl Model for LeaseModel {
                     matches!(phase, Some(LeasePhase::Stopped(_)))
                 },
             ));
-        } else {
+        } else if self.generations > 1 {
             properties.push(Property::sometimes(
                 "a lapsed holder holds a lease again",
                 |_, state: &State| state.open_gate() == Some(Generation(2)),
@@ -407,4 +487,28 @@ fn i1_a_second_process_in_the_slot_outlasts_no_conclusion() {
         ..LeaseModel::new(Rules::ENFORCED, size)
     };
     holds("lease with a second process", model);
+}
+
+#[test]
+fn i1_failed_writes_that_land_when_the_ring_has_wrapped_open_no_gate() {
+    let size = Size::from_environment();
+    // A ring of one wraps with every write.
+    let model = LeaseModel {
+        ring: 1,
+        generations: 1,
+        failures: 1,
+        ..LeaseModel::new(Rules::ENFORCED, size)
+    };
+    holds("lease with failures in a ring of one", model);
+}
+
+#[test]
+fn i1_a_node_that_leaves_outlasts_no_conclusion() {
+    let size = Size::from_environment();
+    let model = LeaseModel {
+        leaves: true,
+        generations: 1,
+        ..LeaseModel::new(Rules::ENFORCED, size)
+    };
+    holds("lease that is left", model);
 }

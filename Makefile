@@ -113,6 +113,10 @@ e2e: image ## Real Kubernetes on native nodes: the lab itself, then the scenario
 e2e-emulated: image ## Real Kubernetes on emulated nodes: the scenarios with an unmodified Debian guest
 	$(SCENARIOS) --test cluster_emulated -- $(SERIAL) --nocapture
 
+.PHONY: soak-storage
+soak-storage: image ## Storage outages on the lab's SAN that are too long for CI: paths away, bad blocks, bascule-watchdog killed (30 min)
+	$(SCENARIOS) --test cluster_emulated -- $(SERIAL) --nocapture --ignored san::
+
 .PHONY: scenario
 scenario: image ## One scenario: T=NAME, TIER=native or emulated; KEEP=1 leaves the lab up for the next KEEP=1
 	@$(call selects,$(SCENARIOS) --test cluster_$(TIER))

@@ -84,20 +84,6 @@ impl Installation {
         self.wait_volume()
     }
 
-    /// Applies a SharedVolume on the lab's SAN and waits until every node reaches it. Emulated tier
-    /// only.
-    ///
-    /// # Errors
-    /// When it does not become ready.
-    pub fn san_volume(&self) -> Result<()> {
-        self.lab.apply(&objects::shared_volume(
-            SAN_VOLUME,
-            bascule_lab::SAN_DEVICE,
-            "Watchdog",
-        ))?;
-        self.wait_volume_on(SAN_VOLUME)
-    }
-
     /// Waits until every node reaches the volume, as after a node's return.
     ///
     /// # Errors
@@ -138,19 +124,6 @@ impl Installation {
     /// When it does not become ready, or its guest does not answer.
     pub fn vm(&self, name: &str, number: u8) -> Result<ClusterVm<'_>> {
         self.start(&self.document(name, number), self.handle(name, number))
-    }
-
-    /// As [`Self::vm`], with its disks on the volume of [`Self::san_volume`].
-    ///
-    /// # Errors
-    /// As [`Self::vm`].
-    pub fn san_vm(&self, name: &str, number: u8) -> Result<ClusterVm<'_>> {
-        let document = self.guest.document(name, address(number), SAN_VOLUME);
-        let vm = ClusterVm {
-            volume: SAN_VOLUME,
-            ..self.handle(name, number)
-        };
-        self.start(&document, vm)
     }
 
     fn start<'a>(&'a self, document: &str, vm: ClusterVm<'a>) -> Result<ClusterVm<'a>> {

@@ -136,13 +136,15 @@ impl ClusterVm<'_> {
         Ok(writes.map(GuestWrite::from_disk).collect())
     }
 
-    /// Where its disk is on the volume: ranges of bytes, first and end.
+    /// Where its disk is on the volume: ranges of bytes, first and end, in order.
     ///
     /// # Errors
     /// When it has none.
     pub fn ranges(&self) -> Result<Vec<(u64, u64)>> {
         let disk = self.disk()?;
-        Ok(disk.extents.iter().map(range).collect())
+        let mut ranges: Vec<_> = disk.extents.iter().map(range).collect();
+        ranges.sort_unstable();
+        Ok(ranges)
     }
 
     fn disk(&self) -> Result<DiskRow> {

@@ -1,11 +1,11 @@
-//! What the scenarios on the lab's SAN need of a virtual machine's process.
+//! What the scenarios on the lab's SAN need: its SharedVolume, virtual machines on it, and their processes.
 
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use bascule_lab::Node;
 
-use super::{ClusterVm, NAMESPACE};
+use super::{ClusterVm, Installation, NAMESPACE, SAN_VOLUME, address, objects};
 
 /// The process of a virtual machine on a node, and what it has open there.
 #[derive(Clone, Debug)]
@@ -14,6 +14,52 @@ pub struct VmProcess {
     pub pid: u64,
     /// Start time, in clock ticks after the node's boot.
     started: u64,
+}
+
+impl Installation {
+    /// Applies a SharedVolume on the lab's SAN and waits until every node reaches it. Emulated tier
+    /// only.
+    ///
+    /// # Errors
+    /// When it does not become ready.
+    pub fn san_volume(&self) -> Result<()> {
+        self.lab.apply(&objects::shared_volume(
+            SAN_VOLUME,
+            bascule_lab::SAN_DEVICE,
+            "Watchdog",
+        ))?;
+        self.wait_volume_on(SAN_VOLUME)
+    }
+
+    /// As [`Self::vm`], with its disks on the volume of [`Self::san_volume`].
+    ///
+    /// # Errors
+    /// As [`Self::vm`].
+    pub fn san_vm(&self, name: &str, number: u8) -> Result<ClusterVm<'_>> {
+        let document = self.guest.document(name, address(number), SAN_VOLUME);
+        self.start(&document, self.san_handle(name, number))
+    }
+
+    /// As [`Self::san_vm`], on this node, with `onError: Pause` for its disk.
+    ///
+    /// # Errors
+    /// As [`Self::vm`].
+    pub fn pausing_san_vm(&self, name: &str, number: u8, node: &str) -> Result<ClusterVm<'_>> {
+        let document = self.guest.document(name, address(number), SAN_VOLUME);
+        let disk = "deletionPolicy: Delete}";
+        ensure!(document.contains(disk), "no disk in {document}");
+        let document = document.replace(disk, "deletionPolicy: Delete, onError: Pause}");
+        let selector =
+            format!("  placement: {{nodeSelector: {{kubernetes.io/hostname: {node}}}}}\n");
+        self.start(&(document + &selector), self.san_handle(name, number))
+    }
+
+    fn san_handle(&self, name: &str, number: u8) -> ClusterVm<'_> {
+        ClusterVm {
+            volume: SAN_VOLUME,
+            ..self.handle(name, number)
+        }
+    }
 }
 
 impl ClusterVm<'_> {

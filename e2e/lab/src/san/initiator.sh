@@ -56,12 +56,23 @@ fi
 ln -sf /dev/mapper/san /dev/disk/by-id/lab-san
 echo "connected: $a $b"
 
-# What multipathd does after its path check.
+# What multipathd does after its path check: a path that was seen down is reinstated when it is up again. Without a
+# process per round: an emulated node feels each of them.
+down= round=0
 while sleep 1; do
+    round=$((round + 1))
     for path in "$a $number_a" "$b $number_b"; do
-        [ "$(cat /sys/block/${path% *}/device/state)" = running ] || continue
+        read -r state < /sys/block/${path% *}/device/state || continue
+        number=${path#* }
+        if [ "$state" != running ]; then
+            case "$down" in *" $number "*) ;; *) down="$down $number " ;; esac
+            continue
+        fi
+        # Now and then in any case: this loop may have slept over an outage.
+        case "$down" in *" $number "*) ;; *) [ $((round % 30)) = 0 ] || continue ;; esac
         case "$(dmsetup status san-paths)" in
-            *" ${path#* } F"*) dmsetup message san-paths 0 "reinstate_path ${path#* }" && echo "reinstated $path" ;;
+            *" $number F"*) dmsetup message san-paths 0 "reinstate_path $number" && echo "reinstated $path" ;;
+            *" $number A"*) down=${down%" $number "*}${down#*" $number "} ;;
         esac
     done
 done

@@ -246,6 +246,7 @@ fn swarm(scheduler: &Scheduler) -> Profile {
     if blows.is_empty() {
         blows.push(Blow::one(Fault::Stall));
     }
+    let can_deafen = true;
     let any = |of: u64| usize::try_from(scheduler.below(of)).unwrap_or(0);
     let moments = [
         Moment::Opening,
@@ -284,7 +285,8 @@ fn swarm(scheduler: &Scheduler) -> Profile {
             patient: false,
             dawdles: scheduler.once_in(4),
         },
-        one_stays_off: coin(),
+        // Only its administrator ends the wait for a node that names no watchdog, as after `Deaf`.
+        one_stays_off: coin() && !can_deafen,
     }
 }
 

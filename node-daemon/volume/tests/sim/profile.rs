@@ -246,7 +246,6 @@ fn swarm(scheduler: &Scheduler) -> Profile {
     if blows.is_empty() {
         blows.push(Blow::one(Fault::Stall));
     }
-    let can_deafen = true;
     let any = |of: u64| usize::try_from(scheduler.below(of)).unwrap_or(0);
     let moments = [
         Moment::Opening,
@@ -285,8 +284,9 @@ fn swarm(scheduler: &Scheduler) -> Profile {
             patient: false,
             dawdles: scheduler.once_in(4),
         },
-        // Only its administrator ends the wait for a node that names no watchdog, as after `Deaf`.
-        one_stays_off: coin() && !can_deafen,
+        // A node that names no watchdog, as after `Deaf`, is only taken over from once its administrator has
+        // confirmed that it is off.
+        one_stays_off: false,
     }
 }
 

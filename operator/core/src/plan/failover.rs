@@ -165,7 +165,8 @@ impl PlanContext<'_> {
             _ => None,
         };
         for record in open(records.map_or(&[][..], Vec::as_slice)) {
-            if row.epoch == record.epoch {
+            // An owner that began another epoch by itself was not taken over: it was fenced in none.
+            if row.epoch == record.epoch || row.owner == Some(record.owner) {
                 let healthy = place
                     .as_ref()
                     .is_some_and(|(_, v)| *v == NodeHealth::Healthy);

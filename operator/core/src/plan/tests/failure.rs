@@ -95,6 +95,17 @@ fn a_suspect_node_is_recorded_while_no_coordinator_answers() {
     assert!(!records(lost(moving)));
 }
 
+/// A restart on the same node is a new epoch, which the record's operator may not have known.
+#[test]
+fn an_owner_that_began_another_epoch_by_itself_was_not_taken_over() {
+    let case = Case::running_on(1).with_failover(Epoch(4));
+    let ends = |such: fn(&FailoverUpdate) -> bool| {
+        case.plans(|a| matches!(a, Action::ReportFailover { update, .. } if such(update)))
+    };
+    assert!(ends(|u| matches!(u, FailoverUpdate::Withdrawn { .. })));
+    assert!(!ends(|u| matches!(u, FailoverUpdate::TakenOver { .. })));
+}
+
 #[test]
 fn a_takeover_that_waits_for_a_manual_confirmation_says_so() {
     let mut case = Case::running_on(1).unresponsive(1).with_pod("node-2");

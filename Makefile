@@ -115,7 +115,7 @@ e2e-emulated: image ## Real Kubernetes on emulated nodes: the scenarios with an 
 
 .PHONY: soak-storage
 soak-storage: image ## Storage outages on the lab's SAN that are too long for CI: paths away, bad blocks, bascule-watchdog killed (30 min)
-	$(SCENARIOS) --test cluster_emulated -- $(SERIAL) --nocapture --ignored san::
+	BASCULE_LAB_SAN=1 $(SCENARIOS) --test cluster_emulated -- $(SERIAL) --nocapture --ignored san::
 
 .PHONY: scenario
 scenario: image ## One scenario: T=NAME, TIER=native or emulated; KEEP=1 leaves the lab up for the next KEEP=1

@@ -229,6 +229,9 @@ struct Up {
     /// The watchdog of an emulated node.
     #[arg(long, value_enum, default_value = "bmc")]
     watchdog: Watchdog,
+    /// Connect the emulated nodes to an iSCSI SAN with two paths.
+    #[arg(long)]
+    san: bool,
 }
 
 #[derive(Debug, Args)]
@@ -399,6 +402,7 @@ fn bring_up(name: &LabName, up: &Up) -> Result<()> {
     let mut options = Options::new(name.clone(), up.tier, up.nodes);
     options.images.clone_from(&up.image);
     options.watchdog = up.watchdog;
+    options.san = up.san;
     if let Some(memory) = up.node_memory {
         options.node_memory_mib = memory;
     }

@@ -103,14 +103,17 @@ pub(crate) fn plan(nodes: &[NodeIndex], disks: Vec<DiskSpec>, options: &Options)
             .map(|n| PathBuf::from(format!("{BIN}/images/{n}.tar")))
             .collect(),
         disks,
+        san: options.san,
         late_modules: watchdog_modules(options.watchdog),
         logs: None,
     }
 }
 
-/// Starts the SAN and makes the disk of programs and image archives, one for all nodes.
-pub(crate) fn prepare_lab(lab: &Lab, assets: &Assets) -> Result<()> {
-    lab.control_plane().start(Component::San)?;
+/// Starts the SAN, if there is to be one, and makes the disk of programs and image archives, one for all nodes.
+pub(crate) fn prepare_lab(lab: &Lab, assets: &Assets, options: &Options) -> Result<()> {
+    if options.san {
+        lab.control_plane().start(Component::San)?;
+    }
     step("packing the nodes' programs", || {
         let staging = lab.paths().disks().join("bin.d");
         fs::create_dir_all(staging.join("bin")).context("make the program directory")?;

@@ -53,10 +53,15 @@ fn open_checked(options: &Options) -> Result<Option<Lab>> {
     Ok(Some(lab))
 }
 
-/// SHA-256 of everything that a lab's nodes run and this checkout makes: the `lab` program and the image archives.
+/// SHA-256 of everything that a lab's nodes run and this checkout makes: the `lab` program and the image archives; and
+/// whether there is a SAN.
 pub(crate) fn contents(options: &Options) -> Result<Vec<String>> {
     let files = std::iter::once(lab_binary()?).chain(options.images.iter().cloned());
-    files.map(|file| Ok(sha256_file(&file)?.0)).collect()
+    let san = options.san.then(|| Ok("san".to_owned()));
+    files
+        .map(|file| Ok(sha256_file(&file)?.0))
+        .chain(san)
+        .collect()
 }
 
 fn matches(state: &State, options: &Options, contents: &[String], boot_id: &str) -> Result<()> {
@@ -73,7 +78,7 @@ fn matches(state: &State, options: &Options, contents: &[String], boot_id: &str)
     );
     ensure!(
         state.contents == contents,
-        "the image or the lab program was built anew since"
+        "the image or the lab program was built anew since, or only one of the two has a SAN"
     );
     if let Some(scenario) = &state.unfinished {
         bail!("the scenario {scenario} did not succeed on it");

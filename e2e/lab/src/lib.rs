@@ -14,7 +14,7 @@
 //! | its watchdog | none | IPMI, by [`bmc`] outside the machine; or i6300esb |
 //! | the cluster is | IPv6-only | IPv4-only |
 //! | the shared disk | a loop device | the same raw image in every machine |
-//! | a SAN | none | [`san`]: iSCSI over two paths, dm-multipath |
+//! | a SAN | none | [`san`], on request: iSCSI over two paths, dm-multipath |
 //! | power cut | `kill -9` of PID 1 | `kill -9` of QEMU |
 //! | frozen | the freezer of the node's cgroup | the freezer of QEMU's cgroup |
 //! | two nodes are Ready after | 5 s | 70 s |

@@ -52,6 +52,8 @@ pub(crate) struct NodePlan {
     pub(crate) path: String,
     pub(crate) images: Vec<PathBuf>,
     pub(crate) disks: Vec<DiskSpec>,
+    /// Whether the node is connected to the SAN.
+    pub(crate) san: bool,
     /// Kernel modules to load in the background.
     pub(crate) late_modules: Vec<String>,
     /// Native: directory of the logs. Emulated: `None`, logs go to virtio ports.
@@ -137,7 +139,7 @@ fn spec(node: NodeIndex, plan: &NodePlan, native: Option<NativeSpec>) -> NodeSpe
             ],
         ),
     ];
-    if plan.tier == Tier::Emulated {
+    if plan.san {
         services.push(service(san::SERVICE, san::service_argv(&name)));
     }
     NodeSpec {
@@ -172,6 +174,7 @@ mod tests {
             path: "/bin".into(),
             images: Vec::new(),
             disks: Vec::new(),
+            san: false,
             late_modules: Vec::new(),
             logs: None,
         };

@@ -24,6 +24,8 @@ pub struct Options {
     pub node_memory_mib: u32,
     /// The watchdog of an emulated node.
     pub watchdog: Watchdog,
+    /// Whether the emulated nodes are connected to a SAN ([`crate::san`]).
+    pub san: bool,
     /// Whether the lab is taken down when this process ends, also by a signal.
     pub ephemeral: bool,
 }
@@ -39,6 +41,7 @@ impl Options {
             images: Vec::new(),
             node_memory_mib: NODE_MEMORY_MIB,
             watchdog: Watchdog::Bmc,
+            san: false,
             ephemeral: false,
         }
     }

@@ -44,12 +44,14 @@ impl Lab {
     /// A lab of `nodes` nodes of this tier for one test, named by `BASCULE_LAB`, or `test`: runs with different names
     /// can go on side by side.
     ///
-    /// With `BASCULE_LAB_KEEP=1` the lab stays up when the test ends, and the next such test uses it again if it is
+    /// With `BASCULE_LAB_SAN=1` emulated nodes are connected to a SAN. With `BASCULE_LAB_KEEP=1` the lab stays up when the test
+    /// ends, and the next such test uses it again if it is
     /// equivalent to a new one (`kept.rs`).
     pub fn for_test(tier: Tier, nodes: u8) -> Result<Self> {
         let name = std::env::var("BASCULE_LAB").unwrap_or_else(|_| "test".into());
         let mut options = Options::new(name.parse()?, tier, nodes);
         options.images = images_from_env();
+        options.san = tier == Tier::Emulated && std::env::var_os("BASCULE_LAB_SAN").is_some();
         options.ephemeral = !keep_from_env();
         let session = LabPaths::new(&options.name)?.lock_session()?;
         let kept = if options.ephemeral {
@@ -141,7 +143,7 @@ fn build(
         lab.control_plane().start_all(&pki)
     })?;
     if let Some(assets) = assets {
-        emulated::prepare_lab(lab, assets)?;
+        emulated::prepare_lab(lab, assets, options)?;
     }
     let plan = plan(lab, options, nodes, device)?;
     for &node in nodes {
@@ -253,6 +255,7 @@ fn plan(
         path: dirs.chain(system).collect::<Vec<_>>().join(":"),
         images,
         disks,
+        san: false,
         late_modules: Vec::new(),
         logs: Some(lab.state.logs.clone()),
     })

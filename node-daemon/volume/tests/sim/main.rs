@@ -8,7 +8,7 @@
 //!
 //! `make soak SEEDS=1000` runs more seeds, in `JOBS=2` processes side by side, and says how many hours they
 //! simulated; `BASCULE_SIM_SEED=7` runs one of them, with figures, and `BASCULE_SIM_PROFILE=Elections` those
-//! of one profile.
+//! of one profile. With `RUST_LOG=debug` the drivers' own messages are shown.
 //!
 //! # Not simulated
 //! The VM process and bascule-watchdog (their gate check, writer page and decisions are the real ones, what
@@ -69,6 +69,13 @@ const fn sound(profile: Kind) -> Setup {
 
 /// A digest of what happened; the error is the first failed check.
 fn run(seed: u64, setup: Setup) -> Result<u64, String> {
+    if std::env::var_os("RUST_LOG").is_some() {
+        let _already = tracing_subscriber::fmt()
+            .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
+            .without_time()
+            .with_thread_names(true)
+            .try_init();
+    }
     Scheduler::run(seed, move |scheduler| simulate(scheduler, setup))
 }
 

@@ -49,7 +49,9 @@ pub(crate) enum Fault {
     Pause,
 }
 
-const FAULTS: [Fault; 11] = [
+/// What a swarm draws from. Not damage: a leader block that is damaged in the middle of its slot's election, or a head
+/// between its area's first row and its next write, may be the newest, and only `bascule-volume repair` ends that.
+const FAULTS: [Fault; 10] = [
     Fault::KillVolume,
     Fault::KillGuests,
     Fault::PowerCut,
@@ -60,7 +62,6 @@ const FAULTS: [Fault; 11] = [
     Fault::Deaf,
     Fault::HoldGuests,
     Fault::HoldWatchdog,
-    Fault::Damage,
 ];
 
 impl Fault {

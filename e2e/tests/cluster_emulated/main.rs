@@ -49,3 +49,6 @@ fn killing_daemon_operator_apiserver_stops_no_guest() {
 
 /// Boot of an emulated node and the start of its daemon.
 const BACK_LIMIT: Duration = Duration::from_secs(420);
+/// Linux writes metadata back 30 s after it was made dirty, and looks every 5 s: what a guest has not written then, it
+/// will not write by itself.
+const WRITEBACK: Duration = Duration::from_secs(36);

@@ -9,7 +9,7 @@ use bascule_e2e::kubernetes::{
 };
 use bascule_lab::{Lab, Node, SanPath};
 
-use crate::{BACK_LIMIT, CLUSTER};
+use crate::{BACK_LIMIT, CLUSTER, WRITEBACK};
 
 /// The process of a guest is killed while the SAN has its last writes and has not landed them: the same node
 /// starts the guest again in a new epoch, after they have landed and not before, and no acknowledged block is lost.
@@ -407,9 +407,6 @@ fn resets(lab: &Lab) -> Result<Vec<usize>> {
 
 /// A write in flight for less than this does not make the watchdog fire.
 const LEASE_AND_WATCHDOG_SECONDS_MIN: u64 = 8;
-/// Linux writes metadata back 30 s after it was made dirty, and looks every 5 s: what a guest has not written then, it
-/// will not write by itself.
-const WRITEBACK: Duration = Duration::from_secs(36);
 const QUIET_LIMIT: Duration = Duration::from_secs(180);
 const KILL_WATCHDOG: &str = "for p in $(pgrep -x bascule-watchdo); do grep -q -e --hold /proc/$p/cmdline || kill -KILL $p; done";
 /// The watchdog's timeout, the reset of the machine, and a busy host.

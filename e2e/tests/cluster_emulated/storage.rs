@@ -6,7 +6,7 @@ use anyhow::ensure;
 use bascule_e2e::kubernetes::{VOLUME, scenarios};
 use bascule_lab::Node;
 
-use crate::{BACK_LIMIT, CLUSTER};
+use crate::{BACK_LIMIT, CLUSTER, WRITEBACK};
 
 /// Guests stall without an I/O error, and no takeover happens.
 #[test]
@@ -47,6 +47,8 @@ fn backing_gone_for_half_a_minute_resets_nobody_whose_writes_are_complete() {
         let mut talk = vm.talk().unwrap();
         let promised = talk.append().unwrap();
         let (_, epoch) = vm.slot_and_epoch().unwrap();
+        // What else the guest has dirtied must be written: a node with a write in flight is reset.
+        std::thread::sleep(WRITEBACK);
         let (taken, before) = (vm.times_taken_over().unwrap(), resets());
         for node in lab.nodes() {
             node.stall_disk().unwrap();

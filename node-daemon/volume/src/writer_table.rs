@@ -278,7 +278,8 @@ impl WriterTable {
             let view = self.view(writer);
             view.is_some_and(|view| {
                 let clean = view.state == WriterState::Clean;
-                self.writers.is_quiet(phase, view.active == 0, clean)
+                let idle = view.attached && view.active == 0;
+                self.writers.is_quiet(phase, idle, clean)
             })
         })
     }

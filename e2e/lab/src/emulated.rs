@@ -333,7 +333,8 @@ impl Machine<'_> {
         let chardev = format!("socket,id={CONTROL},path={socket},server=on,wait=off");
         args.add(&["-chardev", &chardev]);
         args.device(&format!("virtserialport,chardev={CONTROL},name={CONTROL}"));
-        for service in SERVICES {
+        let san = self.options.san.then_some(&san::SERVICE);
+        for service in SERVICES.iter().chain(san) {
             let log = self
                 .lab
                 .logs()
@@ -453,8 +454,8 @@ const PROGRAMS: &[&str] = &[
     "kubelet",
     "kube-proxy",
 ];
-/// Services with a log port of their own.
-const SERVICES: &[&str] = &["containerd", "kubelet", "kube-proxy", san::SERVICE];
+/// Services with a log port of their own, as the SAN's initiator has where there is one.
+const SERVICES: &[&str] = &["containerd", "kubelet", "kube-proxy"];
 /// A panic resets the node after 1 s. CPU mitigations are off: they slow emulation and serve no purpose in a lab.
 const KERNEL_ARGS: &str = "console=ttyS0 panic=1 mitigations=off net.ifnames=0 no_timer_check";
 /// 3 s with working nested virtualization; a machine without it does not finish.

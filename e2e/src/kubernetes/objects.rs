@@ -36,12 +36,7 @@ pub struct Moved {
 /// # Errors
 /// When it is absent or not true.
 pub fn condition(object: &Value, kind: &str) -> Result<()> {
-    let conditions = object["status"]["conditions"].as_array();
-    let found = conditions
-        .into_iter()
-        .flatten()
-        .find(|condition| condition["type"] == kind);
-    let Some(found) = found else {
+    let Some(found) = find_condition(object, kind) else {
         bail!("no condition {kind} yet")
     };
     if found["status"] == "True" {
@@ -54,6 +49,11 @@ pub fn condition(object: &Value, kind: &str) -> Result<()> {
         text("reason"),
         text("message")
     )
+}
+
+fn find_condition<'o>(object: &'o Value, kind: &str) -> Option<&'o Value> {
+    let mut conditions = object["status"]["conditions"].as_array()?.iter();
+    conditions.find(|condition| condition["type"] == kind)
 }
 
 /// The result of a migration that has succeeded; [`PermanentError`] when it has failed.
@@ -121,14 +121,13 @@ fn read(object: &Value) -> Result<Moved> {
     })
 }
 
-pub(super) fn time(value: &Value) -> Option<Timestamp> {
+fn time(value: &Value) -> Option<Timestamp> {
     value.as_str()?.parse().ok()
 }
 
 /// Since when a pod is ready, in whole seconds.
 pub(super) fn ready_since(pod: &Value) -> Option<Timestamp> {
-    let conditions = pod["status"]["conditions"].as_array()?;
-    let ready = conditions.iter().find(|c| c["type"] == "Ready")?;
+    let ready = find_condition(pod, "Ready")?;
     (ready["status"] == "True").then(|| time(&ready["lastTransitionTime"]))?
 }
 

@@ -4,10 +4,10 @@ use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Result, ensure};
 use bascule_e2e::kubernetes::{ClusterVm, Installation, scenarios};
-use bascule_e2e::wait_for;
 use bascule_lab::Node;
 use jiff::Timestamp;
 
+use crate::watchdog::{ensure_reset_between, wait_reset};
 use crate::{BACK_LIMIT, CLUSTER};
 
 #[test]
@@ -90,17 +90,12 @@ fn frozen_for_longer(
     let writer = vm.writer()?;
     let frozen = Instant::now();
     freeze(&node)?;
-    let reset = wait_for("the watchdog to reset the node", RESET_LIMIT, || {
-        Ok(node.watchdog_resets()?.get(resets).copied())
-    })?;
+    let reset = wait_reset(&node, resets)?;
     println!("{from} was reset {:?} after the freeze", frozen.elapsed());
     let (to, takeover) = scenarios::restarted_elsewhere(vm, &from, writer)?;
     let succession = vm.succession(since, &from, &to)?;
     println!("{}; {succession:?}", takeover.detail);
-    ensure!(
-        succession.last < reset && reset < succession.first,
-        "reset at {reset:?}, {succession:?}"
-    );
+    ensure_reset_between(reset, &succession)?;
     let reset = Timestamp::try_from(reset)?;
     // The API's times are whole seconds, rounded down.
     let taken_over = takeover.taken_over + Duration::from_secs(1);
@@ -111,5 +106,3 @@ fn frozen_for_longer(
 /// The length of the fault itself, longer than a lease (4 s) and shorter than the watchdog's timeout
 /// (8 s): nothing is waited for.
 const SHORT_FREEZE: Duration = Duration::from_secs(5);
-/// The watchdog's timeout plus the reset of the machine.
-const RESET_LIMIT: Duration = Duration::from_secs(60);

@@ -9,6 +9,7 @@ mod isolation;
 mod memory;
 mod san;
 mod storage;
+mod watchdog;
 
 use std::time::Duration;
 

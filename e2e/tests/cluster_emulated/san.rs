@@ -7,8 +7,9 @@ use anyhow::{Context, Result, ensure};
 use bascule_e2e::kubernetes::{
     ClusterVm, Installation, NAMESPACE, SAN_VOLUME, condition, scenarios,
 };
-use bascule_lab::{Lab, Node, SanPath};
+use bascule_lab::{Node, SanPath};
 
+use crate::watchdog::{ensure_reset_between, resets, wait_reset};
 use crate::{BACK_LIMIT, CLUSTER, WRITEBACK};
 
 /// The process of a guest is killed while the SAN has its last writes and has not landed them: the same node
@@ -160,19 +161,13 @@ fn lose_path(cluster: &Installation, vm: &ClusterVm<'_>, victims: &[Victim]) -> 
         }
     }
     let count = before[usize::from(node.index().number()) - 1];
-    let reset = bascule_lab::wait_for("the watchdog to reset the node", RESET_LIMIT, || {
-        let reset = node.watchdog_resets()?.get(count).copied();
-        reset.context("no reset")
-    })?;
+    let reset = wait_reset(&node, count)?;
     println!("{from} was reset {:?} after the loss", lost.elapsed());
     lab.heal_san()?;
     let (to, takeover) = scenarios::restarted_elsewhere(vm, &from, writer)?;
     let succession = vm.succession(since, &from, &to)?;
     println!("{}; {succession:?}", takeover.detail);
-    ensure!(
-        succession.last < reset && reset < succession.first,
-        "reset at {reset:?}, {succession:?}"
-    );
+    ensure_reset_between(reset, &succession)?;
     cluster.wait_back(&from)?;
     cluster.wait_volume_on(SAN_VOLUME)?;
     let mut expected = before;
@@ -328,11 +323,8 @@ fn error_storm(cluster: &Installation, node: &Node<'_>, vms: &[&ClusterVm<'_>]) 
     let epochs: Vec<_> = epochs.collect::<Result<_>>()?;
     node.san_write_errors()?;
     let index = usize::from(node.index().number()) - 1;
+    wait_reset(node, before[index])?;
     before[index] += 1;
-    bascule_lab::wait_for("the watchdog to reset the node", RESET_LIMIT, || {
-        ensure!(resets(lab)? == before, "no reset");
-        Ok(())
-    })?;
     for (vm, epoch) in vms.iter().zip(epochs) {
         lab.wait_for("the guest to run in a new epoch", BACK_LIMIT, || {
             condition(&vm.object()?, "Ready")?;
@@ -399,17 +391,9 @@ fn without_multipath(cluster: &Installation, on: bool) -> Result<()> {
     nodes.try_for_each(|node| node.set_san_multipath(!on))
 }
 
-/// Watchdog resets of each node.
-fn resets(lab: &Lab) -> Result<Vec<usize>> {
-    let of = |node: Node<'_>| Ok(node.watchdog_resets()?.len());
-    lab.nodes().map(of).collect()
-}
-
 /// A write in flight for less than this does not make the watchdog fire.
 const LEASE_AND_WATCHDOG_SECONDS_MIN: u64 = 8;
 const QUIET_LIMIT: Duration = Duration::from_secs(180);
 const KILL_WATCHDOG: &str = "for p in $(pgrep -x bascule-watchdo); do grep -q -e --hold /proc/$p/cmdline || kill -KILL $p; done";
-/// The watchdog's timeout, the reset of the machine, and a busy host.
-const RESET_LIMIT: Duration = Duration::from_secs(60);
 /// A session is logged in again within seconds.
 const PATHS_LIMIT: Duration = Duration::from_secs(90);

@@ -4,8 +4,8 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::ensure;
 use bascule_e2e::kubernetes::{VOLUME, scenarios};
-use bascule_lab::Node;
 
+use crate::watchdog::resets;
 use crate::{BACK_LIMIT, CLUSTER, WRITEBACK};
 
 /// Guests stall without an I/O error, and no takeover happens.
@@ -40,16 +40,12 @@ fn backing_gone_on_all_nodes_for_a_moment_loses_nothing() {
 fn backing_gone_for_half_a_minute_resets_nobody_whose_writes_are_complete() {
     CLUSTER.with_resident("quiet", |cluster, vm| {
         let lab = cluster.lab();
-        let resets = || -> Vec<usize> {
-            let of = |node: Node<'_>| node.watchdog_resets().unwrap().len();
-            lab.nodes().map(of).collect()
-        };
         let mut talk = vm.talk().unwrap();
         let promised = talk.append().unwrap();
         let (_, epoch) = vm.slot_and_epoch().unwrap();
         // What else the guest has dirtied must be written: a node with a write in flight is reset.
         std::thread::sleep(WRITEBACK);
-        let (taken, before) = (vm.times_taken_over().unwrap(), resets());
+        let (taken, before) = (vm.times_taken_over().unwrap(), resets(lab).unwrap());
         for node in lab.nodes() {
             node.stall_disk().unwrap();
         }
@@ -61,7 +57,7 @@ fn backing_gone_for_half_a_minute_resets_nobody_whose_writes_are_complete() {
         assert_eq!(talk.append().unwrap(), promised + 1);
         talk.check().unwrap();
         vm.wait_ready(BACK_LIMIT).unwrap();
-        assert_eq!(resets(), before, "a watchdog reset a node");
+        assert_eq!(resets(lab).unwrap(), before, "a watchdog reset a node");
         assert_eq!(vm.slot_and_epoch().unwrap().1, epoch);
         assert_eq!(vm.times_taken_over().unwrap(), taken);
         cluster.wait_volume().unwrap();

@@ -275,12 +275,9 @@ impl WriterTable {
     pub fn are_all_drained(&mut self) -> bool {
         self.read_pages();
         self.writers.iter().all(|(writer, phase)| {
-            let view = self.view(writer);
-            view.is_some_and(|view| {
-                let clean = view.state == WriterState::Clean;
-                let idle = view.attached && view.active == 0;
-                self.writers.is_quiet(phase, idle, clean)
-            })
+            let quiet =
+                |view: WriterView| self.writers.is_quiet(phase, view.active == 0, view.state);
+            self.view(writer).is_some_and(quiet)
         })
     }
 

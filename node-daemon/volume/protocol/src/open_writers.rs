@@ -20,7 +20,7 @@
 
 use std::collections::BTreeMap;
 
-use bascule_types::VmUid;
+use bascule_types::{VmUid, WriterState};
 
 use bascule_volume_format::{Rules, broken};
 
@@ -116,13 +116,13 @@ impl Writers {
     }
 
     /// Whether a writer in this phase has nothing in flight and nothing that failed, if its page shows that
-    /// it is `idle`, and `clean`. True of a living writer only while its gate is closed for certain.
+    /// it is `idle` and its writes in this `state`. True of a living writer only while its gate is closed for certain.
     #[must_use]
-    pub fn is_quiet(&self, phase: Phase, idle: bool, clean: bool) -> bool {
+    pub fn is_quiet(&self, phase: Phase, idle: bool, state: WriterState) -> bool {
         if broken!(self.rules, UncleanCountsAsDrained) {
             return idle && phase != Phase::Completing;
         }
-        phase == Phase::Open && idle && clean
+        phase == Phase::Open && idle && state == WriterState::Clean
     }
 
     /// Whether this volume must be enlisted with the watchdog.

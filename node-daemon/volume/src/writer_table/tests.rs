@@ -219,6 +219,24 @@ fn i1_a_failed_write_in_a_page_makes_the_writer_unclean_for_good() {
 }
 
 #[test]
+fn i1_only_idle_clean_writers_that_keep_their_pages_are_drained() {
+    let run_dir = tempfile::tempdir().unwrap();
+    let mut table = WriterTable::load(run_dir.path(), Rules::ENFORCED).unwrap();
+    table.open(me(), DEVICE).unwrap();
+    assert!(!table.are_all_drained(), "it has no page");
+    let file = table.page(me()).unwrap();
+    assert!(!table.are_all_drained(), "it does not keep its page");
+    let page = WriterPage::attach(file).unwrap();
+    assert!(table.are_all_drained());
+    page.write_begins();
+    assert!(!table.are_all_drained(), "a write is under way");
+    page.writes_ended();
+    assert!(table.are_all_drained());
+    page.write_failed();
+    assert!(!table.are_all_drained(), "the failed write may land");
+}
+
+#[test]
 fn a_writer_with_a_write_under_way_cannot_close() {
     let run_dir = tempfile::tempdir().unwrap();
     let mut table = WriterTable::load(run_dir.path(), Rules::ENFORCED).unwrap();

@@ -25,8 +25,7 @@ impl Lab {
     /// # Errors
     /// When the record cannot be read.
     pub fn san_writes(&self, since: SystemTime) -> Result<Vec<SanWrite>> {
-        let path = self.logs().join(WRITES);
-        let text = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
+        let text = self.san_record()?;
         let writes = text.lines().filter_map(parse);
         Ok(writes.filter(|write| write.landed >= since).collect())
     }
@@ -36,11 +35,15 @@ impl Lab {
     /// # Errors
     /// When the record cannot be read.
     pub fn san_held(&self, since: SystemTime) -> Result<usize> {
-        let path = self.logs().join(WRITES);
-        let text = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
+        let text = self.san_record()?;
         let held = text.lines().filter(|line| line.contains(" held "));
         let landed = held.filter_map(|line| parse(&line.replace(" held ", " 0 ")));
         Ok(landed.filter(|write| write.received >= since).count())
+    }
+
+    fn san_record(&self) -> Result<String> {
+        let path = self.logs().join(WRITES);
+        fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))
     }
 
     /// Holds writes of `node` to these ranges of bytes (first, end): the SAN receives them, and neither lands nor answers

@@ -17,11 +17,12 @@ pub trait Guest {
     /// When it is not paused, or KVM refuses.
     fn save(&mut self) -> Result<Vec<u8>, GuestError>;
 
-    /// Runs the guest unless it runs. Called before any clean-up when an attempt fails.
+    /// Runs the guest unless it runs, in `ownership` if the attempt began a new one. Called before any
+    /// clean-up when an attempt fails.
     ///
     /// # Errors
     /// When there is no guest any more.
-    fn resume(&mut self) -> Result<(), GuestError>;
+    fn resume(&mut self, ownership: Option<Ownership>) -> Result<(), GuestError>;
 
     /// The commit request is about to be sent: from now on only the outcome of the attempt may
     /// resume or stop the paused guest.

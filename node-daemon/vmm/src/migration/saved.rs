@@ -291,7 +291,7 @@ impl Driver<'_> {
 
     /// Resumes the guest, then gives the reserved extents back.
     fn resume_source(mut self, failure: Abort, ownership: Option<Ownership>) -> OutgoingEnd {
-        if let Err(error) = self.guest.resume() {
+        if let Err(error) = self.guest.resume(ownership) {
             tracing::warn!(%error, "the guest could not be resumed");
         }
         let own = Ownership::new(self.job.from, self.job.epoch);

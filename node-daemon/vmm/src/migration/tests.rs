@@ -121,6 +121,31 @@ fn i5_a_destination_that_fails_at_any_point_before_ready_leaves_the_guest_unharm
 }
 
 #[test]
+fn i2_a_guest_that_shuts_itself_down_before_the_last_copy_is_moved_nowhere() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let mut order = Move::new();
+    let ((mut here, _here_test), (there, _there_test)) = (source(), destination());
+    here.ends = Some("the guest has shut itself down");
+    let arrives = order.listen(there);
+    let end = order.send(&mut here);
+    let OutgoingEnd::Kept { failure, ownership } = end else {
+        panic!("{end:?}");
+    };
+    assert_eq!(failure.text, "the guest has shut itself down");
+    assert_eq!(ownership, None);
+    let (arrived, there) = arrives.join().unwrap();
+    assert!(
+        matches!(arrived, IncomingEnd::Discarded { .. }),
+        "{arrived:?}"
+    );
+    assert!(!there.is_running() && !here.is_running());
+    assert_eq!(order.volume.seen().epoch, Epoch(4), "nothing was requested");
+    assert_eq!(order.status().failure.unwrap(), failure.text);
+}
+
+#[test]
 fn i5_a_source_that_fails_with_the_guest_stopped_resumes_it_at_once() {
     if !kvm_or_skip() {
         return;

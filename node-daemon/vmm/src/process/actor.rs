@@ -33,6 +33,7 @@
 //! | `host_shutdown`, `host_shutdown_progress` | SIGTERM: the guest is asked to switch itself off, and stopped when it does not in time |
 //! | `migrations`, `migration_guest` | starting migrations, and the machine as their threads see it |
 //! | `ownership_watch` | following the gate page: the node has re-joined, or lost the VM |
+//! | `notices` | a guest that ends by itself, in whatever phase that is noticed |
 //! | `disk_failure` | reporting a failed disk to the home volume |
 
 mod build;
@@ -43,6 +44,7 @@ mod host_shutdown;
 mod host_shutdown_progress;
 mod migration_guest;
 mod migrations;
+mod notices;
 mod ownership_watch;
 mod phase;
 mod shutdown;

@@ -32,7 +32,7 @@ impl Driver<'_> {
         let began = Instant::now();
         self.pause()?;
         let saved = self.save();
-        self.guest.resume().map_err(|error| internal(error.0))?;
+        self.guest.resume(None).map_err(|error| internal(error.0))?;
         let save = began.elapsed();
         let state = Bytes(saved?.len() as u64);
         let token = 1;

@@ -22,7 +22,7 @@ impl Driver<'_> {
         cause: Abort,
         ownership: Option<Ownership>,
     ) -> OutgoingEnd {
-        if let Err(error) = self.guest.resume() {
+        if let Err(error) = self.guest.resume(ownership) {
             tracing::warn!(%error, "the guest could not be resumed");
         }
         if let Some((stopped, _)) = self.stopped.take() {

@@ -25,6 +25,8 @@ pub(super) struct TestGuest {
     pub(super) in_doubt: bool,
     pub(super) announced: u32,
     pub(super) taken_over: Option<Epoch>,
+    /// It ends by itself when it is about to be paused, as this text says.
+    pub(super) ends: Option<&'static str>,
 }
 
 impl TestGuest {
@@ -34,6 +36,7 @@ impl TestGuest {
             in_doubt: false,
             announced: 0,
             taken_over: None,
+            ends: None,
         }
     }
 
@@ -56,6 +59,10 @@ pub(super) fn failed(error: impl std::fmt::Display) -> GuestError {
 
 impl Guest for TestGuest {
     fn pause(&mut self) -> Result<(), GuestError> {
+        if let Some(text) = self.ends {
+            self.vm = Owned::Between;
+            return Err(failed(text));
+        }
         self.vm = match std::mem::replace(&mut self.vm, Owned::Between) {
             Owned::Running(vm) => Owned::Paused(vm.pause().map_err(failed)?),
             _ => panic!("paused twice"),
@@ -70,7 +77,7 @@ impl Guest for TestGuest {
         vm.save().map_err(failed)?.encode().map_err(failed)
     }
 
-    fn resume(&mut self) -> Result<(), GuestError> {
+    fn resume(&mut self, _ownership: Option<Ownership>) -> Result<(), GuestError> {
         self.vm = match std::mem::replace(&mut self.vm, Owned::Between) {
             Owned::Paused(vm) => Owned::Running(vm.run().map_err(failed)?),
             other => other,
@@ -104,7 +111,7 @@ impl Arrival for TestGuest {
 
     fn run(&mut self) -> Result<(), GuestError> {
         assert!(self.announced > 0, "announced before the first instruction");
-        self.resume()
+        self.resume(None)
     }
 }
 

@@ -8,7 +8,8 @@ use bascule_devices::disk::VolumeGate;
 use bascule_ipc::vm::{StartMode, VmConfig};
 use bascule_types::Ownership;
 
-use super::event::{ActorHandle, Notices, lock};
+use super::event::ActorHandle;
+use super::notices::{Notices, lock};
 use super::ownership_watch;
 use super::phase::BuiltMachine;
 use crate::migration::{self, SavedArea};

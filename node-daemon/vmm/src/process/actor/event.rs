@@ -5,9 +5,7 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use bascule_devices::failure::DeviceFailure;
 use bascule_ipc::vm::{Request, Response, StopReason};
 use bascule_types::Ownership;
 
@@ -21,7 +19,7 @@ const INBOX_LENGTH: usize = 64;
 
 /// What the actor applies next.
 pub(crate) enum Event {
-    /// There is something in the actor's [`Notices`].
+    /// There is something in the actor's [`super::notices::Notices`].
     Notices,
     /// A request on `vm.sock`.
     Control(Request, Reply<Answer>),
@@ -64,8 +62,8 @@ pub(crate) enum MigrationRequest {
     Pause(Reply<anyhow::Result<Done>>),
     /// Source: the encoded state of the paused machine.
     Save(Reply<anyhow::Result<Vec<u8>>>),
-    /// Source: run the guest unless it runs.
-    ResumeSource(Reply<anyhow::Result<()>>),
+    /// Source: run the guest unless it runs, in this ownership if the attempt began a new one.
+    ResumeSource(Option<Ownership>, Reply<anyhow::Result<()>>),
     /// Source: the commit request is about to be sent.
     MarkInDoubt(Reply<anyhow::Result<()>>),
     /// Source: the migration ended.
@@ -111,15 +109,6 @@ pub(crate) type Done = Receiver<Result<(), String>>;
 
 /// Where the actor puts the reply to one request.
 pub(crate) struct Reply<T>(SyncSender<T>);
-
-/// What device and vCPU threads leave for the actor, because they must not wait for its inbox.
-#[derive(Debug, Default)]
-pub(super) struct Notices {
-    /// Why the guest ended by itself; the first reason counts.
-    pub(super) stop: Option<StopReason>,
-    /// Failed disks whose guest runs on.
-    pub(super) disk_failures: Vec<DeviceFailure>,
-}
 
 /// Sends events to the actor, from any thread.
 #[derive(Clone, Debug)]
@@ -211,7 +200,7 @@ impl MigrationRequest {
         match self {
             Self::Pause(_) => "Pause",
             Self::Save(_) => "Save",
-            Self::ResumeSource(_) => "ResumeSource",
+            Self::ResumeSource(..) => "ResumeSource",
             Self::MarkInDoubt(_) => "MarkInDoubt",
             Self::OutgoingEnded(..) => "OutgoingEnded",
             Self::Listening(..) => "Listening",
@@ -233,11 +222,6 @@ impl OwnershipRequest {
             Self::Lost(..) => "Lost",
         }
     }
-}
-
-/// Locks the notices. They are consistent after every assignment, so that a poisoned lock is used.
-pub(super) fn lock(notices: &Arc<Mutex<Notices>>) -> MutexGuard<'_, Notices> {
-    notices.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

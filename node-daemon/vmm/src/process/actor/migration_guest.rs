@@ -23,8 +23,10 @@ impl Guest for ActorGuest {
         request(&self.0, MigrationRequest::Save)
     }
 
-    fn resume(&mut self) -> Result<(), GuestError> {
-        request(&self.0, MigrationRequest::ResumeSource)
+    fn resume(&mut self, ownership: Option<Ownership>) -> Result<(), GuestError> {
+        request(&self.0, |reply| {
+            MigrationRequest::ResumeSource(ownership, reply)
+        })
     }
 
     fn mark_in_doubt(&mut self) -> Result<(), GuestError> {

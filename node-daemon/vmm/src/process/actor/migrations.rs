@@ -35,10 +35,9 @@ impl VmActor {
         match request {
             MigrationRequest::Pause(reply) => reply.send(self.pause()),
             MigrationRequest::Save(reply) => reply.send(self.save()),
-            MigrationRequest::ResumeSource(reply) => reply.send(match self.phase {
-                Phase::Running(_) => Ok(()),
-                _ => self.resume(),
-            }),
+            MigrationRequest::ResumeSource(ownership, reply) => {
+                reply.send(self.resume_source(ownership));
+            }
             MigrationRequest::MarkInDoubt(reply) => reply.send(self.mark_in_doubt()),
             MigrationRequest::OutgoingEnded(end, reply) => {
                 self.outgoing_ended(&end);
@@ -260,9 +259,26 @@ impl VmActor {
         }
     }
 
+    /// An attempt has failed: the guest goes on here. The ownership comes first, so that whatever ends the
+    /// guest from now on releases the present one.
+    pub(super) fn resume_source(&mut self, ownership: Option<Ownership>) -> anyhow::Result<()> {
+        if let Some(ownership) = ownership {
+            self.begin_ownership(ownership);
+            if let Some(gate) = &self.gate {
+                gate.set_owner(ownership.owner);
+            }
+        }
+        match self.phase {
+            Phase::Running(_) => Ok(()),
+            _ => self.resume(),
+        }
+    }
+
     /// Before the commit request of a live and of a quick migration. An unclean writer ends the attempt
-    /// here: a write of it may land after the first one of the destination.
-    fn mark_in_doubt(&mut self) -> anyhow::Result<()> {
+    /// here: a write of it may land after the first one of the destination. So does a guest that has ended
+    /// by itself: the destination would run past that.
+    pub(super) fn mark_in_doubt(&mut self) -> anyhow::Result<()> {
+        self.refuse_ended()?;
         if let Phase::Paused(vm) = &self.phase {
             let gate = self.gate.as_ref();
             let state = gate.map_or(WriterState::Clean, |gate| gate.writer_state());
@@ -284,14 +300,8 @@ impl VmActor {
 
     fn outgoing_ended(&mut self, end: &OutgoingEnd) {
         match end {
-            OutgoingEnd::Kept { ownership, .. } => {
-                if let Some(ownership) = *ownership {
-                    self.begin_ownership(ownership);
-                    if let Some(gate) = &self.gate {
-                        gate.set_owner(ownership.owner);
-                    }
-                }
-            }
+            // The guest was resumed already, or has ended.
+            OutgoingEnd::Kept { .. } => {}
             OutgoingEnd::Departed { .. } => {
                 let ownership = self.ownership;
                 self.depart();

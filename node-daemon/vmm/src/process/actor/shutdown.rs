@@ -14,6 +14,7 @@ use bascule_ipc::volume::Response as VolumeResponse;
 use bascule_types::{Change, Ownership, VmUid};
 
 use super::event::{ActorHandle, Done, TaskOutcome};
+use super::notices::ended_text;
 use super::phase::Phase;
 use super::vm_actor::VmActor;
 use crate::kvm::KvmError;
@@ -51,18 +52,22 @@ impl VmActor {
         });
     }
 
+    /// The vCPUs have parked: a stop that was requested meanwhile comes first, then what the guest did in
+    /// its last moments, and only then the pause.
     pub(super) fn parked(&mut self, paused: Result<PausedVm, KvmError>) {
-        match (paused, self.stop_wanted.take()) {
-            (Ok(vm), None) => {
-                self.phase = Phase::Paused(vm);
-                self.pausing.finish(&Ok(()));
-            }
-            (Ok(vm), Some(reason)) => {
-                self.pausing
-                    .finish(&Err("the guest was stopped".to_owned()));
-                self.end(Some(vm), VmState::Running, reason);
-            }
-            (Err(error), _) => {
+        let wanted = self.stop_wanted.take();
+        match paused {
+            Ok(vm) => match wanted.or_else(|| self.take_end()) {
+                None => {
+                    self.phase = Phase::Paused(vm);
+                    self.pausing.finish(&Ok(()));
+                }
+                Some(reason) => {
+                    self.pausing.finish(&Err(ended_text(&reason)));
+                    self.end(Some(vm), VmState::Running, reason);
+                }
+            },
+            Err(error) => {
                 let what = format!("pause: {error}");
                 tracing::error!(what, "the machine is lost");
                 self.pausing.finish(&Err(what.clone()));

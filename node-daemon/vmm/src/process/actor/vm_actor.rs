@@ -9,8 +9,9 @@ use bascule_devices::disk::VolumeGate;
 use bascule_ipc::vm::{DiskError, LastState, StopReason, VmConfig, VmState, VmStatus};
 use bascule_types::{Epoch, Ownership};
 
-use super::event::{ActorHandle, Done, Event, Notices, OwnershipRequest, TaskOutcome, lock};
+use super::event::{ActorHandle, Done, Event, OwnershipRequest, TaskOutcome};
 use super::host_shutdown_progress::Progress;
+use super::notices::Notices;
 use super::phase::Phase;
 use crate::process::devices::Devices;
 use crate::process::home_volume::VolumeClient;
@@ -153,24 +154,6 @@ impl VmActor {
         self.continue_host_shutdown();
     }
 
-    /// Stops a guest that ended by itself while it ran, and reports failed disks. A guest that ended
-    /// by itself while it was being paused is stopped once it is resumed.
-    fn process_notices(&mut self) {
-        let runs = matches!(self.phase, Phase::Running(_));
-        let (stop, failures) = {
-            let mut notices = lock(&self.notices);
-            let stop = notices.stop.take_if(|_| runs);
-            (stop, std::mem::take(&mut notices.disk_failures))
-        };
-        for failure in failures {
-            self.disk_failed(&failure);
-        }
-        if let Some(reason) = stop {
-            let reason = self.host_shutdown.reason(reason);
-            drop(self.stop(reason));
-        }
-    }
-
     fn ownership_request(&mut self, request: OwnershipRequest) {
         match request {
             OwnershipRequest::Get(reply) => reply.send(self.ownership),
@@ -193,9 +176,17 @@ impl VmActor {
     }
 
     /// Runs the guest of a paused or restored machine, or of one whose commit request was refused.
+    ///
+    /// # Errors
+    /// When there is no such guest, or it has ended by itself: [`Self::process_notices`] then ends it.
     pub(super) fn resume(&mut self) -> anyhow::Result<()> {
+        self.phase = match self.take_phase() {
+            Phase::InDoubt(vm) => Phase::Paused(vm),
+            phase => phase,
+        };
+        self.refuse_ended()?;
         match self.take_phase() {
-            Phase::Paused(vm) | Phase::Incoming(vm) | Phase::InDoubt(vm) => match vm.run() {
+            Phase::Paused(vm) | Phase::Incoming(vm) => match vm.run() {
                 Ok(vm) => {
                     self.disk_error = None;
                     self.phase = Phase::Running(vm);

@@ -33,13 +33,14 @@
 //! | `host_shutdown`, `host_shutdown_progress` | SIGTERM: the guest is asked to switch itself off, and stopped when it does not in time |
 //! | `migrations`, `migration_guest` | starting migrations, and the machine as their threads see it |
 //! | `ownership_watch` | following the gate page: the node has re-joined, or lost the VM |
-//! | `notices` | a guest that ends by itself, in whatever phase that is noticed |
+//! | `guest_ended`, `notices` | a guest that ends by itself, in whatever phase that is noticed |
 //! | `disk_failure` | reporting a failed disk to the home volume |
 
 mod build;
 mod control_requests;
 mod disk_failure;
 pub(super) mod event;
+mod guest_ended;
 mod host_shutdown;
 mod host_shutdown_progress;
 mod migration_guest;

@@ -277,7 +277,7 @@ impl Default for Timing {
     }
 }
 
-/// Three of these pass before an unresponsive node is suspected; renewals are several in one.
+/// One of these passes before an unresponsive node is suspected; renewals are several in one.
 fn default_lease() -> Duration {
     Duration::from_std(std::time::Duration::from_secs(4))
 }

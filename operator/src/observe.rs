@@ -97,8 +97,8 @@ fn volume_view(sv: &SharedVolume, states: &BTreeMap<String, NodeState>) -> Fact<
     })
 }
 
-/// The heartbeat of every slot as the other nodes see it: alive if at least one of them saw it advance.
-/// Of several generations of a slot, the newest counts.
+/// The heartbeat of every slot as the other nodes see it: alive if at least one of them finds that the
+/// node may still hold its lease. Of several generations of a slot, the newest counts.
 pub(crate) fn peers(volume: &str, states: &BTreeMap<String, NodeState>) -> Vec<Peer> {
     let mut seen: BTreeMap<SlotId, Peer> = BTreeMap::new();
     for state in states.values().filter(|state| state.stream == Stream::Up) {

@@ -158,7 +158,8 @@ pub struct PeerStatus {
     pub owner: Owner,
     /// The node that holds the slot.
     pub node: NodeUid,
-    /// Whether the slot's heartbeat changed within the lease time.
+    /// Whether the node may still hold its lease, as far as the reporting node's reads show. Enough to
+    /// suspect a node by, not to take anything from it.
     pub alive: bool,
     /// The time since this node saw the heartbeat change, in milliseconds of its own clock.
     pub no_heartbeat_ms: u64,

@@ -77,7 +77,7 @@ fn peers(state: &State, now: BootTime) -> Vec<PeerStatus> {
         PeerStatus {
             owner,
             node: row.node,
-            alive: state.watcher.is_alive(owner, now),
+            alive: state.watcher.may_hold_lease(owner, now),
             no_heartbeat_ms: u64::try_from(unchanged).unwrap_or(u64::MAX),
             address: record.and_then(|record| record.address.parse().ok()),
             fenced: rows.fence(owner).is_some(),

@@ -210,9 +210,7 @@ impl Watcher {
         };
         let unchanged_for = match standing {
             Standing::Unknown => Duration::ZERO,
-            Standing::Shown | Standing::GrantedOnly | Standing::Superseded => watch
-                .confirmed
-                .map_or(Duration::ZERO, |confirmed| confirmed.since(watch.since)),
+            Standing::Shown | Standing::GrantedOnly | Standing::Superseded => watch.unchanged_for(),
         };
         Evidence {
             standing,
@@ -236,6 +234,23 @@ impl Watcher {
         })
     }
 
+    /// Whether `owner` may still hold its lease, as far as this node's reads show: no more than its L has
+    /// passed since its newest heartbeat was first seen, or no read was issued near the end of that L.
+    /// Nothing that is safe only after the lease may follow from `false`: it makes no allowance for a
+    /// difference of the clocks, nor for a renewal since the last read. W does both.
+    #[must_use]
+    pub fn may_hold_lease(&self, owner: Owner, now: BootTime) -> bool {
+        self.is_alive(owner, now)
+            && self.slots.get(&owner.slot).is_some_and(|watch| {
+                let Some(Timings { lease, poll, .. }) = watch.shown.map(|record| record.timings)
+                else {
+                    return false;
+                };
+                let looked = watch.unchanged_for() + poll >= lease;
+                now.since(watch.since) < lease || !looked
+            })
+    }
+
     /// Whether the lease of `victim` has certainly ended. `watch` is the volume's W, for a slot that shows no
     /// record; `now` does not matter: what was not looked at is not over.
     ///
@@ -256,6 +271,14 @@ impl Watcher {
     /// The newest record of every slot that shows one.
     pub fn records(&self) -> impl Iterator<Item = &HeartbeatSeen> {
         self.slots.values().filter_map(|watch| watch.shown.as_ref())
+    }
+}
+
+impl Watch {
+    /// How long the slot has shown the same, by R4 and R5.
+    fn unchanged_for(&self) -> Duration {
+        self.confirmed
+            .map_or(Duration::ZERO, |confirmed| confirmed.since(self.since))
     }
 }
 

@@ -4,7 +4,7 @@ use std::os::unix::fs::FileExt;
 use std::time::Instant;
 
 use crate::lab::{Lab, Node, name, vm};
-use bascule_ipc::volume::{PathState, Request, Response};
+use bascule_ipc::volume::{PathState, Request, Response, VolumeStatus};
 use bascule_types::{
     AdminConfirmation, Answer, AttemptId, Change, Epoch, FenceProof, MissingProof, Refusal, VmRow,
 };
@@ -332,10 +332,12 @@ fn a_frozen_node_stalls_and_rejoins_with_its_vms() {
     let before = two.owner();
     gate.check(boot_time_now(), before).unwrap();
     two.signal(Signal::STOP);
-    one.wait_status("the heartbeat of node 2 to stop", |status| {
-        let peer = status.peers.iter().find(|peer| peer.owner == before);
-        peer.is_some_and(|peer| peer.no_heartbeat_ms > 2500)
+    let peer = |status: &VolumeStatus| status.peers.iter().find(|p| p.owner == before).cloned();
+    let status = one.wait_status("the heartbeat of node 2 to stop", |status| {
+        peer(status).is_some_and(|peer| peer.no_heartbeat_ms > 2500)
     });
+    let suspect = peer(&status).unwrap();
+    assert!(!suspect.alive, "its lease of 2 s is over: {suspect:?}");
     gate.check(boot_time_now(), before)
         .expect_err("the lease of a frozen node expires in the gate page");
     two.signal(Signal::CONT);

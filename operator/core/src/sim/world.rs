@@ -20,8 +20,10 @@ use bascule_types::{
 
 /// One step is this long.
 const STEP_MS: u64 = 1000;
-/// The heartbeat counts as lost after this many steps, the watchdog fires after, and a proof is
-/// there after that.
+/// After this many steps without a heartbeat the other nodes report the node as one that holds no lease;
+/// its lease has certainly ended some steps later, then the watchdog fires, and after that a proof is
+/// there.
+const SUSPECTED: u32 = 2;
 const HEARTBEAT_LOST: u32 = 3;
 const WATCHDOG: u32 = 5;
 const SAFE: u32 = 7;
@@ -330,11 +332,11 @@ impl World {
         said
     }
 
-    /// Most freezes are shorter than a proof takes.
+    /// Most freezes are shorter than a proof takes, some shorter than a lease.
     fn thaw(&mut self) {
         let frozen = |node: &&mut Node| node.powered && !node.network && !node.storage;
         for node in self.nodes.values_mut().filter(frozen) {
-            if node.steps_without_heartbeat > HEARTBEAT_LOST {
+            if node.steps_without_heartbeat >= SUSPECTED {
                 (node.network, node.storage) = (true, true);
             }
         }

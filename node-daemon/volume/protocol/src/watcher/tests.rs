@@ -127,3 +127,46 @@ fn only_a_recent_heartbeat_of_this_very_generation_is_alive() {
     let watcher = read(watcher, 300, 300, left);
     assert!(!watcher.is_alive(owner(2), at(301)));
 }
+
+/// What the operator suspects a node by.
+#[test]
+fn a_node_may_hold_its_lease_until_one_lease_after_its_last_heartbeat_was_seen() {
+    let polled_until = |until: u64| {
+        (1..=until / 500).fold(watching(seen(1, 1)), |watcher, poll| {
+            read(watcher, 500 * poll + 100, 500 * poll + 110, seen(1, 1))
+        })
+    };
+    let lease = Timings::DEFAULT.lease;
+    let seen_at = at(100);
+    for before in [0, 500, 3999] {
+        assert!(polled_until(before).may_hold_lease(owner(1), seen_at.after(ms(before))));
+    }
+    let watcher = polled_until(4_000);
+    assert!(!watcher.may_hold_lease(owner(1), seen_at.after(lease)));
+    // No election, grant or takeover follows from that: W has not passed.
+    assert!(watcher.is_alive(owner(1), seen_at.after(lease)));
+    assert!(!watcher.evidence(owner(1)).lease_is_over());
+    let renewed = read(watcher, 4_600, 4_610, seen(1, 2));
+    assert!(renewed.may_hold_lease(owner(1), at(4_700)));
+}
+
+/// A storage that stalls for this node makes no other node suspect: its renewals are not seen either.
+#[test]
+fn a_node_that_was_not_looked_at_may_hold_its_lease() {
+    let stalled = read(watching(seen(1, 1)), 600, 9_000, seen(1, 1));
+    assert!(stalled.may_hold_lease(owner(1), at(9_000)));
+    let next = read(stalled, 9_500, 9_510, seen(1, 1));
+    assert!(!next.may_hold_lease(owner(1), at(9_510)));
+}
+
+#[test]
+fn no_lease_is_held_by_a_node_that_left_or_in_another_generation() {
+    let watcher = watching(seen(2, 1));
+    assert!(watcher.may_hold_lease(owner(2), at(200)));
+    for other in [owner(1), owner(3)] {
+        assert!(!watcher.may_hold_lease(other, at(200)), "{other}");
+    }
+    let mut left = seen(2, 2);
+    left.detached = true;
+    assert!(!read(watcher, 300, 300, left).may_hold_lease(owner(2), at(301)));
+}

@@ -137,6 +137,35 @@ fn a_node_that_comes_back_in_time_closes_the_record() {
     ));
 }
 
+/// A suspicion that was wrong: the guest runs on as if nothing had been, and nothing of it stays.
+#[test]
+fn a_withdrawn_suspicion_leaves_the_guest_alone_and_gives_the_other_reservation_back() {
+    let suspected = Case::running_on(1)
+        .unresponsive(1)
+        .with_failover(Epoch(5))
+        .with_pod("node-2");
+    let other = suspected.observed.pods.known().unwrap()[1].uid.clone();
+    let mut back = suspected.heartbeat(1, true);
+    back.node("node-1").stream = Stream::Up;
+    let plan = back.plan();
+    assert!(
+        matches!(
+            &plan.actions[..],
+            [
+                Action::ReportFailover {
+                    update: FailoverUpdate::Withdrawn { .. },
+                    ..
+                },
+                Action::DeleteReservation { uid, .. },
+            ] if *uid == other
+        ),
+        "{:?}",
+        plan.actions
+    );
+    assert_eq!(plan.report.phase, Phase::Running);
+    assert_eq!(plan.report.ready.status, Some(true));
+}
+
 /// Its lease ran out, no node took anything over, and it joined again.
 #[test]
 fn a_node_that_comes_back_in_its_next_generation_has_come_back() {

@@ -8,7 +8,7 @@ use bascule_types::{
     Change, FenceProof, FenceRow, MissingProof, Owner, Ownership, Refusal, RowName, VmUid,
 };
 
-use super::{Guest, HEARTBEAT_LOST, SAFE, World, begin, guest, process, view};
+use super::{Guest, SAFE, SUSPECTED, World, begin, guest, process, view};
 use crate::{
     Action, Budgets, DrainPolicy, Fact, FailoverUpdate, FailoverView, FailurePolicy, Observed,
     Peer, PlannerMemory, Pod, PodPhase, Purpose, Reported, RestartBudget, SpecDigest, VmIntent,
@@ -149,7 +149,7 @@ impl World {
             .map(|n| Peer {
                 owner: n.owner,
                 node: n.uid,
-                alive: n.steps_without_heartbeat < HEARTBEAT_LOST,
+                alive: n.steps_without_heartbeat < SUSPECTED,
             })
             .collect();
         let processes = self

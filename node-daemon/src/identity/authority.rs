@@ -11,6 +11,7 @@ use bascule_types::{ClusterId, NodeUid};
 use super::certificate;
 use super::node_identity::Identity;
 use crate::files;
+use crate::output::show;
 use crate::paths::Paths;
 
 /// `bascule-node cert`
@@ -41,8 +42,10 @@ pub(crate) fn run(command: &CertCommand) -> Result<()> {
         CertCommand::Init { ca_dir } => {
             let cluster = create(ca_dir)?;
             let ca_dir = ca_dir.display();
-            println!("Made the certificate authority of cluster {cluster} in {ca_dir}.");
-            println!("Next, for each node: bascule-node cert issue NAME --ca-dir {ca_dir}");
+            show(&format!(
+                "Made the certificate authority of cluster {cluster} in {ca_dir}.\n\
+                 Next, for each node: bascule-node cert issue NAME --ca-dir {ca_dir}\n"
+            ))
         }
         CertCommand::Issue {
             ca_dir,
@@ -50,10 +53,10 @@ pub(crate) fn run(command: &CertCommand) -> Result<()> {
             name,
         } => {
             let node = issue(ca_dir, state_dir, name)?.node;
-            println!("Issued node {name} ({node}) into {}.", state_dir.display());
+            let state_dir = state_dir.display();
+            show(&format!("Issued node {name} ({node}) into {state_dir}.\n"))
         }
     }
-    Ok(())
 }
 
 /// Whether `ca_dir` holds a complete certificate authority.

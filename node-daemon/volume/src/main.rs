@@ -6,6 +6,7 @@ use std::io::IsTerminal as _;
 use std::process::ExitCode;
 
 use bascule_volume::offline_tools::{CheckArgs, FormatArgs};
+use bascule_volume::output::complain;
 use bascule_volume::repair_command::RepairArgs;
 use bascule_volume::serve_command::ServeArgs;
 use bascule_volume::{offline_tools, repair_command, serve_command};
@@ -67,7 +68,7 @@ fn main() -> ExitCode {
         Command::Serve(args) => serve_command::serve(args),
     };
     outcome.unwrap_or_else(|error| {
-        eprintln!("bascule-volume: {error:#}");
+        complain(&format!("bascule-volume: {error:#}"));
         ExitCode::FAILURE
     })
 }

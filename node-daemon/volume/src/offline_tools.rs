@@ -14,6 +14,7 @@ use bascule_volume_format::{
 use clap::{Args, ValueEnum};
 
 use crate::block_device::{Access, Device, SharedDevice as _};
+use crate::output::{complain, show};
 
 /// The arguments of `format`.
 #[derive(Args, Debug)]
@@ -159,7 +160,7 @@ impl Refused {
 /// Formats a device, or prints why not.
 ///
 /// # Errors
-/// Invalid arguments. A refusal is not an error: it has an exit code.
+/// Invalid arguments, or a failed write to standard output. A refusal is not an error: it has an exit code.
 pub fn format(args: &FormatArgs) -> Result<ExitCode> {
     if let Some(bytes) = args.extent_bytes {
         let whole = bytes.is_multiple_of(Bytes::mib(1).0);
@@ -172,16 +173,19 @@ pub fn format(args: &FormatArgs) -> Result<ExitCode> {
                 "cluster": superblock.cluster,
                 "safe_time_ms": superblock.timings.safe_time().as_millis().to_string(),
             });
-            println!("{made}");
+            show(&format!("{made}\n"))?;
             Ok(ExitCode::SUCCESS)
         }
         Ok(superblock) => {
-            print!("{}", describe(&superblock));
+            show(&describe(&superblock))?;
             Ok(ExitCode::SUCCESS)
         }
         Err(refused) => {
             let code = refused.exit_code();
-            eprintln!("bascule-volume: {:#}", anyhow::Error::from(refused));
+            complain(&format!(
+                "bascule-volume: {:#}",
+                anyhow::Error::from(refused)
+            ));
             Ok(code)
         }
     }
@@ -220,13 +224,13 @@ fn make(args: &FormatArgs) -> Result<Superblock, Refused> {
 /// Checks a device, read-only, and prints the findings.
 ///
 /// # Errors
-/// None: every outcome has an exit code.
+/// Standard output cannot be written to. Every outcome of the check has an exit code.
 pub fn check(args: &CheckArgs) -> Result<ExitCode> {
     let path = args.device.display();
     let device = match Device::open(&args.device, Access::ReadOnly) {
         Ok(device) => device,
         Err(error) => {
-            eprintln!("{path}: cannot open: {error}");
+            complain(&format!("{path}: cannot open: {error}"));
             return Ok(ExitCode::from(exit::UNREADABLE));
         }
     };
@@ -242,20 +246,21 @@ pub fn check(args: &CheckArgs) -> Result<ExitCode> {
                 | OpenError::Truncated { .. } => exit::ERRORS,
                 OpenError::Io(_) => exit::UNREADABLE,
             };
-            eprintln!("{path}: {:#}", anyhow::Error::from(error));
+            complain(&format!("{path}: {:#}", anyhow::Error::from(error)));
             return Ok(ExitCode::from(code));
         }
     };
-    print!("{}", summary(&report));
+    let mut text = summary(&report);
     for finding in &report.findings {
-        println!("{finding}");
+        text += &format!("{finding}\n");
     }
     let (verdict, code) = match report.worst() {
         None => ("clean", exit::CLEAN),
         Some(Severity::Warning) => ("usable, with warnings", exit::WARNINGS),
         Some(Severity::Error) => ("DAMAGED: do not attach it", exit::ERRORS),
     };
-    println!("{path}: {verdict}");
+    text += &format!("{path}: {verdict}\n");
+    show(&text)?;
     Ok(ExitCode::from(code))
 }
 

@@ -17,6 +17,7 @@ use clap::Args;
 
 use crate::block_device::{Access, Device, SharedDevice as _};
 use crate::control_blocks::read_heartbeats;
+use crate::output::{complain, show};
 
 /// The arguments of `repair`.
 #[derive(Args, Debug)]
@@ -52,29 +53,27 @@ pub fn repair(args: &RepairArgs) -> Result<ExitCode> {
         Ok(plan) => plan,
         Err(error @ OpenError::Io(_)) => return Err(error).with_context(|| path.to_string()),
         Err(error) => {
-            eprintln!("{path}: {}", error_chain(&error));
+            complain(&format!("{path}: {}", error_chain(&error)));
             return Ok(ExitCode::from(exit::NO_VOLUME));
         }
     };
-    for step in &plan.steps {
-        println!("{}", step.text);
-    }
-    for refused in &plan.refused {
-        println!("not repaired: {refused}");
-    }
+    let steps = plan.steps.iter().map(|step| format!("{}\n", step.text));
+    let refused = plan.refused.iter();
+    let refused = refused.map(|refused| format!("not repaired: {refused}\n"));
+    show(&steps.chain(refused).collect::<String>())?;
     if plan.steps.is_empty() {
-        println!("{path}: nothing to write");
+        show(&format!("{path}: nothing to write\n"))?;
         return Ok(verdict(&plan));
     }
     report_rest(&device, &plan)?;
     if !args.yes {
-        println!("{path}: nothing was written; --yes writes this");
+        show(&format!("{path}: nothing was written; --yes writes this\n"))?;
         return Ok(ExitCode::from(exit::TO_DO));
     }
     ensure_detached(&device)?;
     let repaired = plan.perform(&mut device.handle());
     repaired.with_context(|| format!("{path}: write the repaired blocks"))?;
-    println!("{path}: {} blocks written", plan.steps.len());
+    show(&format!("{path}: {} blocks written\n", plan.steps.len()))?;
     Ok(verdict(&plan))
 }
 
@@ -90,16 +89,14 @@ fn report_rest(device: &Device, plan: &Repair) -> Result<()> {
     let mut handle = device.handle();
     let report = check_volume(&mut Repaired::new(&mut handle, plan));
     let report = report.context("check what the repair would leave")?;
-    for finding in &report.findings {
-        println!("left as it is: {finding}");
-    }
+    let findings = report.findings.iter();
+    let findings = findings.map(|finding| format!("left as it is: {finding}\n"));
     let what = match report.worst() {
         None => "the volume is clean then",
         Some(Severity::Warning) => "the volume is usable then, with warnings",
         Some(Severity::Error) => "the volume is still damaged then",
     };
-    println!("{what}");
-    Ok(())
+    show(&format!("{}{what}\n", findings.collect::<String>()))
 }
 
 /// Refuses a volume on which a heartbeat changes within the watch time.
@@ -111,7 +108,9 @@ fn ensure_detached(device: &Device) -> Result<()> {
         return Ok(());
     }
     let watch = superblock.timings.watch;
-    println!("waiting {watch:?} to see that no node has the volume attached");
+    show(&format!(
+        "waiting {watch:?} to see that no node has the volume attached\n"
+    ))?;
     let until = boot_time_now().after(watch);
     loop {
         let left = until.since(boot_time_now());

@@ -5,7 +5,7 @@ use std::io::Write;
 use std::net::TcpStream;
 use std::os::unix::fs::FileExt;
 
-use crate::lab::{Lab, Node, vm};
+use crate::lab::{Lab, Node, binary, vm};
 use bascule_ipc::volume::{PathState, Request, Response};
 use bascule_types::{Change, Refusal};
 
@@ -84,6 +84,30 @@ fn check_distinguishes_a_foreign_device_and_a_damaged_volume() {
         said.contains("checkpoint head") && said.contains("DAMAGED"),
         "{said}"
     );
+}
+
+/// `bascule-volume check | head`: the tool panicked, and a repair would have stopped half-way.
+#[test]
+fn a_reader_that_has_gone_changes_no_outcome() {
+    let lab = Lab::new();
+    let unread = |args: &[&str]| {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let mut command = binary();
+        command.arg(args[0]).arg(lab.device()).args(&args[1..]);
+        command.stdout(writer.try_clone().unwrap()).stderr(writer);
+        command.status().unwrap().code()
+    };
+    assert_eq!(unread(&["check"]), Some(0));
+    write_at(&lab, 255 * 4096, &[9; 512]);
+    assert_eq!(unread(&["check"]), Some(1), "usable, with warnings");
+    assert_eq!(unread(&["repair"]), Some(1), "nothing was written");
+    assert_eq!(unread(&["repair", "--yes"]), Some(0));
+    assert_eq!(unread(&["check"]), Some(0));
+    write_at(&lab, 0, &[9; 512]);
+    write_at(&lab, 255 * 4096, &[9; 512]);
+    assert_eq!(unread(&["check"]), Some(3), "not a volume");
+    assert_eq!(unread(&["repair"]), Some(3));
 }
 
 #[test]

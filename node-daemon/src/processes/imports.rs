@@ -91,12 +91,9 @@ impl Supervisor {
         write_report(&report_path, begun)?;
         let args: Vec<OsString> = vec!["run".into(), "--job".into(), job_path.into()];
         let log = self.paths.logs().join(format!("import-{}.log", order.disk));
-        let child = self.launcher.spawn(
-            "bascule-import",
-            &format!("import-{}", order.disk),
-            &log,
-            &args,
-        )?;
+        let child = self
+            .launcher
+            .spawn("bascule-import", &cgroup_name(order.disk), &log, &args)?;
         let pid_path = report_path.with_extension("pid");
         files::replace(&pid_path, child.id().to_string().as_bytes(), 0o644)?;
         self.adopt_child(child);
@@ -161,6 +158,7 @@ impl Supervisor {
                 .iter()
                 .any(|row| row.disk == report.disk && row.importing);
             if !importing {
+                let _lock = self.lock_imports()?;
                 self.remove_import_files(report.disk);
             }
         }
@@ -192,7 +190,9 @@ impl Supervisor {
         Ok(())
     }
 
+    /// The caller holds the lock on imports, and the process has ended.
     fn remove_import_files(&self, disk: DiskId) {
+        self.launcher.remove_cgroup(&cgroup_name(disk));
         for extension in ["json", "job", "pid"] {
             // A file that does not exist needs no removal.
             drop(fs::remove_file(
@@ -229,6 +229,11 @@ impl Supervisor {
             }
         }
     }
+}
+
+/// The name of an import process' cgroup, below Bascule's own.
+fn cgroup_name(disk: DiskId) -> String {
+    format!("import-{disk}")
 }
 
 fn kill(pid: u32) -> Result<()> {

@@ -106,8 +106,15 @@ impl Launcher {
         self.spawn_with(program, cgroup, log, Some(pid_file), args)
     }
 
-    /// Removes the cgroup of a program that has ended, if it is there.
-    pub(crate) fn remove_cgroup(&self, cgroup: &str) -> Result<()> {
+    /// Removes the cgroup of a program that has ended, if it is there. A failure is logged: nothing else
+    /// depends on the removal.
+    pub(crate) fn remove_cgroup(&self, cgroup: &str) {
+        if let Err(error) = self.try_remove_cgroup(cgroup) {
+            tracing::warn!(cgroup, error = format!("{error:#}"), "remove the cgroup");
+        }
+    }
+
+    fn try_remove_cgroup(&self, cgroup: &str) -> Result<()> {
         if !self.cgroups {
             return Ok(());
         }

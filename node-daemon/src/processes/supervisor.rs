@@ -173,6 +173,35 @@ mod tests {
             };
             Self::new(&config, parts).unwrap()
         }
+
+        /// The same with cgroups, and with a `bascule-node` that writes down its arguments and does
+        /// nothing; [`Self::launched`] has them.
+        pub(crate) fn recording(folder: &std::path::Path) -> Self {
+            let mut node = Self::test(folder);
+            node.launcher.programs = folder.join("programs");
+            node.launcher.cgroups = true;
+            // Not written by this process: a program that is open for writing, also in a child of another
+            // thread that has not executed yet, cannot be executed.
+            let install = r#"mkdir "$1" && cat >"$1/bascule-node" && chmod +x "$1/bascule-node""#;
+            let mut shell = std::process::Command::new("sh")
+                .args(["-c", install, "sh"])
+                .arg(&node.launcher.programs)
+                .stdin(std::process::Stdio::piped())
+                .spawn()
+                .unwrap();
+            let mut script = shell.stdin.take().unwrap();
+            std::io::Write::write_all(&mut script, b"#!/bin/sh\necho \"$@\" >>\"$0.calls\"\n")
+                .unwrap();
+            drop(script);
+            assert!(shell.wait().unwrap().success());
+            node
+        }
+
+        /// The arguments of every call of `bascule-node` that has ended, one a line.
+        pub(crate) fn launched(&self) -> String {
+            let calls = self.launcher.programs.join("bascule-node.calls");
+            fs::read_to_string(calls).unwrap_or_default()
+        }
     }
 
     #[derive(Debug, clap::Parser)]

@@ -218,9 +218,7 @@ impl Supervisor {
                 .ok_or_else(|| unresponsive(status.pid))?;
         }
         self.remove_taps(vm)?;
-        if let Err(error) = self.launcher.remove_cgroup(&cgroup_name(vm)) {
-            tracing::warn!(%vm, error = format!("{error:#}"), "remove the cgroup");
-        }
+        self.launcher.remove_cgroup(&cgroup_name(vm));
         let folder = self.paths.vm(vm);
         // Renamed first, which is atomic: in embedded mode two commands may remove the same VM
         // process, and neither may find a partly removed folder.

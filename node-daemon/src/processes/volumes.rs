@@ -159,6 +159,7 @@ impl Supervisor {
                 )
             })?;
         }
+        self.launcher.remove_cgroup(&cgroup_name(name));
         fs::remove_dir_all(&folder).with_context(|| format!("remove {}", folder.display()))?;
         Ok(Outcome::Done)
     }
@@ -250,9 +251,9 @@ impl Supervisor {
             self.paths.watchdog_socket().into(),
         ]);
         let log = folder.join("volume.log");
-        let child =
-            self.launcher
-                .spawn("bascule-volume", &format!("volume-{name}"), &log, &args)?;
+        let child = self
+            .launcher
+            .spawn("bascule-volume", &cgroup_name(name), &log, &args)?;
         let pid = child.id();
         self.adopt_child(child);
         files::replace(&folder.join("pid"), pid.to_string().as_bytes(), 0o644)?;
@@ -319,6 +320,11 @@ impl Supervisor {
             .iter()
             .any(|report| report.volume == name && report.alive))
     }
+}
+
+/// The name of a volume process' cgroup, below Bascule's own.
+fn cgroup_name(volume: &str) -> String {
+    format!("volume-{volume}")
 }
 
 /// `attachment.json` of a volume's run directory: the parameters to restart its process with.
@@ -508,7 +514,7 @@ mod tests {
     #[test]
     fn a_detached_volume_leaves_what_is_known_of_its_metadata_writes() {
         let folder = tempfile::tempdir().unwrap();
-        let node = Supervisor::test(folder.path());
+        let node = Supervisor::recording(folder.path());
         let ledger = node.paths.metadata_writes().join("ledger");
         for path in [&ledger, &node.paths.volume("gold").join("gate")] {
             files::replace(path, b"1", 0o600).unwrap();
@@ -516,6 +522,7 @@ mod tests {
         node.detach_volume("gold").unwrap();
         assert!(!node.paths.volume("gold").exists());
         assert!(ledger.exists());
+        assert_eq!(node.launched(), "remove-cgroup volume-gold\n");
     }
 
     #[test]

@@ -70,9 +70,9 @@ fn an_import_whose_process_was_killed_has_failed() {
 }
 
 #[test]
-fn a_cancelled_import_leaves_neither_process_nor_report() {
+fn a_cancelled_import_leaves_neither_process_nor_cgroup_nor_report() {
     let folder = tempfile::tempdir().unwrap();
-    let node = Supervisor::test(folder.path());
+    let node = Supervisor::recording(folder.path());
     let disk = DiskId::random();
     let process = sleeping();
     let pid = process.id();
@@ -81,6 +81,7 @@ fn a_cancelled_import_leaves_neither_process_nor_report() {
     assert_eq!(node.cancel_import_soon(disk).unwrap(), Outcome::Done);
     assert!(!is_alive(pid));
     assert_eq!(node.import_reports().unwrap(), []);
+    assert_eq!(node.launched(), format!("remove-cgroup import-{disk}\n"));
     // Repeated, as every command may be.
     assert_eq!(node.cancel_import_soon(disk).unwrap(), Outcome::Done);
 }

@@ -2,7 +2,7 @@
 
 mod status;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -35,10 +35,28 @@ struct Memory {
     format: FormatState,
     /// The message of the last failed attach or format, by node.
     attach_errors: BTreeMap<String, String>,
-    /// The last logged refusal; the same one is not logged again.
-    refused: Option<String>,
+    refusals: Refusals,
     /// Since when no node's report stream has been up.
     unreachable_since: Option<Moment>,
+}
+
+/// The refusals of one reconciliation and of the one before. Each is logged once for as long as it lasts.
+#[derive(Debug, Default)]
+struct Refusals {
+    before: BTreeSet<String>,
+    now: BTreeSet<String>,
+}
+
+impl Refusals {
+    /// Begins a reconciliation.
+    fn begin(&mut self) {
+        self.before = std::mem::take(&mut self.now);
+    }
+
+    /// Whether there was no such refusal, neither before nor earlier in this reconciliation.
+    fn is_news(&mut self, text: &str) -> bool {
+        self.now.insert(text.to_owned()) && !self.before.contains(text)
+    }
 }
 
 /// Runs until the leader's tasks are aborted.
@@ -78,6 +96,7 @@ async fn reconcile(
     };
     observed.no_report_for = memory.unreachable_since.map(|since| now().since(since));
     let plan = plan_volume(&intent, &observed);
+    memory.refusals.begin();
     for action in &plan.actions {
         tracing::debug!(volume = intent.name, ?action, "execute");
         let executed = execute(context, volume, memory, action).await;
@@ -114,11 +133,10 @@ fn log_failure(
     if !error.is::<Refused>() {
         context.metrics.reconcile_errors.inc();
         tracing::warn!(volume, ?action, error = text, "reconcile error");
-    } else if memory.refused.as_ref() == Some(&text) {
-        tracing::debug!(volume, ?action, error = text, "refused again");
-    } else {
+    } else if memory.refusals.is_news(&text) {
         tracing::info!(volume, ?action, error = text, "refused");
-        memory.refused = Some(text);
+    } else {
+        tracing::debug!(volume, ?action, error = text, "refused again");
     }
 }
 
@@ -433,6 +451,21 @@ const REQUEUE_MAX: Duration = Duration::from_secs(2);
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_refusal_is_news_once_for_as_long_as_it_lasts() {
+        let mut refusals = Refusals::default();
+        let mut news = |texts: &[&str]| -> Vec<bool> {
+            refusals.begin();
+            texts.iter().map(|text| refusals.is_news(text)).collect()
+        };
+        // Two nodes that refuse were news at each reconciliation, because only one was remembered.
+        assert_eq!(news(&["n1: busy", "n2: busy"]), [true, true]);
+        assert_eq!(news(&["n1: busy", "n2: busy"]), [false, false]);
+        // One that is over and comes back was no news at all.
+        assert_eq!(news(&["n2: busy"]), [false]);
+        assert_eq!(news(&["n1: busy", "n2: busy"]), [true, false]);
+    }
 
     #[test]
     fn a_fencing_confirmation_names_slot_and_generation() {

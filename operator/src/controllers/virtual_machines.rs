@@ -11,7 +11,7 @@ use bascule_crds::{VirtualMachine, VirtualMachineStatus};
 use bascule_operator_core::{PlannerMemory, plan};
 use kube::{Api, ResourceExt};
 use tokio::sync::{Notify, Semaphore};
-use tokio::task::JoinSet;
+use tokio::task::{JoinError, JoinSet};
 use tokio::time::Instant;
 use tracing::Instrument;
 
@@ -54,15 +54,11 @@ pub(crate) async fn run(context: OperatorContext, changed: Arc<Notify>) {
             }
             () = tokio::time::sleep_until(next) => {}
             Some(done) = running.join_next(), if !running.is_empty() => {
-                if let Ok((uid, requeue)) = done {
-                    busy.remove(&uid);
-                    if let Some(entry) = queue.get_mut(&uid) {
-                        entry.due = entry.due.max(Instant::now() + MIN_PAUSE)
-                            .min(Instant::now() + requeue);
-                    }
-                } else {
-                    // A reconciliation panicked, and a JoinError does not say which.
-                    busy.clear();
+                let (uid, requeue) = outcome(done);
+                busy.remove(&uid);
+                if let Some(entry) = queue.get_mut(&uid) {
+                    entry.due = entry.due.max(Instant::now() + MIN_PAUSE)
+                        .min(Instant::now() + requeue);
                 }
                 continue;
             }
@@ -110,6 +106,15 @@ pub(crate) async fn run(context: OperatorContext, changed: Arc<Notify>) {
                 .instrument(span),
             );
         }
+    }
+}
+
+/// What a reconciliation returned. One that panicked ends this leader, as in a release build, which
+/// aborts: nothing here knows which VM is not busy any more.
+fn outcome<T>(done: Result<T, JoinError>) -> T {
+    match done {
+        Ok(outcome) => outcome,
+        Err(error) => std::panic::resume_unwind(error.into_panic()),
     }
 }
 
@@ -251,3 +256,23 @@ const MIN_PAUSE: Duration = Duration::from_millis(50);
 const REQUEUE_MAX: Duration = Duration::from_secs(30);
 /// Delay after a reconcile error.
 const RETRY: Duration = Duration::from_secs(1);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// All VMs counted as idle after it, and one that was being reconciled was reconciled twice at a time.
+    #[tokio::test]
+    async fn a_reconciliation_that_panics_ends_the_leader() {
+        let mut leader: JoinSet<()> = JoinSet::new();
+        leader.spawn(async {
+            let mut running: JoinSet<()> = JoinSet::new();
+            running.spawn(async { panic!("an invariant is broken") });
+            while let Some(done) = running.join_next().await {
+                outcome(done);
+            }
+        });
+        let ended = leader.join_next().await.unwrap();
+        assert!(ended.unwrap_err().is_panic());
+    }
+}

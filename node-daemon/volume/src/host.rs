@@ -2,16 +2,15 @@
 //! machine with its own clock, scheduler and network in tests. The volume itself is
 //! [`crate::block_device::SharedDevice`].
 
-use std::fmt;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use bascule_ipc::watchdog::{Request, Response};
 use bascule_ipc::{Connection, IpcError};
 use bascule_types::BootTime;
-use bascule_volume_gate::boot_time_now;
+use bascule_volume_gate::{Changes, Clock, LinuxClock};
 use rand::RngExt as _;
 
 use crate::peer_rpc::{PeerError, PeerRequest, PeerResponse, Tls};
@@ -19,16 +18,7 @@ use crate::sleep_inhibitor::SleepInhibitor;
 use crate::writer_lock;
 
 /// The machine that a process runs on. Threads wait here and nowhere else.
-pub trait Host: fmt::Debug + Send + Sync {
-    /// `CLOCK_BOOTTIME`.
-    fn now(&self) -> BootTime;
-
-    /// Waits until [`Changes::count`] differs from `seen`, or `timeout` has passed.
-    fn wait_for_change(&self, changes: &Changes, seen: u64, timeout: Duration);
-
-    /// Wakes the threads that wait for a change of `changes`, after [`Changes::add`].
-    fn wake(&self, changes: &Changes);
-
+pub trait Host: Clock {
     /// A random delay of less than `most`.
     fn random_delay(&self, most: Duration) -> Duration;
 
@@ -56,31 +46,6 @@ pub trait Host: fmt::Debug + Send + Sync {
     fn keep_awake(&self, wanted: bool);
 }
 
-/// Counts changes of something that threads wait for.
-#[derive(Debug, Default)]
-pub struct Changes {
-    count: Mutex<u64>,
-    changed: Condvar,
-}
-
-impl Changes {
-    /// How many changes there have been.
-    #[must_use]
-    pub fn count(&self) -> u64 {
-        *self.lock()
-    }
-
-    /// Counts one more.
-    pub fn add(&self) {
-        let mut count = self.lock();
-        *count = count.wrapping_add(1);
-    }
-
-    fn lock(&self) -> MutexGuard<'_, u64> {
-        self.count.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
 /// The Linux host of this process.
 #[derive(Debug)]
 pub struct LinuxHost {
@@ -101,22 +66,21 @@ impl LinuxHost {
     }
 }
 
-impl Host for LinuxHost {
+impl Clock for LinuxHost {
     fn now(&self) -> BootTime {
-        boot_time_now()
+        LinuxClock.now()
     }
 
     fn wait_for_change(&self, changes: &Changes, seen: u64, timeout: Duration) {
-        let waited = changes
-            .changed
-            .wait_timeout_while(changes.lock(), timeout, |count| *count == seen);
-        drop(waited);
+        LinuxClock.wait_for_change(changes, seen, timeout);
     }
 
     fn wake(&self, changes: &Changes) {
-        changes.changed.notify_all();
+        LinuxClock.wake(changes);
     }
+}
 
+impl Host for LinuxHost {
     fn random_delay(&self, most: Duration) -> Duration {
         rand::rng().random_range(Duration::ZERO..most)
     }

@@ -5,7 +5,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use crate::host::{Changes, Host};
+use bascule_volume_gate::Changes;
+
+use crate::host::Host;
 
 /// Taken by one thread at a time.
 #[derive(Debug)]

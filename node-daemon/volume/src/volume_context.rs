@@ -21,11 +21,11 @@ use bascule_volume_format::{
     CoordinatorEpoch, Fencing, HeartbeatRecord, LeaderBlock, Metadata, Obsolete, SlotRow,
     Superblock,
 };
-use bascule_volume_gate::{GateError, GateWriter};
+use bascule_volume_gate::{Changes, GateError, GateWriter};
 use bascule_volume_protocol::{Enlistment, LeasePhase, Rules, Watcher, WriterId};
 
 use crate::block_device::SharedDevice;
-use crate::host::{Changes, Host};
+use crate::host::Host;
 use crate::job_queue::JobQueue;
 use crate::peer_rpc::{PeerOperation, PeerRequest, PeerResponse};
 use crate::published_watchdog::PublishedWatchdog;

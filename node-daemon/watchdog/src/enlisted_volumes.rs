@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use bascule_types::{BootTime, VolumeId};
-use bascule_volume_gate::{GateError, GateReader, boot_time_now};
+use bascule_volume_gate::{GateError, GateReader};
 use bascule_volume_protocol::Rules;
 use bascule_volume_protocol::watchdog_policy::{Decision, Enlisted};
 
@@ -13,7 +13,7 @@ use crate::enlistment_store::{EnlistmentStore, StoreError};
 /// The enlisted volumes with their gate pages.
 #[derive(Debug)]
 pub struct EnlistedVolumes {
-    store: EnlistmentStore,
+    store: Box<dyn EnlistmentStore>,
     enlisted: Enlisted,
     pages: BTreeMap<VolumeId, Page>,
 }
@@ -48,12 +48,13 @@ pub enum EnlistRefused {
 }
 
 impl EnlistedVolumes {
-    /// Loads the volumes that an earlier process of this boot enlisted.
+    /// Loads the volumes that an earlier process of this boot enlisted. `rules`: all of them; tests break one
+    /// at a time.
     ///
     /// # Errors
     /// [`StoreError`]: which volumes have writers is then unknown, so no device may be armed.
-    pub fn load(store: EnlistmentStore) -> Result<Self, StoreError> {
-        let mut enlisted = Enlisted::new(Rules::ENFORCED);
+    pub fn load(store: Box<dyn EnlistmentStore>, rules: Rules) -> Result<Self, StoreError> {
+        let mut enlisted = Enlisted::new(rules);
         let mut pages = BTreeMap::new();
         for (volume, path) in store.load()? {
             let reader = match GateReader::open(&path) {
@@ -75,8 +76,8 @@ impl EnlistedVolumes {
     }
 
     /// Enlists a volume and saves the list. Idempotent; a gate page at another path replaces the
-    /// earlier one. `lease_until` is the expiry of a lease that the page does not show yet: keepalives stop
-    /// until it does.
+    /// earlier one. `now` is the present time. `lease_until` is the expiry of a lease that the page does not
+    /// show yet: keepalives stop until it does.
     ///
     /// # Errors
     /// [`EnlistRefused`]; the list is then unchanged.
@@ -84,6 +85,7 @@ impl EnlistedVolumes {
         &mut self,
         volume: VolumeId,
         path: &Path,
+        now: BootTime,
         lease_until: Option<BootTime>,
     ) -> Result<(), EnlistRefused> {
         let reader = GateReader::open(path)?;
@@ -94,7 +96,6 @@ impl EnlistedVolumes {
             });
         }
         let known = self.pages.contains_key(&volume);
-        let now = boot_time_now();
         let has_lease = reader.view().lease_is_valid(now) || lease_until.is_some_and(|t| now < t);
         if !known && !has_lease {
             return Err(EnlistRefused::NoLease);

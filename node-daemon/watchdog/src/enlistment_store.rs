@@ -1,6 +1,7 @@
 //! `watchdog.json`: the enlisted volumes, kept over restarts of this process within one boot.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -9,9 +10,24 @@ use bascule_types::VolumeId;
 use bascule_volume_gate::boot_id;
 use serde::{Deserialize, Serialize};
 
+/// Where the list of enlisted volumes outlives this process: `watchdog.json` in production.
+pub trait EnlistmentStore: fmt::Debug + Send {
+    /// The gate page of each volume that was enlisted in this boot; empty without a list.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    fn load(&self) -> Result<BTreeMap<VolumeId, PathBuf>, StoreError>;
+
+    /// Replaces the list atomically.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`]; the previous list is then unchanged.
+    fn save(&self, enlisted: &BTreeMap<VolumeId, PathBuf>) -> Result<(), StoreError>;
+}
+
 /// Reads and writes `watchdog.json`.
 #[derive(Clone, Debug)]
-pub struct EnlistmentStore {
+pub struct EnlistmentFile {
     path: PathBuf,
     boot: String,
 }
@@ -45,7 +61,7 @@ struct Document {
     enlisted: BTreeMap<VolumeId, PathBuf>,
 }
 
-impl EnlistmentStore {
+impl EnlistmentFile {
     /// The list at `path`, bound to the current boot.
     ///
     /// # Errors
@@ -58,12 +74,10 @@ impl EnlistmentStore {
             boot: boot.to_string(),
         })
     }
+}
 
-    /// The gate page of each volume that was enlisted in this boot; empty without a file.
-    ///
-    /// # Errors
-    /// [`StoreError`].
-    pub fn load(&self) -> Result<BTreeMap<VolumeId, PathBuf>, StoreError> {
+impl EnlistmentStore for EnlistmentFile {
+    fn load(&self) -> Result<BTreeMap<VolumeId, PathBuf>, StoreError> {
         let text = match fs::read(&self.path) {
             Ok(text) => text,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(BTreeMap::new()),
@@ -83,11 +97,7 @@ impl EnlistmentStore {
         })
     }
 
-    /// Replaces the list atomically.
-    ///
-    /// # Errors
-    /// [`StoreError::Io`]; the previous list is then unchanged.
-    pub fn save(&self, enlisted: &BTreeMap<VolumeId, PathBuf>) -> Result<(), StoreError> {
+    fn save(&self, enlisted: &BTreeMap<VolumeId, PathBuf>) -> Result<(), StoreError> {
         let document = Document {
             version: VERSION,
             boot: self.boot.clone(),
@@ -128,14 +138,14 @@ mod tests {
     fn a_list_of_another_boot_is_ignored_and_a_damaged_one_is_an_error() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("watchdog.json");
-        let store = EnlistmentStore::new(&path).unwrap();
+        let store = EnlistmentFile::new(&path).unwrap();
         assert_eq!(store.load().unwrap(), BTreeMap::new());
         let gold = VolumeId::from_bytes([1; 16]);
         let list = BTreeMap::from([(gold, PathBuf::from("/run/gate"))]);
         store.save(&list).unwrap();
         assert_eq!(store.load().unwrap(), list);
 
-        let other_boot = EnlistmentStore {
+        let other_boot = EnlistmentFile {
             boot: "another".to_owned(),
             ..store.clone()
         };

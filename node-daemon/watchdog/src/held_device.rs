@@ -2,13 +2,14 @@
 
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bascule_types::BootTime;
-use bascule_volume_gate::boot_time_now;
+use bascule_volume_protocol::{Rules, broken};
 
 use crate::holder::Holder;
+use crate::host::Host;
 use crate::watchdog_device::{Kind, WatchdogDevice};
 
 /// A device with its holder. It counts as a watchdog only while a holder has it open: without one, the
@@ -16,8 +17,9 @@ use crate::watchdog_device::{Kind, WatchdogDevice};
 #[derive(Debug)]
 pub struct HeldDevice<D> {
     device: D,
-    run_dir: PathBuf,
-    holder: Option<Holder>,
+    host: Arc<dyn Host>,
+    rules: Rules,
+    holder: Option<Box<dyn Holder>>,
     /// When the next attempt to start a holder is due.
     retry_at: BootTime,
 }
@@ -25,10 +27,11 @@ pub struct HeldDevice<D> {
 impl<D: WatchdogDevice> HeldDevice<D> {
     /// A device that was just opened: starts its holder.
     #[must_use]
-    pub fn open(device: D, run_dir: &Path) -> Self {
+    pub fn open(device: D, host: &Arc<dyn Host>, rules: Rules) -> Self {
         let mut held = Self {
             device,
-            run_dir: run_dir.to_owned(),
+            host: Arc::clone(host),
+            rules,
             holder: None,
             retry_at: BootTime(0),
         };
@@ -38,42 +41,20 @@ impl<D: WatchdogDevice> HeldDevice<D> {
 
     /// A device whose descriptor came from `holder`.
     #[must_use]
-    pub fn adopt(device: D, run_dir: &Path, holder: Holder) -> Self {
+    pub fn adopt(device: D, host: &Arc<dyn Host>, holder: Box<dyn Holder>, rules: Rules) -> Self {
         Self {
             device,
-            run_dir: run_dir.to_owned(),
+            host: Arc::clone(host),
+            rules,
             holder: Some(holder),
             retry_at: BootTime(0),
-        }
-    }
-
-    /// Starts a holder if there is none.
-    fn keep_held(&mut self) {
-        if self.holder.as_ref().is_some_and(Holder::is_alive) {
-            return;
-        }
-        self.holder = None;
-        let Some(descriptor) = self.device.descriptor() else {
-            return;
-        };
-        let now = boot_time_now();
-        if now < self.retry_at {
-            return;
-        }
-        self.retry_at = now.after(RETRY);
-        match Holder::start(&self.run_dir, descriptor) {
-            Ok(holder) => self.holder = Some(holder),
-            Err(error) => tracing::error!(
-                error = format!("{:#}", anyhow::Error::from(error)),
-                "only this process holds the watchdog device: it does not count as a watchdog"
-            ),
         }
     }
 }
 
 impl<D: WatchdogDevice> WatchdogDevice for HeldDevice<D> {
     fn kind(&self) -> Kind {
-        if self.holder.is_some() {
+        if self.holder.is_some() || broken!(self.rules, NoSecondHolder) {
             self.device.kind()
         } else {
             Kind::None
@@ -85,10 +66,30 @@ impl<D: WatchdogDevice> WatchdogDevice for HeldDevice<D> {
     }
 
     fn keepalive(&mut self) -> io::Result<()> {
-        let sent = self.device.keepalive();
-        // After the keepalive, which must not wait for it.
-        self.keep_held();
-        sent
+        self.device.keepalive()
+    }
+
+    /// Starts a holder if there is none. Sends no keepalive.
+    fn keep_held(&mut self) {
+        if self.holder.as_ref().is_some_and(|holder| holder.is_alive()) {
+            return;
+        }
+        self.holder = None;
+        let Some(descriptor) = self.device.descriptor() else {
+            return;
+        };
+        let now = self.host.now();
+        if now < self.retry_at || broken!(self.rules, NoSecondHolder) {
+            return;
+        }
+        self.retry_at = now.after(RETRY);
+        match self.host.start_holder(descriptor) {
+            Ok(holder) => self.holder = Some(holder),
+            Err(error) => tracing::error!(
+                error = format!("{:#}", anyhow::Error::from(error)),
+                "only this process holds the watchdog device: it does not count as a watchdog"
+            ),
+        }
     }
 
     fn disarm(&mut self) -> io::Result<()> {

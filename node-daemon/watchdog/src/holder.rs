@@ -6,7 +6,8 @@
 //! The holder is this same program, started with the hidden flag `--hold`. It never writes to the
 //! device, and serves one connection at a time: there is one `bascule-watchdog` per node.
 
-use std::io;
+use std::fmt;
+use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -19,18 +20,36 @@ use rustix::net::{RecvFlags, recv};
 
 use crate::server;
 
+/// A second process that has the watchdog device open.
+pub trait Holder: fmt::Debug + Send {
+    /// Whether it still runs. Never blocks.
+    fn is_alive(&self) -> bool;
+
+    /// Makes it close the device and end.
+    ///
+    /// # Errors
+    /// [`HolderError`]: the device may still be open.
+    fn end(&mut self) -> Result<(), HolderError>;
+}
+
 /// The connection of `bascule-watchdog` to its holder.
 #[derive(Debug)]
-pub struct Holder {
+pub struct HolderProcess {
     connection: Connection,
 }
 
 /// Why a holder is of no use.
 #[derive(Debug, thiserror::Error)]
 pub enum HolderError {
+    /// It cannot be connected to, for another reason than that it has ended.
+    #[error("cannot connect to the process that holds the watchdog device open")]
+    Connect(#[source] io::Error),
     /// The connection to it failed.
     #[error("the process that holds the watchdog device open does not answer")]
     Ipc(#[from] IpcError),
+    /// The device that it holds cannot be served.
+    #[error("cannot take over the watchdog device that another process holds open")]
+    Adopt(#[source] io::Error),
     /// It could not be started.
     #[error("cannot start the process that holds the watchdog device open")]
     Start(#[source] io::Error),
@@ -39,7 +58,7 @@ pub enum HolderError {
     NoDescriptor,
 }
 
-impl Holder {
+impl HolderProcess {
     /// The holder that an earlier `bascule-watchdog` started, with its descriptor of the device; none
     /// if there is no such process.
     ///
@@ -48,8 +67,14 @@ impl Holder {
     pub fn find(run_dir: &Path) -> Result<Option<(Self, OwnedFd)>, HolderError> {
         let stream = match UnixStream::connect(run_dir.join(SOCKET)) {
             Ok(stream) => stream,
-            // The socket file of a holder that has ended refuses connections.
-            Err(_) => return Ok(None),
+            // No holder was started, or the one that made the socket file has ended.
+            Err(error) => {
+                return match error.kind() {
+                    ErrorKind::NotFound | ErrorKind::ConnectionRefused => Ok(None),
+                    // It may run: another one beside it would keep the device open after a disarm.
+                    _ => Err(HolderError::Connect(error)),
+                };
+            }
         };
         let mut connection = Connection::open(stream, CALL_TIMEOUT)?;
         let (HolderResponse::Done, descriptors) = connection.call(&HolderRequest::Take)?;
@@ -79,21 +104,17 @@ impl Holder {
         connection.recv::<HolderResponse>()?;
         Ok(Self { connection })
     }
+}
 
-    /// Whether the holder still runs. Never blocks.
-    #[must_use]
-    pub fn is_alive(&self) -> bool {
+impl Holder for HolderProcess {
+    fn is_alive(&self) -> bool {
         let mut byte = [0];
         let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
         let received = recv(self.connection.stream(), &mut byte, flags);
         matches!(received, Err(rustix::io::Errno::AGAIN))
     }
 
-    /// Makes the holder close the device and end.
-    ///
-    /// # Errors
-    /// [`HolderError`]: the device may still be open.
-    pub fn end(&mut self) -> Result<(), HolderError> {
+    fn end(&mut self) -> Result<(), HolderError> {
         self.connection
             .call::<_, HolderResponse>(&HolderRequest::End)?;
         Ok(())
@@ -161,3 +182,22 @@ const SOCKET: &str = "watchdog-holder.sock";
 const CALL_TIMEOUT: Duration = Duration::from_secs(1);
 /// After a failed accept, such as EMFILE.
 const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Regression: every error counted as "there is no holder", and a second one was started beside it.
+    #[test]
+    fn only_a_missing_or_dead_holder_counts_as_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join(SOCKET);
+        assert!(HolderProcess::find(dir.path()).unwrap().is_none());
+        drop(server::listen(&socket).unwrap());
+        assert!(HolderProcess::find(dir.path()).unwrap().is_none(), "dead");
+        std::fs::remove_file(&socket).unwrap();
+        std::os::unix::fs::symlink(&socket, &socket).unwrap();
+        let error = HolderProcess::find(dir.path()).unwrap_err();
+        assert!(matches!(error, HolderError::Connect(_)), "{error}");
+    }
+}

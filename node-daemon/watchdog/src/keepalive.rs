@@ -1,11 +1,11 @@
 //! The keepalive loop, the only user of the watchdog device.
 
 use std::io;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bascule_types::VolumeId;
-use bascule_volume_gate::boot_time_now;
+use bascule_volume_gate::{Changes, Clock};
 use bascule_volume_protocol::watchdog_policy::Decision;
 
 use crate::enlisted_volumes::EnlistedVolumes;
@@ -15,7 +15,8 @@ use crate::watchdog_device::{Kind, WatchdogDevice};
 #[derive(Debug)]
 pub struct Shared {
     state: Mutex<State>,
-    changed: Condvar,
+    changes: Changes,
+    pub(crate) clock: Arc<dyn Clock>,
 }
 
 /// The locked part of [`Shared`].
@@ -35,32 +36,31 @@ pub struct State {
     pub ending: bool,
     /// The host shuts down: as if the device were to be disarmed as soon as no volume is enlisted.
     pub terminating: bool,
-    /// A keepalive has failed.
-    broken: bool,
-    /// The volume whose expired lease last stopped the keepalives.
-    withheld: Option<VolumeId>,
 }
 
 impl Shared {
     /// The state before the loop starts; without a device if it is not open yet.
     #[must_use]
-    pub fn new(device: Option<&dyn WatchdogDevice>, volumes: EnlistedVolumes) -> Arc<Self> {
+    pub fn new(
+        device: Option<&dyn WatchdogDevice>,
+        volumes: EnlistedVolumes,
+        clock: Arc<dyn Clock>,
+    ) -> Arc<Self> {
         Arc::new(Self {
             state: Mutex::new(State {
                 volumes,
                 kind: device.map_or(Kind::None, WatchdogDevice::kind),
                 timeout: device.map_or(Duration::ZERO, WatchdogDevice::timeout),
-                broken: false,
                 disarming: false,
                 ending: false,
                 terminating: false,
-                withheld: None,
             }),
-            changed: Condvar::new(),
+            changes: Changes::default(),
+            clock,
         })
     }
 
-    /// The locked state. Hold it briefly: the keepalive loop waits for the lock.
+    /// The locked state. Hold it briefly: the keepalive loop waits for the lock. The device is used outside it.
     pub fn lock(&self) -> MutexGuard<'_, State> {
         // A panic in a handler thread must not stop the keepalives of a healthy node. The list of
         // volumes is replaced in single assignments, so it is consistent.
@@ -69,7 +69,35 @@ impl Shared {
 
     /// Wakes the loop after the list of volumes changed.
     pub fn wake(&self) {
-        self.changed.notify_all();
+        self.changes.add();
+        self.clock.wake(&self.changes);
+    }
+
+    /// Whether to send a keepalive; none when the loop is to end.
+    fn decide(&self) -> Option<Decision> {
+        let mut state = self.lock();
+        if state.terminating && state.volumes.ids().is_empty() {
+            state.disarming = true;
+            state.ending = true;
+        }
+        (!state.ending).then(|| state.volumes.decide(self.clock.now()))
+    }
+
+    /// Stores what clients are told about the device. Returns its timeout.
+    fn note_device<D, F>(&self, keeper: &Keeper<D, F>) -> Duration
+    where
+        D: WatchdogDevice,
+        F: FnOnce() -> io::Result<D>,
+    {
+        let mut state = self.lock();
+        if let Some(device) = keeper.device() {
+            state.timeout = device.timeout();
+            state.kind = match keeper.broken {
+                true => Kind::None,
+                false => device.kind(),
+            };
+        }
+        state.timeout
     }
 
     /// Makes the loop disarm the device and return as soon as no volume is enlisted.
@@ -97,80 +125,100 @@ pub enum Slot<D, F> {
 /// Sends keepalives to the device as [`EnlistedVolumes::decide`] says, until a client disarms it.
 ///
 /// # Ordering
-/// The clock is read before the gate pages, and the keepalive follows at once. If this process
-/// freezes in between, the keepalive is late by at most one timeout: see
-/// [`bascule_volume_protocol::watchdog_policy::timeout_fits`].
+/// The clock is read before the gate pages, and the keepalive follows at once, outside the lock: one at
+/// most from each decision. If this process freezes in between, the keepalive is late by at most one timeout:
+/// see [`bascule_volume_protocol::watchdog_policy::timeout_fits`].
 ///
 /// # Errors
 /// Those of opening the device.
-pub fn run<D, F>(mut slot: Slot<D, F>, shared: &Shared) -> io::Result<()>
+pub fn run<D, F>(slot: Slot<D, F>, shared: &Shared) -> io::Result<()>
 where
     D: WatchdogDevice,
     F: FnOnce() -> io::Result<D>,
 {
-    let mut state = shared.lock();
+    let mut keeper = Keeper {
+        slot,
+        broken: false,
+        withheld: None,
+    };
     loop {
-        if state.terminating && state.volumes.ids().is_empty() {
-            state.disarming = true;
-            state.ending = true;
-        }
-        if state.ending {
-            if let Slot::Open(device) = &mut slot
-                && let Err(error) = device.disarm()
-            {
-                tracing::error!(error = %error, "cannot disarm the watchdog: it stays armed");
-            }
+        let seen = shared.changes.count();
+        let Some(decision) = shared.decide() else {
+            keeper.disarm();
             return Ok(());
-        }
-        slot = step(slot, &mut state)?;
-        let interval = interval(state.timeout);
-        state = match shared.changed.wait_timeout(state, interval) {
-            Ok((state, _)) => state,
-            Err(poisoned) => poisoned.into_inner().0,
         };
+        keeper = keeper.follow(decision)?;
+        let interval = interval(shared.note_device(&keeper));
+        (shared.clock).wait_for_change(&shared.changes, seen, interval);
     }
 }
 
-fn step<D, F>(slot: Slot<D, F>, state: &mut State) -> io::Result<Slot<D, F>>
+/// The device and what was logged about it.
+struct Keeper<D, F> {
+    slot: Slot<D, F>,
+    /// A keepalive has failed.
+    broken: bool,
+    /// The volume whose expired lease last stopped the keepalives.
+    withheld: Option<VolumeId>,
+}
+
+impl<D, F> Keeper<D, F>
 where
     D: WatchdogDevice,
     F: FnOnce() -> io::Result<D>,
 {
-    let now = boot_time_now();
-    match state.volumes.decide(now) {
-        Decision::Pet => {
-            if let Some(volume) = state.withheld.take() {
-                tracing::info!(%volume, "lease valid again, or volume withdrawn: sending keepalives");
+    fn follow(mut self, decision: Decision) -> io::Result<Self> {
+        match decision {
+            Decision::Pet => {
+                if let Some(volume) = self.withheld.take() {
+                    tracing::info!(%volume, "lease valid again, or volume withdrawn: sending keepalives");
+                }
+                self.slot = match self.slot {
+                    Slot::Open(mut device) => {
+                        if let Err(error) = device.keepalive()
+                            && !self.broken
+                        {
+                            tracing::error!(error = %error, "cannot send a keepalive to the watchdog");
+                            self.broken = true;
+                        }
+                        Slot::Open(device)
+                    }
+                    // That is the keepalive.
+                    Slot::Waiting(open) => Slot::Open(open()?),
+                };
             }
-            let mut device = match slot {
-                Slot::Open(device) => device,
-                Slot::Waiting(open) => open()?,
-            };
-            if let Err(error) = device.keepalive()
-                && !state.broken
-            {
-                tracing::error!(error = %error, "cannot send a keepalive to the watchdog");
-                state.broken = true;
+            Decision::Withhold(volume) => {
+                if self.withheld.replace(volume) != Some(volume) {
+                    let timeout = self.device().map(WatchdogDevice::timeout);
+                    tracing::error!(
+                        %volume,
+                        ?timeout,
+                        "a volume with open writers has no valid lease: no keepalives, an armed watchdog \
+                         resets this node after its timeout"
+                    );
+                }
             }
-            state.kind = if state.broken {
-                Kind::None
-            } else {
-                device.kind()
-            };
-            state.timeout = device.timeout();
-            Ok(Slot::Open(device))
         }
-        Decision::Withhold(volume) => {
-            if state.withheld.replace(volume) != Some(volume) {
-                let timeout = state.timeout;
-                tracing::error!(
-                    %volume,
-                    ?timeout,
-                    "a volume with open writers has no valid lease: no keepalives, an armed watchdog \
-                     resets this node after its timeout"
-                );
-            }
-            Ok(slot)
+        // After the keepalive, which must not wait for it; and also while keepalives are withheld: the end
+        // of this process would be one.
+        if let Slot::Open(device) = &mut self.slot {
+            device.keep_held();
+        }
+        Ok(self)
+    }
+
+    fn disarm(&mut self) {
+        if let Slot::Open(device) = &mut self.slot
+            && let Err(error) = device.disarm()
+        {
+            tracing::error!(error = %error, "cannot disarm the watchdog: it stays armed");
+        }
+    }
+
+    fn device(&self) -> Option<&D> {
+        match &self.slot {
+            Slot::Open(device) => Some(device),
+            Slot::Waiting(_) => None,
         }
     }
 }

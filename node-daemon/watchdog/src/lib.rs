@@ -24,19 +24,23 @@
 //! The decision itself is [`bascule_volume_protocol::watchdog_policy`]. Read next:
 //! [`EnlistedVolumes`], then [`keepalive`] and [`server`].
 
+mod device_slot;
 mod enlisted_volumes;
 mod enlistment_store;
 mod held_device;
 mod holder;
+mod host;
 pub mod keepalive;
 mod linux_watchdog;
 pub mod server;
 pub mod shutdown_signal;
 mod watchdog_device;
 
+pub use device_slot::{Opener, SlotError, device_slot};
 pub use enlisted_volumes::{EnlistRefused, EnlistedVolumes};
-pub use enlistment_store::{EnlistmentStore, StoreError};
+pub use enlistment_store::{EnlistmentFile, EnlistmentStore, StoreError};
 pub use held_device::HeldDevice;
-pub use holder::{Holder, HolderError, hold};
-pub use linux_watchdog::LinuxDevice;
+pub use holder::{Holder, HolderError, HolderProcess, hold};
+pub use host::{BoxedDevice, FoundHolder, Host, LinuxHost, Watchdog};
+pub use linux_watchdog::{Driver, LinuxDevice, LinuxDriver};
 pub use watchdog_device::{Kind, NoDevice, PipeDevice, WatchdogDevice};

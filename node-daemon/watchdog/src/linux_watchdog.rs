@@ -3,36 +3,72 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::time::Duration;
 
+use bascule_volume_protocol::{Rules, broken};
+use rustix::io::Errno;
 use rustix::ioctl::{Getter, Opcode, Updater, ioctl, opcode};
 
 use crate::watchdog_device::{KEEPALIVE, Kind, MAGIC_CLOSE, WatchdogDevice};
 
-/// A watchdog device of the kernel. Opening it arms it.
-#[derive(Debug)]
-pub struct LinuxDevice {
-    device: File,
-    kind: Kind,
-    timeout: Duration,
+/// The kernel's watchdog API on an open device.
+pub trait Driver: Send {
+    /// The name of the device, NUL-terminated.
+    ///
+    /// # Errors
+    /// Those of the device.
+    fn identity(&self) -> io::Result<[u8; 32]>;
+
+    /// The device's timeout in seconds.
+    ///
+    /// # Errors
+    /// Those of the device.
+    fn timeout(&self) -> Result<i32, Errno>;
+
+    /// Sets the timeout in seconds, which is a keepalive too. Returns the one that the device chose.
+    ///
+    /// # Errors
+    /// Those of the device; `OPNOTSUPP` or `NOTTY` where the timeout is fixed.
+    fn set_timeout(&mut self, wanted: i32) -> Result<i32, Errno>;
+
+    /// Writes to the device.
+    ///
+    /// # Errors
+    /// Those of the device.
+    fn write(&mut self, bytes: &[u8]) -> io::Result<()>;
+
+    /// The device.
+    fn descriptor(&self) -> BorrowedFd<'_>;
 }
 
-impl LinuxDevice {
-    /// Opens and so arms the device at `path`, and sets its timeout to `timeout`, in whole seconds,
-    /// unless it has that timeout already. The device may round it: [`WatchdogDevice::timeout`] returns
-    /// the actual one. Opening the device and setting its timeout may each count as a keepalive.
+/// A watchdog device of the kernel. It is armed.
+#[derive(Debug)]
+pub struct LinuxDevice<D = LinuxDriver> {
+    driver: D,
+    kind: Kind,
+    timeout: Duration,
+    /// The timeout that it does not have yet, in seconds.
+    unset: Option<i32>,
+}
+
+impl<D: Driver> LinuxDevice<D> {
+    /// A device that was just opened, which armed it and may have counted as a keepalive. `timeout`, in
+    /// whole seconds, is set with the first keepalive, unless the device has that timeout already: it is
+    /// another keepalive. The device may round it: [`WatchdogDevice::timeout`] returns the actual one.
     ///
     /// # Errors
     /// Those of the device; [`io::ErrorKind::Unsupported`] for a softdog unless `allow_softdog`
     /// (the softdog is disarmed again).
-    pub fn open(path: &Path, timeout: Duration, allow_softdog: bool) -> io::Result<Self> {
-        let device = OpenOptions::new().write(true).open(path)?;
+    pub fn open(driver: D, timeout: Duration, allow_softdog: bool) -> io::Result<Self> {
+        let wanted = i32::try_from(timeout.as_secs()).unwrap_or(i32::MAX).max(1);
+        let present = driver.timeout();
         let mut watchdog = Self {
-            kind: identify(&device)?,
-            timeout: Duration::ZERO,
-            device,
+            kind: kind_of(&driver.identity()?),
+            timeout: whole_seconds(wanted)?,
+            unset: must_set(present.ok(), wanted).then_some(wanted),
+            driver,
         };
         if watchdog.kind == Kind::Soft && !allow_softdog {
             watchdog.disarm()?;
@@ -42,7 +78,6 @@ impl LinuxDevice {
                  or run without a watchdog",
             ));
         }
-        watchdog.timeout = ensure_timeout(&watchdog.device, timeout)?;
         Ok(watchdog)
     }
 
@@ -50,19 +85,41 @@ impl LinuxDevice {
     ///
     /// # Errors
     /// Those of the device.
-    pub fn adopt(descriptor: OwnedFd) -> io::Result<Self> {
-        let device = File::from(descriptor);
+    pub fn adopt(mut driver: D, rules: Rules) -> io::Result<Self> {
+        let present = driver.timeout()?;
+        if broken!(rules, TimeoutSetAgain) {
+            driver.set_timeout(present)?;
+        }
         Ok(Self {
-            kind: identify(&device)?,
-            timeout: whole_seconds(timeout_of(&device)?)?,
-            device,
+            kind: kind_of(&driver.identity()?),
+            timeout: whole_seconds(present)?,
+            unset: None,
+            driver,
         })
+    }
+
+    /// A device with a fixed timeout only reports it.
+    fn set_timeout(&mut self, wanted: i32) -> io::Result<()> {
+        let (seconds, is_sent) = match self.driver.set_timeout(wanted) {
+            Ok(seconds) => (seconds, true),
+            Err(Errno::OPNOTSUPP | Errno::NOTTY) => (self.driver.timeout()?, false),
+            Err(error) => return Err(error.into()),
+        };
+        self.timeout = whole_seconds(seconds)?;
+        self.unset = None;
+        if is_sent {
+            return Ok(());
+        }
+        self.driver.write(KEEPALIVE)
     }
 }
 
-impl WatchdogDevice for LinuxDevice {
+impl<D: Driver> WatchdogDevice for LinuxDevice<D> {
     fn kind(&self) -> Kind {
-        self.kind
+        match self.unset {
+            None => self.kind,
+            Some(_) => Kind::None,
+        }
     }
 
     fn timeout(&self) -> Duration {
@@ -70,15 +127,73 @@ impl WatchdogDevice for LinuxDevice {
     }
 
     fn keepalive(&mut self) -> io::Result<()> {
-        self.device.write_all(KEEPALIVE)
+        match self.unset {
+            None => self.driver.write(KEEPALIVE),
+            Some(wanted) => self.set_timeout(wanted),
+        }
     }
 
     fn disarm(&mut self) -> io::Result<()> {
-        self.device.write_all(MAGIC_CLOSE)
+        self.driver.write(MAGIC_CLOSE)
     }
 
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {
-        Some(self.device.as_fd())
+        Some(self.driver.descriptor())
+    }
+}
+
+/// An open device file.
+#[derive(Debug)]
+pub struct LinuxDriver(File);
+
+impl LinuxDriver {
+    /// Opens and so arms the device at `path`.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        Ok(Self(OpenOptions::new().write(true).open(path)?))
+    }
+}
+
+impl From<File> for LinuxDriver {
+    fn from(device: File) -> Self {
+        Self(device)
+    }
+}
+
+impl Driver for LinuxDriver {
+    fn identity(&self) -> io::Result<[u8; 32]> {
+        // SAFETY: WDIOC_GETSUPPORT fills a `struct watchdog_info`, which `WatchdogInfo` repeats field
+        // by field; every bit pattern is a valid value of it.
+        let request = unsafe { Getter::<GET_SUPPORT, WatchdogInfo>::new() };
+        // SAFETY: the descriptor is open for the call, and the request's pointer is to its own output.
+        let info = unsafe { ioctl(&self.0, request) }?;
+        Ok(info.identity)
+    }
+
+    fn timeout(&self) -> Result<i32, Errno> {
+        // SAFETY: WDIOC_GETTIMEOUT fills one `int`.
+        let request = unsafe { Getter::<GET_TIMEOUT, i32>::new() };
+        // SAFETY: the descriptor is open for the call, and the output is the request's own.
+        unsafe { ioctl(&self.0, request) }
+    }
+
+    fn set_timeout(&mut self, wanted: i32) -> Result<i32, Errno> {
+        let mut seconds = wanted;
+        // SAFETY: WDIOC_SETTIMEOUT reads and writes one `int`, which `seconds` is.
+        let request = unsafe { Updater::<SET_TIMEOUT, i32>::new(&mut seconds) };
+        // SAFETY: the descriptor is open for the call, and `seconds` outlives it.
+        unsafe { ioctl(&self.0, request) }?;
+        Ok(seconds)
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.0.write_all(bytes)
+    }
+
+    fn descriptor(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
     }
 }
 
@@ -88,15 +203,6 @@ struct WatchdogInfo {
     options: u32,
     firmware_version: u32,
     identity: [u8; 32],
-}
-
-fn identify(device: &File) -> io::Result<Kind> {
-    // SAFETY: WDIOC_GETSUPPORT fills a `struct watchdog_info`, which `WatchdogInfo` repeats field
-    // by field; every bit pattern is a valid value of it.
-    let request = unsafe { Getter::<GET_SUPPORT, WatchdogInfo>::new() };
-    // SAFETY: the descriptor is open for the call, and the request's pointer is to its own output.
-    let info = unsafe { ioctl(device, request) }?;
-    Ok(kind_of(&info.identity))
 }
 
 /// The kind of a device, by its identity. The softdog has had this name since Linux 2.6.
@@ -109,42 +215,10 @@ fn kind_of(identity: &[u8; 32]) -> Kind {
     }
 }
 
-/// Gives the device this timeout, and returns the one that it has then. A device with a fixed timeout
-/// only reports it.
-fn ensure_timeout(device: &File, wanted: Duration) -> io::Result<Duration> {
-    let wanted = i32::try_from(wanted.as_secs()).unwrap_or(i32::MAX).max(1);
-    let present = timeout_of(device);
-    if !must_set(present.as_ref().ok().copied(), wanted) {
-        return whole_seconds(wanted);
-    }
-    match set_timeout(device, wanted) {
-        Ok(seconds) => whole_seconds(seconds),
-        Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOTTY) => whole_seconds(present?),
-        Err(error) => Err(error.into()),
-    }
-}
-
 /// Whether to set a timeout of `wanted` seconds on a device that reports `present`: setting the one
 /// that it has would be a keepalive for nothing.
 fn must_set(present: Option<i32>, wanted: i32) -> bool {
     present != Some(wanted)
-}
-
-fn timeout_of(device: &File) -> io::Result<i32> {
-    // SAFETY: WDIOC_GETTIMEOUT fills one `int`.
-    let request = unsafe { Getter::<GET_TIMEOUT, i32>::new() };
-    // SAFETY: the descriptor is open for the call, and the output is the request's own.
-    Ok(unsafe { ioctl(device, request) }?)
-}
-
-/// Returns the timeout that the device chose, in seconds.
-fn set_timeout(device: &File, wanted: i32) -> Result<i32, rustix::io::Errno> {
-    let mut seconds = wanted;
-    // SAFETY: WDIOC_SETTIMEOUT reads and writes one `int`, which `seconds` is.
-    let request = unsafe { Updater::<SET_TIMEOUT, i32>::new(&mut seconds) };
-    // SAFETY: the descriptor is open for the call, and `seconds` outlives it.
-    unsafe { ioctl(device, request) }?;
-    Ok(seconds)
 }
 
 fn whole_seconds(seconds: i32) -> io::Result<Duration> {
@@ -196,13 +270,73 @@ mod tests {
         assert!(whole_seconds(0).is_err() && whole_seconds(-1).is_err());
     }
 
+    /// A device that counts its keepalives.
+    struct Counted {
+        seconds: i32,
+        keepalives: u32,
+        null: File,
+    }
+
+    impl Driver for Counted {
+        fn identity(&self) -> io::Result<[u8; 32]> {
+            Ok(identity("i6300ESB timer"))
+        }
+
+        fn timeout(&self) -> Result<i32, Errno> {
+            Ok(self.seconds)
+        }
+
+        fn set_timeout(&mut self, wanted: i32) -> Result<i32, Errno> {
+            self.keepalives += 1;
+            self.seconds = wanted;
+            Ok(wanted)
+        }
+
+        fn write(&mut self, _: &[u8]) -> io::Result<()> {
+            self.keepalives += 1;
+            Ok(())
+        }
+
+        fn descriptor(&self) -> BorrowedFd<'_> {
+            self.null.as_fd()
+        }
+    }
+
+    fn counted(seconds: i32) -> Counted {
+        Counted {
+            seconds,
+            keepalives: 0,
+            null: File::open("/dev/null").unwrap(),
+        }
+    }
+
+    /// Regression: opening a device and setting its timeout are two keepalives, and a process that froze
+    /// in between sent both from one decision.
+    #[test]
+    fn i1_a_device_that_was_opened_gets_its_timeout_with_the_next_keepalive() {
+        let eight = Duration::from_secs(8);
+        let mut device = LinuxDevice::open(counted(60), eight, false).unwrap();
+        assert_eq!(device.driver.keepalives, 0);
+        assert_eq!(device.kind(), Kind::None, "it may reset after 60 s");
+        device.keepalive().unwrap();
+        assert_eq!((device.driver.keepalives, device.driver.seconds), (1, 8));
+        assert_eq!((device.kind(), device.timeout()), (Kind::Hardware, eight));
+        device.keepalive().unwrap();
+        assert_eq!(device.driver.keepalives, 2);
+
+        let adopted = LinuxDevice::adopt(counted(60), Rules::ENFORCED).unwrap();
+        assert_eq!(adopted.driver.keepalives, 0);
+        assert_eq!(adopted.timeout(), Duration::from_secs(60));
+    }
+
     #[test]
     fn a_file_that_is_not_a_watchdog_is_refused() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        let refused = LinuxDevice::open(file.path(), Duration::from_secs(10), true);
+        let driver = LinuxDriver::open(file.path()).unwrap();
+        let refused = LinuxDevice::open(driver, Duration::from_secs(10), true);
         assert_eq!(
             refused.unwrap_err().raw_os_error(),
-            Some(rustix::io::Errno::NOTTY.raw_os_error())
+            Some(Errno::NOTTY.raw_os_error())
         );
         assert_eq!(std::fs::read(file.path()).unwrap(), b"", "nothing written");
     }

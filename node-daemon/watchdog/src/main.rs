@@ -1,22 +1,21 @@
 //! `bascule-watchdog`: the process that owns the watchdog device of its node.
 
 use std::io::IsTerminal;
-use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use bascule_volume_gate::boot_time_now;
+use bascule_volume_gate::LinuxClock;
 use bascule_volume_protocol::Rules;
-use bascule_volume_protocol::watchdog_policy::Start;
 use bascule_watchdog::keepalive::{self, Shared, Slot};
 use bascule_watchdog::{
-    EnlistedVolumes, EnlistmentStore, HeldDevice, Holder, LinuxDevice, NoDevice, PipeDevice,
-    WatchdogDevice, server, shutdown_signal,
+    BoxedDevice, EnlistedVolumes, EnlistmentFile, Host, LinuxHost, Opener, Watchdog,
+    WatchdogDevice, device_slot, server, shutdown_signal,
 };
 use clap::Parser;
 use nix::sys::signal::SigSet;
-use rustix::fs::{FileType, FlockOperation, flock};
+use rustix::fs::{FlockOperation, flock};
 use rustix::mm::{MlockAllFlags, mlockall};
 
 /// Keep the watchdog of this node from firing while every volume with open writers has a valid lease.
@@ -78,83 +77,34 @@ fn main() -> anyhow::Result<()> {
     }
     // Before the device is opened, because opening arms it: a process that cannot tell which volumes
     // have writers must not arm anything.
-    let store = EnlistmentStore::new(run_dir.join("watchdog.json"))?;
-    let volumes = EnlistedVolumes::load(store).context("load the enlisted volumes")?;
+    let store = EnlistmentFile::new(run_dir.join("watchdog.json"))?;
+    let volumes = EnlistedVolumes::load(Box::new(store), Rules::ENFORCED)
+        .context("load the enlisted volumes")?;
     let listener = server::listen(&run_dir.join("watchdog.sock")).context("listen")?;
-    let slot = device_slot(&arguments, &volumes)?;
+    let host: Arc<dyn Host> = Arc::new(linux_host(&arguments));
+    let slot = device_slot(&host, &volumes, Rules::ENFORCED);
+    let slot = slot.with_context(|| format!("open the watchdog {}", arguments.device.display()))?;
     run(slot, volumes, listener, signals)
 }
 
-type BoxedDevice = Box<dyn WatchdogDevice>;
-type Opener = Box<dyn FnOnce() -> std::io::Result<BoxedDevice>>;
-
-/// Adopts the device that a holder has open, opens it, or leaves it closed until every enlisted lease
-/// is valid. A device that is held is served whatever the arguments say: it is armed.
-fn device_slot(
-    arguments: &Arguments,
-    volumes: &EnlistedVolumes,
-) -> anyhow::Result<Slot<BoxedDevice, Opener>> {
-    let held = Holder::find(&arguments.run_dir)?;
-    let now = boot_time_now();
-    let start = Start::decide(Rules::ENFORCED, held.is_some(), volumes.decide(now));
-    if let Some((holder, descriptor)) = held {
-        tracing::info!("taking the open watchdog device over");
-        return adopt(arguments, holder, descriptor).map(Slot::Open);
-    }
+fn linux_host(arguments: &Arguments) -> LinuxHost {
     let path = arguments.device.clone();
-    let opener = opener(arguments);
-    match start {
-        Start::Wait(volume) => {
-            tracing::error!(
-                %volume,
-                "a volume with open writers has no valid lease: the watchdog is not opened before it has"
-            );
-            Ok(Slot::Waiting(opener))
-        }
-        Start::Adopt | Start::Open => {
-            let opened = opener();
-            let opened = opened.with_context(|| format!("open the watchdog {}", path.display()))?;
-            Ok(Slot::Open(opened))
-        }
+    let watchdog = match arguments.pipe_timeout_ms {
+        _ if arguments.none => Watchdog::None,
+        Some(timeout_ms) => Watchdog::Pipe {
+            path,
+            timeout: Duration::from_millis(timeout_ms),
+        },
+        None => Watchdog::Device {
+            path,
+            timeout: Duration::from_secs(arguments.timeout_seconds),
+            allow_softdog: arguments.allow_softdog,
+        },
+    };
+    LinuxHost {
+        run_dir: arguments.run_dir.clone(),
+        watchdog,
     }
-}
-
-fn adopt(
-    arguments: &Arguments,
-    holder: Holder,
-    descriptor: OwnedFd,
-) -> anyhow::Result<BoxedDevice> {
-    let run_dir = &arguments.run_dir;
-    let mode = rustix::fs::fstat(&descriptor).context("examine the held device")?;
-    if FileType::from_raw_mode(mode.st_mode) != FileType::Fifo {
-        let device = LinuxDevice::adopt(descriptor).context("take the held device over")?;
-        return Ok(Box::new(HeldDevice::adopt(device, run_dir, holder)));
-    }
-    let timeout_ms = arguments.pipe_timeout_ms.with_context(|| {
-        "a named pipe is held as the watchdog device: start with --pipe-timeout-ms".to_owned()
-    })?;
-    let device = PipeDevice::adopt(descriptor, Duration::from_millis(timeout_ms));
-    Ok(Box::new(HeldDevice::adopt(device, run_dir, holder)))
-}
-
-fn opener(arguments: &Arguments) -> Opener {
-    if arguments.none {
-        return Box::new(|| Ok(Box::new(NoDevice)));
-    }
-    let (path, run_dir) = (arguments.device.clone(), arguments.run_dir.clone());
-    if let Some(timeout_ms) = arguments.pipe_timeout_ms {
-        let timeout = Duration::from_millis(timeout_ms);
-        return Box::new(move || {
-            let device = PipeDevice::open(&path, timeout)?;
-            Ok(Box::new(HeldDevice::open(device, &run_dir)))
-        });
-    }
-    let timeout = Duration::from_secs(arguments.timeout_seconds);
-    let allow_softdog = arguments.allow_softdog;
-    Box::new(move || {
-        let device = LinuxDevice::open(&path, timeout, allow_softdog)?;
-        Ok(Box::new(HeldDevice::open(device, &run_dir)))
-    })
 }
 
 fn run(
@@ -166,18 +116,17 @@ fn run(
     let enlisted = volumes.ids().len();
     let device: Option<&dyn WatchdogDevice> = match &slot {
         Slot::Open(device) => {
-            let (kind, timeout) = (device.kind(), device.timeout());
-            tracing::info!(?kind, ?timeout, enlisted, "the watchdog is armed");
+            tracing::info!(enlisted, "the watchdog is armed");
             Some(device.as_ref())
         }
         Slot::Waiting(_) => None,
     };
-    let shared = Shared::new(device, volumes);
-    let served = std::sync::Arc::clone(&shared);
+    let shared = Shared::new(device, volumes, Arc::new(LinuxClock));
+    let served = Arc::clone(&shared);
     std::thread::Builder::new()
         .name("server".to_owned())
         .spawn(move || server::serve(&listener, &served))
         .context("start the server")?;
-    shutdown_signal::watch(signals, std::sync::Arc::clone(&shared)).context("wait for signals")?;
+    shutdown_signal::watch(signals, Arc::clone(&shared)).context("wait for signals")?;
     keepalive::run(slot, &shared).context("open the watchdog")
 }

@@ -11,6 +11,7 @@ use std::time::Duration;
 use bascule_ipc::volume::WatchdogKind;
 use bascule_ipc::watchdog::{Request, Response};
 use bascule_ipc::{AcceptErrors, Connection, IpcError};
+use bascule_volume_gate::Clock;
 
 use crate::keepalive::{Shared, State};
 use crate::watchdog_device::Kind;
@@ -72,13 +73,12 @@ fn converse(stream: UnixStream, shared: &Shared) {
         loop {
             let (request, _) = connection.recv::<Request>()?;
             let disarm = matches!(request, Request::Disarm);
-            let response = answer(request, &mut shared.lock());
+            let response = answer(request, shared);
             let sent = connection.send(&response, &[]);
             // After the answer was sent, because the process exits.
             if disarm && matches!(response, Response::Status { .. }) {
                 shared.end();
             }
-            shared.wake();
             sent?;
         }
     });
@@ -88,8 +88,14 @@ fn converse(stream: UnixStream, shared: &Shared) {
     }
 }
 
-/// Grants or refuses one request.
-fn answer(request: Request, state: &mut State) -> Response {
+/// Grants or refuses one request. A granted request to disarm is carried out by [`Shared::end`].
+pub fn answer(request: Request, shared: &Shared) -> Response {
+    let response = decide(request, &mut shared.lock(), shared.clock.as_ref());
+    shared.wake();
+    response
+}
+
+fn decide(request: Request, state: &mut State, clock: &dyn Clock) -> Response {
     let done = match request {
         Request::Status => Ok(()),
         Request::Enlist { .. } if state.disarming => {
@@ -100,7 +106,7 @@ fn answer(request: Request, state: &mut State) -> Response {
             gate_page,
             lease_until,
         } => {
-            let enlisted = state.volumes.enlist(volume, &gate_page, lease_until);
+            let enlisted = (state.volumes).enlist(volume, &gate_page, clock.now(), lease_until);
             enlisted.map_err(|error| describe(&error))
         }
         Request::Withdraw { volume } => {
@@ -158,10 +164,12 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 #[cfg(test)]
 mod tests {
     use bascule_types::VolumeId;
+    use bascule_volume_gate::LinuxClock;
+    use bascule_volume_protocol::Rules;
 
     use super::*;
     use crate::enlisted_volumes::EnlistedVolumes;
-    use crate::enlistment_store::EnlistmentStore;
+    use crate::enlistment_store::EnlistmentFile;
     use crate::watchdog_device::NoDevice;
 
     /// Regression: the loop could exit on its own timer before the answer was sent, and a volume
@@ -169,18 +177,18 @@ mod tests {
     #[test]
     fn i1_after_disarm_is_granted_no_volume_is_enlisted_and_the_exit_waits_for_the_answer() {
         let dir = tempfile::tempdir().unwrap();
-        let store = EnlistmentStore::new(dir.path().join("watchdog.json")).unwrap();
-        let shared = Shared::new(Some(&NoDevice), EnlistedVolumes::load(store).unwrap());
-        let mut state = shared.lock();
-        let granted = answer(Request::Disarm, &mut state);
+        let store = EnlistmentFile::new(dir.path().join("watchdog.json")).unwrap();
+        let volumes = EnlistedVolumes::load(Box::new(store), Rules::ENFORCED).unwrap();
+        let shared = Shared::new(Some(&NoDevice), volumes, Arc::new(LinuxClock));
+        let granted = answer(Request::Disarm, &shared);
         assert!(matches!(granted, Response::Status { .. }), "{granted:?}");
-        assert!(!state.ending);
+        assert!(!shared.lock().ending);
         let enlist = Request::Enlist {
             volume: VolumeId::from_bytes([1; 16]),
             gate_page: dir.path().join("gate"),
             lease_until: None,
         };
-        let Response::Refused { reason } = answer(enlist, &mut state) else {
+        let Response::Refused { reason } = answer(enlist, &shared) else {
             panic!("enlisted");
         };
         assert!(reason.contains("exits"), "{reason}");

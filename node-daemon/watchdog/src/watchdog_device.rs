@@ -22,13 +22,15 @@ pub enum Kind {
 
 /// A watchdog device. It is armed from the moment when it is opened.
 pub trait WatchdogDevice: Send {
-    /// Published in the heartbeats of this node.
+    /// Published in the heartbeats of this node. [`Kind::None`] as long as the device does not have the timeout
+    /// that it is to have.
     fn kind(&self) -> Kind;
 
     /// How long after the last keepalive the device resets the node.
     fn timeout(&self) -> Duration;
 
-    /// Restarts the timeout ("ping" or "pet" in other implementations).
+    /// Restarts the timeout ("ping" or "pet" in other implementations). Once per call: whoever decided it
+    /// decides again before the next one.
     ///
     /// # Errors
     /// Those of the device.
@@ -39,6 +41,9 @@ pub trait WatchdogDevice: Send {
     /// # Errors
     /// Those of the device, which then stays armed.
     fn disarm(&mut self) -> io::Result<()>;
+
+    /// Makes sure that a second process has the device open, where that can be. Sends no keepalive.
+    fn keep_held(&mut self) {}
 
     /// The open device, for a second process to hold; none where there is nothing to hold.
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {
@@ -61,6 +66,10 @@ impl WatchdogDevice for Box<dyn WatchdogDevice> {
 
     fn disarm(&mut self) -> io::Result<()> {
         self.as_mut().disarm()
+    }
+
+    fn keep_held(&mut self) {
+        self.as_mut().keep_held();
     }
 
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {

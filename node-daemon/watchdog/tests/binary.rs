@@ -12,7 +12,7 @@ use bascule_ipc::volume::WatchdogKind;
 use bascule_ipc::watchdog::{Request, Response};
 use bascule_types::VolumeId;
 use bascule_volume_gate::boot_time_now;
-use bascule_watchdog::EnlistmentStore;
+use bascule_watchdog::{EnlistmentFile, EnlistmentStore as _};
 use rustix::fs::{CWD, FileType, Mode, OFlags, mknodat};
 use rustix::process::{Signal, kill_process};
 
@@ -111,7 +111,7 @@ fn i1_a_killed_process_leaves_the_device_open_and_the_next_one_adopts_it_without
     assert!(is_open(&mut reader), "the holder has it open");
 
     // A volume whose gate page is gone: its lease counts as expired.
-    let store = EnlistmentStore::new(dir.path().join("watchdog.json")).unwrap();
+    let store = EnlistmentFile::new(dir.path().join("watchdog.json")).unwrap();
     let gone = BTreeMap::from([(VolumeId::from_bytes([1; 16]), dir.path().join("gate"))]);
     store.save(&gone).unwrap();
     let again = start(dir.path(), &arguments);
@@ -140,7 +140,7 @@ fn i1_a_restart_without_a_valid_lease_does_not_open_the_device() {
     let dir = tempfile::tempdir().unwrap();
     let (mut reader, arguments) = pipe(dir.path());
     let arguments = arguments.iter().map(String::as_str).collect::<Vec<_>>();
-    let store = EnlistmentStore::new(dir.path().join("watchdog.json")).unwrap();
+    let store = EnlistmentFile::new(dir.path().join("watchdog.json")).unwrap();
     let gone = BTreeMap::from([(VolumeId::from_bytes([1; 16]), dir.path().join("gate"))]);
     store.save(&gone).unwrap();
     let _program = start(dir.path(), &arguments);
@@ -182,7 +182,7 @@ fn sigterm_ends_the_process_only_when_no_volume_is_enlisted_and_disarms_the_devi
     let dir = tempfile::tempdir().unwrap();
     let (mut reader, arguments) = pipe(dir.path());
     let arguments = arguments.iter().map(String::as_str).collect::<Vec<_>>();
-    let store = EnlistmentStore::new(dir.path().join("watchdog.json")).unwrap();
+    let store = EnlistmentFile::new(dir.path().join("watchdog.json")).unwrap();
     let volume = VolumeId::from_bytes([1; 16]);
     let gone = BTreeMap::from([(volume, dir.path().join("gate"))]);
     let first = start(dir.path(), &arguments);

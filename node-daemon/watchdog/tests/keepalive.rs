@@ -1,9 +1,12 @@
 //! The keepalive loop and the server of `bascule-watchdog` with a watchdog device of the test.
 #![expect(clippy::unwrap_used, clippy::panic, reason = "fixtures of tests")]
 
+use std::fs::File;
 use std::io;
+use std::os::fd::{AsFd as _, BorrowedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -12,9 +15,13 @@ use bascule_ipc::Connection;
 use bascule_ipc::volume::WatchdogKind;
 use bascule_ipc::watchdog::{Request, Response};
 use bascule_types::{BootTime, Generation, Owner, SlotId, VolumeId};
-use bascule_volume_gate::{GateWriter, boot_time_now};
+use bascule_volume_gate::{Changes, Clock, GateWriter, LinuxClock, boot_time_now};
+use bascule_volume_protocol::Rules;
 use bascule_watchdog::keepalive::{self, Shared, Slot};
-use bascule_watchdog::{EnlistedVolumes, EnlistmentStore, Kind, WatchdogDevice, server};
+use bascule_watchdog::{
+    BoxedDevice, EnlistedVolumes, EnlistmentFile, FoundHolder, HeldDevice, Holder, HolderError,
+    Kind, WatchdogDevice, server,
+};
 
 const GOLD: VolumeId = VolumeId::from_bytes([1; 16]);
 const TIMEOUT: Duration = Duration::from_millis(400);
@@ -27,14 +34,31 @@ const DEADLINE: Duration = Duration::from_secs(10);
 enum Seen {
     Opened(BootTime),
     Keepalive(BootTime),
+    HolderStarted,
     Disarmed,
 }
 
 struct Probe {
     tx: Sender<Seen>,
+    null: File,
 }
 
-type Opener = Box<dyn FnOnce() -> io::Result<Probe> + Send>;
+impl Probe {
+    fn new(tx: Sender<Seen>) -> Self {
+        let null = File::open("/dev/null").unwrap();
+        Self { tx, null }
+    }
+}
+
+type Opener<D> = Box<dyn FnOnce() -> io::Result<D> + Send>;
+
+fn opener(tx: Sender<Seen>) -> Opener<Probe> {
+    Box::new(move || {
+        let opened = Seen::Opened(boot_time_now());
+        tx.send(opened).map_err(io::Error::other)?;
+        Ok(Probe::new(tx))
+    })
+}
 
 impl WatchdogDevice for Probe {
     fn kind(&self) -> Kind {
@@ -53,18 +77,75 @@ impl WatchdogDevice for Probe {
     fn disarm(&mut self) -> io::Result<()> {
         self.tx.send(Seen::Disarmed).map_err(io::Error::other)
     }
+
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.null.as_fd())
+    }
+}
+
+/// A machine whose holders are flags: whether the last one that was started lives.
+#[derive(Debug)]
+struct Machine {
+    tx: Sender<Seen>,
+    lives: Arc<AtomicBool>,
+}
+
+#[derive(Debug)]
+struct Flag(Arc<AtomicBool>);
+
+impl Holder for Flag {
+    fn is_alive(&self) -> bool {
+        self.0.load(Ordering::SeqCst)
+    }
+
+    fn end(&mut self) -> Result<(), HolderError> {
+        self.0.store(false, Ordering::SeqCst);
+        Ok(())
+    }
+}
+
+impl Clock for Machine {
+    fn now(&self) -> BootTime {
+        LinuxClock.now()
+    }
+
+    fn wait_for_change(&self, changes: &Changes, seen: u64, timeout: Duration) {
+        LinuxClock.wait_for_change(changes, seen, timeout);
+    }
+
+    fn wake(&self, changes: &Changes) {
+        LinuxClock.wake(changes);
+    }
+}
+
+impl bascule_watchdog::Host for Machine {
+    fn open_device(&self) -> io::Result<BoxedDevice> {
+        Err(io::Error::other("open already"))
+    }
+
+    fn find_holder(&self) -> Result<Option<FoundHolder>, HolderError> {
+        Ok(None)
+    }
+
+    fn start_holder(&self, _: BorrowedFd<'_>) -> Result<Box<dyn Holder>, HolderError> {
+        self.lives.store(true, Ordering::SeqCst);
+        let sent = self.tx.send(Seen::HolderStarted);
+        sent.map_err(|_| HolderError::NoDescriptor)?;
+        Ok(Box::new(Flag(Arc::clone(&self.lives))))
+    }
 }
 
 /// A run directory with one volume's gate page, held for 60 s.
 struct Host {
     dir: tempfile::TempDir,
-    gate: GateWriter,
+    gate: Arc<GateWriter>,
 }
 
 impl Host {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let (gate, _) = GateWriter::open(dir.path().join("gate"), GOLD).unwrap();
+        let gate = Arc::new(gate);
         let host = Self { dir, gate };
         host.renew(Duration::from_secs(60));
         host
@@ -81,8 +162,8 @@ impl Host {
     }
 
     fn volumes(&self) -> EnlistedVolumes {
-        let store = EnlistmentStore::new(self.dir.path().join("watchdog.json")).unwrap();
-        EnlistedVolumes::load(store).unwrap()
+        let store = EnlistmentFile::new(self.dir.path().join("watchdog.json")).unwrap();
+        EnlistedVolumes::load(Box::new(store), Rules::ENFORCED).unwrap()
     }
 
     fn gate_page(&self) -> PathBuf {
@@ -95,25 +176,39 @@ impl Host {
 
     fn start(&self) -> Running {
         let (tx, rx) = channel();
-        self.start_at(Slot::Open(Probe { tx }), rx)
+        self.start_at::<_, Opener<Probe>>(Slot::Open(Probe::new(tx)), rx)
+    }
+
+    /// With a second process that has the device open. The flag says whether it lives.
+    fn start_held(&self) -> (Running, Arc<AtomicBool>) {
+        let (tx, rx) = channel();
+        let lives = Arc::new(AtomicBool::new(false));
+        let machine: Arc<dyn bascule_watchdog::Host> = Arc::new(Machine {
+            tx: tx.clone(),
+            lives: Arc::clone(&lives),
+        });
+        let device = HeldDevice::open(Probe::new(tx), &machine, Rules::ENFORCED);
+        assert_eq!(rx.recv().unwrap(), Seen::HolderStarted);
+        let running = self.start_at::<_, Opener<HeldDevice<Probe>>>(Slot::Open(device), rx);
+        (running, lives)
     }
 
     /// As a process that found no holder, and must not open the device yet.
     fn start_waiting(&self) -> Running {
         let (tx, rx) = channel();
-        let open: Opener = Box::new(move || {
-            let opened = Seen::Opened(boot_time_now());
-            tx.send(opened).map_err(io::Error::other)?;
-            Ok(Probe { tx })
-        });
-        self.start_at(Slot::Waiting(open), rx)
+        self.start_at(Slot::Waiting(opener(tx)), rx)
     }
 
-    fn start_at(&self, slot: Slot<Probe, Opener>, rx: Receiver<Seen>) -> Running {
-        let shared = match &slot {
-            Slot::Open(device) => Shared::new(Some(device), self.volumes()),
-            Slot::Waiting(_) => Shared::new(None, self.volumes()),
+    fn start_at<D, F>(&self, slot: Slot<D, F>, rx: Receiver<Seen>) -> Running
+    where
+        D: WatchdogDevice + 'static,
+        F: FnOnce() -> io::Result<D> + Send + 'static,
+    {
+        let device: Option<&dyn WatchdogDevice> = match &slot {
+            Slot::Open(device) => Some(device),
+            Slot::Waiting(_) => None,
         };
+        let shared = Shared::new(device, self.volumes(), Arc::new(LinuxClock));
         let listener = server::listen(&self.socket()).unwrap();
         let served = Arc::clone(&shared);
         let spawn = |name: &str| std::thread::Builder::new().name(name.to_owned());
@@ -155,7 +250,7 @@ impl Running {
         loop {
             match self.rx.recv_timeout(DEADLINE).unwrap() {
                 Seen::Keepalive(at) if at >= from => return at,
-                Seen::Keepalive(_) | Seen::Opened(_) => {}
+                Seen::Keepalive(_) | Seen::Opened(_) | Seen::HolderStarted => {}
                 Seen::Disarmed => panic!("the device was disarmed"),
             }
         }
@@ -168,6 +263,7 @@ impl Running {
         loop {
             match self.rx.recv_timeout(QUIET) {
                 Ok(Seen::Keepalive(at) | Seen::Opened(at)) => last = Some(at),
+                Ok(Seen::HolderStarted) => {}
                 Ok(Seen::Disarmed) => panic!("the device was disarmed"),
                 Err(RecvTimeoutError::Timeout) => return last,
                 Err(RecvTimeoutError::Disconnected) => panic!("the keepalive loop ended"),
@@ -243,7 +339,8 @@ fn the_lease_of_a_withdrawn_volume_may_expire() {
 fn i1_a_restarted_process_still_has_its_enlisted_volumes() {
     let host = Host::new();
     let mut volumes = host.volumes();
-    volumes.enlist(GOLD, &host.gate_page(), None).unwrap();
+    let now = boot_time_now();
+    volumes.enlist(GOLD, &host.gate_page(), now, None).unwrap();
     drop(volumes);
     let running = host.start();
     running.next_keepalive();
@@ -257,7 +354,7 @@ fn i1_a_restarted_process_still_has_its_enlisted_volumes() {
 fn i1_an_enlisted_volume_without_a_gate_page_at_a_restart_counts_as_expired() {
     let host = Host::new();
     host.volumes()
-        .enlist(GOLD, &host.gate_page(), None)
+        .enlist(GOLD, &host.gate_page(), boot_time_now(), None)
         .unwrap();
     std::fs::remove_file(host.gate_page()).unwrap();
     let running = host.start();
@@ -269,7 +366,7 @@ fn i1_an_enlisted_volume_without_a_gate_page_at_a_restart_counts_as_expired() {
 fn i1_a_process_that_starts_after_the_expiry_opens_the_device_only_with_a_new_lease() {
     let host = Host::new();
     host.volumes()
-        .enlist(GOLD, &host.gate_page(), None)
+        .enlist(GOLD, &host.gate_page(), boot_time_now(), None)
         .unwrap();
     host.gate.close();
     let running = host.start_waiting();
@@ -280,6 +377,47 @@ fn i1_a_process_that_starts_after_the_expiry_opens_the_device_only_with_a_new_le
     assert_eq!((kind, enlisted), (WatchdogKind::None, vec![GOLD]));
     host.renew(Duration::from_secs(60));
     running.next_keepalive();
+    let Response::Status { kind, .. } = host.ask(&Request::Status) else {
+        panic!("no status");
+    };
+    assert_eq!(kind, WatchdogKind::Hardware);
+}
+
+/// Regression: opening a device is a keepalive, and a second one followed from the same decision. A process that
+/// froze before each of them delayed the reset by two timeouts.
+#[test]
+fn i1_a_device_that_is_opened_gets_no_further_keepalive_from_the_same_decision() {
+    let host = Host::new();
+    let mut volumes = host.volumes();
+    let now = boot_time_now();
+    volumes.enlist(GOLD, &host.gate_page(), now, None).unwrap();
+    drop(volumes);
+    let (tx, rx) = channel();
+    let (gate, open) = (Arc::clone(&host.gate), opener(tx));
+    // The lease ends while the device is being opened.
+    let late = move || {
+        gate.close();
+        open()
+    };
+    let running = host.start_at(Slot::Waiting(late), rx);
+    let opened = running.rx.recv_timeout(DEADLINE).unwrap();
+    assert!(matches!(opened, Seen::Opened(_)), "{opened:?}");
+    assert_eq!(running.last_keepalive(), None);
+}
+
+/// Regression: the holder was looked after with each keepalive only. If it ended after the lease had, the end of
+/// `bascule-watchdog` closed the device, which is a keepalive.
+#[test]
+fn i1_a_holder_that_ends_while_keepalives_are_withheld_is_replaced_without_a_keepalive() {
+    let host = Host::new();
+    let (running, lives) = host.start_held();
+    host.ask(&host.enlist());
+    host.gate.close();
+    running.last_keepalive();
+    lives.store(false, Ordering::SeqCst);
+    let replaced = running.rx.recv_timeout(DEADLINE).unwrap();
+    assert_eq!(replaced, Seen::HolderStarted);
+    assert_eq!(running.last_keepalive(), None);
     let Response::Status { kind, .. } = host.ask(&Request::Status) else {
         panic!("no status");
     };

@@ -120,6 +120,10 @@ pub enum Mutation {
     OpenBeforeDeciding,
     /// No second process holds the watchdog device open: the death of `bascule-watchdog` closes it.
     NoSecondHolder,
+    /// A restarted `bascule-watchdog` sends a keepalive when it takes the open device over.
+    KeepaliveOnAdoption,
+    /// A restarted `bascule-watchdog` sets the timeout of the device that it takes over.
+    TimeoutSetAgain,
     /// A volume is withdrawn from the watchdog while writes are in flight.
     WithdrawBeforeDrain,
     /// A volume whose lease has lapsed is withdrawn although a writer has a write in flight.

@@ -30,7 +30,7 @@ mod reader;
 mod writer;
 pub mod writer_page;
 
-pub use clock::{boot_id, boot_time_now};
+pub use clock::{Changes, Clock, LinuxClock, boot_id, boot_time_now};
 pub use error::GateError;
 pub use reader::{GateClosed, GateClosedReason, GateReader, GateView};
 pub use writer::{GateTakenOver, GateWriter};

@@ -41,7 +41,7 @@ mod watcher;
 
 #[cfg(feature = "fault-injection")]
 pub use bascule_volume_format::Mutation;
-pub use bascule_volume_format::Rules;
+pub use bascule_volume_format::{Rules, broken};
 pub use coordinator_answers::{Coordinator, CoordinatorCommand, CoordinatorEvent, Ticket};
 pub use disk_paxos::{
     Election, ElectionCommand, ElectionConfig, ElectionEvent, ElectionOutcome, ElectionPhase,

@@ -8,9 +8,10 @@ use std::time::Duration;
 use bascule_ipc::volume::Response;
 use bascule_ipc::{Connection, watchdog};
 use bascule_types::{BootTime, VmRow};
-use bascule_volume_gate::{GateClosedReason, GateReader, WriterPage, boot_time_now};
+use bascule_volume_gate::{GateClosedReason, GateReader, LinuxClock, WriterPage, boot_time_now};
+use bascule_volume_protocol::Rules;
 use bascule_watchdog::keepalive::{self, Shared, Slot};
-use bascule_watchdog::{EnlistedVolumes, EnlistmentStore, Kind, WatchdogDevice, server};
+use bascule_watchdog::{EnlistedVolumes, EnlistmentFile, Kind, WatchdogDevice, server};
 
 use crate::lab::{Lab, Node, TIMEOUT};
 
@@ -112,10 +113,11 @@ impl Stall {
 
 fn start_watchdog(lab: &Lab) -> Arc<Mutex<BootTime>> {
     let socket = lab.watchdog_sock();
-    let store = EnlistmentStore::new(socket.with_extension("json")).unwrap();
+    let store = EnlistmentFile::new(socket.with_extension("json")).unwrap();
+    let volumes = EnlistedVolumes::load(Box::new(store), Rules::ENFORCED).unwrap();
     let petted_at = Arc::new(Mutex::new(boot_time_now()));
     let device = Device(Arc::clone(&petted_at));
-    let shared = Shared::new(Some(&device), EnlistedVolumes::load(store).unwrap());
+    let shared = Shared::new(Some(&device), volumes, Arc::new(LinuxClock));
     let listener = server::listen(&socket).unwrap();
     let served = Arc::clone(&shared);
     // The threads end with the test process.

@@ -10,7 +10,8 @@ use bascule_volume_format::AreaId;
 
 use crate::profile::{Blow, Fault, Moment, Profile, Span};
 use crate::scheduler::{Group, WORLD, nanos};
-use crate::world::{NODES, PEER_STEP, WATCHDOG_PID, World};
+use crate::watchdog::watchdog_of;
+use crate::world::{NODES, PEER_STEP, World, daemon_of};
 
 /// The faults of a run.
 pub(crate) struct Faults {
@@ -118,10 +119,10 @@ impl World {
                     self.scheduler.hold(Group { node, process }, until);
                 }
             }
-            Fault::HoldWatchdog => {
-                let process = WATCHDOG_PID;
-                self.scheduler.hold(Group { node, process }, until);
-            }
+            Fault::HoldWatchdog => self.scheduler.hold(watchdog_of(node), until),
+            Fault::HoldDaemon => self.scheduler.hold(daemon_of(node), until),
+            Fault::KillWatchdog => self.kill_watchdog(node),
+            Fault::KillHolder => self.kill_holder(node),
             Fault::Damage => self.damage(),
             Fault::Pause => self.scheduler.sleep(lasts),
         }

@@ -1,8 +1,9 @@
-//! The real drivers of three nodes (every thread of `bascule-volume`, its local API and coordinator) on a
-//! simulated clock, scheduler, disk, network and watchdog, with faults of a profile drawn from a seed.
+//! The real drivers of three nodes (every thread of `bascule-volume`, its local API and coordinator; the start,
+//! loop and answers of `bascule-watchdog`) on a simulated clock, scheduler, disk, network and watchdog device,
+//! with faults of a profile drawn from a seed.
 //!
 //! Checked while it runs: no write of an earlier epoch or of a second process takes effect after one of a
-//! later (I1), rows have one owner in each epoch (I2), no acknowledged guest write, change or saved memory
+//! later (I1), a watchdog resets its node within the time that a takeover waits for (I1), rows have one owner in each epoch (I2), no acknowledged guest write, change or saved memory
 //! is lost (I3), election blocks do not go back (I6). Checked at its end: with the faults gone every VM
 //! writes again within a bound (no wedge), and the offline check finds no damage (I6).
 //!
@@ -11,8 +12,8 @@
 //! of one profile. With `RUST_LOG=debug` the drivers' own messages are shown.
 //!
 //! # Not simulated
-//! The VM process and bascule-watchdog (their gate check, writer page and decisions are the real ones, what
-//! drives them is not), bascule-node and the operator; a device that loses completed writes.
+//! The VM process (its gate check and writer page are the real ones, what drives them is not), bascule-node and
+//! the operator; a device that loses completed writes.
 
 mod administrator;
 mod disk;
@@ -23,6 +24,7 @@ mod operator;
 mod oracles;
 mod profile;
 mod scheduler;
+mod watchdog;
 mod world;
 
 use std::sync::Arc;
@@ -50,6 +52,8 @@ pub(crate) struct Setup {
     pub(crate) lock_lies: bool,
     /// Watchdogs never fire.
     pub(crate) no_watchdog: bool,
+    /// The timeout that `bascule-watchdog` sets; the product's is 8.
+    pub(crate) watchdog_seconds: u64,
     /// A damaged block is an error, whatever proves that it is obsolete (hole 8).
     pub(crate) old_damage_counts: bool,
     /// The newest blocks are damaged too, and a damaged one counts as one that is not there.
@@ -62,6 +66,7 @@ const fn sound(profile: Kind) -> Setup {
         rules: Rules::ENFORCED,
         lock_lies: false,
         no_watchdog: false,
+        watchdog_seconds: 8,
         old_damage_counts: false,
         damages_newest: false,
     }
@@ -138,6 +143,7 @@ fn watch_devices(world: &Arc<World>) {
                 continue;
             }
             for node in devices.fired() {
+                devices.assert_reset_in_time(node);
                 devices.nodes()[usize::from(node)].resets += 1;
                 devices.power_cycle(node);
             }

@@ -42,7 +42,7 @@ fn a_watchdog_that_does_not_fire_is_found() {
         no_watchdog: true,
         ..sound(Kind::Mixed)
     };
-    is_found("no watchdog", 2, setup);
+    is_found("no watchdog", 5, setup);
 }
 
 #[test]
@@ -60,7 +60,18 @@ fn going_back_from_a_damaged_block_is_found() {
         damages_newest: true,
         ..sound(Kind::Damage)
     };
-    is_found("goes back", 3, setup);
+    is_found("goes back", 1, setup);
+}
+
+/// A restart may add a keepalive, the kernel's when the last descriptor is closed, as a process that was frozen may:
+/// a timeout that leaves no room for it counts.
+#[test]
+fn a_late_keepalive_that_the_safe_time_does_not_count_is_found() {
+    let setup = Setup {
+        watchdog_seconds: 10,
+        ..broken(Kind::WatchdogRestarts, Mutation::LateKeepaliveNotCounted)
+    };
+    is_found("LateKeepaliveNotCounted", 5, setup);
 }
 
 /// One test for each, so that they run side by side.
@@ -77,18 +88,22 @@ macro_rules! found {
 found! {
     petting_without_a_lease_is_found: Mixed, PetWithoutLease, 2;
     withdrawing_with_writes_in_flight_is_found: Mixed, WithdrawBeforeDrain, 2;
-    withdrawing_a_lapsed_volume_in_flight_is_found: Mixed, WithdrawLapsedInFlight, 6;
-    an_unclean_writer_that_counts_as_drained_is_found: FailedWrites, UncleanCountsAsDrained, 11;
+    withdrawing_a_lapsed_volume_in_flight_is_found: Mixed, WithdrawLapsedInFlight, 1;
+    an_unclean_writer_that_counts_as_drained_is_found: FailedWrites, UncleanCountsAsDrained, 3;
     a_takeover_without_a_fence_is_found: Mixed, TakeOverWithoutFence, 2;
-    a_takeover_before_the_settle_time_is_found: LateResets, SafeTimeWithoutSettle, 3;
+    a_takeover_before_the_settle_time_is_found: LateResets, SafeTimeWithoutSettle, 2;
     a_takeover_in_the_same_epoch_is_found: Mixed, TakeOverKeepsEpoch, 0;
     a_fenced_node_that_keeps_its_vms_is_found: Returns, RejoinKeepsFencedRows, 0;
     a_living_node_that_is_confirmed_dead_is_found: Returns, UnseenCountsAsOver, 0;
-    a_full_table_that_blocks_takeover_is_found: FullTable, NoReservedRows, 1;
-    a_late_duplicate_that_drops_a_saved_state_is_found: SavedStates, SavedStateUnbound, 4;
-    an_answer_without_a_re_read_is_found: Mixed, AnswerWithoutReread, 5;
+    a_full_table_that_blocks_takeover_is_found: FullTable, NoReservedRows, 2;
+    a_late_duplicate_that_drops_a_saved_state_is_found: SavedStates, SavedStateUnbound, 0;
+    an_answer_without_a_re_read_is_found: Mixed, AnswerWithoutReread, 22;
     a_forgotten_failed_write_is_found: Elections, ForgetFailedWrites, 0;
     a_paxos_block_that_is_reused_too_early_is_found: Elections, ReuseBeforeSettle, 9;
-    a_gate_that_opens_before_it_is_watched_is_found: Lapses, GateOpensBeforeEnlisting, 7;
-    a_writer_that_opens_unwatched_is_found: DeafWatchdog, OpenBeforePublished, 9;
+    a_gate_that_opens_before_it_is_watched_is_found: Lapses, GateOpensBeforeEnlisting, 8;
+    a_writer_that_opens_unwatched_is_found: DeafWatchdog, OpenBeforePublished, 0;
+    a_keepalive_on_adoption_is_found: WatchdogRestarts, KeepaliveOnAdoption, 0;
+    a_timeout_that_is_set_again_is_found: WatchdogRestarts, TimeoutSetAgain, 0;
+    a_device_that_is_opened_before_deciding_is_found: WatchdogRestarts, OpenBeforeDeciding, 7;
+    a_device_without_a_second_holder_is_found: WatchdogRestarts, NoSecondHolder, 4;
 }

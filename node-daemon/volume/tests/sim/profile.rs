@@ -43,6 +43,12 @@ pub(crate) enum Fault {
     HoldGuests,
     /// `bascule-watchdog` stands still.
     HoldWatchdog,
+    /// The node's daemon stands still: what ends is not started again.
+    HoldDaemon,
+    /// kill -9 of `bascule-watchdog`.
+    KillWatchdog,
+    /// kill -9 of the process that holds the watchdog device open too.
+    KillHolder,
     /// A block of the disk that is provably obsolete is damaged.
     Damage,
     /// None: the time until the next one of a blow.
@@ -51,7 +57,7 @@ pub(crate) enum Fault {
 
 /// What a swarm draws from. Not damage: a leader block that is damaged in the middle of its slot's election, or a head
 /// between its area's first row and its next write, may be the newest, and only `bascule-volume repair` ends that.
-const FAULTS: [Fault; 10] = [
+const FAULTS: [Fault; 13] = [
     Fault::KillVolume,
     Fault::KillGuests,
     Fault::PowerCut,
@@ -62,6 +68,9 @@ const FAULTS: [Fault; 10] = [
     Fault::Deaf,
     Fault::HoldGuests,
     Fault::HoldWatchdog,
+    Fault::HoldDaemon,
+    Fault::KillWatchdog,
+    Fault::KillHolder,
 ];
 
 impl Fault {
@@ -71,7 +80,7 @@ impl Fault {
             Self::FailWrites => 10,
             Self::CutOff => 30,
             // Longer, the device fires although nothing else is wrong.
-            Self::HoldWatchdog => 7,
+            Self::HoldWatchdog | Self::HoldDaemon => 7,
             _ => 60,
         })
     }
@@ -184,9 +193,11 @@ pub(crate) enum Kind {
     FailedWrites,
     /// Guests that live through a lapse of their node's lease, as its watchdog's process stops answering.
     Lapses,
+    /// `bascule-watchdog` and its holder end and are started again, about the time when a lease ends.
+    WatchdogRestarts,
 }
 
-pub(crate) const KINDS: [Kind; 11] = [
+pub(crate) const KINDS: [Kind; 12] = [
     Kind::Mixed,
     Kind::Swarm,
     Kind::LateResets,
@@ -198,6 +209,7 @@ pub(crate) const KINDS: [Kind; 11] = [
     Kind::Damage,
     Kind::FailedWrites,
     Kind::Lapses,
+    Kind::WatchdogRestarts,
 ];
 
 impl Kind {
@@ -214,6 +226,7 @@ impl Kind {
             Self::Damage => damage(),
             Self::FailedWrites => failed_writes(),
             Self::Lapses => lapses(),
+            Self::WatchdogRestarts => watchdog_restarts(),
         }
     }
 }
@@ -377,6 +390,7 @@ fn returns() -> Profile {
         wishes: Wishes {
             confirms: true,
             dawdles: true,
+            patient: true,
             ..EAGER
         },
         ..mixed()
@@ -457,5 +471,43 @@ fn lapses() -> Profile {
             ..profile.wishes
         },
         ..profile
+    }
+}
+
+/// Relative to the last keepalive before the lease ends, up to a second before that.
+fn watchdog_restarts() -> Profile {
+    use Fault::{HoldDaemon, HoldWatchdog, KillHolder, KillWatchdog, Pause, Stall};
+    let kill = (KillWatchdog, (0, 1));
+    let late_keepalive = Blow::of(&[
+        (HoldWatchdog, (6900, 8900)),
+        (Pause, (7100, 16_000)),
+        kill,
+        (Pause, (1000, 7500)),
+        kill,
+    ]);
+    let two_restarts = Blow::of(&[(Pause, (6500, 8000)), kill, (Pause, (6500, 7900)), kill]);
+    let both_end = Blow::of(&[
+        (Pause, (6500, 9900)),
+        (HoldDaemon, (6500, 7900)),
+        (KillHolder, (0, 1)),
+        kill,
+    ]);
+    Profile {
+        name: "watchdog restarts",
+        pause: Duration::from_secs(40),
+        random: vec![
+            Blow::of(&[(Stall, (60_000, 60_000))]),
+            Blow::of(&[kill]),
+            Blow::of(&[(KillHolder, (0, 1))]),
+        ],
+        strikes: vec![
+            (Moment::PettingLast, 3, late_keepalive),
+            (Moment::PettingLast, 2, two_restarts),
+            (Moment::PettingLast, 1, both_end),
+            (Moment::Petting, 50, Blow::of(&[kill])),
+        ],
+        lands_last: true,
+        wishes: EAGER,
+        ..mixed()
     }
 }

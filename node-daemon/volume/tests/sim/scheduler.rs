@@ -284,6 +284,14 @@ impl Scheduler {
         self.lock().held.insert(process, until);
     }
 
+    /// Whether the process is kept from running now.
+    pub(crate) fn stands_still(&self, process: Group) -> bool {
+        let inner = self.lock();
+        let frozen = inner.frozen.get(&process.node).copied().unwrap_or(0);
+        let held = inner.held.get(&process).copied().unwrap_or(0);
+        frozen.max(held) > inner.now
+    }
+
     /// Nothing stands still on the node any more.
     pub(crate) fn let_go(&self, node: u8) {
         let mut inner = self.lock();

@@ -9,10 +9,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bascule_ipc::IpcError;
-use bascule_ipc::volume::{Request as VolumeRequest, WatchdogKind};
+use bascule_ipc::volume::Request as VolumeRequest;
 use bascule_ipc::watchdog::{Request, Response};
 use bascule_types::{BootTime, NodeUid};
-use bascule_volume::host::{Changes, Host};
+use bascule_volume::host::Host;
 use bascule_volume::local_api;
 use bascule_volume::peer_rpc::{PeerError, PeerRequest, PeerResponse};
 use bascule_volume::process::{Opened, assemble};
@@ -20,9 +20,7 @@ use bascule_volume::volume_context::{ProcessConfig, VolumeContext};
 use bascule_volume::watchdog_client;
 use bascule_volume::write_ledger::{LedgerParts, WriteLedger};
 use bascule_volume_format::{SlotPart, read_superblock};
-use bascule_volume_gate::{GateReader, GateWriter};
-use bascule_volume_protocol::Rules;
-use bascule_volume_protocol::watchdog_policy::{Decision, Enlisted};
+use bascule_volume_gate::{Changes, Clock, GateReader, GateView, GateWriter};
 
 use crate::Setup;
 use crate::disk::{Attached, Disk, Initiator};
@@ -30,6 +28,7 @@ use crate::faults::Faults;
 use crate::guest::Oracle;
 use crate::profile::{Moment, Profile};
 use crate::scheduler::{Group, Scheduler, nanos};
+use crate::watchdog::Watchdog;
 
 pub(crate) const NODES: u8 = 3;
 
@@ -57,15 +56,8 @@ pub(crate) struct Node {
     pub(crate) cut_off_until: u64,
     /// Until when `bascule-watchdog` does not answer.
     pub(crate) deaf_until: u64,
-    watchdog: Watchdog,
+    pub(crate) watchdog: Watchdog,
     pub(crate) resets: u32,
-}
-
-/// `bascule-watchdog` and its device.
-struct Watchdog {
-    enlisted: Enlisted,
-    page: Option<PathBuf>,
-    petted_at: Option<u64>,
 }
 
 impl World {
@@ -87,7 +79,7 @@ impl World {
             volume_pid: None,
             cut_off_until: 0,
             deaf_until: 0,
-            watchdog: Watchdog::new(setup.rules),
+            watchdog: Watchdog::default(),
             resets: 0,
         };
         Arc::new(Self {
@@ -121,6 +113,12 @@ impl World {
         let shown = up + up * i128::from(node.drift) / 1_000_000;
         // A second more, so that no time is 0.
         BootTime(u64::try_from(shown).unwrap_or(0) + 1_000_000_000)
+    }
+
+    /// What the gate page of a node shows.
+    pub(crate) fn gate_view(&self, node: u8) -> Option<GateView> {
+        let page = GateReader::open(self.run_dir(node).join("gate"));
+        Some(page.ok()?.view())
     }
 
     fn run_dir(&self, node: u8) -> PathBuf {
@@ -165,7 +163,7 @@ impl World {
             down.volume = None;
             down.volume_pid = None;
             down.processes.clear();
-            down.watchdog = Watchdog::new(self.setup.rules);
+            down.watchdog = Watchdog::default();
             down.deaf_until = 0;
         }
         self.disk.reset(node);
@@ -183,13 +181,10 @@ impl World {
             up.boot += 1;
             up.booted_at = self.scheduler.now();
         }
-        for (process, name, run) in [
-            (1, "daemon", Self::keep_volume_running as fn(&Arc<Self>, u8)),
-            (WATCHDOG_PID, "watchdog", Self::keep_alive),
-        ] {
+        let keep_volume_running: fn(&Arc<Self>, u8) = Self::keep_volume_running;
+        for run in [keep_volume_running, Self::keep_watchdog_running] {
             let world = Arc::clone(self);
-            let group = Group { node, process };
-            self.scheduler.spawn(group, name, move || run(&world, node));
+            (self.scheduler).spawn(daemon_of(node), "daemon", move || run(&world, node));
         }
     }
 
@@ -315,13 +310,23 @@ impl World {
             let node = &nodes[usize::from(node)];
             (node.volume.clone()?, node.volume_pid?)
         };
+        let group = Group { node, process: pid };
+        self.run_in(group, "request", move || answer(&context), patience)
+    }
+
+    /// Runs `answer` on a thread of its own, which may be killed meanwhile.
+    pub(crate) fn run_in<T: Send + 'static>(
+        self: &Arc<Self>,
+        group: Group,
+        name: &str,
+        answer: impl FnOnce() -> T + Send + 'static,
+        patience: Duration,
+    ) -> Option<T> {
         let result: Arc<Mutex<Option<T>>> = Arc::default();
         let key = Arc::as_ptr(&result).cast::<()>() as usize;
         let (filled, scheduler) = (Arc::clone(&result), Arc::clone(&self.scheduler));
-        let group = Group { node, process: pid };
-        self.scheduler.spawn(group, "request", move || {
-            let answered = answer(&context);
-            drop(context);
+        self.scheduler.spawn(group, name, move || {
+            let answered = answer();
             *filled.lock().unwrap_or_else(PoisonError::into_inner) = Some(answered);
             scheduler.wake(key);
         });
@@ -338,42 +343,6 @@ impl World {
         }
     }
 
-    /// The loop of `bascule-watchdog`.
-    fn keep_alive(self: &Arc<Self>, node: u8) {
-        loop {
-            let now = self.node_time(node);
-            let (enlisted, page) = {
-                let nodes = self.nodes();
-                let watchdog = &nodes[usize::from(node)].watchdog;
-                (watchdog.enlisted.clone(), watchdog.page.clone())
-            };
-            let decision = enlisted.decide(now, |_| {
-                let view = GateReader::open(page.as_ref()?).ok()?.view();
-                view.owner.map(|_| view.expiry)
-            });
-            // The process may stand still between its decision and the keepalive.
-            self.reached(self.petting(node), node);
-            self.scheduler.preempt();
-            if decision == Decision::Pet {
-                let now = self.scheduler.now();
-                self.nodes()[usize::from(node)].watchdog.petted_at = Some(now);
-            }
-            self.scheduler.sleep(Duration::from_secs(1));
-        }
-    }
-
-    fn petting(&self, node: u8) -> Moment {
-        let now = self.node_time(node);
-        let page = self.nodes()[usize::from(node)].watchdog.page.clone();
-        let view = page.and_then(|page| Some(GateReader::open(&page).ok()?.view()));
-        let left = view.map(|view| view.expiry.since(now)).unwrap_or_default();
-        if (1..1000).contains(&left.as_millis()) {
-            Moment::PettingLast
-        } else {
-            Moment::Petting
-        }
-    }
-
     /// A volume's process ends by itself.
     fn end_process(&self, node: u8, pid: u32) {
         self.disk.process_ended(self.initiator(node), pid);
@@ -382,51 +351,6 @@ impl World {
         node.forget(pid);
         if node.volume_pid == Some(pid) {
             node.volume_pid = None;
-        }
-    }
-
-    /// The watchdog devices, which run on while a node is frozen. Returns the nodes to reset.
-    pub(crate) fn fired(&self) -> Vec<u8> {
-        let now = self.scheduler.now();
-        let nodes = self.nodes();
-        let fired = |node: &Node| {
-            let petted = node.watchdog.petted_at;
-            node.is_up && petted.is_some_and(|at| now >= at + nanos(WATCHDOG_TIMEOUT))
-        };
-        let all = nodes.iter().zip(0..).filter(|(node, _)| fired(node));
-        all.map(|(_, n)| n).collect()
-    }
-
-    fn answer_watchdog(&self, node: u8, request: &Request) -> Response {
-        let now = self.node_time(node);
-        let mut nodes = self.nodes();
-        let watchdog = &mut nodes[usize::from(node)].watchdog;
-        match request {
-            Request::Enlist {
-                volume,
-                gate_page,
-                lease_until,
-            } => {
-                let known = watchdog.enlisted.volumes().any(|known| known == *volume);
-                let page = GateReader::open(gate_page).map(|page| page.view());
-                let shown = page.is_ok_and(|view| view.lease_is_valid(now));
-                if !known && !shown && lease_until.is_none_or(|until| now >= until) {
-                    return Response::Refused {
-                        reason: "the volume's lease is not valid".to_owned(),
-                    };
-                }
-                watchdog.enlisted = watchdog.enlisted.clone().enlist(*volume);
-                watchdog.page = Some(gate_page.clone());
-            }
-            Request::Withdraw { volume } => {
-                watchdog.enlisted = watchdog.enlisted.clone().withdraw(*volume);
-            }
-            Request::Status | Request::Disarm => {}
-        }
-        Response::Status {
-            kind: WatchdogKind::Hardware,
-            timeout_ms: u64::try_from(WATCHDOG_TIMEOUT.as_millis()).unwrap_or(0),
-            enlisted: watchdog.enlisted.volumes().collect(),
         }
     }
 
@@ -445,20 +369,11 @@ impl World {
     }
 }
 
-impl Watchdog {
-    fn new(rules: Rules) -> Self {
-        Self {
-            enlisted: Enlisted::new(rules),
-            page: None,
-            petted_at: None,
-        }
-    }
-}
-
-/// What a volume's process has of its machine.
-struct SimulatedHost {
-    world: Arc<World>,
-    node: u8,
+/// What a process has of its machine.
+#[derive(Clone)]
+pub(crate) struct SimulatedHost {
+    pub(crate) world: Arc<World>,
+    pub(crate) node: u8,
 }
 
 impl std::fmt::Debug for SimulatedHost {
@@ -467,7 +382,7 @@ impl std::fmt::Debug for SimulatedHost {
     }
 }
 
-impl Host for SimulatedHost {
+impl Clock for SimulatedHost {
     fn now(&self) -> BootTime {
         self.world.node_time(self.node)
     }
@@ -486,7 +401,9 @@ impl Host for SimulatedHost {
             .scheduler
             .wake(std::ptr::from_ref(changes) as usize);
     }
+}
 
+impl Host for SimulatedHost {
     fn random_delay(&self, most: Duration) -> Duration {
         Duration::from_nanos(self.world.scheduler.below(nanos(most)))
     }
@@ -528,14 +445,7 @@ impl Host for SimulatedHost {
     }
 
     fn call_watchdog(&self, request: &Request) -> Result<Response, IpcError> {
-        self.world.scheduler.preempt();
-        if self.world.is_deaf(self.node) {
-            // At once, or after a while.
-            let hangs = self.world.scheduler.below(2) * self.world.scheduler.below(4000);
-            self.world.scheduler.sleep(Duration::from_millis(hangs));
-            return Err(IpcError::Closed);
-        }
-        Ok(self.world.answer_watchdog(self.node, request))
+        self.world.call_watchdog(self.node, request)
     }
 
     fn keep_awake(&self, _: bool) {}
@@ -543,6 +453,11 @@ impl Host for SimulatedHost {
 
 pub(crate) fn node_uid(node: u8) -> NodeUid {
     NodeUid::from_bytes([node + 1; 16])
+}
+
+/// The node's daemon.
+pub(crate) fn daemon_of(node: u8) -> Group {
+    Group { node, process: 1 }
 }
 
 fn address(node: u8) -> SocketAddr {
@@ -555,12 +470,8 @@ fn boot_bytes((node, boot): Initiator) -> [u8; 16] {
     bytes
 }
 
-/// What the product sets: the lease and twice this fit into the watch and watchdog times.
-const WATCHDOG_TIMEOUT: Duration = Duration::from_secs(8);
 /// Longer than the volume's process waits for a coordinator.
 const PATIENCE: Duration = Duration::from_secs(20);
-/// Of every node's `bascule-watchdog`.
-pub(crate) const WATCHDOG_PID: u32 = 2;
 /// As in `listeners`.
 pub(crate) const PEER_STEP: Duration = Duration::from_secs(5);
 
@@ -570,7 +481,7 @@ pub(crate) type Guests = BTreeMap<u8, (u8, u32)>;
 impl Node {
     /// Whether its watchdog watches the volume.
     pub(crate) fn is_watched(&self) -> bool {
-        self.watchdog.enlisted.volumes().next().is_some()
+        self.watchdog.watches()
     }
 
     /// A process has ended by itself.

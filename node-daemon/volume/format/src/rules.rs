@@ -126,6 +126,8 @@ pub enum Mutation {
     TimeoutSetAgain,
     /// A volume is withdrawn from the watchdog while writes are in flight.
     WithdrawBeforeDrain,
+    /// A volume whose lease has lapsed is withdrawn only when its writers have closed.
+    WithdrawOnlyClosed,
     /// A volume whose lease has lapsed is withdrawn although a writer has a write in flight.
     WithdrawLapsedInFlight,
     /// A writer whose write failed counts as one that has nothing in flight.

@@ -104,7 +104,8 @@ impl Enlistment {
         if activity.lease_until.is_some() {
             return (self, enlist(activity.lease_until));
         }
-        if activity.closed && (drained || self.state == State::Withdrawn) {
+        let may_lapse = !broken!(self.rules, WithdrawOnlyClosed);
+        if activity.closed && may_lapse && (drained || self.state == State::Withdrawn) {
             self.state = State::Withdrawn;
             return (self, WatchdogCall::Withdraw);
         }

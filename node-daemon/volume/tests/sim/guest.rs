@@ -112,7 +112,10 @@ struct Open {
 
 impl Guest {
     pub(crate) fn run(mut self) {
-        let Some(open) = self.open() else {
+        self.world.set_busy(self.node, self.pid, true);
+        let opened = self.open();
+        self.world.set_busy(self.node, self.pid, false);
+        let Some(open) = opened else {
             return;
         };
         let process = {
@@ -198,6 +201,7 @@ impl Guest {
             let now = self.world.node_time(self.node);
             let allowed = open.gate.check(now, self.ownership.owner).is_ok();
             if allowed {
+                self.world.set_busy(self.node, self.pid, true);
                 break;
             }
             open.page.writes_ended();
@@ -217,6 +221,7 @@ impl Guest {
             Ok(()) => {
                 self.world.oracle().acknowledge(lba, stamp);
                 open.page.writes_ended();
+                self.world.set_busy(self.node, self.pid, false);
                 true
             }
             Err(error) => {

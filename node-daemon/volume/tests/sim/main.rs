@@ -3,7 +3,8 @@
 //! with faults of a profile drawn from a seed.
 //!
 //! Checked while it runs: no write of an earlier epoch or of a second process takes effect after one of a
-//! later (I1), a watchdog resets its node within the time that a takeover waits for (I1), rows have one owner in each epoch (I2), no acknowledged guest write, change or saved memory
+//! later (I1), a watchdog resets its node within the time that a takeover waits for (I1), and no node that has nothing
+//! in flight, rows have one owner in each epoch (I2), no acknowledged guest write, change or saved memory
 //! is lost (I3), election blocks do not go back (I6). Checked at its end: with the faults gone every VM
 //! writes again within a bound (no wedge), and the offline check finds no damage (I6).
 //!
@@ -142,7 +143,9 @@ fn watch_devices(world: &Arc<World>) {
             if devices.setup.no_watchdog {
                 continue;
             }
+            devices.note_idle();
             for node in devices.fired() {
+                devices.assert_reset_needed(node);
                 devices.assert_reset_in_time(node);
                 devices.nodes()[usize::from(node)].resets += 1;
                 devices.power_cycle(node);

@@ -88,12 +88,13 @@ macro_rules! found {
 found! {
     petting_without_a_lease_is_found: Mixed, PetWithoutLease, 2;
     withdrawing_with_writes_in_flight_is_found: Mixed, WithdrawBeforeDrain, 2;
+    withdrawing_only_when_writers_close_is_found: Returns, WithdrawOnlyClosed, 2;
     withdrawing_a_lapsed_volume_in_flight_is_found: Mixed, WithdrawLapsedInFlight, 1;
     an_unclean_writer_that_counts_as_drained_is_found: FailedWrites, UncleanCountsAsDrained, 3;
     a_takeover_without_a_fence_is_found: Mixed, TakeOverWithoutFence, 2;
     a_takeover_before_the_settle_time_is_found: LateResets, SafeTimeWithoutSettle, 2;
     a_takeover_in_the_same_epoch_is_found: Mixed, TakeOverKeepsEpoch, 0;
-    a_fenced_node_that_keeps_its_vms_is_found: Returns, RejoinKeepsFencedRows, 0;
+    a_fenced_node_that_keeps_its_vms_is_found: Returns, RejoinKeepsFencedRows, 4;
     a_living_node_that_is_confirmed_dead_is_found: Returns, UnseenCountsAsOver, 0;
     a_full_table_that_blocks_takeover_is_found: FullTable, NoReservedRows, 2;
     a_late_duplicate_that_drops_a_saved_state_is_found: SavedStates, SavedStateUnbound, 0;

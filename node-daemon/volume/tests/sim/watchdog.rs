@@ -25,7 +25,7 @@ use rustix::io::Errno;
 use crate::disk::Initiator;
 use crate::profile::Moment;
 use crate::scheduler::{Group, nanos};
-use crate::world::{SimulatedHost, World};
+use crate::world::{NODES, SimulatedHost, World};
 
 /// What a node has of its watchdog.
 #[derive(Default)]
@@ -241,6 +241,31 @@ impl World {
         );
     }
 
+    /// A node whose writers are drained, or that has none, is not reset however long its storage stalls: as long
+    /// as the processes that withdraw its volume run, and are not kept from it.
+    pub(crate) fn note_idle(&self) {
+        let now = self.scheduler.now();
+        for node in 0..NODES {
+            let stands_still = self.scheduler.stands_still(watchdog_of(node)) || self.is_deaf(node);
+            let node = &mut self.nodes()[usize::from(node)];
+            let serves = node.volume.is_some() && node.watchdog.shared.is_some();
+            let is_idle = serves && !stands_still && node.busy.is_empty();
+            node.idle_since = node.idle_since.or(Some(now)).filter(|_| is_idle);
+        }
+    }
+
+    /// After [`World::note_idle`].
+    pub(crate) fn assert_reset_needed(&self, node: u8) {
+        let now = self.scheduler.now();
+        let idle_since = self.nodes()[usize::from(node)].idle_since;
+        let idle = idle_since.map(|since| Duration::from_nanos(now - since));
+        assert!(
+            idle.is_none_or(|idle| idle < WITHDRAWN_WITHIN),
+            "node {node} was reset without need: nothing was in flight for {idle:?}; {}",
+            self.describe()
+        );
+    }
+
     fn is_in_boot(&self, initiator: Initiator) -> bool {
         let is_up = self.nodes()[usize::from(initiator.0)].is_up;
         is_up && self.initiator(initiator.0) == initiator
@@ -438,5 +463,8 @@ pub(crate) fn watchdog_of(node: u8) -> Group {
 const WATCHDOG_PID: u32 = 2;
 /// What the device has when the node boots.
 const UNSET_SECONDS: i32 = 60;
+/// Less than the watchdog's timeout: from the last write's end, or the return of a process, to the keepalive that
+/// follows the withdrawal.
+const WITHDRAWN_WITHIN: Duration = Duration::from_secs(3);
 /// As in `bascule_volume::host`.
 const CALL_TIMEOUT: Duration = Duration::from_secs(1);

@@ -57,6 +57,10 @@ pub(crate) struct Node {
     /// Until when `bascule-watchdog` does not answer.
     pub(crate) deaf_until: u64,
     pub(crate) watchdog: Watchdog,
+    /// Its guests that have a write in flight, or one that failed, or are about to open their VM.
+    pub(crate) busy: BTreeSet<u32>,
+    /// Since when nothing of it needs a reset.
+    pub(crate) idle_since: Option<u64>,
     pub(crate) resets: u32,
 }
 
@@ -80,6 +84,8 @@ impl World {
             cut_off_until: 0,
             deaf_until: 0,
             watchdog: Watchdog::default(),
+            busy: BTreeSet::new(),
+            idle_since: None,
             resets: 0,
         };
         Arc::new(Self {
@@ -164,6 +170,8 @@ impl World {
             down.volume_pid = None;
             down.processes.clear();
             down.watchdog = Watchdog::default();
+            down.busy.clear();
+            down.idle_since = None;
             down.deaf_until = 0;
         }
         self.disk.reset(node);
@@ -356,6 +364,16 @@ impl World {
 
     fn node_at(&self, wanted: SocketAddr) -> Option<u8> {
         (0..NODES).find(|node| address(*node) == wanted)
+    }
+
+    /// A guest's writes may be in flight, or are not any more.
+    pub(crate) fn set_busy(&self, node: u8, pid: u32, is_busy: bool) {
+        let busy = &mut self.nodes()[usize::from(node)].busy;
+        if is_busy {
+            busy.insert(pid);
+        } else {
+            busy.remove(&pid);
+        }
     }
 
     pub(crate) fn is_deaf(&self, node: u8) -> bool {

@@ -3,11 +3,11 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use bascule_types::{AlignedBuffer, ExtentRun, Owner};
-use bascule_volume_gate::{GateReader, WriterPage, boot_time_now};
+use bascule_volume_gate::{GateReader, Pace, WriterPage, boot_time_now};
 use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
 
@@ -20,6 +20,7 @@ pub(crate) struct Target {
     pub(crate) page: Option<WriterPage>,
     pub(crate) owner: Owner,
     pub(crate) runs: Vec<ExtentRun>,
+    pub(crate) pace: Pace,
 }
 
 impl Target {
@@ -29,21 +30,27 @@ impl Target {
 
     /// Writes whole blocks at `offset` of the disk. The chunk lies within one run, because runs are
     /// whole extents and chunks divide them.
-    pub(crate) fn write(&self, offset: u64, block: &[u8]) -> Result<()> {
-        let at = self.locate(offset)?;
-        self.guarded(|| self.device.write_all_at(block, at))
-            .with_context(|| format!("write at byte {at}"))
+    pub(crate) fn write(&mut self, offset: u64, block: &[u8]) -> Result<()> {
+        let start = self.locate(offset)?;
+        self.in_pieces(start, block.len() as u64, |target, at, length| {
+            let begin = usize::try_from(at - start).context("chunk's length")?;
+            let end = begin + usize::try_from(length).context("chunk's length")?;
+            let piece = block.get(begin..end).context("chunk's length")?;
+            target
+                .guarded(|| target.device.write_all_at(piece, at))
+                .with_context(|| format!("write at byte {at}"))
+        })
     }
 
     /// Makes everything from `offset` to the disk's end read as zeroes.
-    pub(crate) fn zero_from(&self, offset: u64) -> Result<()> {
+    pub(crate) fn zero_from(&mut self, offset: u64) -> Result<()> {
         let mut begin = 0;
-        for run in &self.runs {
+        for run in self.runs.clone() {
             let end = begin + run.length.0;
             if end > offset {
                 let skip = offset.saturating_sub(begin);
                 let at = run.start.lba_to_bytes().context("extent's position")?.0 + skip;
-                self.zero_range(at, run.length.0 - skip)?;
+                self.in_pieces(at, run.length.0 - skip, Self::zero_range)?;
             }
             begin = end;
         }
@@ -56,6 +63,24 @@ impl Target {
             page.write_failed();
         }
         flushed.context("flush the device")
+    }
+
+    /// Calls `write` with the position on the device and the length of each piece.
+    fn in_pieces(
+        &mut self,
+        start: u64,
+        length: u64,
+        write: impl Fn(&Self, u64, u64) -> Result<()>,
+    ) -> Result<()> {
+        let mut done = 0;
+        while done < length {
+            let piece = self.pace.piece(length - done);
+            let begun = Instant::now();
+            write(self, start + done, piece)?;
+            self.pace.took(piece, begun.elapsed());
+            done += piece;
+        }
+        Ok(())
     }
 
     fn zero_range(&self, at: u64, length: u64) -> Result<()> {

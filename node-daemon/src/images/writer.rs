@@ -11,7 +11,7 @@ use bascule_ipc::Connection;
 use bascule_ipc::volume::{Request, Response};
 use bascule_node_api::report::{ImportReport, ImportState};
 use bascule_types::{Bytes, Change, DiskRow, RedactedUrl};
-use bascule_volume_gate::{GateReader, WriterPage};
+use bascule_volume_gate::{GateReader, Pace, WriterPage};
 
 use super::blocks::{CHUNK_BYTES, Target, chunk_buffer};
 use super::fetch::FetchJob;
@@ -49,9 +49,9 @@ fn import(job: &ImportJob) -> Result<()> {
     volume
         .set_timeout(Some(VOLUME_LIMIT))
         .context("reach the volume")?;
-    let (target, row) = open(job, &mut volume)?;
+    let (mut target, row) = open(job, &mut volume)?;
     let length = if row.importing {
-        fill(job, &target, &row)?
+        fill(job, &mut target, &row)?
     } else {
         row.size
     };
@@ -90,12 +90,13 @@ fn open(job: &ImportJob, volume: &mut Connection) -> Result<(Target, DiskRow)> {
         page: page.context("map the writer page")?,
         owner: job.owner,
         runs: row.extents.clone(),
+        pace: Pace::default(),
     };
     Ok((target, row))
 }
 
 /// Fills the disk; says how long the image was.
-fn fill(job: &ImportJob, target: &Target, row: &DiskRow) -> Result<Bytes> {
+fn fill(job: &ImportJob, target: &mut Target, row: &DiskRow) -> Result<Bytes> {
     let limit = LengthLimit {
         role: row.role,
         disk: row.size.max(Bytes(target.capacity())),

@@ -8,6 +8,7 @@ use bascule_ipc::volume::{OpenedVm, Request, Response};
 use bascule_ipc::{Connection, IpcError, Kind};
 use bascule_types::{Answer, Bytes, Change, DiskRow, Lba, Ownership, Refusal, VmUid};
 use bascule_volume_format::BlockStore;
+use bascule_volume_gate::Pace;
 use bascule_volume_protocol::WriterId;
 
 use crate::block_device::Identity;
@@ -207,10 +208,11 @@ fn create_again(disk: &DiskRow) -> Change {
 /// Zeroes the extents of a disk, [`ZERO_BYTES`] at a time, and flushes. The lease is checked before
 /// each step; false when this node may no longer write.
 fn zero_extents(context: &VolumeContext, disk: &DiskRow) -> std::io::Result<bool> {
+    let mut pace = Pace::default();
     for run in &disk.extents {
         let mut done = 0;
         while done < run.length.0 {
-            let length = ZERO_BYTES.min(run.length.0 - done);
+            let length = pace.piece(run.length.0 - done);
             let now = context.now();
             let may_write = {
                 let state = context.state();
@@ -221,6 +223,7 @@ fn zero_extents(context: &VolumeContext, disk: &DiskRow) -> std::io::Result<bool
             }
             let start = Lba(run.start.0 + done / BLOCK);
             context.device.zero(start, Bytes(length))?;
+            pace.took(length, context.now().since(now));
             done += length;
         }
     }
@@ -398,5 +401,3 @@ const WRITER_PAGE_SINCE: u32 = 3;
 /// For the handshake of a new connection.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 const BLOCK: u64 = bascule_volume_format::BLOCK_BYTES_U64;
-/// Small enough that the lease is checked several times a second.
-const ZERO_BYTES: u64 = 4 << 20;

@@ -9,7 +9,7 @@
 //! This crate must not know the on-disk format, nor when a lease may be extended: that is in
 //! `bascule-volume-protocol`. Read next: [`layout`] (the bytes), [`GateWriter`],
 //! [`GateReader`]. Beside it, in [`writer_page`]: a page for each process that writes, in which it says
-//! whether writes of it are under way.
+//! whether writes of it are under way. [`Pace`] says how large a write may be that no guest waits for.
 //!
 //! ```no_run
 //! # use bascule_types::{Owner, SlotId, Generation};
@@ -25,6 +25,7 @@
 mod clock;
 mod error;
 pub mod layout;
+mod pace;
 mod page;
 mod reader;
 mod writer;
@@ -32,6 +33,7 @@ pub mod writer_page;
 
 pub use clock::{Changes, Clock, LinuxClock, boot_id, boot_time_now};
 pub use error::GateError;
+pub use pace::Pace;
 pub use reader::{GateClosed, GateClosedReason, GateReader, GateView};
 pub use writer::{GateTakenOver, GateWriter};
 pub use writer_page::{WriterPage, WriterView};

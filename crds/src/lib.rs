@@ -55,6 +55,6 @@ pub use shared_volume::{
 pub use virtual_machine::{
     Availability, Boot, Cpu, DeletionPolicy, Disk, DiskState, DiskStatus, ExistingDisk, FieldError,
     HostFileSource, HttpSource, Interface, InterfaceStatus, MigrationLimits, Ownership, Placement,
-    RestartLimits, Source, SourceKind, VirtualMachine, VirtualMachineSpec, VirtualMachineStatus,
-    mac_address, parse_mac,
+    ReservationStatus, RestartLimits, Source, SourceKind, VirtualMachine, VirtualMachineSpec,
+    VirtualMachineStatus, mac_address, parse_mac,
 };

@@ -26,8 +26,6 @@ pub const LABEL_PURPOSE: &str = "bascule.dev/purpose";
 pub const LABEL_TRIGGER: &str = "bascule.dev/trigger";
 /// A migration that was created because a reservation pod was evicted.
 pub const TRIGGER_DRAIN: &str = "drain";
-/// Annotation on a reservation pod: the digest of the spec that it was made for.
-pub const ANNOTATION_SPEC_DIGEST: &str = "bascule.dev/spec-digest";
 /// Annotation on a SharedVolume: a manual fencing confirmation that a node is dead, written as
 /// `<node>/<slot>/<generation>`, as the Failover that waits for it names them.
 pub const ANNOTATION_CONFIRM_FENCED: &str = "bascule.dev/confirm-fenced";
@@ -190,6 +188,8 @@ pub mod reason {
     pub const NODE_RETURNED: &str = "NodeReturned";
     /// A takeover was granted.
     pub const TAKEN_OVER: &str = "TakenOver";
+    /// A pod claims to be a reservation of the virtual machine, and the operator did not make it. It is deleted.
+    pub const FOREIGN_RESERVATION: &str = "ForeignReservation";
     /// A reservation pod was lost and made again.
     pub const RESERVATION_LOST: &str = "ReservationLost";
     /// Event on a Node: no guest can run there, for the reason in the message.

@@ -10,4 +10,6 @@ pub use spec::{
     Interface, MigrationLimits, Placement, RestartLimits, Source, SourceKind, VirtualMachine,
     VirtualMachineSpec,
 };
-pub use status::{DiskState, DiskStatus, InterfaceStatus, Ownership, VirtualMachineStatus};
+pub use status::{
+    DiskState, DiskStatus, InterfaceStatus, Ownership, ReservationStatus, VirtualMachineStatus,
+};

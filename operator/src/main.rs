@@ -35,6 +35,7 @@ mod observe;
 mod ownership_cache;
 mod record_status;
 mod reservation_pod;
+mod reservation_records;
 mod startup;
 mod stores;
 mod vm_intent;

@@ -16,12 +16,14 @@ use bascule_operator_core::{
     VolumeView,
 };
 use bascule_types::{Epoch, Generation, Owner, SlotId, VmUid};
-use k8s_openapi::api::core::v1::Node;
+use k8s_openapi::api::core::v1::{Node, Pod};
 use kube::ResourceExt;
 
 use crate::clock::moment;
 use crate::node_clients::NodeState;
 use crate::ownership_cache::{coordinates, volume_status};
+use crate::reservation_pod;
+use crate::reservation_records;
 use crate::stores::Stores;
 
 /// The observation of one VM. `rows` is none when the volume's ownership records are not known.
@@ -37,9 +39,16 @@ pub(crate) fn observe(
     let volume = &vm.spec.volume;
     let pods = stores
         .pods
-        .state_filter(|pod| crate::reservation_pod::belongs_to(pod, vm));
+        .state_filter(|pod| reservation_pod::belongs_to(pod, vm));
     let ours = |m: &VirtualMachineMigration| {
         m.spec.virtual_machine == vm.name_any() && m.namespace() == vm.namespace()
+    };
+    let uids = pods.iter().filter_map(|pod| pod.uid()).collect();
+    let records = reservation_records::known(vm, &memory.reservations, &uids, now);
+    let record_of = |pod: &Pod| {
+        records
+            .iter()
+            .find(|r| Some(&r.uid) == pod.metadata.uid.as_ref())
     };
     let migrations = stores.migrations.state_filter(ours);
     let object = stores.volumes.find(|sv| sv.name_any() == *volume);
@@ -60,9 +69,14 @@ pub(crate) fn observe(
         last_owner: last_owner(vm),
         pods: Fact::Known(
             pods.iter()
-                .map(|pod| crate::reservation_pod::view(pod, vm, now))
+                .filter_map(|pod| Some(reservation_pod::view(pod, record_of(pod)?, vm, now)))
                 .collect(),
         ),
+        foreign_pods: pods
+            .iter()
+            .filter(|pod| record_of(pod).is_none())
+            .map(|pod| reservation_pod::foreign(pod))
+            .collect(),
         migrations: Fact::Known(
             migrations
                 .iter()
@@ -72,7 +86,10 @@ pub(crate) fn observe(
         failovers: Fact::Known(failovers(vm, stores)),
         processes: processes(uid, states),
         imports: imports(volume, states),
-        memory: planner_memory(vm, memory, now),
+        memory: PlannerMemory {
+            reservations: records.clone(),
+            ..planner_memory(vm, memory, now)
+        },
     }
 }
 

@@ -8,7 +8,7 @@ use bascule_crds::{
     VirtualMachineMigrationStatus, set_condition,
 };
 use bascule_ipc::vm::{self, MigrationStatus};
-use bascule_operator_core::{self as core, FailoverUpdate, MigrationUpdate, Purpose};
+use bascule_operator_core::{FailoverUpdate, MigrationUpdate};
 use bascule_types::{AdminConfirmation, FenceProof};
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
@@ -42,7 +42,7 @@ pub(crate) async fn report_migration(
         object.metadata.generation,
         crate::clock::timestamp(),
     );
-    status.reservation = reservation(context, vm, name).or_else(|| old.reservation.clone());
+    status.reservation = reservation(vm, name).or_else(|| old.reservation.clone());
     if status == old {
         return Ok(());
     }
@@ -135,15 +135,10 @@ pub(crate) async fn report_failover(
     Ok(())
 }
 
-fn reservation(context: &OperatorContext, vm: &VirtualMachine, migration: &str) -> Option<String> {
-    let pods = context
-        .stores
-        .pods
-        .state_filter(|pod| crate::reservation_pod::belongs_to(pod, vm));
-    pods.iter()
-        .map(|pod| crate::reservation_pod::view(pod, vm, core::Moment(0)))
-        .find(|pod| pod.purpose == Purpose::Migration(migration.to_owned()))
-        .map(|pod| pod.name)
+fn reservation(vm: &VirtualMachine, migration: &str) -> Option<String> {
+    let mut made = vm.status.iter().flat_map(|status| &status.reservations);
+    made.find(|made| made.migration.as_deref() == Some(migration))
+        .map(|made| made.name.clone())
 }
 
 fn migration_status(

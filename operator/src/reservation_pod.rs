@@ -6,11 +6,9 @@ use std::collections::BTreeMap;
 
 use anyhow::{Context, Result};
 use bascule_crds::VirtualMachine;
-use bascule_crds::names::{
-    ANNOTATION_SPEC_DIGEST, LABEL_PURPOSE, LABEL_ROLE, LABEL_VM, ROLE_RESERVATION,
-};
+use bascule_crds::names::{LABEL_PURPOSE, LABEL_ROLE, LABEL_VM, ROLE_RESERVATION};
 use bascule_node_api::command::VmSpec;
-use bascule_operator_core::{self as core, PodPhase, Purpose, SpecDigest};
+use bascule_operator_core::{self as core, ForeignPod, PodPhase, Purpose, ReservationRecord};
 use k8s_openapi::api::core::v1::{
     Affinity, Capabilities, Container, NodeAffinity, NodeSelector, NodeSelectorRequirement,
     NodeSelectorTerm, Pod, PodSecurityContext, PodSpec, ResourceRequirements, SeccompProfile,
@@ -36,7 +34,6 @@ pub(crate) struct Reservation<'a> {
     pub(crate) avoid: &'a [String],
     /// The spec of the running guest, or of the one to be started: CPU and memory requests follow it.
     pub(crate) spec: &'a VmSpec,
-    pub(crate) digest: SpecDigest,
 }
 
 /// Builds the pod object.
@@ -48,21 +45,12 @@ pub(crate) fn build(reservation: &Reservation<'_>, args: &Args) -> Result<Pod> {
         block_owner_deletion: Some(false),
         ..vm.owner_ref(&()).context("the VirtualMachine has no UID")?
     };
-    let (purpose, migration) = match reservation.purpose {
-        Purpose::Current => (CURRENT, None),
-        Purpose::Migration(name) => (MIGRATION, Some(name.clone())),
+    let purpose = match reservation.purpose {
+        Purpose::Current => CURRENT,
+        Purpose::Migration(_) => MIGRATION,
     };
-    let mut annotations = BTreeMap::from([
-        (ANNOTATION_SPEC_DIGEST.to_owned(), hex(reservation.digest)),
-        (
-            ANNOTATION_SPEC.to_owned(),
-            serde_json::to_string(reservation.spec)?,
-        ),
-        (ANNOTATION_AVOID.to_owned(), reservation.avoid.join(",")),
-    ]);
-    annotations.extend(migration.map(|name| (ANNOTATION_MIGRATION.to_owned(), name)));
     let copied = CopiedMetadata::of(vm);
-    annotations.insert(ANNOTATION_COPIED.to_owned(), copied.record()?);
+    let mut annotations = BTreeMap::from([(ANNOTATION_COPIED.to_owned(), copied.record()?)]);
     annotations.extend(copied.annotations);
     let mut labels = copied.labels;
     labels.extend([
@@ -220,9 +208,14 @@ pub(crate) fn belongs_to(pod: &Pod, vm: &VirtualMachine) -> bool {
             .any(|owner| Some(&owner.uid) == vm.metadata.uid.as_ref())
 }
 
-/// The pod of this VirtualMachine as the planner sees it.
-pub(crate) fn view(pod: &Pod, vm: &VirtualMachine, now: core::Moment) -> core::Pod {
-    let annotation = |key: &str| pod.annotations().get(key).cloned().unwrap_or_default();
+/// The pod of this VirtualMachine as the planner sees it. Labels and annotations are only displayed: a
+/// tenant may have written them. A pod's affinity cannot be changed.
+pub(crate) fn view(
+    pod: &Pod,
+    record: &ReservationRecord,
+    vm: &VirtualMachine,
+    now: core::Moment,
+) -> core::Pod {
     let status = pod.status.clone().unwrap_or_default();
     let condition = |type_: &str| {
         status
@@ -256,14 +249,10 @@ pub(crate) fn view(pod: &Pod, vm: &VirtualMachine, now: core::Moment) -> core::P
         at.map_or(now, |at| moment(&at.0))
     });
     let scheduled = condition("PodScheduled").filter(|c| c.status == "False");
-    let purpose = match pod.labels().get(LABEL_PURPOSE).map(String::as_str) {
-        Some(MIGRATION) => Purpose::Migration(annotation(ANNOTATION_MIGRATION)),
-        _ => Purpose::Current,
-    };
     core::Pod {
         uid: pod.uid().unwrap_or_default(),
         name: pod.name_any(),
-        purpose,
+        purpose: record.purpose.clone(),
         phase,
         node: pod.spec.as_ref().and_then(|spec| spec.node_name.clone()),
         leaving_since: deleted.or(evicted),
@@ -271,45 +260,48 @@ pub(crate) fn view(pod: &Pod, vm: &VirtualMachine, now: core::Moment) -> core::P
         unschedulable: scheduled
             .filter(|c| c.reason.as_deref() == Some("Unschedulable"))
             .map(|c| c.message.clone().unwrap_or_default()),
-        avoid: annotation(ANNOTATION_AVOID)
-            .split(',')
-            .filter(|node| !node.is_empty())
-            .map(str::to_owned)
-            .collect(),
-        digest: unhex(&annotation(ANNOTATION_SPEC_DIGEST)),
+        avoid: avoided(pod),
+        digest: record.digest,
         copies_current: CopiedMetadata::of(vm).is_on(pod),
     }
 }
 
-/// The spec in the pod's annotation.
-pub(crate) fn spec_of(pod: &Pod) -> Option<VmSpec> {
-    serde_json::from_str(pod.annotations().get(ANNOTATION_SPEC)?).ok()
-}
-
-fn hex(digest: SpecDigest) -> String {
-    digest.0.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-/// Bytes that cannot be parsed read as 0, which matches no spec.
-fn unhex(text: &str) -> SpecDigest {
-    let mut digest = [0; 32];
-    for (n, byte) in digest.iter_mut().enumerate() {
-        let pair = text.get(2 * n..2 * n + 2).unwrap_or("00");
-        *byte = u8::from_str_radix(pair, 16).unwrap_or(0);
+/// The pod as one that the operator has no record of.
+pub(crate) fn foreign(pod: &Pod) -> ForeignPod {
+    let created = pod.metadata.creation_timestamp.as_ref();
+    ForeignPod {
+        uid: pod.uid().unwrap_or_default(),
+        name: pod.name_any(),
+        created: created.map(|at| moment(&at.0)).unwrap_or_default(),
+        deleting: pod.metadata.deletion_timestamp.is_some(),
     }
-    SpecDigest(digest)
+}
+
+/// The nodes that the pod's affinity excludes by name.
+fn avoided(pod: &Pod) -> Vec<String> {
+    let affinity = pod.spec.as_ref().and_then(|spec| spec.affinity.as_ref());
+    let required = affinity
+        .and_then(|affinity| affinity.node_affinity.as_ref())
+        .and_then(|node| {
+            node.required_during_scheduling_ignored_during_execution
+                .as_ref()
+        });
+    // Every term has them: the first will do.
+    let term = required.and_then(|required| required.node_selector_terms.first());
+    let fields = term.and_then(|term| term.match_fields.as_ref());
+    let excluding = fields
+        .into_iter()
+        .flatten()
+        .filter(|f| f.operator == "NotIn");
+    excluding
+        .flat_map(|f| f.values.clone().unwrap_or_default())
+        .collect()
 }
 
 /// Value of the purpose label: the guest runs on the pod's node, or will be started there.
 pub(crate) const CURRENT: &str = "current";
 /// Value of the purpose label: the target of a migration.
 const MIGRATION: &str = "migration";
-/// Annotation: the `VmSpec` that the pod was built for, as JSON.
-const ANNOTATION_SPEC: &str = "bascule.dev/spec";
-/// Annotation: the nodes that the pod must not be bound to, comma-separated.
-const ANNOTATION_AVOID: &str = "bascule.dev/avoid";
-/// Annotation: the name of the VirtualMachineMigration that the pod was built for.
-const ANNOTATION_MIGRATION: &str = "bascule.dev/migration";
 /// UID and GID "nonroot" of distroless images.
 const NON_ROOT: i64 = 65532;
 /// Memory request beyond guest RAM: bascule-vm (about 30 MiB expected), its share of bascule-volume,
@@ -318,10 +310,11 @@ const OVERHEAD_BYTES: u64 = 64 << 20;
 
 #[cfg(test)]
 mod tests {
+    use bascule_operator_core::SpecDigest;
     use clap::Parser;
 
     use super::*;
-    use crate::vm_intent::{digest, vm_spec};
+    use crate::vm_intent::vm_spec;
 
     fn vm() -> VirtualMachine {
         serde_json::from_value(serde_json::json!({
@@ -358,9 +351,39 @@ mod tests {
             pin,
             avoid,
             spec: &vm_spec(&vm).unwrap(),
-            digest: digest(&vm).unwrap(),
         };
         build(&reservation, &args).unwrap()
+    }
+
+    fn record(purpose: Purpose) -> ReservationRecord {
+        ReservationRecord {
+            uid: String::new(),
+            name: "web-e1-0".to_owned(),
+            purpose,
+            digest: SpecDigest([3; 32]),
+            made: core::Moment(0),
+        }
+    }
+
+    /// What a tenant writes on a reservation pod changes nothing.
+    #[test]
+    fn labels_and_annotations_of_a_pod_are_not_believed() {
+        let mut pod = pod(None, &["a".to_owned()], &Purpose::Current);
+        let before = view(&pod, &record(Purpose::Current), &vm(), core::Moment(5));
+        let forged = [
+            ("bascule.dev/purpose", "migration"),
+            ("bascule.dev/migration", "go"),
+            ("bascule.dev/avoid", "b"),
+            ("bascule.dev/spec-digest", "00"),
+            ("bascule.dev/spec", "{}"),
+        ];
+        for (key, value) in forged {
+            pod.labels_mut().insert(key.to_owned(), value.to_owned());
+            pod.annotations_mut()
+                .insert(key.to_owned(), value.to_owned());
+        }
+        let after = view(&pod, &record(Purpose::Current), &vm(), core::Moment(5));
+        assert_eq!(after, before);
     }
 
     #[test]
@@ -454,12 +477,10 @@ mod tests {
     fn it_round_trips_through_the_pod_object() {
         let purpose = Purpose::Migration("go".to_owned());
         let pod = pod(None, &["a".to_owned()], &purpose);
-        let view = view(&pod, &vm(), core::Moment(5));
+        let view = view(&pod, &record(purpose.clone()), &vm(), core::Moment(5));
         assert!(view.copies_current);
-        assert_eq!(view.purpose, purpose);
         assert_eq!(view.avoid, ["a"]);
-        assert_eq!(view.digest, digest(&vm()).unwrap());
-        assert_eq!(spec_of(&pod).unwrap(), vm_spec(&vm()).unwrap());
+        assert_eq!((view.purpose, view.digest), (purpose, SpecDigest([3; 32])));
         assert_eq!((view.phase, view.leaving_since), (PodPhase::Pending, None));
     }
 
@@ -470,13 +491,13 @@ mod tests {
         pod.status = Some(status(
             serde_json::json!({"phase": "Failed", "reason": "Evicted"}),
         ));
-        let seen = view(&pod, &vm(), core::Moment(5));
+        let seen = view(&pod, &record(Purpose::Current), &vm(), core::Moment(5));
         assert_eq!(
             (seen.phase, seen.leaving_since),
             (PodPhase::Evicted, Some(core::Moment(5)))
         );
         pod.status = Some(status(serde_json::json!({"phase": "Failed"})));
-        let seen = view(&pod, &vm(), core::Moment(5));
+        let seen = view(&pod, &record(Purpose::Current), &vm(), core::Moment(5));
         assert_eq!((seen.phase, seen.leaving_since), (PodPhase::Failed, None));
     }
 }

@@ -6,25 +6,31 @@ use bascule_crds::{
     VirtualMachineStatus, mac_address, set_condition,
 };
 use bascule_operator_core::{
-    Condition, Fact, ImportPhase, Moment, Observed, RowView, VmIntent, VmReport,
+    Condition, Fact, ImportPhase, Moment, Observed, ReservationRecord, RowView, VmIntent, VmReport,
 };
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
 use crate::kube_api::{api_owner, condition_status, new_condition};
+use crate::reservation_records;
 
 /// The new status, from the plan's report and the observation. Facts that are unknown keep their old
-/// value.
+/// value. `reservations` are the records after the plan was executed.
 pub(crate) fn status(
     vm: &VirtualMachine,
     intent: &VmIntent,
     observed: &Observed,
     report: &VmReport,
+    reservations: &[ReservationRecord],
     now: Timestamp,
 ) -> VirtualMachineStatus {
     let old = vm.status.clone().unwrap_or_default();
+    let reservations = reservation_records::status(reservations);
     if report.keep {
-        return old;
+        return VirtualMachineStatus {
+            reservations,
+            ..old
+        };
     }
     let mut conditions = old.conditions.clone();
     let mut put = |type_: &str, new: &Condition| {
@@ -69,6 +75,7 @@ pub(crate) fn status(
             Fact::Absent => None,
         },
         migration: report.migration.clone(),
+        reservations,
         started_at: if started {
             Some(Time(now))
         } else {
@@ -230,7 +237,7 @@ mod tests {
         let (vm, observed) = (vm(), unreachable_since(1_000_000));
         let intent = crate::vm_intent::intent(&vm).unwrap();
         let report = plan(&intent, &observed, Moment(now)).report;
-        status(&vm, &intent, &observed, &report, at(2_000))
+        status(&vm, &intent, &observed, &report, &[], at(2_000))
     }
 
     /// The next plan, of this operator or another, reads its back-off from here.
@@ -262,7 +269,7 @@ mod tests {
         let mut disk = |next| {
             let name = "boot-kernel".to_owned();
             report.failed_imports.insert(name, failed(next));
-            status(&vm, &intent, &observed, &report, at(2_000)).disks[0].clone()
+            status(&vm, &intent, &observed, &report, &[], at(2_000)).disks[0].clone()
         };
         let later = disk(Some(Moment(60_000)));
         assert_eq!((later.state, later.failed_imports), (DiskState::Failed, 3));

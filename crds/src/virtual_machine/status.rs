@@ -26,6 +26,11 @@ pub struct VirtualMachineStatus {
     /// The VirtualMachineMigration that is under way.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub migration: Option<String>,
+    /// The reservation pods that the operator has made for it. No other pod counts as one, whatever its
+    /// labels and annotations say.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 32), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["uid"]))]
+    pub reservations: Vec<ReservationStatus>,
     /// When the guest was last started.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub started_at: Option<Time>,
@@ -69,6 +74,21 @@ pub struct Ownership {
     /// Rises with every transfer of the ownership. Text, because it may exceed what JSON numbers
     /// hold exactly.
     pub epoch: String,
+}
+
+/// A pod that holds CPU and memory for the virtual machine in the scheduler.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ReservationStatus {
+    /// The pod's name.
+    pub name: String,
+    /// The pod's UID: another pod of that name is not it.
+    pub uid: String,
+    /// The VirtualMachineMigration that it was made for; none where the guest runs or is to be started.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub migration: Option<String>,
+    /// SHA-256 of the spec that it was made for, in hexadecimal.
+    pub spec_digest: String,
 }
 
 /// A disk, kernel or initrd on the volume.

@@ -7,6 +7,7 @@
 mod bad_input;
 mod chart;
 mod drain;
+mod forgeries;
 mod lost_node;
 mod networks;
 mod tenants;

@@ -130,6 +130,8 @@ pub enum Command {
         /// The reported process id, so that a newer process of the same VM is not removed.
         pid: u32,
     },
+    /// The spec that a VM of this node was started with. Answered with [`Outcome::Spec`].
+    ReadSpec { vm: VmUid },
     /// End the hold process of a reservation pod whose VM has left this node.
     EndReservation {
         /// The pod's UID.
@@ -151,6 +153,8 @@ pub enum Outcome {
     Unknown,
     /// To [`Command::Rows`].
     Rows(Rows),
+    /// To [`Command::ReadSpec`].
+    Spec(Box<VmSpec>),
     /// The new volume's identity.
     Formatted { volume: VolumeId },
     /// Where the incoming VM listens.

@@ -111,6 +111,15 @@ impl Supervisor {
         self.await_start(spec.uid, pid)
     }
 
+    /// The spec that a VM was started with, as this node wrote it down.
+    pub(crate) fn spec_of(&self, vm: VmUid) -> Result<VmSpec, Rejection> {
+        let path = self.paths.vm(vm).join(SPEC_FILE);
+        let bytes = fs::read(&path).with_context(|| format!("read {}", path.display()))?;
+        let spec =
+            serde_json::from_slice(&bytes).with_context(|| format!("parse {}", path.display()))?;
+        Ok(spec)
+    }
+
     fn wanted_taps(&self, spec: &VmSpec) -> Result<Vec<WantedTap>, Rejection> {
         let wanted = spec
             .interfaces
@@ -233,7 +242,7 @@ impl StartEffects for OnNode<'_> {
         let json = serde_json::to_vec_pretty(&config).context("write config.json")?;
         files::replace(&folder.join("config.json"), &json, 0o600)?;
         let json = serde_json::to_vec_pretty(self.spec).context("write spec.json")?;
-        files::replace(&folder.join("spec.json"), &json, 0o600)
+        files::replace(&folder.join(SPEC_FILE), &json, 0o600)
     }
 
     fn spawn(&self) -> Result<u32> {
@@ -280,6 +289,8 @@ fn image(row: &str) -> ImageSource {
 }
 
 /// A VM process maps its memory and opens its disks in well under a second; an emulated node takes
+/// The spec of a VM in its run directory, for whoever asks what it was started with.
+const SPEC_FILE: &str = "spec.json";
 /// several.
 const START_LIMIT: Duration = Duration::from_secs(30);
 /// How many log lines of an ended process an error message repeats.

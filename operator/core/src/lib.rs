@@ -36,9 +36,9 @@ pub use failed_imports::FailedImports;
 pub use intent::{Budgets, DiskIntent, ImageSource, Origin, RestartBudget, SpecDigest, VmIntent};
 pub use node_health::{NodeHealth, node_health};
 pub use observed::{
-    Access, FailoverView, ImportPhase, ImportView, Migration, NodeView, Observed, Peer,
-    PlannerMemory, Pod, PodPhase, Process, Reported, ReservationRefusal, RowView, SavedView,
-    Stream, VolumeView,
+    Access, FailoverView, ForeignPod, ImportPhase, ImportView, Migration, NodeView, Observed, Peer,
+    PlannerMemory, Pod, PodPhase, Process, Reported, ReservationRecord, ReservationRefusal,
+    RowView, SavedView, Stream, VolumeView,
 };
 pub use plan::plan;
 pub use retention::{ClosedRecord, RECORDS_KEPT, RecordKind, expired};

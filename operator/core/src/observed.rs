@@ -27,7 +27,10 @@ pub struct Observed {
     /// The owner that the last response of the volume named, and the epoch, however old that response is: good
     /// for reports, never for a decision about who may write.
     pub last_owner: Option<(Owner, Epoch)>,
+    /// Those that the operator has made.
     pub pods: Fact<Vec<Pod>>,
+    /// Pods that claim to be reservations of this VM, and are none that the operator knows to have made.
+    pub foreign_pods: Vec<ForeignPod>,
     /// Including finished ones.
     pub migrations: Fact<Vec<Migration>>,
     /// Including closed ones.
@@ -157,6 +160,32 @@ pub struct Pod {
     pub digest: SpecDigest,
     /// Whether its copies of the VM's labels and annotations are up to date.
     pub copies_current: bool,
+}
+
+/// A pod with the labels and the owner of a reservation that the operator has no record of: a tenant made it, or
+/// an operator that ended before it could write the record.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the field names say all")]
+pub struct ForeignPod {
+    pub uid: String,
+    pub name: String,
+    pub created: Moment,
+    /// Whether the pod has a deletion timestamp.
+    pub deleting: bool,
+}
+
+/// The operator's record of a reservation pod that it has made. What it says is believed, and not what the pod
+/// says of itself: whoever may write pods in the namespace may write anything there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the field names say all")]
+pub struct ReservationRecord {
+    pub uid: String,
+    pub name: String,
+    pub purpose: Purpose,
+    /// The digest of the spec that the pod reserves for.
+    pub digest: SpecDigest,
+    /// When this operator made it; zero in a record that another one wrote.
+    pub made: Moment,
 }
 
 /// A pod's phase, with evictions told apart.
@@ -308,6 +337,8 @@ pub struct PlannerMemory {
     pub listening: Option<(AttemptId, SocketAddr)>,
     /// The coordinator's refusal of the last takeover request.
     pub takeover_refusal: Option<Refusal>,
+    /// The reservation pods that the operator has made.
+    pub reservations: Vec<ReservationRecord>,
     /// The last refused reservation pod, until one is created.
     pub reservation_refusal: Option<ReservationRefusal>,
     /// The reason and message of the last failed action.

@@ -155,6 +155,7 @@ impl<'a> PlanContext<'a> {
         };
         step.append(rest);
         step.append(update_reservations(pods));
+        step.append(self.remove_foreign_pods());
         step
     }
 

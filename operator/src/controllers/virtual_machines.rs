@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::Result;
 use bascule_crds::names::{condition, reason};
 use bascule_crds::{VirtualMachine, VirtualMachineStatus};
-use bascule_operator_core::{PlannerMemory, plan};
+use bascule_operator_core::{PlannerMemory, VmIntent, plan};
 use kube::{Api, ResourceExt};
 use tokio::sync::{Notify, Semaphore};
 use tokio::task::{JoinError, JoinSet};
@@ -125,15 +125,8 @@ async fn reconcile(
     vm: &VirtualMachine,
     shared_memory: &Mutex<PlannerMemory>,
 ) -> Duration {
-    let intent = match crate::vm_intent::intent(vm) {
-        Ok(intent) => intent,
-        Err(error) => {
-            // The CRD's validation rules refuse such a spec; an earlier version of the CRD may not have.
-            if let Err(error) = report_invalid(context, vm, &format!("{error:#}")).await {
-                tracing::warn!(error = format!("{error:#}"), "cannot write the status");
-            }
-            return REQUEUE_MAX;
-        }
+    let Some(intent) = valid_intent(context, vm).await else {
+        return REQUEUE_MAX;
     };
     let mut memory = shared_memory
         .lock()
@@ -148,6 +141,9 @@ async fn reconcile(
         &memory,
         now(),
     );
+    memory
+        .reservations
+        .clone_from(&observed.memory.reservations);
     let plan = plan(&intent, &observed, now());
     let actions = plan.actions.len();
     let mut execution = Execution {
@@ -172,6 +168,7 @@ async fn reconcile(
     let refusal = |memory: &PlannerMemory| memory.reservation_refusal.as_ref().map(|r| r.reason);
     let logged_before =
         observed.memory.error == memory.error && refusal(&observed.memory) == refusal(&memory);
+    let reservations = memory.reservations.clone();
     *shared_memory.lock().unwrap_or_else(PoisonError::into_inner) = memory;
     let mut requeue = plan.requeue;
     if let Err(error) = executed {
@@ -183,6 +180,7 @@ async fn reconcile(
         &intent,
         &observed,
         &plan.report,
+        &reservations,
         crate::clock::timestamp(),
     );
     mac_index::set(&mut status.conditions, conflict);
@@ -193,6 +191,20 @@ async fn reconcile(
         requeue = requeue.min(RETRY);
     }
     requeue
+}
+
+/// The intent; a spec that has none is reported.
+async fn valid_intent(context: &OperatorContext, vm: &VirtualMachine) -> Option<VmIntent> {
+    match crate::vm_intent::intent(vm) {
+        Ok(intent) => Some(intent),
+        Err(error) => {
+            // The CRD's validation rules refuse such a spec; an earlier version of the CRD may not have.
+            if let Err(error) = report_invalid(context, vm, &format!("{error:#}")).await {
+                tracing::warn!(error = format!("{error:#}"), "cannot write the status");
+            }
+            None
+        }
+    }
 }
 
 /// Logs why a plan of `actions` actions was not carried out: a refusal that was logged before at debug level.

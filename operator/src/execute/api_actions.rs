@@ -2,13 +2,15 @@
 
 use std::collections::BTreeMap;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use bascule_crds::names::{LABEL_PURPOSE, LABEL_TRIGGER, LABEL_VM, TRIGGER_DRAIN, VM_FINALIZER};
 use bascule_crds::{
     Failover, FailoverSpec, VirtualMachine, VirtualMachineMigration, VirtualMachineMigrationSpec,
 };
 use bascule_node_api::command::VmSpec;
-use bascule_operator_core::{Action, MigrationMode, Purpose, ReservationRefusal, SpecDigest};
+use bascule_operator_core::{
+    Action, MigrationMode, Purpose, ReservationRecord, ReservationRefusal, SpecDigest,
+};
 use bascule_types::{Epoch, Owner};
 use k8s_openapi::api::core::v1::Pod;
 use kube::api::{DeleteParams, ObjectMeta, Patch, PatchParams, PostParams, Preconditions};
@@ -52,21 +54,8 @@ impl Execution<'_> {
                 pin,
                 avoid,
             } => {
-                let (spec, digest) = self.reserved_spec(purpose, pin.as_deref())?;
-                let reservation = Reservation {
-                    vm: self.vm,
-                    name,
-                    purpose,
-                    pin: pin.as_deref(),
-                    avoid,
-                    spec: &spec,
-                    digest,
-                };
-                let pod = reservation_pod::build(&reservation, &self.context.args)?;
-                let created = api.create(&PostParams::default(), &pod).await;
-                self.reservation_answered(purpose, created.as_ref().err())
-                    .await?;
-                ignore_already_exists(created)
+                let pin = pin.as_deref();
+                self.create_reservation(name, purpose, pin, avoid).await
             }
             Action::DeleteReservation { name, uid, force } => {
                 let mut params = DeleteParams::default().preconditions(Preconditions {
@@ -79,6 +68,11 @@ impl Execution<'_> {
                 ignore_not_found(api.delete(name, &params).await)
             }
             Action::PromoteReservation { name, uid } => {
+                for record in &mut self.memory.reservations {
+                    if record.uid == *uid {
+                        record.purpose = Purpose::Current;
+                    }
+                }
                 let patch = json!({"metadata": {
                     "uid": uid,
                     "labels": {LABEL_PURPOSE: reservation_pod::CURRENT},
@@ -130,21 +124,53 @@ impl Execution<'_> {
         Err(Refused(message).into())
     }
 
+    /// Makes the pod and remembers that it is the operator's.
+    async fn create_reservation(
+        &mut self,
+        name: &str,
+        purpose: &Purpose,
+        pin: Option<&str>,
+        avoid: &[String],
+    ) -> Result<()> {
+        let (spec, digest) = self.reserved_spec(purpose, pin).await?;
+        let reservation = Reservation {
+            vm: self.vm,
+            name,
+            purpose,
+            pin,
+            avoid,
+            spec: &spec,
+        };
+        let pod = reservation_pod::build(&reservation, &self.context.args)?;
+        let api: Api<Pod> = self.namespaced();
+        let created = api.create(&PostParams::default(), &pod).await;
+        self.reservation_answered(purpose, created.as_ref().err())
+            .await?;
+        let uid = created?.uid().context("the new pod has no UID")?;
+        self.memory.reservations.push(ReservationRecord {
+            uid,
+            name: name.to_owned(),
+            purpose: purpose.clone(),
+            digest,
+            made: self.now,
+        });
+        Ok(())
+    }
+
     /// The spec that a reservation pod is sized for: of the running guest if there is one, which a later
     /// edit of the VirtualMachine does not change, else of the VirtualMachine.
-    fn reserved_spec(&self, purpose: &Purpose, pin: Option<&str>) -> Result<(VmSpec, SpecDigest)> {
+    async fn reserved_spec(
+        &mut self,
+        purpose: &Purpose,
+        pin: Option<&str>,
+    ) -> Result<(VmSpec, SpecDigest)> {
         if matches!(purpose, Purpose::Migration(_)) || pin.is_some() {
-            let pods = self
-                .context
-                .stores
-                .pods
-                .state_filter(|p| reservation_pod::belongs_to(p, self.vm));
-            let running = pods.iter().find(|p| {
-                p.labels().get(LABEL_PURPOSE).map(String::as_str) == Some(reservation_pod::CURRENT)
-            });
-            if let Some((pod, spec)) = running.and_then(|p| Some((p, reservation_pod::spec_of(p)?)))
-            {
-                return Ok((spec, reservation_pod::view(pod, self.vm, self.now).digest));
+            let records = self.memory.reservations.iter();
+            let current = records.filter(|record| record.purpose == Purpose::Current);
+            let newest = current.max_by_key(|record| record.made);
+            let digest = newest.map(|record| record.digest);
+            if let (Some(digest), Some(spec)) = (digest, self.running_spec().await?) {
+                return Ok((spec, digest));
             }
         }
         Ok((crate::vm_intent::vm_spec(self.vm)?, self.intent.digest))
@@ -274,7 +300,9 @@ mod tests {
                 let (code, body) = if refused {
                     (403, status)
                 } else {
-                    (201, object)
+                    let mut made = object;
+                    made["metadata"]["uid"] = json!("made");
+                    (201, made)
                 };
                 let body = Body::from(serde_json::to_vec(&body).unwrap());
                 answer.send_response(http::Response::builder().status(code).body(body).unwrap());
@@ -365,6 +393,12 @@ mod tests {
             assert!(refusal.message.ends_with(QUOTA), "{}", refusal.message);
         }
         assert_eq!(outcomes[2], (Ok(()), None), "forgotten once one is created");
+        let made: Vec<_> = memory
+            .reservations
+            .iter()
+            .map(|r| (&*r.name, &*r.uid))
+            .collect();
+        assert_eq!(made, [("web-e1-0", "made")], "the operator knows its own");
         let sent = sent.lock().unwrap();
         let kinds: Vec<&str> = sent.iter().filter_map(|o| o["kind"].as_str()).collect();
         assert_eq!(kinds, ["Pod", "Event", "Pod", "Pod"]);

@@ -2,12 +2,13 @@
 
 use anyhow::{Result, anyhow, bail};
 use bascule_crds::names::reason;
-use bascule_node_api::command::{Command, ImportSource, Outcome, RejectReason};
-use bascule_operator_core::{Action, ImageSource, VmIntent};
-use bascule_types::{AttemptId, Change, Epoch, Owner, Refusal};
+use bascule_ipc::vm::VmState;
+use bascule_node_api::command::{Command, ImportSource, Outcome, RejectReason, VmSpec};
+use bascule_node_api::report::VmReport;
+use bascule_operator_core::{Action, ImageSource, Stream, VmIntent};
+use bascule_types::{AttemptId, Change, Epoch, Owner, Refusal, VmUid};
 
 use crate::execute::execution::{Execution, Refused, action_name};
-use crate::reservation_pod;
 
 impl Execution<'_> {
     pub(super) async fn send_command(&mut self, node: &str, command: &Command) -> Result<Outcome> {
@@ -194,6 +195,25 @@ impl Execution<'_> {
         Ok(())
     }
 
+    /// The spec of the running guest, from the record of the node that it runs on; none when no node
+    /// reports it. An edit of the VirtualMachine does not change it.
+    pub(super) async fn running_spec(&mut self) -> Result<Option<VmSpec>> {
+        let vm = self.intent.uid;
+        let states = self.context.nodes.states();
+        let up = states
+            .iter()
+            .filter(|(_, state)| state.stream == Stream::Up);
+        let mut reports = up.filter_map(|(node, state)| Some((node, state.report.as_ref()?)));
+        let home = reports.find(|(_, report)| report.vms.iter().any(|r| runs(r, vm)));
+        let Some((node, _)) = home else {
+            return Ok(None);
+        };
+        match self.send_command(node, &Command::ReadSpec { vm }).await? {
+            Outcome::Spec(spec) if spec.uid == vm => Ok(Some(*spec)),
+            other => bail!("{node} did not tell the spec of the guest: {other:?}"),
+        }
+    }
+
     async fn prepare_incoming(
         &mut self,
         node: &str,
@@ -201,16 +221,9 @@ impl Execution<'_> {
         owner: Owner,
         epoch: Epoch,
     ) -> Result<()> {
-        let pods = self
-            .context
-            .stores
-            .pods
-            .state_filter(|p| reservation_pod::belongs_to(p, self.vm));
-        let on_target = pods
-            .iter()
-            .filter(|p| p.spec.as_ref().and_then(|s| s.node_name.as_deref()) == Some(node))
-            .find_map(|p| reservation_pod::spec_of(p));
-        let spec = on_target.map_or_else(|| crate::vm_intent::vm_spec(self.vm), Ok)?;
+        let Some(spec) = self.running_spec().await? else {
+            return Err(Refused("the guest runs on no node that reports".to_owned()).into());
+        };
         let command = Command::PrepareIncoming {
             spec,
             attempt,
@@ -225,6 +238,14 @@ impl Execution<'_> {
             other => bail!("{node} did not start an incoming VM: {other:?}"),
         }
     }
+}
+
+/// Whether the process has the guest, which may be paused.
+fn runs(report: &VmReport, vm: VmUid) -> bool {
+    let state = &report.status.state;
+    report.alive
+        && report.status.uid == vm
+        && matches!(state, VmState::Running | VmState::Paused | VmState::InDoubt)
 }
 
 /// The condition's reason and message for a request that the volume refused; the message names the

@@ -129,7 +129,7 @@ impl<'a> PlanContext<'a> {
         }
         let name = (0..)
             .map(|n: u32| format!("{}-e{}-{n}", self.intent.name, row.epoch))
-            .find(|name| self.pods().iter().all(|pod| pod.name != *name))
+            .find(|name| !self.is_taken(name))
             .unwrap_or_default();
         Step::action(Action::CreateReservation {
             name,
@@ -138,6 +138,35 @@ impl<'a> PlanContext<'a> {
             avoid,
         })
         .requeued_soon()
+    }
+
+    fn is_taken(&self, name: &str) -> bool {
+        let foreign = &self.observed.foreign_pods;
+        self.pods().iter().any(|pod| pod.name == name) || foreign.iter().any(|pod| pod.name == name)
+    }
+
+    /// Deletes pods that only claim to be reservations. The record of one that an operator has just made
+    /// may be on its way.
+    pub(super) fn remove_foreign_pods(&self) -> Step {
+        let mut step = Step::new();
+        for pod in self.observed.foreign_pods.iter().filter(|p| !p.deleting) {
+            let wait = pod.created.after(RECORD_PATIENCE).since(self.now);
+            if !wait.is_zero() {
+                step.requeue_within(wait);
+                continue;
+            }
+            let message = format!(
+                "deleting pod {}: it is no reservation of this operator",
+                pod.name
+            );
+            step.event(reason::FOREIGN_RESERVATION, true, message);
+            step.push(Action::DeleteReservation {
+                name: pod.name.clone(),
+                uid: pod.uid.clone(),
+                force: true,
+            });
+        }
+        step
     }
 
     /// Does nothing to a pod that is being deleted already, unless by `force`.
@@ -248,6 +277,8 @@ pub(super) fn update_reservations(pods: &[Pod]) -> Step {
     step
 }
 
+/// Longer than an operator takes to write the record of a pod that it has made, and its successor to read it.
+const RECORD_PATIENCE: Duration = Duration::from_secs(60);
 /// Interval between two requests for a pod that is refused.
 const REFUSED_AGAIN: Duration = Duration::from_secs(5);
 /// How long after the last request a refusal is reported: longer than until the next request.

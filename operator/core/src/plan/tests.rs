@@ -24,8 +24,9 @@ use proptest::prelude::*;
 use self::case::{Case, NOW, failover, node_owner};
 use crate::MigrationPhase;
 use crate::{
-    Action, DrainPolicy, Fact, FailoverUpdate, FailoverView, FailurePolicy, MigrationMode, Moment,
-    Phase, PodPhase, Purpose, ReservationRefusal, RunPolicy, SavedView, Stream,
+    Action, DrainPolicy, Fact, FailoverUpdate, FailoverView, FailurePolicy, ForeignPod,
+    MigrationMode, Moment, Phase, PodPhase, Purpose, ReservationRefusal, RunPolicy, SavedView,
+    Stream,
 };
 
 proptest! {

@@ -112,3 +112,46 @@ fn a_reservation_gets_changed_labels_last_of_all_and_not_when_it_leaves() {
     assert!(update(actions.last().unwrap()), "{actions:?}");
     assert!(!case.draining().plans(update));
 }
+
+/// A tenant may label a pod as a reservation; and an operator may end before it has recorded one.
+#[test]
+fn a_pod_that_only_claims_to_be_a_reservation_is_deleted_after_a_minute_and_moves_nothing() {
+    let running = Case::running_on(1);
+    let deletes = |action: &Action| matches!(action, Action::DeleteReservation { uid, .. } if uid == "forged");
+    let mut case = running.clone();
+    case.observed.foreign_pods = vec![ForeignPod {
+        uid: "forged".to_owned(),
+        name: "web-e5-9".to_owned(),
+        created: Moment(NOW.0 - 59_000),
+        deleting: false,
+    }];
+    assert_eq!(case.plan().actions, running.plan().actions);
+    assert!(case.plan().requeue <= Duration::from_secs(1));
+    case.observed.foreign_pods[0].created = Moment(NOW.0 - 60_000);
+    assert!(case.plans(deletes));
+    let told = |action: &Action| matches!(action, Action::Event { reason, .. } if *reason == reason::FOREIGN_RESERVATION);
+    assert!(case.plans(told));
+    case.observed.foreign_pods[0].deleting = true;
+    assert_eq!(case.plan().actions, running.plan().actions);
+}
+
+#[test]
+fn a_reservation_is_not_given_the_name_of_a_pod_that_only_claims_to_be_one() {
+    let name_of = |case: &Case| {
+        let actions = case.plan().actions.into_iter();
+        let mut names = actions.filter_map(|action| match action {
+            Action::CreateReservation { name, .. } => Some(name),
+            _ => None,
+        });
+        names.next().unwrap()
+    };
+    let mut case = Case::new();
+    let name = name_of(&case);
+    case.observed.foreign_pods = vec![ForeignPod {
+        uid: "forged".to_owned(),
+        name: name.clone(),
+        created: NOW,
+        deleting: false,
+    }];
+    assert_ne!(name_of(&case), name);
+}

@@ -173,6 +173,7 @@ impl World {
             },
             last_owner: (self.row.as_ref()).and_then(|row| Some((row.owner?, row.epoch))),
             pods: Fact::Known(self.pods.clone()),
+            foreign_pods: vec![],
             migrations: Fact::Known(self.migrations.clone()),
             failovers: Fact::Known(self.failovers.clone()),
             processes,

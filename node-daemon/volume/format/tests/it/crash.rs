@@ -158,6 +158,7 @@ fn i6_a_volume_is_consistent_after_a_crash_at_any_write() {
             break;
         }
     }
+    println!("{crashes} crashes");
     assert!(crashes > 60, "only {crashes} crashes tried");
 }
 
@@ -317,5 +318,30 @@ fn a_crash_while_formatting_leaves_no_volume_the_old_one_or_the_complete_new_one
             }
         }
     }
+    println!("{crashes} crashes");
     assert!(crashes > 4000, "only {crashes} crash states");
+}
+
+/// `format` gives up with the first error. The write that failed lands later, before or after the power loss.
+#[test]
+fn a_failed_write_of_a_format_that_lands_later_leaves_no_volume_the_old_one_or_the_new_one() {
+    let (old, old_superblock) = old_volume();
+    let old_rows = recover(&mut old.clone(), &old_superblock).unwrap().metadata;
+    let mut crashes = 0;
+    for budget in 0.. {
+        let mut store = old.clone();
+        store.fail_once(budget);
+        let made = make_volume(&mut store, &request(), Some(node(1))).is_ok();
+        store.land_failed(|_| true);
+        for kept in subsets(store.unflushed().len()) {
+            let crashed = store.crashed(|index| kept[index]);
+            assert_no_mixture(crashed, (&old_superblock, &old_rows), made);
+            crashes += 1;
+        }
+        if made {
+            break;
+        }
+    }
+    println!("{crashes} crashes");
+    assert!(crashes > 2000, "only {crashes} crashes");
 }

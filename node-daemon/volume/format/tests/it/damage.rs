@@ -14,14 +14,23 @@ use crate::crash::history;
 use crate::fixture::{formatted, owner};
 
 /// Slots that coordinate in turn, from epoch 1 on.
-const TERMS: [u16; 5] = [0, 1, 0, 2, 2];
+pub(crate) const TERMS: [u16; 5] = [0, 1, 0, 2, 2];
+
+/// What was acknowledged.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Acknowledged {
+    /// The epoch whose leader block is durable.
+    pub(crate) led: CoordinatorEpoch,
+    pub(crate) groups: usize,
+}
 
 /// `slot` wins `epoch` and commits `groups`. Ends early when the device fails.
-fn coordinate(
+pub(crate) fn coordinate(
     store: &mut MemStore,
     superblock: &Superblock,
     (slot, epoch): (SlotId, CoordinatorEpoch),
     groups: &[Vec<MetaRecord>],
+    acknowledged: &mut Acknowledged,
 ) -> Option<()> {
     let coordinator = owner(slot.0, 1);
     let slots = u64::from(superblock.slot_count);
@@ -41,12 +50,14 @@ fn coordinate(
     write(store, superblock, paxos, &block)?;
     let leader = LeaderBlock { epoch, coordinator };
     write(store, superblock, superblock.leader_lba(slot), &leader)?;
+    acknowledged.led = epoch;
     let recovered = recover(store, superblock).ok()?;
     let barred = BTreeSet::new();
     let mut log = Log::start(store, superblock, &recovered, (slot, epoch), &barred).ok()?;
     let mut metadata = recovered.metadata;
     for group in groups {
         log.commit(store, &mut metadata, group).ok()?;
+        acknowledged.groups += 1;
     }
     Some(())
 }
@@ -62,29 +73,28 @@ fn write<R: Record>(
     store.flush().ok()
 }
 
-/// A volume after some terms, or as many of them as the device allows.
-fn coordinated(
+/// A volume after some terms, or as many of them as the device allows. Whether it allowed them all.
+pub(crate) fn coordinated(
     store: &mut MemStore,
     superblock: &Superblock,
     terms: &[u16],
     groups: usize,
-) -> Option<()> {
+) -> (Acknowledged, bool) {
+    let mut acknowledged = Acknowledged::default();
     let history = history(superblock);
     let mut rest = history.iter().cycle();
     for (epoch, slot) in (1..).zip(terms) {
         let groups: Vec<_> = rest.by_ref().take(groups).cloned().collect();
-        coordinate(
-            store,
-            superblock,
-            (SlotId(*slot), CoordinatorEpoch(epoch)),
-            &groups,
-        )?;
+        let term = (SlotId(*slot), CoordinatorEpoch(epoch));
+        if coordinate(store, superblock, term, &groups, &mut acknowledged).is_none() {
+            return (acknowledged, false);
+        }
     }
-    Some(())
+    (acknowledged, true)
 }
 
 /// What is read of a volume, if that is not refused.
-fn read<S: BlockStore>(
+pub(crate) fn read<S: BlockStore>(
     store: &mut S,
     superblock: &Superblock,
 ) -> Option<(Metadata, CoordinatorEpoch)> {
@@ -157,12 +167,12 @@ fn assert_repairs(
     assert_eq!(plan_repair(store).unwrap(), Repair::default());
 }
 
-fn leaders(superblock: &Superblock) -> Vec<Lba> {
+pub(crate) fn leaders(superblock: &Superblock) -> Vec<Lba> {
     let slots = superblock.slots();
     slots.map(|slot| superblock.leader_lba(slot)).collect()
 }
 
-fn heads(superblock: &Superblock) -> Vec<Lba> {
+pub(crate) fn heads(superblock: &Superblock) -> Vec<Lba> {
     let areas = superblock.areas();
     areas.map(|id| superblock.area(id).head).collect()
 }
@@ -194,7 +204,7 @@ fn count(outcomes: &[Outcome], wanted: Outcome) -> usize {
 #[test]
 fn only_the_newest_leader_block_and_checkpoint_head_are_needed_and_both_can_be_repaired() {
     let (mut store, superblock) = formatted();
-    coordinated(&mut store, &superblock, &TERMS, 3).unwrap();
+    assert!(coordinated(&mut store, &superblock, &TERMS, 3).1);
     assert_eq!(check_volume(&mut store).unwrap().worst(), None);
     let each = DAMAGES.len();
     for lbas in [leaders(&superblock), heads(&superblock)] {
@@ -212,7 +222,7 @@ fn only_the_newest_leader_block_and_checkpoint_head_are_needed_and_both_can_be_r
 fn a_head_in_the_middle_of_a_term_is_repaired_from_its_rows() {
     let (mut store, superblock) = formatted();
     // Many groups: the journal goes on behind several checkpoints.
-    coordinated(&mut store, &superblock, &[0], 60).unwrap();
+    assert!(coordinated(&mut store, &superblock, &[0], 60).1);
     let newest = recover(&mut store, &superblock).unwrap();
     assert!(newest.base.number > 2);
     let lba = superblock.area(newest.area).head;
@@ -229,7 +239,7 @@ fn what_nothing_proves_is_refused() {
     assert_eq!(count(&found, Outcome::Refused), DAMAGES.len());
     // A leader block whose slot's Paxos block is damaged, too.
     let mut store = store;
-    coordinated(&mut store, &superblock, &TERMS, 1).unwrap();
+    assert!(coordinated(&mut store, &superblock, &TERMS, 1).1);
     let slot = SlotId(2);
     let epoch = u64::try_from(TERMS.len()).unwrap();
     for lba in [
@@ -255,7 +265,7 @@ fn damage_after_a_crash_at_any_write_brings_no_older_state_back() {
     for budget in 0.. {
         let mut store = pristine.clone();
         store.fail_after(budget);
-        let complete = coordinated(&mut store, &superblock, &TERMS[..4], 2).is_some();
+        let (_, complete) = coordinated(&mut store, &superblock, &TERMS[..4], 2);
         found.extend(outcomes(&store.crashed(|_| true), &superblock, &lbas));
         if complete {
             break;

@@ -9,6 +9,7 @@
 mod bytes;
 mod coordinator_decisions;
 mod crash;
+mod crash_again;
 mod damage;
 mod fixture;
 mod full_table;

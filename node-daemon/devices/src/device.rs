@@ -4,7 +4,8 @@
 //! ```text
 //!   made ──► running ⇄ paused ──► save
 //!               ▲         ▲
-//!               │         └────── restore   (a paused device that never ran)
+//!               │         ├────── restore   (a paused device that never ran)
+//!               │         └────── reset     (as it was made)
 //!               └── resume
 //! ```
 //! A new device is running; the destination of a migration pauses it before it restores a state.
@@ -13,7 +14,7 @@ use bascule_types::WriterState;
 
 use crate::state::{DeviceState, RestoreError};
 
-/// The life cycle of a device. Only [`Device::reset`] is called while vCPUs run.
+/// The life cycle of a device. No method is called while vCPUs run, but the first [`Device::pause`].
 pub trait Device: Send {
     /// The device's name in logs, metrics and failure reports, such as `blk0`.
     fn name(&self) -> &str;
@@ -49,6 +50,11 @@ pub trait Device: Send {
     /// this device. The device is then unusable and must be dropped.
     fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError>;
 
-    /// Returns the device to its initial state: a guest reboot.
+    /// Returns the device to its initial state: a reset of the machine. Requests that wait are dropped
+    /// without an answer. Called while the device is paused, or runs and its driver is quiet.
+    ///
+    /// # Guarantees
+    /// A paused device then saves what it would have saved right after it was made, and offers the same to
+    /// its driver. What may still land of its writes is not forgotten: it pauses unclean as before.
     fn reset(&mut self);
 }

@@ -137,7 +137,8 @@ fn perform(driver: &mut TestDriver, action: &DriverAction) {
     }
 }
 
-/// Runs the actions of the malicious driver; then the device must serve `work` of a correct driver.
+/// Runs the actions of the malicious driver; then the device must serve `work` of a correct driver, and be as
+/// it was made after a reset of its machine.
 fn survives(
     machine: &TestMachine,
     function: VirtioFunction,
@@ -146,7 +147,13 @@ fn survives(
     work: impl FnOnce(&mut TestDriver),
 ) {
     let mut driver = TestDriver::new(machine, function);
+    let offered = driver.offered();
+    driver.write32(0x00, 0);
+    assert_eq!(driver.function.pause(), WriterState::Clean);
+    let fresh = driver.function.save();
+    driver.function.resume();
     driver.start(u64::MAX, queue_count);
+    driver.enable_vector(0, 7);
     for action in actions {
         perform(&mut driver, action);
     }
@@ -154,6 +161,12 @@ fn survives(
     driver.function.resume();
     driver.start(1 << 29, queue_count);
     work(&mut driver);
+    assert_eq!(driver.function.pause(), WriterState::Clean);
+    assert_ne!(driver.function.save(), fresh);
+    driver.function.reset();
+    assert_eq!(driver.function.save(), fresh);
+    driver.function.resume();
+    assert_eq!(driver.offered(), offered);
     for failure in machine.failures.all() {
         assert!(
             matches!(failure, DeviceFailure::BadVirtqueue { .. }),

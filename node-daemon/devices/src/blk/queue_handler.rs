@@ -323,6 +323,7 @@ impl QueueHandler for BlkHandler {
 
     fn reset(&mut self) {
         self.clear();
+        self.metrics.record(self.engine.stats());
     }
 
     fn save(&self) -> Value {

@@ -322,6 +322,8 @@ impl QueueHandler for NetHandler {
         self.send_blocked = false;
         self.receive_backlog = false;
         self.send_backlog = false;
+        // A guest that begins anew claims its addresses again, or others.
+        self.learned.restore(&[]);
         self.shared
             .change_config(|space| set_status(space, STATUS_ANNOUNCE, false));
     }

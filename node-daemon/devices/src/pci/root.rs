@@ -182,7 +182,7 @@ impl PciRoot {
         }
     }
 
-    /// Returns the bus and every device to their initial state: a guest reboot.
+    /// Returns the bus and every device to their initial state ([`crate::device::Device::reset`]).
     pub fn reset(&self) {
         *lock(&self.config_address) = 0;
         for (slot, function) in self.functions.iter().enumerate() {

@@ -488,6 +488,37 @@ fn a_stalled_guest_continues_after_an_aborted_migration_and_after_a_reset() {
 }
 
 #[test]
+fn i3_a_reset_of_the_machine_drops_what_waits_for_the_gate_and_keeps_what_has_landed() {
+    let (machine, volume) = (TestMachine::new(), Volume::new());
+    let gate = Arc::new(Switch(AtomicBool::new(true)));
+    let device = volume.device(&machine, gate.clone());
+    let metrics = device.metrics.clone();
+    let mut driver = TestDriver::new(&machine, device.function);
+    driver.start(FLUSH, 2);
+    let landed = offer_write(&mut driver, 0, 0, &[1; 4096], 0);
+    driver.notify(0);
+    assert_eq!(answer(&mut driver, 0, &landed), (0, 1));
+    gate.0.store(false, Ordering::Relaxed);
+    let waiting = offer_write(&mut driver, 0, 8, &[2; 4096], 0);
+    driver.notify(0);
+    wait_until("a stall", || metrics.counts().stalled);
+    assert_eq!(driver.function.pause(), WriterState::Clean);
+    driver.function.reset();
+    assert!(!metrics.counts().stalled);
+    gate.0.store(true, Ordering::Relaxed);
+    driver.function.resume();
+    // The driver of the next boot.
+    driver.start(FLUSH, 2);
+    let next = offer_write(&mut driver, 0, 16, &[3; 4096], 0);
+    driver.notify(0);
+    assert_eq!(answer(&mut driver, 0, &next), (0, 1));
+    assert_eq!(status(&driver, &waiting), 0xEE, "it was not answered");
+    assert_eq!(volume.bytes(0, 4096), [1; 4096]);
+    assert_eq!(volume.bytes(4096, 4096), [0; 4096]);
+    assert_eq!(volume.bytes(8192, 4096), [3; 4096]);
+}
+
+#[test]
 fn a_failed_write_is_the_guests_error_and_is_reported_once() {
     let machine = TestMachine::new();
     let volume = Volume::new();

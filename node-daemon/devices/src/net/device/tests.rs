@@ -548,6 +548,20 @@ fn an_address_that_moved_away_is_not_announced_after_a_migration() {
     assert_eq!(received(&network)[40..44], own.octets());
 }
 
+/// What the guest was called before the reset must not be announced after a migration.
+#[test]
+fn a_reset_forgets_the_addresses_of_the_guest_and_keeps_the_link() {
+    let mut bench = golden_bench();
+    bench.handle.set_link(false);
+    assert_eq!(bench.driver.function.pause(), WriterState::Clean);
+    let learned = |state: &DeviceState| state.body["device"]["learned"].as_array().unwrap().len();
+    assert_eq!(learned(&bench.driver.function.save()), 1);
+    bench.driver.function.reset();
+    let after = bench.driver.function.save();
+    assert_eq!(learned(&after), 0);
+    assert_eq!(after.body["device"]["status"], 0);
+}
+
 fn golden_bench() -> Bench {
     let mut bench = started(F_STATUS | F_MRG_RXBUF | EVENT_IDX);
     let arp = announcements(MAC, &[guest_ip(Ipv4Addr::new(10, 1, 2, 3))]).remove(1);

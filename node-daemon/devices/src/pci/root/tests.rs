@@ -1,6 +1,8 @@
 use super::*;
 use crate::device::Device;
 use crate::pci::{ConfigSpace, ConfigState, Identity};
+use crate::rng::{RngConfig, RngDevice};
+use crate::testing::TestMachine;
 
 /// A function with one BAR, backed by a register of 8 bytes.
 struct Scratch {
@@ -187,4 +189,31 @@ fn a_paused_bus_is_clean_only_if_every_device_is() {
     .unwrap();
     root.add(Box::new(Scratch::new())).unwrap();
     assert_eq!(root.pause(), WriterState::Unclean);
+}
+
+#[test]
+fn a_bus_after_a_reset_is_as_it_was_made() {
+    let machine = TestMachine::new();
+    let mut root = PciRoot::new(GuestAddress(0xC000_0000)..GuestAddress(0xF000_0000));
+    for name in ["rng0", "rng1"] {
+        let config = RngConfig { name: name.into() };
+        let device = RngDevice::new(&config, machine.context()).unwrap();
+        root.add(Box::new(device.function)).unwrap();
+    }
+    assert_eq!(root.pause(), WriterState::Clean);
+    let fresh = root.save();
+    root.resume();
+    root.io_write(0xCF8, &0x8000_1234_u32.to_le_bytes());
+    for device in 0..3_u64 {
+        root.ecam_write((device << 15) | 0x3C, &[9]);
+        root.ecam_write((device << 15) | 0x10, &0xE000_0000_u32.to_le_bytes());
+    }
+    root.ecam_write((2 << 15) | 4, &[0, 0]);
+    assert!(!root.mmio_read(GuestAddress(0xC000_0000), &mut [0]));
+    assert_eq!(root.pause(), WriterState::Clean);
+    assert_ne!(root.save(), fresh);
+    root.reset();
+    assert_eq!(root.save(), fresh);
+    assert!(root.mmio_read(GuestAddress(0xC000_0000), &mut [0]));
+    assert!(!root.mmio_read(GuestAddress(0xE000_0000), &mut [0]));
 }

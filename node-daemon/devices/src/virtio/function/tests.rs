@@ -423,6 +423,10 @@ proptest! {
     ) {
         let machine = TestMachine::new();
         let mut function = function(&machine, Counter::default()).unwrap();
+        function.place_bar(0, GuestAddress(BAR_AT));
+        assert_eq!(function.pause(), WriterState::Clean);
+        let fresh = function.save();
+        function.resume();
         for (register, value) in config {
             function.config_write(register & !3, &value.to_le_bytes());
             function.config_read(register & !3, &mut [0; 4]);
@@ -437,8 +441,7 @@ proptest! {
             }
         }
         assert_eq!(function.pause(), WriterState::Clean);
-        let saved = function.save();
         function.reset();
-        drop(saved);
+        assert_eq!(function.save(), fresh);
     }
 }

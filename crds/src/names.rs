@@ -110,6 +110,8 @@ pub mod reason {
     pub const STORAGE_LOST: &str = "StorageLost";
     /// The guest is paused because one of its disks failed, and the disk's onError is Pause.
     pub const DISK_ERROR: &str = "DiskError";
+    /// The guest resets itself again and again, and waits before its next reset.
+    pub const GUEST_RESETS: &str = "GuestResets";
     /// The VM is being deleted.
     pub const DELETING: &str = "Deleting";
     /// The spec cannot be carried out, for the reason in the message.

@@ -7,7 +7,8 @@ use bascule_ipc::vm::{MigrationLimits, MigrationPhase, MigrationStatus, Request,
 use bascule_types::{AttemptId, Epoch};
 
 use crate::{
-    Console, GUEST, Session, TestCluster, TestNode, TestVm, TestVmSpec, VmOnVolume, wait_for,
+    Console, GUEST, Network, Session, TestCluster, TestNode, TestVm, TestVmSpec, VmOnVolume,
+    wait_for,
 };
 
 /// Two nodes, one volume, one VM.
@@ -143,6 +144,35 @@ impl TwoNodes {
 }
 
 impl MovableGuest {
+    /// Has the guest reset its machine by `command` (`reset` or `fault`), for the `count`th time since its
+    /// start, and waits until it serves again, with all that its disk had acknowledged.
+    ///
+    /// # Errors
+    /// When it does not come back in the same process.
+    pub fn reset(&mut self, network: &Network, command: &str, count: u32) -> Result<()> {
+        let before = (self.session.clean_report()?, self.vm.status()?);
+        self.console.expect_reset();
+        self.session.command(command)?;
+        let after = self.vm.wait_resets(count, SOON)?;
+        self.session = Session::open(network, GUEST, SOON)?;
+        ensure!(after.resets.count == count, "{:?}", after.resets);
+        ensure!(
+            (after.pid, after.owner, after.epoch) == (before.1.pid, before.1.owner, before.1.epoch),
+            "{before:?} and then {after:?}"
+        );
+        let report = self.session.written_report(SOON)?;
+        ensure!(
+            report.boot != before.0.boot,
+            "it is the same boot: {report}"
+        );
+        ensure!(
+            report.disk_start >= before.0.disk_ack,
+            "acknowledged blocks are lost: {} and then {report}",
+            before.0
+        );
+        Ok(())
+    }
+
     /// Checks that the guest runs and reports no fault of its memory, disk and session.
     ///
     /// # Errors

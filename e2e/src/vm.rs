@@ -66,6 +66,13 @@ impl TestVmSpec {
         })
     }
 
+    /// So many vCPUs.
+    #[must_use]
+    pub fn with_cpus(mut self, cpus: u8) -> Self {
+        self.config.cpus = cpus;
+        self
+    }
+
     /// Guest RAM in MiB.
     #[must_use]
     pub fn with_memory_mib(mut self, mib: u32) -> Self {
@@ -254,6 +261,23 @@ impl TestVm {
         wait_for("the guest's end", limit, || match self.status()?.state {
             VmState::Stopped(reason) => Ok(Some(reason)),
             _ => Ok(None),
+        })
+        .with_context(|| format!("log: {}", self.log()))
+    }
+
+    /// Waits until the machine was reset `count` times.
+    ///
+    /// # Errors
+    /// When it was not within the limit, or the guest ended.
+    pub fn wait_resets(&mut self, count: u32, limit: Duration) -> Result<VmStatus> {
+        wait_for(&format!("reset number {count}"), limit, || {
+            let status = self.status()?;
+            ensure!(
+                status.state == VmState::Running,
+                "the VM is {:?}",
+                status.state
+            );
+            Ok((status.resets.count >= count).then_some(status))
         })
         .with_context(|| format!("log: {}", self.log()))
     }

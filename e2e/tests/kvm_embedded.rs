@@ -149,6 +149,20 @@ fn a_guest_is_run_moved_live_and_shut_down_by_hand() {
     let gone = a.complains(&["stop", "web"]).unwrap();
     assert!(gone.contains("no VM default/web on this node"), "{gone}");
 
+    // It boots again in its process.
+    let boot = session.clean_report().unwrap().boot;
+    let restarted = b.must(&["restart", "web"]).unwrap();
+    assert!(restarted.contains("boots again"), "{restarted}");
+    wait_for("the next boot", SOON, || {
+        let mut session = Session::open(&hosts.network, GUEST, SOON)?;
+        // The guest may be reset while it answers.
+        let next = session.clean_report().ok();
+        Ok(next.filter(|report| report.boot != boot))
+    })
+    .unwrap();
+    let gone = a.complains(&["restart", "web"]).unwrap();
+    assert!(gone.contains("no VM default/web on this node"), "{gone}");
+
     // The power button stops it on the new host.
     b.must(&["stop", "web"]).unwrap();
     let rows = b.must(&["volume", "vms", "gold"]).unwrap();

@@ -132,26 +132,6 @@ fn the_power_button_and_the_guest_itself_switch_it_off() {
 }
 
 #[test]
-fn a_reset_and_a_triple_fault_end_the_guest_and_say_so() {
-    if !kvm_or_skip("a_reset_and_a_triple_fault_end_the_guest_and_say_so") {
-        return;
-    }
-    let lab = Lab::new();
-    let mut guest = lab.boot(&lab.spec(""));
-    guest.session.command("reset").unwrap();
-    assert_eq!(guest.vm.wait_stopped(SOON).unwrap(), StopReason::GuestReset);
-    guest.vm.exit(SOON).unwrap();
-
-    let mut guest = lab.boot(&lab.spec(""));
-    guest.session.command("fault").unwrap();
-    let reason = guest.vm.wait_stopped(SOON).unwrap();
-    assert!(
-        matches!(reason, StopReason::GuestFault { .. }),
-        "{reason:?}"
-    );
-}
-
-#[test]
 fn a_lost_control_connection_stops_no_guest() {
     if !kvm_or_skip("a_lost_control_connection_stops_no_guest") {
         return;

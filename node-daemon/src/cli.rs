@@ -13,7 +13,9 @@ use tracing_subscriber::fmt::MakeWriter;
 
 use crate::config::NodeConfig;
 use crate::daemon::{self, ServeArgs};
-use crate::embedded::{self, HostShutdownArgs, MigrateArgs, RunVmArgs, StopVmArgs, VolumeCommand};
+use crate::embedded::{
+    self, HostShutdownArgs, MigrateArgs, RestartVmArgs, RunVmArgs, StopVmArgs, VolumeCommand,
+};
 use crate::identity::authority::{self, CertCommand};
 use crate::images::{self, RunArgs};
 use crate::paths::Paths;
@@ -66,6 +68,9 @@ enum NodeCommand {
     Run(RunVmArgs),
     /// Stop a VM of this node
     Stop(StopVmArgs),
+    /// Reset the machine of a VM of this node, without shutting the guest down. The guest boots again, in the
+    /// same process
+    Restart(RestartVmArgs),
     /// Shut the guests of this node down, before the host shuts down. No guest is started here until the
     /// host has rebooted
     HostShutdown(HostShutdownArgs),
@@ -114,6 +119,7 @@ pub fn node_main() -> ExitCode {
         NodeCommand::Serve(args) => daemon::run(args),
         NodeCommand::Run(args) => embedded::run_vm(args),
         NodeCommand::Stop(args) => embedded::stop_vm(args),
+        NodeCommand::Restart(args) => embedded::restart_vm(args),
         NodeCommand::HostShutdown(args) => embedded::host_shutdown(args),
         NodeCommand::Migrate(args) => embedded::migrate(args),
         NodeCommand::Volume(command) => embedded::run_volume(command),

@@ -10,6 +10,7 @@ mod local_node;
 mod migrate;
 mod peer;
 mod remove;
+mod restart;
 mod run;
 mod schema;
 mod stop;
@@ -17,6 +18,7 @@ mod volume;
 
 pub(crate) use host_shutdown::{HostShutdownArgs, host_shutdown};
 pub(crate) use migrate::{MigrateArgs, migrate};
+pub(crate) use restart::{RestartVmArgs, restart_vm};
 pub(crate) use run::{RunVmArgs, run_vm};
 pub(crate) use stop::{StopVmArgs, stop_vm};
 pub(crate) use volume::{VolumeCommand, run as run_volume};

@@ -49,7 +49,8 @@ pub(crate) fn status(
     put(condition::IMPORTED, &report.imported);
     match report.restart_required {
         Some(true) => {
-            let message = "the change takes effect at the next start";
+            let message =
+                "the change takes effect at the next start, which a reboot of the guest is not";
             let restart = Condition::new(Some(true), reason::SPEC_CHANGED, message);
             put(condition::RESTART_REQUIRED, &restart);
         }
@@ -84,6 +85,7 @@ pub(crate) fn status(
         recent_restarts: report.restarts.iter().filter_map(|at| time(*at)).collect(),
         stopping_since: report.stopping_since.and_then(time),
         completed: report.completed,
+        resets: resets(observed).unwrap_or(old.resets),
         stop_reason: report.stop_reason.clone().or(old.stop_reason),
         disks: disks(intent, observed, report, &old.disks),
         interfaces: interfaces(vm),
@@ -96,6 +98,16 @@ fn ownership(row: &RowView) -> Ownership {
         owner: row.owner.map(api_owner),
         epoch: row.epoch.to_string(),
     }
+}
+
+/// The resets of the guest that runs, as its process counts them; none when that is not known.
+fn resets(observed: &Observed) -> Option<i32> {
+    let Fact::Known(row) = &observed.row else {
+        return None;
+    };
+    let mut processes = observed.processes.iter();
+    let own = processes.find(|process| process.alive && process.status.epoch == row.epoch)?;
+    Some(i32::try_from(own.status.resets.count).unwrap_or(i32::MAX))
 }
 
 fn disks(

@@ -47,6 +47,11 @@ pub struct VirtualMachineStatus {
     /// been Stopped or Always for a moment.
     #[serde(default)]
     pub completed: bool,
+    /// How often the guest's machine was reset since the guest was started: reboots of the guest and
+    /// triple faults. It stays on its node meanwhile, no restart is counted, and a changed spec is not
+    /// applied.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub resets: i32,
     /// Why the guest last ended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stop_reason: Option<String>,

@@ -36,6 +36,8 @@ struct Seen {
     lines: Vec<String>,
     findings: Vec<String>,
     disk_ack: u64,
+    /// Boots that are to come by a reset of the machine.
+    resets: u32,
 }
 
 impl Console {
@@ -78,6 +80,11 @@ impl Console {
         let builder = std::thread::Builder::new().name("console".into());
         builder.spawn(follow).context("start a thread")?;
         Ok(())
+    }
+
+    /// The guest's machine is about to be reset: with the next boot its ticks begin anew.
+    pub fn expect_reset(&self) {
+        self.seen().resets += 1;
     }
 
     /// The ticks that have arrived, in the guest's order.
@@ -218,6 +225,10 @@ impl Seen {
             }
             return;
         }
+        if line.starts_with("probe boot=") && self.resets > 0 {
+            self.resets -= 1;
+            self.ticks.clear();
+        }
         if line.starts_with("bad:") {
             self.findings.push(line.to_owned());
         }
@@ -245,6 +256,22 @@ mod tests {
         }
         drop(seen);
         console
+    }
+
+    #[test]
+    fn ticks_begin_anew_with_an_expected_boot_only() {
+        let again = "t 1 1000\nt 2 2000\nprobe boot=2\nt 1 1000";
+        assert!(seen_after(again).check().is_err());
+        let console = Console::new();
+        console.expect_reset();
+        let mut seen = console.seen();
+        seen.streams = 1;
+        for line in again.lines() {
+            seen.take(0, Instant::now(), line);
+        }
+        drop(seen);
+        console.check().unwrap();
+        assert_eq!(console.ticks().len(), 1);
     }
 
     /// On a busy machine the source's last lines may be read after the destination's first. Migration

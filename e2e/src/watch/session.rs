@@ -80,6 +80,18 @@ impl Session {
         Ok(report)
     }
 
+    /// The guest's report as soon as it has looked through its disk and written to it: only then it knows what
+    /// the disk held when it started.
+    ///
+    /// # Errors
+    /// As [`Self::clean_report`], or when it does not within `limit`.
+    pub fn written_report(&mut self, limit: Duration) -> Result<Report> {
+        wait_for("the disk to be written", limit, || {
+            let report = self.clean_report()?;
+            Ok((report.disk_ack > 0).then_some(report))
+        })
+    }
+
     /// Sends a command whose response is `ok`: `poweroff`, `reset`, `fault`, `set KEY=VALUE`.
     ///
     /// # Errors

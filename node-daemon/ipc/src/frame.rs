@@ -358,7 +358,7 @@ mod tests {
             version: 4,
             version_min: 1,
         };
-        assert_eq!(Hello::THIS.agree(next).unwrap(), 3);
+        assert_eq!(Hello::THIS.agree(next).unwrap(), 4);
         let before = Hello {
             version: 1,
             version_min: 1,

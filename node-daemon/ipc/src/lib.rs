@@ -57,8 +57,9 @@ impl Hello {
     /// | 1 | |
     /// | 2 | [`volume::Request::ReportFailure`], [`vm::Request::WaitsFor`] |
     /// | 3 | the writer page, the third descriptor of [`volume::Response::Opened`] |
+    /// | 4 | [`vm::Request::Reset`] |
     pub const THIS: Self = Self {
-        version: 3,
+        version: 4,
         version_min: 1,
     };
 

@@ -168,6 +168,8 @@ pub enum Request {
     /// or, when a device or the volume takes long, when it has begun: [`Request::WaitsFor`] then
     /// names the pending operation.
     Stop,
+    /// Reset the machine in place, as its guest does with a reboot. Answered at once. Since version 4.
+    Reset,
     /// Pause the guest. Answered at the same times as [`Request::Stop`].
     Pause,
     /// Resume a paused guest.
@@ -245,6 +247,44 @@ pub struct VmStatus {
     /// The error for which the guest is paused.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk_error: Option<DiskError>,
+    /// The resets of its machine.
+    #[serde(default)]
+    pub resets: ResetStatus,
+}
+
+/// The resets of a guest's machine in place. The state is [`VmState::Running`] meanwhile.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ResetStatus {
+    /// Resets since the guest was started, also on the nodes from which it has come.
+    pub count: u32,
+    /// The cause of the last one in this process.
+    pub last: Option<ResetCause>,
+    /// How long the machine waits before its next reset and why, for status messages: "it waits for ...".
+    /// None when it does not wait.
+    pub waits: Option<String>,
+}
+
+/// Why a machine is reset.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ResetCause {
+    /// The guest requested it: a reboot.
+    Guest,
+    /// The guest caused a triple fault.
+    TripleFault,
+    /// [`Request::Reset`] was executed.
+    Requested,
+}
+
+impl ResetCause {
+    /// What has happened, as the begin of a sentence.
+    #[must_use]
+    pub const fn text(self) -> &'static str {
+        match self {
+            Self::Guest => "the guest has reset itself",
+            Self::TripleFault => "the guest has caused a triple fault",
+            Self::Requested => "a reset was requested",
+        }
+    }
 }
 
 /// An error of a disk whose policy is [`OnError::Pause`].
@@ -289,7 +329,8 @@ pub enum VmState {
 pub enum StopReason {
     /// The guest powered itself off.
     GuestShutdown,
-    /// The guest requested a reset: `bascule-node` starts the VM again.
+    /// The guest requested a reset, and its process is of a release that does not reset machines in place:
+    /// the VM is started again.
     GuestReset,
     /// [`Request::Stop`] was executed.
     Requested,

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fs;
 
 use anyhow::Result;
-use bascule_ipc::vm::{StopReason, VmState, VmStatus};
+use bascule_ipc::vm::{ResetStatus, StopReason, VmState, VmStatus};
 use bascule_node_api::command::VmSpec;
 use bascule_node_api::report::VmReport;
 use bascule_types::{Bytes, VmUid};
@@ -84,6 +84,7 @@ impl Supervisor {
             io_stalled: false,
             addresses: Vec::new(),
             disk_error: None,
+            resets: ResetStatus::default(),
         }
     }
 }

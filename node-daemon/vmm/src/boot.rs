@@ -12,7 +12,7 @@ mod pvh;
 mod registers;
 mod source;
 
-use kvm_ioctls::VcpuFd;
+use kvm_bindings::{kvm_regs, kvm_sregs};
 use vm_memory::{Bytes as _, GuestAddress};
 
 use crate::layout;
@@ -21,7 +21,7 @@ use crate::power;
 
 pub use error::BootError;
 pub(crate) use placement::Entry;
-pub use source::{BootSource, Initrd};
+pub use source::{BootSource, ImagesError, Initrd, OpenImages};
 
 /// Loads `source` into `memory`; `rsdp` is the ACPI root pointer.
 pub(crate) fn load(
@@ -40,15 +40,16 @@ pub(crate) fn load(
     }
 }
 
-/// Puts the boot processor at `entry`.
-pub(crate) fn set_registers(
+/// The registers with which the boot processor begins at `entry`, and in memory the tables to which they
+/// point. `sregs` are its special registers at power-on.
+pub(crate) fn registers(
     memory: &GuestMemory,
-    vcpu: &VcpuFd,
+    sregs: kvm_sregs,
     entry: Entry,
-) -> Result<(), BootError> {
+) -> Result<(kvm_regs, kvm_sregs), BootError> {
     match entry {
-        Entry::Pvh(address) => registers::pvh(memory, vcpu, address),
-        Entry::Linux64(address) => registers::linux64(memory, vcpu, address),
+        Entry::Pvh(address) => registers::pvh(memory, sregs, address),
+        Entry::Linux64(address) => registers::linux64(memory, sregs, address),
     }
 }
 

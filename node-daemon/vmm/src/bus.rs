@@ -26,6 +26,13 @@ const RESET_CONTROL_RESET: u8 = 1 << 2;
 const ECAM_END: u64 = layout::ECAM_START + layout::ECAM_BUS_SIZE;
 
 impl Bus {
+    /// Returns every device to its state at power-on. They are paused.
+    pub(crate) fn reset(&self) {
+        self.pci.reset();
+        self.serial.reset();
+        self.power.restore(0);
+    }
+
     /// A guest read from `port`. A port without a device reads as all ones, as on a real bus.
     pub(crate) fn port_read(&self, port: u16, data: &mut [u8]) {
         data.fill(0xFF);

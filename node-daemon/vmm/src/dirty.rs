@@ -198,6 +198,11 @@ impl KvmDirtyTracker {
         }
     }
 
+    /// All of the RAM was written, in a way that no log sees: every page is in the next fetch.
+    pub(crate) fn mark_all(&self) {
+        self.all_dirty.store(true, Ordering::SeqCst);
+    }
+
     /// Sets the flags of every memory slot.
     fn set_flags(&self, action: &'static str, flags: u32) -> Result<(), DirtyError> {
         for (slot, region) in (0_u32..).zip(self.memory.iter()) {

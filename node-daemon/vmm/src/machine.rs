@@ -1,22 +1,25 @@
-//! Building a machine; its life cycle is in `lifecycle`, saving and restoring in `save`.
+//! Building a machine; its life cycle is in `lifecycle`, saving and restoring in `save`, resetting in `reset`.
 //!
 //! # States
 //! ```text
 //!              boot, incoming            run
 //!  VmBuilder ─────────────────► PausedVm ────► RunningVm
 //!                                 │  ▲           │
-//!                  save, restore ─┘  └───────────┘ pause
+//!           save, restore, reset ─┘  └───────────┘ pause
 //!                                 │
 //!                                 └─ dropped: threads joined, devices drained, KVM's VM closed
 //! ```
 //! The types say what is possible when: only a [`PausedVm`] can be saved, and only it can be ended. A
 //! guest that ends by itself stays a [`RunningVm`] with parked vCPUs until the VM actor, notified
-//! through [`VmBuilder`]'s `on_stop`, pauses it. One thread calls all methods; [`MachineHandle`] has
+//! through [`VmBuilder`]'s `on_end`, pauses it. One thread calls all methods; [`MachineHandle`] has
 //! what other threads may do at any time.
 
 mod handle;
 mod lifecycle;
+mod parts;
+mod reset;
 mod save;
+mod start;
 
 use std::sync::Arc;
 
@@ -24,12 +27,11 @@ use bascule_devices::failure::{DeviceFailure, FailureSink};
 use bascule_devices::interrupt::MsiRouter;
 use bascule_devices::pci::{AddError, PciFunction, PciRoot};
 use bascule_devices::virtio::DeviceContext;
-use bascule_ipc::vm::StopReason;
 use bascule_types::Bytes;
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::boot::{BootError, BootSource};
+use crate::boot::{BootError, Entry, OpenImages};
 use crate::bus::Bus;
 use crate::console::Console;
 use crate::cpuid::CpuModel;
@@ -40,10 +42,11 @@ use crate::memory::{GuestMemory, MemoryError};
 use crate::power::Power;
 use crate::serial::SerialPort;
 use crate::vcpu::state::StateShape;
-use crate::vcpu::{OnStop, Vcpu, msr};
-use crate::{acpi, boot, layout, memory};
+use crate::vcpu::{OnEnd, Vcpu, msr};
+use crate::{GuestEnd, layout, memory};
 
 use self::handle::Machine;
+use self::start::Start;
 
 pub use handle::MachineHandle;
 pub use lifecycle::{PausedVm, RunningVm};
@@ -57,7 +60,7 @@ pub struct VmBuilder {
     router: Arc<InterruptRouter>,
     pci: PciRoot,
     console: Console,
-    on_stop: OnStop,
+    on_end: OnEnd,
     on_disk_failure: OnDiskFailure,
 }
 
@@ -94,9 +97,8 @@ pub enum BuildError {
 }
 
 impl VmBuilder {
-    /// A machine with `cpus` vCPUs and `memory` of RAM. `on_stop` is called on a vCPU's or a device's
-    /// thread when the guest ends by itself. It may be called more than once, the first reason counts,
-    /// and must not block.
+    /// A machine with `cpus` vCPUs and `memory` of RAM. `on_end` is called on a vCPU's or a device's
+    /// thread when the guest ends by itself. It may be called more than once, and must not block.
     ///
     /// # Errors
     /// When the numbers are not possible or KVM refuses; the text names the field.
@@ -104,7 +106,7 @@ impl VmBuilder {
         cpus: u32,
         memory: Bytes,
         console: Console,
-        on_stop: impl Fn(StopReason) + Send + Sync + 'static,
+        on_end: impl Fn(GuestEnd) + Send + Sync + 'static,
     ) -> Result<Self, BuildError> {
         let memory = memory::create(memory)?;
         let bare = BareVm::create(&memory, cpus)?;
@@ -118,7 +120,7 @@ impl VmBuilder {
             router: Arc::new(router),
             pci: PciRoot::new(window),
             console,
-            on_stop: Arc::new(on_stop),
+            on_end: Arc::new(on_end),
             on_disk_failure: Arc::new(drop),
         })
     }
@@ -142,7 +144,7 @@ impl VmBuilder {
             msi: Arc::clone(&self.router) as Arc<dyn MsiRouter>,
             ioeventfds: Arc::new(KvmIoeventfds::new(Arc::clone(&self.bare.vm))),
             failures: Arc::new(Failures {
-                on_stop: Arc::clone(&self.on_stop),
+                on_end: Arc::clone(&self.on_end),
                 on_disk_failure: Arc::clone(&self.on_disk_failure),
             }),
         }
@@ -157,64 +159,44 @@ impl VmBuilder {
         Ok(())
     }
 
-    /// The machine with `source` loaded, about to execute its first instruction.
+    /// The machine with its images loaded, about to execute its first instruction.
     ///
     /// # Errors
-    /// When the kernel cannot be booted or does not fit, or KVM refuses.
-    pub fn boot(self, source: BootSource) -> Result<PausedVm, BuildError> {
-        let rsdp = acpi::write(&self.memory, self.cpus).map_err(BuildError::Acpi)?;
-        let entry = boot::load(&self.memory, source, rsdp)?;
-        self.finish(Some(entry))
+    /// When the images cannot be read or do not fit, or KVM refuses.
+    pub fn boot(self, images: OpenImages) -> Result<PausedVm, BuildError> {
+        let source = images().map_err(BootError::Images)?;
+        let entry = start::load(&self.memory, self.cpus, source)?;
+        self.finish(Some(entry), images)
     }
 
-    /// The machine with empty RAM, waiting for [`PausedVm::restore`].
+    /// The machine with empty RAM, waiting for [`PausedVm::restore`]. It boots `images` when it is reset.
     ///
     /// # Errors
     /// When KVM refuses.
-    pub fn incoming(self) -> Result<PausedVm, BuildError> {
-        self.finish(None)
+    pub fn incoming(self, images: OpenImages) -> Result<PausedVm, BuildError> {
+        self.finish(None, images)
     }
 
-    fn finish(self, entry: Option<boot::Entry>) -> Result<PausedVm, BuildError> {
+    fn finish(self, entry: Option<Entry>, images: OpenImages) -> Result<PausedVm, BuildError> {
         let bus = Arc::new(Bus {
             serial: SerialPort::new(self.line(layout::COM1_GSI)?, self.console.clone()),
             power: Power::new(self.line(layout::GED_GSI)?),
             pci: Arc::new(self.pci),
         });
-        let model = CpuModel::host(&self.bare.kvm, self.cpus)?;
-        let mut vcpus = Vec::with_capacity(usize::try_from(self.cpus).unwrap_or(0));
-        let mut shape = None;
-        for index in 0..self.cpus {
-            let fd = self
-                .bare
-                .vm
-                .create_vcpu(index.into())
-                .map_err(KvmError::ioctl("create a vCPU"))?;
-            fd.set_cpuid2(&model.of_vcpu(index)?)
-                .map_err(KvmError::ioctl("set CPUID"))?;
-            msr::set_up(&fd)?;
-            let shape = match &shape {
-                Some(shape) => Arc::clone(shape),
-                None => Arc::clone(shape.insert(Arc::new(StateShape::of(
-                    &self.bare.kvm,
-                    &self.bare.vm,
-                    &fd,
-                )?))),
-            };
-            if let (0, Some(entry)) = (index, entry) {
-                boot::set_registers(&self.memory, &fd, entry)?;
-            }
-            let on_stop = Arc::clone(&self.on_stop);
-            vcpus.push(Vcpu::spawn(index, fd, Arc::clone(&bus), shape, on_stop)?);
-        }
+        let vcpus = spawn_vcpus(&self.bare, self.cpus, &bus, &self.on_end)?;
         let dirty = KvmDirtyTracker::new(Arc::clone(&self.bare.vm), Arc::clone(&self.memory));
         let machine = Machine {
+            start: Start::of(&vcpus, &self.bare, images)?,
             vcpus,
             bus,
             dirty: Arc::new(dirty),
             bare: self.bare,
             memory: self.memory,
+            resets: 0,
         };
+        if let Some(entry) = entry {
+            machine.enter(entry)?;
+        }
         Ok(PausedVm::new(machine))
     }
 
@@ -229,6 +211,34 @@ impl VmBuilder {
     }
 }
 
+/// The vCPUs, each parked on a thread of its own.
+fn spawn_vcpus(
+    bare: &BareVm,
+    cpus: u32,
+    bus: &Arc<Bus>,
+    on_end: &OnEnd,
+) -> Result<Vec<Vcpu>, BuildError> {
+    let model = CpuModel::host(&bare.kvm, cpus)?;
+    let mut vcpus = Vec::with_capacity(usize::try_from(cpus).unwrap_or(0));
+    let mut shape = None;
+    for index in 0..cpus {
+        let fd = bare
+            .vm
+            .create_vcpu(index.into())
+            .map_err(KvmError::ioctl("create a vCPU"))?;
+        fd.set_cpuid2(&model.of_vcpu(index)?)
+            .map_err(KvmError::ioctl("set CPUID"))?;
+        msr::set_up(&fd)?;
+        let shape = match &shape {
+            Some(shape) => Arc::clone(shape),
+            None => Arc::clone(shape.insert(Arc::new(StateShape::of(&bare.kvm, &bare.vm, &fd)?))),
+        };
+        let vcpu = Vcpu::spawn(index, fd, Arc::clone(bus), shape, Arc::clone(on_end))?;
+        vcpus.push(vcpu);
+    }
+    Ok(vcpus)
+}
+
 impl std::fmt::Debug for VmBuilder {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("VmBuilder")
@@ -239,7 +249,7 @@ impl std::fmt::Debug for VmBuilder {
 
 /// Device failures that leave the guest without a device end it; others are passed on.
 struct Failures {
-    on_stop: OnStop,
+    on_end: OnEnd,
     on_disk_failure: OnDiskFailure,
 }
 
@@ -257,9 +267,9 @@ impl FailureSink for Failures {
             return;
         }
         let what = failure.to_string();
-        (self.on_stop)(match failure {
-            DeviceFailure::BadVirtqueue { .. } => StopReason::GuestFault { what },
-            _ => StopReason::Failed { what },
+        (self.on_end)(match failure {
+            DeviceFailure::BadVirtqueue { .. } => GuestEnd::fault(what),
+            _ => GuestEnd::failed(what),
         });
     }
 }

@@ -38,6 +38,9 @@ pub enum MemoryError {
         #[source]
         source: rustix::io::Errno,
     },
+    /// The kernel does not take the contents back.
+    #[error("cannot clear guest memory")]
+    Clear(#[source] rustix::io::Errno),
     /// The memory file cannot be mapped.
     #[error("cannot map guest memory")]
     Map(#[source] vm_memory::mmap::FromRangesError),
@@ -82,6 +85,23 @@ pub fn create(size: Bytes) -> Result<Arc<GuestMemory>, MemoryError> {
     Ok(Arc::new(memory))
 }
 
+/// Makes all of the RAM zero, as [`create`] made it: what was resident goes back to the host. A dirty log
+/// does not see it.
+///
+/// # Errors
+/// [`MemoryError::Clear`]; the contents are then undefined.
+pub fn clear(memory: &GuestMemory) -> Result<(), MemoryError> {
+    use rustix::fs::FallocateFlags;
+    for region in memory.iter() {
+        let backing = region.file_offset().ok_or(rustix::io::Errno::NODEV);
+        let backing = backing.map_err(MemoryError::Clear)?;
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        rustix::fs::fallocate(backing.file(), flags, backing.start(), region.len())
+            .map_err(MemoryError::Clear)?;
+    }
+    Ok(())
+}
+
 /// The size of the RAM.
 #[must_use]
 pub fn size_of(memory: &GuestMemory) -> Bytes {
@@ -104,6 +124,21 @@ mod tests {
             ]
         );
         assert_eq!(ram_ranges(Bytes::mib(64)).unwrap().len(), 1);
+    }
+
+    #[test]
+    fn cleared_ram_reads_as_zero_in_every_region_and_can_be_written_again() {
+        let memory = create(Bytes::gib(3)).unwrap();
+        let last = GuestAddress(0x1_0000_0000 + (3 << 30) - 0xB000_0000 - 8);
+        for at in [GuestAddress(0), GuestAddress(0xAFFF_FFF8), last] {
+            memory.write_obj(u64::MAX, at).unwrap();
+        }
+        clear(&memory).unwrap();
+        for at in [GuestAddress(0), GuestAddress(0xAFFF_FFF8), last] {
+            assert_eq!(memory.read_obj::<u64>(at).unwrap(), 0);
+            memory.write_obj(1_u64, at).unwrap();
+            assert_eq!(memory.read_obj::<u64>(at).unwrap(), 1);
+        }
     }
 
     #[test]

@@ -80,6 +80,15 @@ impl SerialPort {
         }
     }
 
+    /// A reset: registers as in a new port, and unread input is lost. The console keeps its output.
+    pub(crate) fn reset(&self) {
+        let uart = Serial::new(Line(Arc::clone(&self.irq)), self.console.clone());
+        *self.lock() = Inner {
+            uart,
+            backlog: VecDeque::new(),
+        };
+    }
+
     /// Guest read of register `offset`.
     pub(crate) fn read(&self, offset: u8) -> u8 {
         let mut inner = self.lock();
@@ -191,6 +200,19 @@ mod tests {
             read.push(port.read(DATA));
         }
         assert_eq!(read, input);
+    }
+
+    #[test]
+    fn a_port_after_a_reset_is_as_a_new_one() {
+        let port = port();
+        let new = port.save();
+        for (offset, value) in [(3, 0x83), (0, 7), (1, 1), (3, 3), (1, 5), (4, 0x1B), (7, 9)] {
+            port.write(offset, value);
+        }
+        port.type_in(&[7; 100]);
+        assert_ne!(port.save(), new);
+        port.reset();
+        assert_eq!(port.save(), new);
     }
 
     #[test]

@@ -39,6 +39,9 @@ pub struct MachineState {
     /// Pending power events that the guest has not read.
     pub(crate) power_events: u8,
     pub(crate) devices: DeviceState,
+    /// How often the machine was reset in place since the guest's start.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub(crate) resets: u32,
 }
 
 /// A saved state that this release cannot use.
@@ -53,6 +56,11 @@ pub enum StateError {
         /// The state's version.
         found: u64,
     },
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "as serde calls it")]
+const fn is_zero(count: &u32) -> bool {
+    *count == 0
 }
 
 impl MachineState {

@@ -5,11 +5,10 @@ mod guests;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
-use bascule_ipc::vm::StopReason;
 use bascule_types::Bytes;
 
 pub(crate) use self::guests::*;
-use crate::{BootSource, Console, PausedVm, VmBuilder};
+use crate::{BootSource, Console, GuestEnd, OpenImages, PausedVm, VmBuilder};
 
 /// Whether this machine has KVM. Without it a test says so and returns, but fails in CI.
 pub(crate) fn kvm_or_skip() -> bool {
@@ -24,32 +23,38 @@ pub(crate) fn kvm_or_skip() -> bool {
     present
 }
 
-/// A machine without devices, and the stop reasons that it reports.
+/// A kernel of `code` alone.
+pub(crate) fn images(code: &[u8]) -> OpenImages {
+    let kernel = elf(code);
+    Box::new(move || {
+        Ok(BootSource {
+            kernel: kernel.clone(),
+            initrd: None,
+            cmdline: String::new(),
+        })
+    })
+}
+
+/// A machine without devices, and how its guest ends by itself.
 pub(crate) struct TestVm {
     pub(crate) console: Console,
-    pub(crate) stopped: Receiver<StopReason>,
+    pub(crate) ended: Receiver<GuestEnd>,
 }
 
 impl TestVm {
     /// A builder of 16 MiB and `cpus` vCPUs.
     pub(crate) fn builder(cpus: u32) -> (VmBuilder, Self) {
         let console = Console::new();
-        let (stopped_tx, stopped) = channel();
-        let on_stop = move |reason| drop(stopped_tx.send(reason));
-        let builder = VmBuilder::new(cpus, Bytes::mib(16), console.clone(), on_stop).unwrap();
-        (builder, Self { console, stopped })
+        let (ended_tx, ended) = channel();
+        let on_end = move |end| drop(ended_tx.send(end));
+        let builder = VmBuilder::new(cpus, Bytes::mib(16), console.clone(), on_end).unwrap();
+        (builder, Self { console, ended })
     }
 
     /// A paused machine about to run `code`.
     pub(crate) fn with(code: &[u8]) -> (PausedVm, Self) {
         let (builder, test) = Self::builder(1);
-        let kernel = elf(code);
-        let source = BootSource {
-            kernel,
-            initrd: None,
-            cmdline: String::new(),
-        };
-        (builder.boot(source).unwrap(), test)
+        (builder.boot(images(code)).unwrap(), test)
     }
 
     /// Waits until the console has `count` bytes, of at most 64 KiB.
@@ -65,7 +70,7 @@ impl TestVm {
     }
 
     /// Waits until the guest ends by itself.
-    pub(crate) fn await_stop(&self) -> StopReason {
-        self.stopped.recv_timeout(Duration::from_secs(20)).unwrap()
+    pub(crate) fn await_end(&self) -> GuestEnd {
+        self.ended.recv_timeout(Duration::from_secs(20)).unwrap()
     }
 }

@@ -4,7 +4,7 @@
 //! ```text
 //!            run                       kick, or the guest ends
 //!  parked ─────────► in the guest ─────────────────────────────► parked
-//!    │ save, restore: done by the thread itself
+//!    │ save, restore, reset: done by the thread itself
 //!    └─ dropped: the thread ends
 //! ```
 //! A parked vCPU has no half-done instruction: an access that was under way when it was kicked was
@@ -25,23 +25,31 @@ use std::sync::{Arc, Once};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use bascule_ipc::vm::StopReason;
+use bascule_ipc::vm::{ResetCause, StopReason};
 use kvm_bindings::{
-    KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, kvm_run,
+    KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, kvm_regs, kvm_run,
+    kvm_sregs,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use self::state::{StateShape, VcpuState};
+use crate::GuestEnd;
 use crate::bus::Bus;
 use crate::kvm::KvmError;
 use crate::power::PowerRequest;
 
 /// Called when the guest ended, once per vCPU that noticed; must not block.
-pub(crate) type OnStop = Arc<dyn Fn(StopReason) + Send + Sync>;
+pub(crate) type OnEnd = Arc<dyn Fn(GuestEnd) + Send + Sync>;
+
+/// First registers of the boot processor.
+pub(crate) type FirstRegisters = (kvm_regs, kvm_sregs);
 
 /// How long to wait for a kicked vCPU before kicking it again: far more than an exit takes.
 const KICK_AGAIN: Duration = Duration::from_millis(50);
+/// Most exits of one instruction that is being completed: KVM enters the guest again after 1024 accesses of
+/// a string instruction (`x86_emulate_insn`), an access of 32 bytes is four.
+const ACCESS_EXITS_MAX: usize = 4096;
 
 /// The handle of a vCPU thread.
 #[derive(Debug)]
@@ -58,6 +66,8 @@ enum Command {
     Run,
     Save(SyncSender<Result<VcpuState, KvmError>>),
     Restore(Box<VcpuState>, SyncSender<Result<(), KvmError>>),
+    Reset(Arc<VcpuState>, SyncSender<Result<(), KvmError>>),
+    FirstRegisters(Box<FirstRegisters>, SyncSender<Result<(), KvmError>>),
     TscOffset(u64, SyncSender<Result<(), KvmError>>),
 }
 
@@ -67,13 +77,13 @@ struct Runner {
     bus: Arc<Bus>,
     shape: Arc<StateShape>,
     pause: Arc<AtomicBool>,
-    on_stop: OnStop,
+    on_end: OnEnd,
 }
 
 /// Why a vCPU left the guest.
 enum Ended {
     Paused,
-    Stopped(StopReason),
+    ByItself(GuestEnd),
 }
 
 impl Vcpu {
@@ -83,7 +93,7 @@ impl Vcpu {
         fd: VcpuFd,
         bus: Arc<Bus>,
         shape: Arc<StateShape>,
-        on_stop: OnStop,
+        on_end: OnEnd,
     ) -> Result<Self, KvmError> {
         install_kick_handler();
         let pause = Arc::new(AtomicBool::new(false));
@@ -94,7 +104,7 @@ impl Vcpu {
             bus,
             shape,
             pause: Arc::clone(&pause),
-            on_stop,
+            on_end,
         };
         let thread = std::thread::Builder::new()
             .name(format!("vcpu{index}"))
@@ -156,6 +166,23 @@ impl Vcpu {
         Ok(reply_rx)
     }
 
+    /// Returns a parked vCPU to its state at power-on, [`state::reset`].
+    pub(crate) fn reset(
+        &self,
+        power_on: &Arc<VcpuState>,
+    ) -> Result<Receiver<Result<(), KvmError>>, KvmError> {
+        let (reply_tx, reply_rx) = sync_channel(1);
+        self.send(Command::Reset(Arc::clone(power_on), reply_tx))?;
+        Ok(reply_rx)
+    }
+
+    /// Lets a parked vCPU that was just created or reset begin here.
+    pub(crate) fn set_first_registers(&self, first: FirstRegisters) -> Result<(), KvmError> {
+        let (reply_tx, reply_rx) = sync_channel(1);
+        self.send(Command::FirstRegisters(Box::new(first), reply_tx))?;
+        answer(&reply_rx)
+    }
+
     /// Sets guest TSC minus host TSC of a parked vCPU.
     pub(crate) fn set_tsc_offset(&self, offset: u64) -> Result<(), KvmError> {
         let (reply_tx, reply_rx) = sync_channel(1);
@@ -192,8 +219,8 @@ impl Runner {
         while let Ok(command) = command_rx.recv() {
             let answered = match command {
                 Command::Run => {
-                    if let Ended::Stopped(reason) = self.run_guest() {
-                        (self.on_stop)(reason);
+                    if let Ended::ByItself(end) = self.run_guest() {
+                        (self.on_end)(end);
                     }
                     self.log_place();
                     parked_tx.send(()).is_ok()
@@ -205,6 +232,13 @@ impl Runner {
                     let restored = state::restore(&self.fd, &self.shape, &state);
                     reply_tx.send(restored).is_ok()
                 }
+                Command::Reset(power_on, reply_tx) => {
+                    let reset = state::reset(&self.fd, &self.shape, &power_on);
+                    reply_tx.send(reset).is_ok()
+                }
+                Command::FirstRegisters(first, reply_tx) => reply_tx
+                    .send(state::set_first_registers(&self.fd, &first))
+                    .is_ok(),
                 Command::TscOffset(offset, reply_tx) => {
                     let set = crate::ioctl::set_tsc_offset(&self.fd, offset)
                         .map_err(KvmError::ioctl("set the TSC offset"));
@@ -229,41 +263,48 @@ impl Runner {
             // `kick` sets the flag before it signals. A signal that came before this read has its
             // flag seen here; one that comes later sets `immediate_exit`, which is not cleared again.
             if self.pause.load(Ordering::SeqCst) {
-                return self.complete_access();
+                return match self.complete_access(None) {
+                    Some(end) => Ended::ByItself(end),
+                    None => Ended::Paused,
+                };
             }
-            if let Err(reason) = self.enter() {
-                return Ended::Stopped(reason);
+            if let Err(end) = self.enter() {
+                let first = self.complete_access(Some(end.clone()));
+                return Ended::ByItself(first.unwrap_or(end));
             }
         }
     }
 
     /// Lets KVM finish an access whose result it has not taken over yet (KVM API, 5, "KVM_EXIT_IO":
-    /// the operation is complete only after the vCPU was entered again).
-    fn complete_access(&mut self) -> Ended {
+    /// the operation is complete only after the vCPU was entered again). It would else be finished in
+    /// whatever state the vCPU is entered next, that after a reset too. Returns how the guest first ended,
+    /// `ended` if it has.
+    fn complete_access(&mut self, mut ended: Option<GuestEnd>) -> Option<GuestEnd> {
         self.fd.set_kvm_immediate_exit(1);
-        loop {
+        for _ in 0..ACCESS_EXITS_MAX {
             match self.enter() {
                 Ok(Entered::Again) => {}
-                Ok(Entered::Interrupted) => return Ended::Paused,
-                Err(reason) => return Ended::Stopped(reason),
+                Ok(Entered::Interrupted) => return ended,
+                Err(end) => {
+                    ended.get_or_insert(end);
+                }
             }
         }
+        ended
     }
 
     /// Runs the guest to its next exit and handles that.
-    fn enter(&mut self) -> Result<Entered, StopReason> {
+    fn enter(&mut self) -> Result<Entered, GuestEnd> {
         match self.fd.run() {
             Ok(exit) => match handle(exit, &self.bus) {
                 Handled::Continue => Ok(Entered::Again),
-                Handled::Stop(reason) => Err(reason),
+                Handled::End(end) => Err(end),
                 Handled::InternalError => Err(self.internal_error()),
             },
             Err(error) => match error.errno() {
                 libc::EINTR => Ok(Entered::Interrupted),
                 libc::EAGAIN => Ok(Entered::Again),
-                _ => Err(StopReason::Failed {
-                    what: format!("KVM_RUN: {error}"),
-                }),
+                _ => Err(GuestEnd::failed(format!("KVM_RUN: {error}"))),
             },
         }
     }
@@ -278,18 +319,16 @@ impl Runner {
     }
 
     /// KVM failed to emulate an instruction; reports its address.
-    fn internal_error(&mut self) -> StopReason {
+    fn internal_error(&mut self) -> GuestEnd {
         let place = self.fd.get_regs().map_or(0, |regs| regs.rip);
         let run = self.fd.get_kvm_run();
         // SAFETY: the exit reason is KVM_EXIT_INTERNAL_ERROR, for which KVM fills in this member;
         // any bytes make a valid value of its integers.
         let details = unsafe { run.__bindgen_anon_1.internal };
-        StopReason::GuestFault {
-            what: format!(
-                "KVM cannot emulate the guest (suberror {}) at {place:#x}",
-                details.suberror
-            ),
-        }
+        GuestEnd::fault(format!(
+            "KVM cannot emulate the guest (suberror {}) at {place:#x}",
+            details.suberror
+        ))
     }
 }
 
@@ -300,7 +339,7 @@ enum Entered {
 
 enum Handled {
     Continue,
-    Stop(StopReason),
+    End(GuestEnd),
     InternalError,
 }
 
@@ -325,30 +364,24 @@ fn handle(exit: VcpuExit<'_>, bus: &Bus) -> Handled {
         VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _) => Some(PowerRequest::Off),
         VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _) => Some(PowerRequest::Reset),
         VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_CRASH, _) => {
-            return fault("the guest reported a crash");
+            return Handled::End(GuestEnd::fault("the guest reported a crash"));
         }
-        VcpuExit::Shutdown => return fault("triple fault"),
+        // A PC resets then (SDM vol. 3, 6.15, "Interrupt 8": shutdown mode).
+        VcpuExit::Shutdown => return Handled::End(GuestEnd::Reset(ResetCause::TripleFault)),
         VcpuExit::FailEntry(reason, cpu) => {
             let what = format!("cannot enter the guest: reason {reason:#x} on host CPU {cpu}");
-            return Handled::Stop(StopReason::GuestFault { what });
+            return Handled::End(GuestEnd::fault(what));
         }
         VcpuExit::InternalError => return Handled::InternalError,
         other => {
-            let what = format!("unexpected exit {other:?}");
-            return Handled::Stop(StopReason::Failed { what });
+            return Handled::End(GuestEnd::failed(format!("unexpected exit {other:?}")));
         }
     };
     match request {
         None => Handled::Continue,
-        Some(PowerRequest::Off) => Handled::Stop(StopReason::GuestShutdown),
-        Some(PowerRequest::Reset) => Handled::Stop(StopReason::GuestReset),
+        Some(PowerRequest::Off) => Handled::End(GuestEnd::Stopped(StopReason::GuestShutdown)),
+        Some(PowerRequest::Reset) => Handled::End(GuestEnd::Reset(ResetCause::Guest)),
     }
-}
-
-fn fault(what: &str) -> Handled {
-    Handled::Stop(StopReason::GuestFault {
-        what: what.to_owned(),
-    })
 }
 
 thread_local! {

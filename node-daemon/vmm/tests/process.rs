@@ -15,8 +15,8 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use bascule_ipc::vm::{
-    Boot, DiskConfig, DiskSource, ImageSource, Request, Response, StartMode, StopReason, VmConfig,
-    VmState, VmStatus,
+    Boot, DiskConfig, DiskSource, ImageSource, Request, ResetCause, Response, StartMode,
+    StopReason, VmConfig, VmState, VmStatus,
 };
 use bascule_ipc::{Connection, Kind};
 use bascule_types::{Bytes, VmUid};
@@ -145,6 +145,18 @@ impl TestProcess {
         }
     }
 
+    fn await_resets(&mut self, count: u32) -> VmStatus {
+        let deadline = Instant::now() + ANSWER_LIMIT;
+        loop {
+            let status = self.status();
+            if status.resets.count >= count {
+                return status;
+            }
+            assert!(Instant::now() < deadline, "{:?}", status.resets);
+            std::thread::park_timeout(POLL);
+        }
+    }
+
     fn console_log(&self) -> Vec<u8> {
         std::fs::read(self.dir.path().join("console.log")).unwrap()
     }
@@ -221,12 +233,54 @@ fn a_guest_that_switches_itself_off_leaves_its_reason_in_the_status() {
     assert_eq!(vm.await_stopped(), StopReason::GuestShutdown);
     assert_eq!(vm.refused(&Request::PowerButton), "the guest is stopped");
     vm.exits();
-    let mut vm = TestProcess::running(guests::RESET);
-    assert_eq!(vm.await_stopped(), StopReason::GuestReset);
-    vm.exits();
-    let mut vm = TestProcess::running(guests::TRIPLE_FAULT);
-    let what = "triple fault".to_owned();
-    assert_eq!(vm.await_stopped(), StopReason::GuestFault { what });
+}
+
+#[test]
+fn a_guest_that_resets_itself_boots_again_in_its_process_and_waits_when_it_does_so_too_often() {
+    if !kvm_or_skip() {
+        return;
+    }
+    for (code, cause) in [
+        (guests::RESET, ResetCause::Guest),
+        (guests::TRIPLE_FAULT, ResetCause::TripleFault),
+    ] {
+        let mut vm = TestProcess::running(code);
+        let pid = vm.status().pid;
+        let status = vm.await_resets(5);
+        assert_eq!((status.pid, status.state), (pid, VmState::Running));
+        assert_eq!(status.resets.last, Some(cause));
+        let deadline = Instant::now() + ANSWER_LIMIT;
+        while vm.status().resets.waits.is_none() {
+            assert!(Instant::now() < deadline, "it does not wait");
+            std::thread::park_timeout(POLL);
+        }
+        // It can be stopped meanwhile.
+        vm.accepted(&Request::Stop);
+        assert_eq!(vm.await_stopped(), StopReason::Requested);
+        vm.exits();
+    }
+}
+
+#[test]
+fn a_machine_is_reset_over_the_control_socket() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let mut vm = TestProcess::running(guests::COUNTER);
+    vm.await_console(50);
+    vm.accepted(&Request::Reset);
+    let status = vm.await_resets(1);
+    assert_eq!(status.resets.last, Some(ResetCause::Requested));
+    vm.await_console(vm.console_log().len() + 50);
+    let log = vm.console_log();
+    // The first letter of each boot is the second of the alphabet.
+    let goes_on = |pair: &&[u8]| pair[1] == pair[0] + 1 || **pair == *b"pa";
+    let breaks = log.windows(2).filter(|pair| !goes_on(pair)).count();
+    assert!(breaks <= 1, "{}", String::from_utf8_lossy(&log));
+    assert_eq!(log[0], b'b');
+    assert_eq!(vm.status().resets.count, 1);
+    vm.accepted(&Request::Stop);
+    assert_eq!(vm.refused(&Request::Reset), "the guest is stopped");
     vm.exits();
 }
 

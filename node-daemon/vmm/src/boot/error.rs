@@ -2,7 +2,7 @@
 
 use std::io;
 
-use crate::kvm::KvmError;
+use super::source::ImagesError;
 
 /// Why a kernel cannot be booted. Every text names the field of the configuration.
 #[derive(Debug, thiserror::Error)]
@@ -47,7 +47,7 @@ pub enum BootError {
     /// Guest memory is too small for the boot structures.
     #[error("memory: too small to boot")]
     Memory(#[source] vm_memory::GuestMemoryError),
-    /// KVM refused the vCPU's initial registers.
+    /// The images cannot be opened.
     #[error(transparent)]
-    Kvm(#[from] KvmError),
+    Images(#[from] ImagesError),
 }

@@ -1,11 +1,9 @@
 //! First registers of the boot processor.
 
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
-use kvm_ioctls::VcpuFd;
 use vm_memory::{Bytes as _, GuestAddress};
 
 use super::error::BootError;
-use crate::kvm::KvmError;
 use crate::layout;
 use crate::memory::{GuestMemory, PAGE_SIZE};
 
@@ -64,10 +62,11 @@ const GDT: [u64; 5] = [
 ];
 
 /// State at a PVH entry: protected mode, flat segments, no paging, EBX pointing at the start info.
-pub(super) fn pvh(memory: &GuestMemory, vcpu: &VcpuFd, entry: u64) -> Result<(), BootError> {
-    let mut sregs = vcpu
-        .get_sregs()
-        .map_err(KvmError::ioctl("read special registers"))?;
+pub(super) fn pvh(
+    memory: &GuestMemory,
+    mut sregs: kvm_sregs,
+    entry: u64,
+) -> Result<(kvm_regs, kvm_sregs), BootError> {
     write_tables(memory, &mut sregs)?;
     set_segments(&mut sregs, &CODE_32);
     sregs.cr0 = CR0_PROTECTED;
@@ -78,14 +77,15 @@ pub(super) fn pvh(memory: &GuestMemory, vcpu: &VcpuFd, entry: u64) -> Result<(),
         rflags: RFLAGS_FIXED,
         ..Default::default()
     };
-    set(vcpu, &regs, &sregs)
+    Ok((regs, sregs))
 }
 
 /// State at the 64-bit entry of a bzImage: long mode, identity mapping, RSI pointing at the zero page.
-pub(super) fn linux64(memory: &GuestMemory, vcpu: &VcpuFd, entry: u64) -> Result<(), BootError> {
-    let mut sregs = vcpu
-        .get_sregs()
-        .map_err(KvmError::ioctl("read special registers"))?;
+pub(super) fn linux64(
+    memory: &GuestMemory,
+    mut sregs: kvm_sregs,
+    entry: u64,
+) -> Result<(kvm_regs, kvm_sregs), BootError> {
     write_tables(memory, &mut sregs)?;
     set_segments(&mut sregs, &CODE_64);
     write_page_tables(memory)?;
@@ -101,15 +101,7 @@ pub(super) fn linux64(memory: &GuestMemory, vcpu: &VcpuFd, entry: u64) -> Result
         rflags: RFLAGS_FIXED,
         ..Default::default()
     };
-    set(vcpu, &regs, &sregs)
-}
-
-fn set(vcpu: &VcpuFd, regs: &kvm_regs, sregs: &kvm_sregs) -> Result<(), BootError> {
-    vcpu.set_sregs(sregs)
-        .map_err(KvmError::ioctl("set special registers"))?;
-    vcpu.set_regs(regs)
-        .map_err(KvmError::ioctl("set registers"))?;
-    Ok(())
+    Ok((regs, sregs))
 }
 
 fn write_tables(memory: &GuestMemory, sregs: &mut kvm_sregs) -> Result<(), BootError> {

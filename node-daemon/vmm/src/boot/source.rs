@@ -2,6 +2,12 @@
 
 use std::io::Read;
 
+/// Opens what a machine boots, from its begin: at the machine's start, and again at each of its resets.
+pub type OpenImages = Box<dyn Fn() -> Result<BootSource, ImagesError> + Send + Sync>;
+
+/// Why the images cannot be opened; the text names the field.
+pub type ImagesError = Box<dyn std::error::Error + Send + Sync>;
+
 /// What a machine boots.
 pub struct BootSource {
     /// The kernel: bzImage, or ELF with a PVH note.

@@ -8,6 +8,8 @@ use crate::kvm::BareVm;
 use crate::memory::GuestMemory;
 use crate::vcpu::Vcpu;
 
+use super::start::Start;
+
 /// The parts of a machine, paused or running.
 pub(crate) struct Machine {
     /// First, so that the vCPU threads end before the other parts are dropped.
@@ -16,6 +18,10 @@ pub(crate) struct Machine {
     pub(crate) dirty: Arc<KvmDirtyTracker>,
     pub(crate) bare: BareVm,
     pub(crate) memory: Arc<GuestMemory>,
+    /// What a reset returns to and loads.
+    pub(super) start: Start,
+    /// How often the guest's machine was reset, also before it came here.
+    pub(super) resets: u32,
 }
 
 /// Access to a machine from any thread, paused or running.

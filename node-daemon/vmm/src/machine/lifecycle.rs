@@ -4,7 +4,7 @@
 //! ```text
 //!  VmBuilder ─boot, incoming─► PausedVm ─────run─────► RunningVm
 //!                               │  ▲ │                    │
-//!                 save, restore └──┘ │ ◄──────pause───────┘
+//!          save, restore, reset └──┘ │ ◄──────pause───────┘
 //!                                    │
 //!                                    └─end─► threads joined, devices drained, KVM's VM closed
 //! ```
@@ -62,6 +62,12 @@ impl PausedVm {
     #[must_use]
     pub fn handle(&self) -> MachineHandle {
         self.machine.handle()
+    }
+
+    /// How often the guest's machine was reset since its start, also on other nodes.
+    #[must_use]
+    pub fn resets(&self) -> u32 {
+        self.machine.resets
     }
 
     /// Ends the machine: joins all its threads and closes it. The guest's RAM lives on while a

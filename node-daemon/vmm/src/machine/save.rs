@@ -1,12 +1,9 @@
 //! Saving the state of a paused machine, and restoring it in another.
 
 use bascule_types::Bytes;
-use kvm_bindings::{
-    KVM_CLOCK_HOST_TSC, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
-    kvm_clock_data, kvm_irqchip,
-};
+use kvm_bindings::{KVM_CLOCK_HOST_TSC, kvm_clock_data};
 
-use super::PausedVm;
+use super::{PausedVm, parts};
 use crate::blob::Blob;
 use crate::kvm::KvmError;
 use crate::memory;
@@ -37,12 +34,6 @@ pub enum RestoreError {
     Serial,
 }
 
-const IRQCHIPS: [u32; 3] = [
-    KVM_IRQCHIP_PIC_MASTER,
-    KVM_IRQCHIP_PIC_SLAVE,
-    KVM_IRQCHIP_IOAPIC,
-];
-
 impl PausedVm {
     /// Everything about the machine but its RAM.
     ///
@@ -55,32 +46,11 @@ impl PausedVm {
     /// When KVM refuses. The machine is unharmed and can run on.
     pub fn save(&self) -> Result<MachineState, KvmError> {
         let machine = &self.machine;
-        let pending: Vec<_> = machine
-            .vcpus
-            .iter()
-            .map(vcpu::Vcpu::save)
-            .collect::<Result<_, _>>()?;
-        let vcpus = pending.iter().map(vcpu::answer).collect::<Result<_, _>>()?;
+        let vcpus = parts::vcpus(&machine.vcpus)?;
         let vm = &machine.bare.vm;
         let clock = vm.get_clock().map_err(KvmError::ioctl("read the clock"))?;
-        let mut irqchips = Vec::with_capacity(IRQCHIPS.len());
-        for chip_id in IRQCHIPS {
-            let mut chip = kvm_irqchip {
-                chip_id,
-                ..Default::default()
-            };
-            vm.get_irqchip(&mut chip)
-                .map_err(KvmError::ioctl("read an interrupt controller"))?;
-            irqchips.push(Blob::of(&chip));
-        }
-        let pit = if machine.bare.has_pit {
-            let pit = vm
-                .get_pit2()
-                .map_err(KvmError::ioctl("read the interval timer"))?;
-            Some(Blob::of(&pit))
-        } else {
-            None
-        };
+        let irqchips = parts::irqchips(&machine.bare)?;
+        let pit = parts::pit(&machine.bare)?;
         Ok(MachineState {
             version: VERSION,
             memory: memory::size_of(&machine.memory),
@@ -91,6 +61,7 @@ impl PausedVm {
             serial: machine.bus.serial.save(),
             power_events: machine.bus.power.save(),
             devices: machine.bus.pci.save(),
+            resets: machine.resets,
         })
     }
 
@@ -116,21 +87,15 @@ impl PausedVm {
         for reply in &pending {
             vcpu::answer(reply)?;
         }
-        let vm = &machine.bare.vm;
-        for chip in &state.irqchips {
-            vm.set_irqchip(&chip.get())
-                .map_err(KvmError::ioctl("set an interrupt controller"))?;
-        }
-        if let (Some(pit), true) = (&state.pit, machine.bare.has_pit) {
-            vm.set_pit2(&pit.get())
-                .map_err(KvmError::ioctl("set the interval timer"))?;
-        }
+        parts::set_irqchips(&machine.bare, &state.irqchips)?;
+        parts::set_pit(&machine.bare, state.pit.as_ref())?;
         self.restore_clocks(&state.clock.get(), &offsets)?;
         if !machine.bus.serial.restore(&state.serial) {
             return Err(RestoreError::Serial);
         }
         machine.bus.power.restore(state.power_events);
         machine.bus.pci.restore(&state.devices)?;
+        self.machine.resets = state.resets;
         Ok(())
     }
 

@@ -1,12 +1,15 @@
+mod reset;
+
 use std::sync::Arc;
 
-use bascule_ipc::vm::StopReason;
+use bascule_ipc::vm::{ResetCause, StopReason};
 use vm_memory::{Bytes as _, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::testing::{
-    AWAIT_BUTTON, COUNTER, ECHO, JUMP_TO_BIOS, POWER_OFF, RESET, TRIPLE_FAULT, TestVm, kvm_or_skip,
+    AWAIT_BUTTON, COUNTER, ECHO, JUMP_TO_BIOS, POWER_OFF, RESET, TRIPLE_FAULT, TestVm, images,
+    kvm_or_skip,
 };
-use crate::{DirtyTracker, GuestMemory, MachineState, PausedVm};
+use crate::{DirtyTracker, GuestEnd, GuestMemory, MachineState, PausedVm};
 
 /// Where [`COUNTER`] counts.
 const COUNT_AT: GuestAddress = GuestAddress(0x20_0000);
@@ -23,7 +26,7 @@ fn copy_ram(from: &GuestMemory, to: &GuestMemory) {
 fn moved(old: &PausedVm, cpus: u32) -> (PausedVm, TestVm) {
     let saved = old.save().unwrap().encode().unwrap();
     let (builder, test) = TestVm::builder(cpus);
-    let mut new = builder.incoming().unwrap();
+    let mut new = builder.incoming(images(COUNTER)).unwrap();
     copy_ram(old.handle().memory(), new.handle().memory());
     new.restore(MachineState::decode(&saved).unwrap()).unwrap();
     (new, test)
@@ -126,7 +129,7 @@ fn a_state_of_another_shape_or_release_is_refused() {
     let state = vm.save().unwrap();
     let (builder, _other) = TestVm::builder(2);
     let error = builder
-        .incoming()
+        .incoming(images(COUNTER))
         .unwrap()
         .restore(state.clone())
         .unwrap_err();
@@ -182,19 +185,16 @@ fn every_way_to_end_is_reported_with_its_reason() {
     if !kvm_or_skip() {
         return;
     }
-    let fault = StopReason::GuestFault {
-        what: "triple fault".into(),
-    };
     let cases = [
-        (POWER_OFF, StopReason::GuestShutdown),
-        (RESET, StopReason::GuestReset),
-        (JUMP_TO_BIOS, StopReason::GuestReset),
-        (TRIPLE_FAULT, fault),
+        (POWER_OFF, GuestEnd::Stopped(StopReason::GuestShutdown)),
+        (RESET, GuestEnd::Reset(ResetCause::Guest)),
+        (JUMP_TO_BIOS, GuestEnd::Reset(ResetCause::Guest)),
+        (TRIPLE_FAULT, GuestEnd::Reset(ResetCause::TripleFault)),
     ];
     for (code, expected) in cases {
         let (vm, test) = TestVm::with(code);
         let vm = vm.run().unwrap();
-        assert_eq!(test.await_stop(), expected);
+        assert_eq!(test.await_end(), expected);
         vm.pause().unwrap().end();
     }
 }
@@ -208,11 +208,11 @@ fn a_triple_fault_ends_that_guest_alone() {
     let neighbour = neighbour.run().unwrap();
     let (faulty, faulty_test) = TestVm::with(TRIPLE_FAULT);
     let faulty = faulty.run().unwrap();
-    faulty_test.await_stop();
+    faulty_test.await_end();
     drop(faulty);
     let seen = neighbour_test.console.recent().len();
     neighbour_test.await_output(seen + 100);
-    assert!(neighbour_test.stopped.try_recv().is_err());
+    assert!(neighbour_test.ended.try_recv().is_err());
     drop(neighbour);
 }
 
@@ -224,7 +224,8 @@ fn the_power_button_reaches_the_guest() {
     let (vm, test) = TestVm::with(AWAIT_BUTTON);
     let vm = vm.run().unwrap();
     vm.handle().press_power_button().unwrap();
-    assert_eq!(test.await_stop(), StopReason::GuestShutdown);
+    let off = GuestEnd::Stopped(StopReason::GuestShutdown);
+    assert_eq!(test.await_end(), off);
 }
 
 #[test]
@@ -246,13 +247,7 @@ fn a_machine_of_several_vcpus_is_saved_and_restored() {
         return;
     }
     let (builder, first) = TestVm::builder(3);
-    let kernel = crate::testing::elf(COUNTER);
-    let source = crate::BootSource {
-        kernel,
-        initrd: None,
-        cmdline: String::new(),
-    };
-    let vm = builder.boot(source).unwrap().run().unwrap();
+    let vm = builder.boot(images(COUNTER)).unwrap().run().unwrap();
     first.await_output(50);
     let old = vm.pause().unwrap();
     let (new, second) = moved(&old, 3);

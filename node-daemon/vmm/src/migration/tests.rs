@@ -21,8 +21,8 @@ use bascule_types::{
 use self::fixture::*;
 use super::fault::{FaultAction, FaultPoint, Faults};
 use super::*;
-use crate::testing::{COUNTER, TestVm, elf, kvm_or_skip};
-use crate::{BootSource, MachineHandle, MachineState, PausedVm, RunningVm};
+use crate::testing::{COUNTER, TestVm, images, kvm_or_skip};
+use crate::{MachineHandle, MachineState, PausedVm, RunningVm};
 
 #[test]
 fn a_guest_moves_between_nodes_that_have_ipv6_only() {

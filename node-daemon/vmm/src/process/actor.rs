@@ -12,6 +12,8 @@
 //!     └────────────────────────────────► Ending ◄────────────┘
 //!                                           └── torn down, ownership released ──► Stopped
 //! ```
+//! From `Pausing` a machine may also be reset, and goes back to `Running`: see [`resets`].
+//!
 //! A failed build goes from `Starting` to `Ending` too. A stop requested in `Starting` or `Pausing`
 //! takes effect when that phase is over; in `InDoubt`, `Departed` and `Stopped` it has no effect. A
 //! guest that cannot be resumed, or whose task gets no thread, is `Stopped` at once.
@@ -19,7 +21,7 @@
 //! Other threads send an [`Event`], with a reply channel where they need a result. The loop is
 //! select → apply: every event is logged at debug level by its name. `apply` must be short and must
 //! not block, because every request on `vm.sock` waits behind it. Work that waits for a disk, a
-//! device or the volume has a phase of its own (`Starting`, `Pausing`, `Ending`), during which a
+//! device or the volume has a phase of its own (`Starting`, `Pausing`, `Resetting`, `Ending`), during which a
 //! task thread does it and reports the outcome as an event.
 //!
 //! | module | what |
@@ -34,6 +36,7 @@
 //! | `migrations`, `migration_guest` | starting migrations, and the machine as their threads see it |
 //! | `ownership_watch` | following the gate page: the node has re-joined, or lost the VM |
 //! | `guest_ended`, `notices` | a guest that ends by itself, in whatever phase that is noticed |
+//! | [`resets`], `reset_wait` | resetting the machine in place, and making a guest wait that does so in a loop |
 //! | `disk_failure` | reporting a failed disk to the home volume |
 
 mod build;
@@ -48,6 +51,10 @@ mod migrations;
 mod notices;
 mod ownership_watch;
 mod phase;
+mod reset_wait;
+mod resets;
 mod shutdown;
 mod start;
+#[cfg(test)]
+mod testing;
 pub(super) mod vm_actor;

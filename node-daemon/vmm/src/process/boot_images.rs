@@ -9,16 +9,32 @@ use bascule_image::KERNEL_BYTES_MAX;
 use bascule_ipc::vm::{Boot, ImageSource};
 use bascule_types::{AlignedBuffer, DiskRow, ExtentRun};
 
-use super::home_volume::Opened;
-use crate::boot::{BootSource, Initrd};
+use super::home_volume::{self, Opened};
+use crate::boot::{BootSource, Initrd, OpenImages};
 
 /// Bytes read from a volume at once.
 const READ_BYTES: usize = 1 << 20;
 /// Direct I/O wants memory, offset and length aligned to a volume block.
 const ALIGNMENT: usize = 4096;
 
-/// Opens the kernel and initrd that `boot` names, on the home volume `opened` or in files.
-pub(super) fn open(boot: &Boot, opened: Option<&Opened>) -> anyhow::Result<BootSource> {
+/// Opens the kernel and initrd that `boot` names, in files or on the home volume `opened`, whose device stays
+/// open for it. The volume deletes no disk of a VM that has an owner.
+pub(super) fn opener(boot: &Boot, opened: Option<&Opened>) -> OpenImages {
+    let boot = boot.clone();
+    let home = opened.map(|opened| BootDisks {
+        device: Arc::clone(&opened.device),
+        rows: opened.disks.clone(),
+    });
+    Box::new(move || open(&boot, home.as_ref()).map_err(Into::into))
+}
+
+/// The home volume as far as boot images need it.
+struct BootDisks {
+    device: Arc<File>,
+    rows: Vec<DiskRow>,
+}
+
+fn open(boot: &Boot, opened: Option<&BootDisks>) -> anyhow::Result<BootSource> {
     let (length, mut content) = image(&boot.kernel, opened).context("boot.kernel")?;
     ensure!(
         length <= KERNEL_BYTES_MAX,
@@ -44,7 +60,7 @@ pub(super) fn open(boot: &Boot, opened: Option<&Opened>) -> anyhow::Result<BootS
 
 type Image = (u64, Box<dyn Read + Send>);
 
-fn image(source: &ImageSource, opened: Option<&Opened>) -> anyhow::Result<Image> {
+fn image(source: &ImageSource, opened: Option<&BootDisks>) -> anyhow::Result<Image> {
     match source {
         ImageSource::File { path } => {
             let file = File::open(path).with_context(|| format!("open {}", path.display()))?;
@@ -55,7 +71,7 @@ fn image(source: &ImageSource, opened: Option<&Opened>) -> anyhow::Result<Image>
             let Some(opened) = opened else {
                 bail!("{disk:?} is on a volume, but there is none");
             };
-            let row = opened.disk(disk)?;
+            let row = home_volume::disk(&opened.rows, disk)?;
             let reader = ExtentReader::new(Arc::clone(&opened.device), row)?;
             Ok((row.size.0, Box::new(reader)))
         }

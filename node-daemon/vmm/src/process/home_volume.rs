@@ -78,9 +78,14 @@ impl Opened {
 
     /// The disk called `name`.
     pub(crate) fn disk(&self, name: &str) -> anyhow::Result<&DiskRow> {
-        let found = self.disks.iter().find(|row| row.name.as_str() == name);
-        found.with_context(|| format!("the volume has no disk {name:?} of this VM"))
+        disk(&self.disks, name)
     }
+}
+
+/// The disk called `name` among `disks`.
+pub(super) fn disk<'a>(disks: &'a [DiskRow], name: &str) -> anyhow::Result<&'a DiskRow> {
+    let found = disks.iter().find(|row| row.name.as_str() == name);
+    found.with_context(|| format!("the volume has no disk {name:?} of this VM"))
 }
 
 impl VolumeClient {

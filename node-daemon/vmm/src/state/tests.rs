@@ -70,6 +70,7 @@ fn sample() -> MachineState {
         serial: SavedSerial::default(),
         power_events: 1,
         devices: DeviceState::new("pci", 1, &["nothing"]),
+        resets: 0,
     }
 }
 
@@ -79,6 +80,16 @@ fn version_1_is_written_and_read_as_it_always_was() {
     let golden = include_bytes!("golden-v1.json");
     assert_eq!(sample().encode().unwrap(), golden);
     assert_eq!(MachineState::decode(golden).unwrap(), sample());
+}
+
+#[test]
+fn the_number_of_resets_is_kept_and_absent_in_a_state_without() {
+    let state = MachineState {
+        resets: 3,
+        ..sample()
+    };
+    let text = state.encode().unwrap();
+    assert_eq!(MachineState::decode(&text).unwrap(), state);
 }
 
 #[test]

@@ -25,6 +25,17 @@ const MTRRS: [std::ops::RangeInclusive<u32>; 5] = [
     0x268..=0x26F,
     MTRR_DEF_TYPE..=MTRR_DEF_TYPE,
 ];
+/// What a processor is, in registers that a reset leaves alone: KVM refuses to change most of them once a
+/// vCPU has run. Microcode revision, platform information, core capabilities, architectural capabilities,
+/// performance capabilities, VMX capabilities, AMD's decoder configuration.
+const FEATURES: [std::ops::RangeInclusive<u32>; 6] = [
+    0x8B..=0x8B,
+    0xCE..=0xCF,
+    0x10A..=0x10A,
+    0x345..=0x345,
+    0x480..=0x493,
+    0xC001_1029..=0xC001_1029,
+];
 /// At most this many at once (KVM's `MAX_IO_MSRS` is 256).
 const BATCH: usize = 128;
 
@@ -40,6 +51,12 @@ pub(crate) fn readable(kvm: &Kvm, vcpu: &VcpuFd) -> Result<Vec<u32>, KvmError> {
     wanted.dedup();
     wanted.retain(|index| matches!(read(vcpu, &[*index]), Ok(values) if values.len() == 1));
     Ok(wanted)
+}
+
+/// Whether a reset returns register `index` to its value at power-on: features stay, and the time stamp
+/// counter has an offset of its own.
+pub(crate) fn is_reset(index: u32) -> bool {
+    index != TSC && !FEATURES.iter().any(|range| range.contains(&index))
 }
 
 /// Reads `indices`, in their order.

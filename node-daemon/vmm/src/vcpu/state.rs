@@ -12,7 +12,7 @@ use kvm_ioctls::{Cap, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::fam::FamStruct;
 
-use super::msr;
+use super::{FirstRegisters, msr};
 use crate::blob::Blob;
 use crate::ioctl;
 use crate::kvm::KvmError;
@@ -135,6 +135,54 @@ pub(crate) fn restore(
     vcpu.set_cpuid2(&cpuid)
         .map_err(KvmError::ioctl("set CPUID"))?;
     scale_tsc(vcpu, state.tsc_khz);
+    write(vcpu, shape, state, &state.msrs)
+}
+
+/// Returns `vcpu`, which may have run, to `power_on`, its state before its first instruction.
+///
+/// What the processor is stays as it is, also where the guest has come from another host: its CPUID, which
+/// KVM lets nobody change once a vCPU has run; the MSRs that tell its features; the rate of its time stamp
+/// counter. That counter runs on from the creation of the machine, the same for all vCPUs: a value that the
+/// guest gave it is gone.
+pub(crate) fn reset(
+    vcpu: &VcpuFd,
+    shape: &StateShape,
+    power_on: &VcpuState,
+) -> Result<(), KvmError> {
+    // KVM accepts a pending INIT and SIPI here, and not in the middle of what follows.
+    vcpu.get_mp_state()
+        .map_err(KvmError::ioctl("read the run state"))?;
+    let msrs: Vec<_> = power_on
+        .msrs
+        .iter()
+        .copied()
+        .filter(|(index, _)| msr::is_reset(*index))
+        .collect();
+    write(vcpu, shape, power_on, &msrs)?;
+    if let Some(offset) = power_on.tsc_offset {
+        ioctl::set_tsc_offset(vcpu, offset).map_err(KvmError::ioctl("set the TSC offset"))?;
+    }
+    Ok(())
+}
+
+/// Sets where a vCPU begins that was just created or reset.
+pub(crate) fn set_first_registers(
+    vcpu: &VcpuFd,
+    (regs, sregs): &FirstRegisters,
+) -> Result<(), KvmError> {
+    vcpu.set_sregs(sregs)
+        .map_err(KvmError::ioctl("set special registers"))?;
+    vcpu.set_regs(regs)
+        .map_err(KvmError::ioctl("set registers"))
+}
+
+/// Writes all of `state` but its CPUID and its time stamp counter's rate, with `msrs` in place of its own.
+fn write(
+    vcpu: &VcpuFd,
+    shape: &StateShape,
+    state: &VcpuState,
+    msrs: &[(u32, u64)],
+) -> Result<(), KvmError> {
     vcpu.set_mp_state(state.mp_state.get())
         .map_err(KvmError::ioctl("set the run state"))?;
     vcpu.set_regs(&state.regs.get())
@@ -150,7 +198,7 @@ pub(crate) fn restore(
         .map_err(KvmError::ioctl("set debug registers"))?;
     vcpu.set_lapic(&state.lapic.get())
         .map_err(KvmError::ioctl("set the local APIC"))?;
-    msr::write(vcpu, &state.msrs)?;
+    msr::write(vcpu, msrs)?;
     vcpu.set_vcpu_events(&state.events.get())
         .map_err(KvmError::ioctl("set events"))
 }

@@ -29,7 +29,7 @@ impl<'a> PlanContext<'a> {
             step.append(self.keep_running(row, node, process, active));
             step.append(self.disk_error(node, process));
         }
-        if process.status.io_stalled {
+        if process.status.io_stalled || process.status.resets.waits.is_some() {
             step.requeue_soon();
         }
         step.or_ready(|| {
@@ -184,6 +184,10 @@ fn running_condition(node: &str, process: &Process) -> Ready {
              Report: the request is tried again and the guest runs on"
         );
         return Ready::new(Phase::Running, false, reason::DISK_ERROR, message);
+    }
+    if let Some(waits) = &process.status.resets.waits {
+        let message = format!("the guest on {node} waits {waits}");
+        return Ready::new(Phase::Running, false, reason::GUEST_RESETS, message);
     }
     if process.status.io_stalled {
         let message = format!("the disks of the guest on {node} wait for the node's lease");

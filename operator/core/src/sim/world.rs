@@ -12,7 +12,7 @@ use crate::{
     Observed, Phase, PlannerMemory, Pod, PodPhase, Process, Purpose, RowView, RunPolicy, Stream,
     VmReport,
 };
-use bascule_ipc::vm::{self, MigrationStatus, VmState, VmStatus};
+use bascule_ipc::vm::{self, MigrationStatus, ResetStatus, VmState, VmStatus};
 use bascule_ipc::volume::{PathState, WatchdogKind};
 use bascule_types::{
     AttemptId, Bytes, Epoch, Generation, NodeUid, Owner, Ownership, SlotId, VmUid,
@@ -496,6 +496,7 @@ fn process(node: &str, guest: &Guest) -> Process {
             io_stalled: false,
             addresses: vec![],
             disk_error: None,
+            resets: ResetStatus::default(),
         },
     }
 }

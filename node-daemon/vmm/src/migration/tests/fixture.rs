@@ -305,19 +305,14 @@ pub(super) fn spawn<T: Send + 'static>(
 
 pub(super) fn source() -> (TestGuest, TestVm) {
     let (builder, test) = TestVm::builder(1);
-    let source = BootSource {
-        kernel: elf(COUNTER),
-        initrd: None,
-        cmdline: String::new(),
-    };
-    let vm = builder.boot(source).unwrap().run().unwrap();
+    let vm = builder.boot(images(COUNTER)).unwrap().run().unwrap();
     test.await_output(20);
     (TestGuest::new(Owned::Running(vm)), test)
 }
 
 pub(super) fn destination() -> (TestGuest, TestVm) {
     let (builder, test) = TestVm::builder(1);
-    let vm = builder.incoming().unwrap();
+    let vm = builder.incoming(images(COUNTER)).unwrap();
     (TestGuest::new(Owned::Paused(vm)), test)
 }
 

@@ -34,13 +34,12 @@ impl BuildPlan {
         let home = opened.as_ref().zip(gate.as_ref());
         let mut builder = self.builder()?;
         let devices = devices::add(&mut builder, &self.config, home)?;
+        let images = boot_images::opener(&self.config.boot, opened.as_ref());
         let vm = match self.config.start {
-            StartMode::Boot => {
-                builder.boot(boot_images::open(&self.config.boot, opened.as_ref())?)?
-            }
-            StartMode::Incoming { .. } => builder.incoming()?,
+            StartMode::Boot => builder.boot(images)?,
+            StartMode::Incoming { .. } => builder.incoming(images)?,
             StartMode::Restore => {
-                let mut vm = builder.incoming()?;
+                let mut vm = builder.incoming(images)?;
                 self.restore_saved(*ownership, &mut vm, opened.as_ref())?;
                 vm
             }
@@ -77,8 +76,8 @@ impl BuildPlan {
 
     fn builder(&self) -> anyhow::Result<VmBuilder> {
         let (notices, actor) = (Arc::clone(&self.notices), self.actor.clone());
-        let on_stop = move |reason| {
-            lock(&notices).stop.get_or_insert(reason);
+        let on_end = move |end| {
+            lock(&notices).guest_ended(end);
             actor.notify();
         };
         let (notices, actor) = (Arc::clone(&self.notices), self.actor.clone());
@@ -88,7 +87,7 @@ impl BuildPlan {
         };
         let cpus = u32::from(self.config.cpus);
         let console = self.console.clone();
-        let builder = VmBuilder::new(cpus, self.config.memory, console, on_stop)?;
+        let builder = VmBuilder::new(cpus, self.config.memory, console, on_end)?;
         Ok(builder.with_disk_failures(on_disk_failure))
     }
 

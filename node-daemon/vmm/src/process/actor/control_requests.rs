@@ -8,7 +8,7 @@ use bascule_ipc::vm::{Request, Response, StopReason};
 
 use super::event::{Answer, Done};
 use super::phase::Phase;
-use super::vm_actor::VmActor;
+use super::vm_actor::{PauseFor, VmActor};
 use crate::MachineHandle;
 
 /// Most input that is read from a console client at once.
@@ -46,6 +46,7 @@ impl VmActor {
                 };
             }
             Request::PowerButton => self.press_power_button(),
+            Request::Reset => self.reset_requested(),
             Request::Resume => self.resume_requested(),
             Request::ReportDiskErrors { disk } => self.report_disk_errors(disk),
             Request::Announce => self.announce(),
@@ -91,7 +92,7 @@ impl VmActor {
     /// Refused during a migration, which pauses and resumes the guest itself.
     fn pause_requested(&mut self) -> anyhow::Result<Done> {
         self.no_migration()?;
-        self.pause()
+        self.pause(PauseFor::Request)
     }
 
     /// Only for a guest that was paused on request. Incoming and in-doubt guests are resumed by their

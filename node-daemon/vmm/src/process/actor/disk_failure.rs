@@ -10,7 +10,7 @@ use bascule_ipc::vm::{DiskConfig, DiskError, DiskSource, VmConfig};
 use bascule_types::OnError;
 
 use super::phase::Phase;
-use super::vm_actor::VmActor;
+use super::vm_actor::{PauseFor, VmActor};
 
 /// Pause between two attempts to report to a volume that does not respond.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -30,7 +30,7 @@ impl VmActor {
         tracing::error!(disk, what, "the guest is paused for a disk error");
         self.disk_error = Some(error);
         if let Phase::Running(_) = self.phase
-            && let Err(error) = self.pause()
+            && let Err(error) = self.pause(PauseFor::DiskError)
         {
             tracing::warn!(error = format_args!("{error:#}"), "cannot pause the guest");
         }

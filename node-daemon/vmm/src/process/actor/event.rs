@@ -12,7 +12,7 @@ use bascule_types::Ownership;
 use super::phase::BuiltMachine;
 use crate::kvm::KvmError;
 use crate::migration::{IncomingEnd, OutgoingEnd};
-use crate::{MachineState, PausedVm};
+use crate::{BuildError, MachineState, PausedVm};
 
 /// Most events that wait for the actor: connections are bounded and each has one request pending.
 const INBOX_LENGTH: usize = 64;
@@ -52,6 +52,10 @@ pub(crate) enum TaskOutcome {
     Built(Option<Ownership>, anyhow::Result<BuiltMachine>),
     /// Of pausing the guest.
     Parked(Result<PausedVm, KvmError>),
+    /// Of resetting the machine.
+    Reset(Result<PausedVm, BuildError>),
+    /// The wait of this number before a reset is over.
+    ResetDue(u64),
     /// Of tearing the machine down, for this reason.
     Ended(StopReason),
 }
@@ -190,6 +194,8 @@ impl TaskOutcome {
         match self {
             Self::Built(..) => "Built",
             Self::Parked(_) => "Parked",
+            Self::Reset(_) => "Reset",
+            Self::ResetDue(_) => "ResetDue",
             Self::Ended(_) => "Ended",
         }
     }

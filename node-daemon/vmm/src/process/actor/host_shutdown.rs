@@ -81,10 +81,12 @@ impl VmActor {
         match &self.phase {
             Phase::Running(_) if !moves => Guest::Running,
             Phase::Paused(_) if !moves => Guest::Paused,
-            Phase::Running(_) | Phase::Paused(_) | Phase::Pausing(_) => Guest::Busy,
+            Phase::Running(_) | Phase::Paused(_) | Phase::Pausing(_) | Phase::Resetting(_) => {
+                Guest::Busy
+            }
             // It becomes a running guest, or fails.
             Phase::Incoming(_) if self.ownership.is_some() => Guest::Busy,
-            Phase::Incoming(_) | Phase::Starting => Guest::NotHere,
+            Phase::Incoming(_) | Phase::Starting | Phase::ResetDelayed(_) => Guest::NotHere,
             Phase::InDoubt(_) | Phase::Ending(_) | Phase::Departed | Phase::Stopped(_) => {
                 Guest::Gone
             }

@@ -45,7 +45,7 @@ pub(super) enum Guest {
     Paused,
     /// A migration handles it, or it is in a phase that ends by itself.
     Busy,
-    /// It has never run here, and another process still has it.
+    /// It has never run here, and another process still has it; or it waits to be reset.
     NotHere,
     /// It is off, on another node, or its fate is the volume's to tell.
     Gone,

@@ -13,7 +13,7 @@ use bascule_types::{AttemptId, Owner, Ownership, SavedStateRow, VmUid, WriterSta
 use super::event::{ActorGone, ActorHandle, MigrationRequest};
 use super::migration_guest::{ActorArrival, ActorGuest};
 use super::phase::Phase;
-use super::vm_actor::VmActor;
+use super::vm_actor::{PauseFor, VmActor};
 use crate::MachineHandle;
 use crate::migration::{
     Incoming, IncomingEnd, MigrationControl, Outgoing, OutgoingEnd, Quick, SavedArea, listen_in,
@@ -33,7 +33,9 @@ impl VmActor {
     /// Applies one request of a migration thread.
     pub(super) fn migration_request(&mut self, request: MigrationRequest) {
         match request {
-            MigrationRequest::Pause(reply) => reply.send(self.pause()),
+            MigrationRequest::Pause(reply) => {
+                reply.send(self.pause(PauseFor::Migration));
+            }
             MigrationRequest::Save(reply) => reply.send(self.save()),
             MigrationRequest::ResumeSource(ownership, reply) => {
                 reply.send(self.resume_source(ownership));
@@ -269,16 +271,20 @@ impl VmActor {
             }
         }
         match self.phase {
-            Phase::Running(_) => Ok(()),
+            // It goes on by itself, also when it was reset instead of paused.
+            Phase::Running(_)
+            | Phase::Pausing(_)
+            | Phase::Resetting(_)
+            | Phase::ResetDelayed(_) => Ok(()),
             _ => self.resume(),
         }
     }
 
     /// Before the commit request of a live and of a quick migration. An unclean writer ends the attempt
     /// here: a write of it may land after the first one of the destination. So does a guest that has ended
-    /// by itself: the destination would run past that.
+    /// by itself or is to be reset: the destination would run past that.
     pub(super) fn mark_in_doubt(&mut self) -> anyhow::Result<()> {
-        self.refuse_ended()?;
+        self.refuse_reset()?;
         if let Phase::Paused(vm) = &self.phase {
             let gate = self.gate.as_ref();
             let state = gate.map_or(WriterState::Clean, |gate| gate.writer_state());

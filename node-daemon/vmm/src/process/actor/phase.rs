@@ -21,6 +21,10 @@ pub(crate) enum Phase {
     Pausing(MachineHandle),
     /// vCPUs are parked and devices drained.
     Paused(PausedVm),
+    /// The machine is being returned to its state at power-on.
+    Resetting(MachineHandle),
+    /// vCPUs are parked: the guest has reset itself too often, and waits before the next reset.
+    ResetDelayed(PausedVm),
     /// Paused; the commit request is about to be sent or was sent, and its outcome is not known.
     InDoubt(PausedVm),
     /// The machine is being torn down and its ownership released. The status shows the state from
@@ -50,6 +54,8 @@ impl Phase {
             Self::Running(_) => "running",
             Self::Pausing(_) => "being paused",
             Self::Paused(_) => "paused",
+            Self::Resetting(_) => "being reset",
+            Self::ResetDelayed(_) => "between two resets",
             Self::InDoubt(_) => "paused until the volume answers the commit request",
             Self::Ending(_) => "being stopped",
             Self::Departed => "on another node",
@@ -61,18 +67,23 @@ impl Phase {
     pub(super) fn machine(&self) -> Option<MachineHandle> {
         match self {
             Self::Running(vm) => Some(vm.handle()),
-            Self::Pausing(machine) => Some(machine.clone()),
-            Self::Paused(vm) | Self::Incoming(vm) | Self::InDoubt(vm) => Some(vm.handle()),
+            Self::Pausing(machine) | Self::Resetting(machine) => Some(machine.clone()),
+            Self::Paused(vm) | Self::Incoming(vm) | Self::ResetDelayed(vm) | Self::InDoubt(vm) => {
+                Some(vm.handle())
+            }
             Self::Starting | Self::Ending(_) | Self::Departed | Self::Stopped(_) => None,
         }
     }
 
-    /// The state shown in the status. `Pausing` and `Ending` show the state before them.
+    /// The state shown in the status. `Pausing` and `Ending` show the state before them; a machine that is
+    /// being reset counts as running.
     pub(super) fn state(&self) -> VmState {
         match self {
             Self::Starting => VmState::Starting,
             Self::Incoming(_) => VmState::Incoming,
-            Self::Running(_) | Self::Pausing(_) => VmState::Running,
+            Self::Running(_) | Self::Pausing(_) | Self::Resetting(_) | Self::ResetDelayed(_) => {
+                VmState::Running
+            }
             Self::Paused(_) => VmState::Paused,
             Self::Ending(shown) => shown.clone(),
             Self::InDoubt(_) => VmState::InDoubt,

@@ -16,7 +16,7 @@ use bascule_types::{Change, Ownership, VmUid};
 use super::event::{ActorHandle, Done, TaskOutcome};
 use super::notices::ended_text;
 use super::phase::Phase;
-use super::vm_actor::VmActor;
+use super::vm_actor::{PauseFor, VmActor};
 use crate::kvm::KvmError;
 use crate::process::home_volume::VolumeClient;
 use crate::{PausedVm, RunningVm};
@@ -31,10 +31,11 @@ const RELEASE_PAUSE_MAX: Duration = Duration::from_secs(60);
 
 impl VmActor {
     /// Begins to pause a running guest.
-    pub(super) fn pause(&mut self) -> anyhow::Result<Done> {
+    pub(super) fn pause(&mut self, pause_for: PauseFor) -> anyhow::Result<Done> {
         match self.take_phase() {
             Phase::Running(vm) => {
                 let done = self.pausing.join();
+                self.pause_for = Some(pause_for);
                 self.park(vm);
                 Ok(done)
             }
@@ -45,7 +46,7 @@ impl VmActor {
         }
     }
 
-    fn park(&mut self, vm: RunningVm) {
+    pub(super) fn park(&mut self, vm: RunningVm) {
         self.phase = Phase::Pausing(vm.handle());
         self.spawn_task("pause", move |actor| {
             actor.task_ended(TaskOutcome::Parked(vm.pause()));
@@ -53,26 +54,31 @@ impl VmActor {
     }
 
     /// The vCPUs have parked: a stop that was requested meanwhile comes first, then what the guest did in
-    /// its last moments, and only then the pause.
+    /// its last moments, and only then the pause. One that was requested by a user lasts: the machine is
+    /// reset when it is resumed.
     pub(super) fn parked(&mut self, paused: Result<PausedVm, KvmError>) {
-        let wanted = self.stop_wanted.take();
-        match paused {
-            Ok(vm) => match wanted.or_else(|| self.take_end()) {
-                None => {
-                    self.phase = Phase::Paused(vm);
-                    self.pausing.finish(&Ok(()));
-                }
-                Some(reason) => {
-                    self.pausing.finish(&Err(ended_text(&reason)));
-                    self.end(Some(vm), VmState::Running, reason);
-                }
-            },
+        let (wanted, pause_for) = (self.stop_wanted.take(), self.pause_for.take());
+        let vm = match paused {
+            Ok(vm) => vm,
             Err(error) => {
                 let what = format!("pause: {error}");
                 tracing::error!(what, "the machine is lost");
                 self.pausing.finish(&Err(what.clone()));
                 self.end(None, VmState::Running, StopReason::Failed { what });
+                return;
             }
+        };
+        if let Some(reason) = wanted.or_else(|| self.take_end()) {
+            self.pausing.finish(&Err(ended_text(&reason)));
+            self.end(Some(vm), VmState::Running, reason);
+        } else if pause_for != Some(PauseFor::Request)
+            && let Some(cause) = self.take_reset()
+        {
+            self.pausing.finish(&Err(cause.text().to_owned()));
+            self.reset(vm, cause);
+        } else {
+            self.phase = Phase::Paused(vm);
+            self.pausing.finish(&Ok(()));
         }
     }
 
@@ -86,8 +92,10 @@ impl VmActor {
                 self.stop_wanted = Some(reason);
                 self.park(vm);
             }
-            Phase::Paused(vm) | Phase::Incoming(vm) => self.end(Some(vm), shown, reason),
-            phase @ (Phase::Starting | Phase::Pausing(_)) => {
+            Phase::Paused(vm) | Phase::Incoming(vm) | Phase::ResetDelayed(vm) => {
+                self.end(Some(vm), shown, reason);
+            }
+            phase @ (Phase::Starting | Phase::Pausing(_) | Phase::Resetting(_)) => {
                 self.phase = phase;
                 self.stop_wanted.get_or_insert(reason);
             }
@@ -106,6 +114,7 @@ impl VmActor {
     /// are complete, and releases it. The status shows `shown` until then.
     pub(super) fn end(&mut self, machine: Option<PausedVm>, shown: VmState, reason: StopReason) {
         self.phase = Phase::Ending(shown);
+        self.reset_waits = None;
         let (uid, volume, ended) = (self.config.uid, self.volume.clone(), self.end_ownership());
         self.spawn_task("end", move |actor| {
             if let Some(machine) = machine {

@@ -71,7 +71,6 @@ impl VmActor {
                 }
             }
         }
-        self.phase = Phase::Running(built.vm.run()?);
-        Ok(())
+        Ok(self.run(built.vm)?)
     }
 }

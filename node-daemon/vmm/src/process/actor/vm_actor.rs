@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 use anyhow::{Context as _, bail};
 use bascule_devices::disk::VolumeGate;
@@ -13,10 +14,12 @@ use super::event::{ActorHandle, Done, Event, OwnershipRequest, TaskOutcome};
 use super::host_shutdown_progress::Progress;
 use super::notices::Notices;
 use super::phase::Phase;
+use super::reset_wait::Resets;
+use crate::kvm::KvmError;
 use crate::process::devices::Devices;
 use crate::process::home_volume::VolumeClient;
 use crate::process::run_dir::RunDir;
-use crate::{Console, migration::MigrationControl};
+use crate::{Console, PausedVm, migration::MigrationControl};
 
 /// The machine, its home volume, and what its status shows.
 #[derive(Debug)]
@@ -46,11 +49,28 @@ pub(crate) struct VmActor {
     pub(super) pausing: Waiters,
     /// Requests that wait for the guest to be stopped.
     pub(super) stopping: Waiters,
-    /// The guest is to be stopped as soon as it is built, or paused.
+    /// What the guest is being paused for; none when only because it has ended or is to be stopped.
+    pub(super) pause_for: Option<PauseFor>,
+    /// The guest is to be stopped as soon as it is built, paused or reset.
     pub(super) stop_wanted: Option<StopReason>,
+    pub(super) resets: Resets,
+    /// Why the present reset is delayed, and the number of that delay.
+    pub(super) reset_waits: Option<String>,
+    pub(super) delayed: u64,
     /// The progress of a shutdown of the host.
     pub(super) host_shutdown: Progress,
     pub(super) exit: bool,
+}
+
+/// What a guest is paused for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum PauseFor {
+    /// A request on `vm.sock`.
+    Request,
+    /// A step of a migration.
+    Migration,
+    /// A disk holds a request back.
+    DiskError,
 }
 
 /// Requests that wait for one change.
@@ -104,7 +124,11 @@ impl VmActor {
             notices: Arc::default(),
             pausing: Waiters::default(),
             stopping: Waiters::default(),
+            pause_for: None,
             stop_wanted: None,
+            resets: Resets::new(Instant::now()),
+            reset_waits: None,
+            delayed: 0,
             host_shutdown: Progress::default(),
             exit: false,
         };
@@ -146,6 +170,8 @@ impl VmActor {
             }
             Event::Task(TaskOutcome::Built(ownership, built)) => self.built(ownership, built),
             Event::Task(TaskOutcome::Parked(paused)) => self.parked(paused),
+            Event::Task(TaskOutcome::Reset(reset)) => self.reset_done(reset),
+            Event::Task(TaskOutcome::ResetDue(number)) => self.reset_due(number),
             Event::Task(TaskOutcome::Ended(reason)) => self.stopped(reason),
             Event::Migration(request) => self.migration_request(request),
             Event::Ownership(request) => self.ownership_request(request),
@@ -175,7 +201,8 @@ impl VmActor {
         }
     }
 
-    /// Runs the guest of a paused or restored machine, or of one whose commit request was refused.
+    /// Runs the guest of a paused or restored machine, or of one whose commit request was refused. One that
+    /// is to be reset begins anew.
     ///
     /// # Errors
     /// When there is no such guest, or it has ended by itself: [`Self::process_notices`] then ends it.
@@ -185,23 +212,31 @@ impl VmActor {
             phase => phase,
         };
         self.refuse_ended()?;
-        match self.take_phase() {
-            Phase::Paused(vm) | Phase::Incoming(vm) => match vm.run() {
-                Ok(vm) => {
-                    self.disk_error = None;
-                    self.phase = Phase::Running(vm);
-                }
-                Err(error) => {
+        match (self.take_phase(), self.take_reset()) {
+            (Phase::Paused(vm), Some(cause)) => self.reset(vm, cause),
+            (Phase::Paused(vm) | Phase::Incoming(vm), _) => {
+                if let Err(error) = self.run(vm) {
                     let what = format!("resume: {error}");
                     self.stopped(StopReason::Failed { what: what.clone() });
                     bail!(what);
                 }
-            },
-            phase => {
+            }
+            (phase, _) => {
                 self.phase = phase;
                 bail!(self.refusal());
             }
         }
+        Ok(())
+    }
+
+    /// Runs the guest of a machine that was built, restored, paused or reset.
+    ///
+    /// # Errors
+    /// When the machine cannot be used again; the caller sets the next phase.
+    pub(super) fn run(&mut self, vm: PausedVm) -> Result<(), KvmError> {
+        self.resets.count = vm.resets();
+        self.phase = Phase::Running(vm.run()?);
+        self.disk_error = None;
         Ok(())
     }
 
@@ -262,6 +297,8 @@ impl VmActor {
                     .unanswered()
                     .unwrap_or_else(|| "its vCPUs and devices".to_owned()),
             ),
+            Phase::Resetting(_) => Some("its kernel to be loaded again".to_owned()),
+            Phase::ResetDelayed(_) => self.reset_waits.clone(),
             Phase::Ending(_) => Some("its home volume to release its ownership".to_owned()),
             _ => None,
         }
@@ -293,6 +330,7 @@ impl VmActor {
             io_stalled: self.devices.io_stalled(),
             addresses: Vec::new(),
             disk_error: self.disk_error.clone(),
+            resets: self.reset_status(),
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use bascule_ipc::vm::{MigrationPhase as Copy, MigrationStatus, VmState, VmStatus};
+use bascule_ipc::vm::{MigrationPhase as Copy, MigrationStatus, ResetStatus, VmState, VmStatus};
 use bascule_ipc::volume::{FencingMode, PathState, WatchdogKind};
 use bascule_types::{
     AttemptId, Bytes, Change, DiskId, DiskRole, DiskRow, Epoch, FenceProof, FenceRow, Generation,
@@ -270,6 +270,7 @@ impl Case {
                 io_stalled: false,
                 addresses: vec![],
                 disk_error: None,
+                resets: ResetStatus::default(),
             },
         });
         self

@@ -217,6 +217,33 @@ fn a_process_that_ended_before_it_restored_the_guest_is_started_again_in_its_epo
     assert!(case.plans(starts), "{:?}", case.plan().actions);
 }
 
+/// Its machine is reset in its process: there is nothing to do.
+#[test]
+fn a_guest_that_resets_itself_in_a_loop_is_not_restarted_and_says_so() {
+    let mut case = Case::running_on(1);
+    let resets = &mut case.observed.processes[0].status.resets;
+    resets.count = 8;
+    resets.waits = Some("4 s before its next reset: the guest has reset itself".to_owned());
+    let plan = case.plan();
+    assert_eq!((plan.actions, plan.report.restarts), (vec![], vec![]));
+    let ready = plan.report.ready;
+    assert_eq!(
+        (ready.status, ready.reason),
+        (Some(false), reason::GUEST_RESETS)
+    );
+    let expected =
+        "the guest on node-1 waits 4 s before its next reset: the guest has reset itself";
+    assert_eq!(ready.message, expected);
+
+    case.observed.processes[0].status.resets.waits = None;
+    let plan = case.plan();
+    assert_eq!(
+        (plan.actions, plan.report.ready.reason),
+        (vec![], reason::RUNNING)
+    );
+}
+
+/// Of a process of an earlier release, which does not reset its machine in place.
 #[test]
 fn a_guest_reboot_costs_no_restart() {
     let mut case = Case::running_on(1).process_is(VmState::Stopped(StopReason::GuestReset));

@@ -1,46 +1,15 @@
 //! A guest used to be executed past a power-off that it requested in the last moments before a pause: it
 //! then span at the destination of its migration, shown as running. Each way to end by itself, in each
-//! phase in which it can be noticed.
+//! phase in which it can be noticed; the resets are in `resets`.
 
-use std::path::PathBuf;
-use std::sync::mpsc::Receiver;
-
-use bascule_ipc::vm::{Boot, ImageSource, Request, Response, StartMode, VmConfig, VmState};
-use bascule_types::{Bytes, Epoch, Generation, Owner, Ownership, SlotId, VmUid};
+use bascule_ipc::vm::{Request, Response, VmState};
+use bascule_types::{Epoch, Generation, Owner, Ownership, SlotId};
 
 use super::*;
-use crate::process::actor::event::{Answer, Done, Event, HostShutdown, TaskOutcome};
-use crate::process::run_dir::RunDir;
-use crate::testing::{COUNTER, POWER_OFF, RESET, TRIPLE_FAULT, TestVm, kvm_or_skip};
-
-struct Process {
-    actor: VmActor,
-    inbox: Receiver<Event>,
-    _folder: tempfile::TempDir,
-}
-
-fn config() -> VmConfig {
-    VmConfig {
-        version: VmConfig::VERSION,
-        uid: VmUid::random(),
-        name: "shop/web".to_owned(),
-        cpus: 1,
-        memory: Bytes::mib(16),
-        boot: Boot {
-            kernel: ImageSource::File {
-                path: PathBuf::new(),
-            },
-            initrd: None,
-            cmdline: String::new(),
-        },
-        disks: Vec::new(),
-        interfaces: Vec::new(),
-        home: None,
-        start: StartMode::Boot,
-        tls_dir: None,
-        shutdown_timeout_ms: None,
-    }
-}
+use crate::GuestEnd;
+use crate::process::actor::event::{Answer, HostShutdown};
+use crate::process::actor::testing::Process;
+use crate::testing::{COUNTER, POWER_OFF, TestVm, images, kvm_or_skip};
 
 fn fault(what: &str) -> StopReason {
     StopReason::GuestFault { what: what.into() }
@@ -51,74 +20,10 @@ fn ends() -> Vec<StopReason> {
     let panicked = "blk0: device thread panicked".to_owned();
     vec![
         StopReason::GuestShutdown,
-        StopReason::GuestReset,
-        fault("triple fault"),
         fault("the guest reported a crash"),
         fault("net0: bad virtqueue 0"),
         StopReason::Failed { what: panicked },
     ]
-}
-
-impl Process {
-    fn new() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let run_dir = RunDir::of(&folder.path().join("config.json"));
-        let (actor, inbox) = VmActor::new(config(), run_dir).unwrap();
-        Self {
-            actor,
-            inbox,
-            _folder: folder,
-        }
-    }
-
-    fn running(code: &[u8]) -> (Self, TestVm) {
-        let mut process = Self::new();
-        let (vm, test) = TestVm::with(code);
-        process.actor.phase = Phase::Running(vm.run().unwrap());
-        (process, test)
-    }
-
-    fn paused() -> Self {
-        let mut process = Self::new();
-        process.actor.phase = Phase::Paused(TestVm::with(COUNTER).0);
-        process
-    }
-
-    fn notice(&self, reason: StopReason) {
-        lock(&self.actor.notices).stop = Some(reason);
-    }
-
-    fn pause(&mut self) -> Done {
-        match self.actor.control_request(&Request::Pause) {
-            Answer::When(done) => done,
-            Answer::Now(response, _) => panic!("{response:?}"),
-        }
-    }
-
-    fn next_task(&self) -> TaskOutcome {
-        match self.inbox.recv().unwrap() {
-            Event::Task(outcome) => outcome,
-            other => panic!("{other:?}"),
-        }
-    }
-
-    /// The vCPUs park: what the actor does then.
-    fn park(&mut self) {
-        self.actor.process_notices();
-        match self.next_task() {
-            TaskOutcome::Parked(paused) => self.actor.parked(paused),
-            _ => panic!("the vCPUs do not park"),
-        }
-        self.actor.process_notices();
-    }
-
-    fn ended(&mut self) -> StopReason {
-        assert_eq!(self.actor.phase.name(), "being stopped");
-        match self.next_task() {
-            TaskOutcome::Ended(reason) => reason,
-            _ => panic!("the machine does not end"),
-        }
-    }
 }
 
 #[test]
@@ -147,15 +52,14 @@ fn what_a_guest_did_before_the_pause_was_requested_is_not_lost_either() {
     if !kvm_or_skip() {
         return;
     }
-    for code in [POWER_OFF, RESET, TRIPLE_FAULT] {
-        let (mut process, test) = Process::running(code);
-        let reason = test.await_stop();
-        process.notice(reason.clone());
-        let done = process.pause();
-        process.park();
-        assert_eq!(done.recv().unwrap(), Err(ended_text(&reason)));
-        assert_eq!(process.ended(), reason);
-    }
+    let (mut process, test) = Process::running(POWER_OFF);
+    let off = StopReason::GuestShutdown;
+    assert_eq!(test.await_end(), GuestEnd::Stopped(off.clone()));
+    process.notice(off.clone());
+    let done = process.pause();
+    process.park();
+    assert_eq!(done.recv().unwrap(), Err(ended_text(&off)));
+    assert_eq!(process.ended(), off);
 }
 
 #[test]
@@ -236,7 +140,7 @@ fn an_incoming_machine_that_fails_ends_before_it_could_arrive() {
         return;
     }
     let mut process = Process::new();
-    let vm = TestVm::builder(1).0.incoming().unwrap();
+    let vm = TestVm::builder(1).0.incoming(images(COUNTER)).unwrap();
     process.actor.phase = Phase::Incoming(vm);
     let what = "net0: the tap is gone".to_owned();
     let reason = StopReason::Failed { what };
@@ -275,7 +179,7 @@ fn a_guest_that_follows_the_hosts_shutdown_while_it_is_being_paused_has_stopped_
         process.notice(reason.clone());
         process.park();
         assert!(done.recv().unwrap().is_err());
-        let follows = matches!(reason, StopReason::GuestShutdown | StopReason::GuestReset);
+        let follows = reason == StopReason::GuestShutdown;
         let expected = if follows {
             StopReason::Requested
         } else {

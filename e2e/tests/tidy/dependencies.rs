@@ -55,6 +55,10 @@ const RULES: &[Rule] = &[
         forbidden: EFFECTS,
     },
     Rule {
+        krate: "bascule-image-unpack",
+        forbidden: EFFECTS,
+    },
+    Rule {
         krate: "bascule-operator-core",
         forbidden: EFFECTS,
     },

@@ -30,13 +30,23 @@ pub enum Kind {
 }
 
 impl Format {
-    /// What a user does to get a raw image.
+    /// What a user does to get an image that a disk takes.
     #[must_use]
-    pub const fn advice(self) -> &'static str {
+    pub const fn disk_advice(self) -> &'static str {
         match self.kind {
-            Kind::Disk => "convert it with `qemu-img convert -O raw`",
-            Kind::Compressed => "decompress it before it is published",
+            Kind::Disk => "convert it with `qemu-img convert -O qcow2`",
+            Kind::Compressed => "compress it once, with gzip, xz or zstd",
             Kind::Archive | Kind::Cpio => "publish the image itself instead of an archive",
+        }
+    }
+
+    /// What a user does to get a kernel.
+    #[must_use]
+    pub const fn kernel_advice(self) -> &'static str {
+        match self.kind {
+            Kind::Disk => "take the kernel out of it",
+            Kind::Compressed => "decompress it before it is published",
+            Kind::Archive | Kind::Cpio => "publish the file itself instead of an archive",
         }
     }
 }
@@ -45,6 +55,66 @@ impl fmt::Display for Format {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name)
     }
+}
+
+/// How an image for a disk is packed, by its first bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Packing {
+    /// Its bytes are the disk's.
+    Raw,
+    /// A qcow2 image of the disk.
+    Qcow2,
+    /// A compressed file, whose contents are packed in their turn.
+    Compressed(Compression),
+    /// A format that is not unpacked.
+    Foreign(Format),
+}
+
+/// Compressions that are unpacked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the names say all")]
+pub enum Compression {
+    Gzip,
+    Xz,
+    Zstd,
+}
+
+impl Compression {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Gzip, Self::Xz, Self::Zstd];
+
+    /// As a user calls such a file, without an article.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Gzip => "gzip",
+            Self::Xz => "xz",
+            Self::Zstd => "zstd",
+        }
+    }
+
+    const fn format(self) -> Format {
+        match self {
+            Self::Gzip => GZIP,
+            Self::Xz => XZ,
+            Self::Zstd => ZSTD,
+        }
+    }
+}
+
+/// How an image for a disk is packed, by its first [`HEADER_BYTES`].
+#[must_use]
+pub fn packing(header: &[u8]) -> Packing {
+    let Some(format) = by_header(header) else {
+        return Packing::Raw;
+    };
+    if format == QCOW2 {
+        return Packing::Qcow2;
+    }
+    let compression = Compression::ALL
+        .into_iter()
+        .find(|compression| compression.format() == format);
+    compression.map_or(Packing::Foreign(format), Packing::Compressed)
 }
 
 /// The format by the first bytes of a file; none of a raw disk. [`HEADER_BYTES`] of them are enough.
@@ -83,11 +153,15 @@ struct Magic {
     format: Format,
 }
 
+const fn format(kind: Kind, name: &'static str) -> Format {
+    Format { name, kind }
+}
+
 const fn magic(offset: usize, bytes: &'static [u8], kind: Kind, name: &'static str) -> Magic {
     Magic {
         offset,
         bytes,
-        format: Format { name, kind },
+        format: format(kind, name),
     }
 }
 
@@ -96,14 +170,15 @@ pub const HEADER_BYTES: usize = 512;
 /// The bytes of a file that [`by_footer`] looks at.
 pub const FOOTER_BYTES: usize = 512;
 
-const LZMA: Format = Format {
-    name: "an lzma file",
-    kind: Kind::Compressed,
-};
+const LZMA: Format = format(Kind::Compressed, "an lzma file");
+const QCOW2: Format = format(Kind::Disk, "a qcow2 image");
+const GZIP: Format = format(Kind::Compressed, "a gzip file");
+const XZ: Format = format(Kind::Compressed, "an xz file");
+const ZSTD: Format = format(Kind::Compressed, "a zstd file");
 
 const HEADERS: &[Magic] = &[
     // Disk images.
-    magic(0, b"QFI\xfb", Kind::Disk, "a qcow2 image"),
+    magic(0, b"QFI\xfb", QCOW2.kind, QCOW2.name),
     magic(0, b"QED\0", Kind::Disk, "a QED image"),
     magic(0, b"KDMV", Kind::Disk, "a VMDK image"),
     magic(0, b"COWD", Kind::Disk, "a VMDK image (ESX)"),
@@ -136,9 +211,9 @@ const HEADERS: &[Magic] = &[
     magic(0, b"partclone-image", Kind::Disk, "a partclone image"),
     magic(0, b"MSWIM\0\0\0", Kind::Disk, "a WIM image"),
     // Compressed files.
-    magic(0, b"\x1f\x8b\x08", Kind::Compressed, "a gzip file"),
-    magic(0, b"\xfd7zXZ\0", Kind::Compressed, "an xz file"),
-    magic(0, b"\x28\xb5\x2f\xfd", Kind::Compressed, "a zstd file"),
+    magic(0, b"\x1f\x8b\x08", GZIP.kind, GZIP.name),
+    magic(0, b"\xfd7zXZ\0", XZ.kind, XZ.name),
+    magic(0, b"\x28\xb5\x2f\xfd", ZSTD.kind, ZSTD.name),
     magic(0, b"BZh", Kind::Compressed, "a bzip2 file"),
     magic(0, b"\x04\x22\x4d\x18", Kind::Compressed, "an lz4 file"),
     magic(
@@ -184,6 +259,24 @@ mod tests {
     fn every_format_of_the_table_is_known_by_its_header() {
         for entry in HEADERS {
             assert_eq!(by_header(&file(entry)), Some(entry.format));
+        }
+    }
+
+    #[test]
+    fn what_is_unpacked_is_told_from_what_is_not() {
+        assert_eq!(packing(b"QFI\xfb\0\0\0\x03"), Packing::Qcow2);
+        assert_eq!(packing(b"a file system"), Packing::Raw);
+        assert_eq!(packing(b""), Packing::Raw);
+        for (begin, compression) in [
+            (b"\x1f\x8b\x08\0".as_slice(), Compression::Gzip),
+            (b"\xfd7zXZ\0", Compression::Xz),
+            (b"\x28\xb5\x2f\xfd", Compression::Zstd),
+        ] {
+            assert_eq!(packing(begin), Packing::Compressed(compression));
+        }
+        for begin in [b"BZh9".as_slice(), b"KDMV", b"vhdxfile", b"PK\x03\x04"] {
+            let packing = packing(begin);
+            assert!(matches!(packing, Packing::Foreign(_)), "{packing:?}");
         }
     }
 

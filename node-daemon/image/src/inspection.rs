@@ -2,6 +2,7 @@
 
 use crate::format::{FOOTER_BYTES, Format, Kind, by_footer, by_header};
 use crate::kernel::{self, KernelFault, Notes};
+use crate::qcow2::Qcow2Fault;
 use crate::{INITRD_BYTES_MAX, KERNEL_BYTES_MAX};
 
 /// What an image is for.
@@ -19,8 +20,17 @@ pub enum Role {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[expect(missing_docs, reason = "the field names say all")]
 pub enum Refusal {
-    #[error("the image is {format}, and a disk takes raw images only: {advice}", format = .0, advice = .0.advice())]
-    NotRaw(Format),
+    #[error(
+        "the image is {format}, and a disk takes raw and qcow2 images, plain or compressed with gzip, xz or \
+         zstd: {advice}", format = .0, advice = .0.disk_advice()
+    )]
+    NoDiskImage(Format),
+    #[error("the qcow2 image {0}")]
+    Qcow2(Qcow2Fault),
+    #[error(
+        "the download has {found} bytes or more, and at most {max} are fetched for a disk of {disk} bytes"
+    )]
+    DownloadTooLong { found: u64, max: u64, disk: u64 },
     #[error("{0}")]
     Kernel(KernelFault),
     #[error("{0}, not an initrd: that is a cpio archive, compressed or not")]
@@ -59,9 +69,36 @@ impl Role {
         };
         if found > max { Err(refusal) } else { Ok(()) }
     }
+
+    /// Refuses a download of `found` bytes, or of at least that many, if it is too long. Kernels and initrds
+    /// are taken as they come; a disk's image may be packed, and a qcow2 file has tables, and clusters that
+    /// only its snapshots use.
+    ///
+    /// # Errors
+    /// It is too long.
+    pub const fn check_download(self, found: u64, disk: u64) -> Result<(), Refusal> {
+        match self {
+            Self::Disk => {
+                let max = packed_bytes_max(disk);
+                if found > max {
+                    Err(Refusal::DownloadTooLong { found, max, disk })
+                } else {
+                    Ok(())
+                }
+            }
+            Self::Kernel | Self::Initrd => self.check_length(found, disk),
+        }
+    }
 }
 
-/// The inspection of one image.
+/// The longest file, in bytes, that a disk of `disk` bytes is unpacked from: an eighth more than the disk, and
+/// 64 MiB. A guess: the tables of a qcow2 file with clusters of 4 KiB are 1 % of it, with 512 bytes 4 %.
+#[must_use]
+pub const fn packed_bytes_max(disk: u64) -> u64 {
+    disk.saturating_add(disk / 8).saturating_add(64 << 20)
+}
+
+/// The inspection of one image; a disk's as it is when unpacked.
 #[derive(Debug)]
 pub struct Inspection {
     role: Role,
@@ -109,6 +146,19 @@ impl Inspection {
         Ok(())
     }
 
+    /// Takes the next `length` bytes of the image, all of which are zero.
+    ///
+    /// # Errors
+    /// As [`Self::feed`].
+    pub fn feed_zeroes(&mut self, length: u64) -> Result<(), Refusal> {
+        const ZEROES: &[u8] = &[0; HEAD_BYTES + FOOTER_BYTES];
+        // Only the beginning and the end of an image are looked at.
+        let shown = usize::try_from(length).map_or(ZEROES.len(), |length| length.min(ZEROES.len()));
+        self.feed(ZEROES.get(..shown).unwrap_or(ZEROES))?;
+        self.length += length - shown as u64;
+        Ok(())
+    }
+
     /// Judges the whole image, after its last byte. For a kernel, call it only when the image's hash is
     /// right: an unrecognized kernel is refused for good.
     ///
@@ -123,7 +173,7 @@ impl Inspection {
             Role::Initrd if self.length == 0 => Err(Refusal::EmptyInitrd),
             Role::Initrd => Ok(()),
             Role::Disk => match self.tail.as_slice().try_into().ok().and_then(by_footer) {
-                Some(format) => Err(Refusal::NotRaw(format)),
+                Some(format) => Err(Refusal::NoDiskImage(format)),
                 None => Ok(()),
             },
         }
@@ -136,7 +186,7 @@ impl Inspection {
         self.judged = true;
         match self.role {
             Role::Disk => match by_header(&self.head) {
-                Some(format) => Err(Refusal::NotRaw(format)),
+                Some(format) => Err(Refusal::NoDiskImage(format)),
                 None => Ok(()),
             },
             Role::Kernel => {
@@ -189,19 +239,53 @@ mod tests {
     }
 
     #[test]
-    fn a_qcow2_file_is_no_disk_and_the_message_names_the_format() {
+    fn a_vmdk_file_is_no_disk_and_the_message_names_the_format() {
         let mut image = vec![0; 1 << 18];
-        image[..4].copy_from_slice(b"QFI\xfb");
+        image[..4].copy_from_slice(b"KDMV");
         let text = text(Role::Disk, &image);
-        assert!(text.contains("is a qcow2 image"), "{text}");
-        assert!(text.contains("qemu-img convert -O raw"), "{text}");
+        assert!(text.contains("is a VMDK image"), "{text}");
+        assert!(text.contains("qemu-img convert -O qcow2"), "{text}");
+    }
+
+    #[test]
+    fn a_hole_is_judged_as_the_zeroes_that_it_reads_as() {
+        let mut footer = [0; FOOTER_BYTES];
+        footer[..8].copy_from_slice(b"conectix");
+        for hole in [0, 1, FOOTER_BYTES as u64, 1 << 16, 1 << 40] {
+            let mut inspection = Inspection::new(Role::Disk);
+            inspection.feed_zeroes(hole).unwrap();
+            inspection.feed(&footer).unwrap();
+            assert!(inspection.finish().is_err(), "{hole}");
+            let mut inspection = Inspection::new(Role::Disk);
+            inspection.feed(&[1; FOOTER_BYTES]).unwrap();
+            inspection.feed(&footer).unwrap();
+            inspection
+                .feed_zeroes(hole.max(FOOTER_BYTES as u64))
+                .unwrap();
+            assert_eq!(inspection.finish(), Ok(()), "{hole}");
+        }
+    }
+
+    #[test]
+    fn a_packed_image_may_be_a_little_longer_than_its_disk_and_a_kernel_may_not() {
+        let disk = 1 << 30;
+        assert_eq!(Role::Disk.check_download(disk + (1 << 27), disk), Ok(()));
+        let long = Role::Disk.check_download(packed_bytes_max(disk) + 1, disk);
+        assert_eq!(
+            long.unwrap_err().to_string(),
+            "the download has 1275068417 bytes or more, and at most 1275068416 are fetched for a disk of \
+             1073741824 bytes"
+        );
+        assert_eq!(packed_bytes_max(u64::MAX), u64::MAX);
+        let kernel = Role::Kernel.check_download(KERNEL_BYTES_MAX + 1, 1 << 40);
+        assert!(matches!(kernel, Err(Refusal::KernelTooLong { .. })));
     }
 
     #[test]
     fn a_recognized_beginning_is_refused_before_the_rest_arrives() {
         let mut inspection = Inspection::new(Role::Disk);
         let mut image = vec![0; HEAD_BYTES];
-        image[..3].copy_from_slice(b"\x1f\x8b\x08");
+        image[..3].copy_from_slice(b"BZh");
         assert!(inspection.feed(&image).is_err());
     }
 

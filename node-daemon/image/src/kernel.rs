@@ -16,7 +16,7 @@ pub(crate) use elf::Notes;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[expect(missing_docs, reason = "the texts say all")]
 pub enum KernelFault {
-    #[error("{format}, not a kernel: {advice}", format = .0, advice = .0.advice())]
+    #[error("{format}, not a kernel: {advice}", format = .0, advice = .0.kernel_advice())]
     Format(Format),
     #[error("a kernel for {0}, and guests here are x86-64")]
     OtherCpu(&'static str),

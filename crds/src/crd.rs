@@ -163,6 +163,7 @@ mod tests {
                 "virtualmachine.spec.availability.migration.bandwidth",
                 "virtualmachine.spec.disks[].size",
                 "virtualmachine.spec.memory",
+                "virtualmachine.status.disks[].downloaded",
                 "virtualmachine.status.disks[].imported",
                 "virtualmachine.status.disks[].size",
                 "sharedvolume.spec.extentSize",

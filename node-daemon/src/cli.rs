@@ -17,7 +17,7 @@ use crate::embedded::{
     self, HostShutdownArgs, MigrateArgs, RestartVmArgs, RunVmArgs, StopVmArgs, VolumeCommand,
 };
 use crate::identity::authority::{self, CertCommand};
-use crate::images::{self, RunArgs};
+use crate::images::{self, RunArgs, UnpackArgs};
 use crate::paths::Paths;
 use crate::processes::launcher::{self, LaunchArgs, RemoveCgroupArgs};
 
@@ -102,6 +102,8 @@ struct ImportCli {
 enum ImportCommand {
     /// Run one import
     Run(RunArgs),
+    /// Unpack an image from standard input to standard output, without privileges (used by `run`)
+    Unpack(UnpackArgs),
     /// Fetch an image to standard output, without privileges (used by `run`); the job comes as JSON on
     /// standard input
     Fetch,
@@ -134,6 +136,7 @@ pub fn node_main() -> ExitCode {
 pub fn import_main() -> ExitCode {
     finish(match &ImportCli::parse().command {
         ImportCommand::Run(args) => images::run(args),
+        ImportCommand::Unpack(args) => images::unpack(args),
         ImportCommand::Fetch => images::fetch(),
     })
 }

@@ -78,6 +78,12 @@ impl Paths {
         self.state.join("volumes")
     }
 
+    /// Where imports keep an image that must be whole before it can be read: files without a name, so an empty
+    /// folder.
+    pub(crate) fn image_spool(&self) -> PathBuf {
+        self.state.join("image-spool")
+    }
+
     pub(crate) fn imports(&self) -> PathBuf {
         self.run.join("imports")
     }

@@ -236,6 +236,7 @@ fn imports(volume: &str, states: &BTreeMap<String, NodeState>) -> Vec<ImportView
             node: name.clone(),
             disk: import.disk,
             attempt: import.attempt,
+            downloaded: import.downloaded,
             written: import.written,
             phase: match &import.state {
                 ImportState::Running => ImportPhase::Running,

@@ -125,6 +125,7 @@ fn disks(
                 name: disk.name.clone(),
                 state: DiskState::Pending,
                 size: None,
+                downloaded: None,
                 imported: None,
                 failed_imports: 0,
                 next_import: None,
@@ -147,6 +148,9 @@ fn disks(
             name: disk.name.clone(),
             state,
             size: Some(Quantity::from_bytes(on_volume.size.0)),
+            downloaded: import
+                .filter(|_| on_volume.importing)
+                .map(|import| Quantity::from_bytes(import.downloaded.0)),
             imported: import
                 .filter(|_| on_volume.importing)
                 .map(|import| Quantity::from_bytes(import.written.0)),
@@ -288,6 +292,42 @@ mod tests {
         assert_eq!(later.next_import, Some(Time(at(60))));
         assert_eq!(later.message, "http status: 404");
         assert_eq!(disk(None).next_import, None);
+    }
+
+    /// A qcow2 image is downloaded whole before its disk is filled.
+    #[test]
+    fn both_halves_of_an_import_are_in_the_status() {
+        let vm = vm();
+        let intent = crate::vm_intent::intent(&vm).unwrap();
+        let mut observed = unreachable_since(0);
+        let disk = bascule_types::DiskId::random();
+        observed.row = Fact::Known(RowView {
+            disks: vec![bascule_types::DiskRow {
+                disk,
+                name: intent.disks[0].row.clone(),
+                vm: Some(intent.uid),
+                size: bascule_types::Bytes::mib(8),
+                role: bascule_types::DiskRole::Data,
+                importing: true,
+                importer: None,
+                extents: vec![],
+            }],
+            ..RowView::default()
+        });
+        observed.imports.push(bascule_operator_core::ImportView {
+            node: "a".to_owned(),
+            disk,
+            attempt: 1,
+            downloaded: bascule_types::Bytes::mib(3),
+            written: bascule_types::Bytes::mib(2),
+            phase: ImportPhase::Running,
+        });
+        let mut report = plan(&intent, &observed, Moment(0)).report;
+        report.keep = false;
+        let disk = status(&vm, &intent, &observed, &report, &[], at(2_000)).disks[0].clone();
+        let text = |quantity: Option<Quantity>| quantity.map(|quantity| quantity.to_string());
+        assert_eq!(text(disk.downloaded).as_deref(), Some("3Mi"));
+        assert_eq!(text(disk.imported).as_deref(), Some("2Mi"));
     }
 
     #[test]

@@ -138,12 +138,12 @@ pub struct HttpSource {
     #[schemars(length(max = 2048))]
     #[x_kube(validation = Rule::new("self.matches('^https?://[^/ ]+/[^ ]*$')").message("url must begin with http:// or https://, name a host and have a path"))]
     pub url: String,
-    /// The SHA-256 of the image, 64 hexadecimal digits in lower case, as sha256sum prints it.
+    /// The SHA-256 of the file at the URL, 64 hexadecimal digits in lower case, as sha256sum prints it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 64))]
     #[x_kube(validation = Rule::new("self.matches('^[0-9a-f]{64}$')").message("sha256 must be 64 hexadecimal digits in lower case, as sha256sum prints them"))]
     pub sha256: Option<String>,
-    /// The SHA-512 of the image, 128 hexadecimal digits in lower case, as sha512sum prints it.
+    /// The SHA-512 of the file at the URL, 128 hexadecimal digits in lower case, as sha512sum prints it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 128))]
     #[x_kube(validation = Rule::new("self.matches('^[0-9a-f]{128}$')").message("sha512 must be 128 hexadecimal digits in lower case, as sha512sum prints them"))]
@@ -189,8 +189,10 @@ pub struct Disk {
     // comparing the longest text, and there may be 16 disks.
     #[x_kube(validation = Rule::new("[type(self)] == [int] || isQuantity(self)").message("write a whole number of bytes with an optional suffix Ki, Mi, Gi, Ti, k, M, G or T, such as 512Mi or 20Gi"), validation = Rule::new("[type(self)] == [int] ? self >= 1048576 && self <= 70368744177664 : [quantity(self)].all(size, size.compareTo(quantity('1Mi')) >= 0 && size.compareTo(quantity('64Ti')) <= 0)").message("a disk has at least 1Mi and at most 64Ti"))]
     pub size: Option<Quantity>,
-    /// The raw image that a new disk begins with; qcow2 and other formats, archives and compressed
-    /// files are refused. Without it the disk is empty and reads as zeroes.
+    /// The image that a new disk begins with: raw or qcow2, plain or compressed with gzip, xz or zstd,
+    /// told apart by its contents. Other formats, archives, and a qcow2 image that has a backing file,
+    /// is encrypted or is larger than the disk are refused. Without it the disk is empty and reads as
+    /// zeroes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<Source>,
     /// A disk that an earlier virtual machine of this namespace left on the volume.

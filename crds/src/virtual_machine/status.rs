@@ -107,7 +107,11 @@ pub struct DiskStatus {
     /// Its size on the volume.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub size: Option<Quantity>,
-    /// How much of its image is there, while it is being imported.
+    /// How much of its image has been downloaded, as its source has it, while it is being imported. A
+    /// qcow2 image is downloaded whole before its disk is filled.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub downloaded: Option<Quantity>,
+    /// How much of the disk, from its beginning, is filled, while its image is being imported.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub imported: Option<Quantity>,
     /// How many attempts to import it have failed, until it is there.

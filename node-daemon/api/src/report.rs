@@ -62,7 +62,10 @@ pub struct ImportReport {
     /// The number of the attempt, as it was requested.
     #[serde(default)]
     pub attempt: u32,
-    /// Bytes written.
+    /// Bytes of the image, as its source has it, that have come.
+    #[serde(default)]
+    pub downloaded: Bytes,
+    /// Bytes of the disk, from its beginning, that are filled.
     pub written: Bytes,
     /// The total number of bytes, when the source announces it.
     pub total: Option<Bytes>,

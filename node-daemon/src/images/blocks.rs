@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -20,7 +20,19 @@ pub(crate) struct Target {
     pub(crate) page: Option<WriterPage>,
     pub(crate) owner: Owner,
     pub(crate) runs: Vec<ExtentRun>,
+    /// Of the writes of data.
     pub(crate) pace: Pace,
+    /// Of ranges of zeroes: a device that makes holes is faster than its writes.
+    pub(crate) zero_pace: Pace,
+    /// Whether the device is a file without holes, and is to stay one.
+    pub(crate) is_thick: bool,
+}
+
+/// Whether all of a device is a file's allocated storage.
+pub(crate) fn is_thick(device: &File) -> io::Result<bool> {
+    let metadata = device.metadata()?;
+    // In units of 512 bytes (stat(2)).
+    Ok(metadata.is_file() && metadata.blocks().saturating_mul(512) >= metadata.len())
 }
 
 impl Target {
@@ -32,28 +44,41 @@ impl Target {
     /// whole extents and chunks divide them.
     pub(crate) fn write(&mut self, offset: u64, block: &[u8]) -> Result<()> {
         let start = self.locate(offset)?;
-        self.in_pieces(start, block.len() as u64, |target, at, length| {
+        let mut pace = std::mem::take(&mut self.pace);
+        let written = in_pieces(&mut pace, start, block.len() as u64, |at, length| {
             let begin = usize::try_from(at - start).context("chunk's length")?;
             let end = begin + usize::try_from(length).context("chunk's length")?;
             let piece = block.get(begin..end).context("chunk's length")?;
-            target
-                .guarded(|| target.device.write_all_at(piece, at))
+            self.guarded(|| self.device.write_all_at(piece, at))
                 .with_context(|| format!("write at byte {at}"))
-        })
+        });
+        self.pace = pace;
+        written
     }
 
-    /// Makes everything from `offset` to the disk's end read as zeroes.
-    pub(crate) fn zero_from(&mut self, offset: u64) -> Result<()> {
+    /// Makes `length` bytes from `offset` on read as zeroes, without storage for them where the device can.
+    pub(crate) fn zero(&mut self, offset: u64, length: u64) -> Result<()> {
+        let end = offset + length;
         let mut begin = 0;
-        for run in self.runs.clone() {
-            let end = begin + run.length.0;
-            if end > offset {
-                let skip = offset.saturating_sub(begin);
-                let at = run.start.lba_to_bytes().context("extent's position")?.0 + skip;
-                self.in_pieces(at, run.length.0 - skip, Self::zero_range)?;
+        let mut pace = std::mem::take(&mut self.zero_pace);
+        for run in &self.runs {
+            let run_end = begin + run.length.0;
+            let (from, to) = (offset.max(begin), end.min(run_end));
+            if from < to {
+                let start = run.start.lba_to_bytes().context("extent's position")?;
+                in_pieces(
+                    &mut pace,
+                    start.0 + (from - begin),
+                    to - from,
+                    |at, length| {
+                        self.zero_range(at, length)
+                            .with_context(|| format!("zero at byte {at}"))
+                    },
+                )?;
             }
-            begin = end;
+            begin = run_end;
         }
+        self.zero_pace = pace;
         Ok(())
     }
 
@@ -65,47 +90,29 @@ impl Target {
         flushed.context("flush the device")
     }
 
-    /// Calls `write` with the position on the device and the length of each piece.
-    fn in_pieces(
-        &mut self,
-        start: u64,
-        length: u64,
-        write: impl Fn(&Self, u64, u64) -> Result<()>,
-    ) -> Result<()> {
-        let mut done = 0;
-        while done < length {
-            let piece = self.pace.piece(length - done);
-            let begun = Instant::now();
-            write(self, start + done, piece)?;
-            self.pace.took(piece, begun.elapsed());
-            done += piece;
-        }
-        Ok(())
-    }
-
+    /// Zeroes without sending them: a hole, or else zeroes that keep their storage. Both read as zeroes
+    /// (fallocate(2); of devices, `blkdev_issue_zeroout` without a fallback). Else by writing.
     fn zero_range(&self, at: u64, length: u64) -> Result<()> {
-        // Zeroes without sending them, where the device or the file system can.
-        let zeroed = self.guarded(|| {
-            match fallocate(&self.device, FallocateFlags::ZERO_RANGE, at, length) {
+        let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        let ways = [hole, FallocateFlags::ZERO_RANGE];
+        for flags in ways.iter().skip(usize::from(self.is_thick)) {
+            let zeroed = self.guarded(|| match fallocate(&self.device, *flags, at, length) {
                 Ok(()) => Ok(true),
                 Err(Errno::OPNOTSUPP | Errno::INVAL) => Ok(false),
                 Err(errno) => Err(errno.into()),
+            });
+            if zeroed? {
+                return Ok(());
             }
-        });
-        if zeroed.with_context(|| format!("zero at byte {at}"))? {
-            return Ok(());
         }
         let zeroes = chunk_buffer();
-        let chunk = zeroes.bytes();
         let mut done = 0;
         while done < length {
-            let step = usize::try_from(length - done)
-                .unwrap_or(usize::MAX)
-                .min(chunk.len());
-            let piece = chunk.get(..step).unwrap_or_default();
-            self.guarded(|| self.device.write_all_at(piece, at + done))
-                .with_context(|| format!("zero at byte {}", at + done))?;
-            done += step as u64;
+            let step = usize::try_from(length - done).unwrap_or(usize::MAX);
+            let bytes = zeroes.bytes();
+            let piece = bytes.get(..step.min(CHUNK_BYTES)).unwrap_or(bytes);
+            self.guarded(|| self.device.write_all_at(piece, at + done))?;
+            done += piece.len() as u64;
         }
         Ok(())
     }
@@ -147,6 +154,24 @@ impl Target {
         page.inspect(|page| page.writes_ended());
         Ok(written?)
     }
+}
+
+/// Calls `write` with the position on the device and the length of each piece.
+fn in_pieces(
+    pace: &mut Pace,
+    start: u64,
+    length: u64,
+    write: impl Fn(u64, u64) -> Result<()>,
+) -> Result<()> {
+    let mut done = 0;
+    while done < length {
+        let piece = pace.piece(length - done);
+        let begun = Instant::now();
+        write(start + done, piece)?;
+        pace.took(piece, begun.elapsed());
+        done += piece;
+    }
+    Ok(())
 }
 
 /// A zeroed buffer of one chunk, aligned for direct I/O.

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use bascule_image::HEADER_BYTES;
 use bascule_types::RedactedUrl;
 use rustix::process::{Signal, getppid, set_parent_process_death_signal};
 use serde::{Deserialize, Serialize};
@@ -23,6 +24,7 @@ use ureq::unversioned::transport::{
 use ureq::{Proxy, ProxyProtocol};
 
 use super::length_limit::LengthLimit;
+use super::read_full::read_full;
 use super::source_policy::{Range, forbidden, permitted};
 
 /// What the fetcher is to do.
@@ -78,10 +80,18 @@ fn fetch_to(job: &FetchJob, out: &mut impl Write) -> Result<()> {
         .get(url)
         .call()
         .with_context(|| format!("fetch {shown}"))?;
-    if let Some(announced) = response.body().content_length() {
-        job.limit.check(announced)?;
+    let announced = response.body().content_length();
+    if let Some(announced) = announced {
+        job.limit.check_packed(announced)?;
     }
     let mut body = response.body_mut().with_config().limit(u64::MAX).reader();
+    let mut header = [0; HEADER_BYTES];
+    let length = read_full(&mut body, &mut header).with_context(|| format!("fetch {shown}"))?;
+    let header = header.get(..length).unwrap_or_default();
+    if let Some(announced) = announced {
+        job.limit.check_announced(announced, header)?;
+    }
+    out.write_all(header).context("write to the writer")?;
     io::copy(&mut body, out).with_context(|| format!("fetch {shown}"))?;
     out.flush().context("write to the writer")
 }

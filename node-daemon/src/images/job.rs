@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use bascule_node_api::report::ImportReport;
-use bascule_types::{DiskId, Epoch, ImageDigest, Owner, VmUid};
+use bascule_node_api::report::{ImportReport, ImportState};
+use bascule_types::{Bytes, DiskId, Epoch, ImageDigest, Owner, VmUid};
 use serde::{Deserialize, Serialize};
 
 use super::fetch::SiteConfig;
@@ -33,6 +33,17 @@ pub(crate) struct ImportJob {
     pub(crate) site: SiteConfig,
     /// Where to report.
     pub(crate) report: PathBuf,
+    /// The folder for an image that must be whole before it can be read.
+    pub(crate) spool: PathBuf,
+}
+
+/// How far an import is.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Progress {
+    /// Bytes of the image that have come.
+    pub(crate) downloaded: Bytes,
+    /// Bytes of the disk, from its beginning, that are filled.
+    pub(crate) written: Bytes,
 }
 
 /// Where a disk's contents come from.
@@ -49,6 +60,24 @@ pub(crate) enum JobSource {
     },
     /// A file of this node, from the administrator's allow-list.
     File { path: PathBuf },
+}
+
+/// Reports where an import stands.
+pub(crate) fn report(job: &ImportJob, progress: Progress, state: ImportState) -> Result<()> {
+    let total = match state {
+        ImportState::Complete { length } => Some(length),
+        ImportState::Running | ImportState::Failed { .. } => None,
+    };
+    let report = ImportReport {
+        volume: job.volume.clone(),
+        disk: job.disk,
+        attempt: job.attempt,
+        downloaded: progress.downloaded,
+        written: progress.written,
+        total,
+        state,
+    };
+    write_report(&job.report, &report)
 }
 
 /// Replaces the report of an import.

@@ -1,7 +1,7 @@
 //! How long an image may be.
 
 use anyhow::Result;
-use bascule_image::Role;
+use bascule_image::{Packing, Role, packing};
 use bascule_types::{Bytes, DiskRole};
 use serde::{Deserialize, Serialize};
 
@@ -15,9 +15,23 @@ pub(crate) struct LengthLimit {
 }
 
 impl LengthLimit {
-    /// Refuses an image of `found` bytes, or of at least that many, if it is too long.
+    /// Refuses an unpacked image of `found` bytes, or of at least that many, if it is too long.
     pub(crate) fn check(self, found: u64) -> Result<()> {
         Ok(image_role(self.role).check_length(found, self.disk.0)?)
+    }
+
+    /// Refuses a packed image of `found` bytes, or of at least that many, if it is too long.
+    pub(crate) fn check_packed(self, found: u64) -> Result<()> {
+        Ok(image_role(self.role).check_download(found, self.disk.0)?)
+    }
+
+    /// Refuses an image that its server announces as too long: `header` is its beginning.
+    pub(crate) fn check_announced(self, found: u64, header: &[u8]) -> Result<()> {
+        if packing(header) == Packing::Raw {
+            self.check(found)
+        } else {
+            self.check_packed(found)
+        }
     }
 }
 

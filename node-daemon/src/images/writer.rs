@@ -1,25 +1,23 @@
-//! The writer: from the fetcher's pipe (or a file) to the disk's extents.
+//! The writer: from the fetcher's pipe (or a file) to the disk's extents. Read next: `unpacking.rs`.
 
 use std::fs::{self, File};
-use std::io::{self, Read};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use bascule_image::Inspection;
 use bascule_ipc::Connection;
 use bascule_ipc::volume::{Request, Response};
-use bascule_node_api::report::{ImportReport, ImportState};
-use bascule_types::{Bytes, Change, DiskRow, RedactedUrl};
+use bascule_node_api::report::ImportState;
+use bascule_types::{Bytes, Change, DiskRole, DiskRow};
 use bascule_volume_gate::{GateReader, Pace, WriterPage};
 
-use super::blocks::{CHUNK_BYTES, Target, chunk_buffer};
-use super::fetch::FetchJob;
-use super::fetcher::Fetcher;
+use super::blocks::{Target, is_thick};
+use super::download::Download;
+use super::filler::Filler;
 use super::final_failure::is_final;
-use super::image_hash::ImageHash;
-use super::job::{ImportJob, JobSource, write_report};
-use super::length_limit::{LengthLimit, image_role};
+use super::job::{ImportJob, Progress, report};
+use super::length_limit::LengthLimit;
+use super::unpacking::{fill_as_it_is, fill_unpacked};
 
 /// `bascule-import run`
 #[derive(Debug, clap::Args)]
@@ -39,7 +37,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<()> {
             message: format!("{error:#}"),
             is_final: is_final(error),
         };
-        report(&job, Bytes(0), None, state)?;
+        report(&job, Progress::default(), state)?;
     }
     outcome
 }
@@ -56,7 +54,11 @@ fn import(job: &ImportJob) -> Result<()> {
         row.size
     };
     finish(job, &mut volume, length)?;
-    report(job, length, Some(length), ImportState::Complete { length })
+    let progress = Progress {
+        downloaded: length,
+        written: length,
+    };
+    report(job, progress, ImportState::Complete { length })
 }
 
 fn open(job: &ImportJob, volume: &mut Connection) -> Result<(Target, DiskRow)> {
@@ -84,13 +86,16 @@ fn open(job: &ImportJob, volume: &mut Connection) -> Result<(Target, DiskRow)> {
         .into_iter()
         .find(|row| row.disk == job.disk)
         .context("the volume has no such disk")?;
+    let device = File::from(device);
     let target = Target {
-        device: File::from(device),
+        is_thick: is_thick(&device).context("measure the device")?,
+        device,
         gate: GateReader::from_fd(gate).context("map the gate page")?,
         page: page.context("map the writer page")?,
         owner: job.owner,
         runs: row.extents.clone(),
         pace: Pace::default(),
+        zero_pace: Pace::default(),
     };
     Ok((target, row))
 }
@@ -101,43 +106,12 @@ fn fill(job: &ImportJob, target: &mut Target, row: &DiskRow) -> Result<Bytes> {
         role: row.role,
         disk: row.size.max(Bytes(target.capacity())),
     };
-    let (mut source, fetcher) = open_source(job, limit)?;
-    let mut inspection = Inspection::new(image_role(row.role));
-    let mut hash = match &job.source {
-        JobSource::Http { digest, .. } => Some(ImageHash::new(digest)),
-        JobSource::Blank | JobSource::File { .. } => None,
-    };
-    let mut buffer = chunk_buffer();
-    let mut written = 0u64;
-    loop {
-        let chunk = buffer.bytes_mut();
-        let read = read_full(source.as_mut(), chunk).context("read the image")?;
-        if read == 0 {
-            break;
-        }
-        limit.check(written + read as u64)?;
-        let image = chunk.get(..read).unwrap_or_default();
-        inspection.feed(image)?;
-        if let Some(hash) = &mut hash {
-            hash.update(image);
-        }
-        // The tail of the last block reads as zeroes.
-        chunk.get_mut(read..).unwrap_or_default().fill(0);
-        target.write(written, chunk)?;
-        written += read as u64;
-        report(job, Bytes(written), None, ImportState::Running)?;
+    let (download, origin) = Download::open(job, limit)?;
+    let filler = Filler::new(job, target, limit, download.count());
+    match row.role {
+        DiskRole::Data => fill_unpacked(job, (download, origin), filler, limit),
+        DiskRole::Kernel | DiskRole::Initrd => fill_as_it_is(download, origin, filler),
     }
-    if let Some(fetcher) = fetcher {
-        fetcher.finish()?;
-    }
-    if let (Some(hash), JobSource::Http { url, .. }) = (hash, &job.source) {
-        hash.check(&RedactedUrl(url).to_string())?;
-    }
-    inspection.finish()?;
-    let covered = written.next_multiple_of(CHUNK_BYTES as u64);
-    target.zero_from(covered.min(target.capacity()))?;
-    target.flush()?;
-    Ok(Bytes(written))
 }
 
 fn finish(job: &ImportJob, volume: &mut Connection, length: Bytes) -> Result<()> {
@@ -169,77 +143,6 @@ fn finish(job: &ImportJob, volume: &mut Connection, length: Bytes) -> Result<()>
     }
 }
 
-fn open_source(job: &ImportJob, limit: LengthLimit) -> Result<(Box<dyn Read>, Option<Fetcher>)> {
-    match &job.source {
-        JobSource::Blank => Ok((Box::new(io::empty()), None)),
-        JobSource::File { path } => {
-            let file = File::open(path).with_context(|| format!("open {}", path.display()))?;
-            let length = file.metadata().context("measure the file")?.len();
-            limit.check(length)?;
-            Ok((Box::new(file), None))
-        }
-        JobSource::Http { url, ca_bundle, .. } => {
-            let (image, fetcher) = Fetcher::start(&FetchJob {
-                parent: std::process::id(),
-                url: url.clone(),
-                limit,
-                ca_bundle: ca_bundle.clone(),
-                site: job.site.clone(),
-            })?;
-            Ok((Box::new(image), Some(fetcher)))
-        }
-    }
-}
-
-/// Reads until the buffer is full or the source ends.
-fn read_full(source: &mut dyn Read, buffer: &mut [u8]) -> io::Result<usize> {
-    let mut filled = 0;
-    while let Some(room) = buffer.get_mut(filled..).filter(|room| !room.is_empty()) {
-        match source.read(room) {
-            Ok(0) => break,
-            Ok(count) => filled += count,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(filled)
-}
-
-fn report(job: &ImportJob, written: Bytes, total: Option<Bytes>, state: ImportState) -> Result<()> {
-    let report = ImportReport {
-        volume: job.volume.clone(),
-        disk: job.disk,
-        attempt: job.attempt,
-        written,
-        total,
-        state,
-    };
-    let path: &Path = &job.report;
-    write_report(path, &report)
-}
-
 const HELLO_LIMIT: Duration = Duration::from_secs(5);
 /// The volume may have to find a coordinator first.
 const VOLUME_LIMIT: Duration = Duration::from_secs(60);
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_source_that_comes_in_drops_fills_whole_chunks() {
-        struct Drops(u8);
-        impl Read for Drops {
-            fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
-                self.0 = self.0.saturating_sub(1);
-                let count = usize::from(self.0 > 0);
-                room[..count].fill(self.0);
-                Ok(count)
-            }
-        }
-        let mut buffer = [0; 3];
-        assert_eq!(read_full(&mut Drops(5), &mut buffer).unwrap(), 3);
-        assert_eq!(buffer, [4, 3, 2]);
-        assert_eq!(read_full(&mut Drops(2), &mut buffer).unwrap(), 1);
-    }
-}

@@ -51,6 +51,7 @@ impl Supervisor {
             volume: order.volume.to_owned(),
             disk: order.disk,
             attempt: order.attempt.unwrap_or_else(|| last.saturating_add(1)),
+            downloaded: Bytes(0),
             written: Bytes(0),
             total: None,
             state: ImportState::Running,
@@ -73,6 +74,8 @@ impl Supervisor {
 
     fn start_import(&self, order: &ImportOrder<'_>, begun: &ImportReport) -> Result<(), Rejection> {
         let report_path = self.paths.import(order.disk);
+        let spool = self.paths.image_spool();
+        fs::create_dir_all(&spool).with_context(|| format!("make {}", spool.display()))?;
         let job = ImportJob {
             volume: order.volume.to_owned(),
             socket: self.paths.volume_socket(order.volume),
@@ -84,6 +87,7 @@ impl Supervisor {
             source: self.job_source(order.source)?,
             site: self.image_site.read()?,
             report: report_path.clone(),
+            spool,
         };
         let job_path = report_path.with_extension("job");
         let json = serde_json::to_vec_pretty(&job).context("write the job")?;

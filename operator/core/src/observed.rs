@@ -266,6 +266,9 @@ pub struct ImportView {
     pub disk: DiskId,
     /// The number of the attempt, as it was requested.
     pub attempt: u32,
+    /// Bytes of the image, as its source has it.
+    pub downloaded: Bytes,
+    /// Bytes of the disk, from its beginning.
     pub written: Bytes,
     pub phase: ImportPhase,
 }

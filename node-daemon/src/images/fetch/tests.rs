@@ -69,24 +69,44 @@ fn an_image_is_fetched_from_an_allowed_address() {
     assert!(served.join().unwrap().starts_with("GET /image HTTP/1.1"));
 }
 
+/// Fetches an image of which more is announced than comes.
+fn announced(length: u64, image: &str) -> (Vec<u8>, Result<()>) {
+    let (port, served) = serve(&format!(
+        "HTTP/1.1 200 OK\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n{image}"
+    ));
+    let url = format!("http://127.0.0.1:{port}/image");
+    let mut fetched = Vec::new();
+    let end = fetch_to(&job(&url, site(&["127.0.0.0/8"])), &mut fetched);
+    served.join().unwrap();
+    (fetched, end)
+}
+
 /// Without the announced length, hundreds of MiB were fetched and then refused.
 #[test]
-fn an_image_that_is_announced_as_too_long_is_refused_before_its_first_byte() {
-    let announced = (1 << 20) + 1;
-    let (port, served) = serve(&format!(
-        "HTTP/1.1 200 OK\r\nContent-Length: {announced}\r\nConnection: close\r\n\r\nimage"
-    ));
-    let job = job(
-        &format!("http://127.0.0.1:{port}/image"),
-        site(&["127.0.0.0/8"]),
-    );
-    let mut image = Vec::new();
-    let error = fetch_to(&job, &mut image).unwrap_err();
-    served.join().unwrap();
+fn an_image_that_is_announced_as_too_long_is_refused_before_it_is_fetched() {
+    let raw = "image".repeat(200);
+    let disk = 1 << 20;
+    let (image, end) = announced(disk + 1, &raw);
     assert!(image.is_empty());
+    let error = end.unwrap_err();
     assert!(is_final(&error));
     let text = error.to_string();
     assert_eq!(text, "the image has 1048577 bytes, and the disk 1048576");
+}
+
+/// Only a raw image is as long as its disk.
+#[test]
+fn a_packed_image_may_be_announced_as_longer_than_its_disk_up_to_a_limit() {
+    let max = bascule_image::packed_bytes_max(1 << 20);
+    let (image, end) = announced(max + 1, "BZh");
+    assert!(image.is_empty());
+    let error = end.unwrap_err();
+    assert!(is_final(&error));
+    assert!(error.to_string().contains(&max.to_string()), "{error}");
+    // A bzip2 file is refused by the writer, by its name.
+    let (image, end) = announced((1 << 20) + 1, &format!("BZh{raw}", raw = "i".repeat(600)));
+    assert!(image.starts_with(b"BZh"));
+    assert!(!is_final(&end.unwrap_err()));
 }
 
 #[test]

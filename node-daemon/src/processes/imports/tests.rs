@@ -27,6 +27,7 @@ fn under_way(node: &Supervisor, disk: DiskId, process: &Child) {
         volume: "gold".to_owned(),
         disk,
         attempt: 1,
+        downloaded: Bytes(7),
         written: Bytes(5),
         total: None,
         state: ImportState::Running,

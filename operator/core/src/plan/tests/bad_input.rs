@@ -88,6 +88,7 @@ fn a_failed_import_names_the_field_and_the_place_that_it_should_come_from() {
             node: "node-1".to_owned(),
             disk,
             attempt: 1,
+            downloaded: bascule_types::Bytes(0),
             written: bascule_types::Bytes(0),
             phase: ImportPhase::Failed {
                 message: message.to_owned(),
@@ -139,6 +140,7 @@ fn an_image_that_is_refused_for_good_is_reported_and_never_requested_again() {
         node: "node-1".to_owned(),
         disk: case.row().disks[0].disk,
         attempt: 1,
+        downloaded: bascule_types::Bytes(0),
         written: bascule_types::Bytes(0),
         phase: ImportPhase::Failed {
             message: "the kernel is a kernel for AArch64".to_owned(),

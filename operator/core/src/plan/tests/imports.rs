@@ -19,6 +19,7 @@ fn reported(case: &mut Case, attempt: u32, phase: ImportPhase) {
         node: "node-1".to_owned(),
         disk,
         attempt,
+        downloaded: Bytes(0),
         written: Bytes(0),
         phase,
     }];

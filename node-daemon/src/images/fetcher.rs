@@ -33,7 +33,7 @@ impl Read for Image {
 /// visible to every user.
 pub(super) fn start_fetcher(job: &FetchJob) -> Result<(Image, Worker)> {
     let json = serde_json::to_vec(job).context("write the fetcher's job")?;
-    start(&mut Worker::command("fetch")?, &json, IDLE_LIMIT)
+    start(&mut Worker::command("fetch"), &json, IDLE_LIMIT)
 }
 
 fn start(command: &mut Command, job: &[u8], idle_limit: Duration) -> Result<(Image, Worker)> {

@@ -22,7 +22,7 @@ pub(super) fn unpack_qcow2(image: File) -> Result<(ChildStdout, Worker)> {
 }
 
 fn start(format: UnpackFormat, input: Stdio) -> Result<Worker> {
-    let mut command = Worker::command("unpack")?;
+    let mut command = Worker::command("unpack");
     let parent = std::process::id().to_string();
     command
         .args(["--parent", &parent, format.word()])

@@ -21,14 +21,14 @@ pub(super) struct Worker {
 
 impl Worker {
     /// The command line: `bascule-import VERB`.
-    pub(super) fn command(verb: &str) -> Result<Command> {
-        let program = std::env::current_exe().context("find this program")?;
-        let mut command = Command::new(program);
-        command.arg(verb).env_clear().current_dir("/");
+    pub(super) fn command(verb: &str) -> Command {
+        let mut command = Command::new(THIS_PROGRAM);
+        command.arg0("bascule-import").arg(verb);
+        command.env_clear().current_dir("/");
         if rustix::process::geteuid().is_root() {
             command.uid(NOBODY).gid(NOBODY);
         }
-        Ok(command)
+        command
     }
 
     /// Starts it. Standard input is piped unless the command says otherwise.
@@ -105,6 +105,8 @@ fn read_errors(mut errors: ChildStderr) -> Vec<u8> {
     beginning
 }
 
+/// The program that is running, wherever it lies: user nobody may not be able to reach its path (proc_pid_exe(5)).
+const THIS_PROGRAM: &str = "/proc/self/exe";
 /// The user and group `nobody` of every distribution's default.
 const NOBODY: u32 = 65534;
 /// In bytes: a line or two are expected.

@@ -222,6 +222,10 @@ impl EmbeddedHost<'_> {
                 "--host-file",
                 format!("broken={}", self.hosts.path("broken").display()),
             ),
+            (
+                "--host-file",
+                format!("image={}", self.hosts.path("image").display()),
+            ),
         ] {
             all.extend([option.to_owned(), value]);
         }

@@ -10,6 +10,7 @@
 
 mod binaries;
 mod cluster;
+mod disk_image;
 mod embedded;
 mod hanging;
 pub mod kubernetes;
@@ -25,6 +26,7 @@ mod watch;
 
 pub use binaries::binary;
 pub use cluster::{TestCluster, TestNode, VmOnVolume};
+pub use disk_image::{ImagePacking, numbered_disk, pack};
 pub use embedded::{EmbeddedHost, EmbeddedHosts, RunningCommand};
 pub use hanging::{HangGuard, HangingDisk};
 pub use kvm::kvm_or_skip;

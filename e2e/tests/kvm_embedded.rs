@@ -151,8 +151,7 @@ fn a_guest_is_run_moved_live_and_shut_down_by_hand() {
 
     // It boots again in its process.
     let boot = session.clean_report().unwrap().boot;
-    let restarted = b.must(&["restart", "web"]).unwrap();
-    assert!(restarted.contains("boots again"), "{restarted}");
+    b.must(&["restart", "web"]).unwrap();
     wait_for("the next boot", SOON, || {
         let mut session = Session::open(&hosts.network, GUEST, SOON)?;
         // The guest may be reset while it answers.

@@ -8,8 +8,10 @@ mod bad_input;
 mod chart;
 mod drain;
 mod forgeries;
+mod imports;
 mod lost_node;
 mod networks;
+mod nodes;
 mod tenants;
 
 use std::time::Duration;

@@ -1,0 +1,150 @@
+//! An importer that is killed, and a source that stalls.
+
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use bascule_e2e::kubernetes::{Installation, NAMESPACE, VOLUME};
+use bascule_lab::Lab;
+use serde_json::Value;
+
+use super::CLUSTER;
+use super::bad_input::await_ready_says;
+
+/// It takes half a minute, of which 20 s are the wait before the second attempt.
+#[test]
+fn a_killed_importer_is_noticed_and_tried_again_and_a_vm_whose_source_stalls_can_be_deleted() {
+    let name =
+        "a_killed_importer_is_noticed_and_tried_again_and_a_vm_whose_source_stalls_can_be_deleted";
+    CLUSTER.with(name, |cluster| {
+        let lab = cluster.lab();
+        let source = StalledSource::new(lab).unwrap();
+        let stalling = cluster.document("stalling", 80);
+        lab.apply(&stalling.replacen("size: 64Mi", &source.disk(), 1))
+            .unwrap();
+        let first = source.next(lab).unwrap();
+        // After that the stalled one is the only import.
+        lab.wait_for("the kernel to be there", SAID_LIMIT, || {
+            let kernel = disk(cluster, "boot-kernel")?;
+            ensure!(kernel["state"] == "Ready", "{kernel}");
+            Ok(())
+        })
+        .unwrap();
+        let vm = cluster.handle("stalling", 80);
+        let node = lab.node(&vm.node().unwrap()).unwrap();
+        let group = format!("import-{}", disk_id(cluster));
+        assert_ne!(cgroups(&node, &group), "", "the control of the last line");
+
+        // The parent of the one that fetches.
+        node.exec(&["pkill", "-KILL", "-o", "-x", "bascule-import"])
+            .unwrap();
+        let killed = Instant::now();
+        let object = ["vm", "stalling", "-n", NAMESPACE];
+        await_ready_says(cluster, &object, "ImportFailed", "was killed");
+        println!("it was told {:?} after the kill", killed.elapsed());
+        let failed = disk(cluster, "data").unwrap();
+        assert_eq!(failed["failedImports"], 1, "{failed}");
+        assert!(failed["nextImport"].is_string(), "{failed}");
+        assert_ended(first);
+
+        let second = source.next(lab).unwrap();
+        println!(
+            "the next attempt came {:?} after the kill",
+            killed.elapsed()
+        );
+        assert_eq!(disk(cluster, "data").unwrap()["failedImports"], 1);
+        vm.delete().unwrap();
+        assert_ended(second);
+        assert_eq!(cgroups(&node, &group), "", "what stays of the import");
+    });
+}
+
+/// A disk's entry in the status of the VM.
+fn disk(cluster: &Installation, name: &str) -> Result<Value> {
+    let vm = cluster.handle("stalling", 80).object()?;
+    let mut disks = vm["status"]["disks"].as_array().into_iter().flatten();
+    let found = disks.find(|disk| disk["name"] == name);
+    found.cloned().with_context(|| format!("no {name} yet"))
+}
+
+/// The identifier of the data disk on the volume.
+fn disk_id(cluster: &Installation) -> String {
+    let name = format!("{NAMESPACE}/stalling.data");
+    let found = cluster
+        .lab()
+        .wait_for("the disk on the volume", SAID_LIMIT, || {
+            // A coordinator may be writing.
+            let metadata = cluster.metadata(VOLUME)?;
+            let mut disks = metadata.disks();
+            let row = disks.find(|row| row.name.as_str() == name);
+            Ok(row.context("it is not there")?.disk)
+        });
+    found.unwrap().to_string()
+}
+
+/// The directories of a control group, in all hierarchies.
+fn cgroups(node: &bascule_lab::Node<'_>, name: &str) -> String {
+    let find = ["find", "/sys/fs/cgroup", "-type", "d", "-name", name];
+    // Groups of other nodes go while it looks.
+    let found = node.try_exec(&find, None, SAID_LIMIT).unwrap();
+    found.stdout
+}
+
+/// The client has gone: a process that is killed has its sockets closed.
+fn assert_ended(mut client: TcpStream) {
+    client.set_read_timeout(Some(SAID_LIMIT)).unwrap();
+    let end = client.read(&mut [0; 1]);
+    let reset = |error: &io::Error| error.kind() == io::ErrorKind::ConnectionReset;
+    assert!(
+        end.as_ref().map_or_else(reset, |count| *count == 0),
+        "the fetcher is still there: {end:?}"
+    );
+}
+
+/// A web server that sends every client the first half of an image, and then nothing.
+struct StalledSource(TcpListener);
+
+impl StalledSource {
+    fn new(lab: &Lab) -> Result<Self> {
+        let hub = SocketAddr::new(lab.family().hub(), 0);
+        let listener = lab.hub().enter(move || TcpListener::bind(hub))?;
+        let listener = listener.context("listen in the hub")?;
+        listener.set_nonblocking(true).context("set up a socket")?;
+        Ok(Self(listener))
+    }
+
+    /// A disk that is filled from it.
+    fn disk(&self) -> String {
+        let address = self.0.local_addr().unwrap();
+        let hash = "0".repeat(64);
+        format!(
+            "size: 64Mi, source: {{http: {{url: \"http://{address}/image\", sha256: \"{hash}\"}}}}"
+        )
+    }
+
+    /// The next client, which has half of its image.
+    fn next(&self, lab: &Lab) -> Result<TcpStream> {
+        let (mut client, _) = lab.wait_for("a client of the stalled source", NEXT_LIMIT, || {
+            self.0.accept().context("no client")
+        })?;
+        client.set_nonblocking(false).context("set up a socket")?;
+        let mut request = BufReader::new(client.try_clone().context("duplicate a socket")?);
+        let mut line = String::new();
+        while request.read_line(&mut line).context("read a request")? > 2 {
+            line.clear();
+        }
+        let half = vec![0; IMAGE / 2];
+        let head =
+            format!("HTTP/1.1 200 OK\r\nContent-Length: {IMAGE}\r\nConnection: close\r\n\r\n");
+        let sent = client.write_all(head.as_bytes());
+        sent.and_then(|()| client.write_all(&half))
+            .context("send half of an image")?;
+        Ok(client)
+    }
+}
+
+const IMAGE: usize = 2 << 20;
+const SAID_LIMIT: Duration = Duration::from_secs(60);
+/// Longer than the wait after a failed attempt.
+const NEXT_LIMIT: Duration = Duration::from_secs(90);

@@ -18,6 +18,7 @@ use crate::embedded::{
 };
 use crate::identity::authority::{self, CertCommand};
 use crate::images::{self, RunArgs, UnpackArgs};
+use crate::output::tell;
 use crate::paths::Paths;
 use crate::processes::launcher::{self, LaunchArgs, RemoveCgroupArgs};
 
@@ -145,7 +146,7 @@ fn finish(outcome: Result<()>) -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            tell(format_args!("error: {error:#}"));
             if images::is_final(&error) {
                 ExitCode::from(images::FINAL_STATUS)
             } else {
@@ -161,7 +162,7 @@ fn start_run_log(args: &LogArgs, config: &NodeConfig) {
     let path = Paths::new(&config.run_dir, &config.state_dir).run_log();
     match append_to(&path) {
         Ok(file) => {
-            eprintln!("Log: {} (or --verbose).", path.display());
+            tell(format_args!("Log: {} (or --verbose).", path.display()));
             start_logging(args, Mutex::new(file), false);
         }
         Err(error) => {

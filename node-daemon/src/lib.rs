@@ -9,12 +9,13 @@
 //! | `processes/` | starts, finds again and calls VM, volume, watchdog and import processes | `images`, `identity` |
 //! | `identity/` | the node's UID and certificate; `cert init` and `cert issue` | |
 //! | `images/` | `bascule-import`: fills one disk from an image | |
-//! | `config.rs`, `paths.rs`, `files.rs`, `output.rs`, `wait.rs` | common options, file layout, atomic writes, standard output, polling | |
+//! | `config.rs`, `paths.rs`, `files.rs`, `output.rs`, `wait.rs` | common options, file layout, atomic writes, output, polling | |
 //!
 //! The daemon does not decide which node may run a VM: the ownership records on the volume do. It
 //! holds no state that a restart could lose.
 
 #![forbid(unsafe_code)]
+#![warn(clippy::print_stdout, clippy::print_stderr)]
 
 mod cli;
 mod config;

@@ -4,6 +4,8 @@
 //! VM, so this process ignores SIGTERM and runs until `bascule-node` sends SIGUSR1, after the VM has
 //! left; a drain that waits for the pod then continues.
 
+#![warn(clippy::print_stdout, clippy::print_stderr)]
+
 use std::io::{self, Write};
 use std::process::ExitCode;
 

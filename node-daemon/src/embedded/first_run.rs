@@ -18,6 +18,7 @@ use super::document::Document;
 use super::local_node::{attach, check_rights, supervisor};
 use crate::config::NodeConfig;
 use crate::identity::{Identity, authority};
+use crate::output::tell;
 use crate::paths::Paths;
 use crate::processes::supervisor::Supervisor;
 
@@ -46,12 +47,12 @@ fn make_identity(config: &NodeConfig, paths: &Paths) -> Result<()> {
     let name = rustix::system::uname();
     let name = name.nodename().to_str().unwrap_or("localhost");
     let identity = authority::issue(&ca_dir, &config.state_dir, name)?;
-    eprintln!(
+    tell(format_args!(
         "Made an identity for this node, {} ({}), in {}, with a certificate authority of its own.",
         identity.name,
         identity.node,
         config.state_dir.display()
-    );
+    ));
     Ok(())
 }
 
@@ -87,11 +88,11 @@ pub(super) fn attach_or_make(
         drop(fs::remove_file(&path));
         return Err(error);
     }
-    eprintln!(
+    tell(format_args!(
         "Made volume {name} in the file {}, {} GiB, sparse: only written blocks take disk space.",
         path.display(),
         size.0 >> 30
-    );
+    ));
     Ok(Some(MadeVolume { path }))
 }
 

@@ -12,6 +12,7 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use crate::config::NodeConfig;
 use crate::files::{self, names_in};
+use crate::output::tell;
 use crate::paths::Paths;
 use crate::processes::supervisor::is_alive;
 use crate::processes::vms::recorded_pid;
@@ -64,7 +65,7 @@ fn tell_all(paths: &Paths, told: &mut BTreeSet<u32>) -> Result<Vec<(VmUid, u32)>
             Ok(()) | Err(rustix::io::Errno::SRCH) => {}
             Err(errno) => return Err(errno).with_context(|| format!("signal process {pid}")),
         }
-        eprintln!("Shutting down {vm} (process {pid}).");
+        tell(format_args!("Shutting down {vm} (process {pid})."));
     }
     Ok(left)
 }

@@ -1,7 +1,7 @@
 //! `bascule-node migrate`: live migration of a VM of this node to another node.
 
 use std::fmt::Write as _;
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ use bascule_types::{AttemptId, Owner, VmUid};
 use super::local_node::{find, forget, rows, supervisor, vm_row};
 use super::peer::Peer;
 use crate::config::NodeConfig;
-use crate::output::show;
+use crate::output::{show, tell, tell_part};
 use crate::processes::supervisor::Supervisor;
 use crate::wait::wait_for;
 
@@ -129,12 +129,10 @@ fn follow(
             .migration
             .filter(|migration| migration.attempt == attempt)?;
         if progress {
-            eprint!(
+            tell_part(format_args!(
                 "\r{:?}: round {}, {} sent, {} to go   ",
                 migration.phase, migration.rounds, migration.bytes, migration.remaining
-            );
-            // A closed terminal must not end the migration, so a failed write is ignored.
-            drop(std::io::stderr().flush());
+            ));
         }
         let over = status.state == VmState::Departed
             || matches!(
@@ -144,7 +142,7 @@ fn follow(
         over.then_some((status.pid, migration))
     });
     if progress {
-        eprintln!();
+        tell("");
     }
     let (pid, migration) = ended.context("the migration does not end; the guest runs on")?;
     if migration.phase == MigrationPhase::Completed {

@@ -10,6 +10,7 @@ use bascule_types::{Change, DiskRow, Owner, RowName, VmRow};
 use super::document::Document;
 use super::first_run::MadeVolume;
 use super::local_node::{forget, granted, rows};
+use crate::output::tell;
 use crate::processes::supervisor::Supervisor;
 use crate::processes::vms::{Presence, is_over};
 use crate::wait::wait_for;
@@ -51,10 +52,10 @@ pub(super) fn remove(
     } else if let Some(owner) = owner {
         remove_rows(node, document, owner)?;
     }
-    eprintln!(
+    tell(format_args!(
         "Removed VM {} with the disks that it was made with.",
         document.row
-    );
+    ));
     Ok(())
 }
 

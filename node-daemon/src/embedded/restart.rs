@@ -7,6 +7,7 @@ use bascule_ipc::vm::Request as VmRequest;
 
 use super::local_node::{find, supervisor};
 use crate::config::NodeConfig;
+use crate::output::tell;
 
 /// `bascule-node restart`
 #[derive(Debug, clap::Args)]
@@ -22,6 +23,6 @@ pub(crate) fn restart_vm(args: &RestartVmArgs) -> Result<()> {
     let node = supervisor(&args.config, IpAddr::V4(Ipv4Addr::LOCALHOST), true)?;
     let vm = find(&node, &args.name)?;
     node.vm_request(vm, &VmRequest::Reset)?;
-    eprintln!("Reset: the guest boots again.");
+    tell("Reset: the guest boots again.");
     Ok(())
 }

@@ -16,6 +16,7 @@ use super::interrupt::Interrupt;
 use super::local_node::{forget, granted, own_slot, rows, vm_row};
 use super::remove::{check_new, remove, remove_unfinished};
 use crate::config::NodeConfig;
+use crate::output::tell;
 use crate::processes::imports::ImportOrder;
 use crate::processes::supervisor::Supervisor;
 use crate::processes::vms::{Presence, is_over};
@@ -91,16 +92,22 @@ fn run_to_end(
     node.with_vm_lock(vm, || start_unless_here(node, document, owner, interrupt))?;
     let row = &document.row;
     if args.rm {
-        eprintln!("{row} runs here. Ctrl-] stops it and removes its disks.");
+        tell(format_args!(
+            "{row} runs here. Ctrl-] stops it and removes its disks."
+        ));
     } else {
-        eprintln!("{row} runs here. Ctrl-] leaves the console; the VM runs on.");
+        tell(format_args!(
+            "{row} runs here. Ctrl-] leaves the console; the VM runs on."
+        ));
     }
     if args.detach {
         return Ok(());
     }
     match console::attach(&node.paths.vm_socket(vm), interrupt)? {
         Left::Detached if !args.rm => {
-            eprintln!("\r\nStill running. Stop it: bascule-node stop {row}");
+            tell(format_args!(
+                "\r\nStill running. Stop it: bascule-node stop {row}"
+            ));
             Ok(())
         }
         Left::Detached | Left::Interrupted => Ok(()),
@@ -221,7 +228,7 @@ fn import_one(
     let Some((_, source)) = &wanted.fill else {
         return Ok(());
     };
-    eprintln!("Filling {}…", wanted.row);
+    tell(format_args!("Filling {}…", wanted.row));
     node.import(&ImportOrder {
         volume: &document.spec.volume,
         vm: document.spec.uid,
@@ -255,7 +262,7 @@ fn await_import(
     });
     match state {
         Some(ImportState::Complete { length }) => {
-            eprintln!("Filled {} with {length}.", wanted.row);
+            tell(format_args!("Filled {} with {length}.", wanted.row));
             Ok(())
         }
         Some(ImportState::Failed { message, .. }) => bail!("{}: {message}", wanted.field),
@@ -288,7 +295,7 @@ fn print_result(node: &Supervisor, vm: VmUid) -> Result<()> {
         Some(Presence::Ended(Some(state))) => (0, state),
         // `stop` and `migrate` remove the process themselves.
         Some(Presence::Absent) => {
-            eprintln!("\r\nThe guest is no longer on this node.");
+            tell(format_args!("\r\nThe guest is no longer on this node."));
             return Ok(());
         }
         _ => bail!("the VM's process ended without writing a last state (killed?)"),
@@ -296,11 +303,11 @@ fn print_result(node: &Supervisor, vm: VmUid) -> Result<()> {
     forget(node, vm, pid)?;
     match state {
         VmState::Stopped(StopReason::GuestShutdown | StopReason::Requested) => {
-            eprintln!("\r\nThe guest is off.");
+            tell(format_args!("\r\nThe guest is off."));
             Ok(())
         }
         VmState::Departed => {
-            eprintln!("\r\nThe guest has moved to another node.");
+            tell(format_args!("\r\nThe guest has moved to another node."));
             Ok(())
         }
         state => bail!("the guest ended: {state:?}"),

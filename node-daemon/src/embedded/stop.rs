@@ -8,6 +8,7 @@ use bascule_ipc::vm::Request as VmRequest;
 
 use super::local_node::{find, forget, supervisor};
 use crate::config::NodeConfig;
+use crate::output::tell;
 use crate::processes::vms::{Presence, is_over};
 use crate::wait::wait_for;
 
@@ -32,7 +33,9 @@ pub(crate) fn stop_vm(args: &StopVmArgs) -> Result<()> {
         node.vm_request(vm, &VmRequest::Stop)?;
     } else {
         node.vm_request(vm, &VmRequest::PowerButton)?;
-        eprintln!("Pressed the power button; waiting for the guest to shut down.");
+        tell(format_args!(
+            "Pressed the power button; waiting for the guest to shut down."
+        ));
     }
     let over = || match node.presence(vm) {
         Presence::Responding(status) if is_over(&status.state) => Some(status.pid),
@@ -43,7 +46,7 @@ pub(crate) fn stop_vm(args: &StopVmArgs) -> Result<()> {
         Some(pid) => {
             drop(watch);
             forget(&node, vm, pid)?;
-            eprintln!("Stopped.");
+            tell(format_args!("Stopped."));
             Ok(())
         }
         None => match node.vm_waits_for(vm) {

@@ -18,6 +18,7 @@
 //!
 //! Read next: [`volume_context`] (what the threads share), [`coordinator`], [`heartbeat_renewal`].
 #![forbid(unsafe_code)]
+#![warn(clippy::print_stdout, clippy::print_stderr)]
 
 pub mod block_device;
 pub mod control_blocks;

@@ -1,6 +1,7 @@
 //! One process per attached SharedVolume: heartbeat, fencing, coordinator; and the offline tools
 //! format, check and repair.
 #![forbid(unsafe_code)]
+#![warn(clippy::print_stdout, clippy::print_stderr)]
 
 use std::io::IsTerminal as _;
 use std::process::ExitCode;

@@ -36,6 +36,8 @@ pub struct State {
     pub ending: bool,
     /// The host shuts down: as if the device were to be disarmed as soon as no volume is enlisted.
     pub terminating: bool,
+    /// Requests whose answers have not been sent yet.
+    pub answering: usize,
 }
 
 impl Shared {
@@ -54,6 +56,7 @@ impl Shared {
                 disarming: false,
                 ending: false,
                 terminating: false,
+                answering: 0,
             }),
             changes: Changes::default(),
             clock,
@@ -73,10 +76,16 @@ impl Shared {
         self.clock.wake(&self.changes);
     }
 
+    /// Counts a request until the guard is dropped, after its answer was sent: this process does not exit before.
+    pub(crate) fn begin_answer(&self) -> Answering<'_> {
+        self.lock().answering += 1;
+        Answering(self)
+    }
+
     /// Whether to send a keepalive; none when the loop is to end.
-    fn decide(&self) -> Option<Decision> {
+    pub(crate) fn decide(&self) -> Option<Decision> {
         let mut state = self.lock();
-        if state.terminating && state.volumes.ids().is_empty() {
+        if state.terminating && state.volumes.ids().is_empty() && state.answering == 0 {
             state.disarming = true;
             state.ending = true;
         }
@@ -110,6 +119,17 @@ impl Shared {
     pub fn end(&self) {
         self.lock().ending = true;
         self.wake();
+    }
+}
+
+/// A request that is being answered.
+#[derive(Debug)]
+pub(crate) struct Answering<'a>(&'a Shared);
+
+impl Drop for Answering<'_> {
+    fn drop(&mut self) {
+        self.0.lock().answering -= 1;
+        self.0.wake();
     }
 }
 

@@ -73,8 +73,10 @@ fn converse(stream: UnixStream, shared: &Shared) {
         loop {
             let (request, _) = connection.recv::<Request>()?;
             let disarm = matches!(request, Request::Disarm);
+            let answering = shared.begin_answer();
             let response = answer(request, shared);
             let sent = connection.send(&response, &[]);
+            drop(answering);
             // After the answer was sent, because the process exits.
             if disarm && matches!(response, Response::Status { .. }) {
                 shared.end();
@@ -192,5 +194,19 @@ mod tests {
             panic!("enlisted");
         };
         assert!(reason.contains("exits"), "{reason}");
+    }
+
+    /// Regression: the client whose request withdrew the last volume while the host shuts down lost its answer.
+    #[test]
+    fn a_host_that_shuts_down_waits_for_the_answer_to_the_last_withdrawal() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = EnlistmentFile::new(dir.path().join("watchdog.json")).unwrap();
+        let volumes = EnlistedVolumes::load(Box::new(store), Rules::ENFORCED).unwrap();
+        let shared = Shared::new(Some(&NoDevice), volumes, Arc::new(LinuxClock));
+        shared.terminate();
+        let answering = shared.begin_answer();
+        assert!(shared.decide().is_some(), "it ends before the answer");
+        drop(answering);
+        assert!(shared.decide().is_none());
     }
 }

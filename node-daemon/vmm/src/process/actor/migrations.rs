@@ -375,36 +375,14 @@ fn ending(gone: ActorGone) -> String {
 #[cfg(test)]
 mod tests {
     use bascule_devices::disk::{VolumeGate, WriteGate as _};
-    use bascule_ipc::vm::{Boot, ImageSource, VmConfig, VmState};
-    use bascule_types::{Bytes, Generation, SlotId, VolumeId};
+    use bascule_ipc::vm::VmState;
+    use bascule_types::{Generation, SlotId, VolumeId};
     use bascule_volume_gate::{GateReader, GateWriter};
 
     use super::*;
+    use crate::process::actor::testing::config;
     use crate::process::run_dir::RunDir;
     use crate::testing::{COUNTER, TestVm, kvm_or_skip};
-
-    fn config() -> VmConfig {
-        VmConfig {
-            version: VmConfig::VERSION,
-            uid: VmUid::random(),
-            name: "shop/web".to_owned(),
-            cpus: 1,
-            memory: Bytes::mib(16),
-            boot: Boot {
-                kernel: ImageSource::File {
-                    path: PathBuf::new(),
-                },
-                initrd: None,
-                cmdline: String::new(),
-            },
-            disks: Vec::new(),
-            interfaces: Vec::new(),
-            home: None,
-            start: StartMode::Boot,
-            tls_dir: None,
-            shutdown_timeout_ms: None,
-        }
-    }
 
     /// The volume refuses the transfer of an unclean writer too, if the failure has reached it.
     #[test]

@@ -21,7 +21,8 @@ pub(super) struct Process {
     _folder: tempfile::TempDir,
 }
 
-fn config() -> VmConfig {
+/// Of a VM without disks, whose machine a test makes itself.
+pub(super) fn config() -> VmConfig {
     VmConfig {
         version: VmConfig::VERSION,
         uid: VmUid::random(),

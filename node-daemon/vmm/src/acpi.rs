@@ -84,13 +84,24 @@ fn fadt(dsdt: u64) -> acpi_tables::fadt::FADT {
         .flag(Flags::ResetRegSup)
         .flag(Flags::PwrButton)
         .flag(Flags::SlpButton)
-        .flag(Flags::FixRtc);
+        .flag(Flags::FixRtc)
+        .flag(Flags::TmrValExt);
     fadt.preferred_pm_profile = PmProfile::EnterpriseServer as u8;
     fadt.iapc_boot_arch = BOOT_ARCH.into();
     fadt.reset_reg = byte_port(layout::ACPI_RESET_PORT);
     fadt.reset_value = power::RESET_VALUE;
     fadt.sleep_control_reg = byte_port(layout::ACPI_SLEEP_CONTROL_PORT);
     fadt.sleep_status_reg = byte_port(layout::ACPI_SLEEP_STATUS_PORT);
+    // Ignored on a hardware-reduced machine by the specification, and used by Linux all the same.
+    fadt.pm_tmr_blk = u32::from(layout::ACPI_PM_TIMER_PORT).into();
+    fadt.pm_tmr_len = layout::ACPI_PM_TIMER_PORTS;
+    fadt.x_pm_tmr_blk = GAS::new(
+        AddressSpace::SystemIo,
+        32,
+        0,
+        AccessSize::DwordAccess,
+        layout::ACPI_PM_TIMER_PORT.into(),
+    );
     fadt.finalize()
 }
 
@@ -142,6 +153,16 @@ mod tests {
         table
             .iter()
             .fold(0, |sum: u8, byte| sum.wrapping_add(*byte))
+    }
+
+    /// ACPI 6.5, table 5.9: 76 PM_TMR_BLK, 91 PM_TMR_LEN, 112 flags, 208 X_PM_TMR_BLK.
+    #[test]
+    fn acpi_5_2_9_the_power_management_timer_is_named_with_its_32_bits() {
+        let fadt = bytes(&fadt(0));
+        assert_eq!(fadt[76..80], 0x608_u32.to_le_bytes());
+        assert_eq!(fadt[91], 4);
+        assert_eq!(fadt[113] & 1, 1, "TMR_VAL_EXT");
+        assert_eq!(fadt[208..220], [1, 32, 0, 3, 0x08, 0x06, 0, 0, 0, 0, 0, 0]);
     }
 
     #[test]

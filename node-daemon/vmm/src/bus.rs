@@ -6,6 +6,7 @@ use bascule_devices::pci::PciRoot;
 use vm_memory::GuestAddress;
 
 use crate::layout;
+use crate::pm_timer::PmTimer;
 use crate::power::{Power, PowerRequest};
 use crate::serial::SerialPort;
 
@@ -14,10 +15,12 @@ use crate::serial::SerialPort;
 pub(crate) struct Bus {
     pub(crate) serial: SerialPort,
     pub(crate) power: Power,
+    pub(crate) pm_timer: PmTimer,
     pub(crate) pci: Arc<PciRoot>,
 }
 
 const COM1_LAST: u16 = layout::COM1_PORT + layout::COM1_PORTS - 1;
+const PM_TIMER_LAST: u16 = layout::ACPI_PM_TIMER_PORT + 3;
 const PCI_CONFIG_LAST: u16 = layout::PCI_CONFIG_DATA_PORT + 3;
 /// Reset control register of many chipsets, byte-wide within the configuration address register.
 const RESET_CONTROL_PORT: u16 = 0xCF9;
@@ -31,6 +34,7 @@ impl Bus {
         self.pci.reset();
         self.serial.reset();
         self.power.restore(0);
+        self.pm_timer.reset();
     }
 
     /// A guest read from `port`. A port without a device reads as all ones, as on a real bus.
@@ -41,6 +45,9 @@ impl Bus {
                 let offset = com1_offset(port);
                 data.iter_mut()
                     .for_each(|byte| *byte = self.serial.read(offset));
+            }
+            layout::ACPI_PM_TIMER_PORT..=PM_TIMER_LAST => {
+                self.pm_timer.read(port - layout::ACPI_PM_TIMER_PORT, data);
             }
             layout::PCI_CONFIG_ADDRESS_PORT..=PCI_CONFIG_LAST => self.pci.io_read(port, data),
             _ => {

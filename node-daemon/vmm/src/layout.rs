@@ -49,6 +49,10 @@ pub const ACPI_SLEEP_STATUS_PORT: u16 = 0x601;
 pub const ACPI_RESET_PORT: u16 = 0x602;
 /// Event register of the generic event device: the pending events; a read clears them.
 pub const ACPI_EVENT_PORT: u16 = 0x603;
+/// ACPI power management timer, four bytes (ACPI 6.5, 4.8.3.3), where edk2's CloudHv platform reads it.
+pub const ACPI_PM_TIMER_PORT: u16 = 0x608;
+/// Number of ports of the power management timer.
+pub const ACPI_PM_TIMER_PORTS: u8 = 4;
 /// i8042 command port; a write of 0xFE pulses the reset line.
 pub const I8042_COMMAND_PORT: u16 = 0x64;
 /// PCI configuration mechanism #1, address register, four bytes.

@@ -33,12 +33,14 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::boot::{BootError, Entry, OpenImages};
 use crate::bus::Bus;
+use crate::clock::{HostClock, SystemClock};
 use crate::console::Console;
 use crate::cpuid::CpuModel;
 use crate::dirty::KvmDirtyTracker;
 use crate::irq::{InterruptRouter, KvmIoeventfds};
 use crate::kvm::{BareVm, KvmError};
 use crate::memory::{GuestMemory, MemoryError};
+use crate::pm_timer::PmTimer;
 use crate::power::Power;
 use crate::serial::SerialPort;
 use crate::vcpu::state::StateShape;
@@ -60,6 +62,7 @@ pub struct VmBuilder {
     router: Arc<InterruptRouter>,
     pci: PciRoot,
     console: Console,
+    clock: Arc<dyn HostClock>,
     on_end: OnEnd,
     on_disk_failure: OnDiskFailure,
 }
@@ -120,9 +123,17 @@ impl VmBuilder {
             router: Arc::new(router),
             pci: PciRoot::new(window),
             console,
+            clock: Arc::new(SystemClock),
             on_end: Arc::new(on_end),
             on_disk_failure: Arc::new(drop),
         })
+    }
+
+    /// Gives the guest's timers another clock than the host's.
+    #[cfg(test)]
+    pub(crate) fn with_clock(mut self, clock: Arc<dyn HostClock>) -> Self {
+        self.clock = clock;
+        self
     }
 
     /// Calls `on_disk_failure` for each disk that fails; the guest runs on and sees I/O errors. Called on
@@ -181,6 +192,7 @@ impl VmBuilder {
         let bus = Arc::new(Bus {
             serial: SerialPort::new(self.line(layout::COM1_GSI)?, self.console.clone()),
             power: Power::new(self.line(layout::GED_GSI)?),
+            pm_timer: PmTimer::new(Arc::clone(&self.clock)),
             pci: Arc::new(self.pci),
         });
         let vcpus = spawn_vcpus(&self.bare, self.cpus, &bus, &self.on_end)?;

@@ -42,6 +42,9 @@ pub struct MachineState {
     /// How often the machine was reset in place since the guest's start.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub(crate) resets: u32,
+    /// The age of the power management timer in nanoseconds; none in a machine without one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) pm_timer_ns: Option<u64>,
 }
 
 /// A saved state that this release cannot use.

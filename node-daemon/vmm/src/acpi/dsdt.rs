@@ -64,7 +64,8 @@ fn low(address: u64) -> u32 {
     u32::try_from(address).unwrap_or(0)
 }
 
-/// Reserves the PCI configuration window, without which Linux does not use it.
+/// Reserves the PCI configuration window, without which Linux does not use it, and the ports of the
+/// power registers and the power management timer.
 fn motherboard() -> Vec<u8> {
     let window = Memory32Fixed::new(true, low(layout::ECAM_START), low(layout::ECAM_BUS_SIZE));
     let power_ports = IO::new(
@@ -73,6 +74,12 @@ fn motherboard() -> Vec<u8> {
         1,
         4,
     );
+    let timer_ports = IO::new(
+        layout::ACPI_PM_TIMER_PORT,
+        layout::ACPI_PM_TIMER_PORT,
+        1,
+        layout::ACPI_PM_TIMER_PORTS,
+    );
     bytes(&Device::new(
         "MBRD".into(),
         vec![
@@ -80,7 +87,7 @@ fn motherboard() -> Vec<u8> {
             &Name::new("_UID".into(), &ZERO),
             &Name::new(
                 "_CRS".into(),
-                &ResourceTemplate::new(vec![&window, &power_ports]),
+                &ResourceTemplate::new(vec![&window, &power_ports, &timer_ports]),
             ),
         ],
     ))

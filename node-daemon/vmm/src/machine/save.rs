@@ -62,6 +62,7 @@ impl PausedVm {
             power_events: machine.bus.power.save(),
             devices: machine.bus.pci.save(),
             resets: machine.resets,
+            pm_timer_ns: Some(machine.bus.pm_timer.save()),
         })
     }
 
@@ -94,6 +95,9 @@ impl PausedVm {
             return Err(RestoreError::Serial);
         }
         machine.bus.power.restore(state.power_events);
+        if let Some(age_ns) = state.pm_timer_ns {
+            machine.bus.pm_timer.restore(age_ns);
+        }
         machine.bus.pci.restore(&state.devices)?;
         self.machine.resets = state.resets;
         Ok(())

@@ -1,4 +1,5 @@
 mod reset;
+mod timers;
 
 use std::sync::Arc;
 

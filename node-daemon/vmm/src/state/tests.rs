@@ -71,6 +71,7 @@ fn sample() -> MachineState {
         power_events: 1,
         devices: DeviceState::new("pci", 1, &["nothing"]),
         resets: 0,
+        pm_timer_ns: None,
     }
 }
 
@@ -90,6 +91,17 @@ fn the_number_of_resets_is_kept_and_absent_in_a_state_without() {
     };
     let text = state.encode().unwrap();
     assert_eq!(MachineState::decode(&text).unwrap(), state);
+}
+
+#[test]
+fn the_age_of_the_power_management_timer_is_kept_and_absent_in_a_state_without() {
+    let state = MachineState {
+        pm_timer_ns: Some(u64::MAX),
+        ..sample()
+    };
+    let text = state.encode().unwrap();
+    assert_eq!(MachineState::decode(&text).unwrap(), state);
+    assert_eq!(sample().pm_timer_ns, None);
 }
 
 #[test]

@@ -10,6 +10,18 @@ pub(crate) const COUNTER: &[u8] = &[
     0xEE, // out dx, al
     0xEB, 0xEE, // jmp again
 ];
+/// Prints the four bytes of the power management timer, without end.
+pub(crate) const PM_TIMER: &[u8] = &[
+    0x66, 0xBA, 0x08, 0x06, // again: mov dx, 0x608
+    0xED, // in eax, dx
+    0x66, 0xBA, 0xF8, 0x03, // mov dx, 0x3F8
+    0xB9, 0x04, 0x00, 0x00, 0x00, // mov ecx, 4
+    0xEE, // next: out dx, al
+    0xC1, 0xE8, 0x08, // shr eax, 8
+    0x49, // dec ecx
+    0x75, 0xF9, // jnz next
+    0xEB, 0xE9, // jmp again
+];
 /// Switches itself off by the ACPI sleep control register.
 pub(crate) const POWER_OFF: &[u8] = &[
     0x66, 0xBA, 0x00, 0x06, // mov dx, 0x600

@@ -39,6 +39,7 @@ fn still(mut state: MachineState) -> MachineState {
         }
         *pit = crate::blob::Blob::of(&bare);
     }
+    state.pm_timer_ns = None;
     state.clock = crate::blob::Blob::of(&kvm_bindings::kvm_clock_data::default());
     state.resets = 0;
     state

@@ -1,0 +1,55 @@
+//! The guest's timers, as a guest reads them.
+
+use std::time::Duration;
+
+use super::*;
+use crate::clock::{HostClock, ManualClock};
+use crate::testing::PM_TIMER;
+
+/// A machine whose host's clocks stand where `clock` says.
+fn at(clock: &Arc<ManualClock>) -> (crate::VmBuilder, TestVm) {
+    let (builder, test) = TestVm::builder(1);
+    let clock = Arc::clone(clock) as Arc<dyn HostClock>;
+    (builder.with_clock(clock), test)
+}
+
+/// All whole registers of four bytes that the guest has printed.
+fn printed(test: &TestVm) -> Vec<u32> {
+    let output = test.console.recent();
+    let registers = output.chunks_exact(4);
+    registers
+        .map(|bytes| u32::from_le_bytes(bytes.try_into().unwrap()))
+        .collect()
+}
+
+#[test]
+fn a_guest_reads_the_power_management_timer_and_finds_it_again_where_it_moves() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let here = ManualClock::at(Duration::from_secs(9), Duration::ZERO);
+    let (builder, first) = at(&here);
+    let vm = builder.boot(images(PM_TIMER)).unwrap();
+    here.advance(Duration::from_secs(2));
+    let vm = vm.run().unwrap();
+    first.await_output(40);
+    let old = vm.pause().unwrap();
+    let seen = printed(&first);
+    assert!(seen.iter().all(|ticks| *ticks == 2 * 3_579_545), "{seen:?}");
+    let saved = old.save().unwrap().encode().unwrap();
+    let there = ManualClock::at(Duration::from_secs(500), Duration::ZERO);
+    let (builder, second) = at(&there);
+    let mut new = builder.incoming(images(PM_TIMER)).unwrap();
+    copy_ram(old.handle().memory(), new.handle().memory());
+    new.restore(MachineState::decode(&saved).unwrap()).unwrap();
+    there.advance(Duration::from_secs(1));
+    let rest = first.console.recent().len() % 4;
+    let new = new.run().unwrap();
+    second.await_output(40);
+    drop(new.pause().unwrap());
+    // The register that was being printed comes first, in part.
+    let output = second.console.recent();
+    let whole = output[(4 - rest) % 4..].chunks_exact(4);
+    let ticks = whole.map(|bytes| u32::from_le_bytes(bytes.try_into().unwrap()));
+    assert!(ticks.skip(1).all(|ticks| ticks == 3 * 3_579_545));
+}

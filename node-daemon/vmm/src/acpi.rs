@@ -19,11 +19,12 @@ use self::oem::{OEM_ID, OEM_REVISION, OEM_TABLE_ID};
 use crate::layout;
 use crate::memory::GuestMemory;
 use crate::power;
+use crate::rtc;
 
 /// Tables begin at multiples of this.
 const ALIGNMENT: u64 = 16;
-/// `IAPC_BOOT_ARCH` (ACPI 6.5, table 5.10): no VGA, no PCIe ASPM, no CMOS clock.
-const BOOT_ARCH: u16 = (1 << 2) | (1 << 4) | (1 << 5);
+/// `IAPC_BOOT_ARCH` (ACPI 6.5, table 5.10): no VGA, no PCIe ASPM.
+const BOOT_ARCH: u16 = (1 << 2) | (1 << 4);
 
 /// Writes all tables; the root pointer's address.
 pub(crate) fn write(memory: &GuestMemory, cpus: u32) -> Result<GuestAddress, GuestMemoryError> {
@@ -88,6 +89,7 @@ fn fadt(dsdt: u64) -> acpi_tables::fadt::FADT {
         .flag(Flags::TmrValExt);
     fadt.preferred_pm_profile = PmProfile::EnterpriseServer as u8;
     fadt.iapc_boot_arch = BOOT_ARCH.into();
+    fadt.century = rtc::CENTURY;
     fadt.reset_reg = byte_port(layout::ACPI_RESET_PORT);
     fadt.reset_value = power::RESET_VALUE;
     fadt.sleep_control_reg = byte_port(layout::ACPI_SLEEP_CONTROL_PORT);
@@ -153,6 +155,14 @@ mod tests {
         table
             .iter()
             .fold(0, |sum: u8, byte| sum.wrapping_add(*byte))
+    }
+
+    /// ACPI 6.5, tables 5.9 and 5.10: 108 CENTURY, 109 IAPC_BOOT_ARCH.
+    #[test]
+    fn acpi_5_2_9_there_is_a_cmos_clock_with_a_century() {
+        let fadt = bytes(&fadt(0));
+        assert_eq!(fadt[108], 0x32);
+        assert_eq!(fadt[109] & (1 << 5), 0, "CMOS RTC Not Present");
     }
 
     /// ACPI 6.5, table 5.9: 76 PM_TMR_BLK, 91 PM_TMR_LEN, 112 flags, 208 X_PM_TMR_BLK.

@@ -8,6 +8,7 @@ use vm_memory::GuestAddress;
 use crate::layout;
 use crate::pm_timer::PmTimer;
 use crate::power::{Power, PowerRequest};
+use crate::rtc::Rtc;
 use crate::serial::SerialPort;
 
 /// All devices with ports or MMIO. Shared by all vCPU threads.
@@ -16,6 +17,7 @@ pub(crate) struct Bus {
     pub(crate) serial: SerialPort,
     pub(crate) power: Power,
     pub(crate) pm_timer: PmTimer,
+    pub(crate) rtc: Rtc,
     pub(crate) pci: Arc<PciRoot>,
 }
 
@@ -35,6 +37,7 @@ impl Bus {
         self.serial.reset();
         self.power.restore(0);
         self.pm_timer.reset();
+        self.rtc.reset();
     }
 
     /// A guest read from `port`. A port without a device reads as all ones, as on a real bus.
@@ -46,6 +49,7 @@ impl Bus {
                 data.iter_mut()
                     .for_each(|byte| *byte = self.serial.read(offset));
             }
+            layout::RTC_DATA_PORT => data.iter_mut().for_each(|byte| *byte = self.rtc.read()),
             layout::ACPI_PM_TIMER_PORT..=PM_TIMER_LAST => {
                 self.pm_timer.read(port - layout::ACPI_PM_TIMER_PORT, data);
             }
@@ -66,6 +70,14 @@ impl Bus {
                 let offset = com1_offset(port);
                 data.iter()
                     .for_each(|byte| self.serial.write(offset, *byte));
+                None
+            }
+            (layout::RTC_INDEX_PORT, _) => {
+                data.iter().for_each(|byte| self.rtc.select(*byte));
+                None
+            }
+            (layout::RTC_DATA_PORT, _) => {
+                data.iter().for_each(|byte| self.rtc.write(*byte));
                 None
             }
             (RESET_CONTROL_PORT, [value]) if value & RESET_CONTROL_RESET != 0 => {

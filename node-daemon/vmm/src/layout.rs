@@ -53,6 +53,10 @@ pub const ACPI_EVENT_PORT: u16 = 0x603;
 pub const ACPI_PM_TIMER_PORT: u16 = 0x608;
 /// Number of ports of the power management timer.
 pub const ACPI_PM_TIMER_PORTS: u8 = 4;
+/// Index port of the CMOS clock (MC146818A).
+pub const RTC_INDEX_PORT: u16 = 0x70;
+/// Data port of the CMOS clock.
+pub const RTC_DATA_PORT: u16 = 0x71;
 /// i8042 command port; a write of 0xFE pulses the reset line.
 pub const I8042_COMMAND_PORT: u16 = 0x64;
 /// PCI configuration mechanism #1, address register, four bytes.

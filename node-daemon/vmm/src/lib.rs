@@ -24,6 +24,7 @@ pub mod migration;
 mod pm_timer;
 mod power;
 pub mod process;
+mod rtc;
 mod serial;
 pub mod state;
 #[cfg(test)]

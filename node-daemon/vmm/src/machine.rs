@@ -28,7 +28,7 @@ use bascule_devices::interrupt::MsiRouter;
 use bascule_devices::pci::{AddError, PciFunction, PciRoot};
 use bascule_devices::virtio::DeviceContext;
 use bascule_types::Bytes;
-use vm_memory::GuestAddress;
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::boot::{BootError, Entry, OpenImages};
@@ -42,6 +42,7 @@ use crate::kvm::{BareVm, KvmError};
 use crate::memory::{GuestMemory, MemoryError};
 use crate::pm_timer::PmTimer;
 use crate::power::Power;
+use crate::rtc::{RamSizes, Rtc};
 use crate::serial::SerialPort;
 use crate::vcpu::state::StateShape;
 use crate::vcpu::{OnEnd, Vcpu, msr};
@@ -193,6 +194,7 @@ impl VmBuilder {
             serial: SerialPort::new(self.line(layout::COM1_GSI)?, self.console.clone()),
             power: Power::new(self.line(layout::GED_GSI)?),
             pm_timer: PmTimer::new(Arc::clone(&self.clock)),
+            rtc: Rtc::new(Arc::clone(&self.clock), ram_sizes(&self.memory)),
             pci: Arc::new(self.pci),
         });
         let vcpus = spawn_vcpus(&self.bare, self.cpus, &bus, &self.on_end)?;
@@ -220,6 +222,15 @@ impl VmBuilder {
             .attach_line(gsi, &irq)
             .map_err(interrupt_error("attach an interrupt line"))?;
         Ok(irq)
+    }
+}
+
+/// The RAM below the hole, and above it.
+fn ram_sizes(memory: &GuestMemory) -> RamSizes {
+    let mut regions = memory.iter().map(GuestMemoryRegion::len);
+    RamSizes {
+        low: regions.next().unwrap_or(0),
+        high: regions.sum(),
     }
 }
 

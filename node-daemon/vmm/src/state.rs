@@ -16,6 +16,7 @@ use kvm_bindings::{kvm_clock_data, kvm_irqchip, kvm_pit_state2};
 use serde::{Deserialize, Serialize};
 
 use crate::blob::Blob;
+use crate::rtc::SavedRtc;
 use crate::serial::SavedSerial;
 use crate::vcpu::state::VcpuState;
 
@@ -45,6 +46,9 @@ pub struct MachineState {
     /// The age of the power management timer in nanoseconds; none in a machine without one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) pm_timer_ns: Option<u64>,
+    /// The CMOS clock; none in a machine without one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) rtc: Option<SavedRtc>,
 }
 
 /// A saved state that this release cannot use.

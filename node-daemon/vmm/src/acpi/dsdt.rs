@@ -32,6 +32,7 @@ pub(super) fn build() -> Sdt {
         motherboard(),
         pci_root(),
         serial_port(),
+        clock(),
         power_button(),
         event_device(),
     ] {
@@ -137,6 +138,18 @@ fn serial_port() -> Vec<u8> {
                 "_CRS".into(),
                 &ResourceTemplate::new(vec![&ports, &interrupt]),
             ),
+        ],
+    ))
+}
+
+/// The CMOS clock, without an interrupt.
+fn clock() -> Vec<u8> {
+    let ports = IO::new(layout::RTC_INDEX_PORT, layout::RTC_INDEX_PORT, 1, 2);
+    bytes(&Device::new(
+        "RTC_".into(),
+        vec![
+            &Name::new("_HID".into(), &EISAName::new("PNP0B00")),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&ports])),
         ],
     ))
 }

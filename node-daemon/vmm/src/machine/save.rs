@@ -63,6 +63,7 @@ impl PausedVm {
             devices: machine.bus.pci.save(),
             resets: machine.resets,
             pm_timer_ns: Some(machine.bus.pm_timer.save()),
+            rtc: Some(machine.bus.rtc.save()),
         })
     }
 
@@ -97,6 +98,9 @@ impl PausedVm {
         machine.bus.power.restore(state.power_events);
         if let Some(age_ns) = state.pm_timer_ns {
             machine.bus.pm_timer.restore(age_ns);
+        }
+        if let Some(rtc) = &state.rtc {
+            machine.bus.rtc.restore(rtc);
         }
         machine.bus.pci.restore(&state.devices)?;
         self.machine.resets = state.resets;

@@ -72,6 +72,7 @@ fn sample() -> MachineState {
         devices: DeviceState::new("pci", 1, &["nothing"]),
         resets: 0,
         pm_timer_ns: None,
+        rtc: None,
     }
 }
 
@@ -102,6 +103,20 @@ fn the_age_of_the_power_management_timer_is_kept_and_absent_in_a_state_without()
     let text = state.encode().unwrap();
     assert_eq!(MachineState::decode(&text).unwrap(), state);
     assert_eq!(sample().pm_timer_ns, None);
+}
+
+/// As [`version_1_is_written_and_read_as_it_always_was`], of the parts that came later.
+#[test]
+fn the_cmos_clock_is_written_and_read_as_it_always_was() {
+    let state = MachineState {
+        rtc: Some(crate::rtc::saved()),
+        ..sample()
+    };
+    let text = String::from_utf8(state.encode().unwrap()).unwrap();
+    let bytes = "BwcH".repeat(42) + "Bwc=";
+    let golden = format!(r#","rtc":{{"index":9,"ahead_us":-3600000000,"bytes":"{bytes}"}}}}"#);
+    assert!(text.ends_with(&golden), "{text}");
+    assert_eq!(MachineState::decode(text.as_bytes()).unwrap(), state);
 }
 
 #[test]

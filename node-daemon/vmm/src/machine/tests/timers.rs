@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::*;
 use crate::clock::{HostClock, ManualClock};
-use crate::testing::PM_TIMER;
+use crate::testing::{CLOCK, PM_TIMER};
 
 /// A machine whose host's clocks stand where `clock` says.
 fn at(clock: &Arc<ManualClock>) -> (crate::VmBuilder, TestVm) {
@@ -52,4 +52,18 @@ fn a_guest_reads_the_power_management_timer_and_finds_it_again_where_it_moves() 
     let whole = output[(4 - rest) % 4..].chunks_exact(4);
     let ticks = whole.map(|bytes| u32::from_le_bytes(bytes.try_into().unwrap()));
     assert!(ticks.skip(1).all(|ticks| ticks == 3 * 3_579_545));
+}
+
+#[test]
+fn a_guest_reads_the_hosts_time() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let now = Duration::from_secs(1_795_876_507);
+    let (builder, test) = at(&ManualClock::at(Duration::ZERO, now));
+    let vm = builder.boot(images(CLOCK)).unwrap().run().unwrap();
+    test.await_output(7);
+    drop(vm.pause().unwrap());
+    let output = test.console.recent();
+    assert_eq!(output[..7], [0x07, 0x35, 0x14, 0x28, 0x11, 0x26, 0x20]);
 }

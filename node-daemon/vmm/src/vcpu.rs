@@ -15,6 +15,7 @@
 )]
 
 pub(crate) mod msr;
+mod readable;
 pub(crate) mod state;
 
 use std::cell::Cell;

@@ -1,7 +1,7 @@
 //! Reading and writing the whole state of one vCPU.
 #![expect(
     unsafe_code,
-    reason = "KVM_GET_XSAVE2 writes a buffer whose length only KVM knows"
+    reason = "KVM_SET_XSAVE2 reads a buffer whose length only KVM knows"
 )]
 
 use kvm_bindings::{
@@ -12,6 +12,7 @@ use kvm_ioctls::{Cap, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::fam::FamStruct;
 
+use super::readable::Readable;
 use super::{FirstRegisters, msr};
 use crate::blob::Blob;
 use crate::ioctl;
@@ -57,7 +58,8 @@ impl StateShape {
         })
     }
 
-    fn xsave(&self) -> Result<Xsave, KvmError> {
+    /// An empty XSAVE area.
+    pub(super) fn xsave(&self) -> Result<Xsave, KvmError> {
         let beyond = self.xsave_bytes - size_of::<kvm_xsave>();
         Xsave::new(beyond.div_ceil(size_of::<<kvm_bindings::kvm_xsave2 as FamStruct>::Entry>()))
             .map_err(|_| KvmError::Lacks {
@@ -70,39 +72,29 @@ impl StateShape {
 ///
 /// # Ordering
 /// The run state comes first, because KVM accepts pending INIT and SIPI there, which changes all
-/// else; the events come last, because reading other state may raise some.
-pub(crate) fn save(vcpu: &VcpuFd, shape: &StateShape) -> Result<VcpuState, KvmError> {
-    let mp_state = vcpu
-        .get_mp_state()
-        .map_err(KvmError::ioctl("read the run state"))?;
-    let regs = vcpu.get_regs().map_err(KvmError::ioctl("read registers"))?;
-    let sregs = vcpu
-        .get_sregs()
-        .map_err(KvmError::ioctl("read special registers"))?;
-    let xsave = read_xsave(vcpu, shape)?;
+/// else; the events come last, because reading other state may raise some. The MSRs come before the local
+/// APIC, as in QEMU (`kvm_arch_get_registers`): the timer of a parked vCPU may expire at any time, and KVM then clears
+/// IA32_TSC_DEADLINE and makes the interrupt pending in the local APIC. Read before, the deadline is still set, and the
+/// restored timer expires again, which a guest must expect. Read after a local APIC without the interrupt, it
+/// is gone, and the guest waits for its timer without end.
+pub(crate) fn save(vcpu: &impl Readable, shape: &StateShape) -> Result<VcpuState, KvmError> {
+    let mp_state = vcpu.mp_state()?;
+    let regs = vcpu.regs()?;
+    let sregs = vcpu.sregs()?;
+    let xsave = vcpu.xsave(shape)?;
     let xcrs = if shape.has_xcrs {
-        let xcrs = vcpu
-            .get_xcrs()
-            .map_err(KvmError::ioctl("read extended control registers"))?;
-        Some(Blob::of(&xcrs))
+        Some(Blob::of(&vcpu.xcrs()?))
     } else {
         None
     };
-    let debugregs = vcpu
-        .get_debug_regs()
-        .map_err(KvmError::ioctl("read debug registers"))?;
-    let lapic = vcpu
-        .get_lapic()
-        .map_err(KvmError::ioctl("read the local APIC"))?;
-    let msrs = msr::read(vcpu, &shape.msrs)?;
-    let cpuid = vcpu
-        .get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
-        .map_err(KvmError::ioctl("read CPUID"))?;
-    let events = vcpu
-        .get_vcpu_events()
-        .map_err(KvmError::ioctl("read events"))?;
+    let debugregs = vcpu.debugregs()?;
+    let msrs = vcpu.msrs(&shape.msrs)?;
+    let lapic = vcpu.lapic()?;
+    let cpuid = vcpu.cpuid()?;
+    let events = vcpu.events()?;
+    let (tsc_khz, tsc_offset) = vcpu.tsc();
     Ok(VcpuState {
-        cpuid: cpuid.as_slice().iter().map(Blob::of).collect(),
+        cpuid: cpuid.iter().map(Blob::of).collect(),
         mp_state: Blob::of(&mp_state),
         regs: Blob::of(&regs),
         sregs: Blob::of(&sregs),
@@ -112,8 +104,8 @@ pub(crate) fn save(vcpu: &VcpuFd, shape: &StateShape) -> Result<VcpuState, KvmEr
         lapic: Blob::of(&lapic),
         msrs,
         events: Blob::of(&events),
-        tsc_khz: vcpu.get_tsc_khz().ok(),
-        tsc_offset: ioctl::tsc_offset(vcpu).ok(),
+        tsc_khz,
+        tsc_offset,
     })
 }
 
@@ -219,18 +211,6 @@ fn scale_tsc(vcpu: &VcpuFd, khz: Option<u32>) {
     }
 }
 
-fn read_xsave(vcpu: &VcpuFd, shape: &StateShape) -> Result<Blob<[u8]>, KvmError> {
-    let mut xsave = shape.xsave()?;
-    // SAFETY: the buffer is at least as long as KVM_CHECK_EXTENSION(KVM_CAP_XSAVE2) said on this
-    // VM's descriptor (`StateShape::of`), and no dynamic feature was enabled since.
-    let result = unsafe { vcpu.get_xsave2(&mut xsave) };
-    result.map_err(KvmError::ioctl("read the XSAVE area"))?;
-    let fixed = xsave.as_fam_struct_ref().xsave.region;
-    let words = fixed.iter().chain(xsave.as_slice());
-    let bytes: Vec<u8> = words.flat_map(|word| word.to_le_bytes()).collect();
-    Ok(Blob::of_bytes(&bytes))
-}
-
 fn write_xsave(vcpu: &VcpuFd, shape: &StateShape, saved: &Blob<[u8]>) -> Result<(), KvmError> {
     let mut xsave = shape.xsave()?;
     let mut words = saved.bytes().chunks_exact(4).map(|four| {
@@ -252,7 +232,11 @@ fn write_xsave(vcpu: &VcpuFd, shape: &StateShape, saved: &Blob<[u8]>) -> Result<
     for (to, from) in xsave.as_mut_slice().iter_mut().zip(words) {
         *to = from;
     }
-    // SAFETY: as in `read_xsave`: the buffer is as long as KVM says that it reads.
+    // SAFETY: the buffer is at least as long as KVM_CHECK_EXTENSION(KVM_CAP_XSAVE2) said on this
+    // VM's descriptor (`StateShape::of`), and no dynamic feature was enabled since.
     let result = unsafe { vcpu.set_xsave2(&xsave) };
     result.map_err(KvmError::ioctl("set the XSAVE area"))
 }
+
+#[cfg(test)]
+mod tests;

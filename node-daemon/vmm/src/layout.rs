@@ -90,6 +90,8 @@ pub const EBDA_START: u64 = 0x9_FC00;
 pub const ACPI_START: u64 = 0xE_0000;
 /// Room for the ACPI tables.
 pub const ACPI_SIZE: u64 = 0x1_0000;
+/// SMBIOS entry point and tables, up to the reset vector.
+pub const SMBIOS_START: u64 = 0xF_0000;
 /// Reset vector of a PC, in real mode: a guest that jumps there requests a reset.
 pub const RESET_VECTOR: u64 = 0xF_FFF0;
 /// Where the kernel goes: 1 MiB.

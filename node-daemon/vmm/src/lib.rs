@@ -26,6 +26,7 @@ mod power;
 pub mod process;
 mod rtc;
 mod serial;
+mod smbios;
 pub mod state;
 #[cfg(test)]
 mod testing;

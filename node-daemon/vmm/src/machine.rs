@@ -27,7 +27,7 @@ use bascule_devices::failure::{DeviceFailure, FailureSink};
 use bascule_devices::interrupt::MsiRouter;
 use bascule_devices::pci::{AddError, PciFunction, PciRoot};
 use bascule_devices::virtio::DeviceContext;
-use bascule_types::Bytes;
+use bascule_types::{Bytes, VmUid};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -49,7 +49,7 @@ use crate::vcpu::{OnEnd, Vcpu, msr};
 use crate::{GuestEnd, layout, memory};
 
 use self::handle::Machine;
-use self::start::Start;
+use self::start::{Identity, Start};
 
 pub use handle::MachineHandle;
 pub use lifecycle::{PausedVm, RunningVm};
@@ -59,7 +59,7 @@ pub use save::RestoreError;
 pub struct VmBuilder {
     bare: BareVm,
     memory: Arc<GuestMemory>,
-    cpus: u32,
+    identity: Identity,
     router: Arc<InterruptRouter>,
     pci: PciRoot,
     console: Console,
@@ -95,9 +95,9 @@ pub enum BuildError {
         #[source]
         source: std::io::Error,
     },
-    /// The ACPI tables do not fit.
-    #[error("cannot write the ACPI tables")]
-    Acpi(#[source] vm_memory::GuestMemoryError),
+    /// The ACPI and SMBIOS tables do not fit.
+    #[error("cannot write the firmware tables")]
+    Tables(#[source] vm_memory::GuestMemoryError),
 }
 
 impl VmBuilder {
@@ -120,7 +120,10 @@ impl VmBuilder {
         Ok(Self {
             bare,
             memory,
-            cpus,
+            identity: Identity {
+                cpus,
+                uid: VmUid::from_bytes([0; 16]),
+            },
             router: Arc::new(router),
             pci: PciRoot::new(window),
             console,
@@ -128,6 +131,13 @@ impl VmBuilder {
             on_end: Arc::new(on_end),
             on_disk_failure: Arc::new(drop),
         })
+    }
+
+    /// Tells the guest this UUID, by SMBIOS. Without it, it is told that there is none.
+    #[must_use]
+    pub const fn with_uid(mut self, uid: VmUid) -> Self {
+        self.identity.uid = uid;
+        self
     }
 
     /// Gives the guest's timers another clock than the host's.
@@ -177,7 +187,7 @@ impl VmBuilder {
     /// When the images cannot be read or do not fit, or KVM refuses.
     pub fn boot(self, images: OpenImages) -> Result<PausedVm, BuildError> {
         let source = images().map_err(BootError::Images)?;
-        let entry = start::load(&self.memory, self.cpus, source)?;
+        let entry = start::load(&self.memory, self.identity, source)?;
         self.finish(Some(entry), images)
     }
 
@@ -197,10 +207,10 @@ impl VmBuilder {
             rtc: Rtc::new(Arc::clone(&self.clock), ram_sizes(&self.memory)),
             pci: Arc::new(self.pci),
         });
-        let vcpus = spawn_vcpus(&self.bare, self.cpus, &bus, &self.on_end)?;
+        let vcpus = spawn_vcpus(&self.bare, self.identity.cpus, &bus, &self.on_end)?;
         let dirty = KvmDirtyTracker::new(Arc::clone(&self.bare.vm), Arc::clone(&self.memory));
         let machine = Machine {
-            start: Start::of(&vcpus, &self.bare, images)?,
+            start: Start::of(self.identity, &vcpus, &self.bare, images)?,
             vcpus,
             bus,
             dirty: Arc::new(dirty),
@@ -265,7 +275,7 @@ fn spawn_vcpus(
 impl std::fmt::Debug for VmBuilder {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("VmBuilder")
-            .field("cpus", &self.cpus)
+            .field("identity", &self.identity)
             .finish_non_exhaustive()
     }
 }

@@ -53,8 +53,7 @@ impl PausedVm {
         let source = (machine.start.images)().map_err(boot::BootError::Images)?;
         machine.bus.reset();
         memory::clear(&machine.memory)?;
-        let cpus = u32::try_from(machine.vcpus.len()).unwrap_or(u32::MAX);
-        let entry = start::load(&machine.memory, cpus, source)?;
+        let entry = start::load(&machine.memory, machine.start.identity, source)?;
         machine.reset_controllers()?;
         machine.reset_vcpus()?;
         machine.enter(entry)?;

@@ -88,6 +88,7 @@ impl BuildPlan {
         let cpus = u32::from(self.config.cpus);
         let console = self.console.clone();
         let builder = VmBuilder::new(cpus, self.config.memory, console, on_end)?;
+        let builder = builder.with_uid(self.config.uid);
         Ok(builder.with_disk_failures(on_disk_failure))
     }
 

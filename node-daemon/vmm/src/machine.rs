@@ -44,7 +44,7 @@ use crate::pm_timer::PmTimer;
 use crate::power::Power;
 use crate::rtc::{RamSizes, Rtc};
 use crate::serial::SerialPort;
-use crate::vcpu::state::StateShape;
+use crate::vcpu::shape::StateShape;
 use crate::vcpu::{OnEnd, Vcpu, msr};
 use crate::{GuestEnd, layout, memory};
 

@@ -16,6 +16,7 @@
 
 pub(crate) mod msr;
 mod readable;
+pub(crate) mod shape;
 pub(crate) mod state;
 
 use std::cell::Cell;
@@ -34,7 +35,8 @@ use kvm_bindings::{
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
-use self::state::{StateShape, VcpuState};
+use self::shape::StateShape;
+use self::state::VcpuState;
 use crate::GuestEnd;
 use crate::bus::Bus;
 use crate::kvm::KvmError;

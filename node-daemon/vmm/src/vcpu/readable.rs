@@ -11,7 +11,7 @@ use kvm_bindings::{
 use kvm_ioctls::VcpuFd;
 
 use super::msr;
-use super::state::StateShape;
+use super::shape::StateShape;
 use crate::blob::Blob;
 use crate::ioctl;
 use crate::kvm::KvmError;

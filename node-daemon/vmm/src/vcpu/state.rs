@@ -5,14 +5,14 @@
 )]
 
 use kvm_bindings::{
-    CpuId, Xsave, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_regs,
-    kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    CpuId, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_regs, kvm_sregs,
+    kvm_vcpu_events, kvm_xcrs,
 };
-use kvm_ioctls::{Cap, VcpuFd, VmFd};
+use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
-use vmm_sys_util::fam::FamStruct;
 
 use super::readable::Readable;
+use super::shape::StateShape;
 use super::{FirstRegisters, msr};
 use crate::blob::Blob;
 use crate::ioctl;
@@ -36,36 +36,6 @@ pub(crate) struct VcpuState {
     pub(crate) tsc_khz: Option<u32>,
     /// Guest TSC minus host TSC, modulo 2^64, where KVM reports it.
     pub(crate) tsc_offset: Option<u64>,
-}
-
-/// Sizes and capabilities needed to read a vCPU's state, determined once per machine.
-#[derive(Clone, Debug)]
-pub(crate) struct StateShape {
-    pub(crate) msrs: Vec<u32>,
-    /// Length of the XSAVE area in bytes.
-    pub(crate) xsave_bytes: usize,
-    pub(crate) has_xcrs: bool,
-}
-
-impl StateShape {
-    /// The shape of `vcpu`'s state under this kernel.
-    pub(crate) fn of(kvm: &kvm_ioctls::Kvm, vm: &VmFd, vcpu: &VcpuFd) -> Result<Self, KvmError> {
-        let offered = usize::try_from(vm.check_extension_int(Cap::Xsave2)).unwrap_or(0);
-        Ok(Self {
-            msrs: msr::readable(kvm, vcpu)?,
-            xsave_bytes: offered.max(size_of::<kvm_xsave>()),
-            has_xcrs: vm.check_extension(Cap::Xcrs),
-        })
-    }
-
-    /// An empty XSAVE area.
-    pub(super) fn xsave(&self) -> Result<Xsave, KvmError> {
-        let beyond = self.xsave_bytes - size_of::<kvm_xsave>();
-        Xsave::new(beyond.div_ceil(size_of::<<kvm_bindings::kvm_xsave2 as FamStruct>::Entry>()))
-            .map_err(|_| KvmError::Lacks {
-                what: "room for the XSAVE area",
-            })
-    }
 }
 
 /// Reads `vcpu`, which no thread runs.

@@ -2,6 +2,8 @@
 
 use std::cell::Cell;
 
+use kvm_bindings::kvm_xsave;
+
 use super::*;
 
 /// Offset of the first interrupt request register in the local APIC (SDM vol. 3, table 12-1).

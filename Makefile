@@ -92,11 +92,11 @@ SEEDS ?= 1000
 FROM ?= 0
 JOBS ?= 1
 .PHONY: soak
-soak: checkout ## The volume's real drivers in simulation: SEEDS seeds (0.4 s each) in each of JOBS processes, from FROM on
-	cargo test --release --quiet --locked -p bascule-volume --test sim --no-run
+soak: checkout ## The real drivers of volume and disks in simulation: SEEDS seeds (0.4 s each) in each of JOBS processes, from FROM on
+	cargo test --release --quiet --locked -p bascule-volume -p bascule-devices --test sim --no-run
 	seq 0 $$(($(JOBS) - 1)) | TMPDIR=$(or $(wildcard /dev/shm),/tmp) BASCULE_SIM_SEEDS=$(SEEDS) xargs -P $(JOBS) -I {} \
 	  sh -c 'BASCULE_SIM_FROM=$$(($(FROM) + {} * $(SEEDS))) \
-	    cargo test --release --quiet --locked -p bascule-volume --test sim -- --nocapture i1_i3_i6'
+	    cargo test --release --quiet --locked -p bascule-volume -p bascule-devices --test sim -- --nocapture of_every_seed'
 
 .PHONY: kvm
 kvm: checkout ## The VM process on this machine's /dev/kvm, with the probe guest. One test: T=NAME

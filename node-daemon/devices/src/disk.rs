@@ -18,7 +18,10 @@
 //!   a second, while the guest waits. An unspecific I/O error counts as such if the volume's first block
 //!   cannot be read either.
 //! - A failed write may still land, so after one, or a failed flush, the engine is unclean for good
-//!   ([`DiskEngine::writer_state`]), even when it is idle.
+//!   ([`DiskEngine::writer_state`]), even when it is idle. Until the volume's settle time has passed, no
+//!   other write is submitted to its blocks, which it could undo.
+//!
+//! `tests/sim` runs engines on a device that fails, also with each of the rules about errors broken.
 //!
 //! Read next: `engine` for the life of a request.
 
@@ -31,12 +34,20 @@ mod geometry;
 mod job;
 mod request;
 mod ring;
+mod rules;
 mod slab;
+mod unsettled;
 
-pub use backend::Disk;
+pub use backend::{Disk, SETTLE_DEFAULT};
 pub use engine::{DiskEngine, Drained, EngineStats};
 pub use errors::ErrorPolicy;
 pub use extent::{ExtentError, ExtentMap};
 pub use gate::{AlwaysOpen, VolumeGate, WriteGate};
 pub use geometry::block_bytes_of;
 pub use request::{Completion, DiskRequest, Operation};
+pub use ring::{Command, HostRun, Ring, UringRing};
+#[cfg(feature = "fault-injection")]
+pub use ring::{DeviceCommand, SimulatedDevice, SimulatedRing, Transferred};
+#[cfg(feature = "fault-injection")]
+pub use rules::Mutation;
+pub use rules::Rules;

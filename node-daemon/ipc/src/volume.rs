@@ -196,4 +196,8 @@ pub struct OpenedVm {
     pub saved: Option<SavedStateRow>,
     /// The device's logical block size in bytes: the alignment of direct I/O.
     pub block_bytes: u32,
+    /// The volume's settle time in milliseconds: for how long a write that failed may still land. None
+    /// from an earlier release.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub settle_ms: Option<u64>,
 }

@@ -339,6 +339,7 @@ fn look_up(
             return refused(Refusal::StaleOwner { owner });
         }
     }
+    let settle = context.superblock.timings.settle;
     // Disks whose import is not finished too: the client may be their importer.
     let mine = |disk: &DiskRow| disk.vm == Some(vm);
     Ok(OpenedVm {
@@ -346,6 +347,7 @@ fn look_up(
         disks: found.disks.into_iter().filter(mine).collect(),
         saved: found.saved.into_iter().find(|saved| saved.vm == vm),
         block_bytes: context.device.block_bytes(),
+        settle_ms: u64::try_from(settle.as_millis()).ok(),
     })
 }
 

@@ -2,6 +2,7 @@
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bascule_types::{Bytes, ExtentRun};
 
@@ -28,6 +29,8 @@ pub struct Disk {
     pub probe_offset: u64,
     /// What a failed read or write does. By default the guest gets the error.
     pub errors: Arc<ErrorPolicy>,
+    /// For how long a write that failed may still land, in the volume's superblock.
+    pub settle: Duration,
 }
 
 impl Disk {
@@ -55,6 +58,7 @@ impl Disk {
             gate,
             probe_offset: 0,
             errors: Arc::default(),
+            settle: SETTLE_DEFAULT,
         })
     }
 
@@ -63,4 +67,13 @@ impl Disk {
     pub fn with_errors(self, errors: Arc<ErrorPolicy>) -> Self {
         Self { errors, ..self }
     }
+
+    /// The same disk with this settle time.
+    #[must_use]
+    pub fn with_settle(self, settle: Duration) -> Self {
+        Self { settle, ..self }
+    }
 }
+
+/// The settle time of a volume that is formatted without another one.
+pub const SETTLE_DEFAULT: Duration = Duration::from_secs(4);

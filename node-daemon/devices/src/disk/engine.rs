@@ -1,14 +1,15 @@
 //! Performs requests on a disk.
 //!
 //! A request is *enqueued*, becomes a [`Job`] and waits until no earlier overlapping write is
-//! unfinished. It is then split into [`SubRequest`]s, at most one per extent run, each of which is
-//! one io_uring command. Writes wait for the gate. The request completes with its last sub-request.
+//! unfinished, and none that failed on its blocks may land. It is then split into [`SubRequest`]s, at most
+//! one per extent run, each of which is one command of the [`Ring`]. Writes wait for the gate. The request
+//! completes with its last sub-request.
 
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::RawFd;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bascule_types::WriterState;
 
@@ -16,17 +17,20 @@ use super::backend::Disk;
 use super::errors::{Failure, HeldBack};
 use super::job::{Job, Stage, SubRequest, SubRequestKind};
 use super::request::{Completion, DiskRequest, Operation};
-use super::ring::{Command, HostRun, Ring};
+use super::ring::{HostRun, Ring, UringRing};
+use super::rules::{Rules, broken};
 use super::slab::Slab;
+use super::unsettled::Unsettled;
 use crate::guest_ram::GuestRam;
 use failed::{PROBE, Suspects};
 
 mod failed;
+mod submission;
 
 /// Counters and state of an engine at one moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct EngineStats {
-    /// Requests are waiting for the gate, or for the path to the device, now.
+    /// Requests are waiting for the gate, for the path to the device, or for a failed write to settle, now.
     pub stalled: bool,
     /// Writes that covered a block in part, each of which cost a read, since the engine was made.
     pub read_modify_writes: u64,
@@ -48,10 +52,11 @@ pub struct Drained {
 
 /// Performs the requests on one disk. Used by one thread.
 #[derive(Debug)]
-pub struct DiskEngine {
+pub struct DiskEngine<R: Ring = UringRing> {
     disk: Disk,
     ram: Arc<GuestRam>,
-    ring: Ring,
+    ring: R,
+    rules: Rules,
     jobs: Slab<Job>,
     sub_requests: Slab<SubRequest>,
     /// Keys of jobs that have not begun, in order of arrival.
@@ -65,6 +70,9 @@ pub struct DiskEngine {
     failure: Failure,
     held_back: HeldBack,
     suspects: Suspects,
+    unsettled: Unsettled,
+    /// A waiting write waits for nothing else but that a failed one has settled.
+    awaits_settling: bool,
     /// Writes that the kernel has and has not completed.
     writes_in_flight: usize,
     /// The gate was told that a write begins, and not yet that none is in flight.
@@ -78,10 +86,26 @@ impl DiskEngine {
     /// # Errors
     /// When io_uring is not available.
     pub fn new(disk: Disk, ram: Arc<GuestRam>) -> io::Result<Self> {
-        Ok(Self {
+        Ok(Self::with_ring(disk, ram, UringRing::new()?))
+    }
+
+    /// An eventfd that becomes readable when commands have completed.
+    #[must_use]
+    pub fn completion_fd(&self) -> RawFd {
+        self.ring.completion_fd()
+    }
+}
+
+impl<R: Ring> DiskEngine<R> {
+    /// An engine without requests, whose commands `ring` performs.
+    #[must_use]
+    pub fn with_ring(disk: Disk, ram: Arc<GuestRam>, ring: R) -> Self {
+        Self {
+            unsettled: Unsettled::new(disk.settle),
             disk,
             ram,
-            ring: Ring::new()?,
+            ring,
+            rules: Rules::ENFORCED,
             jobs: Slab::new(),
             sub_requests: Slab::new(),
             waiting: VecDeque::new(),
@@ -92,10 +116,19 @@ impl DiskEngine {
             failure: Failure::None,
             held_back: HeldBack::default(),
             suspects: Suspects::default(),
+            awaits_settling: false,
             writes_in_flight: 0,
             told_begin: false,
             stats: EngineStats::default(),
-        })
+        }
+    }
+
+    /// The same engine with other rules.
+    #[cfg(feature = "fault-injection")]
+    #[must_use]
+    pub fn with_rules(mut self, rules: Rules) -> Self {
+        self.rules = rules;
+        self
     }
 
     /// The disk's size in bytes.
@@ -104,27 +137,25 @@ impl DiskEngine {
         self.disk.extents.size_bytes()
     }
 
-    /// An eventfd that becomes readable when commands have completed.
-    #[must_use]
-    pub fn completion_fd(&self) -> RawFd {
-        self.ring.completion_fd()
-    }
-
     /// Counters, and whether writes are waiting for the gate.
     #[must_use]
     pub fn stats(&self) -> EngineStats {
         EngineStats {
+            stalled: self.stats.stalled || self.awaits_settling,
             in_flight: u64::try_from(self.ring.in_flight()).unwrap_or(u64::MAX),
             ..self.stats
         }
     }
 
     /// After which time [`DiskEngine::progress`] must be called even if nothing completes: a stalled
-    /// write polls the gate, and a lost path is tried again. `None` when nothing is stalled.
+    /// write polls the gate, a lost path is tried again, and a failed write has settled. `None` when nothing
+    /// is stalled.
     #[must_use]
     pub fn retry_after(&self) -> Option<Duration> {
-        let wait = self.held_back.poll_after(Instant::now());
-        wait.filter(|_| self.stats.stalled)
+        let now = self.ring.now();
+        let stalled = self.stats.stalled.then(|| self.held_back.poll_after(now));
+        let settling = self.awaits_settling.then(|| self.unsettled.wait(now));
+        [stalled, settling].into_iter().flatten().flatten().min()
     }
 
     /// Queues a request, which [`DiskEngine::progress`] submits. A range that is not on the disk or
@@ -197,7 +228,8 @@ impl DiskEngine {
         self.stats.writer_state
     }
 
-    /// Drops all queued requests without completing them. The writer state stays.
+    /// Drops all queued requests without completing them. The writer state stays, and so does what failed
+    /// and may land.
     ///
     /// # Panics
     /// When commands are in flight: the engine must be drained first.
@@ -211,6 +243,7 @@ impl DiskEngine {
         self.suspects.clear();
         self.bounce_bytes = 0;
         self.stats.stalled = false;
+        self.awaits_settling = false;
         self.retry_held();
     }
 
@@ -268,10 +301,18 @@ impl DiskEngine {
 
     /// A read that failed has no effect; a write or flush is reported, and leaves the engine unclean:
     /// an error does not end a write, it may still land.
-    fn note_failure(&mut self, kind: SubRequestKind, error: &io::Error) {
-        if kind != SubRequestKind::Read {
-            self.failure.note(kind.operation(), error);
+    fn note_failure(&mut self, job: usize, kind: SubRequestKind, error: &io::Error) {
+        if kind == SubRequestKind::Read {
+            return;
+        }
+        self.failure.note(kind.operation(), error);
+        if !broken!(self.rules, FailedWriteEnds) {
             self.becomes_unclean();
+        }
+        let job = self.jobs.get(job).filter(|job| job.is_write());
+        if let Some(job) = job {
+            let span = job.span(self.disk.block_bytes);
+            self.unsettled.failed(span, self.ring.now());
         }
     }
 
@@ -280,7 +321,7 @@ impl DiskEngine {
             return;
         };
         if let Err(error) = &result {
-            self.note_failure(sub_request.kind, error);
+            self.note_failure(sub_request.job, sub_request.kind, error);
         }
         let Some(job) = self.jobs.get_mut(sub_request.job) else {
             return;
@@ -314,6 +355,7 @@ impl DiskEngine {
 
     /// Begins the waiting jobs that no earlier job blocks.
     fn admit(&mut self) {
+        self.awaits_settling = false;
         for key in std::mem::take(&mut self.waiting) {
             if !self.may_begin(key) {
                 self.waiting.push_back(key);
@@ -329,7 +371,7 @@ impl DiskEngine {
         }
     }
 
-    fn may_begin(&self, key: usize) -> bool {
+    fn may_begin(&mut self, key: usize) -> bool {
         let Some(job) = self.jobs.get(key) else {
             return true;
         };
@@ -352,6 +394,13 @@ impl DiskEngine {
         if !free {
             return false;
         }
+        if job.is_write() && !broken!(self.rules, OverlapBeforeSettle) {
+            let span = job.span(block_bytes);
+            if self.unsettled.blocks(span, || self.ring.now()) {
+                self.awaits_settling = true;
+                return false;
+            }
+        }
         let bounce = job.bounce_bytes(&self.disk, &self.ram);
         let budget = bounce == 0 || self.bounce_bytes + bounce <= BOUNCE_BYTES_MAX;
         budget || self.bounce_bytes == 0
@@ -373,94 +422,14 @@ impl DiskEngine {
                 offset,
                 runs,
                 retries: 0,
+                is_suspect: false,
             });
             self.ready.push_back(sub_request);
         }
     }
-
-    /// Submits the sub-requests that may be submitted now. Returns how many.
-    fn submit(&mut self) -> io::Result<usize> {
-        let mut count = self.submit_probe()?;
-        self.stats.stalled = false;
-        if self.held_back.blocks(Instant::now()) {
-            self.stats.stalled = !self.ready.is_empty();
-            return Ok(count);
-        }
-        for key in std::mem::take(&mut self.ready) {
-            let is_write = self.sub_requests.get(key).is_some_and(|sub_request| {
-                matches!(sub_request.kind, SubRequestKind::Write { .. })
-            });
-            if !self.ring.has_room() || (is_write && self.stats.stalled) {
-                self.ready.push_back(key);
-            } else if is_write && !self.gate_is_open() {
-                // The gate is checked last: only the system call lies between the check and the
-                // submission of the write.
-                self.stats.stalled = true;
-                self.ready.push_back(key);
-            } else {
-                self.submit_sub_request(key)?;
-                count += 1;
-            }
-        }
-        Ok(count)
-    }
-
-    /// Tells the gate that a write may be under way, before it samples the clock.
-    fn gate_is_open(&mut self) -> bool {
-        if !std::mem::replace(&mut self.told_begin, true) {
-            self.disk.gate.write_begins();
-        }
-        self.disk.gate.is_open()
-    }
-
-    /// Tells the gate if no write is in flight any more.
-    fn tell_ended(&mut self) {
-        if self.writes_in_flight == 0 && std::mem::take(&mut self.told_begin) {
-            self.disk.gate.writes_ended();
-        }
-    }
-
-    fn becomes_unclean(&mut self) {
-        self.stats.writer_state = WriterState::Unclean;
-        self.disk.gate.write_failed();
-    }
-
-    #[expect(unsafe_code, reason = "io_uring takes raw addresses")]
-    fn submit_sub_request(&mut self, key: usize) -> io::Result<()> {
-        let Some(sub_request) = self.sub_requests.get(key) else {
-            return Ok(());
-        };
-        let command = match sub_request.kind {
-            SubRequestKind::Read => Command::Read {
-                runs: &sub_request.runs,
-                offset: sub_request.offset,
-            },
-            SubRequestKind::Write { durable } => Command::Write {
-                runs: &sub_request.runs,
-                offset: sub_request.offset,
-                durable,
-            },
-            SubRequestKind::Sync => Command::Sync,
-        };
-        let tag = u64::try_from(key).map_err(io::Error::other)?;
-        // SAFETY: the runs lie in guest memory, which `self.ram` keeps mapped (writable) and into
-        // which no references are held, or in the job's bounce buffer, which is neither moved,
-        // read nor dropped before its last command has completed. Dropping the engine waits for
-        // all completions first.
-        let submitted = unsafe { self.ring.submit(&self.disk.file, command, tag) };
-        let kind = sub_request.kind;
-        if matches!(kind, SubRequestKind::Write { .. }) {
-            self.writes_in_flight += 1;
-        }
-        if submitted.is_err() && kind != SubRequestKind::Read {
-            // Whether the kernel has the command is unknown: a write counts as in flight for good.
-            self.becomes_unclean();
-        }
-        submitted
-    }
 }
 
-impl Drop for DiskEngine {
+impl<R: Ring> Drop for DiskEngine<R> {
     fn drop(&mut self) {
         if let Err(error) = self.drain() {
             // The kernel may still write to this memory: leak it, so that it is never reused.

@@ -53,6 +53,8 @@ pub(super) struct SubRequest {
     pub(super) runs: Vec<HostRun>,
     /// How often it was submitted again after a transient error.
     pub(super) retries: u32,
+    /// It failed with `EIO` while the device was there.
+    pub(super) is_suspect: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

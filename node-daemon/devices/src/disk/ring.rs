@@ -1,16 +1,64 @@
-//! A thin layer over io_uring: vectored reads and writes, and data sync, on one file.
-#![expect(unsafe_code, reason = "io_uring takes raw addresses")]
+//! Where an engine's commands are performed: vectored reads and writes, and data sync, on one file.
+//!
+//! [`UringRing`] is io_uring, and the only ring of a release. With the feature `fault-injection` there is a
+//! second one, for simulations.
 
+use std::fmt;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::OwnedFd;
+use std::time::Instant;
 
-use io_uring::{IoUring, opcode, types};
-use vmm_sys_util::eventfd::EventFd;
+#[cfg(feature = "fault-injection")]
+mod simulated;
+mod uring;
+
+#[cfg(feature = "fault-injection")]
+pub use simulated::{DeviceCommand, SimulatedDevice, SimulatedRing, Transferred};
+pub use uring::UringRing;
+
+/// Performs commands. Used by one thread.
+///
+/// # Ordering
+/// Commands in flight at the same time take effect in any order.
+pub trait Ring: fmt::Debug {
+    /// Whether one more command can be submitted.
+    fn has_room(&self) -> bool;
+
+    /// Commands that were submitted and not reaped.
+    fn in_flight(&self) -> usize;
+
+    /// Submits a command on `file`. Its completion carries `tag`.
+    ///
+    /// # Errors
+    /// When the ring itself fails. Whether the command takes effect is then unknown.
+    ///
+    /// # Safety
+    /// The runs are memory that stays mapped until the completion is reaped, and no reference into them exists
+    /// meanwhile. For a read it is writable memory.
+    #[expect(unsafe_code, reason = "commands take raw addresses")]
+    unsafe fn submit(&mut self, file: &OwnedFd, command: Command<'_>, tag: u64) -> io::Result<()>;
+
+    /// The next completion that has been posted: its tag, and the bytes transferred.
+    fn reap(&mut self) -> Option<(u64, io::Result<usize>)>;
+
+    /// Takes back the signal that completions were posted, before they are reaped.
+    fn acknowledge(&self);
+
+    /// Waits until a completion is posted, if a command is in flight. Submits nothing.
+    ///
+    /// # Errors
+    /// When the ring itself fails.
+    fn wait(&mut self) -> io::Result<()>;
+
+    /// The time by which the engine waits.
+    fn now(&self) -> Instant;
+}
 
 /// A range of memory of this process, by its exposed address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct HostRun {
+pub struct HostRun {
     pub(super) address: usize,
+    /// In bytes.
     pub(super) length: usize,
 }
 
@@ -24,182 +72,19 @@ impl HostRun {
     }
 }
 
+/// What to do on the file.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Command<'a> {
-    Read {
-        runs: &'a [HostRun],
-        offset: u64,
-    },
+#[expect(missing_docs, reason = "the field names say all")]
+pub enum Command<'a> {
+    /// Reads from `offset` on, to `runs` one after the other.
+    Read { runs: &'a [HostRun], offset: u64 },
+    /// Writes from `offset` on, from `runs` one after the other.
     Write {
         runs: &'a [HostRun],
         offset: u64,
         /// Completes only when the data is durable (`RWF_DSYNC`).
         durable: bool,
     },
+    /// Makes what was written durable.
     Sync,
 }
-
-pub(super) struct Ring {
-    ring: IoUring,
-    /// Signalled at every completion.
-    eventfd: EventFd,
-    in_flight: usize,
-    /// The kernel refused a submission, whose entry is still in the submission queue. No further
-    /// submission may be made, because the kernel would take that entry up when its memory may be
-    /// gone.
-    broken: bool,
-}
-
-impl Ring {
-    pub(super) fn new() -> io::Result<Self> {
-        let ring = IoUring::new(ENTRIES)?;
-        if !ring.params().is_feature_submit_stable() {
-            return Err(io::Error::new(
-                io::ErrorKind::Unsupported,
-                "this kernel's io_uring is too old (Linux 5.5 is needed)",
-            ));
-        }
-        let eventfd = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
-        ring.submitter().register_eventfd(eventfd.as_raw_fd())?;
-        Ok(Self {
-            ring,
-            eventfd,
-            in_flight: 0,
-            broken: false,
-        })
-    }
-
-    pub(super) fn completion_fd(&self) -> RawFd {
-        self.eventfd.as_raw_fd()
-    }
-
-    pub(super) fn in_flight(&self) -> usize {
-        self.in_flight
-    }
-
-    pub(super) fn has_room(&self) -> bool {
-        self.in_flight < IN_FLIGHT_MAX
-    }
-
-    /// Submits one command to the kernel at once; `tag` comes back with its completion.
-    ///
-    /// # Errors
-    /// When the kernel does not take it. The ring is then unusable for further commands, but
-    /// [`Ring::wait`] still works.
-    ///
-    /// # Safety
-    /// The runs are memory of this process that stays mapped until the completion is reaped, and
-    /// no reference into them exists meanwhile. For a read it is writable memory.
-    pub(super) unsafe fn submit(
-        &mut self,
-        file: &OwnedFd,
-        command: Command<'_>,
-        tag: u64,
-    ) -> io::Result<()> {
-        if self.broken {
-            return Err(io::Error::other(
-                "io_uring failed before and takes no more commands; open the disk again",
-            ));
-        }
-        let file = types::Fd(file.as_raw_fd());
-        let vectors = match command {
-            Command::Read { runs, .. } | Command::Write { runs, .. } => vectors(runs),
-            Command::Sync => Vec::new(),
-        };
-        let count = u32::try_from(vectors.len()).map_err(io::Error::other)?;
-        let entry = match command {
-            Command::Read { offset, .. } => opcode::Readv::new(file, vectors.as_ptr(), count)
-                .offset(offset)
-                .build(),
-            Command::Write {
-                offset, durable, ..
-            } => {
-                let flags = if durable { libc::RWF_DSYNC } else { 0 };
-                let write = opcode::Writev::new(file, vectors.as_ptr(), count);
-                write.offset(offset).rw_flags(flags).build()
-            }
-            Command::Sync => opcode::Fsync::new(file)
-                .flags(types::FsyncFlags::DATASYNC)
-                .build(),
-        };
-        let entry = entry.user_data(tag);
-        let mut queue = self.ring.submission();
-        // SAFETY: the file is open for as long as its owner, which outlives the ring's commands
-        // (the engine drains before it drops). The vector array is read during submission only
-        // (the submit-stable feature was checked), and `vectors` lives until the end of this
-        // function. What the vectors point to is the caller's promise.
-        let pushed = unsafe { queue.push(&entry) };
-        pushed.map_err(|_| io::Error::other("the submission queue is full"))?;
-        drop(queue);
-        let taken = loop {
-            match self.ring.submit() {
-                Ok(1..) => break Ok(()),
-                Ok(0) => break Err(io::Error::other("the kernel took no submission")),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => break Err(error),
-            }
-        };
-        self.broken = taken.is_err();
-        self.in_flight += usize::from(taken.is_ok());
-        taken
-    }
-
-    /// The next completion that the kernel has posted: its tag, and the bytes transferred.
-    pub(super) fn reap(&mut self) -> Option<(u64, Result<usize, io::Error>)> {
-        let entry = self.ring.completion().next()?;
-        self.in_flight -= 1;
-        let result = usize::try_from(entry.result())
-            .map_err(|_| io::Error::from_raw_os_error(entry.result().saturating_neg()));
-        Some((entry.user_data(), result))
-    }
-
-    /// Clears the completion eventfd.
-    pub(super) fn acknowledge(&self) {
-        // An error means that its count was 0 already.
-        self.eventfd.read().ok();
-    }
-
-    /// Waits until a completion is posted. Submits nothing.
-    pub(super) fn wait(&mut self) -> io::Result<()> {
-        if self.in_flight == 0 || !self.ring.completion().is_empty() {
-            return Ok(());
-        }
-        const GET_EVENTS: u32 = 1;
-        loop {
-            // SAFETY: no argument is passed; zero entries are submitted, so nothing but this
-            // ring's own completions is touched.
-            let entered = unsafe {
-                self.ring
-                    .submitter()
-                    .enter::<libc::sigset_t>(0, 1, GET_EVENTS, None)
-            };
-            match entered {
-                Ok(_) => return Ok(()),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-        }
-    }
-}
-
-impl std::fmt::Debug for Ring {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Ring")
-            .field("in_flight", &self.in_flight)
-            .finish_non_exhaustive()
-    }
-}
-
-fn vectors(runs: &[HostRun]) -> Vec<libc::iovec> {
-    runs.iter()
-        .map(|run| libc::iovec {
-            iov_base: std::ptr::with_exposed_provenance_mut(run.address),
-            iov_len: run.length,
-        })
-        .collect()
-}
-
-/// Size of the submission queue. Commands are submitted one by one, so it never holds more than one.
-const ENTRIES: u32 = 128;
-/// The completion queue has twice as many entries as the submission queue: it never overflows.
-const IN_FLIGHT_MAX: usize = 256;

@@ -143,7 +143,8 @@ fn volume_disk(opened: &Opened, row: &DiskRow, gate: Arc<dyn WriteGate>) -> anyh
         row.role
     );
     let device = OwnedFd::from(opened.device.try_clone().context("clone the device")?);
-    Ok(Disk::new(device, &row.extents, row.size, gate)?)
+    let disk = Disk::new(device, &row.extents, row.size, gate)?;
+    Ok(disk.with_settle(opened.settle))
 }
 
 /// A whole file as a disk, without a gate: the user must ensure that no other process writes it.

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
+use bascule_devices::disk::SETTLE_DEFAULT;
 use bascule_ipc::volume::{Request, Response};
 use bascule_ipc::{Connection, IpcError, Kind};
 use bascule_types::{Change, DiskRow, Ownership, SavedStateRow, VmUid};
@@ -37,6 +38,8 @@ pub(crate) struct Opened {
     /// The VM's disks, kernel and initrd.
     pub(crate) disks: Vec<DiskRow>,
     pub(crate) saved: Option<SavedStateRow>,
+    /// For how long a write that failed may still land.
+    pub(crate) settle: Duration,
 }
 
 /// Whether the ownership outlived the re-join of its node.
@@ -176,6 +179,9 @@ impl VolumeClient {
             writer_page: fds.next(),
             disks: opened.disks,
             saved: opened.saved,
+            settle: opened
+                .settle_ms
+                .map_or(SETTLE_DEFAULT, Duration::from_millis),
         })
     }
 

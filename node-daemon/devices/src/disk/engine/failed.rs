@@ -3,16 +3,17 @@
 //! Linux says `EIO` for a bad place on a disk, and also for a disk that is lost as a whole: of a SCSI device whose
 //! transport it has given up ("rejecting I/O to offline device", measured with open-iscsi on Linux 6.12), and of a
 //! multipath device without paths that does not queue. So after an `EIO` a block is read that can be read as long
-//! as the device is there ([`super::Disk::probe_offset`]). If that fails too, the path is lost.
+//! as the device is there ([`super::Disk::probe_offset`]). If that fails too, the path is lost. If not, the path may
+//! have come back between the two, so the command is submitted once more: only a second `EIO` is of the request.
 
 use std::io;
-use std::time::Instant;
 
 use bascule_types::AlignedBuffer;
 
 use super::super::errors::{Meaning, meaning};
 use super::super::job::SubRequestKind;
-use super::super::ring::{Command, HostRun};
+use super::super::ring::{Command, HostRun, Ring};
+use super::super::rules::{Rules, broken};
 use super::DiskEngine;
 
 /// Sub-requests that failed with `EIO`, until it is known whether the device is there.
@@ -30,40 +31,40 @@ impl Suspects {
     }
 }
 
-impl DiskEngine {
+impl<R: Ring> DiskEngine<R> {
     pub(super) fn command_failed(&mut self, key: usize, error: io::Error) {
         let Some(sub_request) = self.sub_requests.get_mut(key) else {
             return;
         };
-        let kind = sub_request.kind;
-        match meaning(&error) {
+        let (job, kind) = (sub_request.job, sub_request.kind);
+        match judge(self.rules, &error) {
             Meaning::Again if sub_request.retries < RETRIES_MAX => {
                 sub_request.retries += 1;
                 self.ready.push_back(key);
             }
             // A flush that is tried again may succeed although what it was for is lost.
             _ if kind == SubRequestKind::Sync => self.sub_request_finished(key, Err(error)),
-            Meaning::Path => self.path_lost(key, kind, &error),
+            Meaning::Path => self.path_lost(key, (job, kind), &error),
             Meaning::Unclear => {
-                self.note_failure(kind, &error);
+                self.note_failure(job, kind, &error);
                 self.suspects.waiting.push((key, error));
             }
-            Meaning::Again | Meaning::Request => self.request_failed(key, kind, error),
+            Meaning::Again | Meaning::Request => self.request_failed(key, (job, kind), error),
         }
     }
 
-    fn path_lost(&mut self, key: usize, kind: SubRequestKind, error: &io::Error) {
-        if self.held_back.path_lost(Instant::now()) {
+    fn path_lost(&mut self, key: usize, (job, kind): Part, error: &io::Error) {
+        if self.held_back.path_lost(self.ring.now()) {
             tracing::warn!(%error, "the path to the disk is lost: the guest waits");
         }
-        self.note_failure(kind, error);
+        self.note_failure(job, kind, error);
         self.ready.push_back(key);
     }
 
-    fn request_failed(&mut self, key: usize, kind: SubRequestKind, error: io::Error) {
+    fn request_failed(&mut self, key: usize, (job, kind): Part, error: io::Error) {
         if self.disk.errors.pauses() {
             self.held_back.hold(kind.operation(), &error);
-            self.note_failure(kind, &error);
+            self.note_failure(job, kind, &error);
             self.ready.push_back(key);
         } else {
             self.sub_request_finished(key, Err(error));
@@ -104,14 +105,32 @@ impl DiskEngine {
             return;
         }
         for (key, error) in std::mem::take(&mut self.suspects.waiting) {
-            let Some(kind) = self.sub_requests.get(key).map(|request| request.kind) else {
+            let Some(sub_request) = self.sub_requests.get_mut(key) else {
                 continue;
             };
+            let part = (sub_request.job, sub_request.kind);
+            let is_second = std::mem::replace(&mut sub_request.is_suspect, answer.is_none());
             match answer {
-                Some(_) => self.path_lost(key, kind, &error),
-                None => self.request_failed(key, kind, error),
+                Some(_) => self.path_lost(key, part, &error),
+                None if is_second || broken!(self.rules, EioJudgedAtOnce) => {
+                    self.request_failed(key, part, error);
+                }
+                None => self.ready.push_back(key),
             }
         }
+    }
+}
+
+/// A sub-request's job and kind.
+type Part = (usize, SubRequestKind);
+
+/// What the error means, by the rules in force.
+fn judge(rules: Rules, error: &io::Error) -> Meaning {
+    match meaning(error) {
+        Meaning::Unclear if broken!(rules, EioWithoutProbe) => Meaning::Request,
+        Meaning::Unclear if broken!(rules, EioIsLostPath) => Meaning::Path,
+        Meaning::Path if broken!(rules, PathErrorShown) => Meaning::Request,
+        meaning => meaning,
     }
 }
 

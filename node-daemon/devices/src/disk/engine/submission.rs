@@ -1,0 +1,92 @@
+//! The way of a sub-request to the device: what holds it back, the gate, the command.
+
+use std::io;
+
+use bascule_types::WriterState;
+
+use super::super::job::SubRequestKind;
+use super::super::ring::{Command, Ring};
+use super::DiskEngine;
+
+impl<R: Ring> DiskEngine<R> {
+    /// Submits the sub-requests that may be submitted now. Returns how many.
+    pub(super) fn submit(&mut self) -> io::Result<usize> {
+        let mut count = self.submit_probe()?;
+        self.stats.stalled = false;
+        if self.held_back.blocks(self.ring.now()) {
+            self.stats.stalled = !self.ready.is_empty();
+            return Ok(count);
+        }
+        for key in std::mem::take(&mut self.ready) {
+            let is_write = self.sub_requests.get(key).is_some_and(|sub_request| {
+                matches!(sub_request.kind, SubRequestKind::Write { .. })
+            });
+            if !self.ring.has_room() || (is_write && self.stats.stalled) {
+                self.ready.push_back(key);
+            } else if is_write && !self.gate_is_open() {
+                // The gate is checked last: only the system call lies between the check and the
+                // submission of the write.
+                self.stats.stalled = true;
+                self.ready.push_back(key);
+            } else {
+                self.submit_sub_request(key)?;
+                count += 1;
+            }
+        }
+        Ok(count)
+    }
+
+    /// Tells the gate that a write may be under way, before it samples the clock.
+    fn gate_is_open(&mut self) -> bool {
+        if !std::mem::replace(&mut self.told_begin, true) {
+            self.disk.gate.write_begins();
+        }
+        self.disk.gate.is_open()
+    }
+
+    /// Tells the gate if no write is in flight any more.
+    pub(super) fn tell_ended(&mut self) {
+        if self.writes_in_flight == 0 && std::mem::take(&mut self.told_begin) {
+            self.disk.gate.writes_ended();
+        }
+    }
+
+    pub(super) fn becomes_unclean(&mut self) {
+        self.stats.writer_state = WriterState::Unclean;
+        self.disk.gate.write_failed();
+    }
+
+    #[expect(unsafe_code, reason = "io_uring takes raw addresses")]
+    fn submit_sub_request(&mut self, key: usize) -> io::Result<()> {
+        let Some(sub_request) = self.sub_requests.get(key) else {
+            return Ok(());
+        };
+        let command = match sub_request.kind {
+            SubRequestKind::Read => Command::Read {
+                runs: &sub_request.runs,
+                offset: sub_request.offset,
+            },
+            SubRequestKind::Write { durable } => Command::Write {
+                runs: &sub_request.runs,
+                offset: sub_request.offset,
+                durable,
+            },
+            SubRequestKind::Sync => Command::Sync,
+        };
+        let tag = u64::try_from(key).map_err(io::Error::other)?;
+        // SAFETY: the runs lie in guest memory, which `self.ram` keeps mapped (writable) and into
+        // which no references are held, or in the job's bounce buffer, which is neither moved,
+        // read nor dropped before its last command has completed. Dropping the engine waits for
+        // all completions first.
+        let submitted = unsafe { self.ring.submit(&self.disk.file, command, tag) };
+        let kind = sub_request.kind;
+        if matches!(kind, SubRequestKind::Write { .. }) {
+            self.writes_in_flight += 1;
+        }
+        if submitted.is_err() && kind != SubRequestKind::Read {
+            // Whether the kernel has the command is unknown: a write counts as in flight for good.
+            self.becomes_unclean();
+        }
+        submitted
+    }
+}

@@ -1,4 +1,4 @@
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixDatagram;
 use std::sync::{Mutex, PoisonError};
@@ -514,38 +514,53 @@ fn a_guest_keeps_its_announced_mtu_and_a_network_with_a_smaller_one_is_refused()
     }
 }
 
-/// What the network said last while the source did not listen any more is in the destination's tap.
+/// What the network said last while the source did not listen any more is in the destination's tap. In IPv4 the new
+/// machine says so with ARP, in IPv6 with a neighbor advertisement.
 #[test]
 fn an_address_that_moved_away_is_not_announced_after_a_migration() {
-    let mut bench = started(F_STATUS | F_MRG_RXBUF);
-    let [own, moved] = [Ipv4Addr::new(10, 1, 2, 3), Ipv4Addr::new(10, 1, 2, 100)];
-    let late = Ipv4Addr::new(10, 1, 2, 101);
-    for address in [own, moved, late] {
-        let arp = announcements(MAC, &[guest_ip(address)]).remove(1);
-        offer_send(&mut bench.driver, &arp);
-        bench.driver.notify(TX);
-        bench.driver.used(TX);
-    }
-    let takes = |address| announcements(MacAddress([2; 6]), &[guest_ip(address)]).remove(1);
-    offer_receive(&mut bench.driver, 1526);
-    bench.network.send(&takes(moved)).unwrap();
-    bench.driver.used(RX);
+    for (addresses, at) in [
+        (["10.1.2.3", "10.1.2.100", "10.1.2.101"], 40),
+        (["fd00::3", "fd00::100", "fd00::101"], 74),
+    ] {
+        let [own, moved, late] = addresses.map(|address| address.parse::<IpAddr>().unwrap());
+        let claims = |mac, address| {
+            let claimed = GuestIp {
+                address,
+                router: false,
+            };
+            announcements(mac, &[claimed]).remove(1)
+        };
+        let mut bench = started(F_STATUS | F_MRG_RXBUF);
+        for address in [own, moved, late] {
+            offer_send(&mut bench.driver, &claims(MAC, address));
+            bench.driver.notify(TX);
+            bench.driver.used(TX);
+        }
+        let other_machine = MacAddress([2; 6]);
+        offer_receive(&mut bench.driver, 1526);
+        bench.network.send(&claims(other_machine, moved)).unwrap();
+        bench.driver.used(RX);
 
-    let other = TestMachine::with_ram(bench.machine.ram.clone());
-    let (tap, network) = tap();
-    let NetDevice {
-        mut function,
-        handle,
-        ..
-    } = make(&other, tap);
-    assert_eq!(bench.driver.function.pause(), WriterState::Clean);
-    let saved = bench.driver.function.save();
-    assert_eq!(function.pause(), WriterState::Clean);
-    network.send(&takes(late)).unwrap();
-    function.restore(&saved).unwrap();
-    assert_eq!(handle.announce().unwrap(), 2);
-    assert_eq!(received(&network)[24..26], [0x80, 0x35]);
-    assert_eq!(received(&network)[40..44], own.octets());
+        let other = TestMachine::with_ram(bench.machine.ram.clone());
+        let (tap, network) = tap();
+        let NetDevice {
+            mut function,
+            handle,
+            ..
+        } = make(&other, tap);
+        assert_eq!(bench.driver.function.pause(), WriterState::Clean);
+        let saved = bench.driver.function.save();
+        assert_eq!(function.pause(), WriterState::Clean);
+        network.send(&claims(other_machine, late)).unwrap();
+        function.restore(&saved).unwrap();
+        assert_eq!(handle.announce().unwrap(), 2, "RARP, and {own}");
+        assert_eq!(received(&network)[24..26], [0x80, 0x35]);
+        let announced = received(&network);
+        match own {
+            IpAddr::V4(own) => assert_eq!(announced[at..at + 4], own.octets()),
+            IpAddr::V6(own) => assert_eq!(announced[at..at + 16], own.octets()),
+        }
+    }
 }
 
 /// What the guest was called before the reset must not be announced after a migration.

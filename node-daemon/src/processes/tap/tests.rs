@@ -137,6 +137,32 @@ fn a_tap_takes_the_bridges_mtu_and_the_bridge_keeps_mtu_and_address() {
     }
 }
 
+/// A guest's MTU must not change while it runs (virtio 1.2, 5.1.4.1), and so its tap's does not either.
+#[test]
+fn a_bridges_new_mtu_reaches_a_tap_at_the_next_start_and_no_tap_undoes_it() {
+    let Some(_network) = Network::enter("bsc-newmtu") else {
+        return;
+    };
+    Network::bridge("br0", 1500);
+    ensure("bst-0", "br0").unwrap();
+    // As the documentation says: on the network card alone it would not reach a bridge with taps.
+    ip("link set br0-p mtu 9000");
+    assert_eq!(shown("br0").0, 1500);
+    ip("link set br0 mtu 9000");
+    assert_eq!((shown("br0").0, shown("bst-0").0), (9000, 1500));
+    // Another guest starts.
+    assert_eq!(ensure("bst-1", "br0").unwrap(), 9000);
+    assert_eq!((shown("br0").0, shown("bst-0").0), (9000, 1500));
+    // The first one starts again: its tap is new, or, after a daemon that ended in the middle, an old one.
+    assert_eq!(ensure("bst-0", "br0").unwrap(), 9000);
+    assert_eq!((shown("br0").0, shown("bst-0").0), (9000, 9000));
+    // Back: a smaller MTU.
+    ip("link set br0 mtu 1500");
+    assert_eq!((shown("br0").0, shown("bst-0").0), (1500, 9000));
+    assert_eq!(ensure("bst-1", "br0").unwrap(), 1500);
+    assert_eq!((shown("br0").0, shown("bst-0").0), (1500, 9000));
+}
+
 #[test]
 fn a_bridge_with_a_larger_mtu_than_a_tap_can_have_is_left_alone() {
     let Some(_network) = Network::enter("bsc-large") else {

@@ -59,7 +59,7 @@ setup: packages ## Install what building and testing needs (Debian packages, car
 	  "installing cargo-deny (usually 5 min, once)" cargo install --quiet --locked cargo-deny
 
 # .devcontainer and CI install this list through this target.
-DEBIAN_PACKAGES := build-essential pkg-config qemu-system-x86 qemu-utils xz-utils zstd iproute2 iputils-ping nftables
+DEBIAN_PACKAGES := build-essential pkg-config qemu-system-x86 qemu-utils xz-utils zstd iproute2 iputils-ping nftables systemd
 .PHONY: packages
 packages:
 	@missing=(); for p in $(DEBIAN_PACKAGES); do dpkg -s $$p >/dev/null 2>&1 || missing+=($$p); done; \

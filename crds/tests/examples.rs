@@ -9,6 +9,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use bascule_crds::{SharedVolume, VirtualMachine, VirtualMachineMigration};
 use serde::Serialize;
@@ -151,6 +152,25 @@ fn the_service_unit_stops_guests_before_what_they_need() {
     );
     assert_eq!(value("Service", "TimeoutStopSec"), "10min");
     assert_eq!(value("Install", "WantedBy"), "multi-user.target");
+}
+
+/// systemd's own check: unknown keys, values that it cannot read, cycles of its order.
+#[test]
+fn systemd_accepts_the_service_unit() {
+    let unit = root().join("examples/bascule-guests.service");
+    let verified = Command::new("systemd-analyze")
+        .args(["verify", "--man=no"])
+        .arg(&unit)
+        .output();
+    let Ok(verified) = verified else {
+        let ci = std::env::var_os("CI").is_some();
+        assert!(!ci, "CI needs systemd-analyze");
+        eprintln!("skipped: there is no systemd-analyze");
+        return;
+    };
+    // What it ignores is no failure to it, but a line.
+    let said = String::from_utf8_lossy(&verified.stderr);
+    assert!(verified.status.success() && said.is_empty(), "{said}");
 }
 
 #[test]

@@ -5,6 +5,7 @@
 //! Debian kernel on emulated ones. Every wait is on a condition and says what it waited for.
 
 mod guest;
+mod leader;
 mod objects;
 mod records;
 mod reservation;
@@ -22,6 +23,7 @@ use bascule_lab::{Lab, Tier};
 use serde_json::Value;
 
 pub use guest::{Guest, Talk};
+pub use leader::Beside;
 pub use objects::{Moved, condition};
 pub use records::{GuestWrite, Succession};
 pub use san::VmProcess;

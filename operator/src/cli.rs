@@ -46,8 +46,14 @@ pub(crate) struct Args {
     /// 4000 means four vCPUs for each CPU of the node
     #[arg(long, env = "BASCULE_ALLOCATION_RATIO_MILLI", default_value_t = 4000)]
     pub(crate) allocation_ratio_milli: u32,
-    /// Lease duration of leader election, in seconds
-    #[arg(long, default_value_t = 15)]
+    /// Lease duration of leader election, in seconds: how long no replica leads when the leader's node is lost. A
+    /// leader whose API server does not respond for two thirds of it steps down
+    #[arg(
+        long,
+        env = "BASCULE_LEASE_SECONDS",
+        default_value_t = 5,
+        value_parser = clap::value_parser!(u16).range(3..=60)
+    )]
     pub(crate) lease_seconds: u16,
     /// Log format
     #[arg(long, value_enum, default_value = "text", env = "BASCULE_LOG_FORMAT")]

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use bascule_crds::names::FIELD_MANAGER;
+use bascule_pki::Authority;
 use bascule_types::ClusterId;
 use k8s_openapi::api::core::v1::{Namespace, Node};
 use kube::client::ClientBuilder;
@@ -55,15 +56,24 @@ async fn run(args: Arc<Args>) -> Result<()> {
         Arc::clone(&metrics),
         ready_rx,
     ));
-    let serve = serve(Arc::clone(&args), metrics, ready_tx);
     let mut terminate = signal(SignalKind::terminate()).context("handle SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("handle SIGINT")?;
-    tokio::select! {
-        outcome = serve => outcome,
+    let client = client().await.context("configure the Kubernetes client")?;
+    let election = Election::new(
+        client.clone(),
+        &args.namespace,
+        &args.pod_name,
+        args.lease_duration(),
+    );
+    let outcome = tokio::select! {
+        outcome = serve(args, client, election.clone(), metrics, ready_tx) => outcome,
         Some(ended) = servers.join_next() => ended.context("HTTP")?,
         _ = terminate.recv() => Ok(()),
         _ = interrupt.recv() => Ok(()),
-    }
+    };
+    // What only the leader does has ended with `serve`.
+    election.release().await;
+    outcome
 }
 
 /// A client that takes the API server's time from each response.
@@ -77,10 +87,11 @@ async fn client() -> Result<Client> {
 
 async fn serve(
     args: Arc<Args>,
+    client: Client,
+    election: Election,
     metrics: Arc<Metrics>,
     ready_tx: watch::Sender<bool>,
 ) -> Result<()> {
-    let client = client().await.context("configure the Kubernetes client")?;
     check_version(&client).await?;
     let cluster_id = cluster_id(&client).await?;
     let authority = Arc::new(cluster_ca::load_or_create(&client, &args.namespace).await?);
@@ -88,13 +99,8 @@ async fn serve(
         EnrollmentService::new(client.clone(), Arc::clone(&authority), cluster_id, &args);
     let mut servers: JoinSet<Result<()>> = JoinSet::new();
     servers.spawn(enrollment.serve(args.join_listen));
+    let nodes = Nodes::follow(&client, &authority, &mut servers);
     let (leading_tx, mut leading_rx) = watch::channel(false);
-    let election = Election::new(
-        client.clone(),
-        &args.namespace,
-        &args.pod_name,
-        args.lease_duration(),
-    );
     servers.spawn(async move {
         election.run(leading_tx).await;
         Ok(())
@@ -114,7 +120,7 @@ async fn serve(
         }
         metrics.set_leader(true);
         tokio::select! {
-            outcome = lead(&args, &client, &authority, cluster_id, &metrics) => outcome?,
+            outcome = lead(&args, &client, &nodes, cluster_id, &metrics) => outcome?,
             lost = leading_rx.wait_for(|leading| !*leading) => {
                 lost.context("leader election ended")?;
             }
@@ -132,16 +138,19 @@ async fn serve(
 async fn lead(
     args: &Arc<Args>,
     client: &Client,
-    authority: &Arc<bascule_pki::Authority>,
+    nodes: &Nodes,
     cluster_id: ClusterId,
     metrics: &Arc<Metrics>,
 ) -> Result<()> {
-    let changed = Arc::new(Notify::new());
+    let Nodes {
+        store,
+        clients,
+        changed,
+    } = nodes.clone();
     let mut tasks: JoinSet<()> = JoinSet::new();
-    let stores = Stores::start(client, &changed, &mut tasks);
+    let stores = Stores::start(client, store, &changed, &mut tasks);
     stores.ready().await?;
-    let nodes = NodeClients::new(Arc::clone(authority), Arc::clone(&changed));
-    let ownership = OwnershipCache::new(nodes.clone(), Arc::clone(&changed));
+    let ownership = OwnershipCache::new(clients.clone(), Arc::clone(&changed));
     let reporter = Reporter {
         controller: FIELD_MANAGER.to_owned(),
         instance: Some(args.pod_name.clone()),
@@ -151,13 +160,12 @@ async fn lead(
         args: Arc::clone(args),
         cluster_id,
         stores: stores.clone(),
-        nodes: nodes.clone(),
+        nodes: clients,
         ownership: ownership.clone(),
         recorder: Recorder::new(client.clone(), reporter),
         metrics: Arc::clone(metrics),
     };
-    let volumes = stores.volumes.clone();
-    tasks.spawn(follow_nodes(nodes, stores.nodes));
+    let volumes = stores.volumes;
     tasks.spawn(ownership.poll(move || {
         volumes
             .state()
@@ -172,6 +180,41 @@ async fn lead(
     match tasks.join_next().await {
         Some(Err(error)) => Err(error).context("a task of the leader failed"),
         _ => bail!("a task of the leader ended"),
+    }
+}
+
+/// The nodes, whose daemons every replica follows: a new leader knows at once which of them respond, and need not
+/// wait for a connection to a lost one to fail.
+#[derive(Clone)]
+struct Nodes {
+    store: Store<Node>,
+    clients: NodeClients,
+    /// Notified when a Node object or a node's report has changed.
+    changed: Arc<Notify>,
+}
+
+impl Nodes {
+    fn follow(
+        client: &Client,
+        authority: &Arc<Authority>,
+        servers: &mut JoinSet<Result<()>>,
+    ) -> Self {
+        let changed = Arc::new(Notify::new());
+        let mut tasks: JoinSet<()> = JoinSet::new();
+        let store = Stores::watch_nodes(client, &changed, &mut tasks);
+        let clients = NodeClients::new(Arc::clone(authority), Arc::clone(&changed));
+        tasks.spawn(follow_nodes(clients.clone(), store.clone()));
+        servers.spawn(async move {
+            match tasks.join_next().await {
+                Some(Err(error)) => Err(error).context("a task that follows the nodes failed"),
+                _ => bail!("a task that follows the nodes ended"),
+            }
+        });
+        Self {
+            store,
+            clients,
+            changed,
+        }
     }
 }
 

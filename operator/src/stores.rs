@@ -32,8 +32,13 @@ pub(crate) struct Stores {
 }
 
 impl Stores {
-    /// Spawns the watches into `tasks`. `changed` is notified at every watch event.
-    pub(crate) fn start(client: &Client, changed: &Arc<Notify>, tasks: &mut JoinSet<()>) -> Self {
+    /// Spawns the watches into `tasks`, all but that of `nodes`. `changed` is notified at every watch event.
+    pub(crate) fn start(
+        client: &Client,
+        nodes: Store<Node>,
+        changed: &Arc<Notify>,
+        tasks: &mut JoinSet<()>,
+    ) -> Self {
         let reservations =
             watcher::Config::default().labels(&format!("{LABEL_ROLE}={ROLE_RESERVATION}"));
         let all = watcher::Config::default;
@@ -47,8 +52,18 @@ impl Stores {
             migrations: watch(Api::all(client.clone()), all(), changed, tasks),
             failovers: watch(Api::all(client.clone()), all(), changed, tasks),
             pods: watch(Api::all(client.clone()), reservations, changed, tasks),
-            nodes: watch(Api::all(client.clone()), all(), changed, tasks),
+            nodes,
         }
+    }
+
+    /// The Node objects, which every replica follows.
+    pub(crate) fn watch_nodes(
+        client: &Client,
+        changed: &Arc<Notify>,
+        tasks: &mut JoinSet<()>,
+    ) -> Store<Node> {
+        let all = watcher::Config::default();
+        watch(Api::all(client.clone()), all, changed, tasks)
     }
 
     /// Waits for the initial list of every kind. Before that, a missing object does not mean that it

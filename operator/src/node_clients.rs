@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
+use bascule_ipc::vm::{MigrationPhase, VmState};
 use bascule_node_api::command::{Command, Outcome};
 use bascule_node_api::proto;
 use bascule_node_api::proto::node_client::NodeClient;
@@ -13,6 +14,7 @@ use bascule_node_api::report::NodeReport;
 use bascule_node_api::{NODE_PORT, NODE_TLS_NAME, VERSION, VERSION_MIN, agree, connect};
 use bascule_operator_core::Stream;
 use bascule_pki::Authority;
+use bascule_types::{Epoch, VmUid};
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
@@ -31,6 +33,8 @@ struct Shared {
     identity: OwnIdentity,
     entries: Mutex<HashMap<String, Entry>>,
     changed: Arc<Notify>,
+    /// Notified when a report shows that a VM may have another owner.
+    ownership_moves: Notify,
 }
 
 #[derive(Debug)]
@@ -66,6 +70,7 @@ impl NodeClients {
             identity: OwnIdentity::new(authority, vec![]),
             entries: Mutex::new(HashMap::new()),
             changed,
+            ownership_moves: Notify::new(),
         };
         Self {
             shared: Arc::new(shared),
@@ -109,6 +114,12 @@ impl NodeClients {
             .iter()
             .map(|(name, entry)| (name.clone(), entry.state.clone()))
             .collect()
+    }
+
+    /// Returns when a node's report has shown that a VM may have another owner: the nodes of a migration transfer
+    /// the ownership themselves.
+    pub(crate) async fn ownership_moves(&self) {
+        self.shared.ownership_moves.notified().await;
     }
 
     /// Has a node's daemon execute a command. Fails at once while its report stream is down.
@@ -248,6 +259,10 @@ async fn watch(
                     .report
                     .as_deref()
                     .is_some_and(|old| same_but_for_clocks(old, &report));
+            let before = state.report.as_deref();
+            if before.is_some_and(|old| ownership_of_vms(old) != ownership_of_vms(&report)) {
+                shared.ownership_moves.notify_one();
+            }
             state.stream = Stream::Up;
             state.channel.get_or_insert_with(|| channel.clone());
             state.error = None;
@@ -258,6 +273,16 @@ async fn watch(
             !same
         });
     }
+}
+
+/// What of a report changes when a VM begins, passes or ends the transfer of its ownership.
+fn ownership_of_vms(report: &NodeReport) -> Vec<(VmUid, Epoch, &VmState, Option<MigrationPhase>)> {
+    let vms = report.vms.iter().map(|vm| &vm.status);
+    vms.map(|vm| {
+        let phase = vm.migration.as_ref().map(|migration| migration.phase);
+        (vm.uid, vm.epoch, &vm.state, phase)
+    })
+    .collect()
 }
 
 fn wrong_identity(name: &str, reported: &str) -> String {
@@ -308,7 +333,41 @@ const CERTIFICATE_SUSPECT_AFTER: u32 = 60;
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
+
+    /// Otherwise a drain waits for the next poll of the volume.
+    #[test]
+    fn a_transfer_of_ownership_is_told_from_progress() {
+        let report = |state: &str, epoch: u64, phase: &str, bytes: u64| -> NodeReport {
+            let migration = json!({
+                "attempt": "6fa459ea-ee8a-4ca4-894e-db77e160355e", "phase": phase, "rounds": 1,
+                "bytes": bytes, "remaining": 0, "downtime_ms_predicted": null, "downtime_ms": null,
+                "total_ms": bytes, "timings": [], "failure": null,
+            });
+            let status = json!({
+                "uid": "16fd2706-8baf-433b-82eb-8c7fada847da", "release": "1", "pid": 1,
+                "state": state, "owner": null, "epoch": epoch, "listening": null,
+                "migration": migration, "io_stalled": false, "addresses": [],
+            });
+            let vm = json!({
+                "name": "shop/web", "volume": "gold", "status": status, "alive": true,
+                "overhead": null,
+            });
+            serde_json::from_value(json!({
+                "node": "886313e1-3b8a-4372-9b90-0c9aee199e5d", "name": "n1", "release": "1",
+                "boot_id": "", "kvm_error": null, "volumes": [], "vms": [vm], "imports": [],
+            }))
+            .unwrap()
+        };
+        let copying = report("Running", 5, "PreCopy", 10);
+        let same = |other: &NodeReport| ownership_of_vms(&copying) == ownership_of_vms(other);
+        assert!(same(&report("Running", 5, "PreCopy", 20)));
+        assert!(!same(&report("Running", 5, "Committing", 10)));
+        assert!(!same(&report("Departed", 5, "Completed", 10)));
+        assert!(!same(&report("Running", 6, "PreCopy", 10)));
+    }
 
     #[test]
     fn a_daemon_of_an_earlier_node_of_that_name_is_told_from_one_of_another_node() {

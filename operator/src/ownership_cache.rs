@@ -9,6 +9,7 @@ use bascule_ipc::volume::{PathState, Rows, VolumeStatus};
 use bascule_node_api::command::{Command, Outcome};
 use bascule_operator_core::Stream;
 use tokio::sync::Notify;
+use tokio::time::timeout;
 
 use crate::node_clients::{NodeClients, NodeState};
 
@@ -68,7 +69,8 @@ impl OwnershipCache {
         }
     }
 
-    /// Reads all volumes periodically and drops those that no longer exist. Never returns.
+    /// Reads all volumes periodically, and when a node's report shows that an owner may have changed; drops those
+    /// that no longer exist. Never returns.
     pub(crate) async fn poll(self, names: impl Fn() -> Vec<String>) {
         loop {
             let names = names();
@@ -81,7 +83,9 @@ impl OwnershipCache {
                 async move { cache.refresh(&name).await }
             });
             futures::future::join_all(refreshes).await;
-            tokio::time::sleep(POLL).await;
+            tokio::time::sleep(PAUSE_MIN).await;
+            // A drain waits for the operator to learn that the guest has left.
+            drop(timeout(POLL - PAUSE_MIN, self.nodes.ownership_moves()).await);
         }
     }
 
@@ -143,7 +147,9 @@ fn candidates(states: &BTreeMap<String, NodeState>, volume: &str) -> Vec<String>
     nodes.into_iter().map(|(_, name)| name.clone()).collect()
 }
 
-/// Poll interval: the delay after which a transfer made by the nodes themselves is seen.
+/// Least interval: bounds the requests while many VMs move.
+const PAUSE_MIN: Duration = Duration::from_millis(100);
+/// Poll interval: the delay after which a transfer that no report shows is seen.
 const POLL: Duration = Duration::from_secs(1);
 /// Responses older than this count as unknown.
 const STALE_AFTER: Duration = Duration::from_secs(10);

@@ -215,10 +215,7 @@ impl<'a> PlanContext<'a> {
         // process stays until it is collected.
         let mut sources = (self.observed.processes.iter())
             .filter(|process| Some(&process.node) == active.source.as_ref());
-        let measures = |process: &Process| {
-            let progress = progress_of(active, process).map(|progress| progress.phase);
-            process.alive && progress == Some(vm::MigrationPhase::Committing)
-        };
+        let measures = |process: &Process| process.alive && has_more_to_say(active, process);
         let runs = runs && (!sources.clone().any(measures) || self.out_of_time(active));
         let progress = sources
             .find_map(|process| progress_of(active, process))
@@ -391,6 +388,17 @@ fn progress_of<'p>(migration: &Migration, process: &'p Process) -> Option<&'p Mi
         .migration
         .as_ref()
         .filter(|status| status.attempt == migration.attempt)
+}
+
+/// Whether a later report of the source will have the figures of this attempt, which the volume has committed: the
+/// operator may have asked the volume since the last report, which may be older than the attempt.
+fn has_more_to_say(migration: &Migration, source: &Process) -> bool {
+    match progress_of(migration, source) {
+        Some(progress) => {
+            progress.phase != vm::MigrationPhase::Completed && outcome(progress).is_none()
+        }
+        None => !matches!(source.status.state, VmState::Departed | VmState::Stopped(_)),
+    }
 }
 
 /// How an attempt ended at its source, if it ended without a commit.

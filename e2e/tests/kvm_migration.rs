@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use bascule_e2e::{Flow, GUEST, TwoNodes, kvm_or_skip};
+use bascule_e2e::{Flow, GUEST, TwoNodes, kvm_or_skip, wait_for};
 use bascule_ipc::vm::{MigrationLimits, MigrationPhase, StopReason, VmState};
 use bascule_types::Epoch;
 
@@ -19,9 +19,17 @@ fn a_guest_moves_live_and_its_session_goes_on() {
     let flow = Flow::start(&lab.cluster.network, GUEST).unwrap();
     guest.console.wait_ticks(100, SOON).unwrap();
     let (before, started) = (lab.epoch().unwrap(), Instant::now());
+    let identified = guest.session.written_report(SOON).unwrap();
+    assert_ne!(identified.disk_serial, 0, "{identified}");
     let outcome = lab.migrate(&mut guest).unwrap();
     guest.console.wait_ticks(100, SOON).unwrap();
     guest.check().unwrap();
+    // The guest itself compares it with the first one.
+    wait_for("the disk's serial number to be read again", SOON, || {
+        let report = guest.session.clean_report()?;
+        Ok((report.disk_serial_reads > identified.disk_serial_reads + 1).then_some(()))
+    })
+    .unwrap();
     let summary = flow.finish().unwrap();
     assert_eq!(summary.duplicated, 0, "{summary:?}");
     println!(

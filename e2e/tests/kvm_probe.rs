@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::Duration;
 
-use bascule_e2e::{Console, Flow, GUEST, Network, Qemu, QemuSpec, Session, kvm_or_skip};
+use bascule_e2e::{Console, Flow, GUEST, Network, Qemu, QemuSpec, Session, kvm_or_skip, wait_for};
 use bascule_probe_wire::block::BLOCK_BYTES;
 
 const SOON: Duration = Duration::from_secs(20);
@@ -87,6 +87,23 @@ fn a_healthy_guest_counts_echoes_and_reports_no_fault() {
     console.check().unwrap();
     session.command("poweroff").unwrap();
     assert!(qemu.process().wait(SOON).unwrap().success());
+}
+
+/// A guest that starts on another node is found there at once, not when the bridges have forgotten where it was.
+#[test]
+fn a_guest_announces_its_address_at_boot_before_anybody_asks_for_it() {
+    if !kvm_or_skip("a_guest_announces_its_address_at_boot_before_anybody_asks_for_it") {
+        return;
+    }
+    let lab = Lab::new();
+    let (_qemu, _console) = lab.boot("");
+    let learned = wait_for("the bridge to learn where the guest is", SOON, || {
+        let mut fdb = lab.network.command("bridge");
+        let shown = fdb.args(["fdb", "show", "br", "br0", "dynamic"]).output()?;
+        let shown = String::from_utf8_lossy(&shown.stdout).into_owned();
+        Ok(shown.contains("dev tap0").then_some(()))
+    });
+    learned.unwrap();
 }
 
 #[test]

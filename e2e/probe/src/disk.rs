@@ -3,7 +3,10 @@
 //!
 //! ```text
 //! Survey ──all slots read──► Pause ──► ReadOld ──► Write ──► Flush ──► ReadBack ──► Pause
+//!                              └──► Identify ──► ReadOld
 //! ```
+//!
+//! At the first block, and at every sixteenth, it reads the disk's serial number, which must not change.
 //!
 //! A block counts as acknowledged once its flush has completed. Before a slot is overwritten it must
 //! still hold the block that this guest (or an earlier run) wrote: another writer is detected.
@@ -11,6 +14,7 @@
 use bascule_probe_wire::block::{BLOCK_BYTES, Block, Survey};
 use bascule_probe_wire::guest_report::Report;
 use bascule_probe_wire::options::Options;
+use bascule_probe_wire::pattern::mix;
 use virtio_drivers::queue::VirtQueue;
 use virtio_drivers::transport::{DeviceStatus, Transport};
 
@@ -30,12 +34,15 @@ pub(crate) struct Disk {
     boot: u64,
     /// The block that is being written.
     seq: u64,
+    /// The serial number that was read first.
+    serial: Option<[u8; SERIAL_BYTES]>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Step {
     Survey { slot: u64 },
     Pause { until_us: u64 },
+    Identify,
     ReadOld,
     Write,
     Flush,
@@ -57,6 +64,7 @@ impl Disk {
             survey,
             boot,
             seq: 0,
+            serial: None,
         })
     }
 
@@ -73,7 +81,8 @@ impl Disk {
                 return;
             }
             self.seq += 1;
-            self.step = Step::ReadOld;
+            let due = self.serial.is_none() || self.seq.is_multiple_of(IDENTIFY_BLOCKS);
+            self.step = if due { Step::Identify } else { Step::ReadOld };
         }
         let Some(token) = self.pending else {
             self.pending = self.submit();
@@ -110,6 +119,7 @@ impl Disk {
                 let blocks = (self.slots - slot).min(SURVEY_BLOCKS);
                 self.device.read(slot, blocks as usize)
             }
+            Step::Identify => self.device.identify(),
             Step::ReadOld | Step::ReadBack => self.device.read(slot, 1),
             Step::Write => {
                 let block = Block {
@@ -133,6 +143,10 @@ impl Disk {
     ) -> Step {
         match self.step {
             Step::Survey { slot } => self.survey_more(slot, report, console),
+            Step::Identify => {
+                self.check_serial(report, console);
+                Step::ReadOld
+            }
             Step::ReadOld => {
                 self.check_old(report, console);
                 Step::Write
@@ -159,6 +173,20 @@ impl Disk {
                 }
             }
             Step::Pause { .. } => self.step,
+        }
+    }
+
+    fn check_serial(&mut self, report: &mut Report, console: Console) {
+        let mut read = [0; SERIAL_BYTES];
+        read.copy_from_slice(&self.device.data[..SERIAL_BYTES]);
+        let first = *self.serial.get_or_insert(read);
+        report.disk_serial = first
+            .iter()
+            .fold(0, |sum, &byte| mix(sum ^ u64::from(byte)));
+        report.disk_serial_reads += 1;
+        if read != first {
+            report.disk_serial_bad += 1;
+            console.line(format_args!("bad: disk serial was {first:?}, is {read:?}"));
         }
     }
 
@@ -275,6 +303,14 @@ impl Device {
         )
     }
 
+    /// Asks for the serial number: VIRTIO_BLK_T_GET_ID (virtio 1.2, 5.2.6). QEMU writes a shorter one with its NUL
+    /// only.
+    fn identify(&mut self) -> Option<u16> {
+        let bytes = SERIAL_BYTES;
+        self.data[..bytes].fill(0);
+        self.submit(8, 0, Request::Read { bytes })
+    }
+
     fn write(&mut self, block: u64) -> Option<u16> {
         self.submit(1, block, Request::Write)
     }
@@ -349,6 +385,9 @@ impl Device {
 const QUEUE_SIZE: usize = 16;
 const SECTORS_PER_BLOCK: u64 = BLOCK_BYTES as u64 / 512;
 const SURVEY_BLOCKS: u64 = 32;
+/// As long as the device's answer is.
+const SERIAL_BYTES: usize = 20;
+const IDENTIFY_BLOCKS: u64 = 16;
 const STATUS_OK: u8 = 0;
 const ERROR_PAUSE_US: u64 = 100_000;
 const FEATURE_FLUSH: u64 = 1 << 9;

@@ -1,5 +1,8 @@
 //! The guest's network services: ARP and ping (by smoltcp), UDP echo, and the numbered TCP session.
 //!
+//! When it boots it announces its address, as an operating system does: until then the network's switches send what
+//! is for it to where its MAC address was last seen, for minutes.
+//!
 //! TCP: each line is answered with `n <lines of this connection> <line>`, so a session that a
 //! migration rolled back or repeated shows a wrong number. Lines that are commands are in
 //! [`Command`]. UDP: each packet comes back with 16 bytes added: the guest's clock in microseconds
@@ -9,9 +12,13 @@ use core::fmt::Write;
 
 use bascule_probe_wire::{TCP_PORT, UDP_PORT};
 use smoltcp::iface::{Config, Interface, SocketHandle, SocketSet, SocketStorage};
+use smoltcp::phy::{Device, TxToken};
 use smoltcp::socket::{tcp, udp};
 use smoltcp::time::Instant;
-use smoltcp::wire::{EthernetAddress, IpAddress, IpCidr, Ipv4Address};
+use smoltcp::wire::{
+    ArpOperation, ArpPacket, ArpRepr, EthernetAddress, EthernetFrame, EthernetProtocol,
+    EthernetRepr, IpAddress, IpCidr, Ipv4Address,
+};
 
 use crate::arena;
 use crate::nic::Nic;
@@ -34,6 +41,10 @@ pub(crate) enum Command {
 pub(crate) struct Network {
     nic: Nic,
     interface: Interface,
+    address: [u8; 4],
+    /// Announcements of the address that are still to be made.
+    announcements_left: u32,
+    next_announcement_us: u64,
     /// The second address that the interface has.
     alias: Option<[u8; 4]>,
     sockets: SocketSet<'static>,
@@ -70,6 +81,9 @@ impl Network {
         added.then_some(Self {
             nic,
             interface,
+            address,
+            announcements_left: ANNOUNCEMENTS,
+            next_announcement_us: 0,
             alias: None,
             sockets,
             udp,
@@ -85,6 +99,7 @@ impl Network {
         options: &mut Options,
     ) -> Option<Command> {
         let now = Instant::from_micros(now_us.cast_signed());
+        self.announce(now_us);
         self.set_alias(options.alias);
         self.interface.poll(now, &mut self.nic, &mut self.sockets);
         echo(
@@ -100,6 +115,37 @@ impl Network {
         // Sends what the sessions wrote now, not with the next received packet.
         self.interface.poll(now, &mut self.nic, &mut self.sockets);
         command
+    }
+
+    /// Announces the address as after its configuration (RFC 5227, 2.3).
+    fn announce(&mut self, now_us: u64) {
+        if self.announcements_left == 0 || now_us < self.next_announcement_us {
+            return;
+        }
+        let mac = EthernetAddress(self.nic.mac());
+        let now = Instant::from_micros(now_us.cast_signed());
+        let Some(slot) = self.nic.transmit(now) else {
+            return;
+        };
+        let ethernet = EthernetRepr {
+            src_addr: mac,
+            dst_addr: EthernetAddress::BROADCAST,
+            ethertype: EthernetProtocol::Arp,
+        };
+        let arp = ArpRepr::EthernetIpv4 {
+            operation: ArpOperation::Request,
+            source_hardware_addr: mac,
+            source_protocol_addr: Ipv4Address::from(self.address),
+            target_hardware_addr: EthernetAddress([0; 6]),
+            target_protocol_addr: Ipv4Address::from(self.address),
+        };
+        slot.consume(ethernet.buffer_len() + arp.buffer_len(), |bytes| {
+            let mut frame = EthernetFrame::new_unchecked(bytes);
+            ethernet.emit(&mut frame);
+            arp.emit(&mut ArpPacket::new_unchecked(frame.payload_mut()));
+        });
+        self.announcements_left -= 1;
+        self.next_announcement_us = now_us + ANNOUNCEMENT_INTERVAL_US;
     }
 
     /// Gives the interface this second address, or takes it back.
@@ -248,9 +294,12 @@ fn socket_storage() -> &'static mut [SocketStorage<'static>] {
     STORAGE.take().map_or(&mut [], |storage| &mut storage[..])
 }
 
+/// RFC 5227, 1.1: ANNOUNCE_NUM and ANNOUNCE_INTERVAL.
+const ANNOUNCEMENTS: u32 = 2;
+const ANNOUNCEMENT_INTERVAL_US: u64 = 2_000_000;
 const SESSIONS: usize = 8;
 const LINE_BYTES_MAX: usize = 256;
-const ANSWER_BYTES_MAX: usize = 512;
+const ANSWER_BYTES_MAX: usize = 1024;
 const TCP_BUFFER_BYTES: usize = 16384;
 const UDP_BUFFER_BYTES: usize = 131_072;
 /// One second of a 1 kHz flow: a guest that was stopped for that long still echoes every packet.

@@ -65,6 +65,12 @@ report!(
     disk_start,
     /// Slots that were damaged or missing when the guest started.
     disk_start_bad,
+    /// A hash of the disk's serial number, once it was read.
+    disk_serial,
+    /// How often it was read.
+    disk_serial_reads,
+    /// How often it was not the one that was read first.
+    disk_serial_bad,
     /// Pages rewritten.
     mem_pages,
     /// Pages that did not hold what was written to them.
@@ -89,7 +95,7 @@ impl Report {
     /// Sum of all fault counters; 0 when the guest found no fault.
     #[must_use]
     pub const fn faults(&self) -> u64 {
-        self.disk_bad + self.disk_errors + self.disk_start_bad + self.mem_bad
+        self.disk_bad + self.disk_errors + self.disk_start_bad + self.disk_serial_bad + self.mem_bad
     }
 }
 

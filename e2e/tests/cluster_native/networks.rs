@@ -1,4 +1,5 @@
-//! A network with jumbo frames, and a virtual IP that has left its guest: what a migration changes and announces.
+//! A network with jumbo frames, and a virtual IP that has left its guest: what a migration changes and announces. A
+//! firewall on the nodes: what a migration needs.
 
 use std::net::Ipv4Addr;
 use std::time::Duration;
@@ -46,6 +47,37 @@ fn jumbo_frames_stay_and_no_address_that_has_left_a_guest_is_announced_by_its_ta
         talk.check().unwrap();
         vm.delete().unwrap();
         drop(jumbo);
+    });
+}
+
+/// It takes some seconds.
+#[test]
+fn a_guest_moves_between_nodes_whose_firewalls_let_only_the_documented_ports_through() {
+    CLUSTER.with_vm("firewalled", 93, |cluster, vm| {
+        let lab = cluster.lab();
+        let mut talk = vm.talk().unwrap();
+        let firewall = Firewall::new(lab).unwrap();
+        // The control: a port that is not in the table.
+        let [one, other] = lab.nodes().collect::<Vec<_>>()[..] else {
+            panic!("two nodes")
+        };
+        let kubelet = format!("/dev/tcp/{}/10250", other.address());
+        let dialled = one
+            .in_netns("timeout")
+            .args(["1", "bash", "-c", &format!("echo >{kubelet}")])
+            .output()
+            .unwrap();
+        assert!(
+            !dialled.status.success(),
+            "the firewall lets {kubelet} through"
+        );
+
+        for _there_and_back in 0..2 {
+            vm.migrate("Live", None).unwrap();
+            talk.ping().unwrap();
+        }
+        talk.check().unwrap();
+        drop(firewall);
     });
 }
 
@@ -135,6 +167,48 @@ fn set_mtu(lab: &Lab, node: Node<'_>, mtu: u32) -> Result<()> {
     lab.hub().ip(&["link", "set", &port, "mtu", &mtu])?;
     let cable = ["link", "set", "eth1", "mtu", &mtu];
     node.in_netns("ip").args(cable).done()
+}
+
+/// What docs/networking.md says that nodes must let through, and what every node needs for its own network; all
+/// other connections to a node are dropped, until it is dropped.
+struct Firewall<'a>(&'a Lab);
+
+impl<'a> Firewall<'a> {
+    fn new(lab: &'a Lab) -> Result<Self> {
+        let firewall = Self(lab);
+        let documented = include_str!("../../../docs/networking.md");
+        let between = documented
+            .lines()
+            .find(|line| line.contains("**Between nodes**"));
+        ensure!(
+            between.is_some_and(|line| line.contains("7410, 7420-7435 and the migration ports"))
+        );
+        ensure!(documented.contains("49152-49215"));
+        let rules = "table inet firewall {
+            chain input {
+                type filter hook input priority 0; policy drop;
+                ct state established,related accept
+                iif lo accept
+                meta l4proto { icmp, icmpv6 } accept
+                tcp dport { 7410, 7420-7435, 49152-49215 } accept
+            }
+        }";
+        for node in lab.nodes() {
+            node.in_netns("nft").args(["-f", "-"]).stdin(rules).done()?;
+        }
+        Ok(firewall)
+    }
+}
+
+impl Drop for Firewall<'_> {
+    fn drop(&mut self) {
+        for node in self.0.nodes() {
+            let delete = ["delete", "table", "inet", "firewall"];
+            if let Err(error) = node.in_netns("nft").args(delete).done() {
+                eprintln!("{error:#}");
+            }
+        }
+    }
 }
 
 /// Another machine on the virtual machines' network.

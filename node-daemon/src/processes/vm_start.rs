@@ -288,9 +288,9 @@ fn image(row: &str) -> ImageSource {
     }
 }
 
-/// A VM process maps its memory and opens its disks in well under a second; an emulated node takes
 /// The spec of a VM in its run directory, for whoever asks what it was started with.
 const SPEC_FILE: &str = "spec.json";
+/// A VM process maps its memory and opens its disks in well under a second; an emulated node takes
 /// several.
 const START_LIMIT: Duration = Duration::from_secs(30);
 /// How many log lines of an ended process an error message repeats.

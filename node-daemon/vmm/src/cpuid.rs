@@ -1,11 +1,16 @@
 //! The guest's CPUID: the host's as KVM offers it, with the topology
-//! and identity of each vCPU filled in.
+//! and identity of each vCPU filled in, and without hardware virtualization: a guest that runs guests
+//! has state in the processor that is neither saved nor migrated.
 
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm};
 
 use crate::kvm::KvmError;
 
+/// Leaf 1, ECX: VMX (SDM vol. 2, CPUID).
+const VMX: u32 = 1 << 5;
+/// Leaf 0x8000_0001, ECX: SVM (APM vol. 3, E.4.2).
+const SVM: u32 = 1 << 2;
 /// Leaf 1, ECX: the local APIC timer takes a deadline in TSC ticks (SDM vol. 2, CPUID).
 const TSC_DEADLINE: u32 = 1 << 24;
 /// Leaf 1, ECX: running under a hypervisor.
@@ -72,11 +77,14 @@ impl CpuModel {
 fn common(mut entry: kvm_cpuid_entry2, deadline: bool) -> kvm_cpuid_entry2 {
     match entry.function {
         1 => {
-            entry.ecx |= HYPERVISOR;
+            entry.ecx = (entry.ecx | HYPERVISOR) & !VMX;
             if deadline {
                 entry.ecx |= TSC_DEADLINE;
             }
         }
+        0x8000_0001 => entry.ecx &= !SVM,
+        // SVM's revision and features (APM vol. 3, E.4.9).
+        0x8000_000A => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
         0x4000_0001 => entry.eax &= !KVM_ASYNC_PF,
         _ => {}
     }
@@ -168,5 +176,24 @@ mod tests {
         );
         assert_eq!(leaf(0x8000_0008, 0, 0, 4).ecx, 3 | (2 << 12));
         assert_eq!(leaf(0x8000_001E, 0, 3, 4).eax, 3);
+    }
+
+    #[test]
+    fn hardware_virtualization_is_not_offered() {
+        let offered = |function| {
+            let all = kvm_cpuid_entry2 {
+                function,
+                eax: u32::MAX,
+                ebx: u32::MAX,
+                ecx: u32::MAX,
+                edx: u32::MAX,
+                ..Default::default()
+            };
+            common(all, true)
+        };
+        assert_eq!(offered(1).ecx, !VMX);
+        assert_eq!(offered(0x8000_0001).ecx, !SVM);
+        let svm = offered(0x8000_000A);
+        assert_eq!((svm.eax, svm.ebx, svm.ecx, svm.edx), (0, 0, 0, 0));
     }
 }

@@ -15,13 +15,14 @@
 //! | [`control`] | progress, cancelling |
 //! | [`request`], [`guest`] | what is requested, and how a machine is handled |
 //! | [`outgoing`] | the live source |
-//! | [`incoming`], [`listen`], `prefault` | the live destination, its port and its memory |
+//! | [`incoming`], [`listen`], `admission`, `prefault` | the live destination, its port, its source and its memory |
 //! | `copy`, `apply` | guest memory to frames and back |
 //! | `channel` | frames over mutual TLS over TCP |
 //! | [`ownership_client`] | transferring and reading the VM's ownership record |
 //! | [`saved`] | quick migration: the machine as an image on its volume |
 //! | [`fault`] | fault injection for tests |
 
+mod admission;
 mod apply;
 mod channel;
 pub mod control;

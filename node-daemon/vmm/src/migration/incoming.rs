@@ -3,9 +3,7 @@
 //! The machine is complete before a source is admitted. Until memory is received, a source that does not
 //! fit is refused and the next connection is awaited; after that, a failure ends the attempt.
 
-use std::io;
-use std::net::TcpListener;
-use std::os::fd::AsFd;
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -18,8 +16,8 @@ use bascule_migrate::destination::{
 };
 use bascule_migrate::wire::{Abort, AbortReason};
 use bascule_types::{AttemptId, Epoch, Owner, Ownership, VmUid, VolumeId, error_chain};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
+use super::admission;
 use super::apply::{Applier, layout_of};
 use super::channel::{Channel, lost, lost_frame};
 use super::control::{MigrationControl, millis};
@@ -84,11 +82,6 @@ const PEER_TIMEOUT: Duration = Duration::from_secs(10);
 const COMMITTED_TIMEOUT: Duration = Duration::from_secs(2);
 /// Interval at which a destination without a stream queries the ownership record.
 const QUERY_INTERVAL: Duration = Duration::from_millis(200);
-/// Interval at which a waiting listener checks for cancelling.
-const POLL_INTERVAL: Timespec = Timespec {
-    tv_sec: 0,
-    tv_nsec: 200_000_000,
-};
 /// The restore time that `Welcome` reports: 1 to 3 ms were measured with one vCPU.
 const RESTORE_ESTIMATE: Duration = Duration::from_millis(3);
 /// The default of [`Incoming::orphan_timeout`].
@@ -175,44 +168,33 @@ impl Receiver<'_> {
         listener: &TcpListener,
         volume: VolumeId,
     ) -> Result<(Channel, ExpectMemory), Abort> {
-        listener
-            .set_nonblocking(true)
-            .map_err(|error| lost(&error))?;
-        loop {
-            let mut ready = [PollFd::from_borrowed_fd(listener.as_fd(), PollFlags::IN)];
-            if let Err(errno) = poll(&mut ready, Some(&POLL_INTERVAL))
-                && errno != rustix::io::Errno::INTR
-            {
-                return Err(lost(&errno.into()));
-            }
-            if self.control.is_cancelled() {
-                return Err(cancelled());
-            }
-            let (tcp, peer) = match listener.accept() {
-                Ok(accepted) => accepted,
-                Err(error) => {
-                    if error.kind() != io::ErrorKind::WouldBlock {
-                        tracing::warn!(%error, "a connection was lost before it was accepted");
-                    }
-                    continue;
-                }
-            };
-            if let Err(error) = tcp.set_nonblocking(false) {
-                tracing::warn!(%error, %peer, "a connection cannot be used");
-                continue;
-            }
-            match Channel::accept(tcp, &self.job.tls_dir) {
-                Ok(mut channel) => match self.greet(&mut channel, volume) {
-                    Ok(phase) => {
-                        self.control.set_stream(channel.socket().ok());
-                        return Ok((channel, phase));
-                    }
-                    Err(abort) => {
-                        tracing::warn!(%peer, reason = ?abort.reason, text = %abort.text, "source refused");
-                        channel.abort(&abort);
-                    }
-                },
-                Err(error) => tracing::warn!(%peer, error = %error_chain(&error), "source refused"),
+        let greet = |tcp, peer| self.answer(tcp, peer, volume);
+        let admitted = admission::admit(listener, || self.control.is_cancelled(), greet);
+        let (channel, phase) = admitted
+            .map_err(|error| lost(&error))?
+            .ok_or_else(cancelled)?;
+        self.control.set_stream(channel.socket().ok());
+        Ok((channel, phase))
+    }
+
+    /// None for a peer that is not the source; it is told why.
+    fn answer(
+        &self,
+        tcp: TcpStream,
+        peer: SocketAddr,
+        volume: VolumeId,
+    ) -> Option<(Channel, ExpectMemory)> {
+        let mut channel = Channel::accept(tcp, &self.job.tls_dir)
+            .inspect_err(
+                |error| tracing::warn!(%peer, error = %error_chain(error), "source refused"),
+            )
+            .ok()?;
+        match self.greet(&mut channel, volume) {
+            Ok(phase) => Some((channel, phase)),
+            Err(abort) => {
+                tracing::warn!(%peer, reason = ?abort.reason, text = %abort.text, "source refused");
+                channel.abort(&abort);
+                None
             }
         }
     }

@@ -53,8 +53,8 @@ pub use shared_volume::{
 };
 #[cfg(feature = "kinds")]
 pub use virtual_machine::{
-    Availability, Boot, Cpu, DeletionPolicy, Disk, DiskState, DiskStatus, ExistingDisk, FieldError,
-    HostFileSource, HttpSource, Interface, InterfaceStatus, MigrationLimits, Ownership, Placement,
-    ReservationStatus, RestartLimits, Source, SourceKind, VirtualMachine, VirtualMachineSpec,
-    VirtualMachineStatus, mac_address, parse_mac,
+    Availability, Boot, CloudInit, Cpu, DeletionPolicy, Disk, DiskState, DiskStatus, ExistingDisk,
+    FieldError, HostFileSource, HttpSource, Interface, InterfaceStatus, MigrationLimits, Ownership,
+    Placement, ReservationStatus, RestartLimits, Source, SourceKind, VirtualMachine,
+    VirtualMachineSpec, VirtualMachineStatus, mac_address, parse_mac,
 };

@@ -1,10 +1,12 @@
 //! The `VirtualMachine` kind.
 
 mod check;
+mod cloud_init;
 mod spec;
 mod status;
 
 pub use check::{FieldError, mac_address, parse_mac};
+pub use cloud_init::CloudInit;
 pub use spec::{
     Availability, Boot, Cpu, DeletionPolicy, Disk, ExistingDisk, HostFileSource, HttpSource,
     Interface, MigrationLimits, Placement, RestartLimits, Source, SourceKind, VirtualMachine,

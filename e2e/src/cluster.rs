@@ -141,6 +141,7 @@ impl TestCluster {
         };
         let source = DiskSource::Volume {
             disk: data.as_str().to_owned(),
+            read_only: false,
         };
         config.disks = vec![DiskConfig {
             name: "data".to_owned(),

@@ -61,6 +61,7 @@ impl TestVmSpec {
                 start: StartMode::Boot,
                 tls_dir: None,
                 shutdown_timeout_ms: None,
+                cloud_init: None,
             },
             fault: None,
         })

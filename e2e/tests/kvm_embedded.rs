@@ -28,6 +28,7 @@ spec:
   - {name: data, size: 16Mi}
   interfaces:
   - {name: lan, bridge: lan}
+  cloudInit: {userData: '#cloud-config'}
 ";
 
 /// Hosts `a` and `b` of one authority; `a` has made the volume `gold` and joined it.

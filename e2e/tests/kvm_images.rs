@@ -82,6 +82,30 @@ fn a_guest_reads_its_disk_from_an_image_in_every_packing() {
     }
 }
 
+#[test]
+fn a_disk_that_is_read_only_is_read_and_takes_no_write() {
+    if !kvm_or_skip("a_disk_that_is_read_only_is_read_and_takes_no_write") {
+        return;
+    }
+    let hosts = EmbeddedHosts::new().unwrap();
+    let host = hosts.host("a", 1);
+    fs::write(hosts.path("image"), numbered_disk(DISK_BYTES, 256, 200)).unwrap();
+    let text = DOCUMENT.replace("NAME", "reader");
+    let text = text.replace("size: 16Mi", "size: 16Mi, readOnly: true");
+    let document = hosts.write("reader.yaml", &text).unwrap();
+    let run = ["run", &document.to_string_lossy(), "--no-cgroups", "--rm"];
+    let mut terminal = host.start(&run).unwrap();
+    let read = terminal.console.wait_line("disk last=200 faults=0", SOON);
+    assert!(read.is_ok(), "{read:?}\n{}", terminal.said());
+    // VIRTIO_BLK_S_IOERR
+    let written = terminal
+        .console
+        .wait_line("bad: disk status 1 in Write", SOON);
+    assert!(written.is_ok(), "{written:?}\n{}", terminal.said());
+    host.must(&["stop", "reader", "--force"]).unwrap();
+    assert!(terminal.wait().unwrap().0);
+}
+
 /// Images that are refused: the VM's name, the image, and what the refusal says.
 fn bad_images(hosts: &EmbeddedHosts) -> Vec<(&'static str, Vec<u8>, &'static str)> {
     let packed = |file: &str, bytes, qcow2, compressor| {

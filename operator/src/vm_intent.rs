@@ -5,6 +5,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use bascule_crds::{DeletionPolicy, Disk, Source, SourceKind, VirtualMachine, mac_address};
 use bascule_image::{INITRD_BYTES_MAX, KERNEL_BYTES_MAX};
+use bascule_ipc::vm::CloudInit;
 use bascule_node_api::command::{DiskRef, Interface, VmSpec};
 use bascule_operator_core::{
     Budgets, DiskIntent, ImageSource, Origin, RestartBudget, SpecDigest, VmIntent,
@@ -86,6 +87,7 @@ pub(crate) fn vm_spec(vm: &VirtualMachine) -> Result<VmSpec> {
                 name: disk.name.clone(),
                 row: disk_row(&namespace, &name, disk),
                 on_error: on_error(disk),
+                read_only: disk.read_only,
             })
             .collect(),
         interfaces: spec
@@ -102,9 +104,18 @@ pub(crate) fn vm_spec(vm: &VirtualMachine) -> Result<VmSpec> {
         shutdown_timeout_ms: Some(millis(
             spec.availability.migration.shutdown_timeout.to_std()?,
         )),
+        cloud_init: spec.cloud_init.as_ref().map(cloud_init),
         namespace,
         name,
     })
+}
+
+fn cloud_init(asked: &bascule_crds::CloudInit) -> CloudInit {
+    CloudInit {
+        user_data: asked.user_data.clone(),
+        network_config: asked.network_config.clone(),
+        ssh_authorized_keys: asked.ssh_authorized_keys.clone(),
+    }
 }
 
 fn millis(time: Duration) -> u64 {

@@ -75,6 +75,11 @@ impl VirtualMachineSpec {
             );
         }
         self.check_interfaces(metadata.uid.as_deref(), &mut errors);
+        if let Some(cloud_init) = &self.cloud_init {
+            cloud_init.check(|holds, field, message| {
+                errors.require(holds, &format!("spec.cloudInit.{field}"), message);
+            });
+        }
         self.check_availability(&mut errors);
         if errors.0.is_empty() {
             Ok(())

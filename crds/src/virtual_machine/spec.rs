@@ -11,6 +11,7 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::cloud_init::CloudInit;
 use super::status::VirtualMachineStatus;
 use crate::{DrainPolicy, Duration, FailurePolicy, OnError, Quantity, RunPolicy};
 
@@ -74,6 +75,14 @@ pub struct VirtualMachineSpec {
     #[schemars(length(max = 8), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
     #[x_kube(validation = Rule::new("self.all(one, !has(one.mac) || self.exists_one(other, has(other.mac) && other.mac == one.mac))").message("two interfaces have the same mac: give each its own, or leave mac out"))]
     pub interfaces: Vec<Interface>,
+    /// What cloud-init in the guest does at its first boot: users, keys, packages, commands, network.
+    /// Given to the guest as a small read-only disk (cloud-init's data source NoCloud: a FAT file
+    /// system with the label CIDATA), behind all other devices. The instance ID is the VirtualMachine's
+    /// UID and the host name its name, so cloud-init does its first-boot work once, however often the
+    /// guest moves or is started again. Can be added, changed and removed; the guest finds the change
+    /// at its next start.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cloud_init: Option<CloudInit>,
     /// What happens on a drain and on the loss of a node.
     #[serde(default)]
     pub availability: Availability,
@@ -173,7 +182,7 @@ pub struct HostFileSource {
 #[x_kube(
     validation = Rule::new("!(has(self.source) && has(self.existing))").message("set source for a new disk or existing for a kept one, not both"),
     validation = Rule::new("has(self.existing) != has(self.size)").message("a new disk needs a size; a kept disk (existing) brings its own"),
-    validation = Rule::new("has(self.size) == has(oldSelf.size) && (!has(self.size) || self.size == oldSelf.size) && has(self.source) == has(oldSelf.source) && (!has(self.source) || self.source == oldSelf.source) && has(self.existing) == has(oldSelf.existing) && (!has(self.existing) || self.existing == oldSelf.existing)").message("size, source and existing of a disk cannot be changed after creation; only deletionPolicy and onError can"),
+    validation = Rule::new("has(self.size) == has(oldSelf.size) && (!has(self.size) || self.size == oldSelf.size) && has(self.source) == has(oldSelf.source) && (!has(self.source) || self.source == oldSelf.source) && has(self.existing) == has(oldSelf.existing) && (!has(self.existing) || self.existing == oldSelf.existing)").message("size, source and existing of a disk cannot be changed after creation; only readOnly, deletionPolicy and onError can"),
 )]
 pub struct Disk {
     /// The disk's name among this virtual machine's. On the volume it is called
@@ -198,6 +207,9 @@ pub struct Disk {
     /// A disk that an earlier virtual machine of this namespace left on the volume.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub existing: Option<ExistingDisk>,
+    /// Whether the guest may only read the disk. A change takes effect at the guest's next start.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub read_only: bool,
     /// What becomes of the disk when the VirtualMachine is deleted. Keep: it stays on the volume,
     /// is listed in the SharedVolume's status, and can be attached again with existing. Delete: its
     /// contents are gone for good.

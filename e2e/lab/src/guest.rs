@@ -117,6 +117,11 @@ impl GuestSession {
         number(&self.ask("boots")?)
     }
 
+    /// The first line of the user data on the guest's cloud-init disk.
+    pub fn user_data(&mut self) -> Result<String> {
+        self.ask("user-data")
+    }
+
     fn ask(&mut self, request: &str) -> Result<String> {
         let stream = self.stream.get_mut();
         writeln!(stream, "{request}").with_context(|| format!("ask the guest to {request}"))?;
@@ -207,6 +212,9 @@ const MODULES: &[&str] = &[
     "button",
     "evdev",
     "ext4",
+    "vfat",
+    "nls_cp437",
+    "nls_ascii",
 ];
 
 const INIT: &str = r#"#!/bin/sh
@@ -228,6 +236,10 @@ if [ -b /dev/vda ]; then
         /sbin/mke2fs -q -F -t ext4 -E lazy_itable_init=1,lazy_journal_init=1,nodiscard /dev/vda
     fi
     mount -t ext4 -o errors=panic /dev/vda /mnt || echo "guest: the disk cannot be mounted"
+fi
+if seed=$(findfs LABEL=CIDATA); then
+    mkdir /seed
+    mount -t vfat -o ro "$seed" /seed || echo "guest: the cloud-init disk cannot be mounted"
 fi
 exec /sbin/guest-agentlet
 "#;

@@ -3,7 +3,7 @@
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use bascule_lab::Lab;
 use bascule_lab::guest::{AGENTLET_PORT, GuestSession};
 use bascule_lab::web::Source;
@@ -57,13 +57,14 @@ impl Guest {
                 source.url, source.sha256
             )
         };
-        let (boot, memory, disk, downtime) = match self {
+        let (boot, cloud_init, memory, disk, downtime) = match self {
             Self::Probe { kernel } => (
                 format!(
                     "    kernel: {}\n    cmdline: ip={address}/24 tick_ms=10 {}",
                     source(kernel),
                     probe::POWER_BUTTON
                 ),
+                String::new(),
                 "128Mi",
                 "64Mi",
                 // Many times the duration on an idle machine: slowness is not a failure.
@@ -76,6 +77,7 @@ impl Guest {
                     source(kernel),
                     source(initrd)
                 ),
+                format!("  cloudInit: {{userData: \"{}\"}}\n", user_data(name)),
                 "256Mi",
                 "128Mi",
                 // An emulated node encrypts some 4 MB/s (measured): the default of 300 ms is out of
@@ -92,7 +94,7 @@ spec:
   memory: {memory}
   boot:
 {boot}
-  disks:
+{cloud_init}  disks:
   - {{name: data, size: {disk}, deletionPolicy: Delete}}
   interfaces:
   - {{name: lan, bridge: lan}}
@@ -148,7 +150,20 @@ impl Talk {
         }
     }
 
-    /// Has the guest verify its disk and memory; returns the number of its last record.
+    /// The guest of this virtual machine finds its own user data on cloud-init's disk. The probe guest, which has no
+    /// such disk, is not asked.
+    ///
+    /// # Errors
+    /// When it finds another or none.
+    pub fn ensure_user_data(&mut self, name: &str) -> Result<()> {
+        if let Self::Debian(session) = self {
+            let found = session.user_data()?;
+            ensure!(found == user_data(name), "the guest found {found:?}");
+        }
+        Ok(())
+    }
+
+    /// Has the guest verify its disks and memory; returns the number of its last record.
     ///
     /// # Errors
     /// When it found a fault.
@@ -170,6 +185,11 @@ impl Talk {
             Self::Debian(session) => session.append(),
         }
     }
+}
+
+/// Of the tier with a Debian guest: differs between virtual machines.
+fn user_data(name: &str) -> String {
+    format!("#cloud-config of {name}")
 }
 
 const PROBE_PERIOD: Duration = Duration::from_millis(1);

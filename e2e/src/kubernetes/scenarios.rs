@@ -52,6 +52,7 @@ pub struct PowerCut {
 pub fn install_and_first_vm(cluster: &Installation, vm: &ClusterVm<'_>) -> Result<()> {
     let mut talk = vm.talk()?;
     talk.ping()?;
+    talk.ensure_user_data(&vm.name)?;
     talk.append()?;
     talk.check()?;
     let overview = cluster.overview()?;

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use bascule_ipc::vm::MigrationLimits;
+use bascule_ipc::vm::{CloudInit, MigrationLimits};
 use bascule_ipc::volume::{FencingMode, Rows};
 use bascule_types::{
     Answer, AttemptId, Bytes, Change, ClusterId, DiskId, Epoch, ImageDigest, OnError, Owner,
@@ -306,6 +306,9 @@ pub struct VmSpec {
     /// default. No reason to restart the guest when it changes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub shutdown_timeout_ms: Option<u64>,
+    /// What cloud-init finds in the guest; none for a guest without the disk.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cloud_init: Option<CloudInit>,
 }
 
 /// A disk in a VM's spec.
@@ -318,6 +321,9 @@ pub struct DiskRef {
     /// What a failed read or write does.
     #[serde(default, skip_serializing_if = "OnError::is_default")]
     pub on_error: OnError,
+    /// Whether the guest may only read it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub read_only: bool,
 }
 
 /// A network interface in a VM's spec.

@@ -1,6 +1,7 @@
 //! `vm.sock`: the requests of `bascule-node` to a `bascule-vm`, and the configuration that it starts the
 //! process with.
 
+use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -38,6 +39,37 @@ pub struct VmConfig {
     /// [`VmConfig::SHUTDOWN_TIMEOUT`].
     #[serde(default)]
     pub shutdown_timeout_ms: Option<u64>,
+    /// What cloud-init finds in the guest; none for a guest without the disk.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cloud_init: Option<CloudInit>,
+}
+
+/// The contents of a guest's cloud-init disk (data source NoCloud), as its user wrote them. Instance
+/// identity and host name come from the VM's UID and name.
+#[derive(Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CloudInit {
+    /// The file `user-data`; empty for none.
+    pub user_data: String,
+    /// The file `network-config`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network_config: Option<String>,
+    /// The public keys of `meta-data`, one line of `authorized_keys` each.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ssh_authorized_keys: Vec<String>,
+}
+
+/// Lengths only: the texts may hold passwords, and documents are logged.
+impl fmt::Debug for CloudInit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CloudInit")
+            .field("user_data_bytes", &self.user_data.len())
+            .field(
+                "network_config_bytes",
+                &self.network_config.as_ref().map(String::len),
+            )
+            .field("ssh_authorized_keys", &self.ssh_authorized_keys.len())
+            .finish()
+    }
 }
 
 impl VmConfig {
@@ -109,6 +141,9 @@ pub enum DiskSource {
     Volume {
         /// The disk's name on the volume, `<namespace>/<disk>`.
         disk: String,
+        /// Whether the device offers `VIRTIO_BLK_F_RO`.
+        #[serde(default)]
+        read_only: bool,
     },
     /// A file (a VM without a home).
     File {

@@ -6,6 +6,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 use bascule_crds::{Source, VirtualMachine};
 use bascule_image::{INITRD_BYTES_MAX, KERNEL_BYTES_MAX};
+use bascule_ipc::vm::CloudInit;
 use bascule_node_api::command::{DiskRef, ImportSource, Interface, VmSpec};
 use bascule_types::{Bytes, DiskRole, ImageDigest, OnError, RowName, VmUid};
 use sha2::{Digest, Sha256};
@@ -98,6 +99,7 @@ fn resolve(vm: &VirtualMachine, namespace: &str, name: &str) -> Result<VmSpec> {
                 bascule_crds::OnError::Report => OnError::Report,
                 bascule_crds::OnError::Pause => OnError::Pause,
             },
+            read_only: disk.read_only,
         }
     });
     Ok(VmSpec {
@@ -118,6 +120,11 @@ fn resolve(vm: &VirtualMachine, namespace: &str, name: &str) -> Result<VmSpec> {
                 .as_millis(),
         )
         .ok(),
+        cloud_init: vm.spec.cloud_init.as_ref().map(|asked| CloudInit {
+            user_data: asked.user_data.clone(),
+            network_config: asked.network_config.clone(),
+            ssh_authorized_keys: asked.ssh_authorized_keys.clone(),
+        }),
     })
 }
 

@@ -147,6 +147,7 @@ mod tests {
             start: StartMode::Boot,
             tls_dir: None,
             shutdown_timeout_ms: None,
+            cloud_init: None,
         };
         let put = |name: &str, json: Vec<u8>| fs::write(folder.path().join(name), json).unwrap();
         put("config.json", serde_json::to_vec(&config).unwrap());

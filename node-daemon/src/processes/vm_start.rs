@@ -189,6 +189,7 @@ impl OnNode<'_> {
             name: disk.name.clone(),
             source: DiskSource::Volume {
                 disk: disk.row.clone(),
+                read_only: disk.read_only,
             },
             on_error: disk.on_error,
         });
@@ -213,6 +214,7 @@ impl OnNode<'_> {
             start: self.mode.clone(),
             tls_dir: Some(self.node.paths.tls()),
             shutdown_timeout_ms: spec.shutdown_timeout_ms,
+            cloud_init: spec.cloud_init.clone(),
         }
     }
 }

@@ -426,6 +426,7 @@ mod tests {
             disks: Vec::new(),
             interfaces: Vec::new(),
             shutdown_timeout_ms: None,
+            cloud_init: None,
         };
         let owner = Owner {
             slot: SlotId(1),

@@ -14,8 +14,11 @@ mod boot_images;
 mod control_socket;
 mod devices;
 mod home_volume;
+mod no_cloud;
 mod run_dir;
 mod signals;
+#[cfg(test)]
+pub(crate) mod testing;
 mod vm_config;
 
 use std::path::Path;

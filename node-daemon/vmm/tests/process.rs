@@ -64,6 +64,7 @@ fn config(dir: &TempDir, code: &[u8]) -> VmConfig {
         start: StartMode::Boot,
         tls_dir: None,
         shutdown_timeout_ms: None,
+        cloud_init: None,
     }
 }
 

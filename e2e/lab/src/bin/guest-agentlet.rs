@@ -2,14 +2,15 @@
 //!
 //! TCP port 7000, a line per request, answered by the number of the session's request and:
 //! `ping` → `pong`; `append` → the number of a new record of the log on the disk, written and flushed;
-//! `check` → the number of the last record, after reading the whole log back; `boots` → how often this disk was
-//! booted from. UDP port 7000 echoes. The serial console gets a numbered tick every `guest.tick_ms`. The power button
+//! `check` → the number of the last record, after reading the whole log back, and cloud-init's disk, if there is one,
+//! from the device; `boots` → how often this disk was booted from; `user-data` → the first line of that file on
+//! cloud-init's disk. UDP port 7000 echoes. The serial console gets a numbered tick every `guest.tick_ms`. The power button
 //! turns the guest off in an orderly way.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::net::{TcpListener, TcpStream, UdpSocket};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -36,6 +37,11 @@ fn run() -> Result<()> {
         }
     };
     let disk = Arc::new(Mutex::new(disk));
+    let seed = Arc::new(
+        Seed::open(Path::new("/seed"))
+            .inspect_err(|error| println!("guest: no cloud-init disk: {error:#}"))
+            .ok(),
+    );
     let cmdline = fs::read_to_string("/proc/cmdline").context("read the command line")?;
     let tick = tick_from(&cmdline);
     spawn("tick", move || tick_for_ever(tick))?;
@@ -57,9 +63,10 @@ fn run() -> Result<()> {
     let listener = TcpListener::bind(("0.0.0.0", PORT)).context("listen on TCP")?;
     println!("guest: ready");
     for stream in listener.incoming() {
-        let (stream, disk) = (stream.context("accept")?, Arc::clone(&disk));
+        let stream = stream.context("accept")?;
+        let (disk, seed) = (Arc::clone(&disk), Arc::clone(&seed));
         spawn("session", move || {
-            if let Err(error) = serve(&stream, &disk) {
+            if let Err(error) = serve(&stream, &disk, seed.as_ref().as_ref()) {
                 println!("guest: session: {error:#}");
             }
         })?;
@@ -67,11 +74,11 @@ fn run() -> Result<()> {
     Ok(())
 }
 
-fn serve(stream: &TcpStream, disk: &Mutex<Option<Disk>>) -> Result<()> {
+fn serve(stream: &TcpStream, disk: &Mutex<Option<Disk>>, seed: Option<&Seed>) -> Result<()> {
     stream.set_nodelay(true).context("send at once")?;
     let mut out = stream;
     for (count, line) in (1_u64..).zip(BufReader::new(stream).lines()) {
-        let answer = match perform(line.context("read")?.trim(), disk) {
+        let answer = match perform(line.context("read")?.trim(), disk, seed) {
             Ok(answer) => answer,
             Err(error) => format!("error: {error:#}"),
         };
@@ -81,9 +88,16 @@ fn serve(stream: &TcpStream, disk: &Mutex<Option<Disk>>) -> Result<()> {
     Ok(())
 }
 
-fn perform(request: &str, disk: &Mutex<Option<Disk>>) -> Result<String> {
-    if request == "ping" {
-        return Ok("pong".to_owned());
+fn perform(request: &str, disk: &Mutex<Option<Disk>>, seed: Option<&Seed>) -> Result<String> {
+    match request {
+        "ping" => return Ok("pong".to_owned()),
+        "user-data" => {
+            return seed
+                .context("this guest has no cloud-init disk")?
+                .first_line();
+        }
+        "check" => seed.map_or(Ok(()), Seed::check)?,
+        _ => {}
     }
     let mut disk = disk.lock().unwrap_or_else(PoisonError::into_inner);
     let disk = disk.as_mut().context("this guest has no disk")?;
@@ -94,6 +108,35 @@ fn perform(request: &str, disk: &Mutex<Option<Disk>>) -> Result<String> {
         _ => bail!("unknown request"),
     }
     .map(|number| number.to_string())
+}
+
+/// Cloud-init's disk, mounted.
+struct Seed {
+    user_data: PathBuf,
+    /// The file's contents when this guest booted.
+    at_boot: Vec<u8>,
+}
+
+impl Seed {
+    fn open(dir: &Path) -> Result<Self> {
+        let user_data = dir.join("user-data");
+        let at_boot = fs::read(&user_data).context("read user-data")?;
+        Ok(Self { user_data, at_boot })
+    }
+
+    fn first_line(&self) -> Result<String> {
+        let text = str::from_utf8(&self.at_boot).context("user-data is no text")?;
+        Ok(text.lines().next().unwrap_or_default().to_owned())
+    }
+
+    /// The device still holds what it held at boot.
+    fn check(&self) -> Result<()> {
+        // Or the page cache would answer, which moves with the guest's memory.
+        fs::write("/proc/sys/vm/drop_caches", "3").context("drop the page cache")?;
+        let now = fs::read(&self.user_data).context("read user-data again")?;
+        ensure!(now == self.at_boot, "cloud-init's disk has changed");
+        Ok(())
+    }
 }
 
 /// The log: one record of [`RECORD_BYTES`] per number, from 1.

@@ -171,6 +171,7 @@ fn of_a_vm_whose_second_bridge_is_missing_no_tap_and_no_file_stays() {
         disks: Vec::new(),
         interfaces: vec![interface("lan"), interface("wan")],
         shutdown_timeout_ms: None,
+        cloud_init: None,
     };
     let owner = bascule_types::Owner {
         slot: bascule_types::SlotId(1),

@@ -93,5 +93,41 @@ impl Outgoing {
 pub(super) fn describe(config: &VmConfig) -> Result<Vec<u8>, serde_json::Error> {
     let disks: Vec<_> = config.disks.iter().map(|disk| &disk.name).collect();
     let macs: Vec<_> = config.interfaces.iter().map(|nic| nic.mac).collect();
-    serde_json::to_vec(&(config.cpus, config.memory, disks, macs))
+    let common = (config.cpus, config.memory, disks, macs);
+    match &config.cloud_init {
+        None => serde_json::to_vec(&common),
+        // Not the contents, which may be longer than a frame.
+        Some(contents) => {
+            let contents = crc32c::crc32c(&serde_json::to_vec(contents)?);
+            serde_json::to_vec(&(common, contents))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bascule_ipc::vm::CloudInit;
+
+    use super::*;
+    use crate::process::testing;
+
+    #[test]
+    fn a_machine_with_another_cloud_init_disk_is_another_machine() {
+        let described = |cloud_init| {
+            let config = VmConfig {
+                cloud_init,
+                ..testing::config()
+            };
+            describe(&config).unwrap()
+        };
+        let with = |user_data: &str| {
+            described(Some(CloudInit {
+                user_data: user_data.to_owned(),
+                ..CloudInit::default()
+            }))
+        };
+        assert_ne!(described(None), with(""));
+        assert_ne!(with("#a"), with("#b"));
+        assert_eq!(with("#a"), with("#a"));
+    }
 }

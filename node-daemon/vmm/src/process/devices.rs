@@ -16,6 +16,7 @@ use bascule_ipc::vm::{DiskConfig, DiskSource, StartMode, VmConfig};
 use bascule_types::{Bytes, DiskRole, DiskRow, ExtentRun, Lba};
 
 use super::home_volume::Opened;
+use super::no_cloud;
 use crate::VmBuilder;
 
 /// Most queues of a disk. One per vCPU is best; more than four only cost memory.
@@ -69,7 +70,8 @@ impl Devices {
     }
 }
 
-/// Adds every device: entropy first, then disks, then interfaces.
+/// Adds every device: entropy first, then disks, then interfaces, and last cloud-init's disk, so that no other
+/// device changes its place when a guest gets one.
 pub(super) fn add(
     builder: &mut VmBuilder,
     config: &VmConfig,
@@ -112,6 +114,17 @@ pub(super) fn add(
         builder.add_device(Box::new(device.function))?;
         devices.interfaces.push(device.handle);
     }
+    if let Some(contents) = &config.cloud_init {
+        let disk = no_cloud::disk(config, contents).context("cloudInit")?;
+        let settings = BlkConfig {
+            name: "cloud-init".to_owned(),
+            serial: Serial::of_name(no_cloud::NAME),
+            queue_count: 1,
+            read_only: true,
+        };
+        let device = BlkDevice::new(&settings, disk, builder.device_context())?;
+        builder.add_device(Box::new(device.function))?;
+    }
     Ok(devices)
 }
 
@@ -126,10 +139,10 @@ fn backing(
                 file_disk(path, *read_only).with_context(|| format!("open {}", path.display()))?;
             Ok((disk, *read_only))
         }
-        DiskSource::Volume { disk } => {
+        DiskSource::Volume { disk, read_only } => {
             let (opened, gate) = home.context("the VM has no home volume")?;
             let disk = volume_disk(opened, opened.disk(disk)?, Arc::clone(gate) as _)?;
-            Ok((disk, false))
+            Ok((disk, *read_only))
         }
     }
 }

@@ -6,8 +6,9 @@ use anyhow::{Context as _, bail, ensure};
 use bascule_ipc::vm::{DiskSource, ImageSource, StartMode, VmConfig};
 use serde::Deserialize;
 
-/// Longest configuration: a hundred disks and interfaces with long names.
-const CONFIG_BYTES_MAX: u64 = 1 << 20;
+/// Longest configuration: a hundred disks and interfaces with long names, and cloud-init's disk full of
+/// characters that JSON escapes.
+const CONFIG_BYTES_MAX: u64 = 16 << 20;
 
 /// The configuration at `path`.
 pub(super) fn read(path: &Path) -> anyhow::Result<VmConfig> {

@@ -156,6 +156,7 @@ mod tests {
             start: StartMode::Boot,
             tls_dir: None,
             shutdown_timeout_ms: None,
+            cloud_init: None,
         }
     }
 
@@ -175,6 +176,7 @@ mod tests {
         };
         let row = DiskSource::Volume {
             disk: "shop/web.data".to_owned(),
+            read_only: false,
         };
         let config = config(vec![file, row]);
         assert_eq!(on_volume(&config, &failed("blk0")), None);
@@ -194,6 +196,7 @@ mod tests {
     fn a_held_request_is_shown_with_its_disk_and_is_no_failure_of_the_volume() {
         let row = DiskSource::Volume {
             disk: "shop/web.root".to_owned(),
+            read_only: false,
         };
         let config = config(vec![row]);
         let failure = DeviceFailure::DiskHeld {

@@ -380,8 +380,8 @@ mod tests {
     use bascule_volume_gate::{GateReader, GateWriter};
 
     use super::*;
-    use crate::process::actor::testing::config;
     use crate::process::run_dir::RunDir;
+    use crate::process::testing::config;
     use crate::testing::{COUNTER, TestVm, kvm_or_skip};
 
     /// The volume refuses the transfer of an unclean writer too, if the failure has reached it.

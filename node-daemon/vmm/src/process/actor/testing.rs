@@ -1,10 +1,8 @@
 //! The fixture of the actor's tests.
 
-use std::path::PathBuf;
 use std::sync::mpsc::Receiver;
 
-use bascule_ipc::vm::{Boot, ImageSource, Request, ResetCause, StartMode, StopReason, VmConfig};
-use bascule_types::{Bytes, VmUid};
+use bascule_ipc::vm::{Request, ResetCause, StopReason};
 
 use super::event::{Answer, Done, Event, TaskOutcome};
 use super::notices::lock;
@@ -12,6 +10,7 @@ use super::phase::Phase;
 use super::vm_actor::VmActor;
 use crate::GuestEnd;
 use crate::process::run_dir::RunDir;
+use crate::process::testing::config;
 use crate::testing::{COUNTER, TestVm};
 
 /// The actor of a process without a home volume, and its inbox. A test applies what it takes from that.
@@ -19,30 +18,6 @@ pub(super) struct Process {
     pub(super) actor: VmActor,
     pub(super) inbox: Receiver<Event>,
     _folder: tempfile::TempDir,
-}
-
-/// Of a VM without disks, whose machine a test makes itself.
-pub(super) fn config() -> VmConfig {
-    VmConfig {
-        version: VmConfig::VERSION,
-        uid: VmUid::random(),
-        name: "shop/web".to_owned(),
-        cpus: 1,
-        memory: Bytes::mib(16),
-        boot: Boot {
-            kernel: ImageSource::File {
-                path: PathBuf::new(),
-            },
-            initrd: None,
-            cmdline: String::new(),
-        },
-        disks: Vec::new(),
-        interfaces: Vec::new(),
-        home: None,
-        start: StartMode::Boot,
-        tls_dir: None,
-        shutdown_timeout_ms: None,
-    }
 }
 
 impl Process {

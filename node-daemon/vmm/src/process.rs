@@ -15,6 +15,7 @@ mod control_socket;
 mod devices;
 mod home_volume;
 mod no_cloud;
+mod privileges;
 mod run_dir;
 mod signals;
 #[cfg(test)]
@@ -26,6 +27,7 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use bascule_ipc::vm::VmConfig;
+use landlock::RulesetStatus;
 
 use self::actor::vm_actor::VmActor;
 use self::run_dir::RunDir;
@@ -49,6 +51,7 @@ pub fn run(config: &Path) -> ExitCode {
 fn serve(path: &Path) -> anyhow::Result<()> {
     // Before there is a second thread: threads inherit the mask.
     let signals = signals::block().context("block signals")?;
+    privileges::drop_capabilities().context("give up capabilities")?;
     let run_dir = RunDir::of(path);
     run_dir.start_log().context("start the log")?;
     let config: VmConfig = vm_config::read(path)?;
@@ -56,6 +59,10 @@ fn serve(path: &Path) -> anyhow::Result<()> {
     let span = tracing::info_span!("vm", name = config.name, uid = %config.uid);
     let _entered = span.enter();
     tracing::info!(release = env!("CARGO_PKG_VERSION"), "starting");
+    let confined = privileges::confine(run_dir.path(), &config).context("give up files")?;
+    if confined == RulesetStatus::NotEnforced {
+        tracing::warn!("the kernel has no Landlock: this process may open every file of its user");
+    }
     let (mut actor, inbox) = VmActor::new(config, run_dir.clone())?;
     control_socket::listen(&run_dir, &actor.handle()).context("listen on vm.sock")?;
     signals::watch(signals, actor.handle()).context("wait for signals")?;

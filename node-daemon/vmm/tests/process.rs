@@ -225,6 +225,36 @@ fn a_guest_runs_is_paused_resumed_and_stopped_over_the_control_socket() {
     vm.exits();
 }
 
+/// `bascule-node` starts it as root.
+#[test]
+fn no_thread_of_a_running_guests_process_has_a_capability() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let mut vm = TestProcess::running(guests::COUNTER);
+    let process = std::path::PathBuf::from(format!("/proc/{}", vm.child.id()));
+    let threads = std::fs::read_dir(process.join("task")).unwrap();
+    let mut seen = 0;
+    for thread in threads {
+        let status = std::fs::read_to_string(thread.unwrap().path().join("status")).unwrap();
+        for none in ["CapInh", "CapPrm", "CapEff", "CapAmb"] {
+            let line = format!("\n{none}:\t0000000000000000\n");
+            assert!(status.contains(&line), "{status}");
+        }
+        assert!(status.contains("\nNoNewPrivs:\t1\n"), "{status}");
+        seen += 1;
+    }
+    assert!(seen > 2, "it has threads for its vCPU and its devices");
+    let limits = std::fs::read_to_string(process.join("limits")).unwrap();
+    let core = limits
+        .lines()
+        .find(|line| line.starts_with("Max core file size"));
+    let values: Vec<_> = core.unwrap().split_whitespace().skip(4).take(2).collect();
+    assert_eq!(values, ["0", "0"]);
+    vm.accepted(&Request::Stop);
+    vm.exits();
+}
+
 #[test]
 fn a_guest_that_switches_itself_off_leaves_its_reason_in_the_status() {
     if !kvm_or_skip() {

@@ -16,7 +16,12 @@ pub(crate) struct RunDir(PathBuf);
 impl RunDir {
     /// The run directory of the configuration file `config`.
     pub(crate) fn of(config: &Path) -> Self {
-        Self(config.parent().unwrap_or_else(|| Path::new(".")).to_owned())
+        let parent = config.parent().filter(|path| !path.as_os_str().is_empty());
+        Self(parent.unwrap_or_else(|| Path::new(".")).to_owned())
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.0
     }
 
     pub(crate) fn socket(&self) -> PathBuf {

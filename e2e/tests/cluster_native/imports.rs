@@ -1,12 +1,15 @@
-//! An importer that is killed, and a source that stalls.
+//! An image as it is published, an importer that is killed, and a source that stalls.
 
+use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use bascule_e2e::kubernetes::{Installation, NAMESPACE, VOLUME};
+use bascule_e2e::kubernetes::{Installation, NAMESPACE, Talk, VOLUME};
+use bascule_e2e::{ImagePacking, numbered_disk, pack};
 use bascule_lab::Lab;
+use bascule_lab::web::Source;
 use serde_json::Value;
 
 use super::CLUSTER;
@@ -58,6 +61,39 @@ fn a_killed_importer_is_noticed_and_tried_again_and_a_vm_whose_source_stalls_can
         assert_ended(second);
         assert_eq!(cgroups(&node, &group), "", "what stays of the import");
     });
+}
+
+/// The guest finds on its disk what was packed: compressed clusters, and zstd around the file.
+#[test]
+fn a_disk_is_filled_over_http_from_a_qcow2_image_in_zstd() {
+    CLUSTER.with(
+        "a_disk_is_filled_over_http_from_a_qcow2_image_in_zstd",
+        |cluster| {
+            let folder = tempfile::tempdir().unwrap();
+            let raw = folder.path().join("raw");
+            fs::write(&raw, numbered_disk(16 << 20, 1024, 200)).unwrap();
+            let packing = ImagePacking {
+                qcow2: Some("-c"),
+                compressor: Some("zstd"),
+            };
+            let lab = cluster.lab();
+            let image = pack(&raw, packing).unwrap();
+            let Source { url, sha256, .. } = lab.publish("packed-disk", &image).unwrap();
+            let disk =
+                format!("size: 64Mi, source: {{http: {{url: \"{url}\", sha256: {sha256}}}}}");
+            let document = cluster.document("packed", 81);
+            lab.apply(&document.replacen("size: 64Mi", &disk, 1))
+                .unwrap();
+            let vm = cluster.handle("packed", 81);
+            vm.wait_ready(NEXT_LIMIT).unwrap();
+            let Talk::Probe(mut session) = vm.talk().unwrap() else {
+                panic!("another guest than the probe");
+            };
+            let report = session.clean_report().unwrap();
+            assert_eq!((report.disk_start, report.disk_start_bad), (200, 0));
+            vm.delete().unwrap();
+        },
+    );
 }
 
 /// A disk's entry in the status of the VM.

@@ -9,7 +9,8 @@ use anyhow::{Result, ensure};
 use bascule_types::{Bytes, ClusterId, NodeUid, VolumeId};
 use bascule_volume_format::{
     BLOCK_BYTES, BLOCK_BYTES_U64, BlockStore, Fencing, FencingPolicy, FormatRequest, LayoutError,
-    MakeError, OpenError, Report, Severity, Superblock, Timings, check_volume, make_volume,
+    MakeError, OpenError, Report, Severity, Superblock, Timings, check_volume,
+    find_unfinished_format, make_volume,
 };
 use clap::{Args, ValueEnum};
 
@@ -132,6 +133,11 @@ enum Refused {
     },
     #[error("{path} holds {what}; --force destroys it, and every disk on it")]
     NotBlank { path: String, what: String },
+    #[error(
+        "{path}: an earlier format of this device has not finished, and a write of it may still land: restart the \
+         node on which it ran, then use --force"
+    )]
+    Unfinished { path: String },
     #[error("{path} is too small")]
     TooSmall {
         path: String,
@@ -151,7 +157,7 @@ impl Refused {
         ExitCode::from(match self {
             Self::Failed { .. } => 1,
             Self::Unavailable { .. } => 3,
-            Self::NotBlank { .. } => 4,
+            Self::NotBlank { .. } | Self::Unfinished { .. } => 4,
             Self::TooSmall { .. } => 5,
         })
     }
@@ -207,6 +213,13 @@ fn make(args: &FormatArgs) -> Result<Superblock, Refused> {
     }
     let device = Device::open(path, Access::ReadWrite).map_err(unavailable)?;
     let size = device.size().map_err(unavailable)?;
+    if let Some(earlier) = find_unfinished_format(&mut device.handle()).map_err(unavailable)? {
+        if !args.force {
+            return Err(Refused::Unfinished { path: shown });
+        }
+        // Whoever says --force may have reset its host just now.
+        std::thread::sleep(earlier.settle);
+    }
     let found = find_contents(&device, size).map_err(unavailable)?;
     if let Some(what) = found.filter(|_| !args.force) {
         return Err(Refused::NotBlank { path: shown, what });
@@ -238,7 +251,7 @@ pub fn check(args: &CheckArgs) -> Result<ExitCode> {
         Ok(report) => report,
         Err(error) => {
             let code = match &error {
-                OpenError::NotAVolume => exit::NOT_A_VOLUME,
+                OpenError::NotAVolume | OpenError::Unfinished => exit::NOT_A_VOLUME,
                 OpenError::Newer(_) => exit::NEWER,
                 OpenError::Damaged(_)
                 | OpenError::TwoVolumes { .. }

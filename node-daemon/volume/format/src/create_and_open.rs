@@ -6,11 +6,12 @@ use std::io;
 use bascule_types::{Lba, NodeUid, VolumeId};
 
 use crate::block_store::BlockStore;
-use crate::envelope::{BLOCK_BYTES, FormatError, seal_block};
+use crate::envelope::{BLOCK_BYTES, FormatError, Kind, seal_block};
 use crate::metadata::{Contradiction, Metadata};
 use crate::metadata_log::{Log, LogError};
 use crate::metadata_records::{MetaRecord, SlotRow};
 use crate::superblock::{RegionKind, SUPERBLOCK_LBAS, Superblock};
+use crate::unfinished_format::UnfinishedFormat;
 use crate::volume_layout::{FormatRequest, LayoutError};
 
 /// Why a device could not be formatted.
@@ -39,6 +40,9 @@ pub enum OpenError {
     /// Neither superblock has the magic: not a Bascule volume.
     #[error("the device holds no Bascule volume (magic missing in both superblocks)")]
     NotAVolume,
+    /// Both superblocks are still to be written.
+    #[error("the device holds no Bascule volume: its format has not finished")]
+    Unfinished,
     /// The volume was formatted or upgraded by a later release.
     #[error("the volume's format is newer than this release knows")]
     Newer(#[source] FormatError),
@@ -72,7 +76,13 @@ pub enum OpenError {
 }
 
 /// Formats a device as a new volume; its previous contents are lost. The superblock is written last:
-/// after a crash on the way the device holds no volume.
+/// after a crash on the way the device holds no volume, but an [`UnfinishedFormat`] in its place.
+///
+/// # Assumes
+/// That the writes of every earlier `format` of the device have ended: if [`find_unfinished_format`] finds one,
+/// its host was reset, and its settle time has passed. A late write of it would undo one of this `format`, or of a node
+/// that has attached the volume since. The first write of a `format`, should that be the one that failed, can
+/// only replace one copy of the superblock, of which the other is intact.
 ///
 /// # Errors
 /// [`MakeError`].
@@ -82,8 +92,11 @@ pub fn make_volume<S: BlockStore>(
     first_node: Option<NodeUid>,
 ) -> Result<Superblock, MakeError> {
     let superblock = request.lay_out()?;
+    let unfinished = UnfinishedFormat {
+        settle: request.timings.settle,
+    };
     for lba in SUPERBLOCK_LBAS {
-        store.write(lba, &[0; BLOCK_BYTES])?;
+        store.write(lba, &seal_block(&unfinished, superblock.place(lba)))?;
     }
     store.flush()?;
     for kind in [
@@ -125,6 +138,7 @@ pub fn make_volume<S: BlockStore>(
 pub fn read_superblock<S: BlockStore>(store: &mut S) -> Result<Superblock, OpenError> {
     let mut best: Option<Superblock> = None;
     let mut worst = FormatError::Magic;
+    let mut is_unfinished = false;
     for lba in SUPERBLOCK_LBAS {
         match read_copy(store, lba).map_err(OpenError::Io)? {
             Ok(copy) => {
@@ -134,11 +148,15 @@ pub fn read_superblock<S: BlockStore>(store: &mut S) -> Result<Superblock, OpenE
                 });
             }
             Err(FormatError::Blank | FormatError::Magic) => {}
+            Err(FormatError::Kind { found, .. }) if found == Kind::UnfinishedFormat.code() => {
+                is_unfinished = true;
+            }
             Err(error) => worst = error,
         }
     }
     let Some(superblock) = best else {
         return Err(match worst {
+            FormatError::Magic if is_unfinished => OpenError::Unfinished,
             FormatError::Magic => OpenError::NotAVolume,
             FormatError::Newer { .. } | FormatError::Field("incompat flags") => {
                 OpenError::Newer(worst)

@@ -42,6 +42,7 @@ pub enum Kind {
     CheckpointHead,
     CheckpointRow,
     Journal,
+    UnfinishedFormat,
 }
 
 impl Kind {
@@ -56,6 +57,7 @@ impl Kind {
             Self::CheckpointHead => 5,
             Self::CheckpointRow => 6,
             Self::Journal => 7,
+            Self::UnfinishedFormat => 8,
         }
     }
 }

@@ -23,7 +23,7 @@
 //!
 //! | region | blocks | contents | writer | readers |
 //! |---|---|---|---|---|
-//! | superblock | LBA 0 and LBA 255 | [`Superblock`] | `format` | every node, before anything else |
+//! | superblock | LBA 0 and LBA 255 | [`Superblock`]; [`UnfinishedFormat`] until it is written | `format` | every node, before anything else |
 //! | heartbeats | 4 per slot, from LBA 256 | [`HeartbeatRecord`] | the slot's node | every node, at each poll interval |
 //! | paxos | 8 per slot | [`PaxosBlock`] | the slot's node | candidates of an election |
 //! | leaders | 1 per slot | [`LeaderBlock`] | the slot's node, when it wins an election | every node; the coordinator before each answer |
@@ -47,6 +47,7 @@
 //! | 5 | [`CheckpointHead`] | [`area_blocks`] | the coordinator epoch |
 //! | 6 | [`CheckpointRow`] | [`area_blocks`]; its row in [`metadata_records`] | the coordinator epoch |
 //! | 7 | [`JournalBlock`] | [`area_blocks`]; its row in [`metadata_records`] | the coordinator epoch |
+//! | 8 | [`UnfinishedFormat`] | [`unfinished_format`] | 0 |
 //!
 //! # Versions
 //! The superblock has a format version and three sets of feature flags. A reader that does not know
@@ -79,6 +80,7 @@ mod repair;
 mod rules;
 pub mod superblock;
 pub mod timing;
+pub mod unfinished_format;
 pub mod volume_layout;
 
 pub use area_blocks::{CheckpointHead, CheckpointId, CheckpointRow, JournalBlock};
@@ -104,6 +106,7 @@ pub use superblock::{
     RegionKind, SLOTS_MAX, SUPERBLOCK_LBAS, Superblock,
 };
 pub use timing::{RHO_INVERSE, TimingError, Timings};
+pub use unfinished_format::{UnfinishedFormat, find_unfinished_format};
 pub use volume_layout::{
     Area, AreaId, BLOCK_BYTES_U64, FormatRequest, LayoutError, RECORDS_PER_BLOCK, SlotPart,
 };

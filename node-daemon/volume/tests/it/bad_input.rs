@@ -1,13 +1,15 @@
 //! Damaged, foreign and missing devices: the error names the problem, and no data is lost.
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::net::TcpStream;
 use std::os::unix::fs::FileExt;
+use std::time::{Duration, Instant};
 
 use crate::lab::{Lab, Node, binary, vm};
 use bascule_ipc::volume::{PathState, Request, Response};
-use bascule_types::{Change, Refusal};
+use bascule_types::{Change, Lba, Refusal};
+use bascule_volume_format::{SUPERBLOCK_LBAS, Superblock, UnfinishedFormat, seal_block};
 
 fn reason(node: &Node) -> Option<String> {
     match node.call(&Request::Status)?.0 {
@@ -20,6 +22,38 @@ fn reason(node: &Node) -> Option<String> {
 fn write_at(lab: &Lab, offset: u64, bytes: &[u8]) {
     let file = OpenOptions::new().write(true).open(lab.device()).unwrap();
     file.write_all_at(bytes, offset).unwrap();
+}
+
+/// A write of an earlier format that had failed could land after a later one, on blocks that a node had written since.
+#[test]
+fn a_device_whose_format_has_not_finished_is_formatted_again_with_force_only() {
+    let lab = Lab::new();
+    let file = File::options().read(true).write(true).open(lab.device());
+    let file = file.unwrap();
+    let mut block = [0; 4096];
+    file.read_exact_at(&mut block, 0).unwrap();
+    let superblock = Superblock::parse_copy(&block, Lba(0)).unwrap();
+    let settle = Duration::from_millis(700);
+    for lba in SUPERBLOCK_LBAS {
+        let unfinished = UnfinishedFormat { settle };
+        let block = seal_block(&unfinished, superblock.place(lba));
+        file.write_all_at(&block, lba.0 * 4096).unwrap();
+    }
+    let checked = lab.check();
+    let said = String::from_utf8_lossy(&checked.stderr).into_owned();
+    assert_eq!(checked.status.code(), Some(3), "{said}");
+    assert!(said.contains("has not finished"), "{said}");
+    let refused = lab.format(&[]);
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert_eq!(refused.status.code(), Some(4), "{said}");
+    assert!(
+        said.contains("restart the node") && said.contains("--force"),
+        "{said}"
+    );
+    let began = Instant::now();
+    assert!(lab.format(&["--force"]).status.success());
+    assert!(began.elapsed() >= settle, "it waits until that has settled");
+    assert!(lab.check().status.success());
 }
 
 #[test]
@@ -70,7 +104,7 @@ fn check_distinguishes_a_foreign_device_and_a_damaged_volume() {
     assert_eq!(lab.check().status.code(), Some(3));
     assert!(lab.format(&["--force"]).status.success());
     // Damage a checkpoint head.
-    let file = std::fs::File::open(lab.device()).unwrap();
+    let file = File::open(lab.device()).unwrap();
     let mut bytes = vec![0; 8 << 20];
     file.read_exact_at(&mut bytes, 0).unwrap();
     let head = (256..2048)
@@ -137,7 +171,7 @@ fn serve_names_the_expected_volume_and_serves_once_it_is_present() {
 
 /// Makes the superblock copy at `lba` one of a later release: unknown incompat flag, valid checksum.
 fn make_newer(lab: &Lab, lba: u64) {
-    let file = std::fs::File::open(lab.device()).unwrap();
+    let file = File::open(lab.device()).unwrap();
     let mut block = [0; 512];
     file.read_exact_at(&mut block, lba * 4096).unwrap();
     block[60] = 1;
@@ -160,7 +194,7 @@ fn serve_reports_a_newer_format_and_damaged_metadata() {
     assert_eq!(lab.check().status.code(), Some(4));
 
     assert!(lab.format(&["--force"]).status.success());
-    let file = std::fs::File::open(lab.device()).unwrap();
+    let file = File::open(lab.device()).unwrap();
     let mut bytes = vec![0; 8 << 20];
     file.read_exact_at(&mut bytes, 0).unwrap();
     let head = (256..2048)

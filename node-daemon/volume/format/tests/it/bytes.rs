@@ -12,8 +12,8 @@ use bascule_types::{
 use bascule_volume_format::{
     Accepted, BlockStore, CheckpointHead, CheckpointId, CheckpointRow, CoordinatorEpoch,
     FormatError, HeartbeatRecord, JournalBlock, LeaderBlock, MetaRecord, OpenError, PaxosBlock,
-    Place, RUNS_MAX, Record, SUPERBLOCK_LBAS, SlotRow, Superblock, Timings, WatchdogKind,
-    check_volume, open, read_superblock, seal, seal_block,
+    Place, RUNS_MAX, Record, SUPERBLOCK_LBAS, SlotRow, Superblock, Timings, UnfinishedFormat,
+    WatchdogKind, check_volume, open, read_superblock, seal, seal_block,
 };
 use proptest::prelude::*;
 
@@ -137,6 +137,9 @@ fn golden_bytes_of_every_kind_of_block() {
         epoch: CoordinatorEpoch(5),
         coordinator: owner(2, 6),
     };
+    let unfinished = UnfinishedFormat {
+        settle: Duration::from_millis(4000),
+    };
     let found = [
         ("superblock", hex(&superblock)),
         ("heartbeat", hex(&heartbeat())),
@@ -145,6 +148,7 @@ fn golden_bytes_of_every_kind_of_block() {
         ("checkpoint head", hex(&head)),
         ("checkpoint row", hex(&row)),
         ("journal", hex(&journal)),
+        ("unfinished format", hex(&unfinished)),
     ];
     let found = found.iter().fold(String::new(), |mut text, (kind, hex)| {
         writeln!(text, "{kind} {hex}").unwrap();

@@ -12,5 +12,6 @@ mod crash;
 mod crash_again;
 mod damage;
 mod fixture;
+mod format_again;
 mod full_table;
 mod late_writes;

@@ -24,10 +24,20 @@ pub enum Request {
         /// volume before a gate opens, not after. None: the page shows the lease.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         lease_until: Option<BootTime>,
+        /// When the client decided to send this: refused if a request for the volume that was decided
+        /// later has been carried out. None from an earlier release.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        decided_at: Option<BootTime>,
     },
     /// The volume's gates are closed and every submitted write has completed: its lease may lapse
     /// without a reset.
-    Withdraw { volume: VolumeId },
+    Withdraw {
+        volume: VolumeId,
+        /// As in [`Request::Enlist`]: a withdrawal that its client has given up does not undo a later
+        /// enlistment.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        decided_at: Option<BootTime>,
+    },
     /// Disarm the device and end the process, because Bascule is removed from this node. Refused
     /// while a volume is enlisted.
     Disarm,

@@ -49,13 +49,16 @@ pub fn refresh(context: &VolumeContext) -> WriterActivity {
 /// The reason for status messages: `bascule-watchdog` is unreachable, refused, or its timeout is too long.
 pub fn send(context: &VolumeContext, call: WatchdogCall) -> Result<WatchdogKind, String> {
     let volume = context.superblock.volume;
+    // One request at a time: this one was decided after every earlier one was answered, or given up.
+    let decided_at = Some(context.now());
     let request = match call {
         WatchdogCall::Enlist { lease_until } => Request::Enlist {
             volume,
             gate_page: context.gate.path().to_owned(),
             lease_until,
+            decided_at,
         },
-        WatchdogCall::Withdraw => Request::Withdraw { volume },
+        WatchdogCall::Withdraw => Request::Withdraw { volume, decided_at },
     };
     let answer = call_and_check(context, &request);
     let kind = answer.as_ref().ok().copied();

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 
 use bascule_types::{BootTime, VolumeId};
 use bascule_volume_gate::{GateError, GateReader};
-use bascule_volume_protocol::Rules;
 use bascule_volume_protocol::watchdog_policy::{Decision, Enlisted};
+use bascule_volume_protocol::{Rules, broken};
 
 use crate::enlistment_store::{EnlistmentStore, StoreError};
 
@@ -14,8 +14,12 @@ use crate::enlistment_store::{EnlistmentStore, StoreError};
 #[derive(Debug)]
 pub struct EnlistedVolumes {
     store: Box<dyn EnlistmentStore>,
+    rules: Rules,
     enlisted: Enlisted,
     pages: BTreeMap<VolumeId, Page>,
+    /// When the newest request that was carried out for a volume was decided, of volumes that clients of this
+    /// process have enlisted. No request of a client of an earlier process comes after its end.
+    newest: BTreeMap<VolumeId, BootTime>,
 }
 
 #[derive(Debug)]
@@ -70,9 +74,31 @@ impl EnlistedVolumes {
         }
         Ok(Self {
             store,
+            rules,
             enlisted,
             pages,
+            newest: BTreeMap::new(),
         })
+    }
+
+    /// Whether a request that was decided at `decided_at` comes after a later one: its client has given it up, and
+    /// has decided otherwise since.
+    #[must_use]
+    pub fn is_outdated(&self, volume: VolumeId, decided_at: Option<BootTime>) -> bool {
+        let newest = self.newest.get(&volume);
+        let outdated = newest
+            .zip(decided_at)
+            .is_some_and(|(newest, at)| at < *newest);
+        outdated && !broken!(self.rules, OutdatedRequestCounts)
+    }
+
+    /// Notes that a request was carried out. A volume that was never enlisted is not remembered.
+    pub fn carried_out(&mut self, volume: VolumeId, decided_at: Option<BootTime>) {
+        let Some(at) = decided_at else { return };
+        if self.pages.contains_key(&volume) || self.newest.contains_key(&volume) {
+            let newest = self.newest.entry(volume).or_default();
+            *newest = at.max(*newest);
+        }
     }
 
     /// Enlists a volume and saves the list. Idempotent; a gate page at another path replaces the

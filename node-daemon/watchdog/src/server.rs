@@ -98,7 +98,16 @@ pub fn answer(request: Request, shared: &Shared) -> Response {
 }
 
 fn decide(request: Request, state: &mut State, clock: &dyn Clock) -> Response {
+    let order = match &request {
+        Request::Enlist {
+            volume, decided_at, ..
+        }
+        | Request::Withdraw { volume, decided_at } => Some((*volume, *decided_at)),
+        Request::Status | Request::Disarm => None,
+    };
+    let outdated = order.is_some_and(|(volume, at)| state.volumes.is_outdated(volume, at));
     let done = match request {
+        _ if outdated => Err("a later request for this volume was carried out".to_owned()),
         Request::Status => Ok(()),
         Request::Enlist { .. } if state.disarming => {
             Err("bascule-watchdog is disarming its device and exits: start it again".to_owned())
@@ -107,11 +116,12 @@ fn decide(request: Request, state: &mut State, clock: &dyn Clock) -> Response {
             volume,
             gate_page,
             lease_until,
+            ..
         } => {
             let enlisted = (state.volumes).enlist(volume, &gate_page, clock.now(), lease_until);
             enlisted.map_err(|error| describe(&error))
         }
-        Request::Withdraw { volume } => {
+        Request::Withdraw { volume, .. } => {
             let withdrawn = state.volumes.withdraw(volume);
             withdrawn.map_err(|error| describe(&error))
         }
@@ -121,6 +131,9 @@ fn decide(request: Request, state: &mut State, clock: &dyn Clock) -> Response {
         }
         Request::Disarm => Err("a volume with open writers is enlisted".to_owned()),
     };
+    if let (Ok(()), Some((volume, decided_at))) = (&done, order) {
+        state.volumes.carried_out(volume, decided_at);
+    }
     match done {
         Ok(()) => Response::Status {
             kind: match state.kind {
@@ -189,6 +202,7 @@ mod tests {
             volume: VolumeId::from_bytes([1; 16]),
             gate_page: dir.path().join("gate"),
             lease_until: None,
+            decided_at: None,
         };
         let Response::Refused { reason } = answer(enlist, &shared) else {
             panic!("enlisted");

@@ -197,7 +197,8 @@ fn sigterm_ends_the_process_only_when_no_volume_is_enlisted_and_disarms_the_devi
         assert_eq!(kind(dir.path()), WatchdogKind::Hardware, "it still serves");
     }
     assert!(program.0.try_wait().unwrap().is_none());
-    let withdraw = Request::Withdraw { volume };
+    let decided_at = None;
+    let withdraw = Request::Withdraw { volume, decided_at };
     connect(dir.path()).call::<_, Response>(&withdraw).unwrap();
     assert!(program.0.wait().unwrap().success());
     let until = boot_time_now().after(DEADLINE);

@@ -24,6 +24,10 @@ use bascule_watchdog::{
 };
 
 const GOLD: VolumeId = VolumeId::from_bytes([1; 16]);
+const WITHDRAW: Request = Request::Withdraw {
+    volume: GOLD,
+    decided_at: None,
+};
 const TIMEOUT: Duration = Duration::from_millis(400);
 /// Several keepalives are due within this time.
 const QUIET: Duration = Duration::from_millis(250);
@@ -234,6 +238,7 @@ impl Host {
             volume: GOLD,
             gate_page: self.gate_page(),
             lease_until: None,
+            decided_at: None,
         }
     }
 }
@@ -330,9 +335,40 @@ fn the_lease_of_a_withdrawn_volume_may_expire() {
     let host = Host::new();
     let running = host.start();
     host.ask(&host.enlist());
-    host.ask(&Request::Withdraw { volume: GOLD });
+    host.ask(&WITHDRAW);
     host.gate.close();
     running.next_keepalive();
+}
+
+/// A withdrawal that its client had given up was carried out after the next enlistment: with open gates, the node
+/// was not watched for up to a second.
+#[test]
+fn i1_a_withdrawal_that_comes_after_a_later_enlistment_is_refused() {
+    let host = Host::new();
+    host.start();
+    let (first, second) = (BootTime(10), BootTime(20));
+    let enlist = |decided_at| Request::Enlist {
+        volume: GOLD,
+        gate_page: host.gate_page(),
+        lease_until: None,
+        decided_at: Some(decided_at),
+    };
+    let withdraw = |decided_at| Request::Withdraw {
+        volume: GOLD,
+        decided_at: Some(decided_at),
+    };
+    host.ask(&enlist(second));
+    assert!(refusal(host.ask(&withdraw(first))).contains("a later request"));
+    let enlisted = |response| match response {
+        Response::Status { enlisted, .. } => enlisted,
+        Response::Refused { reason } => panic!("{reason}"),
+    };
+    assert_eq!(enlisted(host.ask(&Request::Status)), [GOLD]);
+    // The same the other way round, and with requests that do not say when they were decided.
+    assert_eq!(enlisted(host.ask(&withdraw(BootTime(30)))), []);
+    assert!(refusal(host.ask(&enlist(second))).contains("a later request"));
+    assert_eq!(enlisted(host.ask(&enlist(BootTime(31)))), [GOLD]);
+    assert_eq!(enlisted(host.ask(&WITHDRAW)), []);
 }
 
 #[test]
@@ -434,6 +470,7 @@ fn i1_a_volume_whose_new_lease_is_not_published_yet_is_enlisted_and_withholds_un
         volume: GOLD,
         gate_page: host.gate_page(),
         lease_until: Some(lease_until),
+        decided_at: None,
     };
     let expired = boot_time_now();
     assert_eq!(
@@ -465,6 +502,7 @@ fn a_volume_without_a_valid_lease_or_page_is_not_enlisted_and_says_why() {
         volume,
         gate_page,
         lease_until,
+        decided_at: None,
     }));
     assert!(reason.contains("cannot open the gate page"), "{reason}");
 
@@ -473,6 +511,7 @@ fn a_volume_without_a_valid_lease_or_page_is_not_enlisted_and_says_why() {
         volume,
         gate_page,
         lease_until,
+        decided_at: None,
     }));
     assert!(reason.contains(&GOLD.to_string()), "{reason}");
     running.next_keepalive();
@@ -487,7 +526,7 @@ fn the_device_is_disarmed_on_request_but_never_while_a_volume_is_enlisted() {
     assert_eq!(reason, "a volume with open writers is enlisted");
     running.next_keepalive();
 
-    host.ask(&Request::Withdraw { volume: GOLD });
+    host.ask(&WITHDRAW);
     host.ask(&Request::Disarm);
     running.keepalive.join().unwrap();
     let last = running.rx.try_iter().last();

@@ -124,6 +124,8 @@ pub enum Mutation {
     KeepaliveOnAdoption,
     /// A restarted `bascule-watchdog` sets the timeout of the device that it takes over.
     TimeoutSetAgain,
+    /// `bascule-watchdog` carries out a request that was decided before one that it has carried out.
+    OutdatedRequestCounts,
     /// A volume is withdrawn from the watchdog while writes are in flight.
     WithdrawBeforeDrain,
     /// A volume whose lease has lapsed is withdrawn only when its writers have closed.

@@ -154,6 +154,15 @@ impl World {
         });
     }
 
+    /// How long `bascule-watchdog` takes with a request that its client gives up meanwhile.
+    pub(crate) fn answers_late(&self) -> Option<Duration> {
+        let often = self.faults.profile.late_answers;
+        let (from, end) = self.faults.made();
+        let is_made = (from..end).contains(&self.scheduler.now());
+        let late = often > 0 && is_made && self.scheduler.once_in(often);
+        late.then(|| Duration::from_millis(1000 + self.scheduler.below(2000)))
+    }
+
     fn kill_volume(&self, node: u8) {
         let pid = self.nodes()[usize::from(node)].volume_pid;
         if let Some(pid) = pid {

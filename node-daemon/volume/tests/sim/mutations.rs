@@ -103,6 +103,7 @@ found! {
     a_paxos_block_that_is_reused_too_early_is_found: Elections, ReuseBeforeSettle, 9;
     a_gate_that_opens_before_it_is_watched_is_found: Lapses, GateOpensBeforeEnlisting, 8;
     a_writer_that_opens_unwatched_is_found: DeafWatchdog, OpenBeforePublished, 0;
+    a_withdrawal_that_undoes_a_later_enlistment_is_found: LateAnswers, OutdatedRequestCounts, 0;
     a_keepalive_on_adoption_is_found: WatchdogRestarts, KeepaliveOnAdoption, 0;
     a_timeout_that_is_set_again_is_found: WatchdogRestarts, TimeoutSetAgain, 0;
     a_device_that_is_opened_before_deciding_is_found: WatchdogRestarts, OpenBeforeDeciding, 7;

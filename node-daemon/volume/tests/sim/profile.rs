@@ -124,6 +124,8 @@ pub(crate) struct Profile {
     pub(crate) lands_last: bool,
     /// A request to another node arrives again later, once in this many; never if 0.
     pub(crate) duplicates: u64,
+    /// `bascule-watchdog` carries a request out when its client has given it up, once in this many; never if 0.
+    pub(crate) late_answers: u64,
     pub(crate) wishes: Wishes,
     /// The last check is made while one node stays off.
     pub(crate) one_stays_off: bool,
@@ -195,9 +197,11 @@ pub(crate) enum Kind {
     Lapses,
     /// `bascule-watchdog` and its holder end and are started again, about the time when a lease ends.
     WatchdogRestarts,
+    /// Requests to `bascule-watchdog` that are carried out after their clients have given them up.
+    LateAnswers,
 }
 
-pub(crate) const KINDS: [Kind; 12] = [
+pub(crate) const KINDS: [Kind; 13] = [
     Kind::Mixed,
     Kind::Swarm,
     Kind::LateResets,
@@ -210,6 +214,7 @@ pub(crate) const KINDS: [Kind; 12] = [
     Kind::FailedWrites,
     Kind::Lapses,
     Kind::WatchdogRestarts,
+    Kind::LateAnswers,
 ];
 
 impl Kind {
@@ -227,6 +232,7 @@ impl Kind {
             Self::FailedWrites => failed_writes(),
             Self::Lapses => lapses(),
             Self::WatchdogRestarts => watchdog_restarts(),
+            Self::LateAnswers => late_answers(),
         }
     }
 }
@@ -245,6 +251,7 @@ fn mixed() -> Profile {
         fails_once_in: 4,
         lands_last: false,
         duplicates: 0,
+        late_answers: 0,
         wishes: DUTY,
         one_stays_off: false,
     }
@@ -288,6 +295,7 @@ fn swarm(scheduler: &Scheduler) -> Profile {
         fails_once_in: [1, 4][any(2)],
         lands_last: coin(),
         duplicates: [0, 10][any(2)],
+        late_answers: [0, 10][any(2)],
         wishes: Wishes {
             look: if coin() { DUTY.look } else { EAGER.look },
             takes_over_once_in: 2,
@@ -471,6 +479,35 @@ fn lapses() -> Profile {
             ..profile.wishes
         },
         ..profile
+    }
+}
+
+/// A withdrawal of a volume that has lapsed meets the enlistment that follows when the path is back.
+fn late_answers() -> Profile {
+    use Fault::{HoldDaemon, HoldGuests, KillVolume, Stall};
+    Profile {
+        name: "late answers",
+        pause: Duration::from_secs(20),
+        random: vec![Blow::of(&[
+            (HoldGuests, (5000, 7000)),
+            (Stall, (5000, 9000)),
+        ])],
+        strikes: vec![(
+            Moment::PassedUnwatched,
+            1,
+            // Nobody enlists it again, nor renews its lease.
+            Blow::of(&[
+                (HoldGuests, (50_000, 60_000)),
+                (HoldDaemon, (45_000, 50_000)),
+                (KillVolume, (0, 1)),
+            ]),
+        )],
+        late_answers: 2,
+        wishes: Wishes {
+            patient: true,
+            ..EAGER
+        },
+        ..mixed()
     }
 }
 

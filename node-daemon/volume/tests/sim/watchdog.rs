@@ -293,7 +293,13 @@ impl World {
             return Err(IpcError::Closed);
         }
         let request = request.clone();
-        let answer = move || server::answer(request, &shared);
+        let (late, world) = (self.answers_late(), Arc::clone(self));
+        let answer = move || {
+            if let Some(late) = late {
+                world.scheduler.sleep(late);
+            }
+            server::answer(request, &shared)
+        };
         let answered = self.run_in(watchdog_of(node), "client", answer, CALL_TIMEOUT);
         answered.ok_or(IpcError::Closed)
     }

@@ -131,7 +131,8 @@ fn why_unclean(context: &VolumeContext, vm: VmUid) -> Option<String> {
 /// has completed; none when every one has.
 fn await_drained(context: &VolumeContext, vm: VmUid) -> Option<String> {
     let patience = context.superblock.timings.settle + timeout(context);
-    context.update(|state| state.writers.read_pages());
+    // One that has just ended is not refused as one that writes: the writers thread looks once a second.
+    drop(writers::note_dead(context));
     context.wait_until(patience, |state| {
         state.writers.is_drained(vm) || !state.writers.is_completing(vm) || state.stopping
     });

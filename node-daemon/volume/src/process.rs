@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result, bail};
-use bascule_volume_format::{Severity, Superblock, check_volume};
+use bascule_volume_format::{OpenError, Report, Severity, Superblock, check_volume};
 use bascule_volume_gate::{GateTakenOver, GateView, GateWriter};
 use bascule_volume_protocol::Held;
 
@@ -56,7 +56,7 @@ pub fn assemble(config: ProcessConfig, host: Arc<dyn Host>, opened: Opened) -> R
         }
     };
     if view.is_some_and(|view| view.failed) {
-        verify_failed_volume(opened.device.as_ref())?;
+        verify_failed_volume(|| check_volume(&mut opened.device.handle()))?;
         opened.gate.clear_failed();
     }
     let now = host.now();
@@ -114,13 +114,65 @@ impl Assembled {
 
 /// An earlier process marked the volume as failed on this node: it is served again only if the
 /// offline check finds no error.
-fn verify_failed_volume(device: &dyn SharedDevice) -> Result<()> {
-    let report = check_volume(&mut device.handle()).context("verify the failed volume")?;
-    match report.worst() {
-        Some(Severity::Error) => bail!(
-            "the volume failed on this node and is damaged: {:?}",
-            report.findings
-        ),
-        _ => Ok(()),
+///
+/// Another node may coordinate the volume meanwhile, and write between two reads of one check: what does not go
+/// together then is no damage. Damage stays, so an error counts only if every one of [`CHECKS`] checks finds one. That no
+/// error is found wrongly is of no consequence for what others write: their records are checked whenever they are read,
+/// and this node's own failed write is either whole or absent.
+fn verify_failed_volume(mut check: impl FnMut() -> Result<Report, OpenError>) -> Result<()> {
+    let mut findings = Vec::new();
+    for _ in 0..CHECKS {
+        let report = check().context("verify the failed volume")?;
+        if report.worst() != Some(Severity::Error) {
+            return Ok(());
+        }
+        findings = report.findings;
+    }
+    bail!("the volume failed on this node and is damaged: {findings:?}")
+}
+
+/// Each takes longer than a coordinator's write; its next one is seldom as close. A guess.
+const CHECKS: u32 = 3;
+
+#[cfg(test)]
+mod tests {
+    use bascule_volume_format::Finding;
+
+    use super::*;
+
+    fn report(severity: Option<Severity>) -> Report {
+        let finding = |severity| Finding {
+            severity,
+            text: "a row without its VM".to_owned(),
+        };
+        Report {
+            findings: severity.map(finding).into_iter().collect(),
+            ..Report::default()
+        }
+    }
+
+    /// Regression: one check that a coordinator of another node had written into kept the process from starting.
+    #[test]
+    fn what_a_coordinator_writes_meanwhile_is_no_damage_and_damage_stays() {
+        let errors = |count: u32| {
+            let mut checks = 0;
+            move || {
+                checks += 1;
+                let worst = if checks <= count {
+                    Severity::Error
+                } else {
+                    Severity::Warning
+                };
+                Ok(report(Some(worst)))
+            }
+        };
+        verify_failed_volume(|| Ok(report(None))).unwrap();
+        verify_failed_volume(errors(2)).unwrap();
+        let error = verify_failed_volume(errors(u32::MAX)).unwrap_err();
+        assert!(
+            error.to_string().contains("a row without its VM"),
+            "{error}"
+        );
+        verify_failed_volume(|| Err(OpenError::NotAVolume)).unwrap_err();
     }
 }

@@ -21,9 +21,7 @@ use crate::watchdog_client;
 pub fn run(context: &VolumeContext) {
     while !context.is_stopping() {
         let settle = context.superblock.timings.settle;
-        let lives = |writer: WriterId| context.host.start_time(writer.pid) == Some(writer.started);
-        let dead = context.update(|state| state.writers.note_dead(&lives));
-        for (writer, handed) in dead {
+        for (writer, handed) in note_dead(context) {
             let lock = context.device.writer_lock(writer, &handed);
             let now = context.now();
             context.update(|state| state.writers.note_lock(writer, lock, now, settle));
@@ -41,6 +39,13 @@ pub fn run(context: &VolumeContext) {
             state.stopping || is_awaited && state.lease_until(context.now()).is_some()
         });
     }
+}
+
+/// Notices which writers' processes have ended. Those whose writes are not known to be complete, with what they
+/// were handed.
+pub fn note_dead(context: &VolumeContext) -> Vec<(WriterId, Vec<Identity>)> {
+    let lives = |writer: WriterId| context.host.start_time(writer.pid) == Some(writer.started);
+    context.update(|state| state.writers.note_dead(&lives))
 }
 
 /// Waits while what keeps `writer` from opening may end by itself, at most for `patience`.

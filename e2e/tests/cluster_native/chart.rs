@@ -10,6 +10,7 @@ use bascule_lab::tools::Tools;
 use serde_json::Value;
 
 use super::CLUSTER;
+use super::private_ca::PrivateSource;
 
 #[test]
 fn the_chart_lints_and_renders_with_every_value_set() {
@@ -24,8 +25,8 @@ fn the_chart_lints_and_renders_with_every_value_set() {
         "--set=node.allowSoftdog=true",
         "--set-json=allocationRatio=1.5",
         "--set=operator.address=[fd00::1]:7409",
-        "--set=node.migrationPorts=50000-50063",
         "--set=operator.leaseSeconds=11",
+        "--set=node.migrationPorts=50000-50063",
         "--set=networkPolicy.enabled=true",
         "--set=networkPolicy.apiServerPorts={8443}",
         "--set=imagePullSecrets={pull}",
@@ -38,8 +39,8 @@ fn the_chart_lints_and_renders_with_every_value_set() {
         "--allow-softdog",
         "\"1500\"",
         "[fd00::1]:7409",
-        "--migration-ports=50000-50063",
         "BASCULE_LEASE_SECONDS, value: \"11\"",
+        "--migration-ports=50000-50063",
         "ipFamilyPolicy: PreferDualStack",
         "kind: NetworkPolicy",
         "port: 8443",
@@ -55,9 +56,9 @@ fn a_bad_value_is_refused_and_named() {
         ("allocationRatio=0", "allocationRatio"),
         ("operator.replicas=0", "replicas"),
         ("operator.replicas=two", "replicas"),
-        ("operator.address=nowhere", "address"),
         ("operator.leaseSeconds=2", "leaseSeconds"),
         ("operator.leaseSeconds=15s", "leaseSeconds"),
+        ("operator.address=nowhere", "address"),
         ("operator.address=fd00::1:7409", "address"),
         ("operator.address=[fd00::1]", "address"),
         ("node.migrationPorts=any", "migrationPorts"),
@@ -182,7 +183,25 @@ fn upgrade_and_uninstall_leave_guests_running() {
         let process = processes(cluster);
         assert_eq!(process.len(), 2, "{process:?}");
 
-        upgrade(cluster);
+        let source = PrivateSource::new(lab).unwrap();
+        let imported = cluster.document("private", 33);
+        lab.apply(&imported.replacen("size: 64Mi", &source.disk(), 1))
+            .unwrap();
+        await_import(cluster, &source, "to be refused", |status| {
+            let conditions = status["conditions"].to_string();
+            ensure!(conditions.contains("certificate"), "{conditions}");
+            Ok(())
+        });
+        upgrade(cluster, &source);
+        let trusted = "to succeed with the chart's authority";
+        await_import(cluster, &source, trusted, |status| {
+            let mut disks = status["disks"].as_array().into_iter().flatten();
+            let disk = disks.find(|disk| disk["name"] == "data");
+            let state = disk.map(|disk| disk["state"].clone());
+            ensure!(state == Some("Ready".into()), "{status}");
+            Ok(())
+        });
+        cluster.handle("private", 33).delete().unwrap();
         talk.ping().unwrap();
         vm.wait_ready(SETTLE_LIMIT).unwrap();
         uninstall(cluster);
@@ -231,12 +250,34 @@ fn upgrade_and_uninstall_leave_guests_running() {
     });
 }
 
-/// With a changed value: every pod of the installation rolls.
-fn upgrade(cluster: &Installation) {
+/// Waits for a status of the VM one of whose disks has the source with a private authority.
+fn await_import(
+    cluster: &Installation,
+    source: &PrivateSource,
+    what: &str,
+    expected: impl Fn(&Value) -> Result<()>,
+) {
+    let lab = cluster.lab();
+    let what = format!("the import over TLS {what}");
+    lab.wait_for(&what, SETTLE_LIMIT, || {
+        source.answer_waiting();
+        let vm = lab.get(&["vm", "private", "-n", NAMESPACE])?;
+        expected(&vm["status"])
+    })
+    .unwrap();
+}
+
+/// With changed values: every pod of the installation rolls.
+fn upgrade(cluster: &Installation, source: &PrivateSource) {
     let lab = cluster.lab();
     let before = pods(cluster);
-    lab.install_bascule(&["--set=log.format=text", "--set=log.level=debug"])
-        .unwrap();
+    let authority = source.authority();
+    lab.install_bascule(&[
+        "--set=log.format=text",
+        "--set=log.level=debug",
+        &format!("--set-file=node.images.caBundle={}", authority.display()),
+    ])
+    .unwrap();
     let replaced = lab.wait_for("every pod to be replaced", SETTLE_LIMIT, || {
         let after = pods(cluster);
         ensure!(before.iter().all(|pod| !after.contains(pod)), "{after:?}");

@@ -12,6 +12,7 @@ mod imports;
 mod lost_node;
 mod networks;
 mod nodes;
+mod private_ca;
 mod tenants;
 
 use std::time::Duration;

@@ -1,4 +1,5 @@
-//! An image as it is published, an importer that is killed, and a source that stalls.
+//! An image as it is published, an importer that is killed, by a signal and by the kernel for its memory, and a
+//! source that stalls.
 
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -6,7 +7,7 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use bascule_e2e::kubernetes::{Installation, NAMESPACE, Talk, VOLUME};
+use bascule_e2e::kubernetes::{ClusterVm, Installation, NAMESPACE, Talk, VOLUME};
 use bascule_e2e::{ImagePacking, numbered_disk, pack};
 use bascule_lab::Lab;
 use bascule_lab::web::Source;
@@ -23,21 +24,18 @@ fn a_killed_importer_is_noticed_and_tried_again_and_a_vm_whose_source_stalls_can
     CLUSTER.with(name, |cluster| {
         let lab = cluster.lab();
         let source = StalledSource::new(lab).unwrap();
-        let stalling = cluster.document("stalling", 80);
-        lab.apply(&stalling.replacen("size: 64Mi", &source.disk(), 1))
-            .unwrap();
-        let first = source.next(lab).unwrap();
+        let (vm, first) = import_from(cluster, &source, "stalling", 80);
         // After that the stalled one is the only import.
         lab.wait_for("the kernel to be there", SAID_LIMIT, || {
-            let kernel = disk(cluster, "boot-kernel")?;
+            let kernel = disk(&vm, "boot-kernel")?;
             ensure!(kernel["state"] == "Ready", "{kernel}");
             Ok(())
         })
         .unwrap();
-        let vm = cluster.handle("stalling", 80);
         let node = lab.node(&vm.node().unwrap()).unwrap();
-        let group = format!("import-{}", disk_id(cluster));
-        assert_ne!(cgroups(&node, &group), "", "the control of the last line");
+        let group = format!("import-{}", disk_id(cluster, "stalling"));
+        let groups = cgroups(&node, &group);
+        assert_ne!(groups, "", "the control of the last line");
 
         // The parent of the one that fetches.
         node.exec(&["pkill", "-KILL", "-o", "-x", "bascule-import"])
@@ -46,20 +44,29 @@ fn a_killed_importer_is_noticed_and_tried_again_and_a_vm_whose_source_stalls_can
         let object = ["vm", "stalling", "-n", NAMESPACE];
         await_ready_says(cluster, &object, "ImportFailed", "was killed");
         println!("it was told {:?} after the kill", killed.elapsed());
-        let failed = disk(cluster, "data").unwrap();
+        let failed = disk(&vm, "data").unwrap();
         assert_eq!(failed["failedImports"], 1, "{failed}");
         assert!(failed["nextImport"].is_string(), "{failed}");
         assert_ended(first);
 
-        let second = source.next(lab).unwrap();
+        starve(&node, &groups);
+        lab.wait_for("the next attempt to fail", NEXT_LIMIT, || {
+            let failed = disk(&vm, "data")?;
+            ensure!(failed["failedImports"] == 2, "{failed}");
+            Ok(())
+        })
+        .unwrap();
         println!(
-            "the next attempt came {:?} after the kill",
+            "the next attempt was killed for its memory {:?} after the first",
             killed.elapsed()
         );
-        assert_eq!(disk(cluster, "data").unwrap()["failedImports"], 1);
+        await_ready_says(cluster, &object, "ImportFailed", "was killed");
         vm.delete().unwrap();
-        assert_ended(second);
-        assert_eq!(cgroups(&node, &group), "", "what stays of the import");
+        assert_eq!(cgroups(&node, &group), "", "what stays of the imports");
+
+        let (vm, client) = import_from(cluster, &source, "stalling-too", 83);
+        vm.delete().unwrap();
+        assert_ended(client);
     });
 }
 
@@ -96,17 +103,44 @@ fn a_disk_is_filled_over_http_from_a_qcow2_image_in_zstd() {
     );
 }
 
+/// A VM whose disk is filled from the source, and the client of its import.
+fn import_from<'a>(
+    cluster: &'a Installation,
+    source: &StalledSource,
+    name: &str,
+    number: u8,
+) -> (ClusterVm<'a>, TcpStream) {
+    let document = cluster.document(name, number);
+    let document = document.replacen("size: 64Mi", &source.disk(), 1);
+    cluster.lab().apply(&document).unwrap();
+    let client = source.next(cluster.lab()).unwrap();
+    (cluster.handle(name, number), client)
+}
+
+/// Gives the control group, which the next attempt gets too, less memory than any program needs: the kernel kills what
+/// exceeds it.
+fn starve(node: &bascule_lab::Node<'_>, groups: &str) {
+    let mut paths = groups.lines();
+    let memory = paths.clone().find(|path| path.contains("/memory/"));
+    // A host with the unified hierarchy has one directory.
+    let path = memory.or_else(|| paths.next()).unwrap();
+    let limit = "mkdir -p $0 && cd $0 && for f in memory.limit_in_bytes memory.max; do \
+                 if [ -e $f ]; then echo 262144 >$f && cat $f; fi; done";
+    let limit = node.exec(&["sh", "-c", limit, path]).unwrap();
+    assert_eq!(limit.trim(), "262144", "{path} has no limit");
+}
+
 /// A disk's entry in the status of the VM.
-fn disk(cluster: &Installation, name: &str) -> Result<Value> {
-    let vm = cluster.handle("stalling", 80).object()?;
+fn disk(vm: &ClusterVm<'_>, name: &str) -> Result<Value> {
+    let vm = vm.object()?;
     let mut disks = vm["status"]["disks"].as_array().into_iter().flatten();
     let found = disks.find(|disk| disk["name"] == name);
     found.cloned().with_context(|| format!("no {name} yet"))
 }
 
-/// The identifier of the data disk on the volume.
-fn disk_id(cluster: &Installation) -> String {
-    let name = format!("{NAMESPACE}/stalling.data");
+/// The identifier of a VM's data disk on the volume.
+fn disk_id(cluster: &Installation, vm: &str) -> String {
+    let name = format!("{NAMESPACE}/{vm}.data");
     let found = cluster
         .lab()
         .wait_for("the disk on the volume", SAID_LIMIT, || {

@@ -52,8 +52,7 @@ fn a_node_that_is_registered_anew_joins_at_once_and_keeps_its_slot_and_its_guest
     });
 }
 
-/// As the unit that is shipped for it does. It takes a minute, most of which the network takes to find the
-/// guest elsewhere.
+/// As the unit that is shipped for it does. It takes ten seconds.
 #[test]
 fn a_host_that_shuts_down_has_its_guests_switch_off_and_they_start_elsewhere_without_a_failover() {
     let name = "a_host_that_shuts_down_has_its_guests_switch_off_and_they_start_elsewhere_without_a_failover";

@@ -68,7 +68,9 @@ impl Execution<'_> {
                 let command = Command::EndReservation {
                     pod_uid: pod_uid.clone(),
                 };
-                self.send_command(node, &command).await.map(drop)
+                self.send_command(node, &command).await?;
+                self.memory.hold_ended = Some((pod_uid.clone(), self.now));
+                Ok(())
             }
             other => self.execute_on_node(other).await,
         }

@@ -342,6 +342,8 @@ pub struct PlannerMemory {
     pub takeover_refusal: Option<Refusal>,
     /// The reservation pods that the operator has made.
     pub reservations: Vec<ReservationRecord>,
+    /// The reservation pod whose hold process was ended last, and when.
+    pub hold_ended: Option<(String, Moment)>,
     /// The last refused reservation pod, until one is created.
     pub reservation_refusal: Option<ReservationRefusal>,
     /// The reason and message of the last failed action.

@@ -169,10 +169,7 @@ impl<'a> PlanContext<'a> {
             // Its guest is gone, so its kubelet need not confirm the deletion.
             step.append(self.delete_reservation(pod, pod.node.is_some() && !answers));
             if let (Some(node), true) = (&pod.node, answers && pod.deleting) {
-                step.push(Action::EndReservation {
-                    node: node.clone(),
-                    pod_uid: pod.uid.clone(),
-                });
+                step.append(self.end_reservation(node, pod));
             }
         }
         if pods.is_empty() {

@@ -8,7 +8,7 @@ use super::context::PlanContext;
 use super::place::{COMPLAINTS_MAX, Place};
 use super::step::{Ready, Step};
 use crate::observed::RowView;
-use crate::{Action, Phase, Pod, PodPhase, Purpose, ReservationRefusal};
+use crate::{Action, Moment, Phase, Pod, PodPhase, Purpose, ReservationRefusal};
 
 impl<'a> PlanContext<'a> {
     /// Pods that are to leave and whose guest has left: their hold processes are ended, so that a
@@ -36,16 +36,28 @@ impl<'a> PlanContext<'a> {
                 .get(node)
                 .is_some_and(|n| n.stream == crate::Stream::Up)
             {
-                step.push(Action::EndReservation {
-                    node: node.clone(),
-                    pod_uid: pod.uid.clone(),
-                });
-                step.requeue_soon();
+                step.append(self.end_reservation(node, pod));
             } else if home.is_some() && home.as_ref() != Some(node) {
                 step.append(self.delete_reservation(pod, true));
             }
         }
         step
+    }
+
+    /// Has the pod's hold process ended, unless that was done a moment ago: the kubelet takes its time to delete the pod,
+    /// and the node has better things to do then than to search its processes.
+    pub(super) fn end_reservation(&self, node: &str, pod: &Pod) -> Step {
+        let last = self.observed.memory.hold_ended.as_ref();
+        let recent =
+            |(uid, at): &(String, Moment)| *uid == pod.uid && self.now.since(*at) < ENDED_AGAIN;
+        let mut step = Step::new();
+        if !last.is_some_and(recent) {
+            step.push(Action::EndReservation {
+                node: node.to_owned(),
+                pod_uid: pod.uid.clone(),
+            });
+        }
+        step.requeued_soon()
     }
 
     /// Whether a guest runs, or might be about to, on the node that owns the row.
@@ -279,6 +291,8 @@ pub(super) fn update_reservations(pods: &[Pod]) -> Step {
 
 /// Longer than an operator takes to write the record of a pod that it has made, and its successor to read it.
 const RECORD_PATIENCE: Duration = Duration::from_secs(60);
+/// A hold process ends within milliseconds; one that had not started yet is ended then.
+const ENDED_AGAIN: Duration = Duration::from_secs(3);
 /// Interval between two requests for a pod that is refused.
 const REFUSED_AGAIN: Duration = Duration::from_secs(5);
 /// How long after the last request a refusal is reported: longer than until the next request.

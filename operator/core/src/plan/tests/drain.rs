@@ -55,6 +55,17 @@ fn a_hold_process_is_ended_only_after_its_guest_has_left() {
     );
     case = case.process_is(VmState::Departed);
     assert!(ends(&case));
+
+    // While the kubelet takes the pod away, each report would search the node's processes again.
+    let uid = case.pod(0).uid.clone();
+    case.observed.memory.hold_ended = Some((uid, NOW));
+    assert!(!ends(&case));
+    // The process may have started since.
+    case.now = NOW.after(Duration::from_secs(3));
+    assert!(ends(&case));
+    case.now = NOW;
+    case.observed.memory.hold_ended = Some(("another".to_owned(), NOW));
+    assert!(ends(&case));
 }
 
 #[test]

@@ -13,6 +13,8 @@ STATIC := $(CARGO_TARGET_DIR)/static
 PROGRAMS := bascule-operator bascule-node bascule-import bascule-hold bascule-vm bascule-volume bascule-watchdog
 PACKAGES := bascule-operator bascule-node bascule-vmm bascule-volume bascule-watchdog
 IMAGE := $(CARGO_TARGET_DIR)/bascule-image.tar
+# The guests' UEFI firmware and its licence.
+FIRMWARE := $(CACHE)/firmware
 LAB := $(STATIC)/$(TARGET)/release/lab
 # Scenarios share one machine's /dev/kvm, bridges and time: one after the other.
 SERIAL := --test-threads=1
@@ -40,10 +42,10 @@ help: ## This list
 
 .PHONY: demo
 demo: ## Three-node cluster, a VM, a drain and a power cut, with figures (usually 30 min the first time)
-	@+for n in 1:packages 2:lab 3:programs 4:demo-program; do \
-	  $(MAKE) --no-print-directory CARGO_QUIET= STEP="[$${n%:*}/11] " $${n#*:}; done
+	@+for n in 1:packages 2:lab 3:programs 4:firmware 5:demo-program; do \
+	  $(MAKE) --no-print-directory CARGO_QUIET= STEP="[$${n%:*}/12] " $${n#*:}; done
 	@$(pack)
-	@BASCULE_LAB_IMAGES=$(IMAGE) BASCULE_LAB_BIN=$(LAB) $(CARGO_TARGET_DIR)/debug/bascule-demo --steps 5/11
+	@BASCULE_LAB_IMAGES=$(IMAGE) BASCULE_LAB_BIN=$(LAB) $(CARGO_TARGET_DIR)/debug/bascule-demo --steps 6/12
 
 .PHONY: demo-down
 demo-down: lab ## Remove every trace of the demo
@@ -59,7 +61,8 @@ setup: packages ## Install what building and testing needs (Debian packages, car
 	  "installing cargo-deny (usually 5 min, once)" cargo install --quiet --locked cargo-deny
 
 # .devcontainer and CI install this list through this target.
-DEBIAN_PACKAGES := build-essential pkg-config qemu-system-x86 qemu-utils xz-utils zstd iproute2 iputils-ping nftables systemd
+DEBIAN_PACKAGES := build-essential pkg-config qemu-system-x86 qemu-utils xz-utils zstd iproute2 iputils-ping nftables systemd \
+  acpica-tools nasm python3 uuid-dev
 .PHONY: packages
 packages:
 	@missing=(); for p in $(DEBIAN_PACKAGES); do dpkg -s $$p >/dev/null 2>&1 || missing+=($$p); done; \
@@ -140,13 +143,17 @@ programs: checkout
 	@$(WITH_PROGRESS) "building the programs (usually 7 min the first time)" \
 	  $(call static_build,$(foreach p,$(PACKAGES),-p $(p)))
 
+.PHONY: firmware
+firmware: ## The guests' UEFI firmware, from Debian's source of edk2, kept outside the checkout
+	@$(WITH_PROGRESS) "building the firmware (usually 5 min the first time)" node-daemon/vmm/firmware/build.sh $(FIRMWARE)
+
 .PHONY: demo-program
 demo-program: checkout
 	@$(WITH_PROGRESS) "building the demo (usually 3 min the first time)" \
 	  cargo build $(CARGO_QUIET) --locked -p bascule-e2e --bin bascule-demo
 
 .PHONY: image
-image: lab programs ## One static OCI image of all programs, without a container daemon
+image: lab programs firmware ## One static OCI image of all programs, without a container daemon
 	@$(pack)
 
 .PHONY: crds
@@ -165,6 +172,7 @@ endef
 define pack
 rm -rf $(STATIC)/image && mkdir -p $(STATIC)/image && for p in $(PROGRAMS); do \
   cp $(STATIC)/$(TARGET)/release/$$p $(STATIC)/image/; strip $(STATIC)/image/$$p; done; \
+cp $(FIRMWARE)/bascule-firmware $(FIRMWARE)/bascule-firmware.copyright $(STATIC)/image/; \
 $(LAB) image --bin-dir $(STATIC)/image --out $(IMAGE)
 endef
 

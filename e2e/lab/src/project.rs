@@ -4,13 +4,14 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 
-use crate::image::{BASCULE_IMAGE, Content, Image};
+use crate::image::{BASCULE_IMAGE, Content, Image, ImageFile};
 use crate::lab::Lab;
 use crate::names::VM_BRIDGE;
 use crate::progress::step;
 use crate::state::Tier;
 
-/// Writes the project's image from the programs in `directory`; other files there are left out. Returns the digest.
+/// Writes the project's image from the programs, the firmware and its licence in `directory`; other files there are
+/// left out. Returns the digest.
 pub fn pack(name: &str, directory: &Path, out: &Path) -> Result<String> {
     let mut image = Image::of_programs(name, directory)?;
     image.files.retain(|file| match &file.content {
@@ -18,6 +19,14 @@ pub fn pack(name: &str, directory: &Path, out: &Path) -> Result<String> {
             .file_name()
             .is_some_and(|name| PROGRAMS.iter().any(|known| name == *known)),
         _ => true,
+    });
+    let licence = directory.join("bascule-firmware.copyright");
+    let there = licence.is_file();
+    ensure!(there, "{} is missing", licence.display());
+    image.files.push(ImageFile {
+        path: "usr/share/doc/bascule-firmware/copyright".to_owned(),
+        mode: 0o644,
+        content: Content::File(licence),
     });
     for program in PROGRAMS {
         let there = image
@@ -102,6 +111,7 @@ fn checkout() -> Result<PathBuf> {
 }
 
 const PROGRAMS: &[&str] = &[
+    "bascule-firmware",
     "bascule-hold",
     "bascule-import",
     "bascule-node",
@@ -119,7 +129,10 @@ mod tests {
     fn the_image_has_bascules_programs_and_nothing_else_of_the_directory() {
         let dir = tempfile::tempdir().unwrap();
         let out = dir.path().join("image.tar");
-        for program in PROGRAMS.iter().chain(&["lab"]) {
+        for program in PROGRAMS
+            .iter()
+            .chain(&["bascule-firmware.copyright", "lab"])
+        {
             std::fs::write(dir.path().join(program), program).unwrap();
         }
         let digest = pack("lab.bascule.dev/x:1", dir.path(), &out).unwrap();
@@ -131,6 +144,9 @@ mod tests {
         std::fs::remove_file(dir.path().join("bascule-vm")).unwrap();
         let error = pack("lab.bascule.dev/x:1", dir.path(), &out).unwrap_err();
         assert!(error.to_string().contains("bascule-vm"));
+        std::fs::remove_file(dir.path().join("bascule-firmware.copyright")).unwrap();
+        let error = pack("lab.bascule.dev/x:1", dir.path(), &out).unwrap_err();
+        assert!(error.to_string().contains("bascule-firmware.copyright"));
     }
 
     #[test]

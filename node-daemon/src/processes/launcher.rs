@@ -456,13 +456,16 @@ impl Write for HashWriter<'_> {
     }
 }
 
-/// Every program that `bascule-node` starts, and itself as the launcher.
-const PROGRAMS: [&str; 5] = [
+/// The guests' firmware, beside the programs (`node-daemon/vmm/firmware/build.sh`).
+pub(crate) const FIRMWARE: &str = "bascule-firmware";
+/// Every program that `bascule-node` starts, itself as the launcher, and the guests' firmware.
+const PROGRAMS: [&str; 6] = [
     "bascule-node",
     "bascule-vm",
     "bascule-volume",
     "bascule-watchdog",
     "bascule-import",
+    FIRMWARE,
 ];
 /// In bytes. Logs are on a tmpfs, and a program in a crash loop must not fill the node's memory.
 const LOG_BYTES_MAX: u64 = 1 << 20;

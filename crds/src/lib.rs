@@ -54,7 +54,7 @@ pub use shared_volume::{
 #[cfg(feature = "kinds")]
 pub use virtual_machine::{
     Availability, Boot, CloudInit, Cpu, DeletionPolicy, Disk, DiskState, DiskStatus, ExistingDisk,
-    FieldError, HostFileSource, HttpSource, Interface, InterfaceStatus, MigrationLimits, Ownership,
-    Placement, ReservationStatus, RestartLimits, Source, SourceKind, VirtualMachine,
+    FieldError, Firmware, HostFileSource, HttpSource, Interface, InterfaceStatus, MigrationLimits,
+    Ownership, Placement, ReservationStatus, RestartLimits, Source, SourceKind, VirtualMachine,
     VirtualMachineSpec, VirtualMachineStatus, mac_address, parse_mac,
 };

@@ -77,7 +77,7 @@ pub(crate) fn vm_spec(vm: &VirtualMachine) -> Result<VmSpec> {
         volume: spec.volume.clone(),
         cpus: u8::try_from(spec.cpu.cores).context("spec.cpu.cores")?,
         memory: Bytes(spec.memory.to_bytes().context("spec.memory")?),
-        kernel: image(KERNEL),
+        kernel: spec.boot.kernel.as_ref().map(|_| image(KERNEL)),
         initrd: spec.boot.initrd.as_ref().map(|_| image(INITRD)),
         cmdline: spec.boot.cmdline.clone(),
         disks: spec
@@ -169,13 +169,11 @@ fn disks(vm: &VirtualMachine, namespace: &str, name: &str) -> Result<Vec<DiskInt
             on_error: bascule_crds::OnError::Report,
         })
     };
-    let kernel = boot(
-        KERNEL,
-        DiskRole::Kernel,
-        Bytes(KERNEL_BYTES_MAX),
-        &vm.spec.boot.kernel,
-    )?;
-    let mut all = vec![kernel];
+    let mut all = Vec::new();
+    if let Some(kernel) = &vm.spec.boot.kernel {
+        let size = Bytes(KERNEL_BYTES_MAX);
+        all.push(boot(KERNEL, DiskRole::Kernel, size, kernel)?);
+    }
     if let Some(initrd) = &vm.spec.boot.initrd {
         let size = Bytes(INITRD_BYTES_MAX);
         all.push(boot(INITRD, DiskRole::Initrd, size, initrd)?);

@@ -43,15 +43,7 @@ impl VirtualMachineSpec {
                 "memory must be a multiple of 2Mi",
             );
         }
-        errors.source(&self.boot.kernel, "spec.boot.kernel");
-        if let Some(initrd) = &self.boot.initrd {
-            errors.source(initrd, "spec.boot.initrd");
-        }
-        errors.require(
-            self.boot.cmdline.len() <= 2047,
-            "spec.boot.cmdline",
-            "the kernel takes at most 2047 bytes",
-        );
+        self.check_boot(&mut errors);
         errors.require(
             !self.volume.is_empty(),
             "spec.volume",
@@ -85,6 +77,42 @@ impl VirtualMachineSpec {
             Ok(())
         } else {
             Err(errors.0)
+        }
+    }
+
+    fn check_boot(&self, errors: &mut Errors) {
+        let boot = &self.boot;
+        errors.require(
+            boot.kernel.is_some() != boot.firmware.is_some(),
+            "spec.boot",
+            "set exactly one of firmware and kernel",
+        );
+        if let Some(kernel) = &boot.kernel {
+            errors.source(kernel, "spec.boot.kernel");
+        } else {
+            let alone = boot.initrd.is_none() && boot.cmdline.is_empty();
+            errors.require(alone, "spec.boot", KERNEL_ONLY);
+        }
+        if let Some(initrd) = &boot.initrd {
+            errors.source(initrd, "spec.boot.initrd");
+        }
+        errors.require(
+            boot.cmdline.len() <= 2047,
+            "spec.boot.cmdline",
+            "the kernel takes at most 2047 bytes",
+        );
+        if boot.firmware.is_some() {
+            let bytes = self.memory.to_bytes().unwrap_or(u64::MAX);
+            errors.require(
+                bytes >= FIRMWARE_MEMORY_MIN,
+                "spec.memory",
+                "firmware needs at least 128Mi",
+            );
+            errors.require(
+                !self.disks.is_empty(),
+                "spec.disks",
+                "firmware boots a disk, and there is none",
+            );
         }
     }
 
@@ -352,6 +380,10 @@ fn is_unicast_mac(text: &str) -> bool {
 
 const MIB: u64 = 1 << 20;
 const TIB: u64 = 1 << 40;
+/// Memory of a guest that boots by firmware: what the firmware takes, and room for a boot loader and a kernel.
+const FIRMWARE_MEMORY_MIN: u64 = 128 * MIB;
+const KERNEL_ONLY: &str =
+    "initrd and cmdline belong to a kernel: with firmware, the disk's boot loader has them";
 const SAME_MAC: &str = "another interface has the same mac: give each its own, or leave mac out";
 const DNS_LABEL: &str = "must be a DNS label: at most 63 lower-case letters, digits and hyphens";
 const ONE_DIGEST: &str = "set exactly one of sha256 and sha512";
@@ -366,7 +398,7 @@ const SHA512: &str =
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::VirtualMachine;
+    use crate::{Firmware, VirtualMachine};
 
     const GOOD: &str = r"
 apiVersion: bascule.dev/v1alpha1
@@ -433,6 +465,45 @@ spec:
     #[test]
     fn a_sound_document_passes() {
         assert_eq!(errors_of(GOOD), Vec::<String>::new());
+    }
+
+    #[test]
+    fn a_virtual_machine_without_a_kernel_boots_by_firmware() {
+        let boot =
+            "  boot:\n    kernel: {hostFile: {name: debian-kernel}}\n    cmdline: console=ttyS0\n";
+        for firmware in ["", "  boot: {firmware: {}}\n"] {
+            let document = GOOD.replace(boot, firmware);
+            assert_ne!(document, GOOD);
+            let vm: VirtualMachine = serde_saphyr::from_str(&document).unwrap();
+            assert_eq!(
+                (vm.spec.boot.kernel, vm.spec.boot.firmware),
+                (None, Some(Firmware {}))
+            );
+            assert_eq!(errors_of(&document), Vec::<String>::new());
+            let small = errors_of(&document.replace("512Mi", "126Mi"));
+            assert_eq!(small, ["spec.memory: firmware needs at least 128Mi"]);
+            let (before, rest) = document.split_once("  disks:").unwrap();
+            let (_, after) = rest.split_once("  interfaces:").unwrap();
+            let diskless = errors_of(&format!("{before}  interfaces:{after}"));
+            assert_eq!(
+                diskless,
+                ["spec.disks: firmware boots a disk, and there is none"]
+            );
+        }
+    }
+
+    #[test]
+    fn exactly_one_of_firmware_and_kernel_is_booted() {
+        let kernel = "    kernel: {hostFile: {name: debian-kernel}}\n";
+        let both = format!("    firmware: {{}}\n{kernel}");
+        for (boot, error) in [
+            (both.as_str(), "spec.boot: set exactly one"),
+            ("", "spec.boot: set exactly one"),
+            ("    firmware: {}\n", "spec.boot: initrd and cmdline belong"),
+        ] {
+            let errors = errors_of(&GOOD.replace(kernel, boot));
+            assert!(errors[0].starts_with(error), "{errors:?}");
+        }
     }
 
     #[test]

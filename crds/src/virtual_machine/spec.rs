@@ -38,6 +38,8 @@ use crate::{DrainPolicy, Duration, FailurePolicy, OnError, Quantity, RunPolicy};
     printcolumn(name = "Volume", type_ = "string", json_path = ".spec.volume", priority = 1, description = "The SharedVolume that it lives on."),
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
     validation = Rule::new("self.metadata.name.matches('^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$')").message("metadata.name must be a DNS label: at most 63 lower-case letters, digits and hyphens, because the names of its disks on the volume are made of it"),
+    validation = Rule::new("!has(self.spec.boot.firmware) || (type(self.spec.memory) == int ? self.spec.memory >= 134217728 : !isQuantity(self.spec.memory) || quantity(self.spec.memory).compareTo(quantity('128Mi')) >= 0)").message("spec.memory: firmware needs at least 128Mi"),
+    validation = Rule::new("!has(self.spec.boot.firmware) || (has(self.spec.disks) && self.spec.disks.size() > 0)").message("spec.disks: firmware boots a disk, and there is none"),
 )]
 pub struct VirtualMachineSpec {
     /// Whether the guest should run. Always: start it, and start it again whenever it ends.
@@ -56,8 +58,8 @@ pub struct VirtualMachineSpec {
         validation = Rule::new("type(self) == int ? self % 2097152 == 0 : !isQuantity(self) || !quantity(self).isInteger() || quantity(self).asInteger() % 2097152 == 0").message("memory must be a multiple of 2Mi, for example 512Mi or 2Gi"),
     )]
     pub memory: Quantity,
-    /// What the guest boots. Copied to the volume when the virtual machine is created, so that a
-    /// restart on another node needs nothing but the volume.
+    /// What the guest boots: by default the firmware, which boots the first disk that can.
+    #[serde(default)]
     pub boot: Boot,
     /// The SharedVolume that the virtual machine lives on, by name. Cannot be changed.
     #[x_kube(validation = Rule::new("self == oldSelf").message("volume cannot be changed: create another VirtualMachine on the other volume and attach the kept disks there"))]
@@ -103,17 +105,29 @@ pub struct Cpu {
     pub cores: i32,
 }
 
-/// What the guest boots.
+/// What the guest boots: exactly one of firmware and kernel.
 #[derive(KubeSchema, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-#[x_kube(validation = Rule::new("has(self.initrd) == has(oldSelf.initrd)").message("boot.initrd cannot be added or removed: it was copied to the volume when the VirtualMachine was created"))]
+#[x_kube(
+    validation = Rule::new("has(self.kernel) != has(self.firmware)").message("set exactly one of firmware and kernel"),
+    validation = Rule::new("has(self.kernel) || (!has(self.initrd) && (!has(self.cmdline) || self.cmdline == ''))").message("initrd and cmdline belong to a kernel: with firmware, the disk's boot loader has them"),
+    validation = Rule::new("has(self.kernel) == has(oldSelf.kernel)").message("boot.kernel cannot be added or removed: it was copied to the volume when the VirtualMachine was created"),
+    validation = Rule::new("has(self.initrd) == has(oldSelf.initrd)").message("boot.initrd cannot be added or removed: it was copied to the volume when the VirtualMachine was created"),
+)]
 pub struct Boot {
+    /// UEFI firmware. It boots the first of the disks, in their order, that has an EFI system
+    /// partition with \EFI\BOOT\BOOTX64.EFI, as disks of distributions have. It keeps no boot
+    /// variables. Its console is the serial port. Needs at least 128Mi of memory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub firmware: Option<Firmware>,
     /// The kernel: an x86-64 Linux bzImage, or an ELF image with a PVH entry note, of at most
-    /// 128Mi. Cannot be changed.
+    /// 128Mi. Copied to the volume when the virtual machine is created, so that a restart on another
+    /// node needs nothing but the volume. Cannot be changed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     #[x_kube(validation = Rule::new("self == oldSelf").message("boot.kernel cannot be changed: it was copied to the volume when the VirtualMachine was created"))]
-    pub kernel: Source,
+    pub kernel: Option<Source>,
     /// The initial RAM disk, if the kernel wants one: a cpio archive, compressed or not, of at most
-    /// 512Mi. Cannot be changed.
+    /// 512Mi. Copied to the volume with the kernel. Cannot be changed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[x_kube(validation = Rule::new("self == oldSelf").message("boot.initrd cannot be changed: it was copied to the volume when the VirtualMachine was created"))]
     pub initrd: Option<Source>,
@@ -123,6 +137,21 @@ pub struct Boot {
     #[schemars(length(max = 2047))]
     pub cmdline: String,
 }
+
+impl Default for Boot {
+    fn default() -> Self {
+        Self {
+            firmware: Some(Firmware {}),
+            kernel: None,
+            initrd: None,
+            cmdline: String::new(),
+        }
+    }
+}
+
+/// UEFI firmware. There is nothing to set.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Firmware {}
 
 /// Where an image comes from: exactly one of http and hostFile.
 #[derive(KubeSchema, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -292,8 +292,9 @@ pub struct VmSpec {
     pub cpus: u8,
     /// Guest RAM.
     pub memory: Bytes,
-    /// The kernel's name on the volume, `<namespace>/<disk>`.
-    pub kernel: String,
+    /// The kernel's name on the volume, `<namespace>/<disk>`; none to boot by firmware.
+    #[serde(default)]
+    pub kernel: Option<String>,
     /// The initial RAM disk's name on the volume.
     pub initrd: Option<String>,
     /// The kernel command line.

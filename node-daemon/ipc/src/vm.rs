@@ -119,6 +119,9 @@ pub enum ImageSource {
     },
     /// A file (a VM without a home).
     File { path: PathBuf },
+    /// As the kernel: UEFI firmware, which boots the first disk that can. The file is an ELF file with a PVH note, as a
+    /// kernel; without initrd and command line.
+    Firmware { path: PathBuf },
 }
 
 /// One virtio-blk disk.

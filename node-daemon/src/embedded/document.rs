@@ -109,7 +109,7 @@ fn resolve(vm: &VirtualMachine, namespace: &str, name: &str) -> Result<VmSpec> {
         volume: vm.spec.volume.clone(),
         cpus: u8::try_from(vm.spec.cpu.cores).context("spec.cpu.cores")?,
         memory: Bytes(vm.spec.memory.to_bytes().context("spec.memory")?),
-        kernel: image(KERNEL),
+        kernel: vm.spec.boot.kernel.as_ref().map(|_| image(KERNEL)),
         initrd: vm.spec.boot.initrd.as_ref().map(|_| image(INITRD)),
         cmdline: vm.spec.boot.cmdline.clone(),
         disks: disks.collect(),
@@ -129,15 +129,15 @@ fn resolve(vm: &VirtualMachine, namespace: &str, name: &str) -> Result<VmSpec> {
 }
 
 fn wanted_disks(vm: &VirtualMachine, namespace: &str, name: &str) -> Result<Vec<WantedDisk>> {
-    let mut wanted = vec![WantedDisk {
-        field: "spec.boot.kernel".to_owned(),
-        row: RowName::new(format!("{namespace}/{name}.{KERNEL}"))?,
-        role: DiskRole::Kernel,
-        fill: Some((
-            Bytes(KERNEL_BYTES_MAX),
-            import_source(&vm.spec.boot.kernel)?,
-        )),
-    }];
+    let mut wanted = Vec::new();
+    if let Some(kernel) = &vm.spec.boot.kernel {
+        wanted.push(WantedDisk {
+            field: "spec.boot.kernel".to_owned(),
+            row: RowName::new(format!("{namespace}/{name}.{KERNEL}"))?,
+            role: DiskRole::Kernel,
+            fill: Some((Bytes(KERNEL_BYTES_MAX), import_source(kernel)?)),
+        });
+    }
     if let Some(initrd) = &vm.spec.boot.initrd {
         wanted.push(WantedDisk {
             field: "spec.boot.initrd".to_owned(),

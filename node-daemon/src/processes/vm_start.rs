@@ -30,6 +30,7 @@ use bascule_ipc::vm::{
 use bascule_node_api::command::{RejectReason, VmSpec};
 use bascule_types::{Ownership, VmUid};
 
+use super::launcher::FIRMWARE;
 use super::supervisor::{Rejection, Supervisor, is_alive};
 use super::tap;
 use super::undo::Undo;
@@ -200,7 +201,12 @@ impl OnNode<'_> {
             cpus: spec.cpus,
             memory: spec.memory,
             boot: Boot {
-                kernel: image(&spec.kernel),
+                kernel: match &spec.kernel {
+                    Some(kernel) => image(kernel),
+                    None => ImageSource::Firmware {
+                        path: self.node.launcher.programs.join(FIRMWARE),
+                    },
+                },
                 initrd: spec.initrd.as_deref().map(image),
                 cmdline: spec.cmdline.clone(),
             },

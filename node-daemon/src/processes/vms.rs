@@ -420,7 +420,7 @@ mod tests {
             volume: "gold".to_owned(),
             cpus: 1,
             memory: bascule_types::Bytes::mib(64),
-            kernel: "shop/kernel".to_owned(),
+            kernel: Some("shop/kernel".to_owned()),
             initrd: None,
             cmdline: String::new(),
             disks: Vec::new(),

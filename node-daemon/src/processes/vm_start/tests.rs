@@ -165,7 +165,7 @@ fn of_a_vm_whose_second_bridge_is_missing_no_tap_and_no_file_stays() {
         volume: "gold".into(),
         cpus: 1,
         memory: Bytes::mib(64),
-        kernel: "shop/web.kernel".into(),
+        kernel: Some("shop/web.kernel".into()),
         initrd: None,
         cmdline: String::new(),
         disks: Vec::new(),

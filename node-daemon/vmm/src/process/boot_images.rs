@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Read};
+use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context as _, bail, ensure};
@@ -16,16 +17,49 @@ use crate::boot::{BootSource, Initrd, OpenImages};
 const READ_BYTES: usize = 1 << 20;
 /// Direct I/O wants memory, offset and length aligned to a volume block.
 const ALIGNMENT: usize = 4096;
+/// Longest firmware in bytes: edk2's CloudHv has 4 MiB.
+const FIRMWARE_BYTES_MAX: u64 = 16 << 20;
 
 /// Opens the kernel and initrd that `boot` names, in files or on the home volume `opened`, whose device stays
-/// open for it. The volume deletes no disk of a VM that has an owner.
-pub(super) fn opener(boot: &Boot, opened: Option<&Opened>) -> OpenImages {
+/// open for it. The volume deletes no disk of a VM that has an owner. Firmware is read at once: its file
+/// belongs to the release of this process, and a reset may come long after that was removed.
+pub(super) fn opener(boot: &Boot, opened: Option<&Opened>) -> anyhow::Result<OpenImages> {
+    if let ImageSource::Firmware { path } = &boot.kernel {
+        let firmware = firmware(path)?;
+        return Ok(Box::new(move || {
+            Ok(BootSource {
+                kernel: firmware.clone(),
+                initrd: None,
+                cmdline: String::new(),
+            })
+        }));
+    }
     let boot = boot.clone();
     let home = opened.map(|opened| BootDisks {
         device: Arc::clone(&opened.device),
         rows: opened.disks.clone(),
     });
-    Box::new(move || open(&boot, home.as_ref()).map_err(Into::into))
+    Ok(Box::new(move || {
+        open(&boot, home.as_ref()).map_err(Into::into)
+    }))
+}
+
+fn firmware(path: &Path) -> anyhow::Result<Vec<u8>> {
+    let shown = path.display();
+    let file = File::open(path).with_context(|| {
+        format!(
+            "boot.firmware: open {shown}: this build of Bascule has no firmware (make firmware)"
+        )
+    })?;
+    let mut firmware = Vec::new();
+    file.take(FIRMWARE_BYTES_MAX)
+        .read_to_end(&mut firmware)
+        .with_context(|| format!("boot.firmware: read {shown}"))?;
+    ensure!(
+        firmware.starts_with(b"\x7fELF"),
+        "boot.firmware: {shown} is not an ELF file"
+    );
+    Ok(firmware)
 }
 
 /// The home volume as far as boot images need it.
@@ -62,7 +96,7 @@ type Image = (u64, Box<dyn Read + Send>);
 
 fn image(source: &ImageSource, opened: Option<&BootDisks>) -> anyhow::Result<Image> {
     match source {
-        ImageSource::File { path } => {
+        ImageSource::File { path } | ImageSource::Firmware { path } => {
             let file = File::open(path).with_context(|| format!("open {}", path.display()))?;
             let length = file.metadata()?.len();
             Ok((length, Box::new(file)))
@@ -192,6 +226,27 @@ mod tests {
         assert_eq!(content.len(), (1 << 20) + 5);
         assert!(content[..1 << 20].iter().all(|byte| *byte == 4));
         assert_eq!(content[1 << 20..], [1; 5]);
+    }
+
+    #[test]
+    fn firmware_is_kept_for_resets_and_missing_or_broken_refused_with_its_field() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("firmware");
+        let boot = Boot {
+            kernel: ImageSource::Firmware { path: path.clone() },
+            initrd: None,
+            cmdline: String::new(),
+        };
+        let refused = |boot| format!("{:#}", opener(boot, None).err().unwrap());
+        assert!(refused(&boot).starts_with("boot.firmware: open "));
+        std::fs::write(&path, "#!/bin/sh").unwrap();
+        assert!(refused(&boot).ends_with("is not an ELF file"));
+        std::fs::write(&path, "\x7fELF and more").unwrap();
+        let open = opener(&boot, None).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        for _ in 0..2 {
+            assert_eq!(open().unwrap().kernel, b"\x7fELF and more");
+        }
     }
 
     #[test]

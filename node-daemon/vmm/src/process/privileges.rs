@@ -71,7 +71,7 @@ fn allowed(run_dir: &Path, config: &VmConfig) -> Vec<(PathBuf, BitFlags<AccessFs
     ];
     let images = [Some(&config.boot.kernel), config.boot.initrd.as_ref()];
     for image in images.into_iter().flatten() {
-        if let ImageSource::File { path } = image {
+        if let ImageSource::File { path } | ImageSource::Firmware { path } = image {
             allowed.push((path.clone(), READ));
         }
     }
@@ -120,6 +120,16 @@ mod tests {
 
     fn denied<T>(result: io::Result<T>) -> bool {
         result.is_err_and(|error| error.kind() == ErrorKind::PermissionDenied)
+    }
+
+    #[test]
+    fn firmware_may_be_read_and_not_written() {
+        let mut config = testing::config();
+        config.boot.kernel = ImageSource::Firmware {
+            path: "/programs/bascule-firmware".into(),
+        };
+        let expected = (PathBuf::from("/programs/bascule-firmware"), READ);
+        assert!(allowed(Path::new("/run/vm"), &config).contains(&expected));
     }
 
     #[test]

@@ -34,7 +34,7 @@ impl BuildPlan {
         let home = opened.as_ref().zip(gate.as_ref());
         let mut builder = self.builder()?;
         let devices = devices::add(&mut builder, &self.config, home)?;
-        let images = boot_images::opener(&self.config.boot, opened.as_ref());
+        let images = boot_images::opener(&self.config.boot, opened.as_ref())?;
         let vm = match self.config.start {
             StartMode::Boot => builder.boot(images)?,
             StartMode::Incoming { .. } => builder.incoming(images)?,

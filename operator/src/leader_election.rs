@@ -221,9 +221,10 @@ impl Times {
     }
 
     /// When an attempt that starts `now` is given up: well before the Lease expires, and no later than a leader
-    /// steps down.
+    /// steps down. A busy API server or node is a more frequent reason for a late response than a lost connection, so
+    /// one attempt has the whole time from a leader's next renewal to its end.
     fn limit(self, now: Instant, leads_until: Option<Instant>) -> Instant {
-        let limit = now + self.valid / 5;
+        let limit = now + self.valid * 2 / 5;
         leads_until.map_or(limit, |until| until.min(limit))
     }
 

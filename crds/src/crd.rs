@@ -177,6 +177,35 @@ mod tests {
         );
     }
 
+    /// An API server refuses the whole definition for a line break within a text of a rule (CEL, "String and Bytes
+    /// Values").
+    #[test]
+    fn no_rule_has_a_line_break_in_it() {
+        fn walk(value: &serde_json::Value, rules: &mut Vec<String>) {
+            match value {
+                serde_json::Value::Object(fields) => {
+                    rules.extend(
+                        fields
+                            .get("rule")
+                            .and_then(|rule| rule.as_str())
+                            .map(str::to_owned),
+                    );
+                    fields.values().for_each(|field| walk(field, rules));
+                }
+                serde_json::Value::Array(items) => items.iter().for_each(|item| walk(item, rules)),
+                _ => {}
+            }
+        }
+        let mut rules = Vec::new();
+        for crd in crds() {
+            walk(&serde_json::to_value(&crd).unwrap(), &mut rules);
+        }
+        assert!(rules.len() > 20, "{} rules", rules.len());
+        for rule in rules {
+            assert!(!rule.contains('\n'), "{rule:?}");
+        }
+    }
+
     #[test]
     fn an_uninstall_keeps_the_definitions() {
         for crd in crds() {

@@ -30,7 +30,7 @@ pub struct CloudInit {
     /// at most 4096 characters.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = KEYS_MAX), inner(length(min = 1, max = KEY_MAX)))]
-    #[x_kube(validation = Rule::new("self.all(key, !key.contains('\n'))").message("each of sshAuthorizedKeys is one line, such as the contents of id_ed25519.pub"))]
+    #[x_kube(validation = Rule::new("self.all(key, !key.contains('\\n'))").message("each of sshAuthorizedKeys is one line, such as the contents of id_ed25519.pub"))]
     pub ssh_authorized_keys: Vec<String>,
 }
 

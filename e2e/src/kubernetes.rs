@@ -4,6 +4,7 @@
 //! VirtualMachine whose guest can be talked to: the probe guest on native nodes, an unmodified
 //! Debian kernel on emulated ones. Every wait is on a condition and says what it waited for.
 
+mod firmware;
 mod guest;
 mod leader;
 mod objects;

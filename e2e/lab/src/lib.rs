@@ -93,6 +93,7 @@ mod emulated;
 pub mod faults;
 pub mod guard;
 pub mod guest;
+pub mod guest_disk;
 pub mod hub;
 pub mod image;
 pub mod init;

@@ -282,7 +282,12 @@ pub const PACKAGES: &[&str] = &[
 /// Debian packages that only the emulated tier needs.
 pub const PACKAGES_EMULATED: &[&str] = &[
     "debian-archive-keyring",
+    "dosfstools",
+    "fdisk",
+    "grub-common",
+    "grub-efi-amd64-bin",
     "mmdebstrap",
+    "mtools",
     "qemu-system-x86",
     "qemu-utils",
 ];

@@ -5,6 +5,7 @@
 
 mod clock;
 mod fencing;
+mod firmware;
 mod isolation;
 mod memory;
 mod san;

@@ -123,6 +123,13 @@ impl<R: Ring> DiskEngine<R> {
         }
     }
 
+    /// What performs its commands, of a simulation.
+    #[cfg(feature = "fault-injection")]
+    #[must_use]
+    pub fn ring(&self) -> &R {
+        &self.ring
+    }
+
     /// The same engine with other rules.
     #[cfg(feature = "fault-injection")]
     #[must_use]
@@ -305,8 +312,8 @@ impl<R: Ring> DiskEngine<R> {
         if kind == SubRequestKind::Read {
             return;
         }
-        self.failure.note(kind.operation(), error);
         if !broken!(self.rules, FailedWriteEnds) {
+            self.failure.note(kind.operation(), error);
             self.becomes_unclean();
         }
         let job = self.jobs.get(job).filter(|job| job.is_write());

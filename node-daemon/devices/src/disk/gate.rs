@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bascule_types::{Owner, WriterState};
-use bascule_volume_gate::{GateClosedReason, GateReader, WriterPage, boot_time_now};
+use bascule_volume_gate::{Clock, GateClosedReason, GateReader, LinuxClock, WriterPage};
 
 /// Decides whether a write may be submitted at this moment.
 pub trait WriteGate: Send + Sync + fmt::Debug {
@@ -39,7 +39,8 @@ impl WriteGate for AlwaysOpen {
 /// The gate of a volume, for one owner. The VMM replaces the owner when the node has rejoined the
 /// volume in a new generation and kept the ownership of the virtual machine.
 #[derive(Debug)]
-pub struct VolumeGate {
+pub struct VolumeGate<C: Clock = LinuxClock> {
+    clock: C,
     reader: Arc<GateReader>,
     owner: Mutex<Owner>,
     /// None with a `bascule-volume` of an earlier release, which does not ask.
@@ -52,7 +53,21 @@ impl VolumeGate {
     /// under way is told in `page`.
     #[must_use]
     pub fn new(reader: Arc<GateReader>, owner: Owner, page: Option<WriterPage>) -> Self {
+        Self::with_clock(LinuxClock, reader, owner, page)
+    }
+}
+
+impl<C: Clock> VolumeGate<C> {
+    /// The same on a clock of a simulation.
+    #[must_use]
+    pub fn with_clock(
+        clock: C,
+        reader: Arc<GateReader>,
+        owner: Owner,
+        page: Option<WriterPage>,
+    ) -> Self {
         Self {
+            clock,
             reader,
             owner: Mutex::new(owner),
             page,
@@ -78,12 +93,12 @@ impl VolumeGate {
     #[must_use]
     pub fn closed_reason(&self) -> Option<GateClosedReason> {
         let owner = *self.owner.lock().unwrap_or_else(PoisonError::into_inner);
-        let checked = self.reader.check(boot_time_now(), owner);
+        let checked = self.reader.check(self.clock.now(), owner);
         checked.err().map(|closed| closed.reason)
     }
 }
 
-impl WriteGate for VolumeGate {
+impl<C: Clock> WriteGate for VolumeGate<C> {
     fn is_open(&self) -> bool {
         self.closed_reason().is_none()
     }

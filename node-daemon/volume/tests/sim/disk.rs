@@ -44,6 +44,8 @@ struct DiskState {
     stalled: BTreeMap<u8, u64>,
     /// Writes of these nodes fail once in a few, until then.
     failing: BTreeMap<u8, u64>,
+    /// The guests of these nodes have lost their path, until then.
+    lost: BTreeMap<u8, u64>,
     /// Blocks that cannot be parsed.
     damaged: BTreeSet<u64>,
     elections: ElectionOracle,
@@ -57,7 +59,21 @@ struct Request {
     /// When it takes effect; never if that is none.
     lands: Option<u64>,
     completes: u64,
-    fails: bool,
+    /// The error that it completes with.
+    fails: Option<i32>,
+    /// It failed at a place that fails until it has landed.
+    is_stuck: bool,
+    /// Somebody will ask for its outcome.
+    is_awaited: bool,
+}
+
+/// What a request does.
+pub(crate) enum What<'a> {
+    Read,
+    Write(&'a [u8]),
+    /// A write of a guest's disk: one that a lost path fails lands within the settle time, as the guest's process
+    /// assumes, and one that fails otherwise does when it likes, and until then every write of the block fails.
+    GuestWrite(&'a [u8]),
 }
 
 impl Disk {
@@ -121,7 +137,13 @@ impl Disk {
         {
             let latest = request.completes + settle;
             request.lands = request.lands.map(|at| at.min(latest));
+            request.is_awaited = false;
         }
+    }
+
+    /// Every request of the node's guests fails.
+    pub(crate) fn lose_path(&self, node: u8, until: u64) {
+        self.lock().lost.insert(node, until);
     }
 
     /// The initiator was reset: half of what it has under way is lost, the rest lands within settle.
@@ -144,8 +166,10 @@ impl Disk {
                 let later = request.lands.filter(|_| !lost);
                 request.lands = later.map(|at| at.min(lands));
                 request.completes = now;
+                request.is_awaited = false;
             }
         }
+        state.lost.remove(&node);
         state.stalled.remove(&node);
         state.failing.remove(&node);
     }
@@ -171,9 +195,9 @@ impl Disk {
                 state.land(&self.superblock, Lba(lba + n as u64), block);
             }
         }
-        state
-            .requests
-            .retain(|_, request| request.lands.is_some() || request.completes > now);
+        state.requests.retain(|_, request| {
+            request.lands.is_some() || request.completes > now || request.is_awaited
+        });
     }
 
     /// Submits a write and waits for its completion.
@@ -185,15 +209,12 @@ impl Disk {
         bytes: &[u8],
         uninterruptible: bool,
     ) -> io::Result<()> {
-        let id = self.submit(initiator, pid, lba, bytes);
-        let fails = self.await_completion(id, uninterruptible);
-        if fails {
-            return Err(io::Error::from_raw_os_error(libc::EIO));
-        }
-        Ok(())
+        let id = self.submit(initiator, pid, lba, &What::Write(bytes));
+        self.await_completion(id, uninterruptible)
     }
 
-    fn submit(&self, initiator: Initiator, pid: u32, lba: Lba, bytes: &[u8]) -> u64 {
+    /// Submits a request. Its id, by which [`Disk::outcome`] must be asked for until there is one.
+    pub(crate) fn submit(&self, initiator: Initiator, pid: u32, lba: Lba, what: &What<'_>) -> u64 {
         let now = self.scheduler.now();
         let took = self.latency();
         let early = self.scheduler.below(took);
@@ -207,11 +228,23 @@ impl Disk {
             .unwrap_or(0)
             .max(now);
         let failing = state.failing.get(&initiator.0).is_some_and(|at| *at > now);
-        let fails = failing && fails_once_in == 0;
-        let lands = if fails {
-            from + took + late
+        let (bytes, is_guest): (&[u8], bool) = match what {
+            What::Read => (&[], true),
+            What::Write(bytes) => (bytes, false),
+            What::GuestWrite(bytes) => (bytes, true),
+        };
+        let is_lost = is_guest && state.lost.get(&initiator.0).is_some_and(|at| *at > now);
+        let is_stuck = is_guest && !bytes.is_empty() && state.is_stuck(initiator, lba);
+        let fails = if is_lost {
+            Some([libc::EIO, libc::ENOLINK][usize::from(fails_once_in == 0)])
         } else {
-            from + early
+            let fails = is_stuck || !bytes.is_empty() && failing && fails_once_in == 0;
+            fails.then_some(libc::EIO)
+        };
+        let lands = match fails {
+            None => from + early,
+            Some(_) if is_lost => from + took + late.min(self.settle() - 1),
+            Some(_) => from + took + late,
         };
         let id = state.next;
         state.next += 1;
@@ -222,26 +255,49 @@ impl Disk {
                 pid,
                 lba: lba.0,
                 bytes: bytes.into(),
-                lands: Some(lands),
+                lands: (!bytes.is_empty()).then_some(lands),
                 completes: from + took,
                 fails,
+                is_stuck: fails.is_some() && is_guest && !is_lost,
+                is_awaited: true,
             },
         );
         id
     }
 
-    /// Whether it failed.
-    fn await_completion(&self, id: u64, uninterruptible: bool) -> bool {
+    /// When the request completes, as it looks now.
+    pub(crate) fn completes(&self, id: u64) -> u64 {
+        let state = self.lock();
+        state
+            .requests
+            .get(&id)
+            .map_or(0, |request| request.completes)
+    }
+
+    /// The outcome of a request that has completed, once.
+    pub(crate) fn outcome(&self, id: u64) -> Option<io::Result<()>> {
+        let now = self.scheduler.now();
+        let mut state = self.lock();
+        let Some(request) = state.requests.get_mut(&id) else {
+            // Of a node that was reset.
+            return Some(Ok(()));
+        };
+        if request.completes > now {
+            return None;
+        }
+        request.is_awaited = false;
+        let fails = request.fails;
+        drop(state);
+        self.apply(now);
+        Some(fails.map_or(Ok(()), |errno| Err(io::Error::from_raw_os_error(errno))))
+    }
+
+    fn await_completion(&self, id: u64, uninterruptible: bool) -> io::Result<()> {
         loop {
-            let now = self.scheduler.now();
-            let (completes, fails) = match self.lock().requests.get(&id) {
-                Some(request) => (request.completes, request.fails),
-                None => return false,
-            };
-            if completes <= now {
-                self.apply(now);
-                return fails;
+            if let Some(outcome) = self.outcome(id) {
+                return outcome;
             }
+            let completes = self.completes(id);
             self.scheduler.block(None, completes, uninterruptible);
         }
     }
@@ -266,7 +322,7 @@ impl Disk {
         self.read_now(lba, blocks);
     }
 
-    fn read_now(&self, lba: Lba, blocks: &mut [u8]) {
+    pub(crate) fn read_now(&self, lba: Lba, blocks: &mut [u8]) {
         self.apply(self.scheduler.now());
         let state = self.lock();
         for (n, block) in blocks.chunks_exact_mut(BLOCK_BYTES).enumerate() {
@@ -349,6 +405,14 @@ impl Disk {
 }
 
 impl DiskState {
+    /// A write of this block that failed has not landed.
+    fn is_stuck(&self, initiator: Initiator, lba: Lba) -> bool {
+        self.requests.values().any(|request| {
+            let is_stuck = request.is_stuck && request.lands.is_some();
+            is_stuck && request.initiator == initiator && request.lba == lba.0
+        })
+    }
+
     fn land(&mut self, superblock: &Superblock, lba: Lba, block: &[u8]) {
         let before = self.blocks.insert(lba.0, block.into());
         (self.elections).landed(superblock, lba, before.as_deref(), block);

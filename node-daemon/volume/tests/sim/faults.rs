@@ -112,6 +112,7 @@ impl World {
             Fault::Freeze => self.scheduler.freeze(node, until),
             Fault::Stall => self.disk.stall(node, until),
             Fault::FailWrites => self.disk.fail_writes(node, until),
+            Fault::LosePath => self.disk.lose_path(node, until),
             Fault::CutOff => self.nodes()[usize::from(node)].cut_off_until = until,
             Fault::Deaf => self.nodes()[usize::from(node)].deaf_until = until,
             Fault::HoldGuests => {

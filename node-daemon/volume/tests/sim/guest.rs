@@ -1,16 +1,17 @@
-//! A VM's process as the volume sees it: it opens the VM, writes numbered blocks through the gate, and keeps
-//! its writer page. And the oracle that watches every one of its writes land.
+//! A VM's process as the volume sees it: it opens the VM, and writes numbered blocks through the real disk engine,
+//! gate and writer page. And the oracle that watches every one of its writes land.
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bascule_ipc::volume::{Request, Response};
-use bascule_types::{Lba, Ownership, VmRow, VmUid};
+use bascule_ipc::volume::{OpenedVm, Request, Response};
+use bascule_types::{Bytes, ExtentRun, Ownership, VmUid};
 use bascule_volume_format::{BLOCK_BYTES, BLOCK_BYTES_U64};
 use bascule_volume_gate::{GateReader, WriterPage};
 
+use crate::guest_disk::GuestDisk;
 use crate::profile::Moment;
 use crate::world::World;
 
@@ -104,10 +105,21 @@ pub(crate) struct Guest {
     pub(crate) ownership: Ownership,
 }
 
-struct Open {
-    gate: GateReader,
-    page: WriterPage,
-    blocks: Vec<u64>,
+/// What the volume's process passed on.
+pub(crate) struct Opened {
+    pub(crate) device: OwnedFd,
+    pub(crate) gate: Arc<GateReader>,
+    pub(crate) page: WriterPage,
+    pub(crate) extents: Vec<ExtentRun>,
+    pub(crate) size: Bytes,
+    pub(crate) settle: Duration,
+}
+
+impl Opened {
+    /// The block of the volume where a block of the disk lies.
+    fn lba(&self, block: u64) -> u64 {
+        self.extents[0].start.0 + block
+    }
 }
 
 impl Guest {
@@ -115,27 +127,30 @@ impl Guest {
         self.world.set_busy(self.node, self.pid, true);
         let opened = self.open();
         self.world.set_busy(self.node, self.pid, false);
-        let Some(open) = opened else {
+        let Some(opened) = opened else {
             return;
         };
+        let first = opened.lba(0);
+        let owner = self.ownership.owner;
+        let mut disk = GuestDisk::new(&self.world, self.node, self.pid, opened, owner);
         let process = {
             let mut oracle = self.world.oracle();
             oracle.processes += 1;
             oracle.processes
         };
-        let mut sequence = self.read_all(&open);
+        let mut sequence = self.read_all(&mut disk, first);
         loop {
             let pause = self.world.scheduler.below(150);
             self.world.scheduler.sleep(Duration::from_millis(pause));
             sequence += 1;
-            let lba = open.blocks[usize::try_from(sequence).unwrap_or(0) % open.blocks.len()];
+            let block = sequence % BLOCKS;
             let stamp = Stamp {
                 vm: self.number,
                 epoch: self.ownership.epoch.0,
                 process,
                 sequence,
             };
-            if !self.write(&open, lba, stamp) {
+            if !self.write(&mut disk, (first, block), stamp) {
                 // Like a file system that has gone read-only: a block whose write failed is not written
                 // again by the guest that was told so.
                 self.world.scheduler.sleep(FOR_EVER);
@@ -143,7 +158,7 @@ impl Guest {
         }
     }
 
-    fn open(&self) -> Option<Open> {
+    fn open(&self) -> Option<Opened> {
         let request = Request::OpenVm {
             vm: self.vm,
             owner: self.ownership.owner,
@@ -155,28 +170,26 @@ impl Guest {
             if let Some((Response::Opened(opened), fds)) =
                 self.world.call_volume(self.node, self.pid, &request)
             {
-                return Some(opened_parts(&opened.row, fds, &opened.disks));
+                return Some(opened_parts(opened, fds));
             }
             self.world.scheduler.sleep(Duration::from_millis(500));
         }
         None
     }
 
-    fn read_all(&self, open: &Open) -> u64 {
-        let initiator = self.world.initiator(self.node);
+    fn read_all(&self, disk: &mut GuestDisk, first: u64) -> u64 {
         let mut last = 0;
-        for lba in &open.blocks {
-            let mut block = vec![0; BLOCK_BYTES];
-            (self.world.disk).read(initiator, Lba(*lba), &mut block, false);
-            let found = Stamp::read(&block);
-            self.world.oracle().read(*lba, found);
+        for block in 0..BLOCKS {
+            let read = disk.read(block).expect("a guest sees no lost path");
+            let found = Stamp::read(&read);
+            self.world.oracle().read(first + block, found);
             last = last.max(found.map_or(0, |stamp| stamp.sequence));
         }
         last
     }
 
     /// The node may have joined the volume in a new generation, and kept the VM.
-    fn reopen(&mut self) {
+    fn reopen(&mut self, disk: &GuestDisk) {
         let volume = self.world.nodes()[usize::from(self.node)].volume.clone();
         let joined = volume.and_then(|volume| volume.state().joined);
         let Some(owner) = joined.filter(|joined| *joined != self.ownership.owner) else {
@@ -191,63 +204,41 @@ impl Guest {
         let answer = self.world.call_volume(self.node, self.pid, &request);
         if let Some((Response::Opened(_), _)) = answer {
             self.ownership.owner = owner;
+            disk.set_owner(owner);
         }
     }
 
     /// Whether it succeeded.
-    fn write(&mut self, open: &Open, lba: u64, stamp: Stamp) -> bool {
-        loop {
-            open.page.write_begins();
-            let now = self.world.node_time(self.node);
-            let allowed = open.gate.check(now, self.ownership.owner).is_ok();
-            if allowed {
-                self.world.set_busy(self.node, self.pid, true);
-                break;
-            }
-            open.page.writes_ended();
-            self.world.scheduler.sleep(Duration::from_millis(100));
-            self.reopen();
+    fn write(&mut self, disk: &mut GuestDisk, (first, block): (u64, u64), stamp: Stamp) -> bool {
+        let written = disk.write(block, &stamp.block(), &mut |disk| self.reopen(disk));
+        if let Some(what) = disk.take_failure() {
+            let report = Request::ReportFailure { vm: self.vm, what };
+            drop(self.world.call_volume(self.node, self.pid, &report));
         }
-        // Between the check and the submission the process may stand still for any time.
-        self.world.reached(Moment::Passed, self.node);
-        if self.world.is_falsely_unwatched(self.node) {
-            self.world.reached(Moment::PassedUnwatched, self.node);
+        if written.is_ok() {
+            self.world.oracle().acknowledge(first + block, stamp);
         }
-        let stop = self.world.scheduler.below(3_000_000);
-        self.world.scheduler.sleep(Duration::from_nanos(stop));
-        let initiator = self.world.initiator(self.node);
-        let written = (self.world.disk).write(initiator, self.pid, Lba(lba), &stamp.block(), false);
-        match written {
-            Ok(()) => {
-                self.world.oracle().acknowledge(lba, stamp);
-                open.page.writes_ended();
-                self.world.set_busy(self.node, self.pid, false);
-                true
-            }
-            Err(error) => {
-                open.page.write_failed();
-                open.page.writes_ended();
-                let what = error.to_string();
-                let report = Request::ReportFailure { vm: self.vm, what };
-                drop(self.world.call_volume(self.node, self.pid, &report));
-                false
-            }
-        }
+        written.is_ok()
     }
 }
 
-fn opened_parts(row: &VmRow, fds: Vec<OwnedFd>, disks: &[bascule_types::DiskRow]) -> Open {
-    let mut fds = fds.into_iter().skip(1);
+fn opened_parts(opened: OpenedVm, fds: Vec<OwnedFd>) -> Opened {
+    let mut fds = fds.into_iter();
     let mut next = || fds.next().expect("a descriptor");
+    let device = next();
     let gate = GateReader::from_fd(next()).expect("the gate page");
     let page = WriterPage::attach(next()).expect("the writer page");
-    let disk = disks.iter().find(|disk| disk.vm == Some(row.vm));
-    let start = disk.expect("a disk").extents[0].start.0;
-    assert!(disk.is_some_and(|disk| disk.extents[0].length.0 >= BLOCKS * BLOCK_BYTES_U64));
-    Open {
-        gate,
+    let vm = Some(opened.row.vm);
+    let disk = opened.disks.into_iter().find(|disk| disk.vm == vm);
+    let disk = disk.expect("a disk");
+    assert!(disk.extents[0].length.0 >= BLOCKS * BLOCK_BYTES_U64);
+    Opened {
+        device,
+        gate: Arc::new(gate),
         page,
-        blocks: (start..start + BLOCKS).collect(),
+        extents: disk.extents,
+        size: disk.size,
+        settle: Duration::from_millis(opened.settle_ms.expect("the settle time")),
     }
 }
 

@@ -13,13 +13,15 @@
 //! of one profile. With `RUST_LOG=debug` the drivers' own messages are shown.
 //!
 //! # Not simulated
-//! The VM process (its gate check and writer page are the real ones, what drives them is not), bascule-node and
-//! the operator; a device that loses completed writes.
+//! The VM process but for its disk engine and gate, which are the real ones, with one request at a time (several, of any
+//! alignment, are in `node-daemon/devices/tests/sim`); bascule-node and the operator; a device that loses completed
+//! writes.
 
 mod administrator;
 mod disk;
 mod faults;
 mod guest;
+mod guest_disk;
 mod mutations;
 mod operator;
 mod oracles;
@@ -49,6 +51,8 @@ use crate::world::{NODES, World, node_uid};
 pub(crate) struct Setup {
     pub(crate) profile: Kind,
     pub(crate) rules: Rules,
+    /// Of the guests' disk engines.
+    pub(crate) disk_rules: bascule_devices::disk::Rules,
     /// A dead writer's lock is said to be free while its requests are in flight (hole 3).
     pub(crate) lock_lies: bool,
     /// Watchdogs never fire.
@@ -65,6 +69,7 @@ const fn sound(profile: Kind) -> Setup {
     Setup {
         profile,
         rules: Rules::ENFORCED,
+        disk_rules: bascule_devices::disk::Rules::ENFORCED,
         lock_lies: false,
         no_watchdog: false,
         watchdog_seconds: 8,

@@ -35,6 +35,8 @@ pub(crate) enum Fault {
     Stall,
     /// Some writes fail, and land later.
     FailWrites,
+    /// Every command of the node's guests fails; writes may land later.
+    LosePath,
     /// From the other nodes.
     CutOff,
     /// `bascule-watchdog` does not answer.
@@ -57,13 +59,14 @@ pub(crate) enum Fault {
 
 /// What a swarm draws from. Not damage: a leader block that is damaged in the middle of its slot's election, or a head
 /// between its area's first row and its next write, may be the newest, and only `bascule-volume repair` ends that.
-const FAULTS: [Fault; 13] = [
+const FAULTS: [Fault; 14] = [
     Fault::KillVolume,
     Fault::KillGuests,
     Fault::PowerCut,
     Fault::Freeze,
     Fault::Stall,
     Fault::FailWrites,
+    Fault::LosePath,
     Fault::CutOff,
     Fault::Deaf,
     Fault::HoldGuests,
@@ -199,9 +202,11 @@ pub(crate) enum Kind {
     WatchdogRestarts,
     /// Requests to `bascule-watchdog` that are carried out after their clients have given them up.
     LateAnswers,
+    /// Paths of guests that are lost, and come back.
+    LostPaths,
 }
 
-pub(crate) const KINDS: [Kind; 13] = [
+pub(crate) const KINDS: [Kind; 14] = [
     Kind::Mixed,
     Kind::Swarm,
     Kind::LateResets,
@@ -215,6 +220,7 @@ pub(crate) const KINDS: [Kind; 13] = [
     Kind::Lapses,
     Kind::WatchdogRestarts,
     Kind::LateAnswers,
+    Kind::LostPaths,
 ];
 
 impl Kind {
@@ -233,6 +239,7 @@ impl Kind {
             Self::Lapses => lapses(),
             Self::WatchdogRestarts => watchdog_restarts(),
             Self::LateAnswers => late_answers(),
+            Self::LostPaths => lost_paths(),
         }
     }
 }
@@ -474,11 +481,26 @@ fn lapses() -> Profile {
     let profile = deaf_watchdog();
     Profile {
         name: "lapses",
+        pause: Duration::from_secs(15),
         wishes: Wishes {
             patient: true,
             ..profile.wishes
         },
         ..profile
+    }
+}
+
+fn lost_paths() -> Profile {
+    use Fault::{HoldGuests, KillGuests, LosePath, PowerCut, Stall};
+    let often = Blow::of(&[(LosePath, (50, 5000))]);
+    let mut random = vec![often.clone(), often];
+    random.extend([LosePath, Stall, HoldGuests, KillGuests, PowerCut].map(Blow::one));
+    Profile {
+        name: "lost paths",
+        lasts: Duration::from_secs(150),
+        pause: Duration::from_secs(5),
+        random,
+        ..mixed()
     }
 }
 

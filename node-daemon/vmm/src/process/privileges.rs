@@ -68,6 +68,9 @@ fn allowed(run_dir: &Path, config: &VmConfig) -> Vec<(PathBuf, BitFlags<AccessFs
         (PathBuf::from("/dev/kvm"), USE_DEVICE),
         (PathBuf::from("/dev/net/tun"), USE_DEVICE),
         (PathBuf::from("/proc/sys/kernel/random/boot_id"), READ),
+        // A static program takes its random numbers from files: it does not find getrandom(2).
+        (PathBuf::from("/dev/random"), READ),
+        (PathBuf::from("/dev/urandom"), READ),
     ];
     let images = [Some(&config.boot.kernel), config.boot.initrd.as_ref()];
     for image in images.into_iter().flatten() {
@@ -167,6 +170,10 @@ mod tests {
             let mut writable = fs::OpenOptions::new();
             writable.read(true).write(true);
             writable.open(path("disk")).unwrap();
+
+            for source in ["/dev/random", "/dev/urandom"] {
+                fs::File::open(source).unwrap();
+            }
 
             assert!(denied(fs::read(path("other"))));
             assert!(denied(fs::read(path("neighbour/key"))));

@@ -79,7 +79,7 @@ pub enum OpenError {
 /// after a crash on the way the device holds no volume, but an [`UnfinishedFormat`] in its place.
 ///
 /// # Assumes
-/// That the writes of every earlier `format` of the device have ended: if [`find_unfinished_format`] finds one,
+/// That the writes of every earlier `format` of the device have ended: if [`crate::find_unfinished_format`] finds one,
 /// its host was reset, and its settle time has passed. A late write of it would undo one of this `format`, or of a node
 /// that has attached the volume since. The first write of a `format`, should that be the one that failed, can
 /// only replace one copy of the superblock, of which the other is intact.

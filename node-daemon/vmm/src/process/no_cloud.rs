@@ -175,7 +175,7 @@ mod tests {
         let image = image(&testing::config(), &contents()).unwrap();
         let mut file = tempfile::NamedTempFile::new().unwrap();
         file.write_all(&image).unwrap();
-        let tags = Command::new("blkid")
+        let tags = Command::new("/sbin/blkid")
             .args(["-p", "-o", "export"])
             .arg(file.path())
             .output()

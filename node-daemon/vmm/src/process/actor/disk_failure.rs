@@ -121,29 +121,17 @@ mod tests {
     use std::sync::Arc;
 
     use bascule_devices::disk::ErrorPolicy;
-    use bascule_ipc::vm::{Boot, ImageSource, StartMode, VmState};
-    use bascule_types::{Bytes, VmUid};
+    use bascule_ipc::vm::VmState;
 
     use super::*;
     use crate::process::actor::event::{Event, TaskOutcome};
     use crate::process::run_dir::RunDir;
+    use crate::process::testing;
     use crate::testing::{COUNTER, TestVm, kvm_or_skip};
 
     fn config(sources: Vec<DiskSource>) -> VmConfig {
         let disks = sources.into_iter().zip(["root", "data"]);
         VmConfig {
-            version: VmConfig::VERSION,
-            uid: VmUid::random(),
-            name: "shop/web".to_owned(),
-            cpus: 1,
-            memory: Bytes::mib(64),
-            boot: Boot {
-                kernel: ImageSource::File {
-                    path: PathBuf::new(),
-                },
-                initrd: None,
-                cmdline: String::new(),
-            },
             disks: disks
                 .map(|(source, name)| DiskConfig {
                     name: name.to_owned(),
@@ -151,12 +139,7 @@ mod tests {
                     on_error: OnError::Report,
                 })
                 .collect(),
-            interfaces: Vec::new(),
-            home: None,
-            start: StartMode::Boot,
-            tls_dir: None,
-            shutdown_timeout_ms: None,
-            cloud_init: None,
+            ..testing::config()
         }
     }
 

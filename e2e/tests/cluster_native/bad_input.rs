@@ -63,6 +63,11 @@ const BAD_DOCUMENTS: &[(&str, &str, &str)] = &[
     ),
     ("sha256: ", "sha256: x", "spec.boot.kernel.http.sha256"),
     ("sha256: ", "sha512: ", "spec.boot.kernel.http.sha512"),
+    (
+        "sha256: ",
+        "sha512: x, sha256: ",
+        "set exactly one of sha256 and sha512",
+    ),
     ("url: \"http", "url: \"ftp", "spec.boot.kernel.http.url"),
     (
         "size: 64Mi",

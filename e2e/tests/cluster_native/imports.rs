@@ -33,6 +33,7 @@ fn a_killed_importer_is_noticed_and_tried_again_and_a_vm_whose_source_stalls_can
         })
         .unwrap();
         let node = lab.node(&vm.node().unwrap()).unwrap();
+        assert_secret(&node, &vm);
         let group = format!("import-{}", disk_id(cluster, "stalling"));
         let groups = cgroups(&node, &group);
         assert_ne!(groups, "", "the control of the last line");
@@ -101,6 +102,25 @@ fn a_disk_is_filled_over_http_from_a_qcow2_image_in_zstd() {
             vm.delete().unwrap();
         },
     );
+}
+
+/// Neither a command line nor an environment of the node's processes has the password of the source under way, nor has
+/// the VM's status.
+fn assert_secret(node: &bascule_lab::Node<'_>, vm: &ClusterVm<'_>) {
+    // With a pattern that does not match the command line that it is in.
+    let read = |files: &str, text: &str| {
+        let text = format!("[{}]{}", &text[..1], &text[1..]);
+        let script = format!("cat {files} 2>/dev/null | tr '\\0' ' ' | grep -c -e '{text}'; true");
+        let count = node.exec(&["sh", "-c", &script]).unwrap();
+        count.trim().parse::<u32>().unwrap()
+    };
+    // The control: the processes of the import are among those that are read.
+    assert_ne!(read("/proc/[0-9]*/cmdline", "bascule-import fetch"), 0);
+    for files in ["/proc/[0-9]*/cmdline", "/proc/[0-9]*/environ"] {
+        assert_eq!(read(files, PASSWORD), 0, "{files}");
+    }
+    let status = vm.object().unwrap()["status"].to_string();
+    assert!(!status.contains(PASSWORD), "{status}");
 }
 
 /// A VM whose disk is filled from the source, and the client of its import.
@@ -189,7 +209,7 @@ impl StalledSource {
         let address = self.0.local_addr().unwrap();
         let hash = "0".repeat(64);
         format!(
-            "size: 64Mi, source: {{http: {{url: \"http://{address}/image\", sha256: \"{hash}\"}}}}"
+            "size: 64Mi, source: {{http: {{url: \"http://user:{PASSWORD}@{address}/image\", sha256: \"{hash}\"}}}}"
         )
     }
 
@@ -214,6 +234,7 @@ impl StalledSource {
     }
 }
 
+const PASSWORD: &str = "Kennwort-4711";
 const IMAGE: usize = 2 << 20;
 const SAID_LIMIT: Duration = Duration::from_secs(60);
 /// Longer than the wait after a failed attempt.

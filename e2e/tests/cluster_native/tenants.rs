@@ -77,6 +77,10 @@ fn a_reservation_has_its_vms_labels_and_two_vms_with_one_mac_are_told() {
         for name in ["labelled", "twin"] {
             lab.wait_for("both to be told", SAID_LIMIT, || {
                 ensure!(conflicts(name)?, "{name} is not told");
+                let about = format!("involvedObject.name={name},reason=DuplicateMac");
+                let events = ["get", "events", "-n", NAMESPACE, "-o", "name"];
+                let events = lab.kubectl(&[&events[..], &["--field-selector", &about]].concat())?;
+                ensure!(!events.trim().is_empty(), "no event about {name}");
                 Ok(())
             })
             .unwrap();

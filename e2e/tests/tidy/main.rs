@@ -5,6 +5,7 @@
 
 mod dependencies;
 mod documents;
+mod field_cases;
 mod invariants;
 mod modules;
 mod sizes;

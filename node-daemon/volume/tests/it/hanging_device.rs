@@ -147,7 +147,44 @@ fn i1_a_killed_process_holds_its_lock_until_its_writes_have_completed() {
     assert_eq!(block.bytes(), [0xAB; 4096], "the write has landed");
 }
 
-/// Not a test: the child of the one above.
+/// A killed VM was not started again while its neighbours wrote: the device's counter of requests in flight, which
+/// counted as its own, was never 0.
+#[test]
+fn a_killed_writer_is_over_while_a_neighbours_write_hangs() {
+    if !rustix::process::geteuid().is_root() {
+        assert!(std::env::var_os("CI").is_none(), "CI runs this as root");
+        eprintln!("skipped: a loop device needs root");
+        return;
+    }
+    let hanging = HangingDevice::new();
+    let device = Device::open(&hanging.path, Access::ReadWrite).unwrap();
+    let handed = [device.identity()];
+    let (mut killed, _out) = spawn_writer(&hanging);
+    let (mut neighbour, _its_out) = spawn_writer(&hanging);
+    let lock_of = |child: &Child| writer_of(VM, child.id()).unwrap();
+    let (writer, other) = (lock_of(&killed), lock_of(&neighbour));
+
+    hanging.freeze("--freeze");
+    let mut input = neighbour.stdin.take().unwrap();
+    input.write_all(b"write\n").unwrap();
+    wait_for("a thread that hangs", || {
+        thread_states(neighbour.id()).contains(&'D')
+    });
+    killed.kill().unwrap();
+    killed.wait().unwrap();
+    wait_for("the lock of the killed writer to be free", || {
+        device.writer_lock(writer, &handed) == WriterLock::Free
+    });
+    // The control: the neighbour's write is under way.
+    assert!(thread_states(neighbour.id()).contains(&'D'));
+    assert_eq!(device.writer_lock(other, &handed), WriterLock::Held);
+
+    hanging.freeze("--unfreeze");
+    neighbour.kill().unwrap();
+    neighbour.wait().unwrap();
+}
+
+/// Not a test: the child of those above.
 #[test]
 #[ignore = "run by i1_a_killed_process_holds_its_lock_until_its_writes_have_completed"]
 fn writer_that_is_killed() {

@@ -16,6 +16,9 @@
 //!     └─┘ no answer, or the source still owns the VM: query again
 //! ```
 //!
+//! The memory becomes resident while the first round arrives. [`ExpectMemory`] takes no state before it is, so that a
+//! destination that lacks memory gives up while the guest runs on the source.
+//!
 //! Before [`ExpectCommit`] every failure ends in giving up: the guest runs on the source. In
 //! [`ExpectCommit`] the source may already have requested the transfer, so a lost stream proves nothing
 //! and the destination reads the ownership record from its own volume.
@@ -98,6 +101,17 @@ pub struct ExpectMemory {
     rounds: u32,
     in_round: bool,
     received: Pages,
+    residency: Residency,
+}
+
+/// Whether the machine's memory is resident.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Residency {
+    /// Not yet. A source that does not know [`Features::RESIDENT`] waits for `RoundAck` 0 meanwhile.
+    Pending {
+        source_copies: bool,
+    },
+    Complete,
 }
 
 /// Takes the device state.
@@ -267,7 +281,7 @@ impl ExpectConfig {
     }
 
     /// Takes the description of the source's machine and compares it with the one built here.
-    /// `RoundAck` with round 0 is to be sent.
+    /// `RoundAck` with round 0 is to be sent; if [`ExpectMemory::is_resident_first`], not before the memory is resident.
     ///
     /// # Errors
     /// The `Abort` to send before giving up.
@@ -279,12 +293,14 @@ impl ExpectConfig {
         if self.features.contains(Features::OFFERED_MTUS) {
             machine.compare_mtus(&config.offered_mtus)?;
         }
+        let source_copies = self.features.contains(Features::RESIDENT);
         Ok(ExpectMemory {
             terms: self.terms,
             layout: config.layout,
             rounds: 0,
             in_round: false,
             received: Pages(0),
+            residency: Residency::Pending { source_copies },
         })
     }
 }
@@ -315,6 +331,9 @@ impl ExpectMemory {
                 Ok(MemoryStep::Apply(self, batch))
             }
             Frame::RoundEnd(end) => self.round_end(&end, mark),
+            Frame::State(_) if self.residency != Residency::Complete => Err(protocol(
+                "the state came before the memory was resident".to_owned(),
+            )),
             Frame::State(piece) if self.rounds > 0 && !self.in_round => {
                 let mut state = ExpectState {
                     terms: self.terms,
@@ -343,6 +362,30 @@ impl ExpectMemory {
         self.rounds = end.round;
         self.in_round = false;
         Ok(MemoryStep::RoundEnded(self, end.round))
+    }
+
+    /// Whether the source begins to copy only when the memory is resident.
+    #[must_use]
+    pub fn is_resident_first(&self) -> bool {
+        self.residency
+            == Residency::Pending {
+                source_copies: false,
+            }
+    }
+
+    /// Whether `Resident` is still to be sent. It is due after the first round was acknowledged.
+    #[must_use]
+    pub fn is_pending(&self) -> bool {
+        self.residency != Residency::Complete
+    }
+
+    /// The memory is resident, or comes from this node's own volume.
+    #[must_use]
+    pub fn resident(self) -> Self {
+        Self {
+            residency: Residency::Complete,
+            ..self
+        }
     }
 
     /// Pages taken so far, each as often as it came.

@@ -13,6 +13,7 @@
 //!                  ◄──────────────────────── RoundAck(round 0)
 //!  Copying         Memory … RoundEnd ───────────────────────► ExpectMemory   (guest runs)
 //!                  ◄─────────────────────────────── RoundAck
+//!  AwaitingMemory  ◄─────────────────────────────── Resident                 (after round 1)
 //!  Sending         Memory … RoundEnd, State …, StateEnd ────► ExpectState    (guest stopped)
 //!  AwaitingReady   ◄────────────────────────────────── Ready
 //!  ═══ commit point: the source requests the ownership transfer ═══════════ ExpectCommit

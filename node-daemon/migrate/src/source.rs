@@ -4,9 +4,11 @@
 //! # States
 //! ```text
 //!  Greeting ─Welcome─► Describing ─RoundAck 0─► Copying ─stop─► Stopping ─stopped─► Sending
-//!     │                    │                      │ ▲next round    │                  │ all sent
-//!     │                    │                      └─┘              │                  ▼
-//!     ├────────────────────┴───── any failure ──────┴──────────────┴──────────── AwaitingReady
+//!     │                    │                     │ ▲ │ ▲ next      │                  │ all sent
+//!     │                    │          RoundAck 1 │ │ └─┘ round     │                  ▼
+//!     │                    │                     ▼ │ Resident      │                  │
+//!     │                    │                AwaitingMemory         │                  │
+//!     ├────────────────────┴───── any failure ────┴────────────────┴──────────── AwaitingReady
 //!     ▼                                                                               │ Ready
 //!  Returned ◄───────────── retracted: resume in a new epoch ────────────────── Committing ◄┐
 //!                                                                  transferred │  │   │    │ no answer,
@@ -16,11 +18,14 @@
 //!
 //! | state | side | the guest here |
 //! |---|---|---|
-//! | Greeting, Describing, Copying | source | runs |
+//! | Greeting, Describing, Copying, AwaitingMemory | source | runs |
 //! | Stopping, Sending, AwaitingReady | source | is stopped, and resumed at once on any failure |
 //! | Committing | unknown | stays stopped until the volume has answered |
 //! | Returned | source | runs |
 //! | Departed, Lost | destination, or the owner in the ownership record | never runs again |
+//!
+//! AwaitingMemory is passed only with a destination that uses [`Features::RESIDENT`]: it may lack the memory for the
+//! guest until it has sent `Resident`.
 
 use std::time::Duration;
 
@@ -63,8 +68,9 @@ pub struct Source {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 enum State {
     Greeting,
-    Describing(Terms),
-    Copying(Terms, u32),
+    Describing(Terms, Residency),
+    Copying(Terms, u32, Residency),
+    AwaitingMemory(Terms, u32),
     Stopping(Terms, u32),
     Sending(Terms, u32),
     AwaitingReady(Terms, u32),
@@ -74,6 +80,15 @@ enum State {
     Lost,
 }
 
+/// Whether all of the destination's memory is resident, so that it cannot run out of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Residency {
+    /// From the start, or the destination has said so.
+    Complete,
+    /// The destination will say when it is.
+    Announced,
+}
+
 /// The state without its data, for logs and the API.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[expect(missing_docs, reason = "the module's table describes them")]
@@ -81,6 +96,7 @@ pub enum Phase {
     Greeting,
     Describing,
     Copying,
+    AwaitingMemory,
     Stopping,
     Sending,
     AwaitingReady,
@@ -108,6 +124,8 @@ pub enum Event {
     Welcomed(Welcome),
     /// The destination has applied this round; 0 means that it accepted `Config`.
     RoundAcked(u32),
+    /// All of the destination's memory is resident.
+    Resident,
     /// The pre-copy controller decided for another round.
     NextRound,
     /// The pre-copy controller decided to stop the guest.
@@ -131,6 +149,8 @@ pub enum Action {
     Describe(Features),
     /// Copy what is dirty, then send `RoundEnd` with this round.
     CopyRound(u32),
+    /// Wait for `Resident`; the guest runs.
+    AwaitMemory,
     /// Let the pre-copy controller decide: another round or stop.
     Decide(u32),
     /// Stop the vCPUs and drain the devices.
@@ -189,8 +209,9 @@ impl Source {
     pub const fn phase(&self) -> Phase {
         match self.state {
             State::Greeting => Phase::Greeting,
-            State::Describing(_) => Phase::Describing,
+            State::Describing(..) => Phase::Describing,
             State::Copying(..) => Phase::Copying,
+            State::AwaitingMemory(..) => Phase::AwaitingMemory,
             State::Stopping(..) => Phase::Stopping,
             State::Sending(..) => Phase::Sending,
             State::AwaitingReady(..) => Phase::AwaitingReady,
@@ -224,6 +245,7 @@ impl Phase {
             Self::Greeting
             | Self::Describing
             | Self::Copying
+            | Self::AwaitingMemory
             | Self::Stopping
             | Self::Sending
             | Self::AwaitingReady
@@ -241,6 +263,7 @@ impl Phase {
             Self::Greeting
                 | Self::Describing
                 | Self::Copying
+                | Self::AwaitingMemory
                 | Self::Stopping
                 | Self::Sending
                 | Self::AwaitingReady
@@ -257,17 +280,32 @@ impl State {
             }
             (_, Event::Failed(abort)) => (Self::Returned, Action::KeepRunning(abort)),
             (Self::Greeting, Event::Welcomed(welcome)) => Self::greeted(attempt, &welcome),
-            (Self::Describing(terms), Event::RoundAcked(0)) => {
-                (Self::Copying(terms, 1), Action::CopyRound(1))
+            (Self::Describing(terms, residency), Event::RoundAcked(0)) => {
+                (Self::Copying(terms, 1, residency), Action::CopyRound(1))
             }
-            (Self::Copying(terms, round), Event::RoundAcked(acked)) if acked == round => {
-                (Self::Copying(terms, round), Action::Decide(round))
+            (Self::Copying(terms, round, residency), Event::RoundAcked(acked))
+                if acked == round =>
+            {
+                match residency {
+                    Residency::Complete => (
+                        Self::Copying(terms, round, residency),
+                        Action::Decide(round),
+                    ),
+                    Residency::Announced => {
+                        (Self::AwaitingMemory(terms, round), Action::AwaitMemory)
+                    }
+                }
             }
-            (Self::Copying(terms, round), Event::NextRound) => {
+            (Self::AwaitingMemory(terms, round), Event::Resident) => {
+                let state = Self::Copying(terms, round, Residency::Complete);
+                (state, Action::Decide(round))
+            }
+            (Self::Copying(terms, round, Residency::Complete), Event::NextRound) => {
                 let round = round.saturating_add(1);
-                (Self::Copying(terms, round), Action::CopyRound(round))
+                let state = Self::Copying(terms, round, Residency::Complete);
+                (state, Action::CopyRound(round))
             }
-            (Self::Copying(terms, round), Event::Stop) => {
+            (Self::Copying(terms, round, Residency::Complete), Event::Stop) => {
                 (Self::Stopping(terms, round), Action::StopGuest)
             }
             (Self::Stopping(terms, round), Event::Stopped) => {
@@ -318,7 +356,13 @@ impl State {
             destination: welcome.destination,
             attempt: attempt.attempt,
         };
-        (Self::Describing(terms), Action::Describe(welcome.features))
+        let residency = if welcome.features.contains(Features::RESIDENT) {
+            Residency::Announced
+        } else {
+            Residency::Complete
+        };
+        let state = Self::Describing(terms, residency);
+        (state, Action::Describe(welcome.features))
     }
 
     fn committing(terms: Terms, commit: Commit, event: &Event) -> (Self, Action) {
@@ -368,6 +412,7 @@ pub fn event_of(frame: &Frame<'_>) -> Result<Option<Event>, Abort> {
     match frame {
         Frame::Welcome(welcome) => Ok(Some(Event::Welcomed(welcome.clone()))),
         Frame::RoundAck { round } => Ok(Some(Event::RoundAcked(*round))),
+        Frame::Resident { .. } => Ok(Some(Event::Resident)),
         Frame::Ready { .. } => Ok(Some(Event::Ready)),
         Frame::Pong { .. } | Frame::Running { .. } => Ok(None),
         Frame::Abort(abort) => Err(abort.clone()),

@@ -43,6 +43,7 @@
 //! | 13 | Pong | both | 0: 8 the same token | 8 |
 //! | 14 | RoundAck | D→S | 0: 4 round · 4: 4 reserved | 8 |
 //! | 15 | Progress | S→D | 0: 4 round · 4: 4 reserved · 8: 8 bytes sent · 16: 8 bytes remaining | 24 |
+//! | 16 | Resident | D→S | with feature bit 1, after the RoundAck of round 1: 0: 8 time that it took to make the memory resident, in ns | 8 |
 //!
 //! # Versions
 //! - 1: the first.
@@ -52,6 +53,7 @@
 //! | bit | name | what |
 //! |---|---|---|
 //! | 0 | OFFERED_MTUS | `Config` ends with the MTUs that were offered to the guest, so that a destination whose network has a smaller one refuses before memory is copied |
+//! | 1 | RESIDENT | the destination's memory becomes resident while round 1 is copied, not before `RoundAck` 0; the source begins no round 2, and does not stop the guest, before `Resident` |
 
 mod cursor;
 mod error;

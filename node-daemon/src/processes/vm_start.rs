@@ -299,7 +299,7 @@ fn image(row: &str) -> ImageSource {
 /// The spec of a VM in its run directory, for whoever asks what it was started with.
 const SPEC_FILE: &str = "spec.json";
 /// A VM process maps its memory and opens its disks in well under a second; an emulated node takes
-/// several.
+/// several. The memory of a migration's destination becomes resident later, while the source copies.
 const START_LIMIT: Duration = Duration::from_secs(30);
 /// How many log lines of an ended process an error message repeats.
 const LOG_TAIL_LINES: usize = 3;

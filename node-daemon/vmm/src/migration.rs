@@ -48,6 +48,6 @@ pub use outgoing::{OutgoingEnd, migrate_live};
 pub use ownership_client::{
     OwnershipAuthority, OwnershipClient, OwnershipClientError, RecordAnswer,
 };
-pub use prefault::prefault;
+pub use prefault::PrefaultedMemory;
 pub use request::{Outgoing, Refused};
 pub use saved::{Quick, SavedArea, migrate_quick, restore_saved};

@@ -90,7 +90,9 @@ fn in_memory() -> ExpectMemory {
     let (phase, _) = ExpectHello::new(expected())
         .hello(Frame::Hello(hello()))
         .unwrap();
-    phase.config(Frame::Config(config()), &machine()).unwrap()
+    let phase = phase.config(Frame::Config(config()), &machine()).unwrap();
+    assert!(phase.is_resident_first());
+    phase.resident()
 }
 
 fn in_state() -> ExpectState {
@@ -149,7 +151,7 @@ fn an_unexpected_source_is_refused_with_the_reason() {
         ),
         (
             Hello {
-                required: Features(2),
+                required: Features(1 << 63),
                 ..hello()
             },
             AbortReason::Version,
@@ -273,7 +275,7 @@ fn a_network_with_a_smaller_mtu_than_the_guest_uses_is_refused_before_any_memory
     ];
     for (offered_mtus, refusal) in cases {
         let (phase, features) = in_config(Features::KNOWN);
-        assert_eq!(features, Features::OFFERED_MTUS);
+        assert_eq!(features, Features::KNOWN);
         let config = Config {
             offered_mtus,
             ..config()
@@ -285,6 +287,31 @@ fn a_network_with_a_smaller_mtu_than_the_guest_uses_is_refused_before_any_memory
     let (phase, features) = in_config(Features(0));
     assert_eq!(features, Features(0));
     assert!(phase.config(Frame::Config(config()), &machine()).is_ok());
+}
+
+/// A source that stops its guest too early would find out too late that the memory for it is missing.
+#[test]
+fn the_state_is_taken_only_when_the_memory_is_resident() {
+    let config = Config {
+        offered_mtus: vec![0, 0],
+        ..config()
+    };
+    let (phase, _) = in_config(Features::KNOWN);
+    let phase = phase.config(Frame::Config(config), &machine()).unwrap();
+    assert!(!phase.is_resident_first() && phase.is_pending());
+    let after_a_round = |phase: ExpectMemory| {
+        let Ok(MemoryStep::RoundEnded(phase, 1)) = phase.frame(round_end(1, 2), mark(2)) else {
+            panic!("the round did not end");
+        };
+        phase
+    };
+    let (early, late) = (after_a_round(phase), in_memory().resident());
+    let abort = early.frame(Frame::State(b"dev"), mark(3)).unwrap_err();
+    assert_eq!(abort.reason, AbortReason::Protocol);
+    assert_eq!(abort.text, "the state came before the memory was resident");
+    assert!(!late.is_pending());
+    let taken = after_a_round(late).frame(Frame::State(b"dev"), mark(3));
+    assert!(matches!(taken, Ok(MemoryStep::State(_))));
 }
 
 #[test]

@@ -175,7 +175,7 @@ fn a_choice_that_was_not_offered_is_refused() {
             ..welcome()
         },
         Welcome {
-            features: Features(2),
+            features: Features(1 << 63),
             ..welcome()
         },
         Welcome {
@@ -236,4 +236,37 @@ fn only_frames_of_a_destination_become_events() {
 fn the_pause_between_two_requests_is_bounded() {
     assert_eq!(retry_delay(0), Duration::from_millis(1));
     assert_eq!(retry_delay(u32::MAX), Duration::from_millis(512));
+}
+
+/// With a destination whose memory becomes resident meanwhile, the guest is stopped only once it is.
+#[test]
+fn a_source_waits_after_the_first_round_for_a_destination_that_announces_its_memory() {
+    let announcing = Welcome {
+        features: Features::RESIDENT,
+        ..welcome()
+    };
+    let mut events = good_events();
+    events[0] = Event::Welcomed(announcing);
+    let (source, actions) = after(events[..3].to_vec());
+    assert_eq!(source.phase(), Phase::AwaitingMemory);
+    assert_eq!(source.side(), Side::Source);
+    assert!(source.phase().cancellable());
+    assert_eq!(actions.last(), Some(&Action::AwaitMemory));
+    for early in [Event::Stop, Event::NextRound, Event::Ready] {
+        let (next, action) = source.clone().next(early);
+        assert_eq!(next.phase(), Phase::Returned);
+        assert!(matches!(action, Action::KeepRunning(_)), "{action:?}");
+    }
+    events.insert(3, Event::Resident);
+    let (source, actions) = after(events.clone());
+    assert_eq!(source.phase(), Phase::Committing);
+    assert_eq!(actions[3], Action::Decide(1), "{actions:?}");
+    // Once is enough, and a destination that announced nothing has nothing to say.
+    events.insert(6, Event::Resident);
+    let mut unannounced = good_events();
+    unannounced.insert(3, Event::Resident);
+    for events in [events, unannounced] {
+        let (source, _) = after(events);
+        assert_eq!(source.phase(), Phase::Returned);
+    }
 }

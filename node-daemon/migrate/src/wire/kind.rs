@@ -26,11 +26,12 @@ pub enum FrameKind {
     Pong = 13,
     RoundAck = 14,
     Progress = 15,
+    Resident = 16,
 }
 
 impl FrameKind {
     /// All kinds, in the wire's order.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::Hello,
         Self::Welcome,
         Self::Config,
@@ -46,6 +47,7 @@ impl FrameKind {
         Self::Pong,
         Self::RoundAck,
         Self::Progress,
+        Self::Resident,
     ];
 
     /// The kind with this number.
@@ -72,7 +74,12 @@ impl FrameKind {
             Self::RoundEnd => 8 + STREAMS_MAX as u32 * 8,
             Self::State => STATE_PIECE_BYTES_MAX as u32,
             Self::StateEnd => 16,
-            Self::Ready | Self::Running | Self::Ping | Self::Pong | Self::RoundAck => 8,
+            Self::Ready
+            | Self::Running
+            | Self::Ping
+            | Self::Pong
+            | Self::RoundAck
+            | Self::Resident => 8,
             Self::Committed | Self::Progress => 24,
             Self::Abort => 2 + ABORT_TEXT_BYTES_MAX as u32,
         }

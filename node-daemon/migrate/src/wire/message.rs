@@ -40,6 +40,7 @@ pub enum Frame<'a> {
     Pong { token: u64 },
     RoundAck { round: u32 },
     Progress(Progress),
+    Resident { took: Duration },
 }
 
 /// The first frame: the source, the VM and the attempt.
@@ -205,8 +206,10 @@ impl StreamId {
 impl Features {
     /// `Config` has the MTUs that were offered to the guest.
     pub const OFFERED_MTUS: Self = Self(1);
+    /// The destination makes its memory resident while the source already copies, and says when it is: `Resident`.
+    pub const RESIDENT: Self = Self(2);
     /// All features that this release knows.
-    pub const KNOWN: Self = Self::OFFERED_MTUS;
+    pub const KNOWN: Self = Self(Self::OFFERED_MTUS.0 | Self::RESIDENT.0);
 
     /// The features in both.
     #[must_use]
@@ -289,6 +292,7 @@ impl<'a> Frame<'a> {
             Self::Pong { .. } => FrameKind::Pong,
             Self::RoundAck { .. } => FrameKind::RoundAck,
             Self::Progress(_) => FrameKind::Progress,
+            Self::Resident { .. } => FrameKind::Resident,
         }
     }
 
@@ -330,6 +334,9 @@ impl<'a> Frame<'a> {
                 Self::RoundAck { round }
             }
             FrameKind::Progress => Self::Progress(Progress::decode(&mut cursor)?),
+            FrameKind::Resident => Self::Resident {
+                took: Duration::from_nanos(cursor.u64()?),
+            },
         };
         cursor.end()?;
         Ok(frame)
@@ -350,7 +357,9 @@ impl<'a> Frame<'a> {
                 out.put_u32(end.crc32c);
                 out.put_zeroes(4);
             }
-            Self::Ready { restore: time } | Self::Running { resume: time } => put_nanos(out, *time),
+            Self::Ready { restore: time }
+            | Self::Running { resume: time }
+            | Self::Resident { took: time } => put_nanos(out, *time),
             Self::Committed(committed) => {
                 out.put_u64(committed.epoch.0);
                 put_owner(out, committed.owner);

@@ -82,6 +82,9 @@ fn samples() -> Vec<Frame<'static>> {
             sent: Bytes(4096),
             remaining: Bytes(8192),
         }),
+        Frame::Resident {
+            took: Duration::from_nanos(9),
+        },
     ]
 }
 
@@ -129,6 +132,7 @@ fn version_1_has_these_bytes() {
         "ba5c0d000000000008000000000000000800000000000000",
         "ba5c0e000000000008000000000000000200000000000000",
         "ba5c0f00000000001800000000000000020000000000000000100000000000000020000000000000",
+        "ba5c10000000000008000000000000000900000000000000",
     ];
     let samples = samples();
     assert_eq!(samples.len(), golden.len());

@@ -8,6 +8,8 @@ use std::io;
 pub enum FaultPoint {
     /// Destination: the source has said hello.
     DestinationHello,
+    /// Destination: a piece of its memory is about to be made resident.
+    DestinationResident,
     /// Destination: the first memory has come.
     DestinationMemory,
     /// Destination: a round has ended, before it is acknowledged.
@@ -28,8 +30,9 @@ pub enum FaultPoint {
 
 impl FaultPoint {
     /// All points.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::DestinationHello,
+        Self::DestinationResident,
         Self::DestinationMemory,
         Self::DestinationRound,
         Self::DestinationState,
@@ -45,6 +48,7 @@ impl FaultPoint {
     pub const fn name(self) -> &'static str {
         match self {
             Self::DestinationHello => "destination-hello",
+            Self::DestinationResident => "destination-resident",
             Self::DestinationMemory => "destination-memory",
             Self::DestinationRound => "destination-round",
             Self::DestinationState => "destination-state",

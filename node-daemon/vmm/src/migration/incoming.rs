@@ -24,10 +24,11 @@ use super::control::{MigrationControl, millis};
 use super::fault::{FaultPoint, Faults};
 use super::guest::Arrival;
 use super::ownership_client::{OwnershipAuthority, RecordAnswer};
+use super::prefault::PrefaultedMemory;
 use super::request::{Refused, describe};
-use crate::machine::MachineHandle;
-use crate::memory::GuestMemory;
 use crate::state;
+
+mod residency;
 
 /// What a destination waits for.
 #[derive(Clone, Debug)]
@@ -112,7 +113,7 @@ impl Incoming {
 pub fn receive_live(
     listener: &TcpListener,
     arrival: &mut dyn Arrival,
-    machine: &MachineHandle,
+    memory: &PrefaultedMemory,
     job: &Incoming,
     authority: &mut dyn OwnershipAuthority,
     control: &MigrationControl,
@@ -120,7 +121,7 @@ pub fn receive_live(
     let receiver = Receiver {
         job,
         control,
-        memory: Arc::clone(machine.memory()),
+        memory,
     };
     let arrived = receiver
         .admit(listener, authority.volume())
@@ -155,7 +156,7 @@ fn discard(control: &MigrationControl, failure: Abort) -> IncomingEnd {
 struct Receiver<'a> {
     job: &'a Incoming,
     control: &'a MigrationControl,
-    memory: Arc<GuestMemory>,
+    memory: &'a PrefaultedMemory,
 }
 
 /// The stream and the phase after `Ready`.
@@ -214,13 +215,15 @@ impl Receiver<'_> {
         let machine = Machine {
             vcpus: self.job.cpus,
             state_versions: (state::VERSION, state::VERSION),
-            layout: layout_of(&self.memory),
+            layout: layout_of(self.memory.memory()),
             description: self.job.description.clone(),
             interfaces: self.job.interfaces.clone(),
         };
         let frame = channel.receive().map_err(|error| lost_frame(&error))?;
         let phase = config.config(frame, &machine)?;
-        send(channel, &Frame::RoundAck { round: 0 })?;
+        if !phase.is_resident_first() {
+            send(channel, &Frame::RoundAck { round: 0 })?;
+        }
         channel
             .set_timeout(PEER_TIMEOUT)
             .map_err(|error| lost(&error))?;
@@ -236,7 +239,8 @@ impl Receiver<'_> {
     ) -> Result<Arrived, Abort> {
         self.control.enter(MigrationPhase::PreCopy);
         let restored = self
-            .receive_memory(&mut channel, phase)
+            .begin_rounds(&mut channel, phase)
+            .and_then(|phase| self.receive_memory(&mut channel, phase))
             .and_then(|phase| self.receive_state(&mut channel, phase))
             .and_then(|(phase, state)| self.restore(arrival, phase, &state))
             .and_then(|restored| {
@@ -270,13 +274,14 @@ impl Receiver<'_> {
         channel: &mut Channel,
         mut phase: ExpectMemory,
     ) -> Result<ExpectState, Abort> {
-        let memory = Arc::clone(&self.memory);
+        let memory = Arc::clone(self.memory.memory());
         let mut applier = Applier::new(&memory);
         loop {
             let mark = channel.received_mark();
             let frame = channel.receive().map_err(|error| lost_frame(&error))?;
             phase = match phase.frame(frame, mark)? {
                 MemoryStep::Apply(phase, batch) => {
+                    self.check_memory()?;
                     applier
                         .apply(&batch)
                         .map_err(|error| failed(AbortReason::Internal, &error))?;
@@ -289,7 +294,7 @@ impl Receiver<'_> {
                     self.fault(FaultPoint::DestinationRound)?;
                     self.control.update(|status| status.rounds = round);
                     send(channel, &Frame::RoundAck { round })?;
-                    phase
+                    self.say_resident(channel, phase)?
                 }
                 MemoryStep::Ping(phase, token) => {
                     send(channel, &Frame::Pong { token })?;

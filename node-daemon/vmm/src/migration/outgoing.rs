@@ -172,6 +172,7 @@ impl Driver<'_> {
         match action {
             Action::Describe(features) => self.describe(features),
             Action::CopyRound(round) => self.copy_round(round),
+            Action::AwaitMemory => self.await_memory(),
             Action::Decide(round) => self.decide(round),
             Action::StopGuest => self.stop(),
             Action::SendRemainder(round) => self.send_remainder(round),
@@ -230,15 +231,23 @@ impl Driver<'_> {
         self.end_round(round)?;
         let acked = self.receive()?;
         self.round_took = began.elapsed();
-        if self.controller.begin_dry_run(&self.fixed) {
-            self.measure_fixed_cost(round)?;
-        }
         Ok(acked)
+    }
+
+    /// Once, after the first round. The guest runs meanwhile.
+    fn await_memory(&mut self) -> Result<Event, Abort> {
+        let began = Instant::now();
+        let event = self.receive()?;
+        tracing::info!(waited = ?began.elapsed(), "the destination's memory is resident");
+        Ok(event)
     }
 
     fn decide(&mut self, round: u32) -> Result<Event, Abort> {
         let took = self.round_took;
         let sent = Bytes(self.sent.0 - self.sent_before.0);
+        if self.controller.begin_dry_run(&self.fixed) {
+            self.measure_fixed_cost(round)?;
+        }
         self.pending = self.fetch()?;
         let finished = Round {
             sent,
@@ -457,7 +466,7 @@ impl Driver<'_> {
     fn show(&self, phase: Phase) {
         let shown = match phase {
             Phase::Greeting | Phase::Describing => MigrationPhase::Preparing,
-            Phase::Copying => MigrationPhase::PreCopy,
+            Phase::Copying | Phase::AwaitingMemory => MigrationPhase::PreCopy,
             Phase::Stopping | Phase::Sending | Phase::AwaitingReady => MigrationPhase::Stopping,
             Phase::Committing => MigrationPhase::Committing,
             Phase::Departed | Phase::Returned | Phase::Lost => return,

@@ -5,20 +5,22 @@ mod fixture;
 
 use std::net::{SocketAddr, TcpListener};
 use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use bascule_ipc::vm::{MigrationLimits, MigrationPhase, MigrationStatus};
-use bascule_migrate::OwnershipRecord;
 use bascule_migrate::commit::{Reply, TransferRequest};
 use bascule_migrate::destination::Interface;
-use bascule_migrate::wire::AbortReason;
+use bascule_migrate::wire::{AbortReason, Config, Features, Hello};
+use bascule_migrate::{Frame, OwnershipRecord};
 use bascule_types::{
     AttemptId, Bytes, Epoch, Generation, NodeUid, Owner, Ownership, SlotId, VmUid, VolumeId,
 };
 
 use self::fixture::*;
+use super::apply::layout_of;
+use super::channel::Channel;
 use super::fault::{FaultAction, FaultPoint, Faults};
 use super::*;
 use crate::testing::{COUNTER, TestVm, images, kvm_or_skip};
@@ -79,6 +81,7 @@ fn i5_a_destination_that_fails_at_any_point_before_ready_leaves_the_guest_unharm
     }
     let (mut here, here_test) = source();
     for point in [
+        FaultPoint::DestinationResident,
         FaultPoint::DestinationMemory,
         FaultPoint::DestinationRound,
         FaultPoint::DestinationState,
@@ -391,6 +394,122 @@ fn a_target_with_a_smaller_mtu_is_refused_before_memory_is_copied() {
     let arrives = order.listen(destination().0);
     let end = order.send(&mut here);
     assert!(matches!(end, OutgoingEnd::Departed { .. }), "{end:?}");
+    drop(arrives.join().unwrap());
+}
+
+/// What the destination's memory becomes resident by: nothing happens until the sender is dropped.
+fn populate_later() -> (mpsc::Sender<()>, Populate) {
+    let (begin_tx, begin_rx) = mpsc::channel::<()>();
+    let populate = move |_, _| {
+        let _ended: Result<(), mpsc::RecvError> = begin_rx.recv();
+        Ok(())
+    };
+    (begin_tx, Box::new(populate))
+}
+
+/// All memory was made resident before the destination listened, and within 30 s: guests of some hundred GiB
+/// could not be moved at all.
+#[test]
+fn memory_is_copied_while_the_destinations_becomes_resident_and_the_guest_is_stopped_only_then() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let mut order = Move::new();
+    let ((mut here, here_test), (there, there_test)) = (source(), destination());
+    let (begin, populate) = populate_later();
+    order.populate = Some(populate);
+    let arrives = order.listen(there);
+    let control = Arc::clone(&order.destination_control);
+    let moves = spawn("source", move || (order.send(&mut here), here, order));
+    // The first round has arrived, and more than one message that the stream is up is on its way.
+    let since = Instant::now();
+    while control.status().rounds == 0 {
+        assert!(since.elapsed() < Duration::from_secs(60), "no round");
+        std::thread::yield_now();
+    }
+    assert!(control.status().bytes > Bytes(4096));
+    let printed = here_test.console.recent().len();
+    here_test.await_output(printed + 200);
+    assert!(!moves.is_finished() && !arrives.is_finished());
+    drop(begin);
+    let (end, here, order) = moves.join().unwrap();
+    assert_eq!(end, OutgoingEnd::Departed { epoch: Epoch(5) });
+    let (_, there) = arrives.join().unwrap();
+    assert!(!here.is_running());
+    assert_goes_on(&there, &there_test);
+    assert_uninterrupted(&here_test.console.recent(), &there_test.console.recent());
+    assert_eq!(order.status().phase, MigrationPhase::Completed);
+}
+
+#[test]
+fn i5_a_destination_without_enough_memory_ends_the_attempt_before_the_guest_is_stopped() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let mut order = Move::new();
+    let ((mut here, _here_test), (there, _)) = (source(), destination());
+    here.ends = Some("it was stopped");
+    order.populate = Some(Box::new(|_, _| Err(rustix::io::Errno::NOMEM.into())));
+    let arrives = order.listen(there);
+    let OutgoingEnd::Kept { failure, ownership } = order.send(&mut here) else {
+        panic!("it moved");
+    };
+    assert!(
+        failure.text.starts_with("no memory for the guest: "),
+        "{failure:?}"
+    );
+    assert_eq!(ownership, None);
+    assert!(here.is_running());
+    let (arrived, _) = arrives.join().unwrap();
+    assert!(
+        matches!(arrived, IncomingEnd::Discarded { .. }),
+        "{arrived:?}"
+    );
+}
+
+/// It begins to copy when it may, and until then hears once a second that the stream is up.
+#[test]
+fn a_source_that_does_not_know_resident_waits_before_the_first_round() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let mut order = Move::new();
+    let (begin, populate) = populate_later();
+    order.populate = Some(populate);
+    let (there, _there_test) = destination();
+    let layout = layout_of(there.machine().memory());
+    let arrives = order.listen(there);
+    let job = &order.outgoing;
+    let mut channel = Channel::connect(job.peer, &job.tls_dir).unwrap();
+    let hello = Hello {
+        version_min: 1,
+        version_max: 1,
+        streams: 1,
+        offered: Features::OFFERED_MTUS,
+        required: Features(0),
+        vm: job.vm,
+        attempt: job.attempt,
+        epoch: job.epoch,
+        source: job.from,
+        volume: order.volume.volume(),
+    };
+    channel.send(&Frame::Hello(hello)).unwrap();
+    let welcomed = channel.receive().unwrap();
+    assert!(matches!(welcomed, Frame::Welcome(_)), "{welcomed:?}");
+    let config = Config {
+        vcpus: job.cpus,
+        state_version: crate::state::VERSION,
+        layout,
+        description: job.description.clone(),
+        offered_mtus: job.offered_mtus.clone(),
+    };
+    channel.send(&Frame::Config(config)).unwrap();
+    for _ in 0..2 {
+        assert_eq!(channel.receive().unwrap(), Frame::Pong { token: 0 });
+    }
+    drop(begin);
+    while channel.receive().unwrap() != (Frame::RoundAck { round: 0 }) {}
+    channel.close();
     drop(arrives.join().unwrap());
 }
 

@@ -122,7 +122,8 @@ fn read(
     let phase = ExpectConfig::of_image(frames.receive(image)?, expected).map_err(not_it)?;
     let mut phase = phase
         .config(frames.receive(image)?, &machine)
-        .map_err(not_it)?;
+        .map_err(not_it)?
+        .resident();
     let mut applier = Applier::new(&memory);
     let mut state = loop {
         let mark = frames.mark();

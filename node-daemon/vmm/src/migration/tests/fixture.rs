@@ -209,6 +209,8 @@ pub(super) fn interface(mtu: u16) -> Interface {
     }
 }
 
+pub(super) type Populate = Box<dyn FnMut(*mut u8, usize) -> std::io::Result<()> + Send>;
+
 /// One attempt, with the requests of both sides.
 pub(super) struct Move {
     pub(super) outgoing: Outgoing,
@@ -216,6 +218,8 @@ pub(super) struct Move {
     pub(super) volume: TestVolume,
     pub(super) source_control: Arc<MigrationControl>,
     pub(super) destination_control: Arc<MigrationControl>,
+    /// What makes the destination's memory resident, in place of the kernel.
+    pub(super) populate: Option<Populate>,
     _tls: tempfile::TempDir,
 }
 
@@ -253,6 +257,7 @@ impl Move {
             volume: TestVolume::new(),
             source_control: Arc::new(MigrationControl::new(attempt)),
             destination_control: Arc::new(MigrationControl::new(attempt)),
+            populate: None,
             _tls: tls,
         }
     }
@@ -267,12 +272,16 @@ impl Move {
         self.outgoing.peer = listener.local_addr().unwrap();
         let (job, mut volume) = (self.incoming.clone(), self.volume.clone());
         let control = Arc::clone(&self.destination_control);
+        let populate = self.populate.take();
         spawn("destination", move || {
-            let machine = arrival.machine();
+            let memory = populate.map_or_else(
+                || PrefaultedMemory::begin(&arrival.machine(), job.faults),
+                |populate| PrefaultedMemory::with(&arrival.machine(), populate),
+            );
             let end = receive_live(
                 &listener,
                 &mut arrival,
-                &machine,
+                &memory.unwrap(),
                 &job,
                 &mut volume,
                 &control,

@@ -16,8 +16,8 @@ use super::phase::Phase;
 use super::vm_actor::{PauseFor, VmActor};
 use crate::MachineHandle;
 use crate::migration::{
-    Incoming, IncomingEnd, MigrationControl, Outgoing, OutgoingEnd, Quick, SavedArea, listen_in,
-    migrate_live, migrate_quick, prefault, receive_live,
+    Incoming, IncomingEnd, MigrationControl, Outgoing, OutgoingEnd, PrefaultedMemory, Quick,
+    SavedArea, listen_in, migrate_live, migrate_quick, receive_live,
 };
 use crate::process::home_volume::{NO_HOME, UNCLEAN, VolumeClient, ownership_client};
 
@@ -197,7 +197,8 @@ impl VmActor {
         let actor = self.handle();
         let (socket, uid) = self.home_socket()?;
         self.spawn_migration("migrate-in", &control, move |control| {
-            prefault(&machine).map_err(|error| format!("no memory for the guest: {error}"))?;
+            let memory = PrefaultedMemory::begin(&machine, job.faults)
+                .map_err(|error| format!("start a thread: {error}"))?;
             let listener = listen_in(listen, ports).map_err(|error| error.to_string())?;
             let address = listener.local_addr().ok();
             let mut client = ownership_client(&socket, uid)?;
@@ -208,8 +209,8 @@ impl VmActor {
                 actor: actor.clone(),
                 volume,
             };
-            let end = receive_live(&listener, &mut guest, &machine, &job, &mut client, control);
-            drop(listener);
+            let end = receive_live(&listener, &mut guest, &memory, &job, &mut client, control);
+            drop((listener, memory));
             let arrived = matches!(end, IncomingEnd::Running { .. });
             actor
                 .migration(|reply| MigrationRequest::IncomingEnded(end, reply))

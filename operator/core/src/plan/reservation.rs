@@ -37,11 +37,25 @@ impl<'a> PlanContext<'a> {
                 .is_some_and(|n| n.stream == crate::Stream::Up)
             {
                 step.append(self.end_reservation(node, pod));
+                if self.is_emptied(node, pod) {
+                    step.append(self.delete_reservation(pod, true));
+                }
             } else if home.is_some() && home.as_ref() != Some(node) {
                 step.append(self.delete_reservation(pod, true));
             }
         }
         step
+    }
+
+    /// Whether nothing of the pod but its API object matters any more: its hold process was ended, and the scheduler
+    /// places no other pod in its room, because the node is cordoned. A drain need not wait then until the kubelet
+    /// has noticed the end and taken the pod's network down.
+    fn is_emptied(&self, node: &str, pod: &Pod) -> bool {
+        let cordoned = self.observed.nodes.get(node).is_some_and(|n| n.cordoned);
+        let ended = self.observed.memory.hold_ended.as_ref();
+        // Of a pod that has not started, the hold process may still come.
+        let started = pod.phase == PodPhase::Running;
+        cordoned && started && ended.is_some_and(|(uid, _)| *uid == pod.uid)
     }
 
     /// Has the pod's hold process ended, unless that was done a moment ago: the kubelet takes its time to delete the pod,

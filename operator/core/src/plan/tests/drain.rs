@@ -68,6 +68,40 @@ fn a_hold_process_is_ended_only_after_its_guest_has_left() {
     assert!(ends(&case));
 }
 
+/// The kubelet takes seconds to notice the end of a process and to delete the pod.
+#[test]
+fn a_drain_does_not_wait_for_the_kubelet_once_the_hold_process_has_ended() {
+    let departed = || {
+        let case = Case::running_on(1).draining().owned_by(2);
+        case.process_is(VmState::Departed)
+    };
+    let deletes =
+        |case: &Case| case.plans(|a| matches!(a, Action::DeleteReservation { force: true, .. }));
+    let ended = |mut case: Case| {
+        case.observed.memory.hold_ended = Some((case.pod(0).uid.clone(), NOW));
+        let node = case.observed.nodes.get_mut("node-1").unwrap();
+        node.cordoned = true;
+        case
+    };
+    assert!(deletes(&ended(departed())));
+    let not_ended = |mut case: Case| {
+        case.observed.memory.hold_ended = Some(("another".to_owned(), NOW));
+        case
+    };
+    assert!(!deletes(&not_ended(ended(departed()))));
+    // A migration: the scheduler might place another pod there, which the kubelet would refuse.
+    let mut migrated = ended(departed());
+    migrated.observed.nodes.get_mut("node-1").unwrap().cordoned = false;
+    assert!(!deletes(&migrated));
+    let mut starting = ended(departed());
+    starting.pod(0).phase = PodPhase::Pending;
+    assert!(!deletes(&starting));
+    assert!(
+        !deletes(&ended(Case::running_on(1).draining())),
+        "it is the guest's"
+    );
+}
+
 #[test]
 fn a_drain_moves_the_guest_live_then_quick_then_shuts_it_down() {
     let mut case = Case::running_on(1).draining();

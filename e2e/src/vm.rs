@@ -31,6 +31,7 @@ pub struct TestVm {
 pub struct TestVmSpec {
     config: VmConfig,
     fault: Option<String>,
+    rogue: Option<String>,
 }
 
 impl TestVmSpec {
@@ -64,6 +65,7 @@ impl TestVmSpec {
                 cloud_init: None,
             },
             fault: None,
+            rogue: None,
         })
     }
 
@@ -125,6 +127,14 @@ impl TestVmSpec {
         self
     }
 
+    /// A process that makes the attempts of `node-daemon/vmm/src/process/rogue.rs` as soon as it has its machine; `others` is
+    /// the value of `BASCULE_ROGUE`. Needs the feature `fault-injection` too.
+    #[must_use]
+    pub fn with_rogue(mut self, others: &str) -> Self {
+        self.rogue = Some(others.to_owned());
+        self
+    }
+
     /// The configuration, for fields without a builder method.
     pub fn config_mut(&mut self) -> &mut VmConfig {
         &mut self.config
@@ -164,6 +174,9 @@ impl TestVm {
             .env("RUST_LOG", "debug");
         if let Some(fault) = &spec.fault {
             command.env("BASCULE_FAULT", fault);
+        }
+        if let Some(others) = &spec.rogue {
+            command.env("BASCULE_ROGUE", others);
         }
         let log = directory.join("test.log");
         let mut child = Child::spawn("bascule-vm", &mut command, &log)?;

@@ -14,9 +14,13 @@ mod boot_images;
 mod control_socket;
 mod devices;
 mod home_volume;
+mod namespaces;
 mod no_cloud;
 mod privileges;
+#[cfg(feature = "fault-injection")]
+mod rogue;
 mod run_dir;
+mod seccomp;
 mod signals;
 #[cfg(test)]
 pub(crate) mod testing;
@@ -51,7 +55,7 @@ pub fn run(config: &Path) -> ExitCode {
 fn serve(path: &Path) -> anyhow::Result<()> {
     // Before there is a second thread: threads inherit the mask.
     let signals = signals::block().context("block signals")?;
-    privileges::drop_capabilities().context("give up capabilities")?;
+    let path = &std::path::absolute(path).context("find the configuration")?;
     let run_dir = RunDir::of(path);
     run_dir.start_log().context("start the log")?;
     let config: VmConfig = vm_config::read(path)?;
@@ -59,10 +63,16 @@ fn serve(path: &Path) -> anyhow::Result<()> {
     let span = tracing::info_span!("vm", name = config.name, uid = %config.uid);
     let _entered = span.enter();
     tracing::info!(release = env!("CARGO_PKG_VERSION"), "starting");
+    let shown = privileges::shown(run_dir.path(), &config);
+    if !namespaces::leave_host(run_dir.path(), &shown).context("leave the host's namespaces")? {
+        tracing::warn!("without root, this process stays in the host's namespaces");
+    }
+    privileges::drop_capabilities().context("give up capabilities")?;
     let confined = privileges::confine(run_dir.path(), &config).context("give up files")?;
     if confined == RulesetStatus::NotEnforced {
         tracing::warn!("the kernel has no Landlock: this process may open every file of its user");
     }
+    seccomp::restrict(&run_dir, config.uid).context("give up system calls")?;
     let (mut actor, inbox) = VmActor::new(config, run_dir.clone())?;
     control_socket::listen(&run_dir, &actor.handle()).context("listen on vm.sock")?;
     signals::watch(signals, actor.handle()).context("wait for signals")?;

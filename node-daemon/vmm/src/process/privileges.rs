@@ -1,8 +1,8 @@
 //! What the process gives up before it does anything for a guest: every capability, and every file but those that
 //! its configuration names.
 //!
-//! It keeps its user, its network and the descriptors that it is given, that of the volume's device among them:
-//! it is not a jail yet.
+//! It keeps its user, its network and the descriptors that it is given, that of the volume's device among them.
+//! Its namespaces are in [`super::namespaces`], its system calls in [`super::seccomp`].
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -16,6 +16,8 @@ use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior,
 use rustix::thread::{
     CapabilitySet, CapabilitySets, clear_ambient_capability_set, set_capabilities, set_no_new_privs,
 };
+
+use super::namespaces::Shown;
 
 /// Gives up every capability, for the threads to come as well: called while there is one thread. Nothing
 /// that the process does later needs one: `/dev/kvm`, taps and files belong to its user, and the volume's
@@ -59,6 +61,22 @@ pub(super) fn confine(run_dir: &Path, config: &VmConfig) -> Result<RulesetStatus
         ruleset = ruleset.add_rules(path_beneath_rules([path], access))?;
     }
     Ok(ruleset.restrict_self()?.ruleset)
+}
+
+/// What the root directory of the process holds: what it may open, and the sockets of its home volume, which Landlock
+/// does not restrict (no access right is for connecting).
+pub(super) fn shown(run_dir: &Path, config: &VmConfig) -> Vec<Shown> {
+    let sockets = config.home.as_ref().and_then(|home| home.socket.parent());
+    let sockets = sockets.map(|folder| Shown {
+        path: folder.to_owned(),
+        read_only: true,
+    });
+    let files = allowed(run_dir, config).into_iter();
+    let files = files.map(|(path, access)| Shown {
+        path,
+        read_only: access == READ,
+    });
+    files.chain(sockets).collect()
 }
 
 /// What is opened by its path after the configuration was read.

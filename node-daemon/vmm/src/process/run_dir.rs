@@ -33,9 +33,14 @@ impl RunDir {
         append_to(&self.0.join("console.log"))
     }
 
+    /// This process's log.
+    pub(super) fn log(&self) -> io::Result<File> {
+        append_to(&self.0.join("vm.log"))
+    }
+
     /// Sends this process's log to `vm.log`, at `info` unless `BASCULE_LOG` says otherwise.
     pub(crate) fn start_log(&self) -> io::Result<()> {
-        let file = append_to(&self.0.join("vm.log"))?;
+        let file = self.log()?;
         let filter = tracing_subscriber::EnvFilter::try_from_env("BASCULE_LOG")
             .unwrap_or_else(|_| "info".into());
         let logger = tracing_subscriber::fmt()

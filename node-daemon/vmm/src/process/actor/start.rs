@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use anyhow::Context as _;
 use bascule_ipc::vm::{StartMode, StopReason, VmState};
 use bascule_types::Ownership;
 
@@ -9,6 +10,7 @@ use super::build::BuildPlan;
 use super::event::TaskOutcome;
 use super::phase::{BuiltMachine, Phase};
 use super::vm_actor::VmActor;
+use crate::process::seccomp;
 
 impl VmActor {
     /// Begins to build the machine on a task thread. A failure does not end the process:
@@ -56,6 +58,9 @@ impl VmActor {
     }
 
     fn begin(&mut self, built: BuiltMachine) -> anyhow::Result<()> {
+        seccomp::restrict_further().context("give up system calls")?;
+        #[cfg(feature = "fault-injection")]
+        crate::process::rogue::run(&self.run_dir);
         self.gate = built.gate;
         self.devices = built.devices;
         match self.config.start {

@@ -5,6 +5,7 @@
 //! |---|---|
 //! | `supervisor.rs` | the one value that every command works on |
 //! | `launcher.rs` | starts a process outside the daemon's container, cgroup and session |
+//! | `cgroups.rs` | the processes' cgroups, and their shares of CPU time and memory |
 //! | `calls.rs` | requests over the processes' unix sockets |
 //! | `locks.rs` | one command at a time for a VM, and for the volumes |
 //! | `vm_start.rs`, `undo.rs` | the steps of a VM's start, and their undo when one fails |
@@ -14,6 +15,7 @@
 //! | `restart_backoff.rs` | when a volume process that has ended is started again |
 
 pub(crate) mod calls;
+pub(crate) mod cgroups;
 pub(crate) mod imports;
 pub(crate) mod launcher;
 pub(crate) mod locks;

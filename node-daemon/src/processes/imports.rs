@@ -13,6 +13,7 @@ use bascule_types::{Bytes, DiskId, Epoch, Owner, VmUid};
 use rustix::process::{Pid, Signal, kill_process};
 
 use super::calls::volume_call;
+use super::cgroups::{Share, VMS};
 use super::supervisor::{Rejection, Supervisor, is_alive};
 use crate::files::{self, names_in};
 use crate::images::{ImportJob, JobSource, write_report};
@@ -95,9 +96,9 @@ impl Supervisor {
         write_report(&report_path, begun)?;
         let args: Vec<OsString> = vec!["run".into(), "--job".into(), job_path.into()];
         let log = self.paths.logs().join(format!("import-{}.log", order.disk));
-        let child = self
-            .launcher
-            .spawn("bascule-import", &cgroup_name(order.disk), &log, &args)?;
+        let cgroup = cgroup_name(order.disk);
+        let place = (cgroup.as_str(), Share::of_import());
+        let child = self.launcher.spawn("bascule-import", place, &log, &args)?;
         let pid_path = report_path.with_extension("pid");
         files::replace(&pid_path, child.id().to_string().as_bytes(), 0o644)?;
         self.adopt_child(child);
@@ -235,9 +236,9 @@ impl Supervisor {
     }
 }
 
-/// The name of an import process' cgroup, below Bascule's own.
+/// The cgroup of an import process.
 fn cgroup_name(disk: DiskId) -> String {
-    format!("import-{disk}")
+    format!("{VMS}/import-{disk}")
 }
 
 fn kill(pid: u32) -> Result<()> {

@@ -19,6 +19,7 @@ use anyhow::{Context, Result, ensure};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use sha2::{Digest, Sha256};
 
+use super::cgroups::{self, Share};
 use crate::config::NodeConfig;
 use crate::paths::Paths;
 use crate::wait::wait_for;
@@ -29,9 +30,12 @@ pub(crate) struct LaunchArgs {
     /// Join the mount and cgroup namespaces of process 1 (set when the daemon runs in a container)
     #[arg(long)]
     host_namespaces: bool,
-    /// The cgroup to create and join, below Bascule's own, in every hierarchy
+    /// The cgroup to create and join, in every hierarchy
     #[arg(long)]
     cgroup: Option<String>,
+    /// What it is entitled to there when others want CPUs and memory too
+    #[command(flatten)]
+    share: Share,
     /// The file that the program's standard error is appended to
     #[arg(long)]
     stderr: PathBuf,
@@ -49,7 +53,7 @@ pub(crate) struct RemoveCgroupArgs {
     /// Join the mount and cgroup namespaces of process 1
     #[arg(long)]
     host_namespaces: bool,
-    /// Its name, below Bascule's own, in every hierarchy
+    /// Its name, in every hierarchy
     name: String,
 }
 
@@ -81,15 +85,15 @@ impl Launcher {
         })
     }
 
-    /// Starts `program` so that it outlives this process.
+    /// Starts `program` in a cgroup with a share, so that it outlives this process.
     pub(crate) fn spawn(
         &self,
         program: &str,
-        cgroup: &str,
+        place: (&str, Share),
         log: &Path,
         args: &[OsString],
     ) -> Result<Child> {
-        self.spawn_with(program, cgroup, log, None, args)
+        self.spawn_with(program, place, log, None, args)
     }
 
     /// Like [`Self::spawn`]; the process writes its id to `pid_file` before it becomes `program`, so that
@@ -98,12 +102,12 @@ impl Launcher {
     pub(crate) fn spawn_recorded(
         &self,
         program: &str,
-        cgroup: &str,
+        place: (&str, Share),
         log: &Path,
         pid_file: &Path,
         args: &[OsString],
     ) -> Result<Child> {
-        self.spawn_with(program, cgroup, log, Some(pid_file), args)
+        self.spawn_with(program, place, log, Some(pid_file), args)
     }
 
     /// Removes the cgroup of a program that has ended, if it is there. A failure is logged: nothing else
@@ -136,7 +140,7 @@ impl Launcher {
     fn spawn_with(
         &self,
         program: &str,
-        cgroup: &str,
+        (cgroup, share): (&str, Share),
         log: &Path,
         pid_file: Option<&Path>,
         args: &[OsString],
@@ -150,7 +154,7 @@ impl Launcher {
             command.arg("--host-namespaces");
         }
         if self.cgroups {
-            command.args(["--cgroup", cgroup]);
+            command.args(["--cgroup", cgroup]).args(share.arguments());
         }
         command
             .arg("--")
@@ -189,7 +193,7 @@ fn become_program(args: &LaunchArgs, log: &File) -> Result<()> {
     let (program, rest) = args.command.split_first().context("no program to launch")?;
     join_host_namespaces(args.host_namespaces)?;
     if let Some(name) = &args.cgroup {
-        join_cgroups(name)?;
+        cgroups::join(name, args.share, log)?;
     }
     set_oom_score(Path::new(program), log)?;
     rustix::process::setsid().context("start a session of its own")?;
@@ -213,25 +217,13 @@ pub(crate) fn remove_cgroup(args: &RemoveCgroupArgs) -> Result<()> {
     join_host_namespaces(args.host_namespaces)?;
     let mut left = None;
     let removed = wait_for(CGROUP_LIMIT, || {
-        left = remove_cgroups(&args.name).err();
+        left = cgroups::remove(&args.name).err();
         left.is_none().then_some(())
     });
     match (removed, left) {
         (None, Some(error)) => Err(error),
         _ => Ok(()),
     }
-}
-
-fn remove_cgroups(name: &str) -> Result<()> {
-    for folder in cgroup_folders(name)? {
-        match fs::remove_dir(&folder) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(error).with_context(|| format!("remove {}", folder.display()));
-            }
-            _ => {}
-        }
-    }
-    Ok(())
 }
 
 /// Without its directory, the start that this belongs to was given up. The parent writes the same file
@@ -296,107 +288,6 @@ fn join_host(name: &str, kind: LinkNameSpaceType) -> Result<()> {
     let link = File::open(&theirs).with_context(|| format!("open {theirs}"))?;
     let fd: BorrowedFd<'_> = link.as_fd();
     move_into_link_name_space(fd, Some(kind)).with_context(|| format!("join {theirs}"))
-}
-
-/// Makes and joins the cgroup in the v2 hierarchy, or in each mounted v1 hierarchy.
-fn join_cgroups(name: &str) -> Result<()> {
-    for folder in cgroup_folders(name)? {
-        fs::create_dir_all(&folder).with_context(|| format!("create {}", folder.display()))?;
-        fill_cpuset(&folder)?;
-        let procs = folder.join("cgroup.procs");
-        fs::write(&procs, std::process::id().to_string())
-            .with_context(|| format!("write {}", procs.display()))?;
-    }
-    Ok(())
-}
-
-/// The folder `<base>/bascule/<name>` in each hierarchy. The base is process 1's own cgroup where that is
-/// not systemd's: a node that is itself in a container keeps its VMs among its own.
-fn cgroup_folders(name: &str) -> Result<Vec<PathBuf>> {
-    let table = fs::read_to_string("/proc/1/cgroup").context("read /proc/1/cgroup")?;
-    let folders = parse_cgroups(&table)
-        .into_iter()
-        .filter_map(|(controllers, base)| {
-            let base = cgroup_base(&base).trim_start_matches('/');
-            Some(
-                hierarchy_root(&controllers)?
-                    .join(base)
-                    .join("bascule")
-                    .join(name),
-            )
-        });
-    Ok(folders.collect())
-}
-
-/// The lines of `/proc/PID/cgroup` as (controllers, path); the v2 hierarchy has no controllers.
-fn parse_cgroups(table: &str) -> Vec<(String, String)> {
-    table
-        .lines()
-        .filter_map(|line| {
-            let mut fields = line.splitn(3, ':');
-            let _id = fields.next()?;
-            Some((fields.next()?.to_owned(), fields.next()?.to_owned()))
-        })
-        .collect()
-}
-
-fn cgroup_base(path: &str) -> &str {
-    match path {
-        "/init.scope" => "/",
-        other => other.strip_suffix("/init.scope").unwrap_or(other),
-    }
-}
-
-fn hierarchy_root(controllers: &str) -> Option<PathBuf> {
-    let root = Path::new("/sys/fs/cgroup");
-    let candidates = match controllers {
-        "" => vec![root.to_owned(), root.join("unified")],
-        named => vec![root.join(named.trim_start_matches("name="))],
-    };
-    candidates
-        .into_iter()
-        .find(|path| path.join("cgroup.procs").exists())
-}
-
-/// A new v1 cpuset group is empty and takes no process until it has CPUs and memory nodes.
-fn fill_cpuset(folder: &Path) -> Result<()> {
-    for file in ["cpuset.cpus", "cpuset.mems"] {
-        let path = folder.join(file);
-        let Ok(present) = fs::read_to_string(&path) else {
-            continue;
-        };
-        if !present.trim().is_empty() {
-            continue;
-        }
-        let mut parent = folder.parent();
-        while let Some(above) = parent {
-            match fs::read_to_string(above.join(file)) {
-                Ok(text) if !text.trim().is_empty() => {
-                    copy_down(above, folder, file, text.trim())?;
-                    break;
-                }
-                Ok(_) => parent = above.parent(),
-                Err(_) => break,
-            }
-        }
-    }
-    Ok(())
-}
-
-fn copy_down(above: &Path, folder: &Path, file: &str, value: &str) -> Result<()> {
-    let below = folder.strip_prefix(above).context("cpuset folder")?;
-    let mut at = above.to_owned();
-    for part in below {
-        at.push(part);
-        let path = at.join(file);
-        match fs::write(&path, value) {
-            Ok(()) => {}
-            // The v2 files are there only for readers when the controller is not delegated.
-            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {}
-            Err(error) => return Err(error).with_context(|| format!("write {}", path.display())),
-        }
-    }
-    Ok(())
 }
 
 /// Copies the programs of this release to a host path keyed by their digest, so that running
@@ -483,19 +374,6 @@ const COMPLETE: &str = ".complete";
 mod tests {
     use super::*;
 
-    #[test]
-    fn both_cgroup_versions_are_read_from_a_process_table() {
-        let table = "4:memory:/lab-a\n1:name=systemd:/lab-a\n0::/init.scope\n";
-        assert_eq!(
-            parse_cgroups(table),
-            [
-                ("memory".to_owned(), "/lab-a".to_owned()),
-                ("name=systemd".to_owned(), "/lab-a".to_owned()),
-                (String::new(), "/init.scope".to_owned()),
-            ]
-        );
-    }
-
     /// A daemon that ends between the start of a process and its own note of the id would take the process
     /// for one that has ended, and remove its files while it runs.
     #[test]
@@ -510,11 +388,6 @@ mod tests {
     }
 
     #[test]
-    fn removing_a_cgroup_that_is_not_there_is_no_error() {
-        remove_cgroups("vm-that-never-was").unwrap();
-    }
-
-    #[test]
     fn a_long_log_is_truncated_at_the_next_start() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("logs/volume.log");
@@ -525,13 +398,6 @@ mod tests {
         fs::write(&path, long).unwrap();
         open_log(&path).unwrap().write_all(b"short").unwrap();
         assert_eq!(fs::read(&path).unwrap(), b"short");
-    }
-
-    #[test]
-    fn the_init_scope_of_systemd_is_not_the_parent_cgroup_of_virtual_machines() {
-        assert_eq!(cgroup_base("/init.scope"), "/");
-        assert_eq!(cgroup_base("/kubelet/init.scope"), "/kubelet");
-        assert_eq!(cgroup_base("/bascule-lab-n1"), "/bascule-lab-n1");
     }
 
     #[test]

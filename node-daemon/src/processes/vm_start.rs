@@ -30,6 +30,7 @@ use bascule_ipc::vm::{
 use bascule_node_api::command::{RejectReason, VmSpec};
 use bascule_types::{Ownership, VmUid};
 
+use super::cgroups::Share;
 use super::launcher::FIRMWARE;
 use super::supervisor::{Rejection, Supervisor, is_alive};
 use super::tap;
@@ -256,9 +257,10 @@ impl StartEffects for OnNode<'_> {
     fn spawn(&self) -> Result<u32> {
         let folder = self.folder();
         let args: Vec<OsString> = vec!["--config".into(), folder.join("config.json").into()];
+        let share = Share::of_guest(self.spec.cpus, self.spec.memory);
         let child = self.node.launcher.spawn_recorded(
             "bascule-vm",
-            &cgroup_name(self.spec.uid),
+            (&cgroup_name(self.spec.uid), share),
             &folder.join("vm.log"),
             &folder.join("pid"),
             &args,

@@ -15,6 +15,7 @@ use bascule_node_api::command::{Outcome, RejectReason, VmSpec};
 use bascule_types::{AttemptId, Epoch, Ownership, VmUid};
 
 use super::calls::vm_call;
+use super::cgroups::VMS;
 use super::supervisor::{Rejection, Supervisor, is_alive};
 use super::tap;
 use crate::files::names_in;
@@ -304,9 +305,9 @@ pub(super) fn last_ownership(folder: &Path) -> Option<Ownership> {
     written.or_else(started)
 }
 
-/// The name of a VM process' cgroup, below Bascule's own.
+/// The cgroup of a VM process.
 pub(super) fn cgroup_name(vm: VmUid) -> String {
-    format!("vm-{vm}")
+    format!("{VMS}/vm-{vm}")
 }
 
 /// The id of the process that was started for a run directory; none before it was.

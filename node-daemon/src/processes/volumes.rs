@@ -18,6 +18,7 @@ use bascule_node_api::command::{Backing, FormatOptions, Outcome, RejectReason};
 use bascule_types::{Change, ClusterId, NodeUid, VolumeId};
 
 use super::calls::volume_call;
+use super::cgroups::{CRITICAL, Share};
 use super::supervisor::{Rejection, Supervisor, is_alive};
 use crate::files::{self, names_in};
 use crate::wait::wait_for;
@@ -251,9 +252,9 @@ impl Supervisor {
             self.paths.watchdog_socket().into(),
         ]);
         let log = folder.join("volume.log");
-        let child = self
-            .launcher
-            .spawn("bascule-volume", &cgroup_name(name), &log, &args)?;
+        let cgroup = cgroup_name(name);
+        let place = (cgroup.as_str(), Share::of_critical());
+        let child = self.launcher.spawn("bascule-volume", place, &log, &args)?;
         let pid = child.id();
         self.adopt_child(child);
         files::replace(&folder.join("pid"), pid.to_string().as_bytes(), 0o644)?;
@@ -287,7 +288,9 @@ impl Supervisor {
             args.push("--allow-softdog".into());
         }
         let log = self.watchdog_log();
-        let child = self.launcher.spawn(WATCHDOG, "watchdog", &log, &args)?;
+        let cgroup = format!("{CRITICAL}/watchdog");
+        let place = (cgroup.as_str(), Share::of_critical());
+        let child = self.launcher.spawn(WATCHDOG, place, &log, &args)?;
         self.adopt_child(child);
         Ok(())
     }
@@ -322,9 +325,9 @@ impl Supervisor {
     }
 }
 
-/// The name of a volume process' cgroup, below Bascule's own.
+/// The cgroup of a volume process.
 fn cgroup_name(volume: &str) -> String {
-    format!("volume-{volume}")
+    format!("{CRITICAL}/volume-{volume}")
 }
 
 /// `attachment.json` of a volume's run directory: the parameters to restart its process with.
@@ -522,7 +525,10 @@ mod tests {
         node.detach_volume("gold").unwrap();
         assert!(!node.paths.volume("gold").exists());
         assert!(ledger.exists());
-        assert_eq!(node.launched(), "remove-cgroup volume-gold\n");
+        assert_eq!(
+            node.launched(),
+            "remove-cgroup bascule-critical/volume-gold\n"
+        );
     }
 
     #[test]

@@ -82,7 +82,10 @@ fn a_cancelled_import_leaves_neither_process_nor_cgroup_nor_report() {
     assert_eq!(node.cancel_import_soon(disk).unwrap(), Outcome::Done);
     assert!(!is_alive(pid));
     assert_eq!(node.import_reports().unwrap(), []);
-    assert_eq!(node.launched(), format!("remove-cgroup import-{disk}\n"));
+    assert_eq!(
+        node.launched(),
+        format!("remove-cgroup bascule/import-{disk}\n")
+    );
     // Repeated, as every command may be.
     assert_eq!(node.cancel_import_soon(disk).unwrap(), Outcome::Done);
 }

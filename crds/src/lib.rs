@@ -55,6 +55,6 @@ pub use shared_volume::{
 pub use virtual_machine::{
     Availability, Boot, CloudInit, Cpu, DeletionPolicy, Disk, DiskState, DiskStatus, ExistingDisk,
     FieldError, Firmware, HostFileSource, HttpSource, Interface, InterfaceStatus, MigrationLimits,
-    Ownership, Placement, ReservationStatus, RestartLimits, Source, SourceKind, VirtualMachine,
-    VirtualMachineSpec, VirtualMachineStatus, mac_address, parse_mac,
+    Ownership, Placement, ReservationStatus, RestartLimits, SecretKeyRef, Source, SourceKind,
+    TextSource, VirtualMachine, VirtualMachineSpec, VirtualMachineStatus, mac_address, parse_mac,
 };

@@ -86,6 +86,8 @@ pub mod reason {
     pub const DISK_CLAIMED: &str = "DiskClaimed";
     /// The volume refused a request, for the reason in the message.
     pub const VOLUME_REFUSED: &str = "VolumeRefused";
+    /// A Secret that the spec refers to does not exist, lacks the key, or may not be read by the operator.
+    pub const SECRET_UNAVAILABLE: &str = "SecretUnavailable";
     /// The guest could not be started, for the reason in the message.
     pub const START_FAILED: &str = "StartFailed";
     /// The guest ended without a request to stop.

@@ -3,6 +3,7 @@
 mod api_actions;
 mod execution;
 mod node_actions;
+mod secret_texts;
 
 use anyhow::{Context, Result};
 use bascule_node_api::command::Command;

@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use bascule_crds::{DeletionPolicy, Disk, Source, SourceKind, VirtualMachine, mac_address};
 use bascule_image::{INITRD_BYTES_MAX, KERNEL_BYTES_MAX};
-use bascule_ipc::vm::CloudInit;
+use bascule_node_api::cloud_init::{CloudInitSecrets, inline_texts};
 use bascule_node_api::command::{DiskRef, Interface, VmSpec};
 use bascule_operator_core::{
     Budgets, DiskIntent, ImageSource, Origin, RestartBudget, SpecDigest, VmIntent,
@@ -66,7 +66,7 @@ pub(crate) fn intent(vm: &VirtualMachine) -> Result<VmIntent> {
     })
 }
 
-/// What a node daemon needs to start the VM.
+/// What a node daemon needs to start the VM, but for the texts that come from Secrets, which are empty.
 pub(crate) fn vm_spec(vm: &VirtualMachine) -> Result<VmSpec> {
     let (namespace, name) = names(vm);
     let uid = vm.metadata.uid.as_deref().unwrap_or_default();
@@ -104,18 +104,15 @@ pub(crate) fn vm_spec(vm: &VirtualMachine) -> Result<VmSpec> {
         shutdown_timeout_ms: Some(millis(
             spec.availability.migration.shutdown_timeout.to_std()?,
         )),
-        cloud_init: spec.cloud_init.as_ref().map(cloud_init),
+        cloud_init: spec.cloud_init.as_ref().map(inline_texts),
+        cloud_init_secrets: spec
+            .cloud_init
+            .as_ref()
+            .map(CloudInitSecrets::of)
+            .unwrap_or_default(),
         namespace,
         name,
     })
-}
-
-fn cloud_init(asked: &bascule_crds::CloudInit) -> CloudInit {
-    CloudInit {
-        user_data: asked.user_data.clone(),
-        network_config: asked.network_config.clone(),
-        ssh_authorized_keys: asked.ssh_authorized_keys.clone(),
-    }
 }
 
 fn millis(time: Duration) -> u64 {
@@ -309,6 +306,11 @@ mod tests {
             base
         );
         assert_eq!(of(serde_json::json!({"runPolicy": "Stopped"})), base);
+        let seed = |key: &str| {
+            let from = serde_json::json!({"secretKeyRef": {"name": "seed", "key": key}});
+            of(serde_json::json!({"cloudInit": {"userDataFrom": from}}))
+        };
+        assert_ne!(seed("a"), seed("b"));
         let longer = serde_json::json!({"availability": {"migration": {"shutdownTimeout": "9m"}}});
         assert_eq!(of(longer.clone()), base);
         let told = vm_spec(&vm(&longer)).unwrap().shutdown_timeout_ms;

@@ -3,18 +3,9 @@
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use sha2::{Digest, Sha256};
 
+use super::field_error::FieldError;
 use super::spec::{Disk, Interface, Source, VirtualMachineSpec};
 use crate::{Duration, Quantity};
-
-/// A field with a value that cannot be carried out.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{field}: {message}")]
-pub struct FieldError {
-    /// The field's path, for example `spec.disks[1].size`.
-    pub field: String,
-    /// What is wrong, and what to write instead.
-    pub message: String,
-}
 
 impl VirtualMachineSpec {
     /// Checks what the schema's rules check, plus what follows from several fields together.

@@ -13,6 +13,7 @@ mod lost_node;
 mod networks;
 mod nodes;
 mod private_ca;
+mod secrets;
 mod tenants;
 
 use std::time::Duration;

@@ -11,6 +11,8 @@ use bascule_types::{
 };
 use serde::{Deserialize, Serialize};
 
+use crate::cloud_init::CloudInitSecrets;
+
 /// One command. All are idempotent: the operator repeats a command whose outcome it does not know.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "the field names say all")]
@@ -310,6 +312,30 @@ pub struct VmSpec {
     /// What cloud-init finds in the guest; none for a guest without the disk.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cloud_init: Option<CloudInit>,
+    /// The keys of Secrets that texts of `cloud_init` were read from. A node keeps them for the operator,
+    /// which reads no Secret anew to restore a guest.
+    #[serde(default, skip_serializing_if = "CloudInitSecrets::is_empty")]
+    pub cloud_init_secrets: CloudInitSecrets,
+}
+
+impl VmSpec {
+    /// Takes the texts of Secrets from `earlier`, a spec that the same VM was started with. False, and nothing is
+    /// taken, when that one referred to other keys.
+    pub fn take_secret_texts(&mut self, earlier: Self) -> bool {
+        let (Some(texts), Some(found)) = (&mut self.cloud_init, earlier.cloud_init) else {
+            return false;
+        };
+        if self.cloud_init_secrets != earlier.cloud_init_secrets {
+            return false;
+        }
+        if self.cloud_init_secrets.user_data.is_some() {
+            texts.user_data = found.user_data;
+        }
+        if self.cloud_init_secrets.network_config.is_some() {
+            texts.network_config = found.network_config;
+        }
+        true
+    }
 }
 
 /// A disk in a VM's spec.

@@ -5,6 +5,7 @@
 //! ownership and leases), never the order in which commands arrive.
 #![forbid(unsafe_code)]
 
+pub mod cloud_init;
 pub mod command;
 mod connect;
 mod host_port;

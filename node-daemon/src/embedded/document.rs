@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 use bascule_crds::{Source, VirtualMachine};
 use bascule_image::{INITRD_BYTES_MAX, KERNEL_BYTES_MAX};
-use bascule_ipc::vm::CloudInit;
+use bascule_node_api::cloud_init::{CloudInitSecrets, inline_texts};
 use bascule_node_api::command::{DiskRef, ImportSource, Interface, VmSpec};
 use bascule_types::{Bytes, DiskRole, ImageDigest, OnError, RowName, VmUid};
 use sha2::{Digest, Sha256};
@@ -102,6 +102,10 @@ fn resolve(vm: &VirtualMachine, namespace: &str, name: &str) -> Result<VmSpec> {
             read_only: disk.read_only,
         }
     });
+    let asked = vm.spec.cloud_init.as_ref();
+    let cloud_init = asked
+        .map(|asked| asked.resolve(|_| Err(NO_SECRETS.to_owned())))
+        .transpose()?;
     Ok(VmSpec {
         uid,
         namespace: namespace.to_owned(),
@@ -120,11 +124,8 @@ fn resolve(vm: &VirtualMachine, namespace: &str, name: &str) -> Result<VmSpec> {
                 .as_millis(),
         )
         .ok(),
-        cloud_init: vm.spec.cloud_init.as_ref().map(|asked| CloudInit {
-            user_data: asked.user_data.clone(),
-            network_config: asked.network_config.clone(),
-            ssh_authorized_keys: asked.ssh_authorized_keys.clone(),
-        }),
+        cloud_init: cloud_init.as_ref().map(inline_texts),
+        cloud_init_secrets: CloudInitSecrets::default(),
     })
 }
 
@@ -223,6 +224,8 @@ fn parse_mac(text: &str) -> Result<[u8; 6]> {
     Ok(mac)
 }
 
+const NO_SECRETS: &str = "there are no Secrets without Kubernetes: write the text into the document, whose file \
+    may be readable by its owner only";
 const KERNEL: &str = "boot-kernel";
 const INITRD: &str = "boot-initrd";
 
@@ -275,5 +278,14 @@ spec:
         let text = DOCUMENT.replace("512Mi", "1Mi");
         let error = format!("{:#}", Document::parse(&text).unwrap_err());
         assert!(error.contains("spec.memory"), "{error}");
+    }
+
+    #[test]
+    fn a_reference_to_a_secret_is_refused_with_its_field() {
+        let from = "{userDataFrom: {secretKeyRef: {name: seed, key: user}}}";
+        let text = format!("{DOCUMENT}  cloudInit: {from}\n");
+        let error = format!("{:#}", Document::parse(&text).unwrap_err());
+        let field = "spec.cloudInit.userDataFrom: there are no Secrets";
+        assert!(error.contains(field), "{error}");
     }
 }

@@ -386,6 +386,7 @@ const EXIT_LIMIT: Duration = Duration::from_secs(10);
 
 #[cfg(test)]
 mod tests {
+    use bascule_node_api::cloud_init::CloudInitSecrets;
     use bascule_types::{Generation, Owner, SlotId};
 
     use super::*;
@@ -428,6 +429,7 @@ mod tests {
             interfaces: Vec::new(),
             shutdown_timeout_ms: None,
             cloud_init: None,
+            cloud_init_secrets: CloudInitSecrets::default(),
         };
         let owner = Owner {
             slot: SlotId(1),

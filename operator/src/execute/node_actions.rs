@@ -117,7 +117,7 @@ impl Execution<'_> {
                 epoch,
                 restore,
             } => {
-                let spec = crate::vm_intent::vm_spec(self.vm)?;
+                let spec = self.spec_to_start(*epoch, *restore).await?;
                 let command = Command::StartVm {
                     spec,
                     owner: *owner,

@@ -4,6 +4,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
 
 use anyhow::anyhow;
+use bascule_node_api::cloud_init::CloudInitSecrets;
 use bascule_node_api::command::Interface;
 use bascule_types::{Bytes, Epoch};
 
@@ -172,6 +173,7 @@ fn of_a_vm_whose_second_bridge_is_missing_no_tap_and_no_file_stays() {
         interfaces: vec![interface("lan"), interface("wan")],
         shutdown_timeout_ms: None,
         cloud_init: None,
+        cloud_init_secrets: CloudInitSecrets::default(),
     };
     let owner = bascule_types::Owner {
         slot: bascule_types::SlotId(1),

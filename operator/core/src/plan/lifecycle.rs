@@ -185,6 +185,7 @@ impl<'a> PlanContext<'a> {
                 continue;
             }
             let ended = match &process.status.state {
+                VmState::Departed if is_still_asked(row, process) => !process.alive,
                 VmState::Departed => process.status.epoch < row.epoch || !process.alive,
                 // The migration of an earlier epoch that it was built for can no longer arrive.
                 VmState::Incoming => process.status.epoch < row.epoch,
@@ -365,6 +366,13 @@ impl<'a> PlanContext<'a> {
         });
         step
     }
+}
+
+/// Whether the process has saved the state that the guest is about to be restored from: its node knows the
+/// spec that it had.
+fn is_still_asked(row: &RowView, process: &Process) -> bool {
+    row.saved
+        .is_some_and(|saved| saved.is_restorable(row.epoch) && saved.epoch == process.status.epoch)
 }
 
 fn starting(node: &str) -> Ready {

@@ -79,12 +79,18 @@ fn a_quick_migration_is_restored_on_its_target() {
     case = case.process_is(VmState::Departed).owned_by(2);
     case.row().epoch = Epoch(6);
     case.row().saved = saved(5);
-    assert!(case.plan().actions.contains(&Action::StartVm {
+    let actions = case.plan().actions;
+    assert!(actions.contains(&Action::StartVm {
         node: "node-2".to_owned(),
         owner: node_owner(2),
         epoch: Epoch(6),
         restore: true,
     }));
+    // The source is asked for the spec that the guest was started with.
+    let collects = |a: &Action| matches!(a, Action::CollectVm { .. });
+    assert!(!actions.iter().any(collects), "{actions:?}");
+    case.row().saved = None;
+    assert!(case.plans(collects));
 }
 
 /// Found on emulated nodes: the row had gone on, and every start failed on the old saved state.

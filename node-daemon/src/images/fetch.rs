@@ -27,6 +27,10 @@ use super::length_limit::LengthLimit;
 use super::read_full::read_full;
 use super::source_policy::{Range, forbidden, permitted};
 
+mod transfer;
+
+use transfer::{PAUSE, Transfer};
+
 /// What the fetcher is to do.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct FetchJob {
@@ -75,28 +79,24 @@ fn fetch_to(job: &FetchJob, out: &mut impl Write) -> Result<()> {
         );
     }
     let shown = RedactedUrl(&job.url);
-    let agent = agent(&job.site, job.ca_bundle.as_deref())?;
-    let mut response = agent
-        .get(url)
-        .call()
-        .with_context(|| format!("fetch {shown}"))?;
-    let announced = response.body().content_length();
+    let agent = agent(&job.site, job.ca_bundle.as_deref(), SILENCE_LIMIT)?;
+    let mut image = Transfer::begin(agent, &url, &shown, PAUSE)?;
+    let announced = image.length();
     if let Some(announced) = announced {
         job.limit.check_packed(announced)?;
     }
-    let mut body = response.body_mut().with_config().limit(u64::MAX).reader();
     let mut header = [0; HEADER_BYTES];
-    let length = read_full(&mut body, &mut header).with_context(|| format!("fetch {shown}"))?;
+    let length = read_full(&mut image, &mut header).with_context(|| format!("fetch {shown}"))?;
     let header = header.get(..length).unwrap_or_default();
     if let Some(announced) = announced {
         job.limit.check_announced(announced, header)?;
     }
     out.write_all(header).context("write to the writer")?;
-    io::copy(&mut body, out).with_context(|| format!("fetch {shown}"))?;
+    io::copy(&mut image, out).with_context(|| format!("fetch {shown}"))?;
     out.flush().context("write to the writer")
 }
 
-fn agent(site: &SiteConfig, ca_bundle: Option<&str>) -> Result<ureq::Agent> {
+fn agent(site: &SiteConfig, ca_bundle: Option<&str>, silence: Duration) -> Result<ureq::Agent> {
     let allow: Vec<Range> = site
         .allow
         .iter()
@@ -110,6 +110,7 @@ fn agent(site: &SiteConfig, ca_bundle: Option<&str>) -> Result<ureq::Agent> {
     let config = Config::builder()
         .timeout_connect(Some(CONNECT_LIMIT))
         .timeout_recv_response(Some(RESPONSE_LIMIT))
+        .timeout_per_read(Some(silence))
         .max_redirects(REDIRECTS_MAX)
         .tls_config(tls.build())
         .proxy(proxy)
@@ -269,6 +270,8 @@ fn refusal(host: &str, address: Option<IpAddr>) -> ureq::Error {
 
 const CONNECT_LIMIT: Duration = Duration::from_secs(20);
 const RESPONSE_LIMIT: Duration = Duration::from_secs(60);
+/// Without any byte on a connection.
+const SILENCE_LIMIT: Duration = Duration::from_secs(60);
 /// A mirror redirects once or twice.
 const REDIRECTS_MAX: u32 = 5;
 

@@ -50,8 +50,9 @@ fn start(command: &mut Command, job: &[u8], idle_limit: Duration) -> Result<(Ima
     Ok((Image { pipe, idle_limit }, fetcher))
 }
 
-/// Longer than the fetcher's own limits for a connection and for a response together.
-const IDLE_LIMIT: Duration = Duration::from_secs(120);
+/// Longer than the fetcher's own limits together: for a connection that has become silent, for the next one and for
+/// the response on it.
+const IDLE_LIMIT: Duration = Duration::from_secs(180);
 
 #[cfg(test)]
 mod tests {

@@ -11,7 +11,9 @@ use crate::images::is_final;
 
 const OK: &str = "HTTP/1.1 200 OK\r\nContent-Length: 5\r\nConnection: close\r\n\r\nimage";
 
-fn spawn<T: Send + 'static>(serve: impl FnOnce() -> T + Send + 'static) -> JoinHandle<T> {
+pub(super) fn spawn<T: Send + 'static>(
+    serve: impl FnOnce() -> T + Send + 'static,
+) -> JoinHandle<T> {
     let thread = std::thread::Builder::new().name("server".to_owned());
     thread.spawn(serve).unwrap()
 }
@@ -32,7 +34,7 @@ fn serve(answer: &str) -> (u16, JoinHandle<String>) {
     (port, served)
 }
 
-fn site(allow: &[&str]) -> SiteConfig {
+pub(super) fn site(allow: &[&str]) -> SiteConfig {
     SiteConfig {
         allow: allow.iter().map(|range| (*range).to_owned()).collect(),
         ..SiteConfig::default()
@@ -44,7 +46,7 @@ fn fetched(url: &str, site: SiteConfig) -> Result<Vec<u8>> {
     fetch_to(&job(url, site), &mut image).map(|()| image)
 }
 
-fn job(url: &str, site: SiteConfig) -> FetchJob {
+pub(super) fn job(url: &str, site: SiteConfig) -> FetchJob {
     FetchJob {
         parent: std::process::id(),
         url: url.to_owned(),

@@ -59,8 +59,11 @@ fn demo(args: &Args) -> Result<()> {
     let cluster = steps.step(what, || Installation::on(lab))?;
     let what = "attaching the SharedVolume on every node (usually 1 min)";
     steps.step(what, || cluster.volume())?;
-    let what = "starting a virtual machine (usually 1 min)";
-    let vm = steps.step(what, || cluster.vm("web", 100))?;
+    let what = "starting a virtual machine (usually 2 min)";
+    let vm = steps.step(what, || match tier {
+        Tier::Emulated => cluster.firmware_vm("web", 100),
+        Tier::Native => cluster.vm("web", 100),
+    })?;
     say(&format!(
         "{} runs on {} and responds on {}",
         vm.name,

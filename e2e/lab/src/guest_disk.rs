@@ -1,6 +1,6 @@
-//! A disk from which the lab's guest boots by UEFI: a GPT with an EFI system partition, Debian's GRUB at the place
-//! where firmware looks on any disk, and the guest's kernel and initramfs, with a configuration of GRUB that has
-//! their command line.
+//! A disk from which the lab's guest boots by UEFI, as a distribution publishes it, a compressed qcow2 image: a GPT
+//! with an EFI system partition, Debian's GRUB at the place where firmware looks on any disk, and the guest's
+//! kernel and initramfs, with a configuration of GRUB that has their command line.
 
 use std::path::Path;
 
@@ -17,7 +17,7 @@ impl Lab {
         let image = GuestImage::ensure()?;
         let staging = tempfile::tempdir().context("make a directory")?;
         build(staging.path(), &image, cmdline)?;
-        self.publish(name, &staging.path().join("disk"))
+        self.publish(name, &staging.path().join("disk.qcow2"))
     }
 }
 
@@ -56,4 +56,5 @@ mcopy -i esp "$2" ::/initrd
 truncate -s 96M disk
 printf 'label: gpt\nstart=2048, size=192512, type=U\n' | sfdisk -q disk
 dd if=esp of=disk bs=1M seek=1 conv=notrunc status=none
+qemu-img convert -c -O qcow2 disk disk.qcow2
 "#;

@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, bail};
 use bascule_lab::image::PAUSE_IMAGE;
 use bascule_lab::{Lab, PermanentError};
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use serde_json::Value;
 
 use super::NAMESPACE;
@@ -27,7 +27,8 @@ pub struct Moved {
     pub total: Option<String>,
     /// Why it did not succeed.
     pub why: Option<String>,
-    /// When the record was made, the target found and the attempt ended, in whole seconds.
+    /// When the record was made, the target found, the copying begun and the attempt ended. Kubernetes' own are in whole
+    /// seconds.
     pub times: Vec<(&'static str, Timestamp)>,
 }
 
@@ -117,8 +118,15 @@ fn read(object: &Value) -> Result<Moved> {
         ]
         .into_iter()
         .filter_map(|(stage, at)| Some((stage, time(at)?)))
+        .chain(copying_since(status).map(|at| ("target built, copying", at)))
         .collect(),
     })
+}
+
+/// When the source was told to copy: the destination was built and listened.
+fn copying_since(status: &Value) -> Option<Timestamp> {
+    let took: SignedDuration = status["progress"]["total"].as_str()?.parse().ok()?;
+    time(&status["finishedAt"])?.checked_sub(took).ok()
 }
 
 fn time(value: &Value) -> Option<Timestamp> {
@@ -190,6 +198,30 @@ mod tests {
         let error = condition(&object, "Ready").unwrap_err().to_string();
         assert!(error.contains("Importing: 3 of 4"), "{error}");
         assert!(condition(&object, "Other").is_err());
+    }
+
+    #[test]
+    fn the_stages_of_a_migration_come_from_its_record() {
+        let object = json!({
+            "metadata": {"name": "m", "creationTimestamp": "2026-11-28T16:30:01Z"},
+            "spec": {"mode": "Live"},
+            "status": {
+                "placedAt": "2026-11-28T16:30:02Z",
+                "finishedAt": "2026-11-28T16:30:33Z",
+                "progress": {"total": "20s142ms"},
+            },
+        });
+        let mut stages = read(&object).unwrap().times;
+        stages.sort_by_key(|(_, at)| *at);
+        let names: Vec<&str> = stages.iter().map(|(name, _)| *name).collect();
+        let wanted = [
+            "migration recorded",
+            "target found",
+            "target built, copying",
+            "guest moved",
+        ];
+        assert_eq!(names, wanted);
+        assert_eq!(stages[2].1.to_string(), "2026-11-28T16:30:12.858Z");
     }
 
     #[test]

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use bascule_ipc::volume::WatchdogKind;
 use bascule_ipc::watchdog::{Request, Response};
-use bascule_ipc::{AcceptErrors, Connection, IpcError};
+use bascule_ipc::{AcceptErrors, Connection};
 use bascule_volume_gate::Clock;
 
 use crate::keepalive::{Shared, State};
@@ -85,7 +85,11 @@ fn converse(stream: UnixStream, shared: &Shared) {
         }
     });
     match ended {
-        Ok(()) | Err(IpcError::Closed) => {}
+        Ok(()) => {}
+        // Also before the greeting: the node's daemon connects to find out whether this process listens.
+        Err(error) if error.kind() == bascule_ipc::Kind::Gone => {
+            tracing::debug!(%error, "a client has gone")
+        }
         Err(error) => tracing::warn!(error = %error, "the connection of a client failed"),
     }
 }

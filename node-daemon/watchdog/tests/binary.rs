@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::io::Read;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -69,6 +70,33 @@ fn without_a_device_the_reported_kind_is_none() {
     let dir = tempfile::tempdir().unwrap();
     let _program = start(dir.path(), &["--none"]);
     assert_eq!(kind(dir.path()), WatchdogKind::None);
+}
+
+/// Found in a node's log: two warnings a second, of the node daemon's look at whether the process listens.
+#[test]
+fn a_client_that_only_connects_is_not_worth_a_warning() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut program = start(dir.path(), &["--none"]);
+    assert_eq!(kind(dir.path()), WatchdogKind::None);
+    for _ in 0..50 {
+        drop(UnixStream::connect(dir.path().join("watchdog.sock")).unwrap());
+    }
+    let is_serving = || {
+        let threads = std::fs::read_dir(format!("/proc/{}/task", program.0.id())).unwrap();
+        let mut names = threads
+            .filter_map(|thread| std::fs::read_to_string(thread.ok()?.path().join("comm")).ok());
+        names.any(|name| name == "client\n")
+    };
+    let until = boot_time_now().after(DEADLINE);
+    while is_serving() {
+        assert!(boot_time_now() < until, "a client is still served");
+        std::thread::yield_now();
+    }
+    program.0.kill().unwrap();
+    let mut log = String::new();
+    let mut stderr = program.0.stderr.take().unwrap();
+    stderr.read_to_string(&mut log).unwrap();
+    assert!(!log.contains("WARN"), "{log}");
 }
 
 /// A named pipe in `run_dir`, its reader, and the arguments with which the program pets it.

@@ -111,6 +111,7 @@ kvm: checkout ## The VM process on this machine's /dev/kvm, with the probe guest
 e2e: image ## Real Kubernetes on native nodes: the lab itself, then the scenarios with the probe guest
 	BASCULE_LAB_BIN=$(LAB) cargo test --quiet --locked -p bascule-lab --test native -- $(SERIAL) --ignored
 	$(SCENARIOS) --test cluster_native -- $(SERIAL) --nocapture
+	$(SCENARIOS) --test cluster_dual_stack -- $(SERIAL) --nocapture
 
 .PHONY: e2e-emulated
 e2e-emulated: image ## Real Kubernetes on emulated nodes: the scenarios with an unmodified Debian guest
@@ -121,7 +122,7 @@ soak-storage: image ## Storage outages on the lab's SAN that are too long for CI
 	BASCULE_LAB_SAN=1 $(SCENARIOS) --test cluster_emulated -- $(SERIAL) --nocapture --ignored san::
 
 .PHONY: scenario
-scenario: image ## One scenario: T=NAME, TIER=native or emulated; KEEP=1 leaves the lab up for the next KEEP=1
+scenario: image ## One scenario: T=NAME, TIER=native, dual_stack or emulated; KEEP=1 leaves the lab up for the next KEEP=1
 	@$(call selects,$(SCENARIOS) --test cluster_$(TIER))
 	$(SCENARIOS) --test cluster_$(TIER) -- $(SERIAL) --nocapture $(T)
 

@@ -5,10 +5,16 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use serde::{Deserialize, Serialize};
 
 use crate::names::NodeIndex;
-use crate::state::Tier;
 
-/// The one address family of a cluster. Native labs are IPv6-only and emulated labs IPv4-only: the scenarios
-/// that both tiers run show both.
+/// The address families of a cluster's nodes, pods and Services. Unless another choice is made, native labs are
+/// IPv6-only and emulated labs IPv4-only: the scenarios that both tiers run show both.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Families {
+    first: Family,
+    second: Option<Family>,
+}
+
+/// An address family.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 #[expect(missing_docs, reason = "the variant names say all")]
@@ -17,13 +23,35 @@ pub enum Family {
     V6,
 }
 
-impl Tier {
-    /// The address family of the clusters of this tier.
-    pub fn family(self) -> Family {
-        match self {
-            Self::Native => Family::V6,
-            Self::Emulated => Family::V4,
+impl Families {
+    /// Dual stack; nodes and Services have an IPv4 address first.
+    pub const DUAL: Self = Self {
+        first: Family::V4,
+        second: Some(Family::V6),
+    };
+
+    /// One family alone.
+    pub(crate) const fn only(first: Family) -> Self {
+        Self {
+            first,
+            second: None,
         }
+    }
+
+    /// The first one: that of the control plane and of addresses of which there is only one.
+    pub fn first(self) -> Family {
+        self.first
+    }
+
+    /// All of them.
+    pub fn each(self) -> impl Iterator<Item = Family> {
+        std::iter::once(self.first).chain(self.second)
+    }
+
+    /// A value for each, comma-separated, as Kubernetes' options take them.
+    pub fn list<T: ToString>(self, of: impl Fn(Family) -> T) -> String {
+        let values: Vec<String> = self.each().map(|family| of(family).to_string()).collect();
+        values.join(",")
     }
 }
 
@@ -123,6 +151,7 @@ impl Family {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::state::Tier;
 
     #[test]
     fn nodes_and_their_pods_have_addresses_of_their_own() {
@@ -133,5 +162,14 @@ mod tests {
         assert_eq!(Family::V6.node(first).to_string(), "fd00:90::b");
         assert_eq!(Family::V6.node(last).to_string(), "fd00:90::3c");
         assert_eq!(Family::V6.pods_of(last), "fd00:92:0:32::/64");
+    }
+
+    #[test]
+    fn a_dual_stack_cluster_has_a_list_for_each_option() {
+        let node = NodeIndex::new(1).unwrap();
+        let nodes = |families: Families| families.list(|family| family.node(node));
+        assert_eq!(nodes(Families::DUAL), "10.90.0.11,fd00:90::b");
+        assert_eq!(nodes(Tier::Native.families()), "fd00:90::b");
+        assert_eq!(nodes(Tier::Emulated.families()), "10.90.0.11");
     }
 }

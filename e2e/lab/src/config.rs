@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use crate::addresses::Family;
+use crate::addresses::{Families, Family};
 use crate::image::PAUSE_IMAGE;
 use crate::names::NodeIndex;
 
@@ -84,7 +84,9 @@ disable = true
 }
 
 /// CNI configuration: a bridge per node. Pods of other nodes are routed, nothing is masqueraded.
-pub fn cni(family: Family, node: NodeIndex) -> Value {
+pub fn cni(families: Families, node: NodeIndex) -> Value {
+    let range = |family: Family| json!([{"subnet": family.pods_of(node)}]);
+    let route = |family: Family| json!({"dst": family.everywhere()});
     json!({
         "cniVersion": "1.0.0",
         "name": "pods",
@@ -97,8 +99,8 @@ pub fn cni(family: Family, node: NodeIndex) -> Value {
                 "hairpinMode": true,
                 "ipam": {
                     "type": "host-local",
-                    "ranges": [[{"subnet": family.pods_of(node)}]],
-                    "routes": [{"dst": family.everywhere()}],
+                    "ranges": families.each().map(range).collect::<Vec<_>>(),
+                    "routes": families.each().map(route).collect::<Vec<_>>(),
                     "dataDir": "/run/cni/pods",
                 },
             },
@@ -108,13 +110,13 @@ pub fn cni(family: Family, node: NodeIndex) -> Value {
 }
 
 /// kube-proxy configuration.
-pub fn kube_proxy(family: Family) -> Value {
+pub fn kube_proxy(families: Families) -> Value {
     json!({
         "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
         "kind": "KubeProxyConfiguration",
         "mode": "nftables",
-        "bindAddress": family.unspecified(),
-        "clusterCIDR": family.pods(),
+        "bindAddress": families.first().unspecified(),
+        "clusterCIDR": families.list(Family::pods),
         "clientConnection": {"kubeconfig": format!("{NODE_CONF}/kube-proxy.kubeconfig")},
         // 0: do not set the kernel's limits; they are not writable in a network namespace.
         "conntrack": {
@@ -148,16 +150,22 @@ pub fn corefile(family: Family, kubeconfig: &Path) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::state::Tier;
 
     #[test]
     fn a_node_gives_its_pods_addresses_of_its_own_subnet_and_the_labs_dns() {
-        for (family, subnet, dns) in [
-            (Family::V4, "10.92.3.0/24", "10.90.0.1"),
-            (Family::V6, "fd00:92:0:3::/64", "fd00:90::1"),
+        let (v4, v6) = ("10.92.3.0/24", "fd00:92:0:3::/64");
+        for (families, subnets, dns) in [
+            (Tier::Emulated.families(), &[v4][..], "10.90.0.1"),
+            (Tier::Native.families(), &[v6], "fd00:90::1"),
+            (Families::DUAL, &[v4, v6], "10.90.0.1"),
         ] {
-            let conf = cni(family, NodeIndex::new(3).unwrap());
-            let ranges = &conf["plugins"][0]["ipam"]["ranges"];
-            assert_eq!(ranges[0][0]["subnet"], subnet);
+            let conf = cni(families, NodeIndex::new(3).unwrap());
+            let family = families.first();
+            let ipam = &conf["plugins"][0]["ipam"];
+            let ranges: Vec<Value> = subnets.iter().map(|s| json!([{"subnet": s}])).collect();
+            assert_eq!(ipam["ranges"], json!(ranges));
+            assert_eq!(ipam["routes"].as_array().unwrap().len(), subnets.len());
             assert_eq!(kubelet(family)["clusterDNS"][0], dns);
             assert!(corefile(family, Path::new("/k")).contains(&format!("bind {dns}\n")));
         }

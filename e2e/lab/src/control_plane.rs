@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::addresses::Family;
+use crate::addresses::{Families, Family};
 use crate::cgroup::Cgroup;
 use crate::command::Run;
 use crate::config;
@@ -74,8 +74,8 @@ pub struct ControlPlane<'a> {
     pub logs: &'a Path,
     /// Kubernetes.
     pub tools: &'a Tools,
-    /// The cluster's address family.
-    pub family: Family,
+    /// The cluster's address families.
+    pub families: Families,
 }
 
 impl ControlPlane<'_> {
@@ -160,9 +160,9 @@ impl ControlPlane<'_> {
             .map(str::to_owned)
             .to_vec(),
             addresses: vec![
-                self.family.hub(),
-                self.family.api_service(),
-                self.family.loopback(),
+                self.families.first().hub(),
+                self.families.first().api_service(),
+                self.families.first().loopback(),
             ],
             ..Subject::default()
         };
@@ -181,7 +181,7 @@ impl ControlPlane<'_> {
         let dns = pki.kubeconfig_file("dns", "lab-dns", masters)?;
         fs::write(
             pki.dir().join("Corefile"),
-            config::corefile(self.family, &dns),
+            config::corefile(self.families.first(), &dns),
         )
         .context("write the Corefile")?;
         Ok(())
@@ -189,6 +189,7 @@ impl ControlPlane<'_> {
 
     fn args(&self, component: Component) -> Vec<String> {
         let pki = self.paths.pki();
+        let (first, services) = (self.families.first(), self.families.list(Family::services));
         let file = |flag: &str, name: &str| format!("--{flag}={}", pki.join(name).display());
         match component {
             Component::Etcd => vec![
@@ -201,10 +202,10 @@ impl ControlPlane<'_> {
             ],
             Component::Apiserver => vec![
                 "--etcd-servers=http://127.0.0.1:2379".into(),
-                format!("--advertise-address={}", self.family.hub()),
-                format!("--bind-address={}", self.family.unspecified()),
+                format!("--advertise-address={}", first.hub()),
+                format!("--bind-address={}", first.unspecified()),
                 format!("--secure-port={API_PORT}"),
-                format!("--service-cluster-ip-range={}", self.family.services()),
+                format!("--service-cluster-ip-range={services}"),
                 "--authorization-mode=Node,RBAC".into(),
                 "--enable-admission-plugins=NodeRestriction".into(),
                 // 300 s by default: scenarios wait for pods to be evicted from lost nodes.
@@ -229,7 +230,7 @@ impl ControlPlane<'_> {
                 file("service-account-private-key-file", "sa.key"),
                 file("cluster-signing-cert-file", "ca.crt"),
                 file("cluster-signing-key-file", "ca.key"),
-                format!("--cluster-cidr={}", self.family.pods()),
+                format!("--cluster-cidr={}", self.families.list(Family::pods)),
                 "--use-service-account-credentials=true".into(),
                 "--authentication-skip-lookup=true".into(),
                 "--leader-elect=false".into(),
@@ -250,7 +251,7 @@ impl ControlPlane<'_> {
             Component::Web => vec![
                 "serve".into(),
                 format!("--dir={}", self.paths.web().display()),
-                format!("--address={}", SocketAddr::new(self.family.hub(), WEB_PORT)),
+                format!("--address={}", SocketAddr::new(first.hub(), WEB_PORT)),
             ],
             Component::San => std::iter::once("san".into())
                 .chain(san::args(&self.paths.dir(), &self.paths.disks(), self.logs))

@@ -93,6 +93,7 @@ pub(crate) fn plan(nodes: &[NodeIndex], disks: Vec<DiskSpec>, options: &Options)
     let bin = |name: &str| format!("{BIN}/bin/{name}");
     NodePlan {
         tier: Tier::Emulated,
+        families: options.families,
         nodes: nodes.to_vec(),
         containerd: bin("containerd"),
         kubelet: bin("kubelet"),
@@ -209,7 +210,7 @@ pub(crate) fn start(context: &MachineContext<'_>, node: NodeIndex) -> Result<Pro
         hub.ip(&["link", "set", &port, "master", bridge])?;
         hub.ip(&["link", "set", &port, "up"])?;
     }
-    hub.route_pods(Tier::Emulated.family(), node)?;
+    hub.route_pods(context.families, node)?;
     let cgroup = format!("{}/{name}", context.name.cgroup());
     Cgroup::at(&cgroup)?.create()?;
     let argv = fs::read(context.files.dir.join(COMMAND_LINE)).context("read the command line")?;

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
 
-use crate::addresses::Family;
+use crate::addresses::Families;
 use crate::command::Run;
 use crate::names::{HUB_VM_ADDRESS, LabName, MGMT_BRIDGE, NodeIndex, VM_BRIDGE};
 use crate::process::enter_netns;
@@ -28,17 +28,21 @@ impl Hub {
     }
 
     /// Creates the namespace and its bridges.
-    pub fn create(&self, family: Family) -> Result<()> {
+    pub fn create(&self, families: Families) -> Result<()> {
         create_netns(&self.name.hub_netns())?;
         self.ip(&["link", "set", "lo", "up"])?;
-        let management = format!("{}/{}", family.hub(), family.management_prefix());
-        for (bridge, address) in [
-            (MGMT_BRIDGE, management),
-            (VM_BRIDGE, format!("{HUB_VM_ADDRESS}/24")),
+        let management = families
+            .each()
+            .map(|family| format!("{}/{}", family.hub(), family.management_prefix()));
+        for (bridge, addresses) in [
+            (MGMT_BRIDGE, management.collect()),
+            (VM_BRIDGE, vec![format!("{HUB_VM_ADDRESS}/24")]),
         ] {
             self.ip(&["link", "add", bridge, "type", "bridge"])?;
-            // No duplicate address detection: it delays the address by a second.
-            self.ip(&["addr", "add", &address, "dev", bridge, "nodad"])?;
+            for address in addresses {
+                // No duplicate address detection: it delays the address by a second.
+                self.ip(&["addr", "add", &address, "dev", bridge, "nodad"])?;
+            }
             self.ip(&["link", "set", bridge, "up"])?;
         }
         Ok(())
@@ -51,17 +55,11 @@ impl Hub {
     }
 
     /// Adds a route to a node's pods, for admission webhooks and tests.
-    pub fn route_pods(&self, family: Family, node: NodeIndex) -> Result<()> {
-        let via = family.node(node).to_string();
-        self.ip(&[
-            "route",
-            "replace",
-            &family.pods_of(node),
-            "via",
-            &via,
-            "dev",
-            MGMT_BRIDGE,
-        ])
+    pub fn route_pods(&self, families: Families, node: NodeIndex) -> Result<()> {
+        families.each().try_for_each(|family| {
+            let (pods, via) = (family.pods_of(node), family.node(node).to_string());
+            self.ip(&["route", "replace", &pods, "via", &via, "dev", MGMT_BRIDGE])
+        })
     }
 
     /// `ip` in the hub.

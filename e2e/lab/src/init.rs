@@ -23,6 +23,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
+use crate::addresses::Families;
 use crate::cgroup::Hierarchy;
 use crate::config::NODE_CONF;
 use crate::names::NodeIndex;
@@ -38,6 +39,8 @@ pub struct NodeSpec {
     pub index: NodeIndex,
     /// The lab's tier.
     pub tier: Tier,
+    /// The cluster's address families.
+    pub families: Families,
     /// All nodes of the lab; a route is added to each node's pod network.
     pub nodes: Vec<NodeIndex>,
     /// `PATH` of services and commands.

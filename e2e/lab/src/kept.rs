@@ -77,6 +77,10 @@ fn matches(state: &State, options: &Options, contents: &[String], boot_id: &str)
         options.tier
     );
     ensure!(
+        state.families == options.families,
+        "its addresses are of other families than requested"
+    );
+    ensure!(
         state.contents == contents,
         "the image or the lab program was built anew since, or only one of the two has a SAN"
     );
@@ -118,6 +122,7 @@ mod tests {
     use crate::state::{NodeRecord, STATE_VERSION, Tier};
 
     use super::*;
+    use crate::addresses::Families;
 
     type Change = fn(&mut State);
 
@@ -128,6 +133,7 @@ mod tests {
             version: STATE_VERSION,
             name: options.name.clone(),
             tier: Tier::Native,
+            families: Tier::Native.families(),
             boot_id: "boot".into(),
             logs: "/logs".into(),
             nodes: vec![NodeRecord {
@@ -142,12 +148,13 @@ mod tests {
         let contents = good.contents.clone();
         let verdict = |state: &State| matches(state, &options, &contents, "boot");
         verdict(&good).unwrap();
-        let changes: [(&str, Change); 7] = [
+        let changes: [(&str, Change); 8] = [
             ("completely", |state| state.complete = false),
             ("ends with", |state| state.ephemeral = true),
             ("booted", |state| state.boot_id = "another".into()),
             ("requested", |state| state.tier = Tier::Emulated),
             ("requested", |state| state.nodes.clear()),
+            ("requested", |state| state.families = Families::DUAL),
             ("built anew", |state| state.contents[1] = "other".into()),
             ("did not succeed", |state| {
                 state.unfinished = Some("drain".into());

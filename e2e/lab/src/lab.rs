@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use crate::addresses::Family;
+use crate::addresses::{Families, Family};
 use crate::command::Run;
 use crate::control_plane::{Component, ControlPlane};
 use crate::down::down;
@@ -78,9 +78,14 @@ impl Lab {
         &self.state
     }
 
-    /// The address family of its cluster.
+    /// The address families of its cluster.
+    pub fn families(&self) -> Families {
+        self.state.families
+    }
+
+    /// The first of them.
     pub fn family(&self) -> Family {
-        self.state.tier.family()
+        self.families().first()
     }
 
     /// Its hub: network access for tests.
@@ -197,7 +202,7 @@ impl Lab {
             paths: &self.paths,
             logs: &self.state.logs,
             tools: &self.tools,
-            family: self.family(),
+            families: self.families(),
         }
     }
 

@@ -119,6 +119,7 @@ pub mod up;
 pub mod wait;
 pub mod web;
 
+pub use addresses::Families;
 pub use control_plane::Component;
 pub use faults::{Network, Side};
 pub use lab::Lab;

@@ -13,7 +13,6 @@ use crate::init::NativeSpec;
 use crate::names::{MGMT_BRIDGE, NodeIndex, VM_BRIDGE};
 use crate::node_conf::{MachineContext, NodeFiles};
 use crate::process::{Daemon, ProcessId};
-use crate::state::Tier;
 use crate::tools::lab_binary;
 use crate::wait::{PermanentError, wait_for};
 
@@ -106,7 +105,7 @@ fn plug_in(context: &MachineContext<'_>, node: NodeIndex, netns: &str) -> Result
         hub.ip(&["link", "set", &port, "master", bridge])?;
         hub.ip(&["link", "set", &port, "up"])?;
     }
-    hub.route_pods(Tier::Native.family(), node)
+    hub.route_pods(context.families, node)
 }
 
 /// The child of `unshare --fork`: the namespace's first process, seen from here.

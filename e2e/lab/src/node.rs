@@ -127,6 +127,7 @@ impl<'a> Node<'a> {
         let name = &self.lab.state().name;
         let context = MachineContext {
             name,
+            families: self.lab.families(),
             logs: self.lab.logs(),
             files: &files,
         };

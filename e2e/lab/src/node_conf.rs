@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
+use crate::addresses::Families;
 use crate::config;
 use crate::init::{DiskSpec, NativeSpec, NodeSpec, ServiceSpec};
 use crate::names::{LabName, NodeIndex};
@@ -15,6 +16,7 @@ use crate::state::Tier;
 /// Input of `native::start` and `emulated::start`.
 #[derive(Debug)]
 pub(crate) struct MachineContext<'a> {
+    pub(crate) families: Families,
     pub(crate) name: &'a LabName,
     pub(crate) logs: &'a Path,
     pub(crate) files: &'a NodeFiles,
@@ -43,6 +45,7 @@ impl NodeFiles {
 #[derive(Debug)]
 pub(crate) struct NodePlan {
     pub(crate) tier: Tier,
+    pub(crate) families: Families,
     pub(crate) nodes: Vec<NodeIndex>,
     /// Absolute paths, as the node sees them.
     pub(crate) containerd: String,
@@ -68,7 +71,7 @@ pub(crate) fn write_conf(
     native: Option<NativeSpec>,
     pki: &Pki,
 ) -> Result<()> {
-    let (name, family) = (node.name(), plan.tier.family());
+    let (name, families) = (node.name(), plan.families);
     fs::create_dir_all(files.conf.join("cni")).context("make the configuration directory")?;
     let write = |file: &str, text: &str| {
         fs::write(files.conf.join(file), text).with_context(|| format!("write {file} of {name}"))
@@ -78,21 +81,24 @@ pub(crate) fn write_conf(
         user: &user,
         group: Some("system:nodes"),
         names: vec![name.clone()],
-        addresses: vec![family.node(node)],
+        addresses: families.each().map(|family| family.node(node)).collect(),
     })?;
     write("ca.crt", pki.ca_pem())?;
     write("kubelet.crt", &serving.cert)?;
     write("kubelet.key", &serving.key)?;
     let kubelet = pki.kubeconfig(&user, Some("system:nodes"))?;
     write("kubelet.kubeconfig", &kubelet.to_string())?;
-    write("kubelet.json", &config::kubelet(family).to_string())?;
+    write(
+        "kubelet.json",
+        &config::kubelet(families.first()).to_string(),
+    )?;
     let proxy = pki.kubeconfig("system:kube-proxy", None)?;
     write("kube-proxy.kubeconfig", &proxy.to_string())?;
-    write("kube-proxy.json", &config::kube_proxy(family).to_string())?;
+    write("kube-proxy.json", &config::kube_proxy(families).to_string())?;
     write("containerd.toml", &config::containerd())?;
     write(
         "cni/10-pods.conflist",
-        &config::cni(family, node).to_string(),
+        &config::cni(families, node).to_string(),
     )?;
     let spec = spec(node, plan, native);
     write(
@@ -127,7 +133,10 @@ fn spec(node: NodeIndex, plan: &NodePlan, native: Option<NativeSpec>) -> NodeSpe
                 format!("--config={conf}/kubelet.json"),
                 format!("--kubeconfig={conf}/kubelet.kubeconfig"),
                 format!("--hostname-override={name}"),
-                format!("--node-ip={}", plan.tier.family().node(node)),
+                format!(
+                    "--node-ip={}",
+                    plan.families.list(|family| family.node(node))
+                ),
             ],
         ),
         service(
@@ -145,6 +154,7 @@ fn spec(node: NodeIndex, plan: &NodePlan, native: Option<NativeSpec>) -> NodeSpe
     NodeSpec {
         index: node,
         tier: plan.tier,
+        families: plan.families,
         nodes: plan.nodes.clone(),
         path: plan.path.clone(),
         services,
@@ -162,11 +172,12 @@ mod tests {
     #[test]
     fn a_nodes_configuration_has_its_own_name_address_and_certificate() {
         let (pki_dir, dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-        let pki = Pki::create(pki_dir.path(), Tier::Emulated.family()).unwrap();
+        let pki = Pki::create(pki_dir.path(), Tier::Emulated.families().first()).unwrap();
         let files = NodeFiles::at(dir.path().to_owned());
         let node = NodeIndex::new(2).unwrap();
         let plan = NodePlan {
             tier: Tier::Emulated,
+            families: Tier::Emulated.families(),
             nodes: vec![node],
             containerd: "/opt/lab/bin/containerd".into(),
             kubelet: "/opt/lab/bin/kubelet".into(),

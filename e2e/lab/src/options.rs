@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 
+use crate::addresses::Families;
 use crate::names::{LabName, NodeIndex};
 use crate::state::Tier;
 
@@ -14,6 +15,8 @@ pub struct Options {
     pub name: LabName,
     /// Kind of its nodes.
     pub tier: Tier,
+    /// Of its nodes, pods and Services.
+    pub families: Families,
     /// Number of its nodes.
     pub nodes: u8,
     /// Size of the disk that all nodes share (`/dev/disk/by-id/virtio-shared0`), bytes.
@@ -36,6 +39,7 @@ impl Options {
         Self {
             name,
             tier,
+            families: tier.families(),
             nodes,
             shared_disk_bytes: SHARED_DISK_BYTES,
             images: Vec::new(),

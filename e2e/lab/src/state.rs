@@ -10,6 +10,7 @@ use anyhow::{Context, Result, ensure};
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
+use crate::addresses::{Families, Family};
 use crate::dirs::xdg_dir;
 use crate::names::{LabName, NodeIndex, SHARED_DISK};
 use crate::process::ProcessId;
@@ -23,6 +24,16 @@ pub enum Tier {
     Native,
     /// QEMU machines with a kernel, a /dev/kvm, a watchdog and disks of their own.
     Emulated,
+}
+
+impl Tier {
+    /// The address families of this tier's clusters unless another choice is made.
+    pub const fn families(self) -> Families {
+        Families::only(match self {
+            Self::Native => Family::V6,
+            Self::Emulated => Family::V4,
+        })
+    }
 }
 
 /// A node in the state file.
@@ -44,6 +55,7 @@ pub struct State {
     pub name: LabName,
     /// Kind of its nodes.
     pub tier: Tier,
+    pub families: Families,
     /// The host's boot id when the lab came up. After a reboot none of its processes exist.
     pub boot_id: String,
     /// Where the logs of this run are.
@@ -213,7 +225,7 @@ impl LabPaths {
 /// Longer than taking a lab down ever takes.
 const LOCK_DEADLINE: Duration = Duration::from_secs(60);
 /// Version of the state file: raised when its meaning changes.
-pub(crate) const STATE_VERSION: u32 = 1;
+pub(crate) const STATE_VERSION: u32 = 2;
 
 #[cfg(test)]
 mod tests {
@@ -224,6 +236,7 @@ mod tests {
             version: STATE_VERSION,
             name: name.clone(),
             tier: Tier::Native,
+            families: Tier::Native.families(),
             boot_id: boot_id().unwrap(),
             logs: "/logs".into(),
             nodes: vec![NodeRecord {

@@ -7,6 +7,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
 
+use crate::addresses::Families;
 use crate::audit;
 use crate::cgroup::Cgroup;
 use crate::command::Run;
@@ -48,8 +49,14 @@ impl Lab {
     /// ends, and the next such test uses it again if it is
     /// equivalent to a new one (`kept.rs`).
     pub fn for_test(tier: Tier, nodes: u8) -> Result<Self> {
+        Self::for_test_on(tier, tier.families(), nodes)
+    }
+
+    /// As [`Self::for_test`], with these address families.
+    pub fn for_test_on(tier: Tier, families: Families, nodes: u8) -> Result<Self> {
         let name = std::env::var("BASCULE_LAB").unwrap_or_else(|_| "test".into());
         let mut options = Options::new(name.parse()?, tier, nodes);
+        options.families = families;
         options.images = images_from_env();
         options.san = tier == Tier::Emulated && std::env::var_os("BASCULE_LAB_SAN").is_some();
         options.ephemeral = !keep_from_env();
@@ -136,9 +143,9 @@ fn build(
     assets: Option<&emulated::Assets>,
 ) -> Result<()> {
     Cgroup::at(options.name.cgroup())?.create()?;
-    lab.hub.create(options.tier.family())?;
+    lab.hub.create(options.families)?;
     let device = make_shared_disk(lab, options)?;
-    let pki = Pki::create(&lab.paths.pki(), options.tier.family())?;
+    let pki = Pki::create(&lab.paths.pki(), options.families.first())?;
     step("starting the control plane", || {
         lab.control_plane().start_all(&pki)
     })?;
@@ -196,6 +203,7 @@ fn new_state(options: &Options, paths: &LabPaths) -> Result<State> {
         version: crate::state::STATE_VERSION,
         name: options.name.clone(),
         tier: options.tier,
+        families: options.families,
         boot_id: boot_id()?,
         logs,
         nodes: Vec::new(),
@@ -248,6 +256,7 @@ fn plan(
     let system = SYSTEM_PATH.split(':').map(str::to_owned);
     Ok(NodePlan {
         tier: options.tier,
+        families: options.families,
         nodes: nodes.to_vec(),
         containerd: program("containerd")?,
         kubelet: program("kubelet")?,

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use bascule_lab::progress::step;
-use bascule_lab::{Lab, Tier};
+use bascule_lab::{Families, Lab, Tier};
 
 use super::{ClusterVm, Installation};
 use crate::kvm_or_skip;
@@ -15,6 +15,8 @@ use crate::kvm_or_skip;
 #[derive(Debug)]
 pub struct SharedCluster {
     tier: Tier,
+    /// None for those of the tier.
+    families: Option<Families>,
     nodes: u8,
     installation: OnceLock<Installation>,
     resident: OnceLock<ClusterVm<'static>>,
@@ -27,6 +29,20 @@ impl SharedCluster {
     pub const fn new(tier: Tier, nodes: u8) -> Self {
         Self {
             tier,
+            families: None,
+            nodes,
+            installation: OnceLock::new(),
+            resident: OnceLock::new(),
+            on_san: OnceLock::new(),
+        }
+    }
+
+    /// A native dual-stack cluster of `nodes` nodes, with IPv4 first.
+    #[must_use]
+    pub const fn dual_stack(nodes: u8) -> Self {
+        Self {
+            tier: Tier::Native,
+            families: Some(Families::DUAL),
             nodes,
             installation: OnceLock::new(),
             resident: OnceLock::new(),
@@ -134,7 +150,8 @@ impl SharedCluster {
     }
 
     fn bring_up(&self) -> Result<Installation> {
-        let installation = Installation::on(Lab::for_test(self.tier, self.nodes)?)?;
+        let families = self.families.unwrap_or_else(|| self.tier.families());
+        let installation = Installation::on(Lab::for_test_on(self.tier, families, self.nodes)?)?;
         installation.volume()?;
         Ok(installation)
     }

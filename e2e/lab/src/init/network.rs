@@ -16,14 +16,8 @@ pub(crate) const VM_INTERFACE: &str = "eth1";
 
 /// Sets up addresses, bridge and routes. The interfaces themselves are there already.
 pub(crate) fn configure(spec: &NodeSpec) -> Result<()> {
-    let family = spec.tier.family();
-    let (own, prefix) = (family.node(spec.index), family.management_prefix());
-    let address = format!("{own}/{prefix}");
-    let gateway = family.hub().to_string();
-    let lines: [&[&str]; 9] = [
+    let lines: [&[&str]; 6] = [
         &["link", "set", "lo", "up"],
-        // No duplicate address detection: it delays the address by a second.
-        &["addr", "replace", &address, "dev", MGMT_INTERFACE, "nodad"],
         &["link", "set", MGMT_INTERFACE, "up"],
         // No spanning tree: a learning bridge forwards at once.
         &[
@@ -40,20 +34,30 @@ pub(crate) fn configure(spec: &NodeSpec) -> Result<()> {
         &["link", "set", VM_INTERFACE, "master", VM_BRIDGE],
         &["link", "set", VM_INTERFACE, "up"],
         &["link", "set", VM_BRIDGE, "up"],
-        &[
-            "route",
-            "replace",
-            "default",
-            "via",
-            &gateway,
-            "dev",
-            MGMT_INTERFACE,
-        ],
-        &["route", "flush", "cache"],
     ];
     for line in lines {
-        Run::new("ip").env("PATH", &spec.path).args(line).done()?;
+        ip(spec, line)?;
     }
+    spec.families
+        .each()
+        .try_for_each(|family| configure_family(spec, family))
+}
+
+fn ip(spec: &NodeSpec, args: &[&str]) -> Result<()> {
+    Run::new("ip").env("PATH", &spec.path).args(args).done()
+}
+
+/// The node's address and routes of one family.
+fn configure_family(spec: &NodeSpec, family: Family) -> Result<()> {
+    let (own, prefix) = (family.node(spec.index), family.management_prefix());
+    let address = format!("{own}/{prefix}");
+    let gateway = family.hub().to_string();
+    let to_gateway = ["via", &gateway, "dev", MGMT_INTERFACE];
+    // No duplicate address detection: it delays the address by a second.
+    let replace = ["addr", "replace", &address, "dev", MGMT_INTERFACE, "nodad"];
+    ip(spec, &replace)?;
+    let default = ["route", "replace", "default"];
+    ip(spec, &[&default[..], &to_gateway].concat())?;
     for node in spec.nodes.iter().filter(|node| **node != spec.index) {
         let (cidr, via) = (family.pods_of(*node), family.node(*node).to_string());
         let route = [
@@ -65,7 +69,7 @@ pub(crate) fn configure(spec: &NodeSpec) -> Result<()> {
             "dev",
             MGMT_INTERFACE,
         ];
-        Run::new("ip").env("PATH", &spec.path).args(route).done()?;
+        ip(spec, &route)?;
     }
     for (name, value) in sysctls(family) {
         let file = format!("/proc/sys/net/{name}");

@@ -4,10 +4,12 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
+mod console;
 mod execute;
 mod reporter;
 mod server;
 mod status_poller;
+mod version;
 
 use anyhow::{Context, Result};
 use bascule_node_api::NODE_PORT;

@@ -41,6 +41,15 @@ impl Paths {
         self.vm(vm).join("vm.sock")
     }
 
+    /// The last serial output of VMs whose run directory was removed.
+    pub(crate) fn console_logs(&self) -> PathBuf {
+        self.run.join("console-logs")
+    }
+
+    pub(crate) fn console_log(&self, vm: VmUid) -> PathBuf {
+        self.console_logs().join(vm.to_string())
+    }
+
     pub(crate) fn vm_locks(&self) -> PathBuf {
         self.run.join("vm-locks")
     }

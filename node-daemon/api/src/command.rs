@@ -134,6 +134,8 @@ pub enum Command {
     },
     /// The spec that a VM of this node was started with. Answered with [`Outcome::Spec`].
     ReadSpec { vm: VmUid },
+    /// The last serial output of a VM that runs here, or has run here. Answered with [`Outcome::ConsoleLog`].
+    ReadConsoleLog { vm: VmUid },
     /// End the hold process of a reservation pod whose VM has left this node.
     EndReservation {
         /// The pod's UID.
@@ -157,6 +159,13 @@ pub enum Outcome {
     Rows(Rows),
     /// To [`Command::ReadSpec`].
     Spec(Box<VmSpec>),
+    /// To [`Command::ReadConsoleLog`].
+    ConsoleLog {
+        /// At most 256 KiB, base64.
+        output: String,
+        /// The time since the guest has written the last of it, in milliseconds.
+        age_ms: u64,
+    },
     /// The new volume's identity.
     Formatted { volume: VolumeId },
     /// Where the incoming VM listens.

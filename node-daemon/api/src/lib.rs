@@ -38,6 +38,8 @@ pub const NODE_PORT: u16 = 7410;
 pub const JOIN_PORT: u16 = 7409;
 /// The TCP port of the operator's /metrics, /healthz and /readyz.
 pub const HTTP_PORT: u16 = 7408;
+/// The TCP port of the operator's subresources, which the API server connects to.
+pub const SUBRESOURCES_PORT: u16 = 7407;
 /// The TCP ports of the `bascule-volume` processes, one for each volume that a node attaches.
 pub const VOLUME_PORTS: PortRange = PortRange::of(7420, 16);
 /// The audience of the service account token that `bascule-node` enrolls with.

@@ -58,8 +58,9 @@ impl Hello {
     /// | 2 | [`volume::Request::ReportFailure`], [`vm::Request::WaitsFor`] |
     /// | 3 | the writer page, the third descriptor of [`volume::Response::Opened`] |
     /// | 4 | [`vm::Request::Reset`] |
+    /// | 5 | [`vm::Request::ConsoleFrom`] |
     pub const THIS: Self = Self {
-        version: 4,
+        version: 5,
         version_min: 1,
     };
 

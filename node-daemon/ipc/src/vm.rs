@@ -72,6 +72,9 @@ impl fmt::Debug for CloudInit {
     }
 }
 
+/// Past serial output that is kept of each VM, in bytes.
+pub const CONSOLE_HISTORY_BYTES: usize = 256 << 10;
+
 impl VmConfig {
     /// The version that this release writes.
     pub const VERSION: u32 = 1;
@@ -242,6 +245,13 @@ pub enum Request {
     /// Attach to the guest's serial console: the answer carries one end of a socket pair, which is
     /// a stream of raw bytes in both directions. A new console detaches the one before.
     Console,
+    /// As [`Request::Console`], beside up to 7 others of this kind, answered with [`Response::Console`]. The process closes
+    /// the stream of one that does not keep up, and all when the guest is off or runs on another node. Since version 5.
+    ConsoleFrom {
+        /// The position from which on output is wanted: that many bytes the guest has written to the serial port since
+        /// its start. None for the last 64 KiB, and what follows.
+        from: Option<u64>,
+    },
     /// End the process; refused unless the VM is stopped or departed, or never ran.
     Exit,
 }
@@ -256,6 +266,12 @@ pub enum Response {
     WaitsFor(Option<String>),
     /// The request is begun, or done.
     Accepted,
+    /// To [`Request::ConsoleFrom`], with one end of a socket pair.
+    Console {
+        /// The position of the stream's first byte. A later one than the one asked for where the bytes between are not
+        /// kept any more.
+        position: u64,
+    },
     /// Not possible now; the reason is for error messages. Nothing was changed.
     Refused { reason: String },
 }

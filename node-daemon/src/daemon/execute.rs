@@ -70,6 +70,7 @@ impl Supervisor {
             } => self.prepare_incoming(spec, *attempt, Ownership::new(*owner, *epoch)),
             Command::CollectVm { vm, pid } => self.collect_vm(*vm, *pid),
             Command::ReadSpec { vm } => Ok(Outcome::Spec(Box::new(self.spec_of(*vm)?))),
+            Command::ReadConsoleLog { vm } => self.read_console_log(*vm),
             Command::EndReservation { pod_uid } => {
                 let ended = reservation::end(pod_uid)?;
                 tracing::info!(pod_uid, ended, "reservation ended");

@@ -8,19 +8,21 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use bascule_ipc::tls::TlsIdentity;
+use bascule_node_api::command;
 use bascule_node_api::proto::node_server::{Node, NodeServer};
-use bascule_node_api::proto::{Command, Outcome, Report, WatchRequest};
+use bascule_node_api::proto::{Command, ConsoleInput, Outcome, Report, WatchRequest};
 use bascule_node_api::report::NodeReport;
-use bascule_node_api::{VERSION, VERSION_MIN, agree, command};
 use bascule_pki::{NODE_TLS_NAME, OPERATOR_TLS_NAME, has_role};
 use futures::Stream;
 use tokio::sync::watch;
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::WatchStream;
 use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, Streaming};
 
+use super::console;
 use super::reporter::Reporter;
+use super::version::agreed_version;
 use crate::processes::supervisor::Supervisor;
 
 /// The service of one node.
@@ -98,15 +100,18 @@ impl Node for NodeService {
         });
         Ok(Response::new(Box::pin(reports)))
     }
-}
 
-fn agreed_version(version: u32, version_min: u32) -> Result<u32, Status> {
-    agree(version, version_min).ok_or_else(|| {
-        Status::failed_precondition(format!(
-            "this node speaks API versions {VERSION_MIN} to {VERSION}, the operator {version_min} \
-             to {version}: upgrade the older of the two"
-        ))
-    })
+    type ConsoleStream = console::Output;
+
+    async fn console(
+        &self,
+        request: Request<Streaming<ConsoleInput>>,
+    ) -> Result<Response<Self::ConsoleStream>, Status> {
+        self.authorize(&request)?;
+        let supervisor = Arc::clone(&self.supervisor);
+        let output = console::open(supervisor, request.into_inner()).await?;
+        Ok(Response::new(output))
+    }
 }
 
 /// Publishes a report whenever it has changed, and at least once per second.

@@ -1,5 +1,6 @@
 //! Calls over this node's local sockets.
 
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::time::Duration;
 
@@ -10,6 +11,18 @@ use serde::de::DeserializeOwned;
 /// Calls a `bascule-vm`.
 pub(crate) fn vm_call(socket: &Path, request: &vm::Request) -> Result<vm::Response, IpcError> {
     call(socket, request, ANSWER_TIMEOUT)
+}
+
+/// Attaches to the serial console of a `bascule-vm`, and returns the position of the stream's first byte.
+pub(crate) fn console_call(
+    socket: &Path,
+    from: Option<u64>,
+) -> Result<(vm::Response, Option<OwnedFd>), IpcError> {
+    let mut connection = Connection::connect(socket, HELLO_TIMEOUT)?;
+    connection.require(CONSOLE_VERSION)?;
+    connection.set_timeout(Some(ANSWER_TIMEOUT))?;
+    let (response, fds) = connection.call(&vm::Request::ConsoleFrom { from })?;
+    Ok((response, fds.into_iter().next()))
 }
 
 /// Calls a `bascule-volume`, with the longer [`COORDINATOR_TIMEOUT`]: it may have to find a
@@ -33,6 +46,8 @@ fn call<Q: Serialize, A: DeserializeOwned>(
     connection.call(request).map(|(answer, _)| answer)
 }
 
+/// The first version with [`vm::Request::ConsoleFrom`].
+const CONSOLE_VERSION: u32 = 5;
 /// Local processes answer a hello within milliseconds unless they hang.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(2);
 /// A `bascule-vm` answers within milliseconds, except for requests that drain a device.

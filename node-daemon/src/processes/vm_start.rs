@@ -110,6 +110,9 @@ impl Supervisor {
             mode,
         };
         let pid = start(&on_node, &taps)?;
+        if !matches!(on_node.mode, StartMode::Boot) {
+            self.forget_console_log(spec.uid);
+        }
         self.await_start(spec.uid, pid)
     }
 

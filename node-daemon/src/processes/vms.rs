@@ -3,6 +3,7 @@
 use std::fs;
 use std::io;
 use std::net::SocketAddr;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
@@ -14,7 +15,7 @@ use bascule_ipc::{IpcError, Kind};
 use bascule_node_api::command::{Outcome, RejectReason, VmSpec};
 use bascule_types::{AttemptId, Epoch, Ownership, VmUid};
 
-use super::calls::vm_call;
+use super::calls::{console_call, vm_call};
 use super::cgroups::VMS;
 use super::supervisor::{Rejection, Supervisor, is_alive};
 use super::tap;
@@ -173,7 +174,7 @@ impl Supervisor {
     }
 
     /// The configuration that a VM's process was started with.
-    fn start_mode(&self, vm: VmUid) -> Option<StartMode> {
+    pub(super) fn start_mode(&self, vm: VmUid) -> Option<StartMode> {
         let bytes = fs::read(self.paths.vm(vm).join("config.json")).ok()?;
         let config: VmConfig = serde_json::from_slice(&bytes).ok()?;
         Some(config.start)
@@ -182,10 +183,33 @@ impl Supervisor {
     /// Passes a request to a running VM process.
     pub(crate) fn vm_request(&self, vm: VmUid, request: &Request) -> Result<Outcome, Rejection> {
         match vm_call(&self.paths.vm_socket(vm), request) {
-            Ok(Response::Accepted | Response::Status(_) | Response::WaitsFor(_)) => {
-                Ok(Outcome::Done)
-            }
+            Ok(
+                Response::Accepted
+                | Response::Status(_)
+                | Response::WaitsFor(_)
+                | Response::Console { .. },
+            ) => Ok(Outcome::Done),
             Ok(Response::Refused { reason }) => Err(wrong_state(&reason)),
+            Err(error) => Err(self.unreachable(vm, &error)),
+        }
+    }
+
+    /// Attaches to the serial console of a running guest. Returns the position of the stream's first byte.
+    pub(crate) fn attach_console(
+        &self,
+        vm: VmUid,
+        from: Option<u64>,
+    ) -> Result<(u64, UnixStream), Rejection> {
+        match console_call(&self.paths.vm_socket(vm), from) {
+            Ok((Response::Console { position }, Some(fd))) => Ok((position, fd.into())),
+            Ok((Response::Refused { reason }, _)) => Err(wrong_state(&reason)),
+            Ok((other, _)) => Err(Rejection::new(
+                RejectReason::Failed,
+                format!("the VM process gives no console: {other:?}"),
+            )),
+            Err(IpcError::Version { .. }) => Err(wrong_state(
+                "the VM's process is of a release without this console: move the VM first",
+            )),
             Err(error) => Err(self.unreachable(vm, &error)),
         }
     }
@@ -217,6 +241,9 @@ impl Supervisor {
             self.vm_request(vm, &Request::Exit)?;
             wait_for(EXIT_LIMIT, || (!is_alive(status.pid)).then_some(()))
                 .ok_or_else(|| unresponsive(status.pid))?;
+        }
+        if let Err(error) = self.keep_console_log(vm) {
+            tracing::warn!(%vm, error = format!("{error:#}"), "keep the console log");
         }
         self.remove_taps(vm)?;
         self.launcher.remove_cgroup(&cgroup_name(vm));

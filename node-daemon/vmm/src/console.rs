@@ -1,4 +1,8 @@
-//! The guest's serial output: to a log file, a ring of the last bytes, and an attached terminal.
+//! The guest's serial output: to a log file, a ring of the last bytes, and the attached terminals.
+//!
+//! Every byte has a position: the number of bytes that the guest had written before it since its start. Ring and
+//! position move with the guest ([`SavedConsole`]), so that a terminal that was attached on the source goes on at the
+//! destination where it stopped.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -6,14 +10,22 @@ use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use self::terminal::Terminal;
+use bascule_ipc::vm::CONSOLE_HISTORY_BYTES;
+use serde::{Deserialize, Serialize};
 
+use self::log::Log;
+use self::terminal::{Overflow, Terminal};
+use crate::blob::Blob;
+
+mod log;
 mod terminal;
 
-/// Past output that a newly attached terminal receives, in bytes.
-const RING_BYTES: usize = 64 << 10;
-/// The log is truncated at this length in bytes: a guest must not fill the host's disk.
-const LOG_BYTES_MAX: u64 = 16 << 20;
+/// Past output that is kept, in bytes.
+const HISTORY_BYTES: usize = CONSOLE_HISTORY_BYTES;
+/// Past output that a terminal receives which does not name a position, in bytes.
+const SHOWN_BYTES: usize = 64 << 10;
+/// Terminals that are attached by position at a time: each has a thread and a queue.
+const FOLLOWERS_MAX: usize = 8;
 
 /// The guest's console output. Clones share it.
 #[derive(Clone, Debug, Default)]
@@ -24,10 +36,30 @@ pub struct Console {
 #[derive(Debug, Default)]
 struct Sinks {
     ring: VecDeque<u8>,
-    log: Option<File>,
-    log_bytes: u64,
-    attached: Option<Terminal>,
+    /// The position of the next byte.
+    position: u64,
+    /// The position at which the guest came to this process.
+    arrival: u64,
+    log: Option<Log>,
+    /// The terminal of [`Console::attach`].
+    local: Option<Terminal>,
+    /// The terminals of [`Console::follow`].
+    followers: Vec<Terminal>,
 }
+
+/// The output of a guest as it moves with it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct SavedConsole {
+    /// The position of the next byte.
+    pub(crate) position: u64,
+    /// The last bytes, at most [`HISTORY_BYTES`].
+    pub(crate) recent: Blob<[u8]>,
+}
+
+/// Why no terminal was attached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{FOLLOWERS_MAX} consoles are attached already")]
+pub struct TooManyTerminals;
 
 impl Console {
     /// A console that keeps its output in memory only, until a terminal is attached.
@@ -36,27 +68,82 @@ impl Console {
         Self::default()
     }
 
-    /// A console that also writes to `log`.
-    #[must_use]
-    pub fn with_log(log: File) -> Self {
+    /// A console that also writes to `log`, which is not open for appending.
+    ///
+    /// # Errors
+    /// When the file's length cannot be read.
+    pub fn with_log(log: File) -> io::Result<Self> {
         let console = Self::new();
-        console.lock().log = Some(log);
-        console
+        console.lock().log = Some(Log::new(log)?);
+        Ok(console)
     }
 
     /// Sends all further output to `stream` too, in place of an earlier one, after the last 64 KiB
-    /// of past output. A terminal that does not keep up loses lines: the guest never waits for it.
+    /// of the output of this process. A terminal that does not keep up loses lines: the guest never waits for it.
     pub fn attach(&self, stream: UnixStream) {
         let mut sinks = self.lock();
-        let past: Vec<u8> = sinks.ring.iter().copied().collect();
-        sinks.attached = Some(Terminal::new(stream));
-        sinks.show(&past);
+        let terminal = Terminal::new(stream, Overflow::DropLines);
+        let past = sinks.past(sinks.since(sinks.arrival).min(SHOWN_BYTES));
+        sinks.local = terminal.show(&past).then_some(terminal);
     }
 
-    /// The last output, at most 64 KiB.
+    /// Sends the output from position `from` on to `stream`, or the last 64 KiB and what follows without one. Returns the
+    /// position of the first byte, which is a later one than `from` where that byte is not kept any more, and that of
+    /// the first kept byte where `from` is not reached yet: it is of an earlier start of the guest. A terminal that does not keep up is detached: it comes back with the position that it has reached.
+    ///
+    /// # Errors
+    /// When too many are attached.
+    pub fn follow(&self, stream: UnixStream, from: Option<u64>) -> Result<u64, TooManyTerminals> {
+        let mut sinks = self.lock();
+        sinks.followers.retain(|terminal| !terminal.is_gone());
+        if sinks.followers.len() >= FOLLOWERS_MAX {
+            return Err(TooManyTerminals);
+        }
+        let past = sinks.past(match from {
+            None => SHOWN_BYTES,
+            // Of an earlier start of the guest.
+            Some(from) if from > sinks.position => HISTORY_BYTES,
+            Some(from) => sinks.since(from),
+        });
+        let position = sinks.position - count(&past);
+        let terminal = Terminal::new(stream, Overflow::Detach);
+        if terminal.show(&past) {
+            sinks.followers.push(terminal);
+        }
+        Ok(position)
+    }
+
+    /// Detaches the terminals that are attached by position: the guest is off, or runs elsewhere.
+    pub fn detach_followers(&self) {
+        self.lock().followers.clear();
+    }
+
+    /// The last output, at most [`HISTORY_BYTES`].
     #[must_use]
     pub fn recent(&self) -> Vec<u8> {
-        self.lock().ring.iter().copied().collect()
+        self.lock().past(HISTORY_BYTES)
+    }
+
+    /// What moves with the guest.
+    pub(crate) fn save(&self) -> SavedConsole {
+        let sinks = self.lock();
+        SavedConsole {
+            position: sinks.position,
+            recent: Blob::of_bytes(&sinks.past(HISTORY_BYTES)),
+        }
+    }
+
+    /// Continues the output of a guest that comes here. What a peer sends beyond the bounds is cut.
+    pub(crate) fn restore(&self, saved: &SavedConsole) {
+        let recent = saved.recent.bytes();
+        let kept = recent.get(recent.len().saturating_sub(HISTORY_BYTES)..);
+        let kept = kept.unwrap_or_default();
+        let mut sinks = self.lock();
+        sinks.ring.clear();
+        sinks.keep(kept);
+        sinks.log(kept);
+        sinks.position = saved.position.max(count(kept));
+        sinks.arrival = sinks.position;
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Sinks> {
@@ -81,8 +168,20 @@ impl Write for Console {
 impl Sinks {
     fn keep(&mut self, bytes: &[u8]) {
         self.ring.extend(bytes);
-        let excess = self.ring.len().saturating_sub(RING_BYTES);
+        let excess = self.ring.len().saturating_sub(HISTORY_BYTES);
         self.ring.drain(..excess);
+        self.position = self.position.saturating_add(count(bytes));
+    }
+
+    /// How many bytes were written since position `from`.
+    fn since(&self, from: u64) -> usize {
+        usize::try_from(self.position.saturating_sub(from)).unwrap_or(usize::MAX)
+    }
+
+    /// The last `length` bytes, or as many as are kept.
+    fn past(&self, length: usize) -> Vec<u8> {
+        let skipped = self.ring.len().saturating_sub(length);
+        self.ring.iter().skip(skipped).copied().collect()
     }
 
     /// Closes a log that cannot be written; the guest runs on.
@@ -90,60 +189,26 @@ impl Sinks {
         let Some(log) = self.log.as_mut() else {
             return;
         };
-        let begun_anew = if self.log_bytes >= LOG_BYTES_MAX {
-            self.log_bytes = 0;
-            rewind(log)
-        } else {
-            Ok(())
-        };
-        if let Err(error) = begun_anew.and_then(|()| log.write_all(bytes)) {
+        if let Err(error) = log.append(bytes, &self.ring) {
             tracing::warn!(%error, "the console log cannot be written: it is closed");
             self.log = None;
-            return;
         }
-        self.log_bytes += u64::try_from(bytes.len()).unwrap_or(0);
     }
 
     fn show(&mut self, bytes: &[u8]) {
-        if let Some(terminal) = &self.attached
+        if let Some(terminal) = &self.local
             && !terminal.show(bytes)
         {
-            self.attached = None;
+            self.local = None;
         }
+        self.followers.retain(|terminal| terminal.show(bytes));
     }
 }
 
-fn rewind(log: &mut File) -> io::Result<()> {
-    log.set_len(0)?;
-    io::Seek::rewind(log)
+/// The number of `bytes`, as positions count them.
+fn count(bytes: &[u8]) -> u64 {
+    u64::try_from(bytes.len()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use std::io::Read;
-
-    #[test]
-    fn a_terminal_that_attaches_late_sees_the_past_and_then_the_present() {
-        let mut console = Console::new();
-        console.write_all(b"early ").unwrap();
-        let (ours, mut theirs) = UnixStream::pair().unwrap();
-        console.attach(ours);
-        console.write_all(b"late").unwrap();
-        drop(console);
-        let mut seen = String::new();
-        theirs.read_to_string(&mut seen).unwrap();
-        assert_eq!(seen, "early late");
-    }
-
-    #[test]
-    fn a_terminal_that_does_not_read_never_holds_the_guest_up() {
-        let mut console = Console::new();
-        let (ours, _theirs) = UnixStream::pair().unwrap();
-        console.attach(ours);
-        for _ in 0..1024 {
-            console.write_all(&[b'x'; 4096]).unwrap();
-        }
-        assert_eq!(console.recent().len(), RING_BYTES);
-    }
-}
+mod tests;

@@ -112,6 +112,11 @@ impl SerialPort {
         inner.feed();
     }
 
+    /// Where its output goes.
+    pub(crate) const fn console(&self) -> &Console {
+        &self.console
+    }
+
     pub(crate) fn save(&self) -> SavedSerial {
         let inner = self.lock();
         let state = inner.uart.state();

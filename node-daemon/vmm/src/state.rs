@@ -3,7 +3,7 @@
 //! # Constraints
 //! - Written by one release, read by the next two and the previous two: fields may be added with a
 //!   default, nothing is ever given another meaning; anything else takes a new [`VERSION`].
-//! - JSON: small (some ten KiB per vCPU), readable in a debugger. Kernel structures are base64.
+//! - JSON: small (some ten KiB per vCPU, and at most 350 KiB of serial output), readable in a debugger. Kernel structures are base64.
 //! - It comes from a peer: every length is bounded by the message that carries it, every structure
 //!   has its exact size, and KVM checks the values.
 //!
@@ -16,6 +16,7 @@ use kvm_bindings::{kvm_clock_data, kvm_irqchip, kvm_pit_state2};
 use serde::{Deserialize, Serialize};
 
 use crate::blob::Blob;
+use crate::console::SavedConsole;
 use crate::rtc::SavedRtc;
 use crate::serial::SavedSerial;
 use crate::vcpu::state::VcpuState;
@@ -49,6 +50,9 @@ pub struct MachineState {
     /// The CMOS clock; none in a machine without one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) rtc: Option<SavedRtc>,
+    /// The last serial output; none from a release that did not keep it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) console: Option<SavedConsole>,
 }
 
 /// A saved state that this release cannot use.

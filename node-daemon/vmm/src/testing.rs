@@ -57,7 +57,7 @@ impl TestVm {
         (builder.boot(images(code)).unwrap(), test)
     }
 
-    /// Waits until the console has `count` bytes, of at most 64 KiB.
+    /// Waits until the console has `count` bytes, of at most 256 KiB.
     pub(crate) fn await_output(&self, count: usize) {
         let deadline = Instant::now() + Duration::from_secs(20);
         while self.console.recent().len() < count {

@@ -6,23 +6,35 @@
 //! ```
 //! A serial port sends single bytes, of which a socket holds a few hundred. Dropping those that do
 //! not fit would leave lines that look whole and say something else, so there is a queue; and when
-//! that is full, whole lines are dropped.
+//! that is full, whole lines are dropped, or the terminal is detached.
 
 use std::io::Write as _;
+use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::SendFlags;
 
 /// Most bytes queued for a terminal: a few screens.
 const QUEUE_BYTES_MAX: usize = 256 << 10;
 
+/// What becomes of a terminal that does not keep up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Overflow {
+    /// It loses lines.
+    DropLines,
+    /// It is closed behind what is queued for it.
+    Detach,
+}
+
 /// A terminal, until it is dropped or gone.
 #[derive(Debug)]
 pub(super) struct Terminal {
     stream: Arc<UnixStream>,
     queue: Arc<Queue>,
+    overflow: Overflow,
 }
 
 #[derive(Debug, Default)]
@@ -43,15 +55,20 @@ struct Waiting {
 }
 
 impl Terminal {
-    pub(super) fn new(stream: UnixStream) -> Self {
+    pub(super) fn new(stream: UnixStream, overflow: Overflow) -> Self {
         let terminal = Self {
             stream: Arc::new(stream),
             queue: Arc::default(),
+            overflow,
         };
         let (stream, queue) = (Arc::clone(&terminal.stream), Arc::clone(&terminal.queue));
         let spawned = std::thread::Builder::new()
             .name("terminal".to_owned())
-            .spawn(move || queue.pass_on(&stream));
+            .spawn(move || {
+                queue.pass_on(&stream);
+                // The thread that reads from it has another descriptor of it.
+                drop(stream.shutdown(Shutdown::Both));
+            });
         if let Err(error) = spawned {
             tracing::warn!(%error, "no thread for a terminal: it is not attached");
             terminal.queue.lock().closed = true;
@@ -75,11 +92,28 @@ impl Terminal {
                 Err(_) => return false,
             }
         }
-        if !rest.is_empty() {
-            waiting.push(rest);
-            self.queue.changed.notify_one();
+        if rest.is_empty() {
+            return true;
         }
-        true
+        let fits = match self.overflow {
+            Overflow::DropLines => {
+                waiting.push(rest);
+                true
+            }
+            Overflow::Detach => waiting.push_whole(rest),
+        };
+        self.queue.changed.notify_one();
+        fits
+    }
+
+    /// Whether its other end is closed.
+    pub(super) fn is_gone(&self) -> bool {
+        let mut fds = [PollFd::new(&*self.stream, PollFlags::empty())];
+        let now = Timespec::default();
+        let polled = rustix::io::retry_on_intr(|| poll(&mut fds, Some(&now)));
+        let [fd] = &fds;
+        let ended = PollFlags::HUP | PollFlags::ERR | PollFlags::NVAL;
+        polled.is_ok() && fd.revents().intersects(ended)
     }
 }
 
@@ -123,6 +157,18 @@ impl Queue {
 }
 
 impl Waiting {
+    /// Queues `bytes`, or closes the queue and returns `false` when they do not fit. A terminal's first bytes are as many
+    /// as the ring holds, and may be queued beside the bound.
+    fn push_whole(&mut self, bytes: &[u8]) -> bool {
+        if !self.bytes.is_empty() && self.bytes.len() + bytes.len() > QUEUE_BYTES_MAX {
+            tracing::info!("an attached terminal does not keep up: it is detached");
+            self.closed = true;
+            return false;
+        }
+        self.bytes.extend_from_slice(bytes);
+        true
+    }
+
     /// Queues `bytes`, dropping lines that do not fit.
     fn push(&mut self, bytes: &[u8]) {
         for &byte in bytes {
@@ -157,7 +203,7 @@ mod tests {
     #[test]
     fn a_terminal_that_reads_late_reads_everything() {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        let terminal = Terminal::new(ours);
+        let terminal = Terminal::new(ours, Overflow::DropLines);
         for number in 0..LINES {
             print(&terminal, &format!("t {number} {}", number * 1000));
         }
@@ -184,7 +230,7 @@ mod tests {
     #[test]
     fn writing_to_a_closed_terminal_is_reported() {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        let terminal = Terminal::new(ours);
+        let terminal = Terminal::new(ours, Overflow::DropLines);
         drop(theirs);
         assert!(!terminal.show(b"x"));
     }

@@ -64,6 +64,7 @@ impl PausedVm {
             resets: machine.resets,
             pm_timer_ns: Some(machine.bus.pm_timer.save()),
             rtc: Some(machine.bus.rtc.save()),
+            console: Some(machine.bus.serial.console().save()),
         })
     }
 
@@ -94,6 +95,9 @@ impl PausedVm {
         self.restore_clocks(&state.clock.get(), &offsets)?;
         if !machine.bus.serial.restore(&state.serial) {
             return Err(RestoreError::Serial);
+        }
+        if let Some(console) = &state.console {
+            machine.bus.serial.console().restore(console);
         }
         machine.bus.power.restore(state.power_events);
         if let Some(age_ns) = state.pm_timer_ns {

@@ -2,6 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
@@ -28,9 +29,11 @@ impl RunDir {
         self.0.join("vm.sock")
     }
 
-    /// The guest's serial output.
+    /// The guest's serial output, for this user only: it may hold secrets.
     pub(crate) fn console_log(&self) -> io::Result<File> {
-        append_to(&self.0.join("console.log"))
+        let mut options = OpenOptions::new();
+        let options = options.create(true).truncate(false).write(true).mode(0o600);
+        options.open(self.0.join("console.log"))
     }
 
     /// This process's log.

@@ -73,6 +73,7 @@ fn sample() -> MachineState {
         resets: 0,
         pm_timer_ns: None,
         rtc: None,
+        console: None,
     }
 }
 
@@ -116,6 +117,22 @@ fn the_cmos_clock_is_written_and_read_as_it_always_was() {
     let bytes = "BwcH".repeat(42) + "Bwc=";
     let golden = format!(r#","rtc":{{"index":9,"ahead_us":-3600000000,"bytes":"{bytes}"}}}}"#);
     assert!(text.ends_with(&golden), "{text}");
+    assert_eq!(MachineState::decode(text.as_bytes()).unwrap(), state);
+}
+
+/// As [`version_1_is_written_and_read_as_it_always_was`], of the parts that came later.
+#[test]
+fn the_serial_output_is_written_and_read_as_it_always_was() {
+    let state = MachineState {
+        console: Some(SavedConsole {
+            position: 1_000_000,
+            recent: Blob::of_bytes(b"login: "),
+        }),
+        ..sample()
+    };
+    let text = String::from_utf8(state.encode().unwrap()).unwrap();
+    let golden = r#","console":{"position":1000000,"recent":"bG9naW46IA=="}}"#;
+    assert!(text.ends_with(golden), "{text}");
     assert_eq!(MachineState::decode(text.as_bytes()).unwrap(), state);
 }
 

@@ -42,6 +42,7 @@ fn still(mut state: MachineState) -> MachineState {
     state.pm_timer_ns = None;
     state.clock = crate::blob::Blob::of(&kvm_bindings::kvm_clock_data::default());
     state.resets = 0;
+    state.console = None;
     state
 }
 
@@ -150,7 +151,7 @@ fn a_guest_that_was_moved_is_reset_where_it_is_and_keeps_its_count() {
     let mut new = run_to_reset(new, &there);
     new.reset().unwrap();
     assert_eq!(new.resets(), 3);
-    assert_eq!(there.console.recent(), b"m");
+    assert_eq!(there.console.recent(), b"mmm", "two of them printed here");
     let (new, again) = moved(&new, 1);
     let new = run_to_reset(new, &again);
     assert_eq!(new.resets(), 3);

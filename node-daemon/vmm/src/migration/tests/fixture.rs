@@ -325,12 +325,11 @@ pub(super) fn destination() -> (TestGuest, TestVm) {
     (TestGuest::new(Owned::Paused(vm)), test)
 }
 
-/// The counter's letters go on in order, from `before` through `after`.
-pub(super) fn assert_uninterrupted(before: &[u8], after: &[u8]) {
-    let all: Vec<u8> = before.iter().chain(after).copied().collect();
-    for pair in all.windows(2) {
+/// The counter's letters go on in order.
+pub(super) fn assert_uninterrupted(output: &[u8]) {
+    for pair in output.windows(2) {
         let next = if pair[0] == b'p' { b'a' } else { pair[0] + 1 };
-        assert_eq!(pair[1], next, "{}", String::from_utf8_lossy(&all));
+        assert_eq!(pair[1], next, "{}", String::from_utf8_lossy(output));
     }
 }
 

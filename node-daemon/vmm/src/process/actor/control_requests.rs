@@ -39,9 +39,9 @@ impl VmActor {
             Request::WaitsFor => {
                 return Answer::Now(Response::WaitsFor(self.waits_for()), Vec::new());
             }
-            Request::Console => {
-                return match self.attach_console() {
-                    Ok(theirs) => Answer::Now(Response::Accepted, vec![theirs]),
+            Request::Console | Request::ConsoleFrom { .. } => {
+                return match self.open_console(request) {
+                    Ok((response, theirs)) => Answer::Now(response, vec![theirs]),
                     Err(error) => Answer::Now(refused(&error), Vec::new()),
                 };
             }
@@ -117,16 +117,26 @@ impl VmActor {
     }
 
     /// One end of a new stream to the serial console; a thread passes its input to the guest.
-    fn attach_console(&self) -> anyhow::Result<OwnedFd> {
+    fn open_console(&self, request: &Request) -> anyhow::Result<(Response, OwnedFd)> {
         let machine = self.phase.machine().context("there is no guest")?;
         let (ours, theirs) = UnixStream::pair().context("make a socket pair")?;
         let reader = ours.try_clone().context("clone a socket")?;
-        self.console.attach(ours);
+        let response = if let Request::ConsoleFrom { from } = request {
+            // The positions are those of a guest that is still to come.
+            if let Phase::Incoming(_) = self.phase {
+                anyhow::bail!(self.refusal());
+            }
+            let position = self.console.follow(ours, *from)?;
+            Response::Console { position }
+        } else {
+            self.console.attach(ours);
+            Response::Accepted
+        };
         std::thread::Builder::new()
             .name("console".to_owned())
             .spawn(move || type_from(reader, &machine))
             .context("start a thread")?;
-        Ok(theirs.into())
+        Ok((response, theirs.into()))
     }
 }
 

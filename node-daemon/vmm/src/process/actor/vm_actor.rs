@@ -102,7 +102,8 @@ impl VmActor {
         run_dir: RunDir,
     ) -> anyhow::Result<(Self, Receiver<Event>)> {
         let (handle, inbox) = ActorHandle::channel();
-        let log = run_dir.console_log().context("open the console log")?;
+        let console = run_dir.console_log().and_then(Console::with_log);
+        let console = console.context("open the console log")?;
         let volume = config
             .home
             .as_ref()
@@ -119,7 +120,7 @@ impl VmActor {
             devices: Devices::default(),
             disk_error: None,
             run_dir,
-            console: Console::with_log(log),
+            console,
             handle,
             notices: Arc::default(),
             pausing: Waiters::default(),
@@ -246,6 +247,7 @@ impl VmActor {
         drop(self.take_phase());
         self.end_ownership();
         self.phase = Phase::Departed;
+        self.console.detach_followers();
         self.write_state(VmState::Departed);
         tracing::info!("departed");
     }
@@ -268,6 +270,7 @@ impl VmActor {
         tracing::info!(?reason, "stopped");
         self.write_state(VmState::Stopped(reason.clone()));
         self.phase = Phase::Stopped(reason);
+        self.console.detach_followers();
         self.stopping.finish(&Ok(()));
     }
 

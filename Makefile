@@ -11,11 +11,13 @@ TARGET := x86_64-unknown-linux-gnu
 STATIC := $(CARGO_TARGET_DIR)/static
 # One static image holds them all.
 PROGRAMS := bascule-operator bascule-node bascule-import bascule-hold bascule-vm bascule-volume bascule-watchdog
-PACKAGES := bascule-operator bascule-node bascule-vmm bascule-volume bascule-watchdog
+PACKAGES := bascule-operator bascule-kubectl bascule-node bascule-vmm bascule-volume bascule-watchdog
 IMAGE := $(CARGO_TARGET_DIR)/bascule-image.tar
 # The guests' UEFI firmware and its licence.
 FIRMWARE := $(CACHE)/firmware
 LAB := $(STATIC)/$(TARGET)/release/lab
+# The plugin of kubectl, which is a user's and not in the image.
+PLUGIN := $(STATIC)/$(TARGET)/release/kubectl-bascule
 # Scenarios share one machine's /dev/kvm, bridges and time: one after the other.
 SERIAL := --test-threads=1
 # `make unit P=CRATE T=FILTER`, `make kvm T=NAME`, `make scenario T=NAME TIER=native|emulated KEEP=1`.
@@ -26,7 +28,7 @@ KEEP ?=
 KVM_TESTS = $(sort $(basename $(notdir $(wildcard e2e/tests/kvm_*.rs))))
 # Their errors say what was waited for; stack traces only push that and the logs out of sight.
 SCENARIOS = RUST_BACKTRACE=0 BASCULE_LAB_KEEP=$(KEEP) BASCULE_LAB_IMAGES=$(IMAGE) BASCULE_LAB_BIN=$(LAB) \
-  cargo test --quiet --locked -p bascule-e2e
+  BASCULE_PLUGIN_BIN=$(PLUGIN) cargo test --quiet --locked -p bascule-e2e
 # Says what happens, how long it usually takes (on 2 cores) and how long it took. STEP numbers the line.
 STEP ?=
 WITH_PROGRESS = STEP='$(STEP)' e2e/step.sh

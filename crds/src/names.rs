@@ -5,6 +5,8 @@
 pub const GROUP: &str = "bascule.dev";
 /// The API version of all kinds.
 pub const VERSION: &str = "v1alpha1";
+/// The API group of the subresources that the operator serves itself, behind the API server.
+pub const SUBRESOURCES_GROUP: &str = "subresources.bascule.dev";
 /// The name under which the operator owns fields in server-side apply.
 pub const FIELD_MANAGER: &str = "bascule-operator";
 /// Kept on a VirtualMachine until its guest has ended and its row is deleted from the volume.

@@ -3,7 +3,7 @@
 use std::net::{Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
-use bascule_node_api::{HTTP_PORT, JOIN_PORT};
+use bascule_node_api::{HTTP_PORT, JOIN_PORT, SUBRESOURCES_PORT};
 
 /// Bascule's operator: reconciles VirtualMachines and SharedVolumes.
 ///
@@ -25,6 +25,12 @@ pub(crate) struct Args {
     /// Listen address of /metrics, /healthz and /readyz
     #[arg(long, default_value_t = any_address(HTTP_PORT))]
     pub(crate) http_listen: SocketAddr,
+    /// Listen address of the subresources of VirtualMachines (console, log), for the API server
+    #[arg(long, default_value_t = any_address(SUBRESOURCES_PORT))]
+    pub(crate) subresources_listen: SocketAddr,
+    /// Serve the subresources of VirtualMachines, for which there is an APIService
+    #[arg(long, env = "BASCULE_SUBRESOURCES", action = clap::ArgAction::Set, default_value_t = true)]
+    pub(crate) subresources: bool,
     /// Service account of bascule-node; only its tokens are accepted by Join
     #[arg(
         long,

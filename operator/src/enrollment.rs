@@ -1,8 +1,7 @@
 //! Node enrollment (server side): the Join service verifies a node-bound service account token with a
 //! TokenReview and signs the node's certificate request. The client is in bascule-node.
 
-mod tls;
-
+use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,16 +12,19 @@ use bascule_node_api::proto::join_server::{Join, JoinServer};
 use bascule_node_api::proto::{JoinRequest, JoinResponse};
 use bascule_pki::{Authority, OPERATOR_TLS_NAME};
 use bascule_types::{ClusterId, NodeUid};
+use futures::StreamExt;
 use k8s_openapi::api::authentication::v1::{TokenReview, TokenReviewSpec, TokenReviewStatus};
 use k8s_openapi::api::core::v1::Node;
 use kube::api::PostParams;
 use kube::{Api, Client};
+use rustls::ServerConfig;
 use tokio::net::TcpListener;
 use tonic::transport::Server;
 use tonic::{Request, Response, Status};
 
 use crate::cli::Args;
 use crate::identity::OwnIdentity;
+use crate::tls::{self, CurrentCertificate};
 
 /// The gRPC service `Join`.
 pub(crate) struct EnrollmentService {
@@ -63,7 +65,15 @@ impl EnrollmentService {
     }
 
     async fn serve_on(self, listener: TcpListener) -> anyhow::Result<()> {
-        let incoming = tls::incoming(listener, Arc::clone(&self.identity))?;
+        let certificate = CurrentCertificate::new(Arc::clone(&self.identity));
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let mut config = ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .context("set up TLS")?
+            .with_no_client_auth()
+            .with_cert_resolver(Arc::new(certificate));
+        config.alpn_protocols = vec![b"h2".to_vec()];
+        let incoming = tls::incoming(listener, "Join", Arc::new(config)).map(Ok::<_, Infallible>);
         Server::builder()
             .timeout(CALL_LIMIT)
             .concurrency_limit_per_connection(4)

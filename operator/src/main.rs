@@ -5,10 +5,11 @@
 //!   and [`vm_intent`] convert them into the types of the core.
 //! - Execution: [`execute`] carries a plan out, one API call or node command per action;
 //!   [`record_status`] and [`vm_status`] write statuses.
+//! - [`subresources`]: the API behind the API server by which users reach consoles and logs.
 //! - [`controllers`]: the loops of the leader. [`context`] is what they share.
-//! - [`enrollment`] signs node certificates with the key of [`cluster_ca`]. Every replica serves it; all
-//!   else is done by the leader only. [`startup`] starts both.
-//! - [`kube_api`], [`clock`], [`listen`]: helpers that depend on no other module.
+//! - [`enrollment`] signs node certificates with the key of [`cluster_ca`]. Every replica serves it and the
+//!   subresources; all else is done by the leader only. [`startup`] starts both.
+//! - [`kube_api`], [`clock`], [`listen`], [`tls`]: helpers that depend on no other module.
 //!
 //! The operator stores nothing of its own: after a restart it derives everything from the API, the
 //! node daemons and the volumes.
@@ -38,6 +39,8 @@ mod reservation_pod;
 mod reservation_records;
 mod startup;
 mod stores;
+mod subresources;
+mod tls;
 mod vm_intent;
 mod vm_status;
 

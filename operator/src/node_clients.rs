@@ -10,13 +10,16 @@ use bascule_ipc::vm::{MigrationPhase, VmState};
 use bascule_node_api::command::{Command, Outcome};
 use bascule_node_api::proto;
 use bascule_node_api::proto::node_client::NodeClient;
-use bascule_node_api::report::NodeReport;
+use bascule_node_api::proto::{ConsoleInput, ConsoleOutput};
+use bascule_node_api::report::{NodeReport, VmReport};
 use bascule_node_api::{NODE_PORT, NODE_TLS_NAME, VERSION, VERSION_MIN, agree, connect};
 use bascule_operator_core::Stream;
 use bascule_pki::Authority;
 use bascule_types::{Epoch, VmUid};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinHandle;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Streaming;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 
 use crate::clock::now;
@@ -62,6 +65,22 @@ pub(crate) struct NodeState {
     channel: Option<Channel>,
     /// Why the stream is down.
     pub(crate) error: Option<String>,
+}
+
+/// A console of a VM, open at its node. It is closed when this is dropped.
+#[derive(Debug)]
+pub(crate) struct NodeConsole {
+    pub(crate) input_tx: mpsc::Sender<ConsoleInput>,
+    /// The first message has the position only.
+    pub(crate) output: Streaming<ConsoleOutput>,
+}
+
+/// Whether the process has the guest, which may be paused.
+pub(crate) fn has_guest(report: &VmReport, vm: VmUid) -> bool {
+    let state = &report.status.state;
+    report.alive
+        && report.status.uid == vm
+        && matches!(state, VmState::Running | VmState::Paused | VmState::InDoubt)
 }
 
 impl NodeClients {
@@ -149,6 +168,45 @@ impl NodeClients {
             .map_err(|status| anyhow!("bascule-node on {node}: {}", status.message()))?;
         serde_json::from_str(&response.into_inner().json).context("parse the outcome")
     }
+
+    /// Opens the console of a VM that runs on a node, from position `from` on. On a connection of its own, because a
+    /// client that does not read takes up the window of all streams of a connection, also of the one that has the reports.
+    pub(crate) async fn console(
+        &self,
+        node: &str,
+        vm: VmUid,
+        from: Option<u64>,
+    ) -> Result<NodeConsole> {
+        let address = {
+            let entries = self
+                .shared
+                .entries
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            entries.get(node).map(|entry| entry.address)
+        };
+        let address = address.with_context(|| format!("there is no node {node}"))?;
+        let channel = self.shared.connect(address).await?;
+        let (input_tx, input_rx) = mpsc::channel(CONSOLE_QUEUE);
+        let first = ConsoleInput {
+            version: VERSION,
+            version_min: VERSION_MIN,
+            vm: vm.to_string(),
+            from,
+            data: Vec::new(),
+        };
+        input_tx.send(first).await.context("name the VM")?;
+        let mut client = NodeClient::new(channel);
+        let opened = client.console(ReceiverStream::new(input_rx));
+        let opened = tokio::time::timeout(CONSOLE_LIMIT, opened)
+            .await
+            .map_err(|_| anyhow!("bascule-node on {node} does not respond"))?
+            .map_err(|status| anyhow!("{}", status.message()))?;
+        Ok(NodeConsole {
+            input_tx,
+            output: opened.into_inner(),
+        })
+    }
 }
 
 impl Shared {
@@ -162,6 +220,18 @@ impl Shared {
         if changed {
             self.changed.notify_one();
         }
+    }
+
+    /// Connects to the daemon at `address`.
+    async fn connect(&self, address: IpAddr) -> Result<Channel> {
+        let address = SocketAddr::new(address, NODE_PORT);
+        let endpoint = Endpoint::from_shared(format!("https://{address}"))
+            .context("the node's address")?
+            .tls_config(self.tls()?)
+            .context("set up TLS")?
+            .http2_keep_alive_interval(REPORT_TIMEOUT)
+            .keep_alive_timeout(REPORT_TIMEOUT);
+        connect(&endpoint, CONNECT_LIMIT).await.context("connect")
     }
 
     /// Mutual TLS: the operator's certificate, and the name that a node's certificate must have.
@@ -216,14 +286,7 @@ async fn watch(
     uid: &str,
     failures: &mut u32,
 ) -> Result<()> {
-    let address = SocketAddr::new(address, NODE_PORT);
-    let endpoint = Endpoint::from_shared(format!("https://{address}"))
-        .context("the node's address")?
-        .tls_config(shared.tls()?)
-        .context("set up TLS")?
-        .http2_keep_alive_interval(REPORT_TIMEOUT)
-        .keep_alive_timeout(REPORT_TIMEOUT);
-    let channel = connect(&endpoint, CONNECT_LIMIT).await.context("connect")?;
+    let channel = shared.connect(address).await?;
     let request = proto::WatchRequest {
         version: VERSION,
         version_min: VERSION_MIN,
@@ -326,6 +389,10 @@ const RECONNECT: Duration = Duration::from_millis(500);
 /// A daemon responds once the command was executed or refused; attaching a volume may wait for a
 /// lease to expire.
 const COMMAND_LIMIT: Duration = Duration::from_secs(45);
+/// A VM process answers within milliseconds unless it hangs.
+const CONSOLE_LIMIT: Duration = Duration::from_secs(10);
+/// Messages of typed input that wait for the network.
+const CONSOLE_QUEUE: usize = 4;
 /// 10,000 VMs at 1 KiB each is 10 MiB; the rest is reserve.
 const REPORT_BYTES_MAX: usize = 64 << 20;
 /// Failed connection attempts, about a minute, after which the operator renews its certificate.

@@ -28,7 +28,7 @@ use crate::metrics::Metrics;
 use crate::node_clients::NodeClients;
 use crate::ownership_cache::OwnershipCache;
 use crate::stores::Stores;
-use crate::{cluster_ca, http};
+use crate::{cluster_ca, http, subresources};
 
 /// Runs until SIGTERM or SIGINT, or until a task fails.
 pub(crate) fn main(args: &Args) -> Result<()> {
@@ -100,6 +100,15 @@ async fn serve(
     let mut servers: JoinSet<Result<()>> = JoinSet::new();
     servers.spawn(enrollment.serve(args.join_listen));
     let nodes = Nodes::follow(&client, &authority, &mut servers);
+    if args.subresources {
+        let (args, clients) = (Arc::clone(&args), nodes.clients.clone());
+        servers.spawn(subresources::serve(
+            args,
+            client.clone(),
+            authority,
+            clients,
+        ));
+    }
     let (leading_tx, mut leading_rx) = watch::channel(false);
     servers.spawn(async move {
         election.run(leading_tx).await;

@@ -146,6 +146,11 @@ impl Run {
         self.text().map(drop)
     }
 
+    /// The program, to be started with other pipes than here; without the input and the deadline.
+    pub fn into_command(self) -> Command {
+        self.command
+    }
+
     /// Replaces this process with the program (`execve`). Returns only on failure.
     pub fn replace_self(mut self) -> anyhow::Error {
         use std::os::unix::process::CommandExt;

@@ -14,6 +14,7 @@ use crate::control_plane::{Component, ControlPlane};
 use crate::down::down;
 use crate::hub::Hub;
 use crate::names::LabName;
+use crate::pki::Pki;
 use crate::state::{LabPaths, State};
 use crate::tools::Tools;
 use crate::wait::wait_for;
@@ -118,6 +119,13 @@ impl Lab {
         let kubectl = self.tools.path("kubectl")?;
         Ok(Run::in_netns(&self.state.name.hub_netns(), kubectl)
             .env("KUBECONFIG", self.kubeconfig()))
+    }
+
+    /// A prepared program of this machine, in the hub's network, with the kubeconfig of a user of that name.
+    pub fn run_as(&self, user: &str, program: &Path) -> Result<Run> {
+        let pki = Pki::open(&self.paths.pki(), self.family())?;
+        let kubeconfig = pki.kubeconfig_file(&format!("user-{user}"), user, None)?;
+        Ok(Run::in_netns(&self.state.name.hub_netns(), program).env("KUBECONFIG", kubeconfig))
     }
 
     /// One object, or a list of objects, as JSON.

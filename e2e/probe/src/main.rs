@@ -3,7 +3,7 @@
 //!
 //! It boots by PVH, goes to ring 3 at once and polls: no interrupts, no operating system, so it
 //! runs wherever KVM runs, at full speed even where ring 0 is interpreted. It answers ARP and ping,
-//! counts lines in TCP sessions, echoes UDP, checks its disk and its memory, and ticks on the
+//! counts lines in TCP sessions, echoes UDP and lines of its console, checks its disk and its memory, and ticks on the
 //! console. What it understands is in `bascule_probe_wire::options`, what it reports in
 //! `bascule_probe_wire::guest_report`; console lines that start with `bad:` are findings.
 //!
@@ -38,7 +38,7 @@ use crate::disk::Disk;
 use crate::memory::Memory;
 use crate::network::{Command, Network};
 use crate::nic::Nic;
-use crate::serial::Console;
+use crate::serial::{Console, Typed};
 
 /// Where `boot.rs` arrives in ring 3.
 #[unsafe(no_mangle)]
@@ -68,6 +68,7 @@ struct Guest {
     next_button_us: u64,
     last_loop_us: u64,
     printed_ack: u64,
+    typed: Typed,
 }
 
 impl Guest {
@@ -111,6 +112,7 @@ impl Guest {
             next_button_us: 0,
             last_loop_us: clock.now_us(),
             printed_ack: 0,
+            typed: Typed::new(),
         }
     }
 
@@ -139,6 +141,7 @@ impl Guest {
         if self.options.tick_ms > 0 && now_us >= self.next_tick_us {
             self.report.ticks += 1;
             self.tick(now_us);
+            self.typed.echo(self.console);
             // Missed ticks are not sent later: the gap is what the watcher measures.
             self.next_tick_us = now_us + self.options.tick_ms * 1000;
         }

@@ -1,4 +1,4 @@
-//! The console: lines written to the serial port at 0x3F8, no interrupts, no waiting.
+//! The console: lines written to the serial port at 0x3F8, and echoed from it, no interrupts, no waiting.
 
 use core::fmt::{self, Write};
 
@@ -28,6 +28,31 @@ impl Console {
         } else {
             for &byte in line.as_bytes() {
                 port::write8(COM1, byte);
+            }
+        }
+    }
+}
+
+/// What is typed on the console, line by line.
+#[derive(Debug)]
+pub(crate) struct Typed(Text<TYPED_BYTES_MAX>);
+
+impl Typed {
+    pub(crate) const fn new() -> Self {
+        Self(Text::new())
+    }
+
+    /// Reads what has arrived, and writes each line that is complete as `echo: LINE`.
+    pub(crate) fn echo(&mut self, console: Console) {
+        while port::read8(COM1 + LINE_STATUS) & DATA_READY != 0 {
+            let byte = port::read8(COM1);
+            if byte == b'\r' || byte == b'\n' {
+                let line = core::str::from_utf8(self.0.as_bytes()).unwrap_or("?");
+                console.line(format_args!("echo: {line}"));
+                self.0 = Text::new();
+            } else if self.0.length < TYPED_BYTES_MAX {
+                self.0.bytes[self.0.length] = byte;
+                self.0.length += 1;
             }
         }
     }
@@ -68,4 +93,8 @@ impl<const N: usize> Write for Text<N> {
 }
 
 const COM1: u16 = 0x3f8;
+/// The line status register of a 16550A, from its first port.
+const LINE_STATUS: u16 = 5;
+const DATA_READY: u8 = 1;
+const TYPED_BYTES_MAX: usize = 128;
 const LINE_BYTES_MAX: usize = 512;

@@ -6,6 +6,7 @@
 
 mod bad_input;
 mod chart;
+mod console;
 mod drain;
 mod forgeries;
 mod imports;

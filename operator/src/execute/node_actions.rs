@@ -2,13 +2,12 @@
 
 use anyhow::{Result, anyhow, bail};
 use bascule_crds::names::reason;
-use bascule_ipc::vm::VmState;
 use bascule_node_api::command::{Command, ImportSource, Outcome, RejectReason, VmSpec};
-use bascule_node_api::report::VmReport;
 use bascule_operator_core::{Action, ImageSource, Stream, VmIntent};
-use bascule_types::{AttemptId, Change, Epoch, Owner, Refusal, VmUid};
+use bascule_types::{AttemptId, Change, Epoch, Owner, Refusal};
 
 use crate::execute::execution::{Execution, Refused, action_name};
+use crate::node_clients::has_guest;
 
 impl Execution<'_> {
     pub(super) async fn send_command(&mut self, node: &str, command: &Command) -> Result<Outcome> {
@@ -204,7 +203,7 @@ impl Execution<'_> {
             .iter()
             .filter(|(_, state)| state.stream == Stream::Up);
         let mut reports = up.filter_map(|(node, state)| Some((node, state.report.as_ref()?)));
-        let home = reports.find(|(_, report)| report.vms.iter().any(|r| runs(r, vm)));
+        let home = reports.find(|(_, report)| report.vms.iter().any(|r| has_guest(r, vm)));
         let Some((node, _)) = home else {
             return Ok(None);
         };
@@ -238,14 +237,6 @@ impl Execution<'_> {
             other => bail!("{node} did not start an incoming VM: {other:?}"),
         }
     }
-}
-
-/// Whether the process has the guest, which may be paused.
-fn runs(report: &VmReport, vm: VmUid) -> bool {
-    let state = &report.status.state;
-    report.alive
-        && report.status.uid == vm
-        && matches!(state, VmState::Running | VmState::Paused | VmState::InDoubt)
 }
 
 /// The condition's reason and message for a request that the volume refused; the message names the

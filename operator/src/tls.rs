@@ -1,4 +1,4 @@
-//! TLS of the Join service, with the certificate looked up at every handshake. tonic's own TLS keeps the
+//! TLS of the operator's servers, with the certificate looked up at every handshake. tonic's own TLS keeps the
 //! certificate that the server was started with, and restarting the server to renew it would break
 //! handshakes in progress.
 
@@ -21,50 +21,50 @@ use tokio_stream::wrappers::TcpListenerStream;
 
 use crate::identity::OwnIdentity;
 
-/// Accepts connections and completes their handshakes. A failed handshake ends that connection only.
-pub(super) fn incoming(
+/// The configuration of one handshake; none while connections cannot be authenticated.
+pub(crate) trait HandshakeConfig: Clone + Send + 'static {
+    /// Of a handshake that begins now.
+    fn get(&self) -> Option<Arc<ServerConfig>>;
+}
+
+impl HandshakeConfig for Arc<ServerConfig> {
+    fn get(&self) -> Option<Arc<ServerConfig>> {
+        Some(Self::clone(self))
+    }
+}
+
+/// Accepts connections to `service` and completes their handshakes. A failed handshake ends that connection only.
+pub(crate) fn incoming(
     listener: TcpListener,
-    identity: Arc<OwnIdentity>,
-) -> Result<impl Stream<Item = std::io::Result<TlsStream<TcpStream>>>> {
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let resolver = CurrentCertificate {
-        identity,
-        provider: Arc::clone(&provider),
-        last: Mutex::new(None),
-    };
-    let mut config = ServerConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .context("set up TLS")?
-        .with_no_client_auth()
-        .with_cert_resolver(Arc::new(resolver));
-    config.alpn_protocols = vec![b"h2".to_vec()];
-    let acceptor = TlsAcceptor::from(Arc::new(config));
-    let connections = TcpListenerStream::new(listener)
-        .map(move |accepted| set_up(acceptor.clone(), accepted))
+    service: &'static str,
+    config: impl HandshakeConfig,
+) -> impl Stream<Item = TlsStream<TcpStream>> {
+    TcpListenerStream::new(listener)
+        .map(move |accepted| set_up(service, config.get(), accepted))
         .buffer_unordered(HANDSHAKES_MAX)
         .filter_map(std::future::ready)
-        .map(Ok);
-    Ok(connections)
 }
 
 async fn set_up(
-    acceptor: TlsAcceptor,
+    service: &'static str,
+    config: Option<Arc<ServerConfig>>,
     accepted: std::io::Result<TcpStream>,
 ) -> Option<TlsStream<TcpStream>> {
     let stream = match accepted {
         Ok(stream) => stream,
         Err(error) => {
-            tracing::warn!(%error, "cannot accept a connection to the Join service");
+            tracing::warn!(%error, service, "cannot accept a connection");
             // Most likely out of file descriptors: wait for some to be closed.
             tokio::time::sleep(ACCEPT_PAUSE).await;
             return None;
         }
     };
     stream.set_nodelay(true).ok()?;
+    let acceptor = TlsAcceptor::from(config?);
     match tokio::time::timeout(HANDSHAKE_LIMIT, acceptor.accept(stream)).await {
         Ok(Ok(stream)) => Some(stream),
         Ok(Err(error)) => {
-            tracing::debug!(%error, "a TLS handshake of the Join service failed");
+            tracing::debug!(%error, service, "a TLS handshake failed");
             None
         }
         Err(_) => None,
@@ -73,7 +73,7 @@ async fn set_up(
 
 /// Presents the operator's certificate that is valid now.
 #[derive(Debug)]
-struct CurrentCertificate {
+pub(crate) struct CurrentCertificate {
     identity: Arc<OwnIdentity>,
     provider: Arc<CryptoProvider>,
     /// The parsed certificate of the last handshake, and the PEM that it was parsed from.
@@ -81,6 +81,14 @@ struct CurrentCertificate {
 }
 
 impl CurrentCertificate {
+    pub(crate) fn new(identity: Arc<OwnIdentity>) -> Self {
+        Self {
+            identity,
+            provider: Arc::new(rustls::crypto::ring::default_provider()),
+            last: Mutex::new(None),
+        }
+    }
+
     fn key(&self) -> Result<Arc<CertifiedKey>> {
         let identity = self.identity.get()?;
         let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
@@ -106,10 +114,7 @@ impl ResolvesServerCert for CurrentCertificate {
         match self.key() {
             Ok(key) => Some(key),
             Err(error) => {
-                tracing::error!(
-                    error = format!("{error:#}"),
-                    "no certificate for the Join service"
-                );
+                tracing::error!(error = format!("{error:#}"), "no certificate for a server");
                 None
             }
         }

@@ -133,6 +133,7 @@ lab-down: lab ## Remove the lab that `make scenario KEEP=1` left up
 	$(LAB) --lab $(or $(BASCULE_LAB),test) down
 
 .PHONY: bench
+bench: DEBIAN_PACKAGES += fio
 bench: packages image ## Benchmarks, each figure beside a baseline of the same run
 	BASCULE_BIN_DIR=$(STATIC)/image BASCULE_LAB_IMAGES=$(IMAGE) BASCULE_LAB_BIN=$(LAB) \
 	  cargo run $(CARGO_QUIET) --release -p bascule-e2e --bin bascule-bench

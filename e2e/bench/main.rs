@@ -4,14 +4,18 @@
 //! this machine, over the loopback address, with the same limits. The blackout is what a client
 //! sees: the longest gap between two ticks on the guest's console and between two packets of a 1 kHz
 //! flow, both over the whole migration.
+//!
+//! Disk: the virtio-blk device beside fio on the same file ([`disk`]).
 #![forbid(unsafe_code)]
 
 mod bascule;
 mod cluster;
+mod disk;
 mod measure;
 mod qemu;
 mod table;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -21,12 +25,12 @@ use clap::Parser;
 
 use crate::measure::{Load, Outcome};
 
-/// Migrates the probe guest live with Bascule and with QEMU and prints the figures; then drains
-/// emulated nodes, cuts a node's power, and prints the figures.
+/// Migrates the probe guest live with Bascule and with QEMU, reads and writes a disk beside fio, and prints the
+/// figures; then drains emulated nodes, cuts a node's power, and prints the figures.
 #[derive(Debug, Parser)]
 #[command(name = "bascule-bench", version)]
 struct Options {
-    /// Number of migrations per row of the table; the median of each figure is printed.
+    /// Number of migrations or disk runs per row of a table; the median of each figure is printed.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
     runs: u32,
     /// Measure only this.
@@ -41,6 +45,9 @@ struct Options {
     /// The blackout that both sides aim at, in milliseconds.
     #[arg(long, default_value_t = 300)]
     downtime_ms: u64,
+    /// The directory of the file that stands for the disk; by default that for temporary files.
+    #[arg(long)]
+    disk_directory: Option<PathBuf>,
 }
 
 /// What is measured.
@@ -48,6 +55,8 @@ struct Options {
 enum Part {
     /// Live migration on this machine's /dev/kvm, beside QEMU's.
     Migration,
+    /// Requests of a virtio-blk driver, beside fio's on the same file.
+    Disk,
     /// Drain and power cut on a cluster of emulated nodes, beside the safe time.
     Cluster,
 }
@@ -63,10 +72,14 @@ fn main() -> ExitCode {
 }
 
 fn run(options: &Options) -> Result<()> {
-    if !kvm_or_skip("bascule-bench") {
+    let wanted = |part| options.only.is_none_or(|only| only == part);
+    if wanted(Part::Disk) {
+        disk::run(options.disk_directory.as_deref(), options.runs)?;
+    }
+    let needs_kvm = wanted(Part::Migration) || wanted(Part::Cluster);
+    if !needs_kvm || !kvm_or_skip("bascule-bench") {
         return Ok(());
     }
-    let wanted = |part| options.only.is_none_or(|only| only == part);
     if wanted(Part::Migration) {
         migrations(options)?;
     }

@@ -4,7 +4,7 @@
 //! its writes must pass. [`DiskEngine`] performs requests on it. Nothing here knows virtio queues.
 //!
 //! # Guarantees
-//! - Every write checks [`WriteGate::is_open`] right before the system call that submits it. While
+//! - Every batch of writes checks [`WriteGate::is_open`] right before the system call that submits it. While
 //!   the gate is closed, writes wait and the guest sees no error. Reads do not wait.
 //! - Writes that overlap, counted in whole device blocks, are performed one after the other, in the
 //!   order of arrival. So a write of part of a block (read-modify-write) loses no bytes of another
@@ -32,6 +32,7 @@ mod extent;
 mod gate;
 mod geometry;
 mod job;
+mod overlap;
 mod request;
 mod ring;
 mod rules;

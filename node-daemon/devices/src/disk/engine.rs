@@ -16,6 +16,7 @@ use bascule_types::WriterState;
 use super::backend::Disk;
 use super::errors::{Failure, HeldBack};
 use super::job::{Job, Stage, SubRequest, SubRequestKind};
+use super::overlap::UnfinishedWrites;
 use super::request::{Completion, DiskRequest, Operation};
 use super::ring::{HostRun, Ring, UringRing};
 use super::rules::{Rules, broken};
@@ -61,6 +62,7 @@ pub struct DiskEngine<R: Ring = UringRing> {
     sub_requests: Slab<SubRequest>,
     /// Keys of jobs that have not begun, in order of arrival.
     waiting: VecDeque<usize>,
+    unfinished_writes: UnfinishedWrites,
     /// Keys of sub-requests to submit.
     ready: VecDeque<usize>,
     completed: Vec<Completion>,
@@ -86,7 +88,8 @@ impl DiskEngine {
     /// # Errors
     /// When io_uring is not available.
     pub fn new(disk: Disk, ram: Arc<GuestRam>) -> io::Result<Self> {
-        Ok(Self::with_ring(disk, ram, UringRing::new()?))
+        let ring = UringRing::new(&disk.file)?;
+        Ok(Self::with_ring(disk, ram, ring))
     }
 
     /// An eventfd that becomes readable when commands have completed.
@@ -109,6 +112,7 @@ impl<R: Ring> DiskEngine<R> {
             jobs: Slab::new(),
             sub_requests: Slab::new(),
             waiting: VecDeque::new(),
+            unfinished_writes: UnfinishedWrites::default(),
             ready: VecDeque::new(),
             completed: Vec::new(),
             next_sequence: 0,
@@ -180,6 +184,9 @@ impl<R: Ring> DiskEngine<R> {
         }
         let sequence = self.next_sequence;
         self.next_sequence += 1;
+        if matches!(request.operation, Operation::Write { .. }) {
+            self.unfinished_writes.arrived(sequence);
+        }
         let job = self.jobs.insert(Job {
             request,
             sequence,
@@ -245,6 +252,7 @@ impl<R: Ring> DiskEngine<R> {
         self.jobs.clear();
         self.sub_requests.clear();
         self.waiting.clear();
+        self.unfinished_writes.clear();
         self.ready.clear();
         self.completed.clear();
         self.suspects.clear();
@@ -352,6 +360,10 @@ impl<R: Ring> DiskEngine<R> {
         let Some(job) = self.jobs.remove(key) else {
             return;
         };
+        if job.is_write() {
+            let span = job.span(self.disk.block_bytes);
+            self.unfinished_writes.finished(job.sequence, span);
+        }
         job.deliver(&self.disk, &self.ram);
         self.bounce_bytes -= job.bounce.as_ref().map_or(0, |bounce| bounce.len());
         self.completed.push(Completion {
@@ -363,14 +375,24 @@ impl<R: Ring> DiskEngine<R> {
     /// Begins the waiting jobs that no earlier job blocks.
     fn admit(&mut self) {
         self.awaits_settling = false;
+        // Of the writes that go on waiting in this pass, in order of arrival.
+        let mut waiting_spans = Vec::new();
         for key in std::mem::take(&mut self.waiting) {
-            if !self.may_begin(key) {
-                self.waiting.push_back(key);
-                continue;
-            }
+            let may_begin = self.may_begin(key, &waiting_spans);
+            let block_bytes = self.disk.block_bytes;
             let Some(job) = self.jobs.get_mut(key) else {
                 continue;
             };
+            if !may_begin {
+                if job.is_write() {
+                    waiting_spans.push(job.span(block_bytes));
+                }
+                self.waiting.push_back(key);
+                continue;
+            }
+            if job.is_write() {
+                self.unfinished_writes.begins(job.span(block_bytes));
+            }
             let commands = job.begin(&self.disk, &self.ram);
             self.bounce_bytes += job.bounce.as_ref().map_or(0, |bounce| bounce.len());
             self.stats.read_modify_writes += u64::from(job.stage == Stage::ReadModifyWrite);
@@ -378,24 +400,21 @@ impl<R: Ring> DiskEngine<R> {
         }
     }
 
-    fn may_begin(&mut self, key: usize) -> bool {
+    /// `waiting_spans` are those of the earlier writes that have not begun.
+    fn may_begin(&mut self, key: usize, waiting_spans: &[(u64, u64)]) -> bool {
         let Some(job) = self.jobs.get(key) else {
-            return true;
+            return false;
         };
         let block_bytes = self.disk.block_bytes;
-        let mut earlier_writes = self
-            .jobs
-            .iter()
-            .filter(|other| other.is_write() && other.sequence < job.sequence);
         let free = match job.request.operation {
-            Operation::Flush => earlier_writes.next().is_none(),
+            Operation::Flush => !self.unfinished_writes.any_before(job.sequence),
             Operation::Read { .. } => true,
             Operation::Write { .. } => {
                 let (start, end) = job.span(block_bytes);
-                earlier_writes.all(|other| {
-                    let (other_start, other_end) = other.span(block_bytes);
-                    end <= other_start || other_end <= start
-                })
+                let mut waiting = waiting_spans.iter();
+                !self.unfinished_writes.overlap((start, end))
+                    && waiting
+                        .all(|(other_start, other_end)| end <= *other_start || *other_end <= start)
             }
         };
         if !free {

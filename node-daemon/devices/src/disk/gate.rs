@@ -7,9 +7,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use bascule_types::{Owner, WriterState};
 use bascule_volume_gate::{Clock, GateClosedReason, GateReader, LinuxClock, WriterPage};
 
-/// Decides whether a write may be submitted at this moment.
+/// Decides whether writes may be submitted at this moment.
 pub trait WriteGate: Send + Sync + fmt::Debug {
-    /// Called right before each submission, and every few milliseconds while writes wait.
+    /// Called right before each submission of a batch that has writes, and every few milliseconds while writes wait.
     fn is_open(&self) -> bool;
 
     /// A thread is about to check the gate for a write. Once per thread until

@@ -5,7 +5,6 @@
 
 use std::fmt;
 use std::io;
-use std::os::fd::OwnedFd;
 use std::time::Instant;
 
 #[cfg(feature = "fault-injection")]
@@ -16,27 +15,33 @@ mod uring;
 pub use simulated::{DeviceCommand, SimulatedDevice, SimulatedRing, Transferred};
 pub use uring::UringRing;
 
-/// Performs commands. Used by one thread.
+/// Performs commands on its file, in batches. Used by one thread.
 ///
 /// # Ordering
 /// Commands in flight at the same time take effect in any order.
 pub trait Ring: fmt::Debug {
-    /// Whether one more command can be submitted.
+    /// Whether one more command can be pushed.
     fn has_room(&self) -> bool;
 
     /// Commands that were submitted and not reaped.
     fn in_flight(&self) -> usize;
 
-    /// Submits a command on `file`. Its completion carries `tag`.
+    /// Adds a command to the next batch. Its completion carries `tag`.
     ///
     /// # Errors
-    /// When the ring itself fails. Whether the command takes effect is then unknown.
+    /// When the ring itself has failed, or has no room.
     ///
     /// # Safety
     /// The runs are memory that stays mapped until the completion is reaped, and no reference into them exists
     /// meanwhile. For a read it is writable memory.
     #[expect(unsafe_code, reason = "commands take raw addresses")]
-    unsafe fn submit(&mut self, file: &OwnedFd, command: Command<'_>, tag: u64) -> io::Result<()>;
+    unsafe fn push(&mut self, command: Command<'_>, tag: u64) -> io::Result<()>;
+
+    /// Submits the batch.
+    ///
+    /// # Errors
+    /// When the ring itself fails. Which commands of the batch take effect is then unknown.
+    fn submit(&mut self) -> io::Result<()>;
 
     /// The next completion that has been posted: its tag, and the bytes transferred.
     fn reap(&mut self) -> Option<(u64, io::Result<usize>)>;
@@ -54,8 +59,9 @@ pub trait Ring: fmt::Debug {
     fn now(&self) -> Instant;
 }
 
-/// A range of memory of this process, by its exposed address.
+/// A range of memory of this process, by its exposed address. Laid out as a `struct iovec`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
 pub struct HostRun {
     pub(super) address: usize,
     /// In bytes.

@@ -37,10 +37,6 @@ impl<T> Slab<T> {
         Some(item)
     }
 
-    pub(super) fn iter(&self) -> impl Iterator<Item = &T> {
-        self.items.iter().flatten()
-    }
-
     pub(super) fn is_empty(&self) -> bool {
         self.free.len() == self.items.len()
     }

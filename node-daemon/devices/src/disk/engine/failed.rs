@@ -71,10 +71,10 @@ impl<R: Ring> DiskEngine<R> {
         }
     }
 
-    /// Begins to read the block that tells whether the device is there, if that is to be known. Returns the number of
-    /// commands submitted.
+    /// Pushes the read of the block that tells whether the device is there, if that is to be known. Returns the number of
+    /// commands pushed.
     #[expect(unsafe_code, reason = "io_uring takes raw addresses")]
-    pub(super) fn submit_probe(&mut self) -> io::Result<usize> {
+    pub(super) fn push_probe(&mut self) -> io::Result<usize> {
         let is_wanted = !self.suspects.waiting.is_empty() && self.suspects.probe.is_none();
         if !is_wanted || !self.ring.has_room() {
             return Ok(0);
@@ -92,8 +92,8 @@ impl<R: Ring> DiskEngine<R> {
         let tag = u64::try_from(PROBE).map_err(io::Error::other)?;
         // SAFETY: the buffer is neither moved, read nor dropped before the completion has been reaped: dropping the
         // engine waits for it, or leaks the buffer.
-        let submitted = unsafe { self.ring.submit(&self.disk.file, command, tag) };
-        submitted.map(|()| 1)
+        let pushed = unsafe { self.ring.push(command, tag) };
+        pushed.map(|()| 1)
     }
 
     /// The device is there if the probe brought no `error`: then the errors are of the requests.

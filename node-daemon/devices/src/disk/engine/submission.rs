@@ -9,31 +9,48 @@ use super::super::ring::{Command, Ring};
 use super::DiskEngine;
 
 impl<R: Ring> DiskEngine<R> {
-    /// Submits the sub-requests that may be submitted now. Returns how many.
+    /// Submits, as one batch, the sub-requests that may be submitted now. Returns how many.
+    ///
+    /// The gate is checked once per batch and last: between the check and the system call that submits the batch
+    /// lie only the stores that fill in its commands.
     pub(super) fn submit(&mut self) -> io::Result<usize> {
-        let mut count = self.submit_probe()?;
+        let mut count = self.push_probe()?;
         self.stats.stalled = false;
         if self.held_back.blocks(self.ring.now()) {
             self.stats.stalled = !self.ready.is_empty();
-            return Ok(count);
+            return self.submit_batch(count, false);
         }
+        let mut gate_is_open = None;
+        let mut changes_the_device = false;
         for key in std::mem::take(&mut self.ready) {
-            let is_write = self.sub_requests.get(key).is_some_and(|sub_request| {
-                matches!(sub_request.kind, SubRequestKind::Write { .. })
-            });
+            let Some(kind) = self.sub_requests.get(key).map(|own| own.kind) else {
+                continue;
+            };
+            let is_write = matches!(kind, SubRequestKind::Write { .. });
             if !self.ring.has_room() || (is_write && self.stats.stalled) {
                 self.ready.push_back(key);
-            } else if is_write && !self.gate_is_open() {
-                // The gate is checked last: only the system call lies between the check and the
-                // submission of the write.
+            } else if is_write && !*gate_is_open.get_or_insert_with(|| self.gate_is_open()) {
                 self.stats.stalled = true;
                 self.ready.push_back(key);
             } else {
-                self.submit_sub_request(key)?;
+                changes_the_device |= kind != SubRequestKind::Read;
+                self.push(key)?;
                 count += 1;
             }
         }
-        Ok(count)
+        self.submit_batch(count, changes_the_device)
+    }
+
+    fn submit_batch(&mut self, count: usize, changes_the_device: bool) -> io::Result<usize> {
+        if count == 0 {
+            return Ok(0);
+        }
+        let submitted = self.ring.submit();
+        if submitted.is_err() && changes_the_device {
+            // Which commands the kernel has is unknown: the writes count as in flight for good.
+            self.becomes_unclean();
+        }
+        submitted.map(|()| count)
     }
 
     /// Tells the gate that a write may be under way, before it samples the clock.
@@ -57,7 +74,7 @@ impl<R: Ring> DiskEngine<R> {
     }
 
     #[expect(unsafe_code, reason = "io_uring takes raw addresses")]
-    fn submit_sub_request(&mut self, key: usize) -> io::Result<()> {
+    fn push(&mut self, key: usize) -> io::Result<()> {
         let Some(sub_request) = self.sub_requests.get(key) else {
             return Ok(());
         };
@@ -78,15 +95,10 @@ impl<R: Ring> DiskEngine<R> {
         // which no references are held, or in the job's bounce buffer, which is neither moved,
         // read nor dropped before its last command has completed. Dropping the engine waits for
         // all completions first.
-        let submitted = unsafe { self.ring.submit(&self.disk.file, command, tag) };
-        let kind = sub_request.kind;
-        if matches!(kind, SubRequestKind::Write { .. }) {
+        unsafe { self.ring.push(command, tag) }?;
+        if matches!(sub_request.kind, SubRequestKind::Write { .. }) {
             self.writes_in_flight += 1;
         }
-        if submitted.is_err() && kind != SubRequestKind::Read {
-            // Whether the kernel has the command is unknown: a write counts as in flight for good.
-            self.becomes_unclean();
-        }
-        submitted
+        Ok(())
     }
 }

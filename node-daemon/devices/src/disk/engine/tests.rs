@@ -272,17 +272,39 @@ fn a_closed_gate_holds_writes_and_flushes_back_and_lets_reads_through() {
 }
 
 #[test]
-fn every_submitted_write_checks_the_gate() {
+fn every_batch_with_a_write_checks_the_gate_once() {
     let gate = Arc::new(TestGate::default());
     gate.open.store(true, Ordering::Relaxed);
     let mut bench = Bench::with(512, gate.clone(), true);
-    // Eight blocks are one extent: the ninth makes a second command.
+    // Eight blocks are one extent: the ninth makes a second command, and both are one batch.
     let tag = bench.write(0, 0x1000, &[1; 9 * 4096]);
     bench.wait(tag).unwrap();
-    assert_eq!(gate.checks.load(Ordering::Relaxed), 2);
+    assert_eq!(gate.checks.load(Ordering::Relaxed), 1);
+    let tag = bench.write(0, 0x1000, &[2; 512]);
+    bench.wait(tag).unwrap();
+    assert_eq!(gate.checks.load(Ordering::Relaxed), 2, "another batch");
     let tag = bench.read(0, 0x1000, 512);
     bench.wait(tag).unwrap();
     assert_eq!(gate.checks.load(Ordering::Relaxed), 2, "reads do not");
+}
+
+#[test]
+fn of_a_batch_that_meets_a_closed_gate_no_write_is_submitted() {
+    let gate = Arc::new(TestGate::default());
+    let mut bench = Bench::with(512, gate.clone(), true);
+    let before = bench.on_volume();
+    let tags: Vec<u64> = (0..4)
+        .map(|block| bench.write(block * 512, 0x1000, &[9; 512]))
+        .collect();
+    let read = bench.read(4096, 0x4000, 512);
+    bench.wait(read).unwrap();
+    assert_eq!(bench.on_volume(), before);
+    assert!(tags.iter().all(|tag| !bench.is_done(*tag)));
+    gate.open.store(true, Ordering::Relaxed);
+    for tag in tags {
+        bench.wait(tag).unwrap();
+    }
+    assert_eq!(bench.on_volume()[..2048], [9; 2048]);
 }
 
 #[test]

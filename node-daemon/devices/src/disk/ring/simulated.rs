@@ -4,7 +4,6 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
-use std::os::fd::OwnedFd;
 use std::time::Instant;
 
 use super::{Command, HostRun, Ring};
@@ -55,6 +54,8 @@ pub struct SimulatedRing<D> {
     pub device: D,
     /// The commands in flight, with the memory that those which read fill.
     in_flight: BTreeMap<u64, Vec<HostRun>>,
+    /// The next batch.
+    pushed: Vec<(u64, DeviceCommand)>,
     in_flight_max: usize,
 }
 
@@ -65,6 +66,7 @@ impl<D: SimulatedDevice> SimulatedRing<D> {
         Self {
             device,
             in_flight,
+            pushed: Vec::new(),
             in_flight_max,
         }
     }
@@ -79,11 +81,11 @@ impl<D: SimulatedDevice> Ring for SimulatedRing<D> {
         if self.device.is_killed() {
             return 0;
         }
-        self.in_flight.len()
+        self.in_flight.len() - self.pushed.len()
     }
 
-    /// A write's bytes are read here, at its submission.
-    unsafe fn submit(&mut self, _: &OwnedFd, command: Command<'_>, tag: u64) -> io::Result<()> {
+    /// A write's bytes are read here.
+    unsafe fn push(&mut self, command: Command<'_>, tag: u64) -> io::Result<()> {
         let (command, fills) = match command {
             Command::Read { runs, offset } => {
                 let length = runs.iter().map(|run| run.length).sum();
@@ -97,7 +99,14 @@ impl<D: SimulatedDevice> Ring for SimulatedRing<D> {
         };
         let before = self.in_flight.insert(tag, fills);
         assert!(before.is_none(), "two commands with tag {tag}");
-        self.device.submit(tag, command);
+        self.pushed.push((tag, command));
+        Ok(())
+    }
+
+    fn submit(&mut self) -> io::Result<()> {
+        for (tag, command) in std::mem::take(&mut self.pushed) {
+            self.device.submit(tag, command);
+        }
         Ok(())
     }
 
@@ -114,7 +123,7 @@ impl<D: SimulatedDevice> Ring for SimulatedRing<D> {
     fn acknowledge(&self) {}
 
     fn wait(&mut self) -> io::Result<()> {
-        if !self.in_flight.is_empty() {
+        if self.in_flight() > 0 {
             self.device.wait();
         }
         Ok(())
@@ -128,7 +137,7 @@ impl<D: SimulatedDevice> Ring for SimulatedRing<D> {
 fn bytes_of(run: HostRun) -> Vec<u8> {
     let start = std::ptr::with_exposed_provenance::<u8>(run.address);
     let mut bytes = vec![0; run.length];
-    // SAFETY: the caller of `submit` promises that the run is mapped memory into which no reference exists, and
+    // SAFETY: the caller of `push` promises that the run is mapped memory into which no reference exists, and
     // `bytes` is new memory of its length.
     unsafe { std::ptr::copy_nonoverlapping(start, bytes.as_mut_ptr(), run.length) };
     bytes
@@ -140,7 +149,7 @@ fn fill(runs: &[HostRun], bytes: &[u8]) -> usize {
     for run in runs {
         let (here, later) = rest.split_at(rest.len().min(run.length));
         let start = std::ptr::with_exposed_provenance_mut::<u8>(run.address);
-        // SAFETY: the caller of `submit` promised that the run of a read is writable memory, mapped until this
+        // SAFETY: the caller of `push` promised that the run of a read is writable memory, mapped until this
         // completion, into which no reference exists; `here` is not longer than the run.
         unsafe { std::ptr::copy_nonoverlapping(here.as_ptr(), start, here.len()) };
         rest = later;

@@ -97,7 +97,7 @@ fn a_disk_is_filled_over_http_from_a_qcow2_image_in_zstd() {
             let Talk::Probe(mut session) = vm.talk().unwrap() else {
                 panic!("another guest than the probe");
             };
-            let report = session.clean_report().unwrap();
+            let report = session.written_report(NEXT_LIMIT).unwrap();
             assert_eq!((report.disk_start, report.disk_start_bad), (200, 0));
             vm.delete().unwrap();
         },

@@ -122,6 +122,16 @@ impl NodeClients {
         }
     }
 
+    /// A node whose report stream is up and which reports a process of which `is_it` holds.
+    pub(crate) fn reporting(&self, is_it: impl Fn(&VmReport) -> bool) -> Option<String> {
+        let reports_it = |state: &NodeState| {
+            let report = state.report.as_ref().filter(|_| state.stream == Stream::Up);
+            report.is_some_and(|report| report.vms.iter().any(&is_it))
+        };
+        let mut states = self.states().into_iter();
+        states.find_map(|(node, state)| reports_it(&state).then_some(node))
+    }
+
     /// A snapshot of every node's state.
     pub(crate) fn states(&self) -> BTreeMap<String, NodeState> {
         let entries = self

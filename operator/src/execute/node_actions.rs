@@ -3,7 +3,7 @@
 use anyhow::{Result, anyhow, bail};
 use bascule_crds::names::reason;
 use bascule_node_api::command::{Command, ImportSource, Outcome, RejectReason, VmSpec};
-use bascule_operator_core::{Action, ImageSource, Stream, VmIntent};
+use bascule_operator_core::{Action, ImageSource, VmIntent};
 use bascule_types::{AttemptId, Change, Epoch, Owner, Refusal};
 
 use crate::execute::execution::{Execution, Refused, action_name};
@@ -198,16 +198,12 @@ impl Execution<'_> {
     /// reports it. An edit of the VirtualMachine does not change it.
     pub(super) async fn running_spec(&mut self) -> Result<Option<VmSpec>> {
         let vm = self.intent.uid;
-        let states = self.context.nodes.states();
-        let up = states
-            .iter()
-            .filter(|(_, state)| state.stream == Stream::Up);
-        let mut reports = up.filter_map(|(node, state)| Some((node, state.report.as_ref()?)));
-        let home = reports.find(|(_, report)| report.vms.iter().any(|r| has_guest(r, vm)));
-        let Some((node, _)) = home else {
+        let nodes = &self.context.nodes;
+        let home = nodes.reporting(|process| has_guest(process, vm));
+        let Some(node) = home else {
             return Ok(None);
         };
-        match self.send_command(node, &Command::ReadSpec { vm }).await? {
+        match self.send_command(&node, &Command::ReadSpec { vm }).await? {
             Outcome::Spec(spec) if spec.uid == vm => Ok(Some(*spec)),
             other => bail!("{node} did not tell the spec of the guest: {other:?}"),
         }

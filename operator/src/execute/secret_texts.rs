@@ -11,7 +11,6 @@ use bascule_crds::{CloudInit, SecretKeyRef};
 use bascule_ipc::vm::VmState;
 use bascule_node_api::cloud_init::inline_texts;
 use bascule_node_api::command::{Command, Outcome, VmSpec};
-use bascule_operator_core::Stream;
 use bascule_types::Epoch;
 use k8s_openapi::ByteString;
 use k8s_openapi::api::core::v1::Secret;
@@ -56,23 +55,16 @@ impl Execution<'_> {
     /// has it.
     async fn saved_spec(&self, epoch: Epoch) -> Result<Option<VmSpec>> {
         let vm = self.intent.uid;
-        let states = self.context.nodes.states();
-        let up = states
-            .iter()
-            .filter(|(_, state)| state.stream == Stream::Up);
-        let mut reports = up.filter_map(|(node, state)| Some((node, state.report.as_ref()?)));
-        let source = reports.find(|(_, report)| {
-            report.vms.iter().any(|process| {
-                let status = &process.status;
-                let departed = status.state == VmState::Departed;
-                status.uid == vm && status.epoch.next() == epoch && departed
-            })
+        let source = self.context.nodes.reporting(|process| {
+            let status = &process.status;
+            let departed = status.state == VmState::Departed;
+            status.uid == vm && status.epoch.next() == epoch && departed
         });
-        let Some((node, _)) = source else {
+        let Some(node) = source else {
             return Ok(None);
         };
         let command = Command::ReadSpec { vm };
-        match self.context.nodes.execute(node, &command).await? {
+        match self.context.nodes.execute(&node, &command).await? {
             Outcome::Spec(spec) if spec.uid == vm => Ok(Some(*spec)),
             // It has removed the process in the meantime.
             _ => Ok(None),

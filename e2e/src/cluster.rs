@@ -6,16 +6,17 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use bascule_ipc::Connection;
-use bascule_ipc::vm::{DiskConfig, DiskSource, Home, ImageSource, StartMode};
+use bascule_ipc::vm::{DiskConfig, DiskSource, Home, ImageSource, ProcessUser, StartMode};
 use bascule_ipc::volume::{Request, Response, Rows, VolumeStatus};
 use bascule_pki::Authority;
 use bascule_types::{
     Answer, AttemptId, Bytes, Change, ClusterId, DiskRole, DiskRow, Epoch, NodeUid, Owner, RowName,
-    VmUid,
+    UserRange, VmUid,
 };
 
 use crate::{Child, Network, TestVm, TestVmSpec, binary, probe, wait_for};
@@ -215,6 +216,7 @@ impl TestCluster {
         config.home = Some(home);
         config.start = start;
         config.tls_dir = Some(node.tls_dir.clone());
+        config.user = next_user();
         TestVm::start(&self.network, &node.run_dir, &spec)
     }
 
@@ -334,6 +336,8 @@ impl TestCluster {
             .arg("--tls-dir")
             .arg(tls);
         serve.args(["--listen", &listen.to_string()]);
+        let group = UserRange::VMS.shared_group().to_string();
+        serve.args(["--socket-group", &group]);
         serve.arg("--watchdog-sock").arg(run.join("watchdog.sock"));
         Child::spawn("bascule-volume", &mut serve, &folder.join("test.log"))
     }
@@ -436,6 +440,17 @@ impl TestNode {
         let (response, _) = connection.call(request).context("ask the volume")?;
         Ok(response)
     }
+}
+
+/// A user that no other VM process of this test has.
+fn next_user() -> Option<ProcessUser> {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    let users = UserRange::VMS;
+    let id = users
+        .users_from(COUNT.fetch_add(1, Ordering::Relaxed))
+        .next()?;
+    let groups = vec![users.shared_group()];
+    Some(ProcessUser { id, groups })
 }
 
 const VOLUME: &str = "shared";

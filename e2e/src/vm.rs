@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::net::SocketAddr;
+use std::os::unix::fs::{PermissionsExt as _, chown};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
@@ -12,7 +13,7 @@ use bascule_ipc::vm::{
     Boot, DiskConfig, DiskSource, Home, ImageSource, InterfaceConfig, MigrationPhase,
     MigrationStatus, Request, Response, StartMode, StopReason, VmConfig, VmState, VmStatus,
 };
-use bascule_ipc::{Connection, Kind};
+use bascule_ipc::{Connection, Kind, volume};
 use bascule_types::{Bytes, Ownership, VmUid};
 use rustix::process::{Pid, Resource, Rlimit, prlimit};
 
@@ -32,6 +33,7 @@ pub struct TestVmSpec {
     config: VmConfig,
     fault: Option<String>,
     rogue: Option<String>,
+    rogue_requests: Option<String>,
 }
 
 impl TestVmSpec {
@@ -63,9 +65,11 @@ impl TestVmSpec {
                 tls_dir: None,
                 shutdown_timeout_ms: None,
                 cloud_init: None,
+                user: None,
             },
             fault: None,
             rogue: None,
+            rogue_requests: None,
         })
     }
 
@@ -135,6 +139,16 @@ impl TestVmSpec {
         self
     }
 
+    /// A rogue that also makes these requests to the process of its home volume.
+    ///
+    /// # Errors
+    /// When they cannot be written down.
+    pub fn with_rogue_requests(mut self, requests: &[volume::Request]) -> Result<Self> {
+        let text = serde_json::to_string(requests).context("write the requests")?;
+        self.rogue_requests = Some(text);
+        Ok(self)
+    }
+
     /// The configuration, for fields without a builder method.
     pub fn config_mut(&mut self) -> &mut VmConfig {
         &mut self.config
@@ -161,6 +175,12 @@ impl TestVm {
     pub fn start(network: &Network, run_dir: &Path, spec: &TestVmSpec) -> Result<Self> {
         let directory = run_dir.join("vms").join(spec.config.uid.to_string());
         fs::create_dir_all(&directory).context("make the VM's run directory")?;
+        if let Some(user) = &spec.config.user {
+            // As `bascule-node` does.
+            chown(&directory, None, Some(user.id)).context("share the run directory")?;
+            fs::set_permissions(&directory, fs::Permissions::from_mode(0o1770))
+                .context("share the run directory")?;
+        }
         let config = directory.join("config.json");
         let text = serde_json::to_vec_pretty(&spec.config).context("write the configuration")?;
         fs::write(&config, text).context("write the configuration")?;
@@ -177,6 +197,9 @@ impl TestVm {
         }
         if let Some(others) = &spec.rogue {
             command.env("BASCULE_ROGUE", others);
+        }
+        if let Some(requests) = &spec.rogue_requests {
+            command.env("BASCULE_ROGUE_REQUESTS", requests);
         }
         let log = directory.join("test.log");
         let mut child = Child::spawn("bascule-vm", &mut command, &log)?;

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use bascule_node_api::{HTTP_PORT, NODE_PORT, VOLUME_PORTS};
-use bascule_types::{ParsePortRangeError, PortRange};
+use bascule_types::{ParsePortRangeError, PortRange, UserRange};
 
 use crate::images::SiteConfig;
 
@@ -59,11 +59,22 @@ pub(crate) struct NodeConfig {
     #[arg(long, value_name = "FIRST-LAST", value_parser = migration_ports,
           default_value_t = PortRange::MIGRATION, env = "BASCULE_MIGRATION_PORTS")]
     pub(crate) migration_ports: PortRange,
+    /// The ids of users and groups that VM processes get, one each. Nothing else on the node may have one of
+    /// them. Not used without root: VM processes then have the user of this command
+    #[arg(long, value_name = "FIRST-LAST", default_value_t = UserRange::VMS, env = "BASCULE_VM_USERS")]
+    vm_users: UserRange,
 }
 
 impl NodeConfig {
     pub(crate) fn bridges(&self) -> BTreeMap<String, String> {
         self.bridges.iter().cloned().collect()
+    }
+
+    /// The users of VM processes; none without root.
+    pub(crate) fn users_of_vms(&self) -> Option<UserRange> {
+        rustix::process::geteuid()
+            .is_root()
+            .then_some(self.vm_users)
     }
 
     pub(crate) fn host_files(&self) -> BTreeMap<String, PathBuf> {

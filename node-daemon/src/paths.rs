@@ -93,6 +93,10 @@ impl Paths {
         self.state.join("image-spool")
     }
 
+    pub(crate) fn users_lock(&self) -> PathBuf {
+        self.run.join("users.lock")
+    }
+
     pub(crate) fn imports(&self) -> PathBuf {
         self.run.join("imports")
     }

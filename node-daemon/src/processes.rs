@@ -12,6 +12,7 @@
 //! | `vms.rs`, `volumes.rs`, `imports.rs` | `bascule-vm`, `bascule-volume`, `bascule-import` |
 //! | `vm_reports.rs` | the processes' reports, or the files that they have left |
 //! | `tap.rs`, `reservation.rs` | a VM's tap devices; its reservation pod's hold process |
+//! | `users.rs` | a VM's user |
 //! | `console_logs.rs` | the VMs' last serial output |
 //! | `restart_backoff.rs` | when a volume process that has ended is started again |
 
@@ -26,6 +27,7 @@ pub(crate) mod restart_backoff;
 pub(crate) mod supervisor;
 pub(crate) mod tap;
 mod undo;
+mod users;
 pub(crate) mod vm_reports;
 mod vm_start;
 pub(crate) mod vms;

@@ -42,6 +42,20 @@ pub struct VmConfig {
     /// What cloud-init finds in the guest; none for a guest without the disk.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cloud_init: Option<CloudInit>,
+    /// The user that the process becomes before it looks at anything of its guest's; none for the one that it
+    /// is started as.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user: Option<ProcessUser>,
+}
+
+/// The user of a process, which no other process of the node has.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessUser {
+    /// User id, and id of the main group.
+    pub id: u32,
+    /// The groups of what all VM processes of the node may use: the sockets of the volumes, and the node's TLS
+    /// identity.
+    pub groups: Vec<u32>,
 }
 
 /// The contents of a guest's cloud-init disk (data source NoCloud), as its user wrote them. Instance

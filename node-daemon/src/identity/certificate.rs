@@ -1,8 +1,11 @@
 //! The node's certificate: stores it, and checks whether it is valid and when to renew it.
 
+use std::fs::{self, Permissions};
+use std::io;
+use std::os::unix::fs::{PermissionsExt as _, chown};
 use std::path::PathBuf;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use bascule_ipc::tls::{AUTHORITIES, BUNDLE, CERTIFICATE, KEY, TlsIdentity};
 use bascule_pki::{holder, validity};
 use time::OffsetDateTime;
@@ -28,6 +31,25 @@ pub(crate) fn store(paths: &Paths, tls: &TlsIdentity, identity: &Identity) -> Re
     );
     for (path, contents, mode) in writes(paths, tls, identity)? {
         files::replace(&path, &contents, mode)?;
+    }
+    Ok(())
+}
+
+/// Lets `group` read the node's TLS identity: VM processes, for their migrations. A renewed one keeps that
+/// ([`files::replace`]).
+pub(crate) fn share(paths: &Paths, group: u32) -> Result<()> {
+    let folder = paths.tls();
+    for (path, mode) in [
+        (folder.clone(), 0o750),
+        (folder.join(BUNDLE), SHARED_SECRET),
+        (folder.join(KEY), SHARED_SECRET),
+    ] {
+        let shared = chown(&path, None, Some(group))
+            .and_then(|()| fs::set_permissions(&path, Permissions::from_mode(mode)));
+        match shared {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            done => done.with_context(|| format!("share {}", path.display()))?,
+        }
     }
     Ok(())
 }
@@ -76,17 +98,40 @@ fn own_certificate(paths: &Paths) -> Option<String> {
 }
 
 const SECRET: u32 = 0o600;
+const SHARED_SECRET: u32 = 0o640;
 const PUBLIC: u32 = 0o644;
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
+    use std::os::unix::fs::MetadataExt as _;
     use std::path::Path;
 
     use bascule_pki::Authority;
     use bascule_types::{ClusterId, NodeUid};
 
     use super::*;
+
+    #[test]
+    fn a_shared_identity_can_be_read_by_its_group_and_so_can_its_successor() {
+        if !rustix::process::geteuid().is_root() {
+            assert!(std::env::var_os("CI").is_none(), "CI needs root");
+            println!("skipped: needs root");
+            return;
+        }
+        let case = Case::new();
+        let bundle = case.paths().tls().join(BUNDLE);
+        let replace = || files::replace(&bundle, b"key", SECRET).unwrap();
+        let access = || {
+            let found = fs::metadata(&bundle).unwrap();
+            (found.gid(), found.mode() & 0o777)
+        };
+        replace();
+        assert_eq!(access().1, 0o600);
+        share(&case.paths(), 3000).unwrap();
+        assert_eq!(access(), (3000, 0o640));
+        replace();
+        assert_eq!(access(), (3000, 0o640));
+    }
 
     struct Case {
         folder: tempfile::TempDir,

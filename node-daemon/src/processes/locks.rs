@@ -34,6 +34,13 @@ pub(crate) struct ImportsLock {
     _lock: File,
 }
 
+/// The exclusive lock on giving users to VMs; released on drop.
+#[derive(Debug)]
+#[must_use = "the lock is released when this is dropped"]
+pub(crate) struct UsersLock {
+    _lock: File,
+}
+
 impl Supervisor {
     /// Runs `work` while no other command starts, stops or calls this VM's process.
     pub(crate) fn with_vm_lock<T, E: From<anyhow::Error>>(
@@ -65,6 +72,12 @@ impl Supervisor {
     pub(crate) fn lock_volumes(&self) -> Result<VolumesLock> {
         lock(&self.paths.volumes_lock(), FlockOperation::LockExclusive)
             .map(|_lock| VolumesLock { _lock })
+    }
+
+    /// Prevents other commands from giving a user to a VM.
+    pub(super) fn lock_users(&self) -> Result<UsersLock> {
+        lock(&self.paths.users_lock(), FlockOperation::LockExclusive)
+            .map(|_lock| UsersLock { _lock })
     }
 
     /// Prevents an import from being taken for dead between its report's first line and its process id.

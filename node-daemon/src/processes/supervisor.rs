@@ -10,12 +10,12 @@ use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result};
 use bascule_node_api::command::RejectReason;
-use bascule_types::PortRange;
+use bascule_types::{PortRange, UserRange};
 
 use super::launcher::Launcher;
 use super::restart_backoff::RestartBackoff;
 use crate::config::ImageSite;
-use crate::identity::Identity;
+use crate::identity::{Identity, certificate};
 use crate::paths::Paths;
 
 /// The node's supervisor.
@@ -31,6 +31,8 @@ pub(crate) struct Supervisor {
     pub(crate) image_site: ImageSite,
     pub(crate) watchdog: Option<PathBuf>,
     pub(crate) allow_softdog: bool,
+    /// The users of VM processes; none without root, where they have the user of this process.
+    pub(crate) users: Option<UserRange>,
     /// Where VM processes of this node wait for live migrations.
     pub(crate) migration_ports: PortRange,
     /// Volume processes that were started again.
@@ -85,6 +87,10 @@ impl Supervisor {
         for folder in folders {
             fs::create_dir_all(&folder).with_context(|| format!("create {}", folder.display()))?;
         }
+        let users = config.users_of_vms();
+        if let Some(range) = users {
+            certificate::share(&paths, range.shared_group())?;
+        }
         Ok(Self {
             paths,
             identity: parts.identity,
@@ -95,6 +101,7 @@ impl Supervisor {
             image_site: config.image_site(),
             watchdog: config.watchdog.clone(),
             allow_softdog: config.allow_softdog,
+            users,
             migration_ports: config.migration_ports,
             restart_backoff: Mutex::default(),
             watchdog_backoff: Mutex::default(),
@@ -117,6 +124,7 @@ impl Supervisor {
             image_site: self.image_site.clone(),
             watchdog: self.watchdog.clone(),
             allow_softdog: self.allow_softdog,
+            users: self.users,
             migration_ports: self.migration_ports,
             restart_backoff: Mutex::default(),
             watchdog_backoff: Mutex::default(),

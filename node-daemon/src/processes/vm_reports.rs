@@ -148,6 +148,7 @@ mod tests {
             tls_dir: None,
             shutdown_timeout_ms: None,
             cloud_init: None,
+            user: None,
         };
         let put = |name: &str, json: Vec<u8>| fs::write(folder.path().join(name), json).unwrap();
         put("config.json", serde_json::to_vec(&config).unwrap());

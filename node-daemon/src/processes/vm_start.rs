@@ -3,7 +3,7 @@
 //!
 //! | step | undo |
 //! |---|---|
-//! | the run directory | removed |
+//! | the run directory, and with it the user | removed |
 //! | one tap for each interface, attached to its bridge | removed |
 //! | `config.json`, `spec.json` | removed with the run directory |
 //! | the process, which makes its cgroup, socket, logs and state itself | none |
@@ -24,8 +24,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use bascule_ipc::vm::{
-    Boot, DiskConfig, DiskSource, Home, ImageSource, InterfaceConfig, StartMode, VmConfig, VmState,
-    VmStatus,
+    Boot, DiskConfig, DiskSource, Home, ImageSource, InterfaceConfig, ProcessUser, StartMode,
+    VmConfig, VmState, VmStatus,
 };
 use bascule_node_api::command::{RejectReason, VmSpec};
 use bascule_types::{Ownership, VmUid};
@@ -188,7 +188,7 @@ impl OnNode<'_> {
         self.node.paths.vm(self.spec.uid)
     }
 
-    fn config(&self, interfaces: Vec<InterfaceConfig>) -> VmConfig {
+    fn config(&self, interfaces: Vec<InterfaceConfig>, user: Option<ProcessUser>) -> VmConfig {
         let spec = self.spec;
         let disks = spec.disks.iter().map(|disk| DiskConfig {
             name: disk.name.clone(),
@@ -225,14 +225,14 @@ impl OnNode<'_> {
             tls_dir: Some(self.node.paths.tls()),
             shutdown_timeout_ms: spec.shutdown_timeout_ms,
             cloud_init: spec.cloud_init.clone(),
+            user,
         }
     }
 }
 
 impl StartEffects for OnNode<'_> {
     fn make_folder(&self) -> Result<()> {
-        let folder = self.folder();
-        fs::create_dir_all(&folder).with_context(|| format!("create {}", folder.display()))
+        self.node.make_vm_folder(self.spec.uid)
     }
 
     fn remove_folder(&self) -> Result<()> {
@@ -250,7 +250,8 @@ impl StartEffects for OnNode<'_> {
 
     fn write_documents(&self, interfaces: Vec<InterfaceConfig>) -> Result<()> {
         let folder = self.folder();
-        let config = self.config(interfaces);
+        let user = self.node.user_of(self.spec.uid, &self.spec.volume)?;
+        let config = self.config(interfaces, user);
         let json = serde_json::to_vec_pretty(&config).context("write config.json")?;
         files::replace(&folder.join("config.json"), &json, 0o600)?;
         let json = serde_json::to_vec_pretty(self.spec).context("write spec.json")?;

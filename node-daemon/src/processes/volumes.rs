@@ -1,9 +1,10 @@
 //! Commands about volume processes.
 
 use std::ffi::OsString;
-use std::fs;
+use std::fs::{self, Permissions};
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpListener};
+use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -251,6 +252,14 @@ impl Supervisor {
             "--watchdog-socket".into(),
             self.paths.watchdog_socket().into(),
         ]);
+        if let Some(users) = self.users {
+            let group = users.shared_group().to_string();
+            args.extend(["--socket-group".into(), group.into()]);
+            // Whatever this process's umask made of it: the socket is in it.
+            fs::set_permissions(&folder, Permissions::from_mode(0o755))
+                .with_context(|| format!("share {}", folder.display()))?;
+        }
+        args.extend(["--vms-dir".into(), self.paths.vms().into()]);
         let log = folder.join("volume.log");
         let cgroup = cgroup_name(name);
         let place = (cgroup.as_str(), Share::of_critical());

@@ -18,6 +18,7 @@ mod refusals;
 mod requests;
 mod rows;
 mod units;
+mod user_range;
 mod writer_state;
 
 pub use aligned_buffer::AlignedBuffer;
@@ -36,4 +37,5 @@ pub use rows::{
     SavedStateSum, VmRow,
 };
 pub use units::{BootTime, Bytes, Lba, Sectors, UnitError};
+pub use user_range::{ParseUserRangeError, UserRange};
 pub use writer_state::WriterState;

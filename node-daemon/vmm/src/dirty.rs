@@ -301,7 +301,7 @@ mod tests {
 
     fn tracked(size: Bytes) -> (Arc<GuestMemory>, KvmDirtyTracker) {
         let memory = memory::create(size).unwrap();
-        let bare = BareVm::create(&memory, 1).unwrap();
+        let bare = BareVm::create(crate::kvm::open().unwrap(), &memory, 1).unwrap();
         let tracker = KvmDirtyTracker::new(bare.vm, Arc::clone(&memory));
         (memory, tracker)
     }

@@ -54,6 +54,14 @@ impl KvmError {
 /// The most vCPUs: local APIC ids below 255, so that MADT needs no x2APIC entries.
 pub const CPUS_MAX: u32 = 254;
 
+/// Opens `/dev/kvm`.
+///
+/// # Errors
+/// [`KvmError::Open`].
+pub fn open() -> Result<Kvm, KvmError> {
+    Kvm::new().map_err(KvmError::Open)
+}
+
 /// A virtual machine without vCPUs: RAM and in-kernel interrupt controllers.
 #[derive(Debug)]
 pub(crate) struct BareVm {
@@ -63,9 +71,8 @@ pub(crate) struct BareVm {
 }
 
 impl BareVm {
-    /// A virtual machine with `memory` as its RAM, for `cpus` vCPUs.
-    pub(crate) fn create(memory: &GuestMemory, cpus: u32) -> Result<Self, KvmError> {
-        let kvm = Kvm::new().map_err(KvmError::Open)?;
+    /// A virtual machine of `kvm` with `memory` as its RAM, for `cpus` vCPUs.
+    pub(crate) fn create(kvm: Kvm, memory: &GuestMemory, cpus: u32) -> Result<Self, KvmError> {
         check_host(&kvm, cpus)?;
         let vm = kvm
             .create_vm()

@@ -28,6 +28,7 @@ use bascule_devices::interrupt::MsiRouter;
 use bascule_devices::pci::{AddError, PciFunction, PciRoot};
 use bascule_devices::virtio::DeviceContext;
 use bascule_types::{Bytes, VmUid};
+use kvm_ioctls::Kvm;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -101,19 +102,20 @@ pub enum BuildError {
 }
 
 impl VmBuilder {
-    /// A machine with `cpus` vCPUs and `memory` of RAM. `on_end` is called on a vCPU's or a device's
+    /// A machine of `kvm` with `cpus` vCPUs and `memory` of RAM. `on_end` is called on a vCPU's or a device's
     /// thread when the guest ends by itself. It may be called more than once, and must not block.
     ///
     /// # Errors
     /// When the numbers are not possible or KVM refuses; the text names the field.
     pub fn new(
+        kvm: Kvm,
         cpus: u32,
         memory: Bytes,
         console: Console,
         on_end: impl Fn(GuestEnd) + Send + Sync + 'static,
     ) -> Result<Self, BuildError> {
         let memory = memory::create(memory)?;
-        let bare = BareVm::create(&memory, cpus)?;
+        let bare = BareVm::create(kvm, &memory, cpus)?;
         let router = InterruptRouter::new(Arc::clone(&bare.vm))
             .map_err(interrupt_error("set up interrupt routes"))?;
         let window = GuestAddress(layout::PCI_MMIO_START)..GuestAddress(layout::PCI_MMIO_END);

@@ -14,6 +14,7 @@ mod boot_images;
 mod control_socket;
 mod devices;
 mod home_volume;
+mod host_devices;
 mod namespaces;
 mod no_cloud;
 mod privileges;
@@ -34,6 +35,7 @@ use bascule_ipc::vm::VmConfig;
 use landlock::RulesetStatus;
 
 use self::actor::vm_actor::VmActor;
+use self::host_devices::HostDevices;
 use self::run_dir::RunDir;
 
 /// Runs the machine of the configuration file `config` until a client of `vm.sock` requests the exit, or the
@@ -63,9 +65,15 @@ fn serve(path: &Path) -> anyhow::Result<()> {
     let span = tracing::info_span!("vm", name = config.name, uid = %config.uid);
     let _entered = span.enter();
     tracing::info!(release = env!("CARGO_PKG_VERSION"), "starting");
+    let host = HostDevices::open(&config);
     let shown = privileges::shown(run_dir.path(), &config);
     if !namespaces::leave_host(run_dir.path(), &shown).context("leave the host's namespaces")? {
-        tracing::warn!("without root, this process stays in the host's namespaces");
+        tracing::warn!(
+            "without root, this process stays in the host's namespaces and keeps its user"
+        );
+    }
+    if let Some(user) = &config.user {
+        privileges::become_user(user, &run_dir).context("become a user of its own")?;
     }
     privileges::drop_capabilities().context("give up capabilities")?;
     let confined = privileges::confine(run_dir.path(), &config).context("give up files")?;
@@ -76,7 +84,7 @@ fn serve(path: &Path) -> anyhow::Result<()> {
     let (mut actor, inbox) = VmActor::new(config, run_dir.clone())?;
     control_socket::listen(&run_dir, &actor.handle()).context("listen on vm.sock")?;
     signals::watch(signals, actor.handle()).context("wait for signals")?;
-    actor.start();
+    actor.start(host);
     actor.serve(&inbox);
     tracing::info!("exiting");
     Ok(())

@@ -47,7 +47,8 @@ impl TestVm {
         let console = Console::new();
         let (ended_tx, ended) = channel();
         let on_end = move |end| drop(ended_tx.send(end));
-        let builder = VmBuilder::new(cpus, Bytes::mib(16), console.clone(), on_end).unwrap();
+        let kvm = crate::kvm::open().unwrap();
+        let builder = VmBuilder::new(kvm, cpus, Bytes::mib(16), console.clone(), on_end).unwrap();
         (builder, Self { console, ended })
     }
 

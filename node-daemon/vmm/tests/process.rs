@@ -10,16 +10,17 @@
 mod guests;
 
 use std::io::{Read, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use bascule_ipc::vm::{
-    Boot, DiskConfig, DiskSource, ImageSource, Request, ResetCause, Response, StartMode,
-    StopReason, VmConfig, VmState, VmStatus,
+    Boot, DiskConfig, DiskSource, ImageSource, ProcessUser, Request, ResetCause, Response,
+    StartMode, StopReason, VmConfig, VmState, VmStatus,
 };
 use bascule_ipc::{Connection, Kind};
-use bascule_types::{Bytes, VmUid};
+use bascule_types::{Bytes, UserRange, VmUid};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
@@ -65,6 +66,7 @@ fn config(dir: &TempDir, code: &[u8]) -> VmConfig {
         tls_dir: None,
         shutdown_timeout_ms: None,
         cloud_init: None,
+        user: None,
     }
 }
 
@@ -227,11 +229,26 @@ fn a_guest_runs_is_paused_resumed_and_stopped_over_the_control_socket() {
 
 /// `bascule-node` starts it as root.
 #[test]
-fn no_thread_of_a_running_guests_process_has_a_capability() {
+fn no_thread_of_a_running_guests_process_has_a_capability_or_another_user() {
     if !kvm_or_skip() {
         return;
     }
-    let mut vm = TestProcess::running(guests::COUNTER);
+    let dir = TempDir::new().unwrap();
+    let mut config = config(&dir, guests::COUNTER);
+    let root = rustix::process::geteuid().is_root();
+    assert!(root || std::env::var_os("CI").is_none(), "CI needs root");
+    if root {
+        // As `bascule-node` makes it for a process with a user of its own.
+        let (id, groups) = (
+            UserRange::VMS.shared_group() + 7,
+            vec![UserRange::VMS.shared_group()],
+        );
+        std::os::unix::fs::chown(dir.path(), None, Some(id)).unwrap();
+        std::fs::set_permissions(dir.path(), PermissionsExt::from_mode(0o1770)).unwrap();
+        config.user = Some(ProcessUser { id, groups });
+    }
+    let mut vm = TestProcess::start(dir, &config);
+    vm.await_console(50);
     let process = std::path::PathBuf::from(format!("/proc/{}", vm.child.id()));
     let threads = std::fs::read_dir(process.join("task")).unwrap();
     let mut seen = 0;
@@ -242,6 +259,15 @@ fn no_thread_of_a_running_guests_process_has_a_capability() {
             assert!(status.contains(&line), "{status}");
         }
         assert!(status.contains("\nNoNewPrivs:\t1\n"), "{status}");
+        if let Some(ProcessUser { id, groups }) = &config.user {
+            for line in [
+                format!("\nUid:\t{id}\t{id}\t{id}\t{id}\n"),
+                format!("\nGid:\t{id}\t{id}\t{id}\t{id}\n"),
+                format!("\nGroups:\t{} \n", groups[0]),
+            ] {
+                assert!(status.contains(&line), "{line:?} in {status}");
+            }
+        }
         seen += 1;
     }
     assert!(seen > 2, "it has threads for its vCPU and its devices");

@@ -28,6 +28,7 @@ pub mod host;
 pub mod job_queue;
 pub mod listeners;
 pub mod local_api;
+pub mod local_clients;
 pub mod offline_tools;
 pub mod output;
 pub mod peer_rpc;

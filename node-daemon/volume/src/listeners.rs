@@ -1,9 +1,10 @@
 //! The sockets of one `bascule-volume`: volume.sock for the processes of this node, and the TCP port
 //! for other nodes. One thread per connection.
 
-use std::fs;
+use std::fs::{self, Permissions};
 use std::io;
 use std::net::{TcpListener, TcpStream};
+use std::os::unix::fs::{PermissionsExt as _, chown};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -16,10 +17,12 @@ use bascule_ipc::volume::{Request, Response};
 use bascule_ipc::{AcceptErrors, Connection, IpcError};
 
 use crate::local_api;
+use crate::local_clients::LocalClients;
 use crate::peer_rpc::Tls;
 use crate::volume_context::VolumeContext;
 
-/// Listens at `sock`, in place of a socket that an earlier process left.
+/// Listens at `sock`, in place of a socket that an earlier process left. Members of `group` may connect, beside this
+/// process's user; without one, nobody else.
 ///
 /// # Errors
 /// Those of the file system and the socket.
@@ -27,27 +30,52 @@ use crate::volume_context::VolumeContext;
 /// # Assumes
 /// No other process serves at `sock`: the caller holds the lock on the gate page, or knows that no
 /// process does.
-pub fn listen(sock: &Path) -> Result<UnixListener> {
-    match fs::remove_file(sock) {
+pub fn listen(sock: &Path, group: Option<u32>) -> Result<UnixListener> {
+    // Under another name until it has its group: a client that may not connect yet would give up. No longer than
+    // the final name, because the length of a socket's path is limited.
+    let draft = sock.with_file_name("sock.new");
+    match fs::remove_file(&draft) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            return Err(error).with_context(|| format!("remove {}", sock.display()));
+            return Err(error).with_context(|| format!("remove {}", draft.display()));
         }
         _ => {}
     }
-    UnixListener::bind(sock).with_context(|| format!("listen on {}", sock.display()))
+    let listen = || -> io::Result<UnixListener> {
+        let listener = UnixListener::bind(&draft)?;
+        if group.is_some() {
+            chown(&draft, None, group)?;
+            fs::set_permissions(&draft, Permissions::from_mode(0o660))?;
+        }
+        fs::rename(&draft, sock)?;
+        Ok(listener)
+    };
+    listen().with_context(|| format!("listen on {}", sock.display()))
 }
 
 /// Serves the processes of this node until this process ends.
 ///
 /// # Errors
 /// When the thread cannot be started.
-pub fn accept_local(context: &Arc<VolumeContext>, listener: UnixListener) -> Result<()> {
+pub fn accept_local(
+    context: &Arc<VolumeContext>,
+    listener: UnixListener,
+    clients: Arc<LocalClients>,
+) -> Result<()> {
     let context = Arc::clone(context);
     let accept = move || {
         let open = Arc::new(AtomicUsize::new(0));
         for stream in accepted("volume.sock", || listener.accept()) {
+            let admitted = match clients.admit(&stream) {
+                Ok(admitted) => admitted,
+                Err(reason) => {
+                    tracing::debug!(%reason, "closed a connection to volume.sock");
+                    continue;
+                }
+            };
             let context = Arc::clone(&context);
-            spawn_bounded(&open, "local", move || local_api::serve(&context, stream));
+            spawn_bounded(&open, "local", move || {
+                local_api::serve(&context, &admitted, stream);
+            });
         }
     };
     Builder::new()
@@ -142,12 +170,12 @@ pub struct UnavailableServer {
 }
 
 impl UnavailableServer {
-    /// Listens at `sock`; every answer carries `reason`, for error messages.
+    /// Listens at `sock`, for `group` too; every answer carries `reason`, for error messages.
     ///
     /// # Errors
     /// Those of the socket, and when the thread cannot be started.
-    pub fn start(sock: &Path, reason: String) -> Result<Self> {
-        let listener = listen(sock)?;
+    pub fn start(sock: &Path, group: Option<u32>, reason: String) -> Result<Self> {
+        let listener = listen(sock, group)?;
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
         let text = reason.clone();

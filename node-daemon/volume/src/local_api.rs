@@ -12,25 +12,34 @@ use bascule_volume_gate::Pace;
 use bascule_volume_protocol::WriterId;
 
 use crate::block_device::Identity;
+use crate::local_clients::Admitted;
 use crate::peer_rpc::{PeerOperation, PeerResponse};
 use crate::volume_context::VolumeContext;
 use crate::{volume_status, writers};
 
-/// Serves one connection until the client closes it.
-pub fn serve(context: &VolumeContext, stream: UnixStream) {
-    if let Err(error) = converse(context, stream)
+/// Serves one connection until the client closes it, or requests what it may not.
+pub fn serve(context: &VolumeContext, admitted: &Admitted, stream: UnixStream) {
+    if let Err(error) = converse(context, admitted, stream)
         && error.kind() != Kind::Gone
     {
         tracing::warn!(%error, "a connection on volume.sock failed");
     }
 }
 
-fn converse(context: &VolumeContext, stream: UnixStream) -> Result<(), IpcError> {
+fn converse(
+    context: &VolumeContext,
+    admitted: &Admitted,
+    stream: UnixStream,
+) -> Result<(), IpcError> {
     let mut connection = Connection::open(stream, HANDSHAKE_TIMEOUT)?;
     // A client may keep an idle connection open; no timeout between its requests.
     connection.set_timeout(None)?;
     loop {
         let (request, _) = connection.recv::<Request>()?;
+        if let Some(reason) = admitted.client.why_refused(&request) {
+            admitted.log_refusal(&reason);
+            return connection.send(&Response::Unavailable { reason }, &[]);
+        }
         let peer = rustix::net::sockopt::socket_peercred(connection.stream());
         let peer = peer
             .ok()
@@ -40,7 +49,7 @@ fn converse(context: &VolumeContext, stream: UnixStream) -> Result<(), IpcError>
             fds.truncate(2);
         }
         let fds: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
-        connection.send(&response, &fds)?;
+        connection.send(&admitted.client.shown(response), &fds)?;
     }
 }
 

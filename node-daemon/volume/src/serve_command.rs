@@ -31,6 +31,7 @@ use rustix::mm::{MlockAllFlags, mlockall};
 use crate::block_device::{Access, Device, SharedDevice as _};
 use crate::host::LinuxHost;
 use crate::listeners::{self, UnavailableServer};
+use crate::local_clients::LocalClients;
 use crate::peer_rpc::Tls;
 use crate::process::{Assembled, Opened, Thread, assemble};
 use crate::volume_context::{ProcessConfig, State, VolumeContext};
@@ -71,6 +72,14 @@ pub struct ServeArgs {
     /// until the node reboots, if that is removed before. By default the run directory.
     #[arg(long)]
     pub ledger_dir: Option<PathBuf>,
+    /// The group whose members may connect to volume.sock: that of all VM processes. Only this process's user and
+    /// root if not given.
+    #[arg(long)]
+    pub socket_group: Option<u32>,
+    /// The directory of the run directories of this node's VMs, by whose groups their processes are known; by default
+    /// the directory vms two directories above the run directory.
+    #[arg(long)]
+    pub vms_dir: Option<PathBuf>,
     /// The socket of bascule-watchdog; by default two directories above the run directory.
     #[arg(long, visible_alias = "watchdog-socket")]
     pub watchdog_sock: Option<PathBuf>,
@@ -99,7 +108,7 @@ pub fn serve(args: &ServeArgs) -> Result<ExitCode> {
     let held = assembled.held();
     tracing::info!(volume = %context.superblock.volume, %address, ?held, "serving the volume");
     let workers = start_threads(assembled)?;
-    listeners::accept_local(&context, listener)?;
+    listeners::accept_local(&context, listener, local_clients(args))?;
     listeners::accept_peers(&context, peers, Tls::new(&args.tls_dir))?;
     shutdown_signal::wait(|| context.is_stopping());
     await_writers(&context);
@@ -129,7 +138,7 @@ fn open_with_retry(args: &ServeArgs, sock: &Path) -> Result<Option<(Opened, Unix
         match open(args) {
             Ok(opened) => {
                 drop(unavailable);
-                return Ok(Some((opened, listeners::listen(sock)?)));
+                return Ok(Some((opened, listeners::listen(sock, args.socket_group)?)));
             }
             Err(error) => {
                 let reason = format!("{error:#}");
@@ -144,7 +153,7 @@ fn open_with_retry(args: &ServeArgs, sock: &Path) -> Result<Option<(Opened, Unix
                     unavailable = if busy {
                         None
                     } else {
-                        Some(UnavailableServer::start(sock, reason)?)
+                        Some(UnavailableServer::start(sock, args.socket_group, reason)?)
                     };
                 }
             }
@@ -208,6 +217,11 @@ fn process_config(args: &ServeArgs, address: SocketAddr) -> Result<ProcessConfig
         run_dir: args.run_dir.clone(),
         address,
     })
+}
+
+fn local_clients(args: &ServeArgs) -> Arc<LocalClients> {
+    let above = || args.run_dir.join("../../vms");
+    LocalClients::new(args.vms_dir.clone().unwrap_or_else(above))
 }
 
 fn linux_host(args: &ServeArgs) -> LinuxHost {

@@ -268,7 +268,8 @@ fn impossible_vcpu_counts_are_refused_with_the_field_named() {
     }
     for cpus in [0, 255, u32::MAX] {
         let memory = bascule_types::Bytes::mib(16);
-        let error = crate::VmBuilder::new(cpus, memory, crate::Console::new(), drop).unwrap_err();
+        let (kvm, console) = (crate::kvm::open().unwrap(), crate::Console::new());
+        let error = crate::VmBuilder::new(kvm, cpus, memory, console, drop).unwrap_err();
         assert!(error.to_string().starts_with("cpus: "), "{error}");
     }
 }

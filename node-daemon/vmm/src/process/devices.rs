@@ -76,6 +76,7 @@ pub(super) fn add(
     builder: &mut VmBuilder,
     config: &VmConfig,
     home: Option<(&Opened, &Arc<VolumeGate>)>,
+    taps: Vec<io::Result<TapFd>>,
 ) -> anyhow::Result<Devices> {
     let mut devices = Devices::default();
     let rng = RngConfig {
@@ -99,7 +100,7 @@ pub(super) fn add(
         devices.disks.push((disk.name.clone(), device.metrics));
         devices.policies.push((disk.name.clone(), errors));
     }
-    for (index, interface) in config.interfaces.iter().enumerate() {
+    for ((index, interface), tap) in config.interfaces.iter().enumerate().zip(taps) {
         let settings = NetConfig {
             name: format!("net{index}"),
             mac: MacAddress(interface.mac),
@@ -107,8 +108,7 @@ pub(super) fn add(
             // A live migration has a guest to leave where it is; a saved one has nothing else.
             refuses_larger_mtu: matches!(config.start, StartMode::Incoming { .. }),
         };
-        let tap = TapFd::open(&interface.tap)
-            .with_context(|| format!("interfaces: open tap {:?}", interface.tap))?;
+        let tap = tap.with_context(|| format!("interfaces: open tap {:?}", interface.tap))?;
         let device = NetDevice::new(&settings, Arc::new(tap), builder.device_context())
             .context(settings.name)?;
         builder.add_device(Box::new(device.function))?;

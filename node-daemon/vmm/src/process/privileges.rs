@@ -1,27 +1,45 @@
-//! What the process gives up before it does anything for a guest: every capability, and every file but those that
-//! its configuration names.
+//! What the process gives up before it does anything for a guest: its user, every capability, and every file but
+//! those that its configuration names.
 //!
-//! It keeps its user, its network and the descriptors that it is given, that of the volume's device among them.
+//! It keeps its network and the descriptors that it is given, that of the volume's device among them.
 //! Its namespaces are in [`super::namespaces`], its system calls in [`super::seccomp`].
 
 use std::io;
+use std::os::unix::fs::chown;
 use std::path::{Path, PathBuf};
 
-use bascule_ipc::vm::{DiskSource, ImageSource, VmConfig};
+use bascule_ipc::vm::{DiskSource, ImageSource, ProcessUser, VmConfig};
 use landlock::{
     ABI, Access, AccessFs, BitFlags, Ruleset, RulesetAttr, RulesetCreatedAttr, RulesetError,
     RulesetStatus, Scope, make_bitflags, path_beneath_rules,
 };
 use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
+use rustix::process::{Gid, Uid};
 use rustix::thread::{
-    CapabilitySet, CapabilitySets, clear_ambient_capability_set, set_capabilities, set_no_new_privs,
+    CapabilitySet, CapabilitySets, clear_ambient_capability_set, set_capabilities,
+    set_no_new_privs, set_thread_groups, set_thread_res_gid, set_thread_res_uid,
 };
 
 use super::namespaces::Shown;
+use super::run_dir::RunDir;
+
+/// Becomes `user`, with no way back, and makes it the owner of the log, which was opened before. Called by root, while
+/// there is one thread: the system calls change the calling thread only.
+///
+/// # Errors
+/// When the kernel refuses a step; the process must end then.
+pub(super) fn become_user(user: &ProcessUser, run_dir: &RunDir) -> io::Result<()> {
+    chown(run_dir.log_path(), Some(user.id), Some(user.id))?;
+    let groups: Vec<Gid> = user.groups.iter().copied().map(Gid::from_raw).collect();
+    set_thread_groups(&groups)?;
+    let (uid, gid) = (Uid::from_raw(user.id), Gid::from_raw(user.id));
+    set_thread_res_gid(gid, gid, gid)?;
+    Ok(set_thread_res_uid(uid, uid, uid)?)
+}
 
 /// Gives up every capability, for the threads to come as well: called while there is one thread. Nothing
-/// that the process does later needs one: `/dev/kvm`, taps and files belong to its user, and the volume's
-/// device comes as a descriptor.
+/// that the process does later needs one: `/dev/kvm` and taps are open, its files belong to its user, and the
+/// volume's device comes as a descriptor.
 ///
 /// # Errors
 /// When the kernel refuses a step.
@@ -79,12 +97,10 @@ pub(super) fn shown(run_dir: &Path, config: &VmConfig) -> Vec<Shown> {
     files.chain(sockets).collect()
 }
 
-/// What is opened by its path after the configuration was read.
+/// What is opened by its path after the process has left its host.
 fn allowed(run_dir: &Path, config: &VmConfig) -> Vec<(PathBuf, BitFlags<AccessFs>)> {
     let mut allowed = vec![
         (run_dir.to_owned(), KEEP_FILES),
-        (PathBuf::from("/dev/kvm"), USE_DEVICE),
-        (PathBuf::from("/dev/net/tun"), USE_DEVICE),
         (PathBuf::from("/proc/sys/kernel/random/boot_id"), READ),
         // A static program takes its random numbers from files: it does not find getrandom(2).
         (PathBuf::from("/dev/random"), READ),

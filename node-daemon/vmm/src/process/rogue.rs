@@ -3,14 +3,19 @@
 //! is set.
 //!
 //! `BASCULE_ROGUE` is a list of `<name>=<path>` with commas between: files and sockets of others that are to be opened. With
-//! the value `die` a single forbidden call is made, and the process is to end by it.
+//! the value `die` a single forbidden call is made, and the process is to end by it. `BASCULE_ROGUE_REQUESTS` is a JSON list of
+//! [`Request`]s to the home volume's process.
 #![expect(unsafe_code, reason = "it makes system calls that no crate would make")]
 
 use std::ffi::{CString, c_int, c_long, c_void};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
+use bascule_ipc::Connection;
+use bascule_ipc::vm::VmConfig;
+use bascule_ipc::volume::{Request, Response};
 use vmm_sys_util::signal::register_signal_handler;
 
 use super::run_dir::RunDir;
@@ -20,7 +25,7 @@ type Attempt = (&'static str, c_long, [usize; 5]);
 
 /// Makes every attempt and logs what came of each: `rogue: <name>: refused: <why>`, or `rogue: <name>: DONE`.
 /// Returns at once without `BASCULE_ROGUE`.
-pub(super) fn run(run_dir: &RunDir) {
+pub(super) fn run(run_dir: &RunDir, config: &VmConfig) {
     let Ok(wanted) = std::env::var("BASCULE_ROGUE") else {
         return;
     };
@@ -34,11 +39,19 @@ pub(super) fn run(run_dir: &RunDir) {
     // The control: a rogue that can do nothing at all would prove nothing.
     let own = std::fs::write(run_dir.path().join("rogue"), "own");
     report("control: write to its run directory", own);
+    if config.home.is_some() {
+        let own = ask(config, &Request::PeekVm { vm: config.uid });
+        report("control: ask its volume for its own disks", own);
+    }
     for (name, path) in wanted.split(',').filter_map(|item| item.split_once('=')) {
         open(name, Path::new(path));
     }
     for (name, number, arguments) in attempts() {
         report(name, call(number, arguments));
+    }
+    let requests = std::env::var("BASCULE_ROGUE_REQUESTS").unwrap_or_default();
+    for request in serde_json::from_str::<Vec<Request>>(&requests).unwrap_or_default() {
+        report(&format!("request {request:?}"), ask(config, &request));
     }
     tracing::info!("rogue: end");
 }
@@ -184,6 +197,23 @@ fn attempts() -> Vec<Attempt> {
             [host, 4096, 0o1600, 0, 0],
         ),
     ]
+}
+
+/// What the home volume's process does; its rows are something only if there are rows of others.
+fn ask(config: &VmConfig, request: &Request) -> std::io::Result<()> {
+    let refused = |why: String| Err(std::io::Error::other(why));
+    let home = config.home.as_ref().ok_or(std::io::ErrorKind::NotFound)?;
+    let answer = Connection::connect(&home.socket, Duration::from_secs(30))
+        .and_then(|mut connection| connection.call::<_, Response>(request));
+    match answer.map_err(std::io::Error::other)?.0 {
+        Response::Refused(why) => refused(why.to_string()),
+        Response::Unavailable { reason } => refused(reason),
+        Response::Unknown => refused("no coordinator answers".to_owned()),
+        Response::Rows(rows) if rows.vms.iter().all(|row| row.vm == config.uid) => {
+            refused("only its own rows".to_owned())
+        }
+        _ => Ok(()),
+    }
 }
 
 fn report<T>(name: &str, outcome: std::io::Result<T>) {

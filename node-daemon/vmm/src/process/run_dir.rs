@@ -38,7 +38,11 @@ impl RunDir {
 
     /// This process's log.
     pub(super) fn log(&self) -> io::Result<File> {
-        append_to(&self.0.join("vm.log"))
+        append_to(&self.log_path())
+    }
+
+    pub(super) fn log_path(&self) -> PathBuf {
+        self.0.join("vm.log")
     }
 
     /// Sends this process's log to `vm.log`, at `info` unless `BASCULE_LOG` says otherwise.

@@ -6,7 +6,7 @@
 //! | filter | installed | allows |
 //! |---|---|---|
 //! | [`Stage::Starting`] | before the second thread is started | what building a machine and running its guest need |
-//! | [`Stage::Running`] | when the machine is built, before its guest runs or a source of a migration is admitted | the same without new machines, vCPUs, rings, taps and filters |
+//! | [`Stage::Running`] | when the machine is built, before its guest runs or a source of a migration is admitted | the same without new machines, vCPUs, rings and filters |
 //!
 //! A call that is not allowed is not executed, and ends the process: [`on_refused`] writes the call's number to `vm.log`
 //! and to `state.json`. One call is probed: clone3 fails with ENOSYS, as on a kernel without it, so that glibc takes clone,

@@ -27,5 +27,6 @@ pub(crate) fn config() -> VmConfig {
         tls_dir: None,
         shutdown_timeout_ms: None,
         cloud_init: None,
+        user: None,
     }
 }

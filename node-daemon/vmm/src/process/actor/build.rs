@@ -7,6 +7,7 @@ use anyhow::Context as _;
 use bascule_devices::disk::VolumeGate;
 use bascule_ipc::vm::{StartMode, VmConfig};
 use bascule_types::Ownership;
+use kvm_ioctls::Kvm;
 
 use super::event::ActorHandle;
 use super::notices::{Notices, lock};
@@ -14,6 +15,7 @@ use super::ownership_watch;
 use super::phase::BuiltMachine;
 use crate::migration::{self, SavedArea};
 use crate::process::home_volume::{self, NO_HOME, Opened, VolumeClient};
+use crate::process::host_devices::HostDevices;
 use crate::process::{boot_images, devices};
 use crate::{Console, PausedVm, VmBuilder};
 
@@ -28,12 +30,16 @@ pub(super) struct BuildPlan {
 
 impl BuildPlan {
     /// Builds the machine. `ownership` is set as soon as the volume is open for writing.
-    pub(super) fn build(&self, ownership: &mut Option<Ownership>) -> anyhow::Result<BuiltMachine> {
+    pub(super) fn build(
+        &self,
+        host: HostDevices,
+        ownership: &mut Option<Ownership>,
+    ) -> anyhow::Result<BuiltMachine> {
         let mut opened = self.open_home(ownership)?;
         let gate = self.open_gate(opened.as_mut())?;
         let home = opened.as_ref().zip(gate.as_ref());
-        let mut builder = self.builder()?;
-        let devices = devices::add(&mut builder, &self.config, home)?;
+        let mut builder = self.builder(host.kvm?)?;
+        let devices = devices::add(&mut builder, &self.config, home, host.taps)?;
         let images = boot_images::opener(&self.config.boot, opened.as_ref())?;
         let vm = match self.config.start {
             StartMode::Boot => builder.boot(images)?,
@@ -74,7 +80,7 @@ impl BuildPlan {
         Ok(Some(gate))
     }
 
-    fn builder(&self) -> anyhow::Result<VmBuilder> {
+    fn builder(&self, kvm: Kvm) -> anyhow::Result<VmBuilder> {
         let (notices, actor) = (Arc::clone(&self.notices), self.actor.clone());
         let on_end = move |end| {
             lock(&notices).guest_ended(end);
@@ -87,7 +93,7 @@ impl BuildPlan {
         };
         let cpus = u32::from(self.config.cpus);
         let console = self.console.clone();
-        let builder = VmBuilder::new(cpus, self.config.memory, console, on_end)?;
+        let builder = VmBuilder::new(kvm, cpus, self.config.memory, console, on_end)?;
         let builder = builder.with_uid(self.config.uid);
         Ok(builder.with_disk_failures(on_disk_failure))
     }

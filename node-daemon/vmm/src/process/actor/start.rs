@@ -10,12 +10,13 @@ use super::build::BuildPlan;
 use super::event::TaskOutcome;
 use super::phase::{BuiltMachine, Phase};
 use super::vm_actor::VmActor;
+use crate::process::host_devices::HostDevices;
 use crate::process::seccomp;
 
 impl VmActor {
     /// Begins to build the machine on a task thread. A failure does not end the process:
     /// `bascule-node` reads the reason from its status.
-    pub(crate) fn start(&mut self) {
+    pub(crate) fn start(&mut self, host: HostDevices) {
         let plan = BuildPlan {
             config: self.config.clone(),
             volume: self.volume.clone(),
@@ -25,7 +26,7 @@ impl VmActor {
         };
         self.spawn_task("build", move |actor| {
             let mut ownership = None;
-            let built = plan.build(&mut ownership);
+            let built = plan.build(host, &mut ownership);
             actor.task_ended(TaskOutcome::Built(ownership, built));
         });
     }
@@ -60,7 +61,7 @@ impl VmActor {
     fn begin(&mut self, built: BuiltMachine) -> anyhow::Result<()> {
         seccomp::restrict_further().context("give up system calls")?;
         #[cfg(feature = "fault-injection")]
-        crate::process::rogue::run(&self.run_dir);
+        crate::process::rogue::run(&self.run_dir, &self.config);
         self.gate = built.gate;
         self.devices = built.devices;
         match self.config.start {

@@ -181,7 +181,7 @@ const ALWAYS_WITH: &[(c_long, Only)] = &[
 /// With some arguments, while the machine is built.
 const STARTING: &[(c_long, Only)] = &[
     (libc::SYS_ioctl, kvm(OF_BUILDING)),
-    (libc::SYS_ioctl, Only::Masked(1, u32::MAX, TAP_REQUESTS)),
+    (libc::SYS_ioctl, Only::Masked(1, u32::MAX, DISK_REQUESTS)),
     (
         libc::SYS_io_uring_register,
         Only::Masked(1, u32::MAX, RING_REGISTRATIONS),
@@ -312,13 +312,7 @@ const OTHER_REQUESTS: &[u32] = &[
     0x4004_54D0,
 ];
 
-const TAP_REQUESTS: &[u32] = &[
-    // TUNSETIFF
-    0x4004_54CA,
-    // TUNGETIFF
-    0x8004_54D2,
-    // TUNSETVNETHDRSZ
-    0x4004_54D8,
+const DISK_REQUESTS: &[u32] = &[
     // BLKSSZGET, of a disk that is a file.
     0x1268,
 ];
@@ -362,7 +356,7 @@ mod tests {
         let requests = |rules: &BTreeMap<i64, Vec<SeccompRule>>| rules[&libc::SYS_ioctl].len();
         assert_eq!(
             requests(&starting) - requests(&running),
-            OF_BUILDING.len() + TAP_REQUESTS.len()
+            OF_BUILDING.len() + DISK_REQUESTS.len()
         );
     }
 

@@ -10,6 +10,7 @@ use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::blk::{BlkConfig, BlkDevice, Serial};
+use crate::console::{ConsoleConfig, ConsoleDevice, HostPort};
 use crate::device::Device;
 use crate::disk::{AlwaysOpen, Disk};
 use crate::failure::DeviceFailure;
@@ -273,6 +274,10 @@ fn the_states_are_loaded_when_they_are_not_corrupted() {
             block_device(&machine, 1 << 20, 2),
             include_str!("../golden/virtio-blk-v1.json"),
         ),
+        (
+            console_device(&machine).0,
+            include_str!("../golden/virtio-console-v1.json"),
+        ),
         (net, include_str!("../golden/virtio-net-v1.json")),
     ] {
         function.place_bar(0, GuestAddress(BAR_AT));
@@ -344,6 +349,59 @@ proptest! {
             assert_eq!(driver.used(0).1, 8);
         });
     }
+
+    #[test]
+    fn i7_no_queue_content_stops_a_console_device_for_good(actions in actions()) {
+        let machine = TestMachine::new();
+        let (device, host) = console_device(&machine);
+        host.send(&[7; 600]).unwrap();
+        survives(&machine, device, 6, &actions, |driver| {
+            // Output of the malicious driver must not block that of the correct one.
+            while host.recv(&mut [0; 4096]).is_ok() {}
+            let output = driver.buffer(72, 0);
+            driver.offer(5, &[Buffer::readable(output, 72)]);
+            driver.notify(5);
+            driver.used(5);
+        });
+    }
+
+    #[test]
+    fn i7_no_state_panics_a_console_device(corruptions in corruptions()) {
+        let machine = machine_with_requests();
+        let (device, _host) = console_device(&machine);
+        let golden = include_str!("../golden/virtio-console-v1.json");
+        survives_state(&machine, device, golden, corruptions);
+    }
+}
+
+/// A console device and the host at the other end of its port.
+fn console_device(machine: &TestMachine) -> (VirtioFunction, UnixDatagram) {
+    let (port, host) = UnixDatagram::pair().unwrap();
+    port.set_nonblocking(true).unwrap();
+    host.set_nonblocking(true).unwrap();
+    let config = ConsoleConfig {
+        name: "agent0".into(),
+        port: "org.qemu.guest_agent.0".into(),
+    };
+    let port = Arc::new(SocketPort(port));
+    let device = ConsoleDevice::new(&config, port, machine.context()).unwrap();
+    (device.function, host)
+}
+
+#[derive(Debug)]
+struct SocketPort(UnixDatagram);
+
+impl HostPort for SocketPort {
+    fn raw_fd(&self) -> std::os::fd::RawFd {
+        std::os::fd::AsRawFd::as_raw_fd(&self.0)
+    }
+    fn receive(&self, data: &mut [u8]) -> std::io::Result<usize> {
+        self.0.recv(data)
+    }
+    fn send(&self, data: &[u8]) -> std::io::Result<usize> {
+        self.0.send(data)
+    }
+    fn guest_opened(&self, _open: bool) {}
 }
 
 fn block_device(machine: &TestMachine, size: u64, queue_count: u16) -> VirtioFunction {

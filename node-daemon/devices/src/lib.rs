@@ -18,6 +18,7 @@
 //! Read next: [`pci`] for the bus, then [`device`] for the life cycle of a device.
 
 pub mod blk;
+pub mod console;
 pub mod device;
 pub mod disk;
 pub mod failure;

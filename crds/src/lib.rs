@@ -54,7 +54,8 @@ pub use shared_volume::{
 #[cfg(feature = "kinds")]
 pub use virtual_machine::{
     Availability, Boot, CloudInit, Cpu, DeletionPolicy, Disk, DiskState, DiskStatus, ExistingDisk,
-    FieldError, Firmware, HostFileSource, HttpSource, Interface, InterfaceStatus, MigrationLimits,
-    Ownership, Placement, ReservationStatus, RestartLimits, SecretKeyRef, Source, SourceKind,
-    TextSource, VirtualMachine, VirtualMachineSpec, VirtualMachineStatus, mac_address, parse_mac,
+    FieldError, Firmware, GuestOsStatus, GuestStatus, HostFileSource, HttpSource, Interface,
+    InterfaceStatus, MigrationLimits, Ownership, Placement, ReservationStatus, RestartLimits,
+    SecretKeyRef, Source, SourceKind, TextSource, VirtualMachine, VirtualMachineSpec,
+    VirtualMachineStatus, mac_address, parse_mac,
 };

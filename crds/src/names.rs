@@ -44,6 +44,8 @@ pub mod condition {
     pub const RESTART_REQUIRED: &str = "RestartRequired";
     /// Another virtual machine has the same MAC address on the same network. Only there while it has.
     pub const MAC_CONFLICT: &str = "MacConflict";
+    /// The agent in the guest answers. Only there if spec.guestAgent asks for one.
+    pub const GUEST_AGENT: &str = "GuestAgent";
     /// A migration or failover has come to an end.
     pub const COMPLETE: &str = "Complete";
     /// The fencing mode of the spec is in force.
@@ -58,7 +60,7 @@ pub mod reason {
     pub const STOPPED: &str = "Stopped";
     /// The guest is about to start.
     pub const STARTING: &str = "Starting";
-    /// The guest's power button was pressed; it has not shut down yet.
+    /// The guest was told to shut down; it has not done so yet.
     pub const STOPPING: &str = "Stopping";
     /// Disks, kernel or initrd are being copied to the volume.
     pub const IMPORTING: &str = "Importing";
@@ -120,6 +122,12 @@ pub mod reason {
     pub const DELETING: &str = "Deleting";
     /// The spec cannot be carried out, for the reason in the message.
     pub const INVALID_SPEC: &str = "InvalidSpec";
+    /// The agent in the guest answers.
+    pub const CONNECTED: &str = "Connected";
+    /// No agent in the guest has opened its port: none runs, or the guest is still booting.
+    pub const NOT_CONNECTED: &str = "NotConnected";
+    /// The agent in the guest has its port open, and does not answer.
+    pub const NOT_RESPONDING: &str = "NotResponding";
     /// The spec has changed since the guest was started.
     pub const SPEC_CHANGED: &str = "SpecChanged";
     /// The guest runs as its spec says.

@@ -15,5 +15,6 @@ pub use spec::{
     VirtualMachine, VirtualMachineSpec,
 };
 pub use status::{
-    DiskState, DiskStatus, InterfaceStatus, Ownership, ReservationStatus, VirtualMachineStatus,
+    DiskState, DiskStatus, GuestOsStatus, GuestStatus, InterfaceStatus, Ownership,
+    ReservationStatus, VirtualMachineStatus,
 };

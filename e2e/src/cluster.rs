@@ -11,7 +11,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use bascule_ipc::Connection;
-use bascule_ipc::vm::{DiskConfig, DiskSource, Home, ImageSource, ProcessUser, StartMode};
+use bascule_ipc::vm::{
+    DiskConfig, DiskSource, Home, ImageSource, ProcessUser, StartMode, VmConfig,
+};
 use bascule_ipc::volume::{Request, Response, Rows, VolumeStatus};
 use bascule_pki::Authority;
 use bascule_types::{
@@ -58,6 +60,14 @@ impl VmOnVolume {
         let mut broken = self.clone();
         broken.spec = broken.spec.with_fault(fault);
         broken
+    }
+
+    /// The same VM with a changed configuration.
+    #[must_use]
+    pub fn configured(&self, change: impl FnOnce(&mut VmConfig)) -> Self {
+        let mut vm = self.clone();
+        change(vm.spec.config_mut());
+        vm
     }
 }
 

@@ -1,6 +1,7 @@
 //! The probe guest under our VMM: a `bascule-vm` process and its control socket.
 
 use std::fs;
+use std::io;
 use std::net::SocketAddr;
 use std::os::unix::fs::{PermissionsExt as _, chown};
 use std::os::unix::net::UnixStream;
@@ -10,8 +11,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use bascule_ipc::vm::{
-    Boot, DiskConfig, DiskSource, Home, ImageSource, InterfaceConfig, MigrationPhase,
-    MigrationStatus, Request, Response, StartMode, StopReason, VmConfig, VmState, VmStatus,
+    Boot, DiskConfig, DiskSource, GuestAgent, GuestInfo, Home, ImageSource, InterfaceConfig,
+    MigrationPhase, MigrationStatus, Request, Response, StartMode, StopReason, VmConfig, VmState,
+    VmStatus,
 };
 use bascule_ipc::{Connection, Kind, volume};
 use bascule_types::{Bytes, Ownership, VmUid};
@@ -66,6 +68,7 @@ impl TestVmSpec {
                 shutdown_timeout_ms: None,
                 cloud_init: None,
                 user: None,
+                guest_agent: false,
             },
             fault: None,
             rogue: None,
@@ -174,9 +177,15 @@ impl TestVm {
     /// When it does not start; the error shows its log.
     pub fn start(network: &Network, run_dir: &Path, spec: &TestVmSpec) -> Result<Self> {
         let directory = run_dir.join("vms").join(spec.config.uid.to_string());
+        // As `bascule-node` does: its files are of the user of the VM's previous process here.
+        match fs::remove_dir_all(&directory) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(error).context("remove the VM's earlier run directory");
+            }
+            _ => {}
+        }
         fs::create_dir_all(&directory).context("make the VM's run directory")?;
         if let Some(user) = &spec.config.user {
-            // As `bascule-node` does.
             chown(&directory, None, Some(user.id)).context("share the run directory")?;
             fs::set_permissions(&directory, fs::Permissions::from_mode(0o1770))
                 .context("share the run directory")?;
@@ -315,6 +324,20 @@ impl TestVm {
                 status.state
             );
             Ok((status.resets.count >= count).then_some(status))
+        })
+        .with_context(|| format!("log: {}", self.log()))
+    }
+
+    /// Waits for what the guest's agent says.
+    ///
+    /// # Errors
+    /// When it does not answer within the limit.
+    pub fn wait_agent(&mut self, limit: Duration) -> Result<GuestInfo> {
+        wait_for("an answer of the guest's agent", limit, || {
+            match self.status()?.guest_agent {
+                Some(GuestAgent::Connected(info)) => Ok(Some(*info)),
+                _ => Ok(None),
+            }
         })
         .with_context(|| format!("log: {}", self.log()))
     }

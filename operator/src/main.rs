@@ -23,6 +23,7 @@ mod controllers;
 mod copied_metadata;
 mod enrollment;
 mod execute;
+mod guest_report;
 mod http;
 mod identity;
 mod kube_api;

@@ -110,6 +110,7 @@ pub(crate) fn vm_spec(vm: &VirtualMachine) -> Result<VmSpec> {
             .as_ref()
             .map(CloudInitSecrets::of)
             .unwrap_or_default(),
+        guest_agent: spec.guest_agent,
         namespace,
         name,
     })
@@ -306,6 +307,7 @@ mod tests {
             base
         );
         assert_eq!(of(serde_json::json!({"runPolicy": "Stopped"})), base);
+        assert_ne!(of(serde_json::json!({"guestAgent": true})), base);
         let seed = |key: &str| {
             let from = serde_json::json!({"secretKeyRef": {"name": "seed", "key": key}});
             of(serde_json::json!({"cloudInit": {"userDataFrom": from}}))

@@ -2,8 +2,8 @@
 
 use bascule_crds::names::{condition, reason};
 use bascule_crds::{
-    DiskState, DiskStatus, InterfaceStatus, Ownership, Phase, Quantity, VirtualMachine,
-    VirtualMachineStatus, mac_address, set_condition,
+    DiskState, DiskStatus, Ownership, Phase, Quantity, VirtualMachine, VirtualMachineStatus,
+    set_condition,
 };
 use bascule_operator_core::{
     Condition, Fact, ImportPhase, Moment, Observed, ReservationRecord, RowView, VmIntent, VmReport,
@@ -11,6 +11,7 @@ use bascule_operator_core::{
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
+use crate::guest_report::{GuestReport, guest_report};
 use crate::kube_api::{api_owner, condition_status, new_condition};
 use crate::reservation_records;
 
@@ -32,7 +33,17 @@ pub(crate) fn status(
             ..old
         };
     }
+    let phase = report.phase;
+    let started = phase == Phase::Running
+        && !matches!(
+            old.phase,
+            Some(Phase::Running | Phase::Migrating | Phase::Unknown)
+        );
+    let guest = guest_report(vm.spec.guest_agent, observed, started);
     let mut conditions = old.conditions.clone();
+    if guest == GuestReport::NoPort {
+        conditions.retain(|old| old.type_ != condition::GUEST_AGENT);
+    }
     let mut put = |type_: &str, new: &Condition| {
         let mut new = new_condition(
             type_,
@@ -47,25 +58,12 @@ pub(crate) fn status(
     put(condition::READY, &report.ready);
     put(condition::PROTECTED, &report.protected);
     put(condition::IMPORTED, &report.imported);
-    match report.restart_required {
-        Some(true) => {
-            let message =
-                "the change takes effect at the next start, which a reboot of the guest is not";
-            let restart = Condition::new(Some(true), reason::SPEC_CHANGED, message);
-            put(condition::RESTART_REQUIRED, &restart);
-        }
-        Some(false) => {
-            let restart = Condition::new(Some(false), reason::UP_TO_DATE, "");
-            put(condition::RESTART_REQUIRED, &restart);
-        }
-        None => {}
+    if let GuestReport::Known(condition, _) = &guest {
+        put(condition::GUEST_AGENT, condition);
     }
-    let phase = report.phase;
-    let started = phase == Phase::Running
-        && !matches!(
-            old.phase,
-            Some(Phase::Running | Phase::Migrating | Phase::Unknown)
-        );
+    if let Some(required) = report.restart_required {
+        put(condition::RESTART_REQUIRED, &restart_required(required));
+    }
     VirtualMachineStatus {
         observed_generation: vm.metadata.generation,
         phase: Some(phase),
@@ -88,9 +86,18 @@ pub(crate) fn status(
         resets: resets(observed).unwrap_or(old.resets),
         stop_reason: report.stop_reason.clone().or(old.stop_reason),
         disks: disks(intent, observed, report, &old.disks),
-        interfaces: interfaces(vm),
+        interfaces: guest.interfaces(vm, &old.interfaces),
+        guest: guest.guest(old.guest),
         conditions,
     }
+}
+
+fn restart_required(required: bool) -> Condition {
+    if !required {
+        return Condition::new(Some(false), reason::UP_TO_DATE, "");
+    }
+    let message = "the change takes effect at the next start, which a reboot of the guest is not";
+    Condition::new(Some(true), reason::SPEC_CHANGED, message)
 }
 
 fn ownership(row: &RowView) -> Ownership {
@@ -163,22 +170,6 @@ fn disks(
         }
     };
     intent.disks.iter().map(describe).collect()
-}
-
-fn interfaces(vm: &VirtualMachine) -> Vec<InterfaceStatus> {
-    let uid = vm.metadata.uid.as_deref().unwrap_or_default();
-    let text = |mac: [u8; 6]| mac.map(|byte| format!("{byte:02x}")).join(":");
-    vm.spec
-        .interfaces
-        .iter()
-        .map(|interface| InterfaceStatus {
-            name: interface.name.clone(),
-            mac: interface
-                .mac
-                .clone()
-                .unwrap_or_else(|| text(mac_address(uid, &interface.name))),
-        })
-        .collect()
 }
 
 fn time(at: Moment) -> Option<Time> {

@@ -35,6 +35,7 @@ use crate::{DrainPolicy, Duration, FailurePolicy, OnError, Quantity, RunPolicy};
     printcolumn(name = "Protected", type_ = "string", json_path = ".status.conditions[?(@.type==\"Protected\")].status", description = "Whether it would survive the loss of its node."),
     printcolumn(name = "Reason", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].reason", priority = 1, description = "Why it is or is not ready."),
     printcolumn(name = "Unprotected", type_ = "string", json_path = ".status.conditions[?(@.type==\"Protected\")].reason", priority = 1, description = "Why it is or is not protected."),
+    printcolumn(name = "Address", type_ = "string", json_path = ".status.interfaces[*].addresses[0]", priority = 1, description = "The first address of the guest that its agent tells."),
     printcolumn(name = "Volume", type_ = "string", json_path = ".spec.volume", priority = 1, description = "The SharedVolume that it lives on."),
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
     validation = Rule::new("self.metadata.name.matches('^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$')").message("metadata.name must be a DNS label: at most 63 lower-case letters, digits and hyphens, because the names of its disks on the volume are made of it"),
@@ -44,7 +45,7 @@ use crate::{DrainPolicy, Duration, FailurePolicy, OnError, Quantity, RunPolicy};
 pub struct VirtualMachineSpec {
     /// Whether the guest should run. Always: start it, and start it again whenever it ends.
     /// OnFailure: start it, and start it again unless the guest shut itself down. Stopped: shut it
-    /// down with its power button, and force it off after availability.migration.shutdownTimeout.
+    /// down by its agent or its power button, and force it off after availability.migration.shutdownTimeout.
     #[serde(default)]
     pub run_policy: RunPolicy,
     /// The number of virtual CPUs. A change takes effect at the guest's next start.
@@ -79,12 +80,19 @@ pub struct VirtualMachineSpec {
     pub interfaces: Vec<Interface>,
     /// What cloud-init in the guest does at its first boot: users, keys, packages, commands, network.
     /// Given to the guest as a small read-only disk (cloud-init's data source NoCloud: a FAT file
-    /// system with the label CIDATA), behind all other devices. The instance ID is the VirtualMachine's
+    /// system with the label CIDATA), behind all disks and interfaces. The instance ID is the VirtualMachine's
     /// UID and the host name its name, so cloud-init does its first-boot work once, however often the
     /// guest moves or is started again. Can be added, changed and removed; the guest finds the change
     /// at its next start.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cloud_init: Option<CloudInit>,
+    /// Gives the guest a port for its agent, qemu-ga (package qemu-guest-agent): a virtio-console device with the
+    /// port org.qemu.guest_agent.0. With an agent in the guest, the status tells its addresses, host name and
+    /// operating system (status.guest and status.interfaces), it is shut down by the agent before the power
+    /// button is pressed, and its clock is set after its memory was saved and restored. Takes effect at the
+    /// guest's next start.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub guest_agent: bool,
     /// What happens on a drain and on the loss of a node.
     #[serde(default)]
     pub availability: Availability,
@@ -337,7 +345,7 @@ pub struct MigrationLimits {
     #[serde(default = "default_quick_timeout")]
     #[x_kube(validation = Rule::new("!self.matches('^[0-9hms]+$') || (duration(self) >= duration('1s') && duration(self) <= duration('24h'))").message("quickTimeout must be between 1s and 24h"))]
     pub quick_timeout: Duration,
-    /// How long the guest has to shut down after its power button was pressed before it is forced
+    /// How long the guest has to shut down after it was told to before it is forced
     /// off.
     #[serde(default = "default_shutdown_timeout")]
     #[x_kube(validation = Rule::new("!self.matches('^[0-9hms]+$') || (duration(self) >= duration('1s') && duration(self) <= duration('24h'))").message("shutdownTimeout must be between 1s and 24h"))]

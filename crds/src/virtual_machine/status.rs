@@ -63,7 +63,12 @@ pub struct VirtualMachineStatus {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 18), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
     pub interfaces: Vec<InterfaceStatus>,
-    /// Ready, Protected, Imported, RestartRequired, and MacConflict while there is one.
+    /// What the agent in the guest says of it; none while no agent answers. Whoever controls the guest
+    /// chooses these texts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guest: Option<GuestStatus>,
+    /// Ready, Protected, Imported, RestartRequired, GuestAgent if spec.guestAgent asks for one, and
+    /// MacConflict while there is one.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
     pub conditions: Vec<Condition>,
@@ -152,4 +157,42 @@ pub struct InterfaceStatus {
     pub name: String,
     /// The MAC address of the spec, or one derived from the virtual machine's UID.
     pub mac: String,
+    /// The addresses of the guest's interface with this MAC address, IPv4 first, as the agent in the
+    /// guest says; none while no agent answers. Link-local addresses of IPv6 are left out.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 16), inner(length(max = 45)))]
+    pub addresses: Vec<String>,
+}
+
+/// What the agent in the guest says of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct GuestStatus {
+    /// Its host name.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub host_name: String,
+    /// Its operating system.
+    #[serde(default)]
+    pub os: GuestOsStatus,
+    /// The release of the agent.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub agent_version: String,
+}
+
+/// An operating system, as its os-release file names it. Empty where the guest does not say.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct GuestOsStatus {
+    /// Such as debian.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub id: String,
+    /// Such as 13.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub version: String,
+    /// Such as Debian GNU/Linux 13 (trixie).
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub pretty_name: String,
+    /// The release of the kernel that runs.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub kernel: String,
 }

@@ -4,7 +4,7 @@
 //! It boots by PVH, goes to ring 3 at once and polls: no interrupts, no operating system, so it
 //! runs wherever KVM runs, at full speed even where ring 0 is interpreted. It answers ARP and ping,
 //! counts lines in TCP sessions, echoes UDP and lines of its console, checks its disk and its memory, and ticks on the
-//! console. What it understands is in `bascule_probe_wire::options`, what it reports in
+//! console. It has a small agent, where it has a port for one. What it understands is in `bascule_probe_wire::options`, what it reports in
 //! `bascule_probe_wire::guest_report`; console lines that start with `bad:` are findings.
 //!
 //! Start reading at [`probe_main`]; how the machine gets there is in `boot.rs`.
@@ -13,6 +13,7 @@
 #![no_main]
 
 mod acpi;
+mod agent;
 mod arena;
 mod boot;
 mod clock;
@@ -32,6 +33,7 @@ use bascule_probe_wire::options::Options;
 use bascule_probe_wire::pattern::mix;
 
 use crate::acpi::Power;
+use crate::agent::Agent;
 use crate::boot::Machine;
 use crate::clock::Clock;
 use crate::disk::Disk;
@@ -63,6 +65,7 @@ struct Guest {
     report: Report,
     network: Option<Network>,
     disk: Option<Disk>,
+    agent: Option<Agent>,
     memory: Memory,
     next_tick_us: u64,
     next_button_us: u64,
@@ -80,10 +83,12 @@ impl Guest {
         let power = unsafe { Power::read(machine.rsdp, options.button) };
         let config = options.ecam.map_or(pci::Config::Ports, pci::Config::Memory);
         let found = pci::find(config);
-        let network = found
-            .nic
-            .and_then(Nic::new)
-            .and_then(|nic| Network::new(nic, &options, boot));
+        let nic = found.nic.and_then(Nic::new);
+        let mac = nic.as_ref().map_or([0; 6], Nic::mac);
+        let network = nic.and_then(|nic| Network::new(nic, &options, boot));
+        let address = options.ip.map_or([0; 4], |(address, _)| address);
+        let wanted_agent = found.agent.filter(|_| options.agent);
+        let agent = wanted_agent.and_then(|transport| Agent::new(transport, (mac, address)));
         let wanted_disk = found.disk.filter(|_| options.disk);
         let disk = wanted_disk.and_then(|transport| Disk::new(transport, &options, boot));
         console.line(format_args!(
@@ -107,6 +112,7 @@ impl Guest {
             report,
             network,
             disk,
+            agent,
             memory,
             next_tick_us: 0,
             next_button_us: 0,
@@ -127,6 +133,10 @@ impl Guest {
                 disk.poll(now_us, &mut self.report, &self.options, self.console);
             }
             self.memory.poll(now_us, &mut self.report, self.console);
+            let console = self.console;
+            if self.agent.as_mut().is_some_and(|agent| agent.poll(console)) {
+                self.power.off();
+            }
             if let Some(command) = command {
                 self.obey(command, now_us);
             }

@@ -73,6 +73,7 @@ impl ConfigurationAccess for Config {
 pub(crate) struct Found {
     pub(crate) nic: Option<QueueTransport>,
     pub(crate) disk: Option<QueueTransport>,
+    pub(crate) agent: Option<QueueTransport>,
     /// Virtio functions on bus 0, of whatever kind.
     pub(crate) devices: u64,
 }
@@ -92,6 +93,7 @@ pub(crate) fn find(config: Config) -> Found {
         let place = match kind {
             DeviceType::Network => &mut found.nic,
             DeviceType::Block => &mut found.disk,
+            DeviceType::Console => &mut found.agent,
             _ => continue,
         };
         if place.is_none() {
@@ -264,8 +266,8 @@ const CAP_COMMON: u8 = 1;
 const CAP_NOTIFY: u8 = 2;
 const COMMON_QUEUE_SELECT: u64 = 22;
 const COMMON_QUEUE_NOTIFY_OFF: u64 = 30;
-/// The guest uses queues 0 and 1 at most.
-const QUEUES_MAX: usize = 2;
+/// The guest uses queues 0 and 1 of most devices, and up to queue 5 of a console.
+const QUEUES_MAX: usize = 6;
 const MAPPED_BYTES: u64 = 4 << 30;
 /// Within every machine's 32-bit window, above where firmware starts to assign.
 const OWN_BARS_START: u64 = 0xd800_0000;

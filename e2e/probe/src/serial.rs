@@ -47,12 +47,10 @@ impl Typed {
         while port::read8(COM1 + LINE_STATUS) & DATA_READY != 0 {
             let byte = port::read8(COM1);
             if byte == b'\r' || byte == b'\n' {
-                let line = core::str::from_utf8(self.0.as_bytes()).unwrap_or("?");
-                console.line(format_args!("echo: {line}"));
+                console.line(format_args!("echo: {}", self.0.as_str()));
                 self.0 = Text::new();
-            } else if self.0.length < TYPED_BYTES_MAX {
-                self.0.bytes[self.0.length] = byte;
-                self.0.length += 1;
+            } else {
+                self.0.push(byte);
             }
         }
     }
@@ -75,6 +73,19 @@ impl<const N: usize> Text<N> {
 
     pub(crate) fn as_bytes(&self) -> &[u8] {
         &self.bytes[..self.length]
+    }
+
+    /// The text, empty when it is none.
+    pub(crate) fn as_str(&self) -> &str {
+        core::str::from_utf8(self.as_bytes()).unwrap_or_default()
+    }
+
+    /// Adds one byte, if there is room.
+    pub(crate) fn push(&mut self, byte: u8) {
+        if let Some(place) = self.bytes.get_mut(self.length) {
+            *place = byte;
+            self.length += 1;
+        }
     }
 }
 

@@ -57,14 +57,14 @@ impl Guest {
                 source.url, source.sha256
             )
         };
-        let (boot, cloud_init, memory, disk, downtime) = match self {
+        let (boot, inside, memory, disk, downtime) = match self {
             Self::Probe { kernel } => (
                 format!(
                     "    kernel: {}\n    cmdline: ip={address}/24 tick_ms=10 {}",
                     source(kernel),
                     probe::POWER_BUTTON
                 ),
-                String::new(),
+                "  guestAgent: true\n".to_owned(),
                 "128Mi",
                 "64Mi",
                 // Many times the duration on an idle machine: slowness is not a failure.
@@ -94,7 +94,7 @@ spec:
   memory: {memory}
   boot:
 {boot}
-{cloud_init}  disks:
+{inside}  disks:
   - {{name: data, size: {disk}, deletionPolicy: Delete}}
   interfaces:
   - {{name: lan, bridge: lan}}

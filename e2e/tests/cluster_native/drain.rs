@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use bascule_e2e::kubernetes::{NAMESPACE, Talk};
+use anyhow::ensure;
+use bascule_e2e::kubernetes::{ClusterVm, Installation, NAMESPACE, Talk, condition};
+use serde_json::json;
 
 use super::CLUSTER;
 
@@ -53,12 +55,35 @@ fn a_guest_that_does_not_converge_leaves_by_quick_migration_at_once() {
     });
 }
 
+/// What the guest's agent says is in the status, and in what people list.
+fn shows_its_guest(cluster: &Installation, vm: &ClusterVm<'_>) {
+    let address = vm.address.to_string();
+    let shown = || {
+        let object = vm.object()?;
+        condition(&object, "GuestAgent")?;
+        let status = &object["status"];
+        ensure!(status["guest"]["hostName"] == "probe", "{status}");
+        ensure!(
+            status["interfaces"][0]["addresses"] == json!([address]),
+            "{status}"
+        );
+        Ok(())
+    };
+    let lab = cluster.lab();
+    lab.wait_for("the guest's address", Duration::from_secs(60), shown)
+        .unwrap();
+    let wide = ["get", "vm", &vm.name, "-n", NAMESPACE, "-o", "wide"];
+    let listed = lab.kubectl(&wide).unwrap();
+    assert!(listed.contains(&address), "{listed}");
+}
+
 /// A kubelet under memory pressure ends the reservation pod; the guest is not in the pod, and moves.
 #[test]
 fn an_evicted_reservation_moves_the_guest() {
     CLUSTER.with_vm("evicted", 23, |cluster, vm| {
         let lab = cluster.lab();
         let mut talk = vm.talk().unwrap();
+        shows_its_guest(cluster, vm);
         let source = vm.node().unwrap();
         let label = "-lbascule.dev/virtual-machine=evicted";
         let pods = lab.get(&["pods", "-n", NAMESPACE, label]).unwrap();
@@ -76,6 +101,7 @@ fn an_evicted_reservation_moves_the_guest() {
         ];
         lab.kubectl(&patch).unwrap();
         vm.wait_elsewhere(&source, Duration::from_secs(90)).unwrap();
+        shows_its_guest(cluster, vm);
         talk.ping().unwrap();
         talk.check().unwrap();
         let gone = lab.wait_for("the evicted pod to go", Duration::from_secs(60), || {

@@ -115,7 +115,7 @@ pub enum Command {
     },
     /// Cancel a migration whose commit request has not been sent.
     CancelMigration { vm: VmUid, attempt: AttemptId },
-    /// Press the guest's ACPI power button.
+    /// Have the guest shut itself down, by its agent or its ACPI power button.
     PowerButton { vm: VmUid },
     /// Stop the guest now and release its ownership.
     StopVm { vm: VmUid },
@@ -325,6 +325,9 @@ pub struct VmSpec {
     /// which reads no Secret anew to restore a guest.
     #[serde(default, skip_serializing_if = "CloudInitSecrets::is_empty")]
     pub cloud_init_secrets: CloudInitSecrets,
+    /// Whether the guest has a port for its agent.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub guest_agent: bool,
 }
 
 impl VmSpec {

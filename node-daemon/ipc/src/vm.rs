@@ -1,6 +1,8 @@
 //! `vm.sock`: the requests of `bascule-node` to a `bascule-vm`, and the configuration that it starts the
 //! process with.
 
+mod guest;
+
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
@@ -8,6 +10,8 @@ use std::time::Duration;
 
 use bascule_types::{AttemptId, Bytes, Epoch, OnError, Owner, PortRange, VmUid};
 use serde::{Deserialize, Serialize};
+
+pub use guest::{GuestAgent, GuestInfo, GuestInterface, GuestOs};
 
 /// The configuration of a `bascule-vm`, which `bascule-node` writes to `config.json`. Names are
 /// resolved to paths and numbers, and this node already owns the VM, unless the VM is incoming.
@@ -46,6 +50,9 @@ pub struct VmConfig {
     /// is started as.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub user: Option<ProcessUser>,
+    /// Whether the guest has a port for its agent.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub guest_agent: bool,
 }
 
 /// The user of a process, which no other process of the node has.
@@ -217,7 +224,8 @@ pub enum Request {
     Status,
     /// The operation that the VM waits for at this moment. Since version 2.
     WaitsFor,
-    /// Press the ACPI power button.
+    /// Have the guest shut itself down: by its agent if that answers, and by the ACPI power button if it has none, does
+    /// not obey, or was told to before.
     PowerButton,
     /// Stop the guest now, drain its devices and release the ownership. Answered when that is done,
     /// or, when a device or the volume takes long, when it has begun: [`Request::WaitsFor`] then
@@ -318,6 +326,9 @@ pub struct VmStatus {
     /// The resets of its machine.
     #[serde(default)]
     pub resets: ResetStatus,
+    /// Its agent; none for a guest that has no port for one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guest_agent: Option<GuestAgent>,
 }
 
 /// The resets of a guest's machine in place. The state is [`VmState::Running`] meanwhile.

@@ -126,6 +126,7 @@ fn resolve(vm: &VirtualMachine, namespace: &str, name: &str) -> Result<VmSpec> {
         .ok(),
         cloud_init: cloud_init.as_ref().map(inline_texts),
         cloud_init_secrets: CloudInitSecrets::default(),
+        guest_agent: vm.spec.guest_agent,
     })
 }
 

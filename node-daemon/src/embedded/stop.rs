@@ -34,7 +34,7 @@ pub(crate) fn stop_vm(args: &StopVmArgs) -> Result<()> {
     } else {
         node.vm_request(vm, &VmRequest::PowerButton)?;
         tell(format_args!(
-            "Pressed the power button; waiting for the guest to shut down."
+            "Told the guest to shut down; waiting until it is off."
         ));
     }
     let over = || match node.presence(vm) {

@@ -85,6 +85,7 @@ impl Supervisor {
             addresses: Vec::new(),
             disk_error: None,
             resets: ResetStatus::default(),
+            guest_agent: None,
         }
     }
 }
@@ -149,6 +150,7 @@ mod tests {
             shutdown_timeout_ms: None,
             cloud_init: None,
             user: None,
+            guest_agent: false,
         };
         let put = |name: &str, json: Vec<u8>| fs::write(folder.path().join(name), json).unwrap();
         put("config.json", serde_json::to_vec(&config).unwrap());

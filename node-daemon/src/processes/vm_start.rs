@@ -226,6 +226,7 @@ impl OnNode<'_> {
             shutdown_timeout_ms: spec.shutdown_timeout_ms,
             cloud_init: spec.cloud_init.clone(),
             user,
+            guest_agent: spec.guest_agent,
         }
     }
 }

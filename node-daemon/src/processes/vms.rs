@@ -456,6 +456,7 @@ mod tests {
             interfaces: Vec::new(),
             shutdown_timeout_ms: None,
             cloud_init: None,
+            guest_agent: false,
             cloud_init_secrets: CloudInitSecrets::default(),
         };
         let owner = Owner {

@@ -13,6 +13,7 @@ mod clock;
 pub mod console;
 mod cpuid;
 pub mod dirty;
+mod guest_agent;
 mod guest_end;
 mod ioctl;
 mod irq;

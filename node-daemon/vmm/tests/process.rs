@@ -67,6 +67,7 @@ fn config(dir: &TempDir, code: &[u8]) -> VmConfig {
         shutdown_timeout_ms: None,
         cloud_init: None,
         user: None,
+        guest_agent: false,
     }
 }
 

@@ -31,6 +31,8 @@ pub struct Options {
     /// `button=0x603`: the power button is bit 0 of this port, and reading it clears it. Without it
     /// the guest looks at the PM1 event block, if the machine has one.
     pub button: Option<u16>,
+    /// `agent=0`: no agent, also where there is a port for one.
+    pub agent: bool,
     /// `outs=0`: write the console byte by byte instead of by string I/O.
     pub string_io: bool,
 }
@@ -51,6 +53,7 @@ impl Default for Options {
             tsc_khz: None,
             ecam: None,
             button: None,
+            agent: true,
             string_io: true,
         }
     }
@@ -100,6 +103,7 @@ impl Options {
             "tsc_khz" => self.tsc_khz = Some(value.parse().ok().filter(|&khz| khz > 0)?),
             "ecam" => self.ecam = Some(parse_hex(value)?),
             "button" => self.button = Some(u16::try_from(parse_hex(value)?).ok()?),
+            "agent" => self.agent = parse_switch(value)?,
             "outs" => self.string_io = parse_switch(value)?,
             _ => {}
         }
@@ -146,14 +150,17 @@ mod tests {
     #[test]
     fn a_full_line_is_parsed_and_unknown_options_are_ignored() {
         let line = "console=ttyS0 quiet ip=10.77.0.5/24 gw=10.77.0.1 dirty=256M rate=64M fill=1G \
-                    tick_ms=1 disk=0 tsc_khz=2800000 ecam=0xe0000000 button=0x603";
+                    tick_ms=1 disk=0 agent=0 tsc_khz=2800000 ecam=0xe0000000 button=0x603";
         let options = Options::parse(line).unwrap();
         assert_eq!(options.ip, Some(([10, 77, 0, 5], 24)));
         assert_eq!(options.gateway, Some([10, 77, 0, 1]));
         assert_eq!(options.dirty_bytes, 256 << 20);
         assert_eq!(options.dirty_rate_bytes, Some(64 << 20));
         assert_eq!(options.fill_bytes, 1 << 30);
-        assert_eq!((options.tick_ms, options.disk), (1, false));
+        assert_eq!(
+            (options.tick_ms, options.disk, options.agent),
+            (1, false, false)
+        );
         assert_eq!(
             (options.tsc_khz, options.ecam),
             (Some(2_800_000), Some(0xe000_0000))

@@ -94,14 +94,18 @@ pub(super) fn describe(config: &VmConfig) -> Result<Vec<u8>, serde_json::Error> 
     let disks: Vec<_> = config.disks.iter().map(|disk| &disk.name).collect();
     let macs: Vec<_> = config.interfaces.iter().map(|nic| nic.mac).collect();
     let common = (config.cpus, config.memory, disks, macs);
-    match &config.cloud_init {
-        None => serde_json::to_vec(&common),
+    let mut described = match &config.cloud_init {
+        None => serde_json::to_vec(&common)?,
         // Not the contents, which may be longer than a frame.
         Some(contents) => {
             let contents = crc32c::crc32c(&serde_json::to_vec(contents)?);
-            serde_json::to_vec(&(common, contents))
+            serde_json::to_vec(&(common, contents))?
         }
+    };
+    if config.guest_agent {
+        described.extend(b" with guest agent");
     }
+    Ok(described)
 }
 
 #[cfg(test)]
@@ -129,5 +133,17 @@ mod tests {
         assert_ne!(described(None), with(""));
         assert_ne!(with("#a"), with("#b"));
         assert_eq!(with("#a"), with("#a"));
+    }
+
+    #[test]
+    fn a_machine_with_a_port_for_an_agent_is_another_machine() {
+        let described = |guest_agent| {
+            let config = VmConfig {
+                guest_agent,
+                ..testing::config()
+            };
+            describe(&config).unwrap()
+        };
+        assert_ne!(described(true), described(false));
     }
 }

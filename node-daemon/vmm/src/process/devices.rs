@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, ensure};
 use bascule_devices::blk::{BlkConfig, BlkDevice, BlkMetrics, Serial};
+use bascule_devices::console::{ConsoleConfig, ConsoleDevice};
 use bascule_devices::disk::{AlwaysOpen, Disk, ErrorPolicy, VolumeGate, WriteGate};
 use bascule_devices::net::{MacAddress, NetConfig, NetDevice, NetHandle, TapFd};
 use bascule_devices::rng::{RngConfig, RngDevice};
@@ -18,6 +19,8 @@ use bascule_types::{Bytes, DiskRole, DiskRow, ExtentRun, Lba};
 use super::home_volume::Opened;
 use super::no_cloud;
 use crate::VmBuilder;
+use crate::clock::SystemClock;
+use crate::guest_agent::{self, AgentHandle, Duties};
 
 /// Most queues of a disk. One per vCPU is best; more than four only cost memory.
 const DISK_QUEUES_MAX: u16 = 4;
@@ -31,6 +34,8 @@ pub(crate) struct Devices {
     pub(crate) policies: Vec<(String, Arc<ErrorPolicy>)>,
     /// Each interface, in order.
     pub(crate) interfaces: Vec<NetHandle>,
+    /// The client of the guest's agent, if the guest has a port for one.
+    pub(crate) agent: Option<AgentHandle>,
 }
 
 impl Devices {
@@ -70,13 +75,15 @@ impl Devices {
     }
 }
 
-/// Adds every device: entropy first, then disks, then interfaces, and last cloud-init's disk, so that no other
-/// device changes its place when a guest gets one.
+/// Adds every device: entropy first, then disks, then interfaces, and last cloud-init's disk and the agent's port, so
+/// that no other device changes its place when a guest gets one. `press_button` is for a guest that its agent has not
+/// shut down; it may block.
 pub(super) fn add(
     builder: &mut VmBuilder,
     config: &VmConfig,
     home: Option<(&Opened, &Arc<VolumeGate>)>,
     taps: Vec<io::Result<TapFd>>,
+    press_button: impl Fn() + Send + 'static,
 ) -> anyhow::Result<Devices> {
     let mut devices = Devices::default();
     let rng = RngConfig {
@@ -125,7 +132,32 @@ pub(super) fn add(
         let device = BlkDevice::new(&settings, disk, builder.device_context())?;
         builder.add_device(Box::new(device.function))?;
     }
+    if config.guest_agent {
+        let agent = add_agent_port(builder, config, Box::new(press_button));
+        devices.agent = Some(agent.context("guestAgent")?);
+    }
     Ok(devices)
+}
+
+/// Adds the port of the guest's agent, and starts the agent's client.
+fn add_agent_port(
+    builder: &mut VmBuilder,
+    config: &VmConfig,
+    press_button: Box<dyn Fn() + Send>,
+) -> anyhow::Result<AgentHandle> {
+    let (port, agent) = guest_agent::start(Duties {
+        macs: config.interfaces.iter().map(|nic| nic.mac).collect(),
+        set_time: config.start == StartMode::Restore,
+        press_button,
+        clock: Arc::new(SystemClock),
+    })?;
+    let settings = ConsoleConfig {
+        name: "agent0".to_owned(),
+        port: guest_agent::PORT.to_owned(),
+    };
+    let device = ConsoleDevice::new(&settings, port, builder.device_context())?;
+    builder.add_device(Box::new(device.function))?;
+    Ok(agent)
 }
 
 /// Where a disk's blocks are, and whether it is read-only.

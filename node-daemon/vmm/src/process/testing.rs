@@ -28,5 +28,6 @@ pub(crate) fn config() -> VmConfig {
         shutdown_timeout_ms: None,
         cloud_init: None,
         user: None,
+        guest_agent: false,
     }
 }

@@ -497,6 +497,7 @@ fn process(node: &str, guest: &Guest) -> Process {
             addresses: vec![],
             disk_error: None,
             resets: ResetStatus::default(),
+            guest_agent: None,
         },
     }
 }

@@ -9,7 +9,7 @@ use bascule_ipc::vm::{StartMode, VmConfig};
 use bascule_types::Ownership;
 use kvm_ioctls::Kvm;
 
-use super::event::ActorHandle;
+use super::event::{ActorHandle, Event};
 use super::notices::{Notices, lock};
 use super::ownership_watch;
 use super::phase::BuiltMachine;
@@ -39,7 +39,13 @@ impl BuildPlan {
         let gate = self.open_gate(opened.as_mut())?;
         let home = opened.as_ref().zip(gate.as_ref());
         let mut builder = self.builder(host.kvm?)?;
-        let devices = devices::add(&mut builder, &self.config, home, host.taps)?;
+        let actor = self.actor.clone();
+        let press_button = move || {
+            if let Err(error) = actor.request(Event::PowerButton) {
+                tracing::debug!(%error, "the power button is not pressed");
+            }
+        };
+        let devices = devices::add(&mut builder, &self.config, home, host.taps, press_button)?;
         let images = boot_images::opener(&self.config.boot, opened.as_ref())?;
         let vm = match self.config.start {
             StartMode::Boot => builder.boot(images)?,

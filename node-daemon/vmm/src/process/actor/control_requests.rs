@@ -45,7 +45,7 @@ impl VmActor {
                     Err(error) => Answer::Now(refused(&error), Vec::new()),
                 };
             }
-            Request::PowerButton => self.press_power_button(),
+            Request::PowerButton => self.shut_down_guest(),
             Request::Reset => self.reset_requested(),
             Request::Resume => self.resume_requested(),
             Request::ReportDiskErrors { disk } => self.report_disk_errors(disk),
@@ -63,6 +63,15 @@ impl VmActor {
         };
         let response = done.map_or_else(|error| refused(&error), |()| Response::Accepted);
         Answer::Now(response, Vec::new())
+    }
+
+    /// Has the guest shut itself down: by its agent, or by the power button when that does not obey.
+    pub(super) fn shut_down_guest(&self) -> anyhow::Result<()> {
+        self.running()?;
+        match &self.devices.agent {
+            Some(agent) if agent.shut_down() => Ok(()),
+            _ => self.press_power_button(),
+        }
     }
 
     pub(super) fn press_power_button(&self) -> anyhow::Result<()> {

@@ -26,6 +26,8 @@ pub(crate) enum Event {
     /// End the process once the guest is stopped or departed. Sent after the reply to an accepted
     /// [`Request::Exit`], so that its client gets the reply.
     Exit(Reply<()>),
+    /// The guest's agent has not shut the guest down: press the power button.
+    PowerButton(Reply<()>),
     /// The host shuts down.
     HostShutdown(HostShutdown, Reply<()>),
     /// The outcome of a task thread.
@@ -181,6 +183,7 @@ impl fmt::Debug for Event {
             Self::Notices => f.write_str("Notices"),
             Self::Control(request, _) => write!(f, "Control({request:?})"),
             Self::Exit(_) => f.write_str("Exit"),
+            Self::PowerButton(_) => f.write_str("PowerButton"),
             Self::HostShutdown(why, _) => write!(f, "HostShutdown({why:?})"),
             Self::Task(outcome) => write!(f, "Task({})", outcome.name()),
             Self::Migration(request) => write!(f, "Migration({})", request.name()),

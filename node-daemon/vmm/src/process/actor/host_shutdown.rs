@@ -1,4 +1,4 @@
-//! The host shuts down (SIGTERM or SIGINT): the guest's power button is pressed, and a guest that has not
+//! The host shuts down (SIGTERM or SIGINT): the guest's agent or its power button shuts it down, and a guest that has not
 //! switched itself off when the VM's shutdown timeout has passed is stopped. In both cases its devices are
 //! drained and its ownership is released, and the process exits. [`super::host_shutdown_progress`]
 //! decides what is done when.
@@ -58,7 +58,7 @@ impl VmActor {
             },
             Step::PressButton => {
                 self.host_shutdown = Progress::Pressed;
-                if let Err(error) = self.press_power_button() {
+                if let Err(error) = self.shut_down_guest() {
                     let error = format_args!("{error:#}");
                     tracing::error!(error, "cannot press the power button: the guest is stopped");
                     self.stop_for_host();

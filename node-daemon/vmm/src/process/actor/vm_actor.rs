@@ -15,6 +15,7 @@ use super::host_shutdown_progress::Progress;
 use super::notices::Notices;
 use super::phase::Phase;
 use super::reset_wait::Resets;
+use crate::guest_agent::AgentHandle;
 use crate::kvm::KvmError;
 use crate::process::devices::Devices;
 use crate::process::home_volume::VolumeClient;
@@ -165,6 +166,13 @@ impl VmActor {
                 self.exit = true;
                 reply.send(());
             }
+            Event::PowerButton(reply) => {
+                if let Err(error) = self.press_power_button() {
+                    let error = format_args!("{error:#}");
+                    tracing::info!(error, "the power button is not pressed");
+                }
+                reply.send(());
+            }
             Event::HostShutdown(why, reply) => {
                 self.host_shuts_down(why);
                 reply.send(());
@@ -247,6 +255,7 @@ impl VmActor {
         drop(self.take_phase());
         self.end_ownership();
         self.phase = Phase::Departed;
+        self.end_agent();
         self.console.detach_followers();
         self.write_state(VmState::Departed);
         tracing::info!("departed");
@@ -270,8 +279,15 @@ impl VmActor {
         tracing::info!(?reason, "stopped");
         self.write_state(VmState::Stopped(reason.clone()));
         self.phase = Phase::Stopped(reason);
+        self.end_agent();
         self.console.detach_followers();
         self.stopping.finish(&Ok(()));
+    }
+
+    fn end_agent(&self) {
+        if let Some(agent) = &self.devices.agent {
+            agent.end();
+        }
     }
 
     /// Leaves the failure `what` in `state.json`, for a process that exits without stopping its guest.
@@ -334,6 +350,7 @@ impl VmActor {
             addresses: Vec::new(),
             disk_error: self.disk_error.clone(),
             resets: self.reset_status(),
+            guest_agent: self.devices.agent.as_ref().map(AgentHandle::status),
         }
     }
 }

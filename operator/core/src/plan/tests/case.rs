@@ -271,6 +271,7 @@ impl Case {
                 addresses: vec![],
                 disk_error: None,
                 resets: ResetStatus::default(),
+                guest_agent: None,
             },
         });
         self

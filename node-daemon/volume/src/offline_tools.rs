@@ -218,6 +218,10 @@ fn make(args: &FormatArgs) -> Result<Superblock, Refused> {
             return Err(Refused::Unfinished { path: shown });
         }
         // Whoever says --force may have reset its host just now.
+        let seconds = earlier.settle.as_secs_f32().ceil();
+        complain(&format!(
+            "bascule-volume: {shown}: waiting {seconds} s, until no write of the unfinished format can still land"
+        ));
         std::thread::sleep(earlier.settle);
     }
     let found = find_contents(&device, size).map_err(unavailable)?;

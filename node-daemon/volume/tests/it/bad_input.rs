@@ -51,8 +51,11 @@ fn a_device_whose_format_has_not_finished_is_formatted_again_with_force_only() {
         "{said}"
     );
     let began = Instant::now();
-    assert!(lab.format(&["--force"]).status.success());
+    let formatted = lab.format(&["--force"]);
+    assert!(formatted.status.success());
     assert!(began.elapsed() >= settle, "it waits until that has settled");
+    let said = String::from_utf8_lossy(&formatted.stderr).into_owned();
+    assert!(said.contains("waiting 1 s"), "{said}");
     assert!(lab.check().status.success());
 }
 

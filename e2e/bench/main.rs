@@ -5,13 +5,15 @@
 //! sees: the longest gap between two ticks on the guest's console and between two packets of a 1 kHz
 //! flow, both over the whole migration.
 //!
-//! Disk: the virtio-blk device beside fio on the same file ([`disk`]).
+//! Disk: the virtio-blk device beside fio on the same file ([`disk`]). Metadata: changes of a volume beside flushes of
+//! the same file system ([`metadata`]).
 #![forbid(unsafe_code)]
 
 mod bascule;
 mod cluster;
 mod disk;
 mod measure;
+mod metadata;
 mod qemu;
 mod table;
 
@@ -25,8 +27,8 @@ use clap::Parser;
 
 use crate::measure::{Load, Outcome};
 
-/// Migrates the probe guest live with Bascule and with QEMU, reads and writes a disk beside fio, and prints the
-/// figures; then drains emulated nodes, cuts a node's power, and prints the figures.
+/// Migrates the probe guest live with Bascule and with QEMU, reads and writes a disk beside fio, changes a volume's
+/// metadata, and prints the figures; then drains emulated nodes, cuts a node's power, and prints the figures.
 #[derive(Debug, Parser)]
 #[command(name = "bascule-bench", version)]
 struct Options {
@@ -57,6 +59,8 @@ enum Part {
     Migration,
     /// Requests of a virtio-blk driver, beside fio's on the same file.
     Disk,
+    /// Changes of a volume's metadata, beside flushes on the same file system.
+    Metadata,
     /// Drain and power cut on a cluster of emulated nodes, beside the safe time.
     Cluster,
 }
@@ -75,6 +79,9 @@ fn run(options: &Options) -> Result<()> {
     let wanted = |part| options.only.is_none_or(|only| only == part);
     if wanted(Part::Disk) {
         disk::run(options.disk_directory.as_deref(), options.runs)?;
+    }
+    if wanted(Part::Metadata) {
+        metadata::run()?;
     }
     let needs_kvm = wanted(Part::Migration) || wanted(Part::Cluster);
     if !needs_kvm || !kvm_or_skip("bascule-bench") {

@@ -437,7 +437,9 @@ impl TestNode {
         fs::read_to_string(path).unwrap_or_default()
     }
 
-    fn volume_socket(&self) -> PathBuf {
+    /// The socket of the node's `bascule-volume`.
+    #[must_use]
+    pub fn volume_socket(&self) -> PathBuf {
         self.run_dir
             .join("volumes")
             .join(VOLUME)

@@ -310,7 +310,7 @@ mod tests {
         );
         let mut bytes = Vec::new();
         b.read_to_end(&mut bytes).unwrap();
-        assert_eq!(bytes, b"\x1d\0\0\0{\"version\":5,\"version_min\":1}");
+        assert_eq!(bytes, b"\x1d\0\0\0{\"version\":6,\"version_min\":1}");
     }
 
     #[test]
@@ -355,10 +355,10 @@ mod tests {
             Err(IpcError::Version { .. })
         ));
         let next = Hello {
-            version: 6,
+            version: 7,
             version_min: 1,
         };
-        assert_eq!(Hello::THIS.agree(next).unwrap(), 5);
+        assert_eq!(Hello::THIS.agree(next).unwrap(), 6);
         let before = Hello {
             version: 1,
             version_min: 1,

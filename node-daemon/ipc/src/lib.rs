@@ -59,8 +59,9 @@ impl Hello {
     /// | 3 | the writer page, the third descriptor of [`volume::Response::Opened`] |
     /// | 4 | [`vm::Request::Reset`] |
     /// | 5 | [`vm::Request::ConsoleFrom`] |
+    /// | 6 | [`volume::Request::Vm`] |
     pub const THIS: Self = Self {
-        version: 5,
+        version: 6,
         version_min: 1,
     };
 

@@ -16,6 +16,9 @@ pub enum Request {
     Status,
     /// All rows, from the coordinator and newer than every change acknowledged before the request.
     Rows,
+    /// The rows of one VM, from the coordinator and newer than every change acknowledged before the request.
+    /// Since version 6.
+    Vm { vm: VmUid },
     /// A metadata change. `bascule-volume` forwards it to the coordinator, and repeats it until a
     /// coordinator answers or the time limit passes ([`Response::Unknown`]).
     Change(Change),
@@ -57,6 +60,7 @@ impl Request {
     pub const fn since(&self) -> u32 {
         match self {
             Self::ReportFailure { .. } => 2,
+            Self::Vm { .. } => 6,
             _ => 1,
         }
     }
@@ -70,6 +74,8 @@ pub enum Response {
     Status(VolumeStatus),
     /// To [`Request::Rows`].
     Rows(Rows),
+    /// To [`Request::Vm`]; none of a VM that the volume does not have.
+    Vm(Option<VmRows>),
     /// To [`Request::Change`]: granted and durable.
     Granted(Answer),
     /// The coordinator, or this process, refused; nothing was changed.
@@ -183,6 +189,17 @@ pub struct Rows {
     /// The fenced owners with their fence proofs.
     #[serde(default)]
     pub fences: Vec<FenceRow>,
+}
+
+/// The rows of one VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the field names say all")]
+pub struct VmRows {
+    pub row: VmRow,
+    /// The VM's disks, kernel and initrd, also those that are being imported.
+    pub disks: Vec<DiskRow>,
+    /// The VM's saved state, if there is one.
+    pub saved: Option<SavedStateRow>,
 }
 
 /// What a VM process needs to reach its disks.

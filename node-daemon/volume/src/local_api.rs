@@ -4,7 +4,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use bascule_ipc::volume::{OpenedVm, Request, Response};
+use bascule_ipc::volume::{OpenedVm, Request, Response, VmRows};
 use bascule_ipc::{Connection, IpcError, Kind};
 use bascule_types::{Answer, Bytes, Change, DiskRow, Lba, Ownership, Refusal, VmUid};
 use bascule_volume_format::BlockStore;
@@ -64,6 +64,7 @@ pub fn answer(context: &VolumeContext, request: &Request, peer: Option<u32>) -> 
     match request {
         Request::Status => without_fds(Response::Status(volume_status::status(context))),
         Request::Rows => without_fds(rows(context)),
+        Request::Vm { vm } => without_fds(rows_of(context, *vm)),
         Request::Change(change) => without_fds(self::change(context, change)),
         Request::OpenVm {
             vm,
@@ -91,6 +92,13 @@ pub fn answer(context: &VolumeContext, request: &Request, peer: Option<u32>) -> 
 fn rows(context: &VolumeContext) -> Response {
     match context.request_coordinator(&PeerOperation::Rows, timeout(context)) {
         Some(PeerResponse::Rows(rows)) => Response::Rows(rows),
+        _ => unavailable(context),
+    }
+}
+
+fn rows_of(context: &VolumeContext, vm: VmUid) -> Response {
+    match context.request_coordinator(&PeerOperation::Vm(vm), timeout(context)) {
+        Some(PeerResponse::Vm(found)) => Response::Vm(found),
         _ => unavailable(context),
     }
 }
@@ -328,12 +336,13 @@ fn look_up(
     ownership: Option<Ownership>,
 ) -> Result<OpenedVm, NotOpened> {
     let refused = |refusal| Err(NotOpened::Refused(refusal));
-    let Some(PeerResponse::Rows(found)) =
-        context.request_coordinator(&PeerOperation::Rows, timeout(context))
+    let Some(PeerResponse::Vm(found)) =
+        context.request_coordinator(&PeerOperation::Vm(vm), timeout(context))
     else {
         return Err(NotOpened::Unavailable(unavailable_reason(context)));
     };
-    let Some(row) = found.vms.into_iter().find(|row| row.vm == vm) else {
+    // Disks whose import is not finished too: the client may be their importer.
+    let Some(VmRows { row, disks, saved }) = found else {
         return refused(Refusal::NoSuchVm);
     };
     if let Some(Ownership { owner, epoch }) = ownership {
@@ -350,12 +359,10 @@ fn look_up(
         }
     }
     let settle = context.superblock.timings.settle;
-    // Disks whose import is not finished too: the client may be their importer.
-    let mine = |disk: &DiskRow| disk.vm == Some(vm);
     Ok(OpenedVm {
         row,
-        disks: found.disks.into_iter().filter(mine).collect(),
-        saved: found.saved.into_iter().find(|saved| saved.vm == vm),
+        disks,
+        saved,
         block_bytes: context.device.block_bytes(),
         settle_ms: u64::try_from(settle.as_millis()).ok(),
     })

@@ -186,6 +186,7 @@ const fn subject(request: &Request) -> Subject {
         Request::Status | Request::Rows => Subject::Volume,
         Request::OpenVm { vm, .. }
         | Request::PeekVm { vm }
+        | Request::Vm { vm }
         | Request::CloseVm { vm, .. }
         | Request::ReportFailure { vm, .. }
         | Request::Change(

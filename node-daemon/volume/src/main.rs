@@ -32,7 +32,7 @@ enum Command {
     Format(FormatArgs),
     /// Check a volume that no node has attached, read-only.
     ///
-    /// Exit codes: 0 clean, 1 warnings, 2 damaged, 3 not a Bascule volume, 4 a newer format,
+    /// Exit codes: 0 clean, 1 warnings, 2 damaged, 3 not a Bascule volume, 4 a format of another release,
     /// 5 unreadable.
     Check(CheckArgs),
     /// Repair damaged superblocks, leader blocks and checkpoint heads of a volume that no node has

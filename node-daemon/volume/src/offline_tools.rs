@@ -8,9 +8,9 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use bascule_types::{Bytes, ClusterId, NodeUid, VolumeId};
 use bascule_volume_format::{
-    BLOCK_BYTES, BLOCK_BYTES_U64, BlockStore, Fencing, FencingPolicy, FormatRequest, LayoutError,
-    MakeError, OpenError, Report, Severity, Superblock, Timings, check_volume,
-    find_unfinished_format, make_volume,
+    BLOCK_BYTES, BLOCK_BYTES_U64, BlockStore, FORMAT_VERSION, Fencing, FencingPolicy,
+    FormatRequest, LayoutError, MakeError, OpenError, Report, Severity, Superblock, Timings,
+    check_volume, find_unfinished_format, make_volume,
 };
 use clap::{Args, ValueEnum};
 
@@ -118,7 +118,7 @@ mod exit {
     pub(super) const WARNINGS: u8 = 1;
     pub(super) const ERRORS: u8 = 2;
     pub(super) const NOT_A_VOLUME: u8 = 3;
-    pub(super) const NEWER: u8 = 4;
+    pub(super) const OTHER_VERSION: u8 = 4;
     pub(super) const UNREADABLE: u8 = 5;
 }
 
@@ -256,7 +256,7 @@ pub fn check(args: &CheckArgs) -> Result<ExitCode> {
         Err(error) => {
             let code = match &error {
                 OpenError::NotAVolume | OpenError::Unfinished => exit::NOT_A_VOLUME,
-                OpenError::Newer(_) => exit::NEWER,
+                OpenError::Newer(_) | OpenError::Older(_) => exit::OTHER_VERSION,
                 OpenError::Damaged(_)
                 | OpenError::TwoVolumes { .. }
                 | OpenError::CopiesDiffer { .. }
@@ -362,7 +362,7 @@ fn describe(superblock: &Superblock) -> String {
     let (settle, safe) = (timings.settle, timings.safe_time());
     format!(
         "volume {volume}\ncluster {cluster}\n\
-         format 1, {slots} slots, extents of {extent_mib} MiB, {disks_mib} MiB for disks\n\
+         format {FORMAT_VERSION}, {slots} slots, extents of {extent_mib} MiB, {disks_mib} MiB for disks\n\
          fencing {fencing:?}, lease {lease:?}, watch {watch:?}, watchdog {watchdog:?}, \
          settle {settle:?}: safe time {safe:?}\n"
     )

@@ -19,9 +19,9 @@ use std::time::Duration;
 
 use bascule_ipc::Hello;
 use bascule_ipc::mutual_tls::{MutualTlsError, client_config, node_server_name, server_config};
-use bascule_ipc::volume::Rows;
+use bascule_ipc::volume::{Rows, VmRows};
 use bascule_pki::{NODE_TLS_NAME, has_role};
-use bascule_types::{Answer, Change, NodeUid, Owner, Refusal, VolumeId};
+use bascule_types::{Answer, Change, NodeUid, Owner, Refusal, VmUid, VolumeId};
 use rustls::{ClientConnection, ServerConnection};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -52,6 +52,8 @@ pub enum PeerOperation {
     Change(Change),
     /// Return all rows of the metadata.
     Rows,
+    /// Return the rows of one VM.
+    Vm(VmUid),
 }
 
 /// The coordinator's answer.
@@ -63,6 +65,8 @@ pub enum PeerResponse {
     Refused(Refusal),
     /// All rows of the metadata.
     Rows(Rows),
+    /// The rows of the VM; none if the volume does not have it.
+    Vm(Option<VmRows>),
     /// This node does not coordinate, or no longer. Whether the change happened is unknown.
     NotCoordinator,
     /// The server serves another volume.
@@ -219,7 +223,7 @@ const REQUEST_BYTES_MAX: usize = 64 << 10;
 
 #[cfg(test)]
 mod tests {
-    use bascule_types::{Epoch, Generation, SlotId, VmUid};
+    use bascule_types::{Epoch, Generation, SlotId};
 
     use super::*;
 

@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use bascule_types::{SlotId, error_chain};
 use bascule_volume_format::{
-    BlockStore, HeartbeatRecord, Leaders, read_leaders, read_superblock, recover,
+    BlockStore, CoordinatorEpoch, Follower, HeartbeatRecord, Leaders, read_leaders,
+    read_superblock, recover,
 };
 use bascule_volume_protocol::{HeartbeatSeen, WatchEvent};
 
@@ -18,10 +19,11 @@ use crate::volume_context::VolumeContext;
 pub fn run(context: &VolumeContext) {
     let mut handle = context.device.handle();
     let mut metadata_due = context.now();
+    let mut follower = None;
     loop {
         read_once(context, &mut handle);
         if context.now() >= metadata_due {
-            read_metadata(context, &mut handle);
+            follower = follow(context, &mut handle, follower);
             metadata_due = context.now().after(METADATA_INTERVAL);
         }
         // A notification of the shared state does not shorten the poll interval.
@@ -79,8 +81,8 @@ pub fn read_once<S: BlockStore>(context: &VolumeContext, store: &mut S) {
 fn slots_in_use(context: &VolumeContext) -> u16 {
     let state = context.state();
     let all = context.superblock.slot_count;
-    state.metadata.as_ref().map_or(all, |(_, rows)| {
-        let last = rows.slots().map(|row| row.slot.0).max();
+    state.overview.as_ref().map_or(all, |(_, overview)| {
+        let last = overview.slots.iter().map(|row| row.slot.0).max();
         last.map_or(all, |last| last.saturating_add(1).min(all))
     })
 }
@@ -109,21 +111,39 @@ fn reopen(context: &VolumeContext) {
     }
 }
 
-/// Reads the metadata for the status. A result that is inconsistent, because the coordinator is
+/// Reads what changed of the metadata, for the status. A result that is inconsistent, because the coordinator is
 /// writing at the same time, is dropped.
-fn read_metadata(context: &VolumeContext, handle: &mut Handle) {
-    if context.state().coordinator.is_some() {
-        return;
-    }
-    let found = recover(handle, &context.superblock);
-    if let Ok(recovered) = found {
-        context.report_damage(&recovered.obsolete);
-        context.update(|state| {
-            if state.coordinator.is_none() {
-                state.metadata = Some((recovered.base.epoch, recovered.metadata));
-            }
-        });
-    }
+fn follow(
+    context: &VolumeContext,
+    handle: &mut Handle,
+    follower: Option<Follower>,
+) -> Option<Follower> {
+    let epoch = {
+        let state = context.state();
+        if state.coordinator.is_some() {
+            return None;
+        }
+        state
+            .leader
+            .map_or(CoordinatorEpoch(0), |leader| leader.epoch)
+    };
+    let superblock = &context.superblock;
+    let followed = match follower.map(|follower| follower.follow(handle, superblock, epoch)) {
+        Some(Ok(Some((follower, false)))) => return Some(follower),
+        Some(Ok(Some((follower, true)))) => follower,
+        Some(Ok(None) | Err(_)) | None => {
+            let recovered = recover(handle, superblock).ok()?;
+            context.report_damage(&recovered.obsolete);
+            Follower::from(recovered)
+        }
+    };
+    let overview = (followed.epoch(), followed.metadata().overview());
+    context.update(|state| {
+        if state.coordinator.is_none() {
+            state.overview = Some(overview);
+        }
+    });
+    Some(followed)
 }
 
 /// On a node that does not coordinate, the status is at most this old, and a newly registered node

@@ -296,11 +296,11 @@ fn await_writers(context: &VolumeContext) {
 
 /// Whether this node owns a VM, or fills a disk.
 fn owns_rows(state: &State) -> bool {
-    let me = state.joined;
-    state.metadata.as_ref().is_some_and(|(_, rows)| {
-        me.is_some()
-            && (rows.vms().any(|vm| vm.owner == me) || rows.disks().any(|disk| disk.importer == me))
-    })
+    let overview = state.overview.as_ref().map(|(_, overview)| overview);
+    match (overview, state.joined) {
+        (Some(overview), Some(me)) => overview.holders.contains(&me),
+        _ => false,
+    }
 }
 
 /// Stops the threads. The node leaves the volume only when it owns nothing and no writer is open;
@@ -310,7 +310,7 @@ fn stop(context: &VolumeContext, workers: Vec<JoinHandle<()>>) {
         let state = context.state();
         let owns = owns_rows(&state);
         let failed = state.failed.is_some();
-        !failed && !owns && !state.writers.must_be_watched() && state.metadata.is_some()
+        !failed && !owns && !state.writers.must_be_watched() && state.overview.is_some()
     };
     tracing::info!(leaves, "stopping");
     context.update(|state| {

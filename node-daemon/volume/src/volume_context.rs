@@ -5,7 +5,7 @@
 //!   heartbeat ────lease───────►┐                    ┌──► threads of volume.sock
 //!   peer-watch ───heartbeats──►│ State (one mutex,  │
 //!   registration ─joined──────►│ one condition      ├──► threads of the TCP port
-//!   coordinator ──metadata────►┘ variable)          └──► heartbeat publishes the gate page
+//!   coordinator ──overview────►┘ variable)          └──► heartbeat publishes the gate page
 //! ```
 //! No thread does I/O while it holds the mutex.
 
@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use bascule_types::{BootTime, Lba, NodeUid, Owner, SlotId, VmUid};
 use bascule_volume_format::{
-    CoordinatorEpoch, Fencing, HeartbeatRecord, LeaderBlock, Metadata, Obsolete, SlotRow,
+    CoordinatorEpoch, Fencing, HeartbeatRecord, LeaderBlock, Obsolete, Overview, SlotRow,
     Superblock,
 };
 use bascule_volume_gate::{Changes, GateError, GateWriter};
@@ -99,8 +99,8 @@ pub struct State {
     /// Written by any thread, once: why this node must not write to the volume until a new process
     /// has verified it.
     pub failed: Option<String>,
-    /// Written by the coordinator and peer-watch threads: the metadata as last read.
-    pub metadata: Option<(CoordinatorEpoch, Metadata)>,
+    /// Written by the coordinator and peer-watch threads: what was last in force.
+    pub overview: Option<(CoordinatorEpoch, Overview)>,
     /// Written by the coordinator thread: the queue of its requests while this node coordinates.
     pub coordinator: Option<(CoordinatorEpoch, JobQueue)>,
     /// Written by requesters: since when no request has reached a coordinator.
@@ -170,7 +170,7 @@ impl VolumeContext {
             write_error: None,
             damaged: BTreeSet::new(),
             failed: None,
-            metadata: None,
+            overview: None,
             coordinator: None,
             unreachable_since: None,
             peer_error: None,

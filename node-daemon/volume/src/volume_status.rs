@@ -21,9 +21,9 @@ pub fn status(context: &VolumeContext) -> VolumeStatus {
         PathState::Paused
     };
     let superblock = &context.superblock;
-    let rows = state.metadata.as_ref().map(|(_, rows)| rows);
-    let capacity = rows.map_or(Bytes(0), |rows| rows.capacity());
-    let free = rows.map_or(Bytes(0), |rows| rows.free());
+    let overview = state.overview.as_ref().map(|(_, overview)| overview);
+    let capacity = overview.map_or(Bytes(0), |overview| overview.capacity);
+    let free = overview.map_or(Bytes(0), |overview| overview.free);
     let lease_left = state.lease.expiry.since(now).as_millis();
     VolumeStatus {
         volume: superblock.volume,
@@ -67,7 +67,7 @@ pub fn reason(state: &State, now: BootTime) -> Option<String> {
 }
 
 fn peers(state: &State, now: BootTime) -> Vec<PeerStatus> {
-    let Some((_, rows)) = &state.metadata else {
+    let Some((_, overview)) = &state.overview else {
         return Vec::new();
     };
     let peer = |row: &SlotRow| {
@@ -80,8 +80,8 @@ fn peers(state: &State, now: BootTime) -> Vec<PeerStatus> {
             alive: state.watcher.may_hold_lease(owner, now),
             no_heartbeat_ms: u64::try_from(unchanged).unwrap_or(u64::MAX),
             address: record.and_then(|record| record.address.parse().ok()),
-            fenced: rows.fence(owner).is_some(),
+            fenced: overview.fenced.contains(&owner),
         }
     };
-    rows.slots().map(peer).collect()
+    overview.slots.iter().map(peer).collect()
 }

@@ -171,14 +171,9 @@ impl OwnershipAuthority for OwnershipClient {
     }
 
     fn record(&mut self) -> RecordAnswer {
-        match self.call(&Request::Rows) {
-            Some(Response::Rows(rows)) => rows
-                .vms
-                .iter()
-                .find(|row| row.vm == self.vm)
-                .map_or(RecordAnswer::NoRecord, |row| {
-                    RecordAnswer::Record(seen(row))
-                }),
+        match self.call(&Request::Vm { vm: self.vm }) {
+            Some(Response::Vm(Some(found))) => RecordAnswer::Record(seen(&found.row)),
+            Some(Response::Vm(None)) => RecordAnswer::NoRecord,
             _ => RecordAnswer::NoAnswer,
         }
     }

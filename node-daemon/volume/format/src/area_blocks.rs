@@ -7,16 +7,20 @@
 //! head         48    8  number of the checkpoint, from 1, rises within a coordinator epoch
 //!              56    8  number of rows
 //!              64    4  CRC32C over the 512-byte records of all rows, in order
+//!              68    4  1 = the next three fields are present
+//!              72   16  the checkpoint before: coordinator epoch, number
+//!              88    8  blocks of its journal that this checkpoint includes
 //! row          48    8  number of the checkpoint
 //!              56    8  index of the row, from 0
-//!              64  440  row (see `metadata_records`), zero to its end
+//!              64  443  row (see `metadata_records`), zero to its end
 //! journal      48    8  number of the checkpoint that the journal follows
-//!              56    8  sequence, from 0; the record lies `sequence` blocks into the journal
+//!              56    8  sequence: the record lies `sequence` records of 512 bytes into the journal
 //!              64    1  position in its group, from 0
-//!              65    1  1 = the group goes on in the next block
-//!              66  440  row
+//!              65    1  1 = the group goes on in the next record
+//!              66  443  row
 //! ```
-//! Checkpoint rows lie eight to a block; each is a sealed record, and its address is the block's.
+//! Checkpoint rows and journal records lie eight to a block; each is a sealed record, and its address is the
+//! block's. A group begins a block; what it leaves of its last block is zero.
 
 use crate::election_blocks::CoordinatorEpoch;
 use crate::envelope::{BodyReader, BodyWriter, FormatError, Kind, Record};
@@ -41,6 +45,9 @@ pub struct CheckpointHead {
     pub rows: u64,
     /// CRC32C over the 512-byte records of all rows, in order.
     pub crc32c: u32,
+    /// The checkpoint before, and how many blocks of its journal this one includes: who has applied exactly
+    /// these has the rows of this one. None of a volume's first checkpoint, and of a repaired head.
+    pub follows: Option<(CheckpointId, u64)>,
 }
 
 /// One row of a checkpoint.
@@ -58,11 +65,11 @@ pub struct CheckpointRow {
 pub struct JournalBlock {
     /// The checkpoint that the journal follows.
     pub id: CheckpointId,
-    /// The record's position in the journal, from 0.
+    /// The record's position in the journal, from 0, counting the room that earlier groups left unused.
     pub sequence: u64,
     /// The record's position in its group, from 0. A group takes effect as a whole or not at all.
     pub position: u8,
-    /// Whether the group goes on in the next block.
+    /// Whether the group goes on in the next record.
     pub more: bool,
     /// The change to the rows.
     pub record: MetaRecord,
@@ -87,13 +94,28 @@ impl Record for CheckpointHead {
         body.u64(self.id.number);
         body.u64(self.rows);
         body.u32(self.crc32c);
+        body.u32(self.follows.is_some().into());
+        let (before, blocks) = self.follows.unwrap_or_default();
+        body.u64(before.epoch.0);
+        body.u64(before.number);
+        body.u64(blocks);
     }
 
     fn parse(epoch: u64, body: &mut BodyReader<'_>) -> Result<Self, FormatError> {
+        let (id, rows, crc32c) = (parse_id(epoch, body), body.u64(), body.u32());
+        let has_one = body.u32();
+        let before = parse_id(body.u64(), body);
+        let blocks = body.u64();
+        let follows = match has_one {
+            0 => None,
+            1 => Some((before, blocks)),
+            _ => return Err(FormatError::Field("checkpoint before")),
+        };
         Ok(Self {
-            id: parse_id(epoch, body),
-            rows: body.u64(),
-            crc32c: body.u32(),
+            id,
+            rows,
+            crc32c,
+            follows,
         })
     }
 }

@@ -8,8 +8,9 @@ use bascule_types::{Lba, NodeUid, VolumeId};
 use crate::block_store::BlockStore;
 use crate::envelope::{BLOCK_BYTES, FormatError, Kind, seal_block};
 use crate::metadata::{Contradiction, Metadata};
-use crate::metadata_log::{Log, LogError};
+use crate::metadata_log::Log;
 use crate::metadata_records::{MetaRecord, SlotRow};
+use crate::recovery::LogError;
 use crate::superblock::{RegionKind, SUPERBLOCK_LBAS, Superblock};
 use crate::unfinished_format::UnfinishedFormat;
 use crate::volume_layout::{FormatRequest, LayoutError};
@@ -46,6 +47,11 @@ pub enum OpenError {
     /// The volume was formatted or upgraded by a later release.
     #[error("the volume's format is newer than this release knows")]
     Newer(#[source] FormatError),
+    /// The volume was formatted by an earlier release, whose format this one does not read.
+    #[error(
+        "the volume's format is of an earlier release, and this one does not read it: format the device"
+    )]
+    Older(#[source] FormatError),
     /// Neither superblock is intact.
     #[error("both superblocks are damaged")]
     Damaged(#[source] FormatError),
@@ -161,6 +167,7 @@ pub fn read_superblock<S: BlockStore>(store: &mut S) -> Result<Superblock, OpenE
             FormatError::Newer { .. } | FormatError::Field("incompat flags") => {
                 OpenError::Newer(worst)
             }
+            FormatError::Older { .. } => OpenError::Older(worst),
             _ => OpenError::Damaged(worst),
         });
     };

@@ -4,7 +4,7 @@
 //! offset size  field
 //!      0    4  magic "BSCL"
 //!      4    2  kind (see `Kind`)
-//!      6    2  version of this kind's body, 1
+//!      6    2  version of this kind's body, 2
 //!      8    4  CRC32C over all 512 bytes, these four taken as zero
 //!     12    4  zero
 //!     16   16  volume id
@@ -16,6 +16,8 @@
 //! All integers are little-endian. A sealed record takes the first 512 bytes of a 4096-byte block
 //! of its own, whose rest is zero: it lies in one logical block, which is written atomically, on
 //! 512-byte and on 4Kn devices alike.
+
+use std::cmp::Ordering;
 
 use bascule_types::{Lba, VolumeId};
 
@@ -29,7 +31,7 @@ pub const BODY_BYTES: usize = RECORD_BYTES - HEADER_BYTES;
 const HEADER_BYTES: usize = 48;
 const MAGIC: [u8; 4] = *b"BSCL";
 const CRC_OFFSET: usize = 8;
-const BODY_VERSION: u16 = 1;
+const BODY_VERSION: u16 = 2;
 
 /// The type of a metadata record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -93,6 +95,9 @@ pub enum FormatError {
     /// Written by a later release.
     #[error("version {found} of this block is newer than {known}, the last one known here")]
     Newer { found: u16, known: u16 },
+    /// Written by an earlier release.
+    #[error("version {found} of this block is older than {known}, the only one known here")]
+    Older { found: u16, known: u16 },
     /// A block of another volume.
     #[error("the block belongs to volume {0}")]
     ForeignVolume(VolumeId),
@@ -191,7 +196,7 @@ pub(crate) fn open_envelope(
     if record.iter().all(|byte| *byte == 0) {
         return Err(FormatError::Blank);
     }
-    let mut reader = BodyReader { rest: record };
+    let mut reader = BodyReader::new(record);
     if reader.array::<4>() != MAGIC {
         return Err(FormatError::Magic);
     }
@@ -204,19 +209,22 @@ pub(crate) fn open_envelope(
         let wanted = kind.code();
         return Err(FormatError::Kind { wanted, found });
     }
-    if version > BODY_VERSION {
-        let known = BODY_VERSION;
-        return Err(FormatError::Newer {
-            found: version,
-            known,
-        });
-    }
+    check_version(version, BODY_VERSION)?;
     let header = Header {
         volume: VolumeId::from_bytes(reader.array()),
         lba: Lba(reader.u64()),
         epoch: reader.u64(),
     };
     Ok((header, reader))
+}
+
+/// Accepts exactly the known version: no release reads what an earlier or a later one wrote differently.
+pub(crate) fn check_version(found: u16, known: u16) -> Result<(), FormatError> {
+    match found.cmp(&known) {
+        Ordering::Less => Err(FormatError::Older { found, known }),
+        Ordering::Equal => Ok(()),
+        Ordering::Greater => Err(FormatError::Newer { found, known }),
+    }
 }
 
 /// CRC32C over a record whose checksum field counts as zero.
@@ -251,6 +259,12 @@ impl<'a> BodyWriter<'a> {
         let (head, tail) = rest.split_at_mut(bytes.len());
         head.copy_from_slice(bytes);
         self.rest = tail;
+    }
+
+    /// How many more bytes fit.
+    #[must_use]
+    pub const fn room(&self) -> usize {
+        self.rest.len()
     }
 
     /// Appends one byte.
@@ -299,13 +313,31 @@ impl<'a> BodyWriter<'a> {
 #[derive(Debug)]
 pub struct BodyReader<'a> {
     rest: &'a [u8],
+    /// More was read than there is.
+    overrun: bool,
 }
 
 impl<'a> BodyReader<'a> {
     /// A reader of `rest`.
     #[must_use]
     pub const fn new(rest: &'a [u8]) -> Self {
-        Self { rest }
+        Self {
+            rest,
+            overrun: false,
+        }
+    }
+
+    /// A reader of the next `length` bytes; none if there are fewer.
+    pub fn take(&mut self, length: usize) -> Option<Self> {
+        let (head, tail) = self.rest.split_at_checked(length)?;
+        self.rest = tail;
+        Some(Self::new(head))
+    }
+
+    /// Whether exactly all bytes were read.
+    #[must_use]
+    pub const fn is_exhausted(&self) -> bool {
+        self.rest.is_empty() && !self.overrun
     }
 
     /// The next `N` bytes; zeroes past the end.
@@ -317,6 +349,7 @@ impl<'a> BodyReader<'a> {
             }
             None => {
                 self.rest = &[];
+                self.overrun = true;
                 [0; N]
             }
         }

@@ -1,4 +1,4 @@
-//! The on-disk format of a SharedVolume, version 1: its bytes, its metadata, and the rules by which
+//! The on-disk format of a SharedVolume, version 2: its bytes, its metadata, and the rules by which
 //! the metadata changes. `bascule-volume`, the offline checker and the protocol's models share this
 //! crate. It does I/O only through [`BlockStore`] and must not know sockets, threads, clocks or
 //! Kubernetes.
@@ -6,8 +6,9 @@
 //! # Constraints
 //! - **Atomic unit.** One aligned logical block is written atomically, nothing larger. A record is
 //!   512 bytes, sealed with a checksum, and starts a 4096-byte block of its own; so devices with 512
-//!   and with 4096-byte (4Kn) logical blocks both qualify. (Checkpoint rows lie eight to a block;
-//!   they count only once the head that carries their checksum is durable.)
+//!   and with 4096-byte (4Kn) logical blocks both qualify. (Checkpoint rows and the records of a journal
+//!   group lie eight to a block. Rows count only once the head that carries their checksum is durable, a
+//!   group only when all of its records can be read.)
 //! - **At most once, possibly late.** Each submitted write takes effect at most once. As long as
 //!   its initiator lives, a write may land arbitrarily late, also after it was reported as failed.
 //!   Once the initiator was reset, or its reservation was preempted and aborted, the write lands
@@ -27,7 +28,7 @@
 //! | heartbeats | 4 per slot, from LBA 256 | [`HeartbeatRecord`] | the slot's node | every node, at each poll interval |
 //! | paxos | 8 per slot | [`PaxosBlock`] | the slot's node | candidates of an election |
 //! | leaders | 1 per slot | [`LeaderBlock`] | the slot's node, when it wins an election | every node; the coordinator before each answer |
-//! | areas | 2 metadata areas per slot, 64 to 6144 blocks each | [`CheckpointHead`], [`CheckpointRow`], [`JournalBlock`] | the slot's node, while it is the coordinator | every node that needs the rows |
+//! | areas | 2 metadata areas per slot, 64 to 24,576 blocks each | [`CheckpointHead`], [`CheckpointRow`], [`JournalBlock`] | the slot's node, while it is the coordinator | every node that needs the rows |
 //! | mailbox | 16 per slot | reserved, zero | none yet | none yet |
 //! | references | 8 bytes per extent | reserved, zero | none yet | none yet |
 //! | extents | the rest, in whole extents | disks, saved states of VMs | the owner or the importer that the row names | the owner |
@@ -60,7 +61,7 @@
 //! user. Therefore a new disk is `importing`, and cannot be opened, until its importer has written
 //! or zeroed all of it; and a saved state is never read beyond the length that its row gives.
 //!
-//! Read next: [`metadata_log`] (recovery and the coordinator's journal), then [`metadata`] (the
+//! Read next: [`metadata_log`] (the coordinator's journal), [`recovery`], then [`metadata`] (the
 //! decisions).
 #![forbid(unsafe_code)]
 
@@ -71,11 +72,13 @@ mod damage;
 pub mod election_blocks;
 pub mod envelope;
 mod extent_allocator;
+pub mod follower;
 pub mod heartbeat;
 pub mod metadata;
 pub mod metadata_log;
 pub mod metadata_records;
 mod offline_check;
+pub mod recovery;
 mod repair;
 mod rules;
 pub mod superblock;
@@ -92,11 +95,15 @@ pub use envelope::{
     BLOCK_BYTES, BODY_BYTES, BodyReader, BodyWriter, FormatError, Kind, Place, RECORD_BYTES,
     Record, open, seal, seal_block,
 };
+pub use follower::Follower;
 pub use heartbeat::{ADDRESS_BYTES_MAX, HEARTBEAT_RECORDS, HeartbeatRecord, WatchdogKind};
-pub use metadata::{Context, Contradiction, Decision, Metadata, Requester, Witness};
-pub use metadata_log::{GROUP_MAX, Log, LogError, Recovered, recover, starting_half};
+pub use metadata::{
+    Context, Contradiction, DECISION_MAX, Decision, Metadata, Overview, Requester, Witness,
+};
+pub use metadata_log::{Log, starting_half};
 pub use metadata_records::{MetaRecord, RUNS_MAX, SlotRow};
 pub use offline_check::{Finding, Report, Severity, check_volume};
+pub use recovery::{GROUP_MAX, LogError, Recovered, recover};
 pub use repair::{Repair, RepairStep, Repaired, plan_repair};
 #[cfg(feature = "fault-injection")]
 pub use rules::Mutation;

@@ -9,7 +9,7 @@ mod disk_changes;
 mod ownership_changes;
 mod slot_changes;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use bascule_types::{
     Bytes, DiskId, DiskRow, ExtentRun, FenceRow, NodeUid, Owner, Refusal, RowName, SavedStateRow,
@@ -21,7 +21,7 @@ use crate::extent_allocator::ExtentAllocator;
 use crate::metadata_records::{MetaRecord, SlotRow};
 use crate::superblock::{Fencing, FencingPolicy, Superblock};
 
-pub use decide::{Context, Decision, Requester, Witness};
+pub use decide::{Context, DECISION_MAX, Decision, Requester, Witness};
 
 /// Every row of a volume.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,6 +37,23 @@ pub struct Metadata {
     saved: BTreeMap<VmUid, SavedStateRow>,
     fences: BTreeMap<Owner, FenceRow>,
     space: ExtentAllocator,
+    /// How many VMs each owner owns, and disks it imports. Follows from the rows.
+    holders: BTreeMap<Owner, u64>,
+}
+
+/// What a node shows of the metadata and decides by, whatever the number of VMs and disks.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Overview {
+    /// The slots that nodes have registered, in ascending order.
+    pub slots: Vec<SlotRow>,
+    /// The owners with a fence record.
+    pub fenced: BTreeSet<Owner>,
+    /// The owners of VMs, and the importers of disks.
+    pub holders: BTreeSet<Owner>,
+    /// The size of the extent region.
+    pub capacity: Bytes,
+    /// The free part of it.
+    pub free: Bytes,
 }
 
 /// A record cannot be applied to the present rows: the metadata is damaged.
@@ -76,6 +93,19 @@ impl Metadata {
             saved: BTreeMap::new(),
             fences: BTreeMap::new(),
             space: ExtentAllocator::new(superblock),
+            holders: BTreeMap::new(),
+        }
+    }
+
+    /// The overview of these rows.
+    #[must_use]
+    pub fn overview(&self) -> Overview {
+        Overview {
+            slots: self.slots.values().copied().collect(),
+            fenced: self.fences.keys().copied().collect(),
+            holders: self.holders.keys().copied().collect(),
+            capacity: self.capacity(),
+            free: self.free(),
         }
     }
 
@@ -87,7 +117,9 @@ impl Metadata {
         match record {
             MetaRecord::Slot(row) => self.apply_slot(*row)?,
             MetaRecord::Vm(row) => {
-                self.vms.insert(row.vm, row.clone());
+                self.hold(row.owner);
+                let before = self.vms.insert(row.vm, row.clone());
+                self.let_go(before.and_then(|row| row.owner));
             }
             MetaRecord::Disk(row) => self.apply_disk(row)?,
             MetaRecord::Saved(row) => {
@@ -175,6 +207,11 @@ impl Metadata {
         self.disks.values()
     }
 
+    /// The disks of `vm`.
+    pub fn disks_of(&self, vm: VmUid) -> impl Iterator<Item = &DiskRow> {
+        self.disks().filter(move |row| row.vm == Some(vm))
+    }
+
     /// All saved states.
     pub fn saved_states(&self) -> impl Iterator<Item = &SavedStateRow> {
         self.saved.values()
@@ -225,6 +262,7 @@ impl Metadata {
             return Err(Contradiction::Name);
         }
         self.take(&row.extents)?;
+        self.hold(row.importer);
         self.disks_by_name.insert(row.name.clone(), row.disk);
         self.disks.insert(row.disk, row.clone());
         Ok(())
@@ -241,6 +279,11 @@ impl Metadata {
         slot.generation = to.generation;
         slot.boot = boot;
         let heir = keep.then_some(to);
+        if let Some(count) = self.holders.remove(&from)
+            && let Some(heir) = heir
+        {
+            *self.holders.entry(heir).or_default() += count;
+        }
         for vm in self.vms.values_mut() {
             if vm.owner == Some(from) {
                 vm.owner = heir;
@@ -255,7 +298,8 @@ impl Metadata {
     }
 
     fn apply_delete_vm(&mut self, vm: VmUid) -> Result<(), Contradiction> {
-        self.vms.remove(&vm).ok_or(Contradiction::Missing)?;
+        let row = self.vms.remove(&vm).ok_or(Contradiction::Missing)?;
+        self.let_go(row.owner);
         self.drop_saved(vm);
         for disk in self.disks.values_mut() {
             if disk.vm == Some(vm) {
@@ -267,6 +311,7 @@ impl Metadata {
 
     fn drop_disk(&mut self, disk: DiskId) -> Result<(), Contradiction> {
         let row = self.disks.remove(&disk).ok_or(Contradiction::Missing)?;
+        self.let_go(row.importer);
         self.disks_by_name.remove(&row.name);
         self.space.give(&row.extents);
         Ok(())
@@ -275,6 +320,23 @@ impl Metadata {
     fn drop_saved(&mut self, vm: VmUid) {
         if let Some(row) = self.saved.remove(&vm) {
             self.space.give(&row.extents);
+        }
+    }
+
+    fn hold(&mut self, owner: Option<Owner>) {
+        if let Some(owner) = owner {
+            *self.holders.entry(owner).or_default() += 1;
+        }
+    }
+
+    fn let_go(&mut self, owner: Option<Owner>) {
+        if let Some(owner) = owner
+            && let Some(count) = self.holders.get_mut(&owner)
+        {
+            *count -= 1;
+            if *count == 0 {
+                self.holders.remove(&owner);
+            }
         }
     }
 

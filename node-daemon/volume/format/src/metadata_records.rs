@@ -5,47 +5,56 @@
 //! [`MetaRecord::DeleteVm`]); they fit one block, and so take effect atomically.
 //!
 //! # Byte table
-//! Offsets count from the start of the record, which has 440 bytes at most and is zero to its end.
+//! ```text
+//! offset size  field
+//!      0    1  type
+//!      1    1  version of this type's payload, 1
+//!      2    2  length of the payload in bytes, at most 439
+//!      4       payload
+//! ```
+//! A reader refuses a type or a version that it does not know, and a payload that is longer or shorter
+//! than its fields. It never passes a record over: the next checkpoint would drop what it describes.
+//!
+//! Offsets of the fields count from the start of the payload.
 //!
 //! ```text
 //! type             offset size  field
-//! every record          0    1  type
-//!  1 slot               1    2  slot
-//!                       3   16  node uid
-//!                      19    8  generation that last joined, 0 before the first
-//!                      27   16  boot id in which it joined
-//!  2 vm                 1   16  vm uid
-//!                      17  192  name
-//!                     209   11  owner
-//!                     220    8  epoch
-//!                     228   17  migration attempt
-//!                     245   32  spec digest
-//!  3 disk               1   16  disk id
-//!                      17  192  name
-//!                     209   17  vm uid
-//!                     226    8  size in bytes
-//!                     234    1  role: 0 data, 1 kernel, 2 initrd
-//!                     235    1  1 = importing
-//!                     236   11  importer (an owner)
-//!                     247       runs
-//!  4 saved state        1   16  vm uid
-//!                      17    8  epoch
-//!                      25    1  1 = complete
-//!                      26    8  length in bytes, 0 unless complete
-//!                      34    4  CRC32C, 0 unless complete
-//!                      38       runs
-//!  5 fence              1   11  victim (an owner)
-//!                      12    1  proof: 1 safe time, 2 confirmed, 3 out-of-service taint, 4 rebooted
-//!                      13    8  time watched in ms, 0 unless the proof is 1
-//!                      21    8  time required in ms, 0 unless the proof is 1
-//!  6 rejoin             1   11  from (an owner)
-//!                      12   11  to (an owner)
-//!                      23   16  boot id of `to`
-//!                      39    1  1 = `from`'s rows go over to `to`
-//!  7 delete vm          1   16  vm uid (its disks become kept disks, its saved state is freed)
-//!  8 delete disk        1   16  disk id
-//!  9 delete saved       1   16  vm uid
-//! 10 delete fence       1   11  victim (an owner)
+//!  1 slot               0    2  slot
+//!                       2   16  node uid
+//!                      18    8  generation that last joined, 0 before the first
+//!                      26   16  boot id in which it joined
+//!  2 vm                 0   16  vm uid
+//!                      16  192  name
+//!                     208   11  owner
+//!                     219    8  epoch
+//!                     227   17  migration attempt
+//!                     244   32  spec digest
+//!  3 disk               0   16  disk id
+//!                      16  192  name
+//!                     208   17  vm uid
+//!                     225    8  size in bytes
+//!                     233    1  role: 0 data, 1 kernel, 2 initrd
+//!                     234    1  1 = importing
+//!                     235   11  importer (an owner)
+//!                     246       runs
+//!  4 saved state        0   16  vm uid
+//!                      16    8  epoch
+//!                      24    1  1 = complete
+//!                      25    8  length in bytes, 0 unless complete
+//!                      33    4  CRC32C, 0 unless complete
+//!                      37       runs
+//!  5 fence              0   11  victim (an owner)
+//!                      11    1  proof: 1 safe time, 2 confirmed, 3 out-of-service taint, 4 rebooted
+//!                      12    8  time watched in ms, 0 unless the proof is 1
+//!                      20    8  time required in ms, 0 unless the proof is 1
+//!  6 rejoin             0   11  from (an owner)
+//!                      11   11  to (an owner)
+//!                      22   16  boot id of `to`
+//!                      38    1  1 = `from`'s rows go over to `to`
+//!  7 delete vm          0   16  vm uid (its disks become kept disks, its saved state is freed)
+//!  8 delete disk        0   16  disk id
+//!  9 delete saved       0   16  vm uid
+//! 10 delete fence       0   11  victim (an owner)
 //!
 //! owner    11 bytes: 1 present (0 or 1), 2 slot, 8 generation
 //! id       17 bytes: 1 present (0 or 1), 16 id                    (vm uid of a disk, attempt)
@@ -59,7 +68,12 @@ use bascule_types::{
     VmRow, VmUid,
 };
 
-use crate::envelope::{BodyReader, BodyWriter, FormatError};
+use crate::envelope::{BodyReader, BodyWriter, FormatError, check_version};
+
+/// The version of every type's payload.
+const VERSION: u8 = 1;
+/// The longest payload: a disk's, with the most runs.
+const PAYLOAD_MAX: usize = 439;
 
 /// The most extent runs of one row: what fits beside the longest name.
 pub const RUNS_MAX: usize = 24;
@@ -123,8 +137,37 @@ pub enum MetaRecord {
 }
 
 impl MetaRecord {
-    /// Writes type and fields.
+    /// Writes type, version, length and payload.
+    ///
+    /// # Panics
+    /// When `body` has less room than the record needs, which is an error in the caller's layout.
     pub fn encode(&self, body: &mut BodyWriter<'_>) {
+        let mut payload = [0; PAYLOAD_MAX];
+        let mut fields = BodyWriter::new(&mut payload);
+        self.encode_payload(&mut fields);
+        let length = PAYLOAD_MAX - fields.room();
+        body.u8(self.code());
+        body.u8(VERSION);
+        body.u16(u16::try_from(length).unwrap_or(u16::MAX));
+        body.bytes(&payload[..length]);
+    }
+
+    const fn code(&self) -> u8 {
+        match self {
+            Self::Slot(_) => 1,
+            Self::Vm(_) => 2,
+            Self::Disk(_) => 3,
+            Self::Saved(_) => 4,
+            Self::Fence(_) => 5,
+            Self::Rejoin { .. } => 6,
+            Self::DeleteVm(_) => 7,
+            Self::DeleteDisk(_) => 8,
+            Self::DeleteSaved(_) => 9,
+            Self::DeleteFence(_) => 10,
+        }
+    }
+
+    fn encode_payload(&self, body: &mut BodyWriter<'_>) {
         match self {
             Self::Slot(row) => encode_slot(row, body),
             Self::Vm(row) => encode_vm(row, body),
@@ -137,28 +180,37 @@ impl MetaRecord {
                 boot,
                 keep,
             } => {
-                body.u8(6);
                 encode_owner(Some(*from), body);
                 encode_owner(Some(*to), body);
                 body.bytes(boot);
                 body.u8(u8::from(*keep));
             }
-            Self::DeleteVm(vm) => encode_deleted(7, vm.to_bytes(), body),
-            Self::DeleteDisk(disk) => encode_deleted(8, disk.to_bytes(), body),
-            Self::DeleteSaved(vm) => encode_deleted(9, vm.to_bytes(), body),
-            Self::DeleteFence(victim) => {
-                body.u8(10);
-                encode_owner(Some(*victim), body);
-            }
+            Self::DeleteVm(vm) | Self::DeleteSaved(vm) => body.bytes(&vm.to_bytes()),
+            Self::DeleteDisk(disk) => body.bytes(&disk.to_bytes()),
+            Self::DeleteFence(victim) => encode_owner(Some(*victim), body),
         }
     }
 
     /// Reads a record.
     ///
     /// # Errors
-    /// [`FormatError::Field`] for an undefined value.
+    /// [`FormatError::Field`] for an unknown type, an undefined value, or a payload of another length than
+    /// its fields; [`FormatError::Newer`] or [`FormatError::Older`] for another version.
     pub fn parse(body: &mut BodyReader<'_>) -> Result<Self, FormatError> {
-        match body.u8() {
+        const LENGTH: FormatError = FormatError::Field("record length");
+        let (code, version, length) = (body.u8(), body.u8(), body.u16());
+        check_version(version.into(), VERSION.into())?;
+        let mut payload = body.take(length.into()).ok_or(LENGTH)?;
+        let record = Self::parse_payload(code, &mut payload)?;
+        if payload.is_exhausted() {
+            Ok(record)
+        } else {
+            Err(LENGTH)
+        }
+    }
+
+    fn parse_payload(code: u8, body: &mut BodyReader<'_>) -> Result<Self, FormatError> {
+        match code {
             1 => Ok(Self::Slot(SlotRow {
                 slot: SlotId(body.u16()),
                 node: NodeUid::from_bytes(body.array()),
@@ -184,13 +236,7 @@ impl MetaRecord {
     }
 }
 
-fn encode_deleted(code: u8, id: [u8; 16], body: &mut BodyWriter<'_>) {
-    body.u8(code);
-    body.bytes(&id);
-}
-
 fn encode_slot(row: &SlotRow, body: &mut BodyWriter<'_>) {
-    body.u8(1);
     body.u16(row.slot.0);
     body.bytes(&row.node.to_bytes());
     body.u64(row.generation.0);
@@ -198,7 +244,6 @@ fn encode_slot(row: &SlotRow, body: &mut BodyWriter<'_>) {
 }
 
 fn encode_vm(row: &VmRow, body: &mut BodyWriter<'_>) {
-    body.u8(2);
     body.bytes(&row.vm.to_bytes());
     body.text(row.name.as_str(), RowName::BYTES_MAX);
     encode_owner(row.owner, body);
@@ -219,7 +264,6 @@ fn parse_vm(body: &mut BodyReader<'_>) -> Result<VmRow, FormatError> {
 }
 
 fn encode_disk(row: &DiskRow, body: &mut BodyWriter<'_>) {
-    body.u8(3);
     body.bytes(&row.disk.to_bytes());
     body.text(row.name.as_str(), RowName::BYTES_MAX);
     encode_id(row.vm.map(VmUid::to_bytes), body);
@@ -253,7 +297,6 @@ fn parse_disk(body: &mut BodyReader<'_>) -> Result<DiskRow, FormatError> {
 }
 
 fn encode_saved(row: &SavedStateRow, body: &mut BodyWriter<'_>) {
-    body.u8(4);
     body.bytes(&row.vm.to_bytes());
     body.u64(row.epoch.0);
     body.u8(u8::from(row.complete.is_some()));
@@ -279,7 +322,6 @@ fn parse_saved(body: &mut BodyReader<'_>) -> Result<SavedStateRow, FormatError> 
 }
 
 fn encode_fence(row: &FenceRow, body: &mut BodyWriter<'_>) {
-    body.u8(5);
     encode_owner(Some(row.victim), body);
     let (code, watched_ms, required_ms) = match row.proof {
         FenceProof::SafeTimeElapsed {

@@ -11,7 +11,7 @@ use crate::damage::{read_leaders, read_record};
 use crate::election_blocks::{CoordinatorEpoch, LeaderBlock, PAXOS_SUBSECTORS, PaxosBlock};
 use crate::envelope::{BLOCK_BYTES, FormatError, Record, open};
 use crate::heartbeat::{HEARTBEAT_RECORDS, HeartbeatRecord};
-use crate::metadata_log::{Recovered, recover};
+use crate::recovery::{Recovered, recover};
 use crate::superblock::{SUPERBLOCK_LBAS, Superblock};
 
 /// The result of a check.

@@ -26,7 +26,7 @@ use crate::damage::{
 use crate::election_blocks::{CoordinatorEpoch, LeaderBlock, PAXOS_SUBSECTORS, PaxosBlock};
 use crate::envelope::{BLOCK_BYTES, RECORD_BYTES, open, seal_block};
 use crate::metadata::Metadata;
-use crate::metadata_log::{LogError, recover_from};
+use crate::recovery::{LogError, recover_from};
 use crate::superblock::{SUPERBLOCK_LBAS, Superblock};
 use crate::volume_layout::AreaId;
 
@@ -251,6 +251,7 @@ fn scan_rows<S: BlockStore>(
             id: row.id,
             rows: 0,
             crc32c: 0,
+            follows: None,
         });
         if row.id != head.id || row.index != index {
             break;

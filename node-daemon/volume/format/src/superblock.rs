@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! offset size  field                              (header epoch: rises with every rewrite, from 1)
-//!     48    4  format version, 1
+//!     48    4  format version, 2
 //!     52    4  compat flags: a reader that does not know one may ignore it
 //!     56    4  ro-compat flags: a reader that does not know one may read, and must not write
 //!     60    4  incompat flags: a reader that does not know one must not use the volume
@@ -24,12 +24,12 @@ use bascule_types::{Bytes, ClusterId, Lba};
 use serde::{Deserialize, Serialize};
 
 use crate::envelope::{
-    BLOCK_BYTES, BodyReader, BodyWriter, FormatError, Kind, Record, open_envelope,
+    BLOCK_BYTES, BodyReader, BodyWriter, FormatError, Kind, Record, check_version, open_envelope,
 };
 use crate::timing::Timings;
 
 /// The format that this release writes.
-pub const FORMAT_VERSION: u32 = 1;
+pub const FORMAT_VERSION: u16 = 2;
 /// The addresses of the two copies: the ends of the first MiB, which holds nothing else.
 pub const SUPERBLOCK_LBAS: [Lba; 2] = [Lba(0), Lba(255)];
 /// The incompat flags that this release knows.
@@ -190,7 +190,7 @@ impl Record for Superblock {
     }
 
     fn encode(&self, body: &mut BodyWriter<'_>) {
-        body.u32(FORMAT_VERSION);
+        body.u32(FORMAT_VERSION.into());
         body.u32(self.flags.compat);
         body.u32(self.flags.ro_compat);
         body.u32(self.flags.incompat);
@@ -212,14 +212,8 @@ impl Record for Superblock {
     }
 
     fn parse(epoch: u64, body: &mut BodyReader<'_>) -> Result<Self, FormatError> {
-        let found = body.u32();
-        if found != FORMAT_VERSION {
-            let version = u16::try_from(found).unwrap_or(u16::MAX);
-            return Err(FormatError::Newer {
-                found: version,
-                known: 1,
-            });
-        }
+        let found = u16::try_from(body.u32()).unwrap_or(u16::MAX);
+        check_version(found, FORMAT_VERSION)?;
         let flags = FeatureFlags {
             compat: body.u32(),
             ro_compat: body.u32(),

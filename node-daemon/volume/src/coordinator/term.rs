@@ -3,18 +3,24 @@
 //!
 //! # Ordering
 //! The leader block is durable before the metadata is read; a checkpoint of this epoch is durable
-//! before the first request is taken; a record is durable before the leader blocks are read again;
-//! and the answer is sent only if they still show this epoch.
+//! before the first request is taken; a group is durable before the leader blocks are read again;
+//! and the answers are sent only if they still show this epoch.
+//!
+//! # Group commit
+//! All requests that wait are decided in turn, each on the rows as the ones before it leave them, and their
+//! records become durable as one group: one write, one flush and one read of the leader blocks, however many
+//! requests there are. While they take their time, the next requests queue. No answer is sent, and no
+//! overview is published, before the whole group is in force.
 
 use std::time::Duration;
 
-use bascule_ipc::volume::Rows;
+use bascule_ipc::volume::{Rows, VmRows};
 use bascule_types::{
-    BootTime, Change, DiskId, Epoch, FenceProof, MissingProof, Owner, Refusal, error_chain,
+    BootTime, Change, DiskId, Epoch, FenceProof, MissingProof, Owner, Refusal, VmUid, error_chain,
 };
 use bascule_volume_format::{
-    Context, CoordinatorEpoch, Decision, LeaderBlock, Log, LogError, MetaRecord, Metadata,
-    Recovered, Requester, Witness, recover,
+    Context, Contradiction, CoordinatorEpoch, DECISION_MAX, Decision, GROUP_MAX, LeaderBlock, Log,
+    LogError, MetaRecord, Metadata, Overview, Recovered, Requester, SlotRow, Witness, recover,
 };
 use bascule_volume_protocol::fence::{self, FencePolicy};
 use bascule_volume_protocol::{
@@ -34,6 +40,8 @@ struct Term<'a> {
     store: &'a mut Store,
     me: Owner,
     log: Log,
+    /// The rows with every decision applied, also those of the group that is not durable yet. Nothing but
+    /// further decisions may be taken from it before the group is in force.
     metadata: Metadata,
     rule: Option<Coordinator>,
     tickets: u64,
@@ -50,6 +58,7 @@ pub fn run(context: &VolumeContext, store: &mut Store, me: Owner, epoch: Coordin
         }
     };
     let queue = JobQueue::default();
+    let overview = metadata.overview();
     let mut term = Term {
         context,
         store,
@@ -59,14 +68,14 @@ pub fn run(context: &VolumeContext, store: &mut Store, me: Owner, epoch: Coordin
         rule: Some(Coordinator::new(epoch, context.config.rules)),
         tickets: 0,
     };
-    term.announce_slots();
+    term.announce_slots(&overview);
     context.update(|state| {
         state.coordinator = Some((epoch, queue.clone()));
         state.leader = Some(LeaderBlock {
             epoch,
             coordinator: me,
         });
-        state.metadata = Some((epoch, term.metadata.clone()));
+        state.overview = Some((epoch, overview));
     });
     tracing::info!(%epoch, "this node coordinates");
     term.serve(&queue);
@@ -116,15 +125,11 @@ impl Term<'_> {
     fn serve(&mut self, jobs: &JobQueue) {
         let look_again = self.context.superblock.timings.poll / 2;
         while self.may_go_on() {
-            let Some(job) = jobs.pop() else {
+            if jobs.is_empty() {
                 self.context.wait_until(look_again, |_| !jobs.is_empty());
                 continue;
-            };
-            match self.answer(&job.request) {
-                Some(response) => job.answer(response),
-                None => drop(job),
             }
-            self.context.announce();
+            self.answer_waiting(jobs);
         }
     }
 
@@ -144,19 +149,77 @@ impl Term<'_> {
             && self.rule.as_ref().is_some_and(Coordinator::is_active)
     }
 
-    /// The answer, or `None` when the outcome is unknown.
-    fn answer(&mut self, request: &PeerRequest) -> Option<PeerResponse> {
-        let response = match &request.operation {
-            PeerOperation::Rows => PeerResponse::Rows(self.rows()),
-            PeerOperation::Change(change) => match self.decide(change, request) {
-                Ok(decision) => {
-                    self.commit(&decision.records)?;
-                    PeerResponse::Granted(decision.answer)
-                }
-                Err(refusal) => PeerResponse::Refused(refusal),
-            },
+    /// Answers the requests that wait, as many as one group has room for, and then writes the checkpoint that
+    /// may be due. A job that is dropped without an answer has an unknown outcome.
+    fn answer_waiting(&mut self, jobs: &JobQueue) {
+        let mut group = Vec::new();
+        let mut answered = Vec::new();
+        while group.len() + DECISION_MAX <= GROUP_MAX
+            && answered.len() < REQUESTS_MAX
+            && let Some(job) = jobs.pop()
+        {
+            match self.respond(&job.request, &mut group) {
+                Ok(response) => answered.push((job, response)),
+                Err(error) => return self.end(&LogError::from(error)),
+            }
+        }
+        if let Err(error) = self.log.commit(self.store, &group) {
+            return self.end(&error);
+        }
+        if !self.is_in_force() {
+            return;
+        }
+        self.publish(&group);
+        for (job, response) in answered {
+            job.answer(response);
+        }
+        self.context.announce();
+        if let Err(error) = self.log.checkpoint_if_due(self.store, &self.metadata) {
+            self.end(&error);
+        }
+    }
+
+    /// The response to send once `group`, to which the request's records are added, is in force.
+    fn respond(
+        &mut self,
+        request: &PeerRequest,
+        group: &mut Vec<MetaRecord>,
+    ) -> Result<PeerResponse, Contradiction> {
+        let change = match &request.operation {
+            PeerOperation::Rows => return Ok(PeerResponse::Rows(self.rows())),
+            PeerOperation::Vm(vm) => return Ok(PeerResponse::Vm(self.rows_of(*vm))),
+            PeerOperation::Change(change) => change,
         };
-        self.is_in_force().then_some(response)
+        Ok(match self.decide(change, request) {
+            Ok(decision) => {
+                for record in &decision.records {
+                    self.metadata.apply(record)?;
+                }
+                group.extend(decision.records);
+                PeerResponse::Granted(decision.answer)
+            }
+            Err(refusal) => PeerResponse::Refused(refusal),
+        })
+    }
+
+    fn end(&mut self, error: &LogError) {
+        self.next(CoordinatorEvent::JournalFailed);
+        report(self.context, error);
+    }
+
+    fn publish(&self, group: &[MetaRecord]) {
+        if group.is_empty() {
+            return;
+        }
+        let overview = self.metadata.overview();
+        let is_of_slot =
+            |record: &MetaRecord| matches!(record, MetaRecord::Slot(_) | MetaRecord::Rejoin { .. });
+        if group.iter().any(is_of_slot) {
+            self.announce_slots(&overview);
+        }
+        let epoch = self.log.epoch();
+        self.context
+            .update(|state| state.overview = Some((epoch, overview)));
     }
 
     fn decide(&mut self, change: &Change, request: &PeerRequest) -> Result<Decision, Refusal> {
@@ -187,22 +250,6 @@ impl Term<'_> {
             rules: self.context.config.rules,
         };
         self.metadata.decide(change, &context)
-    }
-
-    fn commit(&mut self, records: &[MetaRecord]) -> Option<()> {
-        if records.is_empty() {
-            return Some(());
-        }
-        if let Err(error) = self.log.commit(self.store, &mut self.metadata, records) {
-            self.next(CoordinatorEvent::JournalFailed);
-            report(self.context, &error);
-            return None;
-        }
-        self.announce_slots();
-        let (epoch, rows) = (self.log.epoch(), self.metadata.clone());
-        self.context
-            .update(|state| state.metadata = Some((epoch, rows)));
-        Some(())
     }
 
     /// Whether the changes up to now are in force: when they became durable, no later coordinator had
@@ -248,13 +295,20 @@ impl Term<'_> {
         }
     }
 
+    fn rows_of(&self, vm: VmUid) -> Option<VmRows> {
+        Some(VmRows {
+            row: self.metadata.vm(vm)?.clone(),
+            disks: self.metadata.disks_of(vm).cloned().collect(),
+            saved: self.metadata.saved(vm).cloned(),
+        })
+    }
+
     /// Reports the generation of every slot to the watcher: a granted generation counts as a
     /// heartbeat at this time.
-    fn announce_slots(&self) {
+    fn announce_slots(&self, overview: &Overview) {
         let now = self.context.now();
-        let owners: Vec<Owner> = self.metadata.slots().map(|row| row.owner()).collect();
         self.context.update(|state| {
-            for owner in owners {
+            for owner in overview.slots.iter().map(SlotRow::owner) {
                 let event = WatchEvent::Granted { now, owner };
                 state.watcher = state.watcher.clone().next(event);
             }
@@ -300,5 +354,7 @@ impl Witness for FenceView {
     }
 }
 
+/// Requests of one group, also such as need no record: bounds the time until the first is answered.
+const REQUESTS_MAX: usize = 64;
 /// The `what` of a [`LogError::Io`] whose read failed: no write was lost.
 const READ: &str = "read metadata";

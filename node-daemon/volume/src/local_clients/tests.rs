@@ -55,6 +55,7 @@ fn requests(vm: VmUid) -> Vec<Request> {
             pid: 1,
         },
         Request::PeekVm { vm },
+        Request::Vm { vm },
         Request::CloseVm { vm, owner, epoch },
         Request::ReportFailure { vm, what },
     ];

@@ -6,13 +6,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bascule_types::{Bytes, Lba};
 use bascule_volume::block_device::{Handle, Identity, SharedDevice};
 use bascule_volume::writer_lock::WriterLock;
-use bascule_volume_format::{BLOCK_BYTES, BlockStore, Superblock, read_leaders, recover};
+use bascule_volume_format::{BLOCK_BYTES, BlockStore, SlotPart, Superblock, read_leaders, recover};
 use bascule_volume_protocol::WriterId;
 
 use crate::Setup;
@@ -33,6 +34,8 @@ pub(crate) struct Disk {
     /// What a reset leaves under way lands at the end of the settle time.
     lands_last: bool,
     state: Mutex<DiskState>,
+    /// Flushes that made writes of metadata areas durable.
+    pub(crate) commits: AtomicU64,
     pub(crate) oracle: Mutex<Oracle>,
 }
 
@@ -90,6 +93,7 @@ impl Disk {
             fails_once_in: profile.fails_once_in,
             lands_last: profile.lands_last,
             state: Mutex::default(),
+            commits: AtomicU64::new(0),
             oracle: Mutex::default(),
         })
     }
@@ -430,6 +434,8 @@ pub(crate) struct Attached {
     pub(crate) lives: Arc<dyn Fn(u32) -> bool + Send + Sync>,
     /// Told of every write before it is submitted.
     pub(crate) about_to_write: Arc<dyn Fn(Lba) + Send + Sync>,
+    /// This handle has written to a metadata area since its last flush.
+    pub(crate) has_written_area: bool,
 }
 
 impl std::fmt::Debug for Attached {
@@ -446,10 +452,15 @@ impl BlockStore for Attached {
 
     fn write(&mut self, lba: Lba, blocks: &[u8]) -> io::Result<()> {
         (self.about_to_write)(lba);
+        let part = self.disk.superblock.slot_part(lba);
+        self.has_written_area |= matches!(part, Some((_, SlotPart::Area(_))));
         self.disk.write(self.initiator, self.pid, lba, blocks, true)
     }
 
     fn flush(&mut self) -> io::Result<()> {
+        if std::mem::take(&mut self.has_written_area) {
+            self.disk.commits.fetch_add(1, Ordering::Relaxed);
+        }
         let mut none = [];
         self.disk.read(self.initiator, Lba(0), &mut none, true);
         Ok(())

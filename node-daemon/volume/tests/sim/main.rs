@@ -20,6 +20,7 @@
 mod administrator;
 mod disk;
 mod faults;
+mod group_commit;
 mod guest;
 mod guest_disk;
 mod mutations;
@@ -90,9 +91,9 @@ fn run(seed: u64, setup: Setup) -> Result<u64, String> {
     Scheduler::run(seed, move |scheduler| simulate(scheduler, setup))
 }
 
-fn simulate(scheduler: &Arc<Scheduler>, setup: Setup) {
+/// The nodes, all of them off, and a volume that is formatted for node 0.
+fn new_world(scheduler: &Arc<Scheduler>, setup: Setup) -> Arc<World> {
     let profile = setup.profile.profile(scheduler);
-    let wishes = profile.wishes;
     let request = FormatRequest {
         volume: VolumeId::from_bytes([9; 16]),
         cluster: ClusterId::from_bytes([8; 16]),
@@ -102,12 +103,17 @@ fn simulate(scheduler: &Arc<Scheduler>, setup: Setup) {
         slot_count: 4,
         extent_mib: 1,
         // The smallest areas have room for few rows.
-        device_bytes: if wishes.fills_table { 64 } else { 256 } << 20,
+        device_bytes: if profile.wishes.fills_table { 64 } else { 256 } << 20,
     };
     let superblock = request.lay_out().expect("a layout");
     let disk = Disk::new(scheduler, superblock, setup, &profile);
     make_volume(&mut disk.offline(), &request, Some(node_uid(0))).expect("a volume");
-    let world = World::new(scheduler, disk, setup, profile);
+    World::new(scheduler, disk, setup, profile)
+}
+
+fn simulate(scheduler: &Arc<Scheduler>, setup: Setup) {
+    let world = new_world(scheduler, setup);
+    let wishes = world.faults.profile.wishes;
     for node in 0..NODES {
         world.boot(node);
     }

@@ -127,7 +127,7 @@ found! {
     a_living_node_that_is_confirmed_dead_is_found: Returns, UnseenCountsAsOver, 0;
     a_full_table_that_blocks_takeover_is_found: FullTable, NoReservedRows, 1;
     a_late_duplicate_that_drops_a_saved_state_is_found: SavedStates, SavedStateUnbound, 7;
-    an_answer_without_a_re_read_is_found: Mixed, AnswerWithoutReread, 14;
+    an_answer_without_a_re_read_is_found: Mixed, AnswerWithoutReread, 54;
     a_forgotten_failed_write_is_found: Elections, ForgetFailedWrites, 0;
     a_paxos_block_that_is_reused_too_early_is_found: Elections, ReuseBeforeSettle, 9;
     a_writer_that_opens_unwatched_is_found: DeafWatchdog, OpenBeforePublished, 6;
@@ -135,5 +135,5 @@ found! {
     a_keepalive_on_adoption_is_found: WatchdogRestarts, KeepaliveOnAdoption, 2;
     a_timeout_that_is_set_again_is_found: WatchdogRestarts, TimeoutSetAgain, 2;
     a_device_that_is_opened_before_deciding_is_found: WatchdogRestarts, OpenBeforeDeciding, 35;
-    a_device_without_a_second_holder_is_found: WatchdogRestarts, NoSecondHolder, 160;
+    a_device_without_a_second_holder_is_found: WatchdogRestarts, NoSecondHolder, 55;
 }

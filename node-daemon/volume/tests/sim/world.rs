@@ -269,6 +269,7 @@ impl World {
             pid,
             lives: Arc::new(move |pid| world.lives(node, pid)),
             about_to_write: Arc::new(about_to_write),
+            has_written_area: false,
         };
         let superblock = read_superblock(&mut device.clone())?;
         let run_dir = self.run_dir(node);

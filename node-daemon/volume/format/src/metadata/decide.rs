@@ -68,6 +68,11 @@ pub struct Decision {
     pub answer: Answer,
 }
 
+/// The most records of one decision: a rejoin's, which deletes fences too.
+pub const DECISION_MAX: usize = 1 + FENCES_PRUNED;
+/// Fence records that one rejoin deletes at most (a guess); the next one deletes more.
+pub(super) const FENCES_PRUNED: usize = 4;
+
 impl Decision {
     pub(super) fn already(answer: Answer) -> Self {
         Self {

@@ -5,7 +5,7 @@ use bascule_types::{
     Table, VmRow,
 };
 
-use super::decide::{Context, Decision};
+use super::decide::{Context, Decision, FENCES_PRUNED};
 use super::{Metadata, SlotRow};
 use crate::broken;
 use crate::metadata_records::MetaRecord;
@@ -140,14 +140,10 @@ impl Metadata {
     }
 
     fn is_named(&self, owner: Owner) -> bool {
-        self.vms.values().any(|row| row.owner == Some(owner))
-            || self.disks.values().any(|row| row.importer == Some(owner))
+        self.holders.contains_key(&owner)
     }
 }
 
 fn slot_answer(owner: Owner, kept: Vec<bascule_types::VmUid>) -> Answer {
     Answer::Slot { owner, kept }
 }
-
-/// Fence records that one rejoin deletes at most. A group has at most `GROUP_MAX` records.
-const FENCES_PRUNED: usize = 4;

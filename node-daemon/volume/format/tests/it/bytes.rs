@@ -1,4 +1,4 @@
-//! The bytes of format version 1: golden files, round trips, hostile input.
+//! The bytes of format version 2: golden files, round trips, hostile input.
 
 use std::fmt::Write as _;
 use std::time::Duration;
@@ -120,6 +120,13 @@ fn golden_bytes_of_every_kind_of_block() {
         id: CHECKPOINT,
         rows: 3,
         crc32c: 0xDEAD_BEEF,
+        follows: Some((
+            CheckpointId {
+                number: 1,
+                ..CHECKPOINT
+            },
+            384,
+        )),
     };
     let row = CheckpointRow {
         id: CHECKPOINT,
@@ -154,7 +161,7 @@ fn golden_bytes_of_every_kind_of_block() {
         writeln!(text, "{kind} {hex}").unwrap();
         text
     });
-    assert_eq!(found, include_str!("golden-v1.txt"));
+    assert_eq!(found, include_str!("golden-v2.txt"));
 }
 
 #[test]
@@ -172,7 +179,7 @@ fn golden_bytes_of_every_kind_of_row() {
             writeln!(text, "{}", &hex(&journal)[132..]).unwrap();
             text
         });
-    assert_eq!(found, include_str!("golden-rows-v1.txt"));
+    assert_eq!(found, include_str!("golden-rows-v2.txt"));
 }
 
 fn every_record() -> Vec<MetaRecord> {
@@ -240,6 +247,34 @@ fn the_largest_rows_fit_a_record_and_read_back() {
     }
 }
 
+/// The record of a checkpoint row's body with the byte at `offset` of the record set.
+fn altered(offset: usize, value: u8) -> Result<CheckpointRow, FormatError> {
+    let record = MetaRecord::Vm(vm_row());
+    let row = CheckpointRow {
+        id: CHECKPOINT,
+        index: 1,
+        record,
+    };
+    let mut bytes = seal(&row, PLACE);
+    bytes[64 + offset] = value;
+    open(&hostile::<CheckpointRow>(&bytes[48..]), PLACE)
+}
+
+#[test]
+fn a_record_of_another_type_version_or_length_is_refused() {
+    let newer = FormatError::Newer { found: 2, known: 1 };
+    assert_eq!(altered(0, 11), Err(FormatError::Field("record type")));
+    assert_eq!(altered(1, 2), Err(newer));
+    let (length, [low, high]) = (276_u16, 276_u16.to_le_bytes());
+    assert!(
+        altered(2, low).is_ok() && altered(3, high).is_ok(),
+        "{length}"
+    );
+    for wrong in [low - 1, low + 1] {
+        assert_eq!(altered(2, wrong), Err(FormatError::Field("record length")));
+    }
+}
+
 #[test]
 fn every_flipped_bit_is_detected() {
     let sealed = seal(&heartbeat(), PLACE);
@@ -282,8 +317,8 @@ fn a_block_of_another_volume_place_or_kind_is_refused_with_a_distinct_error() {
     );
 }
 
-/// A superblock of a later release: magic and checksum are valid, the byte at `offset` is not known.
-fn newer_superblock(offset: usize, value: u8) -> [u8; 4096] {
+/// A superblock of another release: magic and checksum are valid, the byte at `offset` is not known.
+fn superblock_of_version(offset: usize, value: u8) -> [u8; 4096] {
     let (mut store, _) = formatted();
     let mut block = [0; 4096];
     store.read(SUPERBLOCK_LBAS[0], &mut block).unwrap();
@@ -296,16 +331,25 @@ fn newer_superblock(offset: usize, value: u8) -> [u8; 4096] {
 
 #[test]
 fn a_newer_format_is_distinguished_from_a_damaged_one() {
-    let version = Superblock::parse_copy(&newer_superblock(48, 2), SUPERBLOCK_LBAS[0]);
-    assert_eq!(version, Err(FormatError::Newer { found: 2, known: 1 }));
-    let envelope = Superblock::parse_copy(&newer_superblock(6, 2), SUPERBLOCK_LBAS[0]);
-    assert_eq!(envelope, Err(FormatError::Newer { found: 2, known: 1 }));
+    let known = 2;
+    for offset in [48, 6] {
+        let parse = |found| {
+            let copy = superblock_of_version(offset, found);
+            Superblock::parse_copy(&copy, SUPERBLOCK_LBAS[0])
+        };
+        assert_eq!(parse(3), Err(FormatError::Newer { found: 3, known }));
+        assert_eq!(parse(1), Err(FormatError::Older { found: 1, known }));
+    }
     let (mut store, _) = formatted();
-    let incompat = newer_superblock(60, 1);
+    let incompat = superblock_of_version(60, 1);
     store.write(SUPERBLOCK_LBAS[0], &incompat).unwrap();
     store.write(SUPERBLOCK_LBAS[1], &[0; 4096]).unwrap();
     let error = read_superblock(&mut store).unwrap_err();
     assert!(matches!(error, OpenError::Newer(_)), "{error}");
+    let older = superblock_of_version(48, 1);
+    store.write(SUPERBLOCK_LBAS[0], &older).unwrap();
+    let error = read_superblock(&mut store).unwrap_err();
+    assert!(matches!(error, OpenError::Older(_)), "{error}");
 }
 
 #[test]

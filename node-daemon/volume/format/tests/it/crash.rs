@@ -3,11 +3,11 @@
 
 use std::collections::BTreeSet;
 
-use crate::fixture::{Cluster, DEVICE_BYTES, formatted, name, node, owner, request, vm};
-use bascule_types::{Bytes, Change, DiskRole, Epoch, SlotId, VolumeId};
+use crate::fixture::{Cluster, DEVICE_BYTES, commit, formatted, name, node, owner, request, vm};
+use bascule_types::{Bytes, Change, DiskRole, Epoch, Lba, SlotId, VolumeId};
 use bascule_volume_format::{
-    CoordinatorEpoch, FormatRequest, Log, LogError, MemStore, MetaRecord, Metadata, Severity,
-    Superblock, check_volume, make_volume, read_superblock, recover,
+    BLOCK_BYTES, BlockStore, CoordinatorEpoch, FormatRequest, Log, LogError, MemStore, MetaRecord,
+    Metadata, Severity, Superblock, check_volume, make_volume, read_superblock, recover,
 };
 
 /// The record groups of a small history: nodes join, VMs come, run, move and go.
@@ -86,8 +86,8 @@ pub(crate) fn run(
     };
     let mut metadata = recovered.metadata;
     for (index, group) in groups.iter().enumerate() {
-        if log.commit(store, &mut metadata, group).is_err() {
-            let again = log.commit(store, &mut metadata, group);
+        if commit(&mut log, store, &mut metadata, group).is_err() {
+            let again = commit(&mut log, store, &mut metadata, group);
             assert!(matches!(again, Err(LogError::Failed)), "sticky: {again:?}");
             return index;
         }
@@ -200,7 +200,7 @@ fn what_a_deposed_coordinator_still_journals_is_not_read() {
     )
     .unwrap();
     let mut old_rows = recovered.metadata;
-    old.commit(&mut store, &mut old_rows, &groups[0]).unwrap();
+    commit(&mut old, &mut store, &mut old_rows, &groups[0]).unwrap();
     let recovered = recover(&mut store, &superblock).unwrap();
     let mut new = Log::start(
         &mut store,
@@ -214,10 +214,10 @@ fn what_a_deposed_coordinator_still_journals_is_not_read() {
     for _ in 0..40 {
         // Through several of its checkpoints, too.
         for group in &groups[1..] {
-            old.commit(&mut store, &mut old_rows, group).unwrap();
+            commit(&mut old, &mut store, &mut old_rows, group).unwrap();
         }
     }
-    new.commit(&mut store, &mut rows, &groups[1]).unwrap();
+    commit(&mut new, &mut store, &mut rows, &groups[1]).unwrap();
     assert_eq!(recover(&mut store, &superblock).unwrap().metadata, rows);
 }
 
@@ -238,7 +238,7 @@ fn a_journal_longer_than_its_area_goes_on_behind_a_checkpoint() {
     let mut rows = recovered.metadata;
     for _ in 0..5 {
         for group in &groups {
-            log.commit(&mut store, &mut rows, group).unwrap();
+            commit(&mut log, &mut store, &mut rows, group).unwrap();
         }
     }
     let found = recover(&mut store, &superblock).unwrap();
@@ -248,7 +248,6 @@ fn a_journal_longer_than_its_area_goes_on_behind_a_checkpoint() {
 
 #[test]
 fn a_damaged_journal_record_with_later_ones_behind_it_is_not_a_crash() {
-    use bascule_volume_format::BlockStore;
     let (mut store, superblock) = formatted();
     let groups = history(&superblock);
     run(&mut store, &superblock, &groups[..6]);
@@ -263,6 +262,99 @@ fn a_damaged_journal_record_with_later_ones_behind_it_is_not_a_crash() {
         matches!(error, LogError::Hole { sequence: 0, .. }),
         "{error}"
     );
+}
+
+/// Groups of several requests each, as the coordinator joins those that wait: later ones build on earlier ones.
+fn joined(groups: &[Vec<MetaRecord>]) -> Vec<Vec<MetaRecord>> {
+    let sizes = [1, 3, 9, 2].into_iter().cycle();
+    let mut rest = groups;
+    let mut joined = Vec::new();
+    for size in sizes {
+        let (some, more) = rest.split_at(rest.len().min(size));
+        if some.is_empty() {
+            return joined;
+        }
+        joined.push(some.concat());
+        rest = more;
+    }
+    joined
+}
+
+#[test]
+fn i6_a_group_of_many_requests_takes_effect_as_a_whole_or_not_at_all() {
+    let (pristine, superblock) = formatted();
+    let once = history(&superblock);
+    let groups: Vec<_> = (0..6).flat_map(|_| joined(&once)).collect();
+    let widest = groups.iter().map(Vec::len).max().unwrap();
+    assert!(widest > 8, "only {widest} records: a single block");
+    let states = states(&superblock, &groups);
+    let mut crashes = 0;
+    for budget in 0.. {
+        let mut store = pristine.clone();
+        store.fail_after(budget);
+        let acknowledged = run(&mut store, &superblock, &groups);
+        for subset in subsets(store.unflushed().len()) {
+            let story = format!("failed after {budget} operations, kept {subset:?}");
+            let crashed = store.crashed(|index| subset[index]);
+            assert_recovers(crashed, &superblock, &states, acknowledged, &story);
+            crashes += 1;
+        }
+        if acknowledged == groups.len() {
+            break;
+        }
+    }
+    println!("{crashes} crashes");
+    assert!(crashes > 100, "only {crashes} crashes tried");
+}
+
+/// A device with blocks of 512 bytes may keep any of the records of a group.
+#[test]
+fn i6_a_group_of_which_any_record_is_missing_has_no_effect() {
+    let (mut store, superblock) = formatted();
+    let groups = joined(&history(&superblock));
+    run(&mut store, &superblock, &groups[..2]);
+    let before = recover(&mut store, &superblock).unwrap();
+    let mut after = before.metadata.clone();
+    for record in &groups[2] {
+        after.apply(record).unwrap();
+    }
+    assert_eq!(run(&mut store, &superblock, &groups[2..3]), 1);
+    let found = recover(&mut store, &superblock).unwrap();
+    assert_eq!(found.metadata, after);
+    let first = superblock.area(found.area).journal;
+    for index in 0..groups[2].len() {
+        let mut torn = store.clone();
+        let lba = Lba(first.0 + index as u64 / 8);
+        let mut block = [0; BLOCK_BYTES];
+        torn.read(lba, &mut block).unwrap();
+        block[index % 8 * 512..][..512].fill(0);
+        torn.write(lba, &block).unwrap();
+        let found = recover(&mut torn, &superblock).unwrap();
+        assert_eq!(found.metadata, before.metadata, "without record {index}");
+    }
+}
+
+/// Regression: a record that this release does not know ended the journal, and everything behind it was lost.
+#[test]
+fn a_journal_record_of_a_later_release_is_refused_and_does_not_end_the_journal() {
+    let (mut store, superblock) = formatted();
+    let groups = history(&superblock);
+    run(&mut store, &superblock, &groups[..6]);
+    let found = recover(&mut store, &superblock).unwrap();
+    let last = Lba(superblock.area(found.area).journal.0 + found.journaled - 1);
+    // The record's type, its version, the version of the block.
+    for offset in [66, 67, 6] {
+        let mut store = store.clone();
+        let mut block = [0; BLOCK_BYTES];
+        store.read(last, &mut block).unwrap();
+        block[offset] = 99;
+        block[8..12].fill(0);
+        let crc = crc32c::crc32c(&block[..512]);
+        block[8..12].copy_from_slice(&crc.to_le_bytes());
+        store.write(last, &block).unwrap();
+        let error = recover(&mut store, &superblock).unwrap_err();
+        assert!(matches!(error, LogError::Damaged { .. }), "{error}");
+    }
 }
 
 /// A device that was a volume of another id, with rows of its own.

@@ -12,7 +12,7 @@ use bascule_volume_format::{
 
 use crate::crash::{history, run, states, subsets};
 use crate::damage::{Acknowledged, TERMS, coordinate, coordinated, heads, leaders, read};
-use crate::fixture::formatted;
+use crate::fixture::{commit, formatted};
 
 /// Every device that a power loss may leave of `store`.
 fn crashed(store: &MemStore) -> Vec<(MemStore, Vec<bool>)> {
@@ -49,7 +49,7 @@ fn go_on(
     let mut metadata = recovered.metadata;
     let mut done = next;
     for group in groups[next..].iter().take(GROUPS) {
-        if log.commit(store, &mut metadata, group).is_err() {
+        if commit(&mut log, store, &mut metadata, group).is_err() {
             return (done, false);
         }
         done += 1;

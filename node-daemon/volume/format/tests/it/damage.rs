@@ -11,7 +11,7 @@ use bascule_volume_format::{
 };
 
 use crate::crash::history;
-use crate::fixture::{formatted, owner};
+use crate::fixture::{commit, formatted, owner};
 
 /// Slots that coordinate in turn, from epoch 1 on.
 pub(crate) const TERMS: [u16; 5] = [0, 1, 0, 2, 2];
@@ -56,7 +56,7 @@ pub(crate) fn coordinate(
     let mut log = Log::start(store, superblock, &recovered, (slot, epoch), &barred).ok()?;
     let mut metadata = recovered.metadata;
     for group in groups {
-        log.commit(store, &mut metadata, group).ok()?;
+        commit(&mut log, store, &mut metadata, group).ok()?;
         acknowledged.groups += 1;
     }
     Some(())

@@ -7,8 +7,8 @@ use bascule_types::{
     Refusal, RowName, SlotId, VmRow, VmUid, VolumeId,
 };
 use bascule_volume_format::{
-    Context, Fencing, FencingPolicy, FormatRequest, MemStore, Metadata, Requester, Rules,
-    Superblock, Timings, Witness, make_volume,
+    BlockStore, Context, DECISION_MAX, Fencing, FencingPolicy, FormatRequest, Log, LogError,
+    MemStore, MetaRecord, Metadata, Requester, Rules, Superblock, Timings, Witness, make_volume,
 };
 
 pub(crate) const DEVICE_BYTES: u64 = 64 << 20;
@@ -49,6 +49,23 @@ pub(crate) fn formatted() -> (MemStore, Superblock) {
     let mut store = MemStore::new(DEVICE_BYTES / 4096);
     let superblock = make_volume(&mut store, &request(), Some(node(1))).unwrap();
     (store, superblock)
+}
+
+/// Makes a group durable as the coordinator does, and applies it; `metadata` keeps its value when that fails.
+pub(crate) fn commit<S: BlockStore>(
+    log: &mut Log,
+    store: &mut S,
+    metadata: &mut Metadata,
+    group: &[MetaRecord],
+) -> Result<(), LogError> {
+    let mut after = metadata.clone();
+    for record in group {
+        after.apply(record)?;
+    }
+    log.checkpoint_if_due(store, metadata)?;
+    log.commit(store, group)?;
+    *metadata = after;
+    Ok(())
 }
 
 /// The coordinator's evidence, set by the test.
@@ -131,6 +148,7 @@ impl Cluster {
             rules: Rules::ENFORCED,
         };
         let decision = self.metadata.decide(change, &context)?;
+        assert!(decision.records.len() <= DECISION_MAX, "{decision:?}");
         for record in &decision.records {
             self.metadata.apply(record).unwrap();
         }

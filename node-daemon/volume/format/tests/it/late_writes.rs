@@ -11,7 +11,7 @@ use bascule_volume_format::{
 };
 
 use crate::crash::{history, run, states, subsets};
-use crate::fixture::formatted;
+use crate::fixture::{commit, formatted};
 
 /// A device on which failed writes land right before operation `land_at`, and which loses power right
 /// before operation `cut_at`. Reads count as operations, too.
@@ -88,7 +88,7 @@ impl Scenario<'_> {
         };
         let mut metadata = recovered.metadata;
         for group in self.groups[next..].iter().take(GROUPS) {
-            if log.commit(store, &mut metadata, group).is_err() {
+            if commit(&mut log, store, &mut metadata, group).is_err() {
                 return &self.states[next..next + 2];
             }
             next += 1;
@@ -253,7 +253,7 @@ fn a_coordinator_never_writes_an_area_where_a_failed_write_may_land() {
         let mut log = start(&mut store, slot, half).unwrap();
         let mut metadata = recovered.metadata.clone();
         let end = groups.iter().cycle().find_map(|group| {
-            let committed = log.commit(&mut store, &mut metadata, group);
+            let committed = commit(&mut log, &mut store, &mut metadata, group);
             committed.err()
         });
         assert!(matches!(end, Some(LogError::Barred { .. })), "{end:?}");

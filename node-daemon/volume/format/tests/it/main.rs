@@ -12,6 +12,8 @@ mod crash;
 mod crash_again;
 mod damage;
 mod fixture;
+mod follower;
 mod format_again;
 mod full_table;
 mod late_writes;
+mod room;

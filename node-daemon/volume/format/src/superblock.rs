@@ -175,8 +175,9 @@ impl Superblock {
             end = next;
         }
         let every = RegionKind::ALL.iter().all(|kind| {
-            let of_kind = self.regions.iter().filter(|region| region.kind == *kind);
-            of_kind.count() == 1
+            let mut of_kind = self.regions.iter().filter(|region| region.kind == *kind);
+            let room = of_kind.next().map_or(0, |region| region.blocks);
+            room >= kind.blocks_min(self.slot_count) && of_kind.next().is_none()
         });
         if every { Ok(()) } else { Err(WRONG) }
     }

@@ -196,6 +196,22 @@ pub struct Area {
     pub journal_blocks: u64,
 }
 
+impl RegionKind {
+    /// The fewest blocks of such a region on a volume with so many slots: the addresses of its slots' parts lie
+    /// in it.
+    pub(crate) fn blocks_min(self, slot_count: u16) -> u64 {
+        let of_slot = match self {
+            Self::Heartbeats => HEARTBEAT_RECORDS,
+            Self::Paxos => PAXOS_SUBSECTORS,
+            Self::Leaders => 1,
+            Self::Areas => 2 * AREA_MIN,
+            Self::Mailbox => MAILBOX_BLOCKS,
+            Self::References | Self::Extents => return 1,
+        };
+        u64::from(slot_count) * of_slot
+    }
+}
+
 impl Area {
     /// The largest number of rows of a checkpoint in this area.
     #[must_use]

@@ -12,8 +12,8 @@ use bascule_types::{
 use bascule_volume_format::{
     Accepted, BlockStore, CheckpointHead, CheckpointId, CheckpointRow, CoordinatorEpoch,
     FormatError, HeartbeatRecord, JournalBlock, LeaderBlock, MetaRecord, OpenError, PaxosBlock,
-    Place, RUNS_MAX, Record, SUPERBLOCK_LBAS, SlotRow, Superblock, Timings, UnfinishedFormat,
-    WatchdogKind, check_volume, open, read_superblock, seal, seal_block,
+    Place, RUNS_MAX, Record, RegionKind, SUPERBLOCK_LBAS, SlotRow, Superblock, Timings,
+    UnfinishedFormat, WatchdogKind, check_volume, open, read_superblock, seal, seal_block,
 };
 use proptest::prelude::*;
 
@@ -420,6 +420,33 @@ fn a_device_too_small_is_refused_with_what_is_needed() {
 fn the_default_safe_time_is_within_thirty_seconds() {
     assert!(Timings::DEFAULT.validate().is_ok());
     assert!(Timings::DEFAULT.safe_time() <= Duration::from_secs(30));
+}
+
+/// The areas of 4 slots in 7 blocks: computing their sizes panicked, and with one block of heartbeats the second slot's
+/// heartbeats lay over Paxos blocks.
+#[test]
+fn a_superblock_whose_regions_have_no_room_for_its_slots_is_refused() {
+    let (_, superblock) = formatted();
+    let lba = SUPERBLOCK_LBAS[0];
+    let parse = |superblock: &Superblock| {
+        Superblock::parse_copy(&seal(superblock, superblock.place(lba)), lba)
+    };
+    for index in 0..superblock.regions.len() {
+        let mut smaller = superblock.clone();
+        let region = &mut smaller.regions[index];
+        let needed = match region.kind {
+            RegionKind::Heartbeats => 4 * 4,
+            RegionKind::Paxos => 4 * 8,
+            RegionKind::Leaders => 4,
+            RegionKind::Areas => 4 * 2 * 64,
+            RegionKind::Mailbox => 4 * 16,
+            RegionKind::References | RegionKind::Extents => 1,
+        };
+        region.blocks = needed;
+        assert_eq!(parse(&smaller).as_ref(), Ok(&smaller));
+        smaller.regions[index].blocks = needed - 1;
+        assert_eq!(parse(&smaller), Err(FormatError::Field("regions")));
+    }
 }
 
 /// Seals any body with a valid envelope, so that it reaches the parser behind the checksum.

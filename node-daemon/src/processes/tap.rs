@@ -16,6 +16,8 @@ use rtnetlink::packet_route::link::{InfoKind, LinkAttribute, LinkInfo, LinkMessa
 use rtnetlink::{Handle, LinkUnspec};
 use sha2::{Digest, Sha256};
 
+mod source_filter;
+
 /// The name of a VM's tap: 15 bytes are allowed (IFNAMSIZ less the NUL), so it is `bs`, 8 hex digits
 /// that stand for node and VM (two nodes of a lab may share a network namespace) and the
 /// interface's index.
@@ -34,9 +36,10 @@ fn prefix(node: NodeUid, vm: VmUid) -> String {
     format!("bs{short}-")
 }
 
-/// Creates the tap, attaches it to the bridge and brings it up; returns the bridge's MTU in bytes, which
-/// is the tap's too. Idempotent.
-pub(crate) fn ensure(tap: &str, bridge: &str) -> Result<u16> {
+/// Creates the tap of a guest's interface with the address `mac`, attaches it to the bridge and brings it up;
+/// returns the bridge's MTU in bytes, which is the tap's too. From its first frame on, the guest sends with that
+/// address only. Idempotent.
+pub(crate) fn ensure(tap: &str, bridge: &str, mac: [u8; 6]) -> Result<u16> {
     on_rtnetlink(async |handle| {
         let Some(bridge_link) = find(handle, bridge).await? else {
             bail!("it does not exist on this node")
@@ -56,6 +59,7 @@ pub(crate) fn ensure(tap: &str, bridge: &str) -> Result<u16> {
             .address(address(tap).to_vec());
         let set = handle.link().set(own.build()).execute().await;
         set.with_context(|| format!("set MTU {mtu} and the address of {tap}"))?;
+        source_filter::install(handle, index, mac).await?;
         let joined = LinkUnspec::new_with_index(index)
             .controller(bridge_link.header.index)
             .up();

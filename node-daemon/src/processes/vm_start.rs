@@ -4,7 +4,7 @@
 //! | step | undo |
 //! |---|---|
 //! | the run directory, and with it the user | removed |
-//! | one tap for each interface, attached to its bridge | removed |
+//! | one tap for each interface, with the filter of its source address, attached to its bridge | removed, and the filter with it |
 //! | `config.json`, `spec.json` | removed with the run directory |
 //! | the process, which makes its cgroup, socket, logs and state itself | none |
 //!
@@ -242,7 +242,7 @@ impl StartEffects for OnNode<'_> {
     }
 
     fn make_tap(&self, tap: &WantedTap) -> Result<u16> {
-        tap::ensure(&tap.tap, &tap.bridge)
+        tap::ensure(&tap.tap, &tap.bridge, tap.mac)
     }
 
     fn remove_tap(&self, tap: &WantedTap) -> Result<()> {

@@ -38,6 +38,8 @@ const MODULES: &[&str] = &[
     "veth",
     "vxlan",
     "tun",
+    "sch_ingress",
+    "cls_bpf",
     "nf_conntrack",
     "nf_tables",
     "nft_chain_nat",

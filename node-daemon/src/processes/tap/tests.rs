@@ -4,10 +4,13 @@ use std::fs::File;
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::process::Command;
+use std::time::Duration;
 
+use bascule_devices::net::Tap;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use super::*;
+use crate::wait::wait_for;
 
 #[test]
 fn a_taps_name_fits_an_interface_name() {
@@ -32,7 +35,7 @@ fn only_enodev_means_that_another_command_has_removed_the_tap() {
 
 #[test]
 fn a_bridge_that_does_not_exist_is_the_reason() {
-    let error = ensure("bs00000000-0", "bsc-no-such-br").unwrap_err();
+    let error = ensure("bs00000000-0", "bsc-no-such-br", MAC).unwrap_err();
     assert_eq!(format!("{error:#}"), "it does not exist on this node");
 }
 
@@ -48,6 +51,93 @@ fn a_bridge_whose_mtu_no_tap_can_have_is_refused_with_the_range() {
             "{error}"
         );
     }
+}
+
+/// The address of the guest's interface.
+const MAC: [u8; 6] = [0x52, 0x54, 0, 1, 2, 3];
+const OTHER_MAC: [u8; 6] = [0x52, 0x54, 0, 1, 2, 4];
+/// The virtio-net header in front of each frame.
+const HEADER_BYTES: usize = 12;
+
+/// A frame to everybody, of at least 60 bytes.
+fn frame(source: [u8; 6], rest: &[u8]) -> Vec<u8> {
+    let mut frame = [&[0xFF; 6], &source[..], rest].concat();
+    frame.resize(frame.len().max(60), 0);
+    frame
+}
+
+/// An ARP request or, with another type, another packet of its layout, of this sender.
+fn arp(ethertype: [u8; 2], sender: [u8; 6]) -> Vec<u8> {
+    let fixed = [0, 1, 8, 0, 6, 4, 0, 1];
+    [
+        &ethertype[..],
+        &fixed,
+        &sender,
+        &[10, 0, 0, 1],
+        &[0; 6],
+        &[10, 0, 0, 2],
+    ]
+    .concat()
+}
+
+/// Sends the frames and then a last one through `from`; returns those that come out of `to`.
+fn passed(from: &TapFd, to: &TapFd, frames: &[Vec<u8>]) -> Vec<Vec<u8>> {
+    let last = frame(MAC, &[0x88, 0xB5, 0xFF]);
+    for one in frames.iter().chain([&last]) {
+        from.send(&[&[0; HEADER_BYTES][..], one].concat()).unwrap();
+    }
+    let mut passed = vec![];
+    let mut buffer = [0; 2048];
+    let came = wait_for(Duration::from_secs(10), || {
+        let length = to.receive(&mut buffer).ok()?;
+        let one = &buffer[HEADER_BYTES..length];
+        // The bridge has frames of its own.
+        if frames.iter().any(|sent| sent == one) {
+            passed.push(one.to_vec());
+        }
+        (one == last).then_some(())
+    });
+    came.expect("the last frame passes");
+    passed
+}
+
+/// A guest could take another one's address, and with it its traffic.
+#[test]
+fn a_guest_sends_only_with_the_address_of_its_interface() {
+    let Some(_network) = Network::enter("bsc-spoof") else {
+        return;
+    };
+    Network::bridge("br0", 1500);
+    ensure("bst-0", "br0", OTHER_MAC).unwrap();
+    // Again, for a VM that starts again: the filter is replaced.
+    ensure("bst-0", "br0", MAC).unwrap();
+    ensure("bst-1", "br0", OTHER_MAC).unwrap();
+    let (guest, neighbour) = (TapFd::open("bst-0").unwrap(), TapFd::open("bst-1").unwrap());
+    let (arp_type, reverse, tagged) = ([8, 6], [0x80, 0x35], [0x81, 0, 0, 5]);
+    let in_vlan = |packet: Vec<u8>| [&tagged[..], &packet].concat();
+    let own = [
+        frame(MAC, &[0x88, 0xB5, 1]),
+        frame(MAC, &arp(arp_type, MAC)),
+        frame(MAC, &arp(reverse, MAC)),
+        frame(MAC, &in_vlan(arp(arp_type, MAC))),
+        // The sender's address is where another protocol has anything.
+        frame(MAC, &arp([0x88, 0xB5], OTHER_MAC)),
+    ];
+    assert_eq!(passed(&guest, &neighbour, &own), own);
+    let mut truncated = frame(MAC, &arp(arp_type, MAC));
+    truncated.truncate(27);
+    let forged = [
+        frame(OTHER_MAC, &[0x88, 0xB5, 1]),
+        frame([0x52, 0x55, 0, 1, 2, 3], &[0x88, 0xB5, 2]),
+        frame([0x52, 0x54, 0, 1, 3, 3], &[0x88, 0xB5, 3]),
+        frame(OTHER_MAC, &arp(arp_type, MAC)),
+        frame(MAC, &arp(arp_type, OTHER_MAC)),
+        frame(MAC, &arp(arp_type, [0x52, 0x55, 0, 1, 2, 3])),
+        frame(MAC, &arp(reverse, OTHER_MAC)),
+        frame(MAC, &in_vlan(arp(arp_type, OTHER_MAC))),
+        truncated,
+    ];
+    assert_eq!(passed(&guest, &neighbour, &forged), Vec::<Vec<u8>>::new());
 }
 
 /// A named network namespace that is removed on drop.
@@ -126,7 +216,7 @@ fn a_tap_takes_the_bridges_mtu_and_the_bridge_keeps_mtu_and_address() {
         for index in [0, 1] {
             let tap = format!("bst{mtu}-{index}");
             for _again in 0..2 {
-                assert_eq!(u32::from(ensure(&tap, &bridge).unwrap()), mtu);
+                assert_eq!(u32::from(ensure(&tap, &bridge, MAC).unwrap()), mtu);
                 assert_eq!(shown(&bridge), before);
             }
             let (of_tap, address) = shown(&tap);
@@ -144,22 +234,22 @@ fn a_bridges_new_mtu_reaches_a_tap_at_the_next_start_and_no_tap_undoes_it() {
         return;
     };
     Network::bridge("br0", 1500);
-    ensure("bst-0", "br0").unwrap();
+    ensure("bst-0", "br0", MAC).unwrap();
     // As the documentation says: on the network card alone it would not reach a bridge with taps.
     ip("link set br0-p mtu 9000");
     assert_eq!(shown("br0").0, 1500);
     ip("link set br0 mtu 9000");
     assert_eq!((shown("br0").0, shown("bst-0").0), (9000, 1500));
     // Another guest starts.
-    assert_eq!(ensure("bst-1", "br0").unwrap(), 9000);
+    assert_eq!(ensure("bst-1", "br0", MAC).unwrap(), 9000);
     assert_eq!((shown("br0").0, shown("bst-0").0), (9000, 1500));
     // The first one starts again: its tap is new, or, after a daemon that ended in the middle, an old one.
-    assert_eq!(ensure("bst-0", "br0").unwrap(), 9000);
+    assert_eq!(ensure("bst-0", "br0", MAC).unwrap(), 9000);
     assert_eq!((shown("br0").0, shown("bst-0").0), (9000, 9000));
     // Back: a smaller MTU.
     ip("link set br0 mtu 1500");
     assert_eq!((shown("br0").0, shown("bst-0").0), (1500, 9000));
-    assert_eq!(ensure("bst-1", "br0").unwrap(), 1500);
+    assert_eq!(ensure("bst-1", "br0", MAC).unwrap(), 1500);
     assert_eq!((shown("br0").0, shown("bst-0").0), (1500, 9000));
 }
 
@@ -169,7 +259,7 @@ fn a_bridge_with_a_larger_mtu_than_a_tap_can_have_is_left_alone() {
         return;
     };
     Network::bridge("br0", 65_535);
-    let error = ensure("bst-0", "br0").unwrap_err().to_string();
+    let error = ensure("bst-0", "br0", MAC).unwrap_err().to_string();
     assert!(error.contains("its MTU is 65535 bytes"), "{error}");
     assert_eq!(shown("br0").0, 65_535);
     assert!(!ip("link show").contains("bst-0"));
@@ -183,7 +273,7 @@ fn all_taps_of_a_vm_are_removed_and_those_of_another_vm_stay() {
     Network::bridge("br0", 1500);
     let (node, one, other) = (NodeUid::random(), VmUid::random(), VmUid::random());
     for (vm, index) in [(one, 0), (one, 1), (one, 12), (other, 0)] {
-        ensure(&name(node, vm, index), "br0").unwrap();
+        ensure(&name(node, vm, index), "br0", MAC).unwrap();
     }
     remove_all(node, one).unwrap();
     let left = ip("link show");

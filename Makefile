@@ -103,6 +103,15 @@ soak: checkout ## The real drivers of volume and disks in simulation: SEEDS seed
 	  sh -c 'BASCULE_SIM_FROM=$$(($(FROM) + {} * $(SEEDS))) \
 	    cargo test --release --quiet --locked -p bascule-volume -p bascule-devices --test sim -- --nocapture of_every_seed'
 
+TIME ?= 60
+.PHONY: fuzz
+fuzz: checkout ## Every parser of foreign bytes under libFuzzer, TIME seconds (60) each. One target: T=NAME
+	fuzz/run.sh $(TIME) $(T)
+
+.PHONY: fuzz-corpus
+fuzz-corpus: checkout ## Write what `make fuzz` has found into fuzz/corpus, a few KiB for each target
+	fuzz/run.sh minimise $(T)
+
 .PHONY: kvm
 kvm: checkout ## The VM process on this machine's /dev/kvm, with the probe guest. One test: T=NAME
 	$(if $(T),,cargo test --quiet --locked -p bascule-e2e --lib --bins)

@@ -24,6 +24,8 @@ pub mod disk;
 pub mod failure;
 #[cfg(test)]
 mod fuzz_tests;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 mod guest_ram;
 pub mod interrupt;
 pub mod ioeventfd;
@@ -31,7 +33,7 @@ pub mod net;
 pub mod pci;
 pub mod rng;
 pub mod state;
-#[cfg(test)]
+#[cfg(any(test, feature = "fuzzing"))]
 mod testing;
 pub mod virtio;
 

@@ -1,6 +1,12 @@
 //! Test doubles: a hypervisor that records its calls, and a guest driver that accesses a function
 //! through its registers only, as a real driver does.
 
+#![expect(
+    clippy::unwrap_used,
+    reason = "an expectation that does not hold is a finding"
+)]
+#![cfg_attr(not(test), expect(dead_code, reason = "fuzzing uses a part of it"))]
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -463,15 +469,11 @@ pub(crate) fn clear_dirty(ram: &GuestRam) {
 
 /// The numbers of the dirty pages.
 pub(crate) fn dirty_pages(ram: &GuestRam) -> BTreeSet<u64> {
-    let page = |address: u64| address / 4096;
     let regions = ram.iter().flat_map(|region| {
         let first = region.start_addr().0;
-        let offsets = (0..region.len()).step_by(4096);
-        let dirty =
-            offsets.filter(|offset| region.bitmap().dirty_at(usize::try_from(*offset).unwrap()));
-        dirty
-            .map(move |offset| page(first + offset))
-            .collect::<Vec<_>>()
+        let is_dirty = |at: &u64| region.bitmap().dirty_at(usize::try_from(*at).unwrap());
+        let dirty = (0..region.len()).step_by(4096).filter(is_dirty);
+        dirty.map(|at| (first + at) / 4096).collect::<Vec<_>>()
     });
     regions.collect()
 }

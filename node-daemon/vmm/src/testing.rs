@@ -58,10 +58,15 @@ impl TestVm {
         (builder.boot(images(code)).unwrap(), test)
     }
 
-    /// Waits until the console has `count` bytes, of at most 256 KiB.
-    pub(crate) fn await_output(&self, count: usize) {
+    /// The bytes that the guest has written to the console since its start, of which the last 256 KiB are kept.
+    pub(crate) fn written(&self) -> u64 {
+        self.console.save().position
+    }
+
+    /// Waits until the guest has written `count` bytes to the console since its start.
+    pub(crate) fn await_output(&self, count: u64) {
         let deadline = Instant::now() + Duration::from_secs(20);
-        while self.console.recent().len() < count {
+        while self.written() < count {
             assert!(
                 Instant::now() < deadline,
                 "no {count} bytes of output in 20 s"

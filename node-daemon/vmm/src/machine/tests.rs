@@ -54,7 +54,7 @@ fn a_guest_prints_on_its_serial_port_and_executes_nothing_while_paused() {
     assert!(is_alphabet(&output), "{}", String::from_utf8_lossy(&output));
     let counted: u32 = vm.handle().memory().read_obj(COUNT_AT).unwrap();
     let vm = vm.run().unwrap();
-    test.await_output(output.len() + 100);
+    test.await_output(test.written() + 100);
     let vm = vm.pause().unwrap();
     let output = test.console.recent();
     assert!(
@@ -78,7 +78,7 @@ fn a_restored_guest_continues_where_the_saved_one_stopped() {
     let before = first.console.recent();
     assert_eq!(second.console.recent(), before, "the past has moved, too");
     let new = new.run().unwrap();
-    second.await_output(before.len() + 100);
+    second.await_output(first.written() + 100);
     new.pause().unwrap().end();
     let output = second.console.recent();
     assert!(is_alphabet(&output), "{}", String::from_utf8_lossy(&output));
@@ -92,7 +92,7 @@ fn a_machine_moves_back_and_forth_many_times() {
     }
     let (mut vm, mut test) = TestVm::with(COUNTER);
     for _ in 0..10 {
-        let before = test.console.recent().len();
+        let before = test.written();
         let running = vm.run().unwrap();
         test.await_output(before + 20);
         let old = running.pause().unwrap();
@@ -171,7 +171,7 @@ fn the_dirty_log_sees_what_the_guest_writes_and_nothing_else() {
     dirty.clear(0, 0, written.words(0)).unwrap();
     assert_eq!(dirty.fetch().unwrap().count(), 0);
     let vm = vm.run().unwrap();
-    test.await_output(test.console.recent().len() + 10);
+    test.await_output(test.written() + 10);
     let vm = vm.pause().unwrap();
     assert_eq!(
         dirty.fetch().unwrap().count(),
@@ -212,7 +212,7 @@ fn a_triple_fault_ends_that_guest_alone() {
     let faulty = faulty.run().unwrap();
     faulty_test.await_end();
     drop(faulty);
-    let seen = neighbour_test.console.recent().len();
+    let seen = neighbour_test.written();
     neighbour_test.await_output(seen + 100);
     assert!(neighbour_test.ended.try_recv().is_err());
     drop(neighbour);
@@ -255,7 +255,7 @@ fn a_machine_of_several_vcpus_is_saved_and_restored() {
     let (new, second) = moved(&old, 3);
     drop(old);
     let new = new.run().unwrap();
-    second.await_output(first.console.recent().len() + 50);
+    second.await_output(first.written() + 50);
     let new = new.pause().unwrap();
     assert!(is_alphabet(&second.console.recent()));
     assert_eq!(new.save().unwrap().cpus(), 3);

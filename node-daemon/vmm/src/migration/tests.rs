@@ -430,7 +430,7 @@ fn memory_is_copied_while_the_destinations_becomes_resident_and_the_guest_is_sto
         std::thread::yield_now();
     }
     assert!(control.status().bytes > Bytes(4096));
-    let printed = here_test.console.recent().len();
+    let printed = here_test.written();
     here_test.await_output(printed + 200);
     assert!(!moves.is_finished() && !arrives.is_finished());
     drop(begin);

@@ -45,7 +45,7 @@ fn a_guest_reads_the_power_management_timer_and_finds_it_again_where_it_moves() 
     there.advance(Duration::from_secs(1));
     let before = first.console.recent().len();
     let new = new.run().unwrap();
-    second.await_output(before + 40);
+    second.await_output(first.written() + 40);
     drop(new.pause().unwrap());
     // Without the register that was being printed, and the one that was read already.
     let after = printed(&second).split_off(before / 4 + 2);

@@ -335,6 +335,6 @@ pub(super) fn assert_uninterrupted(output: &[u8]) {
 
 pub(super) fn assert_goes_on(guest: &TestGuest, test: &TestVm) {
     assert!(guest.is_running());
-    let now = test.console.recent().len();
+    let now = test.written();
     test.await_output(now + 20);
 }

@@ -3,8 +3,10 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use bascule_ipc::vm::{MigrationLimits, MigrationPhase, MigrationStatus, Request, VmState};
-use bascule_types::{AttemptId, Epoch};
+use bascule_ipc::vm::{
+    MigrationLimits, MigrationPhase, MigrationStatus, Request, StartMode, VmState,
+};
+use bascule_types::{AttemptId, Epoch, Owner};
 
 use crate::{
     Console, GUEST, Network, Session, TestCluster, TestNode, TestVm, TestVmSpec, VmOnVolume,
@@ -140,6 +142,34 @@ impl TwoNodes {
         guest.vm = destination;
         guest.at = 1 - guest.at;
         Ok(outcome)
+    }
+
+    /// Saves the guest on the volume for `to`, or for whoever acquires it next. Its process is left for the caller to
+    /// look at.
+    ///
+    /// # Errors
+    /// When it is not saved.
+    pub fn save(&self, guest: &mut MovableGuest, to: Option<Owner>) -> Result<()> {
+        let attempt = AttemptId::random();
+        guest.vm.must(&Request::MigrateQuick { attempt, to })?;
+        let outcome = guest.vm.wait_migration(SOON)?;
+        ensure!(
+            outcome.phase == MigrationPhase::Completed,
+            "{outcome:?}\n{}",
+            guest.vm.log()
+        );
+        Ok(())
+    }
+
+    /// Restores the saved guest on the node with index `at`, which owns it in `epoch`, and follows it there.
+    ///
+    /// # Errors
+    /// When its process does not start.
+    pub fn restore(&self, guest: &mut MovableGuest, at: usize, epoch: Epoch) -> Result<()> {
+        let node = &self.nodes[at];
+        guest.vm = (self.cluster).start(node, &self.vm, epoch, StartMode::Restore)?;
+        guest.at = at;
+        guest.console.follow(guest.vm.console()?)
     }
 }
 

@@ -5,8 +5,7 @@
 use std::time::Duration;
 
 use bascule_e2e::{GUEST, MovableGuest, TwoNodes, kvm_or_skip};
-use bascule_ipc::vm::{GuestAgent, MigrationPhase, Request, StartMode, StopReason};
-use bascule_types::AttemptId;
+use bascule_ipc::vm::{GuestAgent, Request, StopReason};
 
 const SOON: Duration = Duration::from_secs(60);
 
@@ -41,21 +40,10 @@ fn an_agent_is_heard_wherever_its_guest_moves_and_shuts_it_down() {
     hear(&mut guest);
 
     // Out of the volume, where it does not know how long it was.
-    let to = Some(lab.nodes[0].owner().unwrap());
-    let attempt = AttemptId::random();
-    guest
-        .vm
-        .must(&Request::MigrateQuick { attempt, to })
+    lab.save(&mut guest, Some(lab.nodes[0].owner().unwrap()))
         .unwrap();
-    let outcome = guest.vm.wait_migration(SOON).unwrap();
-    assert_eq!(outcome.phase, MigrationPhase::Completed, "{outcome:?}");
     guest.vm.exit(SOON).unwrap();
-    let (node, epoch) = (&lab.nodes[0], lab.epoch().unwrap());
-    guest.vm = lab
-        .cluster
-        .start(node, &lab.vm, epoch, StartMode::Restore)
-        .unwrap();
-    guest.console.follow(guest.vm.console().unwrap()).unwrap();
+    lab.restore(&mut guest, 0, lab.epoch().unwrap()).unwrap();
     let before = std::time::SystemTime::now();
     let told = guest.console.wait_line("agent set-time ", SOON).unwrap();
     let told: u64 = told.rsplit(' ').next().unwrap().parse().unwrap();

@@ -9,9 +9,7 @@ use bascule_e2e::{
     Console, GUEST, MovableGuest, Session, TestCluster, TestVm, TestVmSpec, TwoNodes, VmOnVolume,
     kvm_or_skip, wait_for,
 };
-use bascule_ipc::vm::{
-    MigrationLimits, MigrationPhase, Request, Response, StartMode, StopReason, VmState,
-};
+use bascule_ipc::vm::{MigrationLimits, MigrationPhase, Request, Response, StopReason, VmState};
 use bascule_types::{Answer, AttemptId, Change, Epoch};
 
 const SOON: Duration = Duration::from_secs(60);
@@ -181,29 +179,14 @@ fn quick_migration_round_trip() {
     let before = guest.session.clean_report().unwrap();
 
     // There: ownership is transferred to the other node.
-    let to = Some(lab.nodes[1].owner().unwrap());
-    let attempt = AttemptId::random();
-    guest
-        .vm
-        .must(&Request::MigrateQuick { attempt, to })
+    lab.save(&mut guest, Some(lab.nodes[1].owner().unwrap()))
         .unwrap();
-    let outcome = guest.vm.wait_migration(SOON).unwrap();
-    assert_eq!(
-        outcome.phase,
-        MigrationPhase::Completed,
-        "{outcome:?}\n{}",
-        guest.vm.log()
-    );
     guest.vm.wait_state(&VmState::Departed, SOON).unwrap();
     guest.vm.exit(SOON).unwrap();
     let rows = lab.nodes[1].rows().unwrap();
     assert_eq!(rows.vms[0].epoch, Epoch(2));
     assert!(rows.saved[0].complete.is_some(), "{:?}", rows.saved);
-    guest.vm = lab
-        .cluster
-        .start(&lab.nodes[1], &lab.vm, Epoch(2), StartMode::Restore)
-        .unwrap();
-    guest.console.follow(guest.vm.console().unwrap()).unwrap();
+    lab.restore(&mut guest, 1, Epoch(2)).unwrap();
     guest.check().unwrap();
     let after = guest.session.clean_report().unwrap();
     assert!(after.disk_ack > before.disk_ack, "{before} {after}");
@@ -213,13 +196,7 @@ fn quick_migration_round_trip() {
     );
 
     // And back through a released ownership, as for a node that is rebooted.
-    let attempt = AttemptId::random();
-    guest
-        .vm
-        .must(&Request::MigrateQuick { attempt, to: None })
-        .unwrap();
-    let outcome = guest.vm.wait_migration(SOON).unwrap();
-    assert_eq!(outcome.phase, MigrationPhase::Completed, "{outcome:?}");
+    lab.save(&mut guest, None).unwrap();
     guest.vm.exit(SOON).unwrap();
     assert_eq!(lab.nodes[0].rows().unwrap().vms[0].owner, None);
     let acquired = lab.nodes[0]
@@ -232,11 +209,7 @@ fn quick_migration_round_trip() {
     let Answer::Row(row) = acquired else {
         panic!("{acquired:?}");
     };
-    guest.vm = lab
-        .cluster
-        .start(&lab.nodes[0], &lab.vm, row.epoch, StartMode::Restore)
-        .unwrap();
-    guest.console.follow(guest.vm.console().unwrap()).unwrap();
+    lab.restore(&mut guest, 0, row.epoch).unwrap();
     guest.check().unwrap();
 }
 

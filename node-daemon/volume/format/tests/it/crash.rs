@@ -137,27 +137,43 @@ pub(crate) fn subsets(count: usize) -> Vec<Vec<bool>> {
     subsets
 }
 
-#[test]
-fn i6_a_volume_is_consistent_after_a_crash_at_any_write() {
-    let (pristine, superblock) = formatted();
-    let groups = history(&superblock);
-    assert!(groups.iter().any(|group| group.len() > 1), "groups of many");
-    let states = states(&superblock, &groups);
+/// Commits `groups` to copies of `store` that fail after each number of operations, and recovers from every subset of
+/// what was unflushed then; `states` are the rows after each number of groups. Returns how many crashes were tried.
+fn crash_at_any_write(
+    store: &MemStore,
+    superblock: &Superblock,
+    groups: &[Vec<MetaRecord>],
+    states: &[Metadata],
+) -> usize {
     let mut crashes = 0;
     for budget in 0.. {
-        let mut store = pristine.clone();
+        let mut store = store.clone();
         store.fail_after(budget);
-        let acknowledged = run(&mut store, &superblock, &groups);
+        let acknowledged = run(&mut store, superblock, groups);
         for subset in subsets(store.unflushed().len()) {
             let story = format!("failed after {budget} operations, kept {subset:?}");
             let crashed = store.crashed(|index| subset[index]);
-            assert_recovers(crashed, &superblock, &states, acknowledged, &story);
+            assert_recovers(crashed, superblock, states, acknowledged, &story);
             crashes += 1;
         }
         if acknowledged == groups.len() {
             break;
         }
     }
+    crashes
+}
+
+#[test]
+fn i6_a_volume_is_consistent_after_a_crash_at_any_write() {
+    let (pristine, superblock) = formatted();
+    let groups = history(&superblock);
+    assert!(groups.iter().any(|group| group.len() > 1), "groups of many");
+    let crashes = crash_at_any_write(
+        &pristine,
+        &superblock,
+        &groups,
+        &states(&superblock, &groups),
+    );
     println!("{crashes} crashes");
     assert!(crashes > 60, "only {crashes} crashes tried");
 }
@@ -168,20 +184,8 @@ fn i6_a_crash_of_the_next_coordinator_loses_nothing_either() {
     let groups = history(&superblock);
     let half = groups.len() / 2;
     assert_eq!(run(&mut store, &superblock, &groups[..half]), half);
-    let states = states(&superblock, &groups)[half..].to_vec();
-    for budget in 0.. {
-        let mut store = store.clone();
-        store.fail_after(budget);
-        let acknowledged = run(&mut store, &superblock, &groups[half..]);
-        for subset in subsets(store.unflushed().len()) {
-            let story = format!("failed after {budget} operations, kept {subset:?}");
-            let crashed = store.crashed(|index| subset[index]);
-            assert_recovers(crashed, &superblock, &states, acknowledged, &story);
-        }
-        if acknowledged == groups.len() - half {
-            break;
-        }
-    }
+    let states = &states(&superblock, &groups)[half..];
+    crash_at_any_write(&store, &superblock, &groups[half..], states);
 }
 
 #[test]
@@ -287,22 +291,12 @@ fn i6_a_group_of_many_requests_takes_effect_as_a_whole_or_not_at_all() {
     let groups: Vec<_> = (0..6).flat_map(|_| joined(&once)).collect();
     let widest = groups.iter().map(Vec::len).max().unwrap();
     assert!(widest > 8, "only {widest} records: a single block");
-    let states = states(&superblock, &groups);
-    let mut crashes = 0;
-    for budget in 0.. {
-        let mut store = pristine.clone();
-        store.fail_after(budget);
-        let acknowledged = run(&mut store, &superblock, &groups);
-        for subset in subsets(store.unflushed().len()) {
-            let story = format!("failed after {budget} operations, kept {subset:?}");
-            let crashed = store.crashed(|index| subset[index]);
-            assert_recovers(crashed, &superblock, &states, acknowledged, &story);
-            crashes += 1;
-        }
-        if acknowledged == groups.len() {
-            break;
-        }
-    }
+    let crashes = crash_at_any_write(
+        &pristine,
+        &superblock,
+        &groups,
+        &states(&superblock, &groups),
+    );
     println!("{crashes} crashes");
     assert!(crashes > 100, "only {crashes} crashes tried");
 }

@@ -80,6 +80,24 @@ fn arp(ethertype: [u8; 2], sender: [u8; 6]) -> Vec<u8> {
     .concat()
 }
 
+/// Waits until frames go from one port of the bridge to the other: the kernel makes a port forward some time after
+/// its carrier came up, in a work queue (net/core/link_watch.c), and drops frames until then.
+fn wait_until_connected(from: &TapFd, to: &TapFd) {
+    let probe = frame(MAC, &[0x88, 0xB5, 0xFE]);
+    let mut buffer = [0; 2048];
+    let came = wait_for(Duration::from_secs(60), || {
+        from.send(&[&[0; HEADER_BYTES][..], &probe].concat())
+            .unwrap();
+        while let Ok(length) = to.receive(&mut buffer) {
+            if buffer[HEADER_BYTES..length] == probe {
+                return Some(());
+            }
+        }
+        None
+    });
+    came.expect("the bridge forwards frames");
+}
+
 /// Sends the frames and then a last one through `from`; returns those that come out of `to`.
 fn passed(from: &TapFd, to: &TapFd, frames: &[Vec<u8>]) -> Vec<Vec<u8>> {
     let last = frame(MAC, &[0x88, 0xB5, 0xFF]);
@@ -89,13 +107,17 @@ fn passed(from: &TapFd, to: &TapFd, frames: &[Vec<u8>]) -> Vec<Vec<u8>> {
     let mut passed = vec![];
     let mut buffer = [0; 2048];
     let came = wait_for(Duration::from_secs(10), || {
-        let length = to.receive(&mut buffer).ok()?;
-        let one = &buffer[HEADER_BYTES..length];
-        // The bridge has frames of its own.
-        if frames.iter().any(|sent| sent == one) {
-            passed.push(one.to_vec());
+        while let Ok(length) = to.receive(&mut buffer) {
+            let one = &buffer[HEADER_BYTES..length];
+            if one == last {
+                return Some(());
+            }
+            // The bridge has frames of its own.
+            if frames.iter().any(|sent| sent == one) {
+                passed.push(one.to_vec());
+            }
         }
-        (one == last).then_some(())
+        None
     });
     came.expect("the last frame passes");
     passed
@@ -113,6 +135,7 @@ fn a_guest_sends_only_with_the_address_of_its_interface() {
     ensure("bst-0", "br0", MAC).unwrap();
     ensure("bst-1", "br0", OTHER_MAC).unwrap();
     let (guest, neighbour) = (TapFd::open("bst-0").unwrap(), TapFd::open("bst-1").unwrap());
+    wait_until_connected(&guest, &neighbour);
     let (arp_type, reverse, tagged) = ([8, 6], [0x80, 0x35], [0x81, 0, 0, 5]);
     let in_vlan = |packet: Vec<u8>| [&tagged[..], &packet].concat();
     let own = [

@@ -217,33 +217,58 @@ fn sum_up(group: &Path) -> Result<()> {
     }
     let cpus = std::thread::available_parallelism().map_or(1, |cpus| cpus.get() as u64);
     let critical = slice.file_name().is_some_and(|name| name == CRITICAL);
-    for (file, of_all_cpus, largest) in [
-        ("cpu.shares", cpus * SHARES_OF_CPU, SHARES_MAX),
-        ("cpu.weight", weight(cpus * SHARES_OF_CPU), WEIGHT_MAX),
-    ] {
-        let limit = if critical { None } else { Some(of_all_cpus) };
-        let sum = members.iter().filter_map(|member| get(member, file)).sum();
-        set(slice, file, of_slice(sum, limit, largest))?;
-    }
+    let limit = (!critical).then_some(cpus * SHARES_OF_CPU);
+    let shares = |member| get(member, "cpu.shares");
+    let sum = members.iter().filter_map(|member| shares(member)).sum();
+    set(slice, "cpu.shares", of_slice(sum, limit))?;
+    let shares = |member| get(member, "cpu.weight").map(shares_of);
+    let sum = members.iter().filter_map(|member| shares(member)).sum();
+    set(slice, "cpu.weight", weight(of_slice(sum, limit)))?;
     let memory = members
         .iter()
         .filter_map(|member| get(member, "memory.min"));
     set(slice, "memory.min", memory.sum())
 }
 
-/// The CPU time of a slice whose members have `sum` together: the largest without a limit.
-fn of_slice(sum: u64, limit: Option<u64>, largest: u64) -> u64 {
-    limit.map_or(largest, |limit| sum.clamp(2, limit.min(largest)))
+/// The shares of a slice whose members have `sum` together: the most that there are, without a limit.
+fn of_slice(sum: u64, limit: Option<u64>) -> u64 {
+    limit.map_or(SHARES_MAX, |limit| {
+        sum.clamp(SHARES_MIN, limit.min(SHARES_MAX))
+    })
 }
 
-/// Shares of version 1 as a weight of version 2, as the kubelet converts them for its pods (KEP-2254).
-const fn weight(shares: u64) -> u64 {
-    let within = if shares > SHARES_MAX {
-        SHARES_MAX
-    } else {
-        shares
-    };
-    1 + within.saturating_sub(2) * (WEIGHT_MAX - 1) / (SHARES_MAX - 2)
+/// Shares of version 1 as a weight of version 2. Kubernetes' pods get theirs by the same function since Kubernetes 1.35 and
+/// runc 1.3.2, in which the defaults of both versions correspond: 1024 shares are a weight of 100. With older ones, a pod
+/// of one CPU has a weight of 39.
+fn weight(shares: u64) -> u64 {
+    let log = to_f64(shares.clamp(SHARES_MIN, SHARES_MAX)).log2();
+    let exponent = (log + LINEAR) * log / SCALE - OFFSET;
+    // Both ends of the range are exact but for rounding, which must not add 1.
+    to_u64((10_f64.powf(exponent) - 1e-6).ceil()).clamp(1, WEIGHT_MAX)
+}
+
+/// The shares of which [`weight`] makes this one, within its rounding.
+fn shares_of(weight: u64) -> u64 {
+    let exponent = to_f64(weight.clamp(1, WEIGHT_MAX)).log10() + OFFSET;
+    let log = (LINEAR / 2.).hypot((SCALE * exponent).sqrt()) - LINEAR / 2.;
+    to_u64(log.exp2().round()).clamp(SHARES_MIN, SHARES_MAX)
+}
+
+#[expect(
+    clippy::cast_precision_loss,
+    reason = "shares and weights are less than 2^53"
+)]
+const fn to_f64(value: u64) -> f64 {
+    value as f64
+}
+
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "a whole number that is not negative; a cast saturates"
+)]
+const fn to_u64(value: f64) -> u64 {
+    value as u64
 }
 
 /// Lets the children of a version 2 group have shares. Where it cannot, the files are missing there.
@@ -276,8 +301,14 @@ fn write_existing(path: &Path, value: &str) -> io::Result<()> {
 
 /// As Kubernetes and cgroup version 1 count a CPU.
 const SHARES_OF_CPU: u64 = 1024;
-/// The most of version 1 (`MAX_SHARES`, kernel/sched/sched.h).
+/// The least and the most of version 1 (`MIN_SHARES` and `MAX_SHARES`, kernel/sched/sched.h).
+const SHARES_MIN: u64 = 2;
 const SHARES_MAX: u64 = 262_144;
+/// Of the exponent of a weight, a quadratic function of the logarithm of shares through (2, 1), (1024, 100) and (262,144,
+/// 10,000).
+const LINEAR: f64 = 125.;
+const SCALE: f64 = 612.;
+const OFFSET: f64 = 7. / 34.;
 /// The most of version 2 (Linux, cgroup-v2, "cpu.weight").
 const WEIGHT_MAX: u64 = 10_000;
 /// What a process needs besides its guest's RAM; a reservation pod requests as much.
@@ -306,7 +337,7 @@ mod tests {
             give(&slice.join(name), Share::of_guest(1, memory)).unwrap();
         };
         guest("vm-a", Bytes::gib(1));
-        assert_eq!(get(&slice.join("vm-a"), "cpu.weight"), Some(39));
+        assert_eq!(get(&slice.join("vm-a"), "cpu.weight"), Some(100));
         let first = Bytes::gib(1).0 + OVERHEAD.0;
         assert_eq!(get(&slice.join("vm-a"), "memory.min"), Some(first));
         assert_eq!(get(&slice, "memory.min"), Some(first));
@@ -316,11 +347,12 @@ mod tests {
         fs::remove_dir_all(slice.join("vm-b")).unwrap();
         sum_up(&slice.join("vm-b")).unwrap();
         assert_eq!(get(&slice, "memory.min"), Some(first));
-        assert_eq!(get(&slice, "cpu.weight"), Some(39));
+        assert_eq!(get(&slice, "cpu.weight"), Some(100));
 
-        assert_eq!(of_slice(39 * 100, Some(39 * 4), WEIGHT_MAX), 39 * 4);
-        assert_eq!(of_slice(39 * 3, Some(39 * 4), WEIGHT_MAX), 39 * 3);
-        assert_eq!(of_slice(0, Some(39 * 4), WEIGHT_MAX), 2, "without a member");
+        let limit = Some(4 * SHARES_OF_CPU);
+        assert_eq!(of_slice(100 * SHARES_OF_CPU, limit), 4 * SHARES_OF_CPU);
+        assert_eq!(of_slice(3 * SHARES_OF_CPU, limit), 3 * SHARES_OF_CPU);
+        assert_eq!(of_slice(0, limit), SHARES_MIN, "without a member");
     }
 
     #[test]
@@ -344,9 +376,25 @@ mod tests {
         assert_eq!(fs::read_dir(&pids).unwrap().count(), 1);
     }
 
+    /// A guest had 39 where a pod of one CPU has 100, and a task outside all groups, too.
     #[test]
     fn shares_become_weights_as_the_kubelet_does_it() {
-        assert_eq!([2, 1024, 2048, 262_144].map(weight), [1, 39, 79, 10_000]);
+        let shares = [0, 2, 3, 256, 1024, 2000, 2048, 102_400, 262_144, u64::MAX];
+        let weights = [1, 1, 2, 35, 100, 170, 174, 4_429, 10_000, 10_000];
+        assert_eq!(shares.map(weight), weights);
+    }
+
+    #[test]
+    fn weights_become_the_shares_that_they_were_made_of() {
+        for cpus in [1, 2, 3, 8, 10, 64, 255] {
+            let shares = cpus * SHARES_OF_CPU;
+            let again = shares_of(weight(shares));
+            assert!(
+                again.abs_diff(shares) * 50 <= shares,
+                "{shares} became {again}"
+            );
+        }
+        assert_eq!([1, WEIGHT_MAX].map(shares_of), [SHARES_MIN, SHARES_MAX]);
     }
 
     #[test]

@@ -49,7 +49,7 @@ fn converse(
             fds.truncate(2);
         }
         let fds: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
-        connection.send(&admitted.client.shown(response), &fds)?;
+        connection.send(&response, &fds)?;
     }
 }
 

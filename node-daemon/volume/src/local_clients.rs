@@ -3,7 +3,7 @@
 //! The kernel says which user a client had when it connected (SO_PEERCRED, unix(7)). Root, and the user of this process,
 //! is the node: `bascule-node`, an importer, a VM process of an earlier release. Any other user may be that of one VM's
 //! process: the group of the VM's run directory, which only root can set (`node-daemon/src/processes/users.rs`). That
-//! process may request what it needs for its own VM, and sees no row of another one.
+//! process may request what it needs for its own VM.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::AsFd;
@@ -11,7 +11,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use bascule_ipc::volume::{Request, Response, Rows};
+use bascule_ipc::volume::Request;
 use bascule_types::{Change, VmUid};
 
 /// The client of a connection.
@@ -151,23 +151,6 @@ impl Client {
             },
         }
     }
-
-    /// What this client sees of a response.
-    #[must_use]
-    pub fn shown(self, response: Response) -> Response {
-        match (self, response) {
-            (Self::Vm(own), Response::Rows(rows)) => Response::Rows(Rows {
-                coordinator_epoch: rows.coordinator_epoch,
-                vms: rows.vms.into_iter().filter(|row| row.vm == own).collect(),
-                disks: (rows.disks.into_iter())
-                    .filter(|row| row.vm == Some(own))
-                    .collect(),
-                saved: rows.saved.into_iter().filter(|row| row.vm == own).collect(),
-                fences: rows.fences,
-            }),
-            (_, response) => response,
-        }
-    }
 }
 
 /// What a request is about.
@@ -183,7 +166,7 @@ enum Subject {
 /// A request that is new is of the node only until it is listed here.
 const fn subject(request: &Request) -> Subject {
     match request {
-        Request::Status | Request::Rows => Subject::Volume,
+        Request::Status => Subject::Volume,
         Request::OpenVm { vm, .. }
         | Request::PeekVm { vm }
         | Request::Vm { vm }
@@ -196,7 +179,7 @@ const fn subject(request: &Request) -> Subject {
             | Change::FinishSavedState { vm, .. }
             | Change::DropSavedState { vm, .. },
         ) => Subject::Vm(*vm),
-        Request::Change(_) => Subject::Node,
+        Request::Rows | Request::Change(_) => Subject::Node,
     }
 }
 

@@ -2,9 +2,7 @@ use std::fs;
 use std::os::unix::fs::chown;
 use std::os::unix::net::UnixStream;
 
-use bascule_types::{
-    AttemptId, Bytes, DiskId, DiskRole, DiskRow, Epoch, Generation, NodeUid, Owner, RowName, SlotId,
-};
+use bascule_types::{AttemptId, Bytes, DiskId, Epoch, Generation, NodeUid, Owner, RowName, SlotId};
 
 use super::*;
 
@@ -108,38 +106,13 @@ fn a_vms_process_may_request_what_it_needs_of_its_own_vm_and_nothing_of_others()
     for request in requests(OWN) {
         assert_eq!(client.why_refused(&request), None, "{request:?}");
     }
-    for request in [Request::Status, Request::Rows] {
-        assert_eq!(client.why_refused(&request), None, "{request:?}");
-    }
+    assert_eq!(client.why_refused(&Request::Status), None);
+    assert!(client.why_refused(&Request::Rows).is_some());
     let refused = requests(OTHER).into_iter().chain(of_the_node(OWN));
     for request in refused.chain(of_the_node(OTHER)) {
         assert!(client.why_refused(&request).is_some(), "{request:?}");
         assert_eq!(Client::Node.why_refused(&request), None, "{request:?}");
     }
-}
-
-#[test]
-fn a_vms_process_sees_no_row_of_another_vm() {
-    let disk = |vm| DiskRow {
-        disk: DiskId::random(),
-        name: "shop/root".to_owned().try_into().unwrap(),
-        vm,
-        size: Bytes::mib(1),
-        role: DiskRole::Data,
-        importing: false,
-        importer: None,
-        extents: Vec::new(),
-    };
-    let all = Rows {
-        disks: [Some(OWN), Some(OTHER), None].map(disk).into(),
-        ..Rows::default()
-    };
-    let seen = |client: Client| match client.shown(Response::Rows(all.clone())) {
-        Response::Rows(rows) => rows.disks.len(),
-        other => unreachable!("{other:?}"),
-    };
-    assert_eq!(seen(Client::Vm(OWN)), 1);
-    assert_eq!(seen(Client::Node), 3);
 }
 
 /// Skipped without root, but not in CI.

@@ -63,6 +63,10 @@ pub(crate) struct NodeConfig {
     /// them. Not used without root: VM processes then have the user of this command
     #[arg(long, value_name = "FIRST-LAST", default_value_t = UserRange::VMS, env = "BASCULE_VM_USERS")]
     vm_users: UserRange,
+    /// Leave the kernel's setting of transparent huge pages for shared memory as it is. Otherwise `serve` lets
+    /// guests' RAM have them where it is `never`
+    #[arg(long)]
+    pub(crate) no_huge_pages: bool,
 }
 
 impl NodeConfig {

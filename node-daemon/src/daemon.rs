@@ -1,6 +1,7 @@
 //! `bascule-node serve`: the daemon of one node.
 
 use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -22,6 +23,7 @@ use crate::config::NodeConfig;
 use crate::identity::Identity;
 use crate::identity::enrollment::{self, EnrollArgs};
 use crate::paths::Paths;
+use crate::processes::huge_pages;
 use crate::processes::launcher::Launcher;
 use crate::processes::supervisor::{Parts, Supervisor};
 
@@ -73,6 +75,13 @@ async fn serve_node(args: &ServeArgs) -> Result<()> {
     } else {
         enrollment::join_or_resume(&args.join, &paths, args.address).await?
     };
+    if !args.config.no_huge_pages {
+        match huge_pages::allow(Path::new(huge_pages::SETTING)) {
+            Ok(false) => {}
+            Ok(true) => tracing::info!("guests' RAM may have transparent huge pages from now on"),
+            Err(error) => tracing::warn!(%error, setting = huge_pages::SETTING, "not changed"),
+        }
+    }
     let parts = Parts {
         identity,
         address: args.address,

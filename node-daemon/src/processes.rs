@@ -13,12 +13,14 @@
 //! | `vm_reports.rs` | the processes' reports, or the files that they have left |
 //! | `tap.rs`, `reservation.rs` | a VM's tap devices; its reservation pod's hold process |
 //! | `users.rs` | a VM's user |
+//! | `huge_pages.rs` | the kernel's setting for guests' RAM |
 //! | `console_logs.rs` | the VMs' last serial output |
 //! | `restart_backoff.rs` | when a volume process that has ended is started again |
 
 pub(crate) mod calls;
 pub(crate) mod cgroups;
 mod console_logs;
+pub(crate) mod huge_pages;
 pub(crate) mod imports;
 pub(crate) mod launcher;
 pub(crate) mod locks;

@@ -82,7 +82,23 @@ pub fn create(size: Bytes) -> Result<Arc<GuestMemory>, MemoryError> {
         offset += length;
     }
     let memory = GuestMemory::from_ranges_with_files(mapped).map_err(MemoryError::Map)?;
+    ask_for_huge_pages(&memory);
     Ok(Arc::new(memory))
+}
+
+/// Has the kernel back the RAM with huge pages where it may and can (madvise(2), `MADV_HUGEPAGE`): fewer faults when it
+/// becomes resident, and fewer misses of address translation in the guest.
+#[expect(unsafe_code, reason = "the kernel is handed guest memory's addresses")]
+fn ask_for_huge_pages(memory: &GuestMemory) {
+    use rustix::mm::{Advice, madvise};
+    for region in memory.iter() {
+        let length = usize::try_from(region.len()).unwrap_or(0);
+        // SAFETY: the range is the region's mapping; the advice changes no byte and no protection.
+        let asked = unsafe { madvise(region.as_ptr().cast(), length, Advice::LinuxHugepage) };
+        if let Err(error) = asked {
+            tracing::debug!(%error, "the kernel has no transparent huge pages");
+        }
+    }
 }
 
 /// Makes all of the RAM zero, as [`create`] made it: what was resident goes back to the host. A dirty log
@@ -124,6 +140,32 @@ mod tests {
             ]
         );
         assert_eq!(ram_ranges(Bytes::mib(64)).unwrap().len(), 1);
+    }
+
+    /// The flags of the mapping that begins at `address`, of `/proc/self/smaps`.
+    fn flags_of(address: *mut u8) -> String {
+        let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let head = format!("{:08x}-", address as usize);
+        let mapping = maps.split_once(&head).expect("a mapping").1;
+        let flags = mapping.split_once("VmFlags:").expect("its flags").1;
+        flags.lines().next().unwrap().to_owned()
+    }
+
+    #[test]
+    fn every_region_asks_for_huge_pages() {
+        if !std::path::Path::new("/sys/kernel/mm/transparent_hugepage").exists() {
+            assert!(
+                std::env::var_os("CI").is_none(),
+                "CI has transparent huge pages"
+            );
+            eprintln!("skipped: the kernel has no transparent huge pages");
+            return;
+        }
+        let memory = create(Bytes::gib(3)).unwrap();
+        for region in memory.iter() {
+            let flags = flags_of(region.as_ptr());
+            assert!(flags.split_whitespace().any(|flag| flag == "hg"), "{flags}");
+        }
     }
 
     #[test]

@@ -206,6 +206,22 @@ mod tests {
         }
     }
 
+    /// A guest whose kernel has panicked does nothing any more: to leave it so is for those who ask for it.
+    #[test]
+    fn a_panic_restarts_the_guest_unless_its_spec_says_otherwise() {
+        let crds = serde_json::to_value(crds()).unwrap();
+        let schema = &crds[0]["spec"]["versions"][0]["schema"]["openAPIV3Schema"];
+        let field = &schema["properties"]["spec"]["properties"]["onPanic"];
+        assert_eq!(field["default"], "Restart");
+        let text = field.to_string();
+        for policy in ["\"Restart\"", "\"Leave\""] {
+            assert!(text.contains(policy), "{text}");
+        }
+        let read = |policy: &str| serde_json::from_str::<crate::OnPanic>(policy);
+        assert_eq!(read("\"Leave\"").unwrap(), crate::OnPanic::Leave);
+        assert!(read("\"Pause\"").is_err());
+    }
+
     #[test]
     fn an_uninstall_keeps_the_definitions() {
         for crd in crds() {

@@ -42,7 +42,7 @@ pub use migration::{
     VirtualMachineMigrationStatus,
 };
 pub use phase::{MigrationPhase, Phase};
-pub use policy::{DrainPolicy, FailurePolicy, MigrationMode, OnError, RunPolicy};
+pub use policy::{DrainPolicy, FailurePolicy, MigrationMode, OnError, OnPanic, RunPolicy};
 #[cfg(feature = "kinds")]
 pub use quantity::{Quantity, QuantityError};
 #[cfg(feature = "kinds")]

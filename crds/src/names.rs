@@ -118,6 +118,8 @@ pub mod reason {
     pub const DISK_ERROR: &str = "DiskError";
     /// The guest resets itself again and again, and waits before its next reset.
     pub const GUEST_RESETS: &str = "GuestResets";
+    /// The guest's kernel has panicked.
+    pub const GUEST_PANICKED: &str = "GuestPanicked";
     /// The VM is being deleted.
     pub const DELETING: &str = "Deleting";
     /// The spec cannot be carried out, for the reason in the message.

@@ -55,6 +55,17 @@ pub enum OnError {
     Pause,
 }
 
+/// What happens when the guest's kernel panics.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "kinds", derive(Serialize, Deserialize, JsonSchema))]
+pub enum OnPanic {
+    /// Its machine is reset.
+    #[default]
+    Restart,
+    /// It stays as it is.
+    Leave,
+}
+
 /// How to move.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "kinds", derive(Serialize, Deserialize, JsonSchema))]

@@ -16,7 +16,7 @@ use bascule_ipc::vm::{
     VmStatus,
 };
 use bascule_ipc::{Connection, Kind, volume};
-use bascule_types::{Bytes, Ownership, VmUid};
+use bascule_types::{Bytes, OnPanic, Ownership, VmUid};
 use rustix::process::{Pid, Resource, Rlimit, prlimit};
 
 use crate::{Child, Network, Tap, binary, probe, wait_for};
@@ -69,6 +69,7 @@ impl TestVmSpec {
                 cloud_init: None,
                 user: None,
                 guest_agent: false,
+                on_panic: OnPanic::default(),
             },
             fault: None,
             rogue: None,

@@ -22,6 +22,8 @@ pub(crate) struct Metrics {
     failovers: Family<OutcomeLabel, Counter<u64, AtomicU64>>,
     /// Counts `Change::TakeOver` requests that a volume granted.
     pub(crate) takeovers: Counter,
+    /// Counts panics of guests' kernels that a VM's process has told for the first time.
+    pub(crate) guest_panics: Counter,
     lease_remaining: Family<NodeVolumeLabel, Gauge<f64, AtomicU64>>,
     node_stream: Family<NodeLabel, Gauge<i64, AtomicI64>>,
     leader: Gauge<i64, AtomicI64>,
@@ -67,6 +69,7 @@ impl Metrics {
             downtime,
             failovers: Family::default(),
             takeovers: Counter::default(),
+            guest_panics: Counter::default(),
             lease_remaining: Family::default(),
             node_stream: Family::default(),
             leader: Gauge::default(),
@@ -98,6 +101,11 @@ impl Metrics {
             "operator_takeovers",
             "Ownership takeovers that a volume granted",
             self.takeovers.clone(),
+        );
+        r.register(
+            "operator_guest_panics",
+            "Panics of guests' kernels, as their pvpanic devices told them",
+            self.guest_panics.clone(),
         );
         r.register(
             "operator_volume_lease_remaining_seconds",

@@ -10,7 +10,7 @@ use bascule_node_api::command::{DiskRef, Interface, VmSpec};
 use bascule_operator_core::{
     Budgets, DiskIntent, ImageSource, Origin, RestartBudget, SpecDigest, VmIntent,
 };
-use bascule_types::{Bytes, DiskRole, ImageDigest, OnError, RowName};
+use bascule_types::{Bytes, DiskRole, ImageDigest, OnError, OnPanic, RowName};
 use sha2::{Digest, Sha256};
 
 use crate::clock::moment;
@@ -111,6 +111,7 @@ pub(crate) fn vm_spec(vm: &VirtualMachine) -> Result<VmSpec> {
             .map(CloudInitSecrets::of)
             .unwrap_or_default(),
         guest_agent: spec.guest_agent,
+        on_panic: on_panic(spec.on_panic),
         namespace,
         name,
     })
@@ -223,6 +224,13 @@ fn on_error(disk: &Disk) -> OnError {
     }
 }
 
+fn on_panic(policy: bascule_crds::OnPanic) -> OnPanic {
+    match policy {
+        bascule_crds::OnPanic::Restart => OnPanic::Restart,
+        bascule_crds::OnPanic::Leave => OnPanic::Leave,
+    }
+}
+
 fn disk_row(namespace: &str, vm: &str, disk: &Disk) -> String {
     match &disk.existing {
         Some(existing) => format!("{namespace}/{}", existing.name),
@@ -308,6 +316,8 @@ mod tests {
         );
         assert_eq!(of(serde_json::json!({"runPolicy": "Stopped"})), base);
         assert_ne!(of(serde_json::json!({"guestAgent": true})), base);
+        assert_ne!(of(serde_json::json!({"onPanic": "Leave"})), base);
+        assert_eq!(of(serde_json::json!({"onPanic": "Restart"})), base);
         let seed = |key: &str| {
             let from = serde_json::json!({"secretKeyRef": {"name": "seed", "key": key}});
             of(serde_json::json!({"cloudInit": {"userDataFrom": from}}))

@@ -84,6 +84,12 @@ pub(crate) fn status(
         stopping_since: report.stopping_since.and_then(time),
         completed: report.completed,
         resets: resets(observed).unwrap_or(old.resets),
+        panics: i32::try_from(report.panics).unwrap_or(i32::MAX),
+        last_panic: if report.new_panics > 0 {
+            Some(Time(now))
+        } else {
+            old.last_panic
+        },
         stop_reason: report.stop_reason.clone().or(old.stop_reason),
         disks: disks(intent, observed, report, &old.disks),
         interfaces: guest.interfaces(vm, &old.interfaces),
@@ -319,6 +325,27 @@ mod tests {
         let text = |quantity: Option<Quantity>| quantity.map(|quantity| quantity.to_string());
         assert_eq!(text(disk.downloaded).as_deref(), Some("3Mi"));
         assert_eq!(text(disk.imported).as_deref(), Some("2Mi"));
+    }
+
+    #[test]
+    fn panics_are_in_the_status_with_the_time_of_the_last() {
+        let (mut vm, observed) = (vm(), unreachable_since(0));
+        let intent = crate::vm_intent::intent(&vm).unwrap();
+        let mut report = plan(&intent, &observed, Moment(0)).report;
+        report.keep = false;
+        let mut told = |panics, new, now| {
+            report.panics = panics;
+            report.new_panics = new;
+            let status = status(&vm, &intent, &observed, &report, &[], at(now));
+            vm.status = Some(status.clone());
+            (status.panics, status.last_panic)
+        };
+        assert_eq!(told(0, 0, 2_000), (0, None));
+        assert_eq!(told(1, 1, 3_000), (1, Some(Time(at(3_000)))));
+        assert_eq!(told(1, 0, 4_000), (1, Some(Time(at(3_000)))));
+        // The guest was started anew.
+        assert_eq!(told(0, 0, 5_000), (0, Some(Time(at(3_000)))));
+        assert_eq!(told(u32::MAX, 1, 6_000), (i32::MAX, Some(Time(at(6_000)))));
     }
 
     #[test]

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::cloud_init::CloudInit;
 use super::status::VirtualMachineStatus;
-use crate::{DrainPolicy, Duration, FailurePolicy, OnError, Quantity, RunPolicy};
+use crate::{DrainPolicy, Duration, FailurePolicy, OnError, OnPanic, Quantity, RunPolicy};
 
 /// What is asked of the virtual machine.
 #[derive(CustomResource, KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -93,6 +93,14 @@ pub struct VirtualMachineSpec {
     /// guest's next start.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub guest_agent: bool,
+    /// What happens when the guest's kernel panics, of which it tells by its pvpanic device: Linux does with the module
+    /// pvpanic-mmio, which distributions load by themselves. Restart: the machine is reset on its node, as by a reset button;
+    /// no restart is counted, and a guest that panics again and again waits longer and longer. Leave: the guest stays
+    /// as it is, for a debugger or its own setting kernel.panic, and Ready is False with reason GuestPanicked until it is
+    /// reset. A guest whose crash kernel (kdump) saves its memory is left alone whatever is set here: it resets itself
+    /// then. Takes effect at the guest's next start.
+    #[serde(default)]
+    pub on_panic: OnPanic,
     /// What happens on a drain and on the loss of a node.
     #[serde(default)]
     pub availability: Availability,

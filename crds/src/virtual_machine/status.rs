@@ -52,6 +52,13 @@ pub struct VirtualMachineStatus {
     /// applied.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub resets: i32,
+    /// How often the guest's kernel has panicked since the guest was started: as often as it has told by its pvpanic
+    /// device. spec.onPanic says what that does.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub panics: i32,
+    /// When the operator last learned of a panic of the guest's kernel.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_panic: Option<Time>,
     /// Why the guest last ended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stop_reason: Option<String>,

@@ -23,6 +23,7 @@ mod memory;
 mod network;
 mod nic;
 mod once;
+mod panic_device;
 mod pci;
 mod port;
 mod runtime;
@@ -187,6 +188,16 @@ impl Guest {
                 self.console.line(format_args!("fault"));
                 // SAFETY: an undefined instruction; without a handler this ends the machine.
                 unsafe { core::arch::asm!("ud2", options(noreturn)) }
+            }
+            Command::Panic(event, goes_on) => {
+                self.console.line(format_args!("panic {event:?}"));
+                if panic_device::tell(event).is_none() {
+                    self.console
+                        .line(format_args!("bad: no pvpanic device knows {event:?}"));
+                }
+                while !goes_on {
+                    core::hint::spin_loop();
+                }
             }
             Command::Changed => {
                 self.memory.configure(&self.options, now_us, self.console);

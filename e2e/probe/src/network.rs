@@ -22,6 +22,7 @@ use smoltcp::wire::{
 
 use crate::arena;
 use crate::nic::Nic;
+use crate::panic_device::PanicEvent;
 use crate::serial::Text;
 use bascule_probe_wire::guest_report::Report;
 use bascule_probe_wire::options::Options;
@@ -33,6 +34,8 @@ pub(crate) enum Command {
     Reset,
     /// A fault that no handler takes: the machine's triple fault.
     Fault,
+    /// The kernel panics: what its pvpanic device is told, and whether the guest goes on nevertheless.
+    Panic(PanicEvent, bool),
     /// An option changed: the memory worker must look at them again.
     Changed,
 }
@@ -246,6 +249,18 @@ impl Session {
             "poweroff" => (writeln!(answer, "ok"), Some(Command::PowerOff)),
             "reset" => (writeln!(answer, "ok"), Some(Command::Reset)),
             "fault" => (writeln!(answer, "ok"), Some(Command::Fault)),
+            "panic" => (
+                writeln!(answer, "ok"),
+                Some(Command::Panic(PanicEvent::Panicked, false)),
+            ),
+            "panic and go on" => (
+                writeln!(answer, "ok"),
+                Some(Command::Panic(PanicEvent::Panicked, true)),
+            ),
+            "kdump" => (
+                writeln!(answer, "ok"),
+                Some(Command::Panic(PanicEvent::CrashLoaded, true)),
+            ),
             _ => match line
                 .strip_prefix("set ")
                 .and_then(|rest| rest.split_once('='))

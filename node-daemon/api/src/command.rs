@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use bascule_ipc::vm::{CloudInit, MigrationLimits};
 use bascule_ipc::volume::{FencingMode, Rows};
 use bascule_types::{
-    Answer, AttemptId, Bytes, Change, ClusterId, DiskId, Epoch, ImageDigest, OnError, Owner,
-    Refusal, VmUid, VolumeId,
+    Answer, AttemptId, Bytes, Change, ClusterId, DiskId, Epoch, ImageDigest, OnError, OnPanic,
+    Owner, Refusal, VmUid, VolumeId,
 };
 use serde::{Deserialize, Serialize};
 
@@ -328,6 +328,9 @@ pub struct VmSpec {
     /// Whether the guest has a port for its agent.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub guest_agent: bool,
+    /// What a panic of the guest's kernel does.
+    #[serde(default, skip_serializing_if = "OnPanic::is_default")]
+    pub on_panic: OnPanic,
 }
 
 impl VmSpec {

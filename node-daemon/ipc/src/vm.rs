@@ -2,16 +2,20 @@
 //! process with.
 
 mod guest;
+mod panics;
+mod resets;
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use bascule_types::{AttemptId, Bytes, Epoch, OnError, Owner, PortRange, VmUid};
+use bascule_types::{AttemptId, Bytes, Epoch, OnError, OnPanic, Owner, PortRange, VmUid};
 use serde::{Deserialize, Serialize};
 
 pub use guest::{GuestAgent, GuestInfo, GuestInterface, GuestOs};
+pub use panics::{Panic, PanicStatus};
+pub use resets::{ResetCause, ResetStatus};
 
 /// The configuration of a `bascule-vm`, which `bascule-node` writes to `config.json`. Names are
 /// resolved to paths and numbers, and this node already owns the VM, unless the VM is incoming.
@@ -53,6 +57,9 @@ pub struct VmConfig {
     /// Whether the guest has a port for its agent.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub guest_agent: bool,
+    /// What a panic of the guest's kernel does.
+    #[serde(default, skip_serializing_if = "OnPanic::is_default")]
+    pub on_panic: OnPanic,
 }
 
 /// The user of a process, which no other process of the node has.
@@ -329,41 +336,9 @@ pub struct VmStatus {
     /// Its agent; none for a guest that has no port for one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub guest_agent: Option<GuestAgent>,
-}
-
-/// The resets of a guest's machine in place. The state is [`VmState::Running`] meanwhile.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ResetStatus {
-    /// Resets since the guest was started, also on the nodes from which it has come.
-    pub count: u32,
-    /// The cause of the last one in this process.
-    pub last: Option<ResetCause>,
-    /// How long the machine waits before its next reset and why, for status messages: "it waits for ...".
-    /// None when it does not wait.
-    pub waits: Option<String>,
-}
-
-/// Why a machine is reset.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum ResetCause {
-    /// The guest requested it: a reboot.
-    Guest,
-    /// The guest caused a triple fault.
-    TripleFault,
-    /// [`Request::Reset`] was executed.
-    Requested,
-}
-
-impl ResetCause {
-    /// What has happened, as the begin of a sentence.
-    #[must_use]
-    pub const fn text(self) -> &'static str {
-        match self {
-            Self::Guest => "the guest has reset itself",
-            Self::TripleFault => "the guest has caused a triple fault",
-            Self::Requested => "a reset was requested",
-        }
-    }
+    /// The panics of its kernel.
+    #[serde(default, skip_serializing_if = "PanicStatus::is_none")]
+    pub panics: PanicStatus,
 }
 
 /// An error of a disk whose policy is [`OnError::Pause`].

@@ -8,7 +8,7 @@ use bascule_crds::{Source, VirtualMachine};
 use bascule_image::{INITRD_BYTES_MAX, KERNEL_BYTES_MAX};
 use bascule_node_api::cloud_init::{CloudInitSecrets, inline_texts};
 use bascule_node_api::command::{DiskRef, ImportSource, Interface, VmSpec};
-use bascule_types::{Bytes, DiskRole, ImageDigest, OnError, RowName, VmUid};
+use bascule_types::{Bytes, DiskRole, ImageDigest, OnError, OnPanic, RowName, VmUid};
 use sha2::{Digest, Sha256};
 
 use super::schema::check_fields;
@@ -127,6 +127,10 @@ fn resolve(vm: &VirtualMachine, namespace: &str, name: &str) -> Result<VmSpec> {
         cloud_init: cloud_init.as_ref().map(inline_texts),
         cloud_init_secrets: CloudInitSecrets::default(),
         guest_agent: vm.spec.guest_agent,
+        on_panic: match vm.spec.on_panic {
+            bascule_crds::OnPanic::Restart => OnPanic::Restart,
+            bascule_crds::OnPanic::Leave => OnPanic::Leave,
+        },
     })
 }
 

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fs;
 
 use anyhow::Result;
-use bascule_ipc::vm::{ResetStatus, StopReason, VmState, VmStatus};
+use bascule_ipc::vm::{PanicStatus, ResetStatus, StopReason, VmState, VmStatus};
 use bascule_node_api::command::VmSpec;
 use bascule_node_api::report::VmReport;
 use bascule_types::{Bytes, VmUid};
@@ -86,6 +86,7 @@ impl Supervisor {
             disk_error: None,
             resets: ResetStatus::default(),
             guest_agent: None,
+            panics: PanicStatus::default(),
         }
     }
 }
@@ -151,6 +152,7 @@ mod tests {
             cloud_init: None,
             user: None,
             guest_agent: false,
+            on_panic: bascule_types::OnPanic::default(),
         };
         let put = |name: &str, json: Vec<u8>| fs::write(folder.path().join(name), json).unwrap();
         put("config.json", serde_json::to_vec(&config).unwrap());

@@ -227,6 +227,7 @@ impl OnNode<'_> {
             cloud_init: spec.cloud_init.clone(),
             user,
             guest_agent: spec.guest_agent,
+            on_panic: spec.on_panic,
         }
     }
 }

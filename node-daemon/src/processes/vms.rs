@@ -457,6 +457,7 @@ mod tests {
             shutdown_timeout_ms: None,
             cloud_init: None,
             guest_agent: false,
+            on_panic: bascule_types::OnPanic::default(),
             cloud_init_secrets: CloudInitSecrets::default(),
         };
         let owner = Owner {

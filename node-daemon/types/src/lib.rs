@@ -11,6 +11,7 @@ mod id;
 mod image_digest;
 mod names;
 mod on_error;
+mod on_panic;
 mod ownership;
 mod port_range;
 mod redacted_url;
@@ -27,6 +28,7 @@ pub use id::{AttemptId, BootId, ClusterId, DiskId, NodeUid, ParseIdError, VmUid,
 pub use image_digest::ImageDigest;
 pub use names::{NODE_TLS_NAME, OPERATOR_TLS_NAME};
 pub use on_error::OnError;
+pub use on_panic::OnPanic;
 pub use ownership::{Epoch, Generation, Owner, Ownership, SlotId};
 pub use port_range::{ParsePortRangeError, PortRange};
 pub use redacted_url::RedactedUrl;

@@ -1,5 +1,5 @@
-//! ACPI tables (ACPI 6.5): a hardware-reduced machine with a PCI host bridge, a serial port, and a
-//! power button behind a generic event device.
+//! ACPI tables (ACPI 6.5): a hardware-reduced machine with a PCI host bridge, a serial port, a
+//! power button behind a generic event device, and a pvpanic device.
 
 mod dsdt;
 mod oem;
@@ -173,6 +173,20 @@ mod tests {
         assert_eq!(fadt[91], 4);
         assert_eq!(fadt[113] & 1, 1, "TMR_VAL_EXT");
         assert_eq!(fadt[208..220], [1, 32, 0, 3, 0x08, 0x06, 0, 0, 0, 0, 0, 0]);
+    }
+
+    /// ACPI 6.5, 6.4.2.5: an I/O port descriptor is 0x47, the decoding, minimum, maximum, alignment, length.
+    #[test]
+    fn pvpanic_its_driver_finds_its_port_by_the_name_of_qemu() {
+        let dsdt = dsdt::build().as_slice().to_vec();
+        let find = |wanted: &[u8]| dsdt.windows(wanted.len()).position(|bytes| bytes == wanted);
+        let device = find(b"PEVT").unwrap();
+        let name = find(b"_HID\x0DQEMU0001\0").unwrap();
+        let port = find(&[0x47, 1, 0x05, 0x05, 0x05, 0x05, 1, 1]).unwrap();
+        assert!(device < name && name < port);
+        let behind = |wanted: &[u8]| find(wanted).is_none_or(|at| at < device || at > port);
+        let others: [&[u8]; 4] = [b"MBRD", b"COM1", b"GED_", b"_S5_"];
+        assert!(others.iter().all(|other| behind(other)), "it is its own");
     }
 
     #[test]

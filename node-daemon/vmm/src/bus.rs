@@ -8,6 +8,7 @@ use vm_memory::GuestAddress;
 use crate::layout;
 use crate::pm_timer::PmTimer;
 use crate::power::{Power, PowerRequest};
+use crate::pvpanic::Pvpanic;
 use crate::rtc::Rtc;
 use crate::serial::SerialPort;
 
@@ -18,6 +19,7 @@ pub(crate) struct Bus {
     pub(crate) power: Power,
     pub(crate) pm_timer: PmTimer,
     pub(crate) rtc: Rtc,
+    pub(crate) pvpanic: Arc<Pvpanic>,
     pub(crate) pci: Arc<PciRoot>,
 }
 
@@ -38,6 +40,7 @@ impl Bus {
         self.power.restore(0);
         self.pm_timer.reset();
         self.rtc.reset();
+        self.pvpanic.reset();
     }
 
     /// A guest read from `port`. A port without a device reads as all ones, as on a real bus.
@@ -50,6 +53,7 @@ impl Bus {
                     .for_each(|byte| *byte = self.serial.read(offset));
             }
             layout::RTC_DATA_PORT => data.iter_mut().for_each(|byte| *byte = self.rtc.read()),
+            layout::PVPANIC_PORT => data.fill(Pvpanic::KNOWN),
             layout::ACPI_PM_TIMER_PORT..=PM_TIMER_LAST => {
                 self.pm_timer.read(port - layout::ACPI_PM_TIMER_PORT, data);
             }
@@ -78,6 +82,10 @@ impl Bus {
             }
             (layout::RTC_DATA_PORT, _) => {
                 data.iter().for_each(|byte| self.rtc.write(*byte));
+                None
+            }
+            (layout::PVPANIC_PORT, [events, ..]) => {
+                self.pvpanic.write(*events);
                 None
             }
             (RESET_CONTROL_PORT, [value]) if value & RESET_CONTROL_RESET != 0 => {

@@ -53,6 +53,8 @@ pub const ACPI_EVENT_PORT: u16 = 0x603;
 pub const ACPI_PM_TIMER_PORT: u16 = 0x608;
 /// Number of ports of the power management timer.
 pub const ACPI_PM_TIMER_PORTS: u8 = 4;
+/// pvpanic device, one byte (QEMU, docs/specs/pvpanic.rst).
+pub const PVPANIC_PORT: u16 = 0x505;
 /// Index port of the CMOS clock (MC146818A).
 pub const RTC_INDEX_PORT: u16 = 0x70;
 /// Data port of the CMOS clock.

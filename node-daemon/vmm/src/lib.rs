@@ -25,6 +25,7 @@ pub mod migration;
 mod pm_timer;
 mod power;
 pub mod process;
+mod pvpanic;
 mod rtc;
 mod serial;
 mod smbios;

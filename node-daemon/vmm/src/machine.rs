@@ -27,6 +27,7 @@ use bascule_devices::failure::{DeviceFailure, FailureSink};
 use bascule_devices::interrupt::MsiRouter;
 use bascule_devices::pci::{AddError, PciFunction, PciRoot};
 use bascule_devices::virtio::DeviceContext;
+use bascule_ipc::vm::Panic;
 use bascule_types::{Bytes, VmUid};
 use kvm_ioctls::Kvm;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
@@ -43,6 +44,7 @@ use crate::kvm::{BareVm, KvmError};
 use crate::memory::{GuestMemory, MemoryError};
 use crate::pm_timer::PmTimer;
 use crate::power::Power;
+use crate::pvpanic::{OnPanicked, Pvpanic};
 use crate::rtc::{RamSizes, Rtc};
 use crate::serial::SerialPort;
 use crate::vcpu::shape::StateShape;
@@ -67,6 +69,7 @@ pub struct VmBuilder {
     clock: Arc<dyn HostClock>,
     on_end: OnEnd,
     on_disk_failure: OnDiskFailure,
+    on_panicked: OnPanicked,
 }
 
 /// Called when a disk has failed, on the disk's thread.
@@ -132,6 +135,7 @@ impl VmBuilder {
             clock: Arc::new(SystemClock),
             on_end: Arc::new(on_end),
             on_disk_failure: Arc::new(drop),
+            on_panicked: Arc::new(drop),
         })
     }
 
@@ -157,6 +161,14 @@ impl VmBuilder {
         on_disk_failure: impl Fn(DeviceFailure) + Send + Sync + 'static,
     ) -> Self {
         self.on_disk_failure = Arc::new(on_disk_failure);
+        self
+    }
+
+    /// Calls `on_panicked` for each panic of the guest's kernel; the guest runs on. Called on the thread of a vCPU,
+    /// it must not block.
+    #[must_use]
+    pub fn with_panics(mut self, on_panicked: impl Fn(Panic) + Send + Sync + 'static) -> Self {
+        self.on_panicked = Arc::new(on_panicked);
         self
     }
 
@@ -207,6 +219,7 @@ impl VmBuilder {
             power: Power::new(self.line(layout::GED_GSI)?),
             pm_timer: PmTimer::new(Arc::clone(&self.clock)),
             rtc: Rtc::new(Arc::clone(&self.clock), ram_sizes(&self.memory)),
+            pvpanic: Arc::new(Pvpanic::new(Arc::clone(&self.on_panicked))),
             pci: Arc::new(self.pci),
         });
         let vcpus = spawn_vcpus(&self.bare, self.identity.cpus, &bus, &self.on_end)?;

@@ -11,6 +11,7 @@
 //! has of its own; and the guest's ACPI tables, which are in RAM.
 
 use bascule_devices::state::DeviceState;
+use bascule_ipc::vm::PanicStatus;
 use bascule_types::Bytes;
 use kvm_bindings::{kvm_clock_data, kvm_irqchip, kvm_pit_state2};
 use serde::{Deserialize, Serialize};
@@ -53,6 +54,9 @@ pub struct MachineState {
     /// The last serial output; none from a release that did not keep it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) console: Option<SavedConsole>,
+    /// The panics of the guest's kernel; none in a machine without a pvpanic device.
+    #[serde(default, skip_serializing_if = "PanicStatus::is_none")]
+    pub(crate) panics: PanicStatus,
 }
 
 /// A saved state that this release cannot use.

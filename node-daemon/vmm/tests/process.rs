@@ -16,11 +16,11 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use bascule_ipc::vm::{
-    Boot, DiskConfig, DiskSource, ImageSource, ProcessUser, Request, ResetCause, Response,
-    StartMode, StopReason, VmConfig, VmState, VmStatus,
+    Boot, DiskConfig, DiskSource, ImageSource, Panic, PanicStatus, ProcessUser, Request,
+    ResetCause, Response, StartMode, StopReason, VmConfig, VmState, VmStatus,
 };
 use bascule_ipc::{Connection, Kind};
-use bascule_types::{Bytes, UserRange, VmUid};
+use bascule_types::{Bytes, OnPanic, UserRange, VmUid};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
@@ -68,13 +68,19 @@ fn config(dir: &TempDir, code: &[u8]) -> VmConfig {
         cloud_init: None,
         user: None,
         guest_agent: false,
+        on_panic: OnPanic::default(),
     }
 }
 
 impl TestProcess {
     fn running(code: &[u8]) -> Self {
+        Self::configured(code, |_| {})
+    }
+
+    fn configured(code: &[u8], change: impl FnOnce(&mut VmConfig)) -> Self {
         let dir = TempDir::new().unwrap();
-        let config = config(&dir, code);
+        let mut config = config(&dir, code);
+        change(&mut config);
         let mut vm = Self::start(dir, &config);
         let deadline = Instant::now() + ANSWER_LIMIT;
         while vm.status().state == VmState::Starting {
@@ -317,6 +323,41 @@ fn a_guest_that_resets_itself_boots_again_in_its_process_and_waits_when_it_does_
         assert_eq!(vm.await_stopped(), StopReason::Requested);
         vm.exits();
     }
+}
+
+#[test]
+fn a_guest_that_panics_is_reset_or_left_as_it_is_and_its_output_is_kept() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let mut vm = TestProcess::running(guests::PANIC);
+    let pid = vm.status().pid;
+    let status = vm.await_resets(3);
+    assert_eq!((status.pid, status.state), (pid, VmState::Running));
+    assert!(status.panics.count >= 3, "{:?}", status.panics);
+    let boots = vm
+        .console_log()
+        .iter()
+        .filter(|byte| **byte == b'3')
+        .count();
+    assert!(boots >= 3, "each has printed what its device knows");
+    vm.accepted(&Request::Stop);
+    assert_eq!(vm.await_stopped(), StopReason::Requested);
+    assert!(vm.status().panics.count >= 3);
+    vm.exits();
+
+    let mut vm = TestProcess::configured(guests::PANIC, |config| config.on_panic = OnPanic::Leave);
+    vm.await_console(100);
+    vm.await_console(vm.console_log().len() + 100);
+    let status = vm.status();
+    let present = Some(Panic::Panicked);
+    assert_eq!(status.panics, PanicStatus { count: 1, present });
+    assert_eq!((status.resets.count, status.state), (0, VmState::Running));
+    vm.accepted(&Request::Reset);
+    vm.await_resets(1);
+    vm.accepted(&Request::Stop);
+    assert_eq!(vm.await_stopped(), StopReason::Requested);
+    vm.exits();
 }
 
 #[test]

@@ -304,6 +304,10 @@ pub struct VmReport {
     pub completed: bool,
     /// Restarts within the restart budget's window.
     pub restarts: Vec<Moment>,
+    /// The panics of the guest's kernel since the guest was started.
+    pub panics: u32,
+    /// How many of them are news.
+    pub new_panics: u32,
     /// Why the guest last ended, if that was observed.
     pub stop_reason: Option<String>,
     /// The failed attempts to import disks that are not there yet, by the disk's name.

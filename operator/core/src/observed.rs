@@ -318,6 +318,8 @@ pub struct ReservationRefusal {
 pub struct PlannerMemory {
     /// Restarts within the restart budget's window.
     pub restarts: Vec<Moment>,
+    /// The panics of the guest's kernel that are reported already; none before this operator has reported any.
+    pub panics: Option<u32>,
     /// When the guest was first asked to shut down.
     pub stopping_since: Option<Moment>,
     /// Whether the guest shut itself down and, under run policy OnFailure, stays down.

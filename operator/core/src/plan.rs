@@ -24,6 +24,7 @@ mod import;
 mod initial_status;
 mod lifecycle;
 mod migration;
+mod panics;
 mod place;
 mod protection;
 mod reservation;

@@ -174,6 +174,7 @@ fn of_a_vm_whose_second_bridge_is_missing_no_tap_and_no_file_stays() {
         shutdown_timeout_ms: None,
         cloud_init: None,
         guest_agent: false,
+        on_panic: bascule_types::OnPanic::default(),
         cloud_init_secrets: CloudInitSecrets::default(),
     };
     let owner = bascule_types::Owner {

@@ -35,6 +35,7 @@ pub(super) fn build() -> Sdt {
         clock(),
         power_button(),
         event_device(),
+        panic_device(),
     ] {
         body.extend(device);
     }
@@ -194,6 +195,19 @@ fn event_device() -> Vec<u8> {
                     &If::new(&pressed, vec![&Notify::new(&button, &NOTIFY_PRESSED)]),
                 ],
             ),
+        ],
+    ))
+}
+
+/// pvpanic (QEMU, docs/specs/pvpanic.rst), whose driver in the guest finds its port here.
+fn panic_device() -> Vec<u8> {
+    let port = IO::new(layout::PVPANIC_PORT, layout::PVPANIC_PORT, 1, 1);
+    bytes(&Device::new(
+        "PEVT".into(),
+        vec![
+            &Name::new("_HID".into(), &"QEMU0001"),
+            &Name::new("_UID".into(), &ZERO),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&port])),
         ],
     ))
 }

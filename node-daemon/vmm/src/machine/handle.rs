@@ -6,6 +6,7 @@ use crate::bus::Bus;
 use crate::dirty::KvmDirtyTracker;
 use crate::kvm::BareVm;
 use crate::memory::GuestMemory;
+use crate::pvpanic::Pvpanic;
 use crate::vcpu::Vcpu;
 
 use super::start::Start;
@@ -69,6 +70,11 @@ impl MachineHandle {
     /// When the interrupt cannot be raised.
     pub fn press_power_button(&self) -> std::io::Result<()> {
         self.bus.power.press_button()
+    }
+
+    /// The device that the guest's kernel tells of its panics. Does not keep the RAM.
+    pub(crate) fn pvpanic(&self) -> Arc<Pvpanic> {
+        Arc::clone(&self.bus.pvpanic)
     }
 
     /// Passes `input` to the serial console.

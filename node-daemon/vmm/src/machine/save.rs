@@ -65,6 +65,7 @@ impl PausedVm {
             pm_timer_ns: Some(machine.bus.pm_timer.save()),
             rtc: Some(machine.bus.rtc.save()),
             console: Some(machine.bus.serial.console().save()),
+            panics: machine.bus.pvpanic.status(),
         })
     }
 
@@ -106,6 +107,7 @@ impl PausedVm {
         if let Some(rtc) = &state.rtc {
             machine.bus.rtc.restore(rtc);
         }
+        machine.bus.pvpanic.restore(state.panics);
         machine.bus.pci.restore(&state.devices)?;
         self.machine.resets = state.resets;
         Ok(())

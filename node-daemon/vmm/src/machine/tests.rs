@@ -1,3 +1,4 @@
+mod panics;
 mod reset;
 mod timers;
 

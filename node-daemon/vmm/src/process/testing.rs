@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use bascule_ipc::vm::{Boot, ImageSource, StartMode, VmConfig};
-use bascule_types::{Bytes, VmUid};
+use bascule_types::{Bytes, OnPanic, VmUid};
 
 /// Of a VM without disks, whose machine a test makes itself.
 pub(crate) fn config() -> VmConfig {
@@ -29,5 +29,6 @@ pub(crate) fn config() -> VmConfig {
         cloud_init: None,
         user: None,
         guest_agent: false,
+        on_panic: OnPanic::default(),
     }
 }

@@ -1,3 +1,4 @@
+use bascule_ipc::vm::Panic;
 use kvm_bindings::{
     kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_regs, kvm_sregs,
     kvm_vcpu_events, kvm_xcrs,
@@ -74,6 +75,7 @@ fn sample() -> MachineState {
         pm_timer_ns: None,
         rtc: None,
         console: None,
+        panics: PanicStatus::default(),
     }
 }
 
@@ -134,6 +136,25 @@ fn the_serial_output_is_written_and_read_as_it_always_was() {
     let golden = r#","console":{"position":1000000,"recent":"bG9naW46IA=="}}"#;
     assert!(text.ends_with(golden), "{text}");
     assert_eq!(MachineState::decode(text.as_bytes()).unwrap(), state);
+}
+
+/// As [`version_1_is_written_and_read_as_it_always_was`], of the parts that came later.
+#[test]
+fn the_panics_are_written_and_read_as_they_always_were() {
+    for (count, present, text) in [
+        (1, Some(Panic::Panicked), r#"1,"present":"Panicked""#),
+        (2, Some(Panic::CrashLoaded), r#"2,"present":"CrashLoaded""#),
+        (3, None, r#"3,"present":null"#),
+    ] {
+        let state = MachineState {
+            panics: PanicStatus { count, present },
+            ..sample()
+        };
+        let written = String::from_utf8(state.encode().unwrap()).unwrap();
+        let golden = format!(r#","panics":{{"count":{text}}}}}"#);
+        assert!(written.ends_with(&golden), "{written}");
+        assert_eq!(MachineState::decode(written.as_bytes()).unwrap(), state);
+    }
 }
 
 #[test]

@@ -67,6 +67,33 @@ pub(crate) const JUMP_TO_BIOS: &[u8] = &[
 ];
 /// An invalid instruction without an interrupt table: a triple fault.
 pub(crate) const TRIPLE_FAULT: &[u8] = &[0x0F, 0x0B];
+/// Prints which panics its pvpanic device knows as a digit, panics, and prints `p` without end.
+pub(crate) const PANIC: &[u8] = &[
+    0x66, 0xBA, 0x05, 0x05, // mov dx, 0x505
+    0xEC, // in al, dx
+    0x04, 0x30, // add al, '0'
+    0x66, 0xBA, 0xF8, 0x03, // mov dx, 0x3F8
+    0xEE, // out dx, al
+    0xB0, 0x01, // mov al, PANICKED
+    0x66, 0xBA, 0x05, 0x05, // mov dx, 0x505
+    0xEE, // out dx, al
+    0xB0, 0x70, // mov al, 'p'
+    0x66, 0xBA, 0xF8, 0x03, // mov dx, 0x3F8
+    0xEE, // again: out dx, al
+    0xEB, 0xFD, // jmp again
+];
+/// Panics with a crash kernel, which prints `d` and resets the machine.
+pub(crate) const CRASH_KERNEL: &[u8] = &[
+    0xB0, 0x02, // mov al, CRASH_LOADED
+    0x66, 0xBA, 0x05, 0x05, // mov dx, 0x505
+    0xEE, // out dx, al
+    0xB0, 0x64, // mov al, 'd'
+    0x66, 0xBA, 0xF8, 0x03, // mov dx, 0x3F8
+    0xEE, // out dx, al
+    0xB0, 0xFE, // mov al, 0xFE
+    0xE6, 0x64, // out 0x64, al
+    0xEB, 0xFE, // jmp $
+];
 /// Polls the power events until the button is pressed, then switches itself off.
 pub(crate) const AWAIT_BUTTON: &[u8] = &[
     0x66, 0xBA, 0x03, 0x06, // mov dx, 0x603

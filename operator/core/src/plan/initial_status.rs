@@ -49,6 +49,8 @@ pub(super) fn initial(intent: &VmIntent, observed: &Observed, now: Moment) -> Vm
         stopping_since: observed.memory.stopping_since,
         completed: completed_before(intent, observed),
         restarts: intent.restart.recent(&observed.memory.restarts, now),
+        panics: observed.memory.panics.unwrap_or(0),
+        new_panics: 0,
         stop_reason: None,
         failed_imports: failed_imports(intent, observed),
     }

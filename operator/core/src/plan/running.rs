@@ -15,7 +15,7 @@ impl<'a> PlanContext<'a> {
     /// A chapter that stops or moves the guest sets the Ready condition; else it tells whether the
     /// guest's disks respond.
     pub(super) fn running(&self, row: &'a RowView, node: &str, process: &Process) -> Step {
-        let mut step = Step::new();
+        let mut step = self.panics(node, process);
         step.change(ReportChange::Protected(self.protection(node)));
         let pod = self.pod_on(node);
         let outdated = pod.map(|pod| pod.digest != self.intent.digest);
@@ -33,7 +33,7 @@ impl<'a> PlanContext<'a> {
             step.requeue_soon();
         }
         step.or_ready(|| {
-            let mut ready = running_condition(node, process);
+            let mut ready = self.running_condition(node, process);
             if let Some(refusal) = self.reservation_refusal(&Purpose::Current) {
                 let message = &mut ready.condition.message;
                 message.push_str(&format!(", without a reservation: {}", refusal.message));
@@ -174,27 +174,30 @@ impl<'a> PlanContext<'a> {
         }
         step
     }
-}
 
-/// The Ready condition of a guest that is neither moved nor stopped.
-fn running_condition(node: &str, process: &Process) -> Ready {
-    if let Some(DiskError { disk, what }) = &process.status.disk_error {
-        let message = format!(
-            "paused on {node}: disk {disk:?}: {what}: repair the storage, then set onError of that disk to \
-             Report: the request is tried again and the guest runs on"
-        );
-        return Ready::new(Phase::Running, false, reason::DISK_ERROR, message);
+    /// The Ready condition of a guest that is neither moved nor stopped.
+    fn running_condition(&self, node: &str, process: &Process) -> Ready {
+        if let Some(DiskError { disk, what }) = &process.status.disk_error {
+            let message = format!(
+                "paused on {node}: disk {disk:?}: {what}: repair the storage, then set onError of that disk to \
+                 Report: the request is tried again and the guest runs on"
+            );
+            return Ready::new(Phase::Running, false, reason::DISK_ERROR, message);
+        }
+        if let Some(panicked) = self.panicked(node, process) {
+            return panicked;
+        }
+        if let Some(waits) = &process.status.resets.waits {
+            let message = format!("the guest on {node} waits {waits}");
+            return Ready::new(Phase::Running, false, reason::GUEST_RESETS, message);
+        }
+        if process.status.io_stalled {
+            let message = format!("the disks of the guest on {node} wait for the node's lease");
+            return Ready::new(Phase::Running, false, reason::STORAGE_LOST, message);
+        }
+        let message = format!("running on {node}");
+        Ready::new(Phase::Running, true, reason::RUNNING, message)
     }
-    if let Some(waits) = &process.status.resets.waits {
-        let message = format!("the guest on {node} waits {waits}");
-        return Ready::new(Phase::Running, false, reason::GUEST_RESETS, message);
-    }
-    if process.status.io_stalled {
-        let message = format!("the disks of the guest on {node} wait for the node's lease");
-        return Ready::new(Phase::Running, false, reason::STORAGE_LOST, message);
-    }
-    let message = format!("running on {node}");
-    Ready::new(Phase::Running, true, reason::RUNNING, message)
 }
 
 const NAMESPACE_ENDS: &str = "its namespace is being deleted: waiting for the guest to shut down";

@@ -56,6 +56,8 @@ pub(super) enum ReportChange {
     Completed,
     Restarted(Moment),
     StopReason(String),
+    /// The panics of the guest's kernel, and how many of them are news.
+    Panics(u32, u32),
     /// The failed attempts to import the disk of this name.
     ImportFailed(String, FailedImports),
     TargetLost(AttemptId, Moment),
@@ -82,6 +84,10 @@ impl ReportChange {
             Self::Completed => report.completed = true,
             Self::Restarted(at) => report.restarts.push(at),
             Self::StopReason(why) => report.stop_reason = Some(why),
+            Self::Panics(all, new) => {
+                report.panics = all;
+                report.new_panics = new;
+            }
             Self::ImportFailed(disk, failed) => {
                 report.failed_imports.insert(disk, failed);
             }

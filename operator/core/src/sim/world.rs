@@ -12,7 +12,7 @@ use crate::{
     Observed, Phase, PlannerMemory, Pod, PodPhase, Process, Purpose, RowView, RunPolicy, Stream,
     VmReport,
 };
-use bascule_ipc::vm::{self, MigrationStatus, ResetStatus, VmState, VmStatus};
+use bascule_ipc::vm::{self, MigrationStatus, PanicStatus, ResetStatus, VmState, VmStatus};
 use bascule_ipc::volume::{PathState, WatchdogKind};
 use bascule_types::{
     AttemptId, Bytes, Epoch, Generation, NodeUid, Owner, Ownership, SlotId, VmUid,
@@ -498,6 +498,7 @@ fn process(node: &str, guest: &Guest) -> Process {
             disk_error: None,
             resets: ResetStatus::default(),
             guest_agent: None,
+            panics: PanicStatus::default(),
         },
     }
 }

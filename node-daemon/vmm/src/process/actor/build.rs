@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex};
 
 use anyhow::Context as _;
 use bascule_devices::disk::VolumeGate;
-use bascule_ipc::vm::{StartMode, VmConfig};
-use bascule_types::Ownership;
+use bascule_ipc::vm::{Panic, StartMode, VmConfig};
+use bascule_types::{OnPanic, Ownership};
 use kvm_ioctls::Kvm;
 
 use super::event::{ActorHandle, Event};
@@ -97,10 +97,12 @@ impl BuildPlan {
             lock(&notices).disk_failures.push(failure);
             actor.notify();
         };
+        let (notices, actor) = (Arc::clone(&self.notices), self.actor.clone());
+        let on_panicked = on_panicked(notices, self.config.on_panic, actor);
         let cpus = u32::from(self.config.cpus);
         let console = self.console.clone();
         let builder = VmBuilder::new(kvm, cpus, self.config.memory, console, on_end)?;
-        let builder = builder.with_uid(self.config.uid);
+        let builder = builder.with_uid(self.config.uid).with_panics(on_panicked);
         Ok(builder.with_disk_failures(on_disk_failure))
     }
 
@@ -125,5 +127,18 @@ impl BuildPlan {
             .map_err(anyhow::Error::msg)?;
         migration::restore_saved(vm, &self.config, ownership, saved, area, &mut client)?;
         Ok(())
+    }
+}
+
+/// What the thread of a vCPU does with a panic of its guest's kernel.
+pub(super) fn on_panicked(
+    notices: Arc<Mutex<Notices>>,
+    policy: OnPanic,
+    actor: ActorHandle,
+) -> impl Fn(Panic) + Send + Sync {
+    move |panic| {
+        tracing::warn!(?panic, ?policy, "the guest's kernel has panicked");
+        lock(&notices).guest_panicked(policy, panic);
+        actor.notify();
     }
 }

@@ -57,7 +57,7 @@ impl VmActor {
         }
         let end = match notices.reset.take()? {
             ResetCause::Guest | ResetCause::Requested => StopReason::GuestReset,
-            cause @ ResetCause::TripleFault => StopReason::GuestFault {
+            cause @ (ResetCause::TripleFault | ResetCause::Panic) => StopReason::GuestFault {
                 what: cause.text().to_owned(),
             },
         };

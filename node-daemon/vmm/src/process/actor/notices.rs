@@ -3,7 +3,8 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bascule_devices::failure::DeviceFailure;
-use bascule_ipc::vm::{ResetCause, StopReason};
+use bascule_ipc::vm::{Panic, ResetCause, StopReason};
+use bascule_types::OnPanic;
 
 use crate::GuestEnd;
 
@@ -31,6 +32,22 @@ impl Notices {
             GuestEnd::Reset(cause) => drop(self.reset.get_or_insert(cause)),
         }
     }
+
+    /// The guest's kernel has panicked.
+    pub(super) fn guest_panicked(&mut self, policy: OnPanic, panic: Panic) {
+        if let Some(cause) = panic_effect(policy, panic) {
+            self.guest_ended(GuestEnd::Reset(cause));
+        }
+    }
+}
+
+/// What a panic does: the cause for which the machine is reset, none when the guest stays as it is.
+const fn panic_effect(policy: OnPanic, panic: Panic) -> Option<ResetCause> {
+    match (policy, panic) {
+        (OnPanic::Restart, Panic::Panicked) => Some(ResetCause::Panic),
+        // The crash kernel resets the machine when it has saved the memory, and a reset before would lose that.
+        (OnPanic::Restart, Panic::CrashLoaded) | (OnPanic::Leave, _) => None,
+    }
 }
 
 /// How a guest ended, for whoever waited for something else.
@@ -41,6 +58,28 @@ pub(super) fn ended_text(reason: &StopReason) -> String {
         StopReason::Requested => "the guest was stopped".to_owned(),
         StopReason::GuestFault { what } | StopReason::Failed { what } => {
             format!("the guest has ended: {what}")
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A guest that is reset while its crash kernel saves the memory has nothing to find out by.
+    #[test]
+    fn only_a_panic_that_nothing_in_the_guest_handles_resets_it_and_only_if_it_is_not_to_be_left() {
+        let reset = Some(ResetCause::Panic);
+        for (policy, panic, expected) in [
+            (OnPanic::Restart, Panic::Panicked, reset),
+            (OnPanic::Restart, Panic::CrashLoaded, None),
+            (OnPanic::Leave, Panic::Panicked, None),
+            (OnPanic::Leave, Panic::CrashLoaded, None),
+        ] {
+            assert_eq!(panic_effect(policy, panic), expected);
+            let mut notices = Notices::default();
+            notices.guest_panicked(policy, panic);
+            assert_eq!((notices.reset, notices.stop), (expected, None));
         }
     }
 }

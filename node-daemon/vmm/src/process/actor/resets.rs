@@ -119,4 +119,6 @@ impl VmActor {
 }
 
 #[cfg(test)]
+mod panic_tests;
+#[cfg(test)]
 mod tests;

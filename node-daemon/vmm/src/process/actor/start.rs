@@ -64,6 +64,7 @@ impl VmActor {
         crate::process::rogue::run(&self.run_dir, &self.config);
         self.gate = built.gate;
         self.devices = built.devices;
+        self.pvpanic = Some(built.vm.handle().pvpanic());
         match self.config.start {
             StartMode::Boot => tracing::info!("the guest runs"),
             StartMode::Incoming { .. } => {

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use anyhow::{Context as _, bail};
 use bascule_devices::disk::VolumeGate;
-use bascule_ipc::vm::{DiskError, LastState, StopReason, VmConfig, VmState, VmStatus};
+use bascule_ipc::vm::{DiskError, LastState, PanicStatus, StopReason, VmConfig, VmState, VmStatus};
 use bascule_types::{Epoch, Ownership};
 
 use super::event::{ActorHandle, Done, Event, OwnershipRequest, TaskOutcome};
@@ -20,6 +20,7 @@ use crate::kvm::KvmError;
 use crate::process::devices::Devices;
 use crate::process::home_volume::VolumeClient;
 use crate::process::run_dir::RunDir;
+use crate::pvpanic::Pvpanic;
 use crate::{Console, PausedVm, migration::MigrationControl};
 
 /// The machine, its home volume, and what its status shows.
@@ -40,6 +41,8 @@ pub(crate) struct VmActor {
     /// Passed by every write to the home volume.
     pub(super) gate: Option<Arc<VolumeGate>>,
     pub(super) devices: Devices,
+    /// What the guest's kernel has told of its panics; none before the machine is built.
+    pub(super) pvpanic: Option<Arc<Pvpanic>>,
     /// The error for which the guest is paused, or about to be.
     pub(super) disk_error: Option<DiskError>,
     pub(super) run_dir: RunDir,
@@ -119,6 +122,7 @@ impl VmActor {
             listening: None,
             gate: None,
             devices: Devices::default(),
+            pvpanic: None,
             disk_error: None,
             run_dir,
             console,
@@ -351,6 +355,8 @@ impl VmActor {
             disk_error: self.disk_error.clone(),
             resets: self.reset_status(),
             guest_agent: self.devices.agent.as_ref().map(AgentHandle::status),
+            panics: (self.pvpanic.as_ref())
+                .map_or_else(PanicStatus::default, |device| device.status()),
         }
     }
 }

@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use bascule_ipc::vm::{MigrationPhase as Copy, MigrationStatus, ResetStatus, VmState, VmStatus};
+use bascule_ipc::vm::{
+    MigrationPhase as Copy, MigrationStatus, PanicStatus, ResetStatus, VmState, VmStatus,
+};
 use bascule_ipc::volume::{FencingMode, PathState, WatchdogKind};
 use bascule_types::{
     AttemptId, Bytes, Change, DiskId, DiskRole, DiskRow, Epoch, FenceProof, FenceRow, Generation,
@@ -272,6 +274,7 @@ impl Case {
                 disk_error: None,
                 resets: ResetStatus::default(),
                 guest_agent: None,
+                panics: PanicStatus::default(),
             },
         });
         self

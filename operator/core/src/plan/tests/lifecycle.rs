@@ -2,7 +2,7 @@
 
 use super::*;
 use bascule_crds::OnError;
-use bascule_ipc::vm::DiskError;
+use bascule_ipc::vm::{DiskError, Panic, PanicStatus};
 
 use crate::observed::SavedView;
 
@@ -241,6 +241,95 @@ fn a_guest_that_resets_itself_in_a_loop_is_not_restarted_and_says_so() {
         (plan.actions, plan.report.ready.reason),
         (vec![], reason::RUNNING)
     );
+}
+
+/// `spec.onPanic: Leave`, or the moment before a reset.
+#[test]
+fn a_guest_that_has_panicked_is_not_ready_and_says_so_once() {
+    let mut case = Case::running_on(1);
+    let panicked = |case: &mut Case, count, present| {
+        case.observed.processes[0].status.panics = PanicStatus { count, present };
+        case.plan()
+    };
+    let events = |plan: &crate::Plan| -> Vec<String> {
+        let actions = plan.actions.iter().map(|action| match action {
+            Action::Event {
+                reason: reason::GUEST_PANICKED,
+                message,
+                warning: true,
+            } => message.clone(),
+            other => panic!("{other:?}"),
+        });
+        actions.collect()
+    };
+    let plan = panicked(&mut case, 1, Some(Panic::Panicked));
+    let said = "the kernel of the guest on node-1 has panicked";
+    assert_eq!(events(&plan), [said]);
+    assert_eq!((plan.report.panics, plan.report.new_panics), (1, 1));
+    let ready = plan.report.ready;
+    assert_eq!(
+        (ready.status, ready.reason),
+        (Some(false), reason::GUEST_PANICKED)
+    );
+    let message = format!("{said}; kubectl bascule logs web has its last words");
+    assert_eq!(
+        (ready.message, plan.report.phase),
+        (message, Phase::Running)
+    );
+
+    // Reported: the condition stays, without another event.
+    case.observed.memory.panics = Some(1);
+    let plan = panicked(&mut case, 1, Some(Panic::Panicked));
+    assert_eq!(events(&plan), [""; 0]);
+    assert_eq!((plan.report.panics, plan.report.new_panics), (1, 0));
+    assert_eq!(plan.report.ready.reason, reason::GUEST_PANICKED);
+
+    // It was reset by the guest's own setting, and has panicked and was reset again since the last report.
+    let plan = panicked(&mut case, 2, None);
+    assert_eq!(events(&plan), [format!("{said}; its machine was reset")]);
+    assert_eq!(plan.report.ready.reason, reason::RUNNING);
+}
+
+#[test]
+fn a_guest_with_a_crash_kernel_is_left_alone_and_says_what_it_does() {
+    let mut case = Case::running_on(1);
+    let present = Some(Panic::CrashLoaded);
+    case.observed.processes[0].status.panics = PanicStatus { count: 1, present };
+    case.observed.memory.panics = Some(1);
+    let plan = case.plan();
+    assert_eq!((plan.actions, plan.report.restarts), (vec![], vec![]));
+    let ready = plan.report.ready;
+    assert_eq!(
+        (ready.status, ready.reason),
+        (Some(false), reason::GUEST_PANICKED)
+    );
+    assert!(ready.message.contains("its crash kernel saves the memory"));
+}
+
+#[test]
+fn a_guest_that_panics_in_a_loop_says_how_long_it_waits() {
+    let mut case = Case::running_on(1);
+    case.observed.memory.panics = Some(6);
+    let status = &mut case.observed.processes[0].status;
+    status.resets.waits = Some("1 s before its next reset: the guest's kernel has panicked".into());
+    let present = Some(Panic::Panicked);
+    status.panics = PanicStatus { count: 6, present };
+    let ready = case.plan().report.ready;
+    assert_eq!(ready.reason, reason::GUEST_PANICKED);
+    let waits =
+        "the guest on node-1 waits 1 s before its next reset: the guest's kernel has panicked; ";
+    assert!(ready.message.starts_with(waits), "{}", ready.message);
+}
+
+/// A process that does not answer, or has yet to receive its guest, counts none.
+#[test]
+fn panics_are_not_forgotten_while_the_process_of_the_guest_cannot_tell_them() {
+    for state in [VmState::Starting, VmState::Incoming, VmState::InDoubt] {
+        let mut case = Case::running_on(1).process_is(state);
+        case.observed.memory.panics = Some(3);
+        let report = case.plan().report;
+        assert_eq!((report.panics, report.new_panics), (3, 0));
+    }
 }
 
 /// Of a process of an earlier release, which does not reset its machine in place.

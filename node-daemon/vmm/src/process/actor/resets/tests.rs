@@ -7,7 +7,11 @@ use crate::process::actor::reset_wait::FREE_RESETS;
 use crate::process::actor::testing::Process;
 use crate::testing::{COUNTER, RESET, TRIPLE_FAULT, TestVm, kvm_or_skip};
 
-const CAUSES: [ResetCause; 2] = [ResetCause::Guest, ResetCause::TripleFault];
+const CAUSES: [ResetCause; 3] = [
+    ResetCause::Guest,
+    ResetCause::TripleFault,
+    ResetCause::Panic,
+];
 
 fn accepted(answer: &Answer) -> bool {
     matches!(answer, Answer::Now(Response::Accepted, _))
@@ -238,10 +242,12 @@ fn a_guest_that_resets_itself_while_the_host_shuts_down_stops() {
     if !kvm_or_skip() {
         return;
     }
-    let fault = StopReason::GuestFault {
-        what: ResetCause::TripleFault.text().to_owned(),
+    let fault = |cause: ResetCause| StopReason::GuestFault {
+        what: cause.text().to_owned(),
     };
-    for (cause, reason) in CAUSES.into_iter().zip([StopReason::Requested, fault]) {
+    let [_, triple_fault, panic] = CAUSES.map(fault);
+    let reasons = [StopReason::Requested, triple_fault, panic];
+    for (cause, reason) in CAUSES.into_iter().zip(reasons) {
         let (mut process, _test) = Process::running(COUNTER);
         process.actor.host_shuts_down(HostShutdown::Requested);
         process.notice_reset(cause);

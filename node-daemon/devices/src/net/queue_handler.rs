@@ -46,6 +46,8 @@ pub(super) struct NetHandler {
     receive_backlog: bool,
     /// The TX queue may hold more frames: the last batch ended at its limit.
     send_backlog: bool,
+    /// The log has it that the tap refuses offloads: a guest can try again without an end.
+    told_segmented: bool,
 }
 
 /// The result of delivering a received frame.
@@ -78,6 +80,7 @@ impl NetHandler {
             send_blocked: false,
             receive_backlog: false,
             send_backlog: false,
+            told_segmented: false,
         }
     }
 
@@ -257,18 +260,13 @@ impl NetHandler {
         }
     }
 
-    fn set_offloads(&self, features: u64) {
-        let flags = [
-            (F_GUEST_CSUM, TUN_F_CSUM),
-            (F_GUEST_TSO4, TUN_F_TSO4),
-            (F_GUEST_TSO6, TUN_F_TSO6),
-            (F_GUEST_ECN, TUN_F_TSO_ECN),
-        ];
-        let chosen = flags.iter().filter(|(feature, _)| features & feature != 0);
-        let flags = chosen.fold(0, |flags, (_, flag)| flags | flag);
-        if let Err(error) = self.tap.set_offloads(flags) {
+    /// Sets the tap's offloads to those that the guest has negotiated.
+    fn set_offloads(&mut self, features: u64) {
+        if let Err(error) = self.tap.set_offloads(offloads(features)) {
             // The kernel then segments frames, which every guest can receive.
-            tracing::warn!(device = %self.shared, %error, "cannot set offloads of the tap; frames arrive segmented");
+            if !std::mem::replace(&mut self.told_segmented, true) {
+                tracing::warn!(device = %self.shared, %error, "cannot set offloads of the tap; frames arrive segmented");
+            }
         }
     }
 }
@@ -369,6 +367,23 @@ impl QueueHandler for NetHandler {
         self.learned.restore(&state.learned);
         self.drop_stale_frames();
         Ok(())
+    }
+}
+
+/// The `TUN_F_` flags for the features of a guest. A driver that violates 5.1.3.1, by segmentation without
+/// checksums or congestion notification without segmentation, gets frames without: a tap has no such offloads.
+pub(super) fn offloads(features: u64) -> u32 {
+    let has = |feature| features & feature != 0;
+    let segments = [(F_GUEST_TSO4, TUN_F_TSO4), (F_GUEST_TSO6, TUN_F_TSO6)];
+    let segments = segments.iter().filter(|(feature, _)| has(*feature));
+    let segments = segments.fold(0, |flags, (_, flag)| flags | flag);
+    if !has(F_GUEST_CSUM) {
+        return 0;
+    }
+    match segments {
+        0 => TUN_F_CSUM,
+        _ if has(F_GUEST_ECN) => TUN_F_CSUM | segments | TUN_F_TSO_ECN,
+        _ => TUN_F_CSUM | segments,
     }
 }
 

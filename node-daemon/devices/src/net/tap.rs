@@ -318,4 +318,35 @@ mod tests {
             again.set_offloads(0).unwrap();
         });
     }
+
+    /// Each refusal was a line in the process's log, whenever the guest set its interface up anew.
+    #[test]
+    fn virtio_5_1_3_1_no_features_of_a_guest_are_offloads_that_a_real_tap_refuses() {
+        use crate::net::config::{F_GUEST_CSUM, F_GUEST_ECN, F_GUEST_TSO4, F_GUEST_TSO6};
+        use crate::net::queue_handler::offloads;
+
+        if !privileged() {
+            return;
+        }
+        in_own_network(|| {
+            let tap = TapFd::open("bsctest2").unwrap();
+            let all = [F_GUEST_CSUM, F_GUEST_TSO4, F_GUEST_TSO6, F_GUEST_ECN];
+            for chosen in 0..16_u32 {
+                let bits = all
+                    .iter()
+                    .zip(0..)
+                    .filter(|(_, bit)| (chosen >> bit) & 1 != 0);
+                let features = bits.fold(0, |features, (feature, _)| features | feature);
+                tap.set_offloads(offloads(features)).unwrap();
+            }
+            assert_eq!(
+                offloads(F_GUEST_CSUM | F_GUEST_TSO6),
+                TUN_F_CSUM | TUN_F_TSO6
+            );
+            let everything = TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6 | TUN_F_TSO_ECN;
+            assert_eq!(offloads(u64::MAX), everything);
+            tap.set_offloads(TUN_F_TSO4).unwrap_err();
+            tap.set_offloads(TUN_F_CSUM | TUN_F_TSO_ECN).unwrap_err();
+        });
+    }
 }

@@ -11,6 +11,7 @@
 
 mod actor;
 mod boot_images;
+mod bounded_log;
 mod control_socket;
 mod devices;
 mod home_volume;

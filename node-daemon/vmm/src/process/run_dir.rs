@@ -10,6 +10,8 @@ use bascule_ipc::vm::{LastState, StopReason, VmState};
 use bascule_types::{Ownership, VmUid};
 use serde::Serialize;
 
+use super::bounded_log::BoundedLog;
+
 /// A VM's run directory: the directory of its configuration file.
 #[derive(Clone, Debug)]
 pub(crate) struct RunDir(PathBuf);
@@ -47,13 +49,13 @@ impl RunDir {
 
     /// Sends this process's log to `vm.log`, at `info` unless `BASCULE_LOG` says otherwise.
     pub(crate) fn start_log(&self) -> io::Result<()> {
-        let file = self.log()?;
+        let log = BoundedLog::new(append_to(&self.log_path())?)?;
         let filter = tracing_subscriber::EnvFilter::try_from_env("BASCULE_LOG")
             .unwrap_or_else(|_| "info".into());
         let logger = tracing_subscriber::fmt()
             .with_env_filter(filter)
             .with_ansi(false)
-            .with_writer(Mutex::new(file))
+            .with_writer(Mutex::new(log))
             .try_init();
         logger.map_err(io::Error::other)
     }
@@ -103,5 +105,6 @@ pub(super) fn print_error(message: &str) {
 }
 
 fn append_to(path: &Path) -> io::Result<File> {
-    OpenOptions::new().create(true).append(true).open(path)
+    let mut options = OpenOptions::new();
+    options.create(true).read(true).append(true).open(path)
 }

@@ -132,6 +132,14 @@ e2e-emulated: image ## Real Kubernetes on emulated nodes: the scenarios with an 
 soak-storage: image ## Storage outages on the lab's SAN that are too long for CI: paths away, bad blocks, bascule-watchdog killed (30 min)
 	BASCULE_LAB_SAN=1 $(SCENARIOS) --test cluster_emulated -- $(SERIAL) --nocapture --ignored san::
 
+STEPS ?= 100000
+.PHONY: soak-hostile
+soak-hostile: SEEDS := 5
+soak-hostile: FROM := 1
+soak-hostile: checkout ## A guest that attacks its devices, beside another one: SEEDS seeds (5) from FROM on, STEPS steps (100000, some minutes) each
+	BASCULE_HOSTILE_SEEDS=$(SEEDS) BASCULE_HOSTILE_FROM=$(FROM) BASCULE_HOSTILE_STEPS=$(STEPS) \
+	  cargo test --quiet --locked -p bascule-e2e --test kvm_hostile_guest -- $(SERIAL) --nocapture
+
 .PHONY: scenario
 scenario: image ## One scenario: T=NAME, TIER=native, dual_stack or emulated; KEEP=1 leaves the lab up for the next KEEP=1
 	@$(call selects,$(SCENARIOS) --test cluster_$(TIER))

@@ -203,7 +203,7 @@ impl TestCluster {
         )
     }
 
-    /// Starts the VM's process at `node`.
+    /// Starts the VM's process at `node`, with an interface of its own if it has none.
     ///
     /// # Errors
     /// When the VMM refuses.
@@ -220,8 +220,9 @@ impl TestCluster {
             epoch,
         };
         let mut spec = vm.spec.clone();
-        let tap = self.network.tap()?;
-        spec = spec.with_interface(&tap);
+        if spec.config_mut().interfaces.is_empty() {
+            spec = spec.with_interface(&self.network.tap()?);
+        }
         let config = spec.config_mut();
         config.home = Some(home);
         config.start = start;
@@ -258,6 +259,25 @@ impl TestCluster {
         bail!("the disk ends before {offset}")
     }
 
+    /// Writes `bytes` to the begin of a disk that no VM has open, directly to the volume's file.
+    ///
+    /// # Errors
+    /// When the disk is shorter, or the file cannot be written.
+    pub fn write_disk(&self, row: &DiskRow, bytes: &[u8]) -> Result<()> {
+        let file = File::options().write(true).open(self.volume());
+        let file = file.context("open the volume")?;
+        let mut rest = bytes;
+        for run in &row.extents {
+            let room = usize::try_from(run.length.0).context("measure an extent")?;
+            let (part, behind) = rest.split_at(rest.len().min(room));
+            let base = run.start.lba_to_bytes().context("place an extent")?.0;
+            file.write_all_at(part, base).context("write the volume")?;
+            rest = behind;
+        }
+        ensure!(rest.is_empty(), "the disk is too short");
+        file.sync_all().context("flush the volume")
+    }
+
     fn import_kernel(&self, node: &TestNode, vm: VmUid, name: &RowName) -> Result<()> {
         let image = fs::read(probe::build()?).context("read the probe guest")?;
         let length = Bytes(u64::try_from(image.len()).context("measure the probe guest")?);
@@ -271,20 +291,7 @@ impl TestCluster {
         let Answer::Disk(row) = created else {
             bail!("CreateDisk was answered by {created:?}")
         };
-        let file = File::options()
-            .write(true)
-            .open(self.volume())
-            .context("open the volume")?;
-        let mut rest = image.as_slice();
-        for run in &row.extents {
-            let room = usize::try_from(run.length.0).context("measure an extent")?;
-            let (part, behind) = rest.split_at(rest.len().min(room));
-            let base = run.start.lba_to_bytes().context("place an extent")?.0;
-            file.write_all_at(part, base).context("write the kernel")?;
-            rest = behind;
-        }
-        ensure!(rest.is_empty(), "the kernel's row is too short");
-        file.sync_all().context("flush the kernel")?;
+        self.write_disk(&row, &image).context("write the kernel")?;
         node.change(Change::FinishImport {
             disk: row.disk,
             length: Some(length),

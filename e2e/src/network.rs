@@ -63,6 +63,36 @@ impl Network {
         Ok(Tap { name })
     }
 
+    /// Adds a tap to the bridge that drops what its guest sends with another source address than `mac`, as that of a
+    /// node does.
+    ///
+    /// # Errors
+    /// When `ip` or `tc` fails.
+    pub fn tap_of(&self, mac: [u8; 6]) -> Result<Tap> {
+        let tap = self.tap()?;
+        let [a, b, c, d, e, f] = mac;
+        let high = u32::from_be_bytes([a, b, c, d]);
+        let low = u32::from_be_bytes([0, 0, e, f]);
+        // Classic BPF, and the actions TC_ACT_OK and TC_ACT_SHOT: the six bytes behind the destination are compared.
+        let program = format!("6,32 0 0 6,21 0 3 {high},40 0 0 10,21 0 1 {low},6 0 0 0,6 0 0 2");
+        let words = ["dev", tap.name.as_str()];
+        run(self
+            .command("tc")
+            .args(["qdisc", "add"])
+            .args(words)
+            .arg("ingress"))?;
+        let filter = [
+            "parent", "ffff:", "protocol", "all", "bpf", "da", "bytecode",
+        ];
+        run(self
+            .command("tc")
+            .args(["filter", "add"])
+            .args(words)
+            .args(filter)
+            .arg(program))?;
+        Ok(tap)
+    }
+
     /// Takes a tap off its bridge, or puts it back.
     ///
     /// # Errors

@@ -115,9 +115,14 @@ impl TestVmSpec {
 
     /// With an interface on a tap.
     #[must_use]
-    pub fn with_interface(mut self, tap: &Tap) -> Self {
+    pub fn with_interface(self, tap: &Tap) -> Self {
         let index = u8::try_from(self.config.interfaces.len()).unwrap_or(u8::MAX);
-        let mac = [0x52, 0x54, 0, 0x77, index, 5];
+        self.with_interface_of(tap, [0x52, 0x54, 0, 0x77, index, 5])
+    }
+
+    /// With an interface on a tap that has this address.
+    #[must_use]
+    pub fn with_interface_of(mut self, tap: &Tap, mac: [u8; 6]) -> Self {
         self.config.interfaces.push(InterfaceConfig {
             tap: tap.name.clone(),
             mac,

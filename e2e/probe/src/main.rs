@@ -4,7 +4,7 @@
 //! It boots by PVH, goes to ring 3 at once and polls: no interrupts, no operating system, so it
 //! runs wherever KVM runs, at full speed even where ring 0 is interpreted. It answers ARP and ping,
 //! counts lines in TCP sessions, echoes UDP and lines of its console, checks its disk and its memory, and ticks on the
-//! console. It has a small agent, where it has a port for one. What it understands is in `bascule_probe_wire::options`, what it reports in
+//! console. It has a small agent, where it has a port for one. Or it does nothing but harm: `hostile.rs`. What it understands is in `bascule_probe_wire::options`, what it reports in
 //! `bascule_probe_wire::guest_report`; console lines that start with `bad:` are findings.
 //!
 //! Start reading at [`probe_main`]; how the machine gets there is in `boot.rs`.
@@ -19,6 +19,7 @@ mod boot;
 mod clock;
 mod disk;
 mod hal;
+mod hostile;
 mod memory;
 mod network;
 mod nic;
@@ -55,7 +56,12 @@ extern "C" fn probe_main(start_info: u64) -> ! {
         console.line(format_args!("bad: option not understood: {word}"));
         Options::default()
     });
-    Guest::new(&machine, options).run()
+    // SAFETY: the tables are where the loader put them: nothing has been written yet.
+    let power = unsafe { Power::read(machine.rsdp, options.button) };
+    match options.hostile {
+        Some(seed) => hostile::run(&machine, power, seed),
+        None => Guest::new(&machine, power, options).run(),
+    }
 }
 
 struct Guest {
@@ -76,12 +82,10 @@ struct Guest {
 }
 
 impl Guest {
-    fn new(machine: &Machine, options: Options) -> Self {
+    fn new(machine: &Machine, power: Power, options: Options) -> Self {
         let console = Console::new(options.string_io);
         let boot = mix(clock::counter());
         let clock = Clock::new(options.tsc_khz);
-        // SAFETY: the tables are where the loader put them; the memory check has not started.
-        let power = unsafe { Power::read(machine.rsdp, options.button) };
         let config = options.ecam.map_or(pci::Config::Ports, pci::Config::Memory);
         let found = pci::find(config);
         let nic = found.nic.and_then(Nic::new);

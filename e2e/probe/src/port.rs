@@ -52,3 +52,47 @@ pub(crate) fn write_string(port: u16, bytes: &[u8]) {
              inout("rsi") bytes.as_ptr() => _, options(readonly, nostack, preserves_flags));
     }
 }
+
+/// Fills `buffer` from one port by one string instruction, in units of `width` bytes: 1, 2 or 4.
+pub(crate) fn read_string(port: u16, width: usize, buffer: &mut [u8]) {
+    let (count, at) = (buffer.len() / width, buffer.as_mut_ptr());
+    match width {
+        // SAFETY: the instruction writes within the buffer; the direction flag is clear (here and below).
+        1 => unsafe {
+            asm!("rep insb", in("dx") port, inout("rcx") count => _, inout("rdi") at => _,
+                 options(nostack, preserves_flags));
+        },
+        // SAFETY: as above.
+        2 => unsafe {
+            asm!("rep insw", in("dx") port, inout("rcx") count => _, inout("rdi") at => _,
+                 options(nostack, preserves_flags));
+        },
+        // SAFETY: as above.
+        _ => unsafe {
+            asm!("rep insd", in("dx") port, inout("rcx") count => _, inout("rdi") at => _,
+                 options(nostack, preserves_flags));
+        },
+    }
+}
+
+/// As [`write_string`], in units of `width` bytes: 1, 2 or 4.
+pub(crate) fn write_words(port: u16, width: usize, words: &[u8]) {
+    let (count, at) = (words.len() / width, words.as_ptr());
+    match width {
+        // SAFETY: the instruction reads within the slice; the direction flag is clear (here and below).
+        1 => unsafe {
+            asm!("rep outsb", in("dx") port, inout("rcx") count => _, inout("rsi") at => _,
+                 options(readonly, nostack, preserves_flags));
+        },
+        // SAFETY: as above.
+        2 => unsafe {
+            asm!("rep outsw", in("dx") port, inout("rcx") count => _, inout("rsi") at => _,
+                 options(readonly, nostack, preserves_flags));
+        },
+        // SAFETY: as above.
+        _ => unsafe {
+            asm!("rep outsd", in("dx") port, inout("rcx") count => _, inout("rsi") at => _,
+                 options(readonly, nostack, preserves_flags));
+        },
+    }
+}

@@ -35,6 +35,8 @@ pub struct Options {
     pub agent: bool,
     /// `outs=0`: write the console byte by byte instead of by string I/O.
     pub string_io: bool,
+    /// `hostile=7`: attack the machine's devices, with this seed, instead of all else.
+    pub hostile: Option<u64>,
 }
 
 impl Default for Options {
@@ -55,6 +57,7 @@ impl Default for Options {
             button: None,
             agent: true,
             string_io: true,
+            hostile: None,
         }
     }
 }
@@ -105,6 +108,7 @@ impl Options {
             "button" => self.button = Some(u16::try_from(parse_hex(value)?).ok()?),
             "agent" => self.agent = parse_switch(value)?,
             "outs" => self.string_io = parse_switch(value)?,
+            "hostile" => self.hostile = Some(value.parse().ok()?),
             _ => {}
         }
         Some(())
@@ -150,7 +154,7 @@ mod tests {
     #[test]
     fn a_full_line_is_parsed_and_unknown_options_are_ignored() {
         let line = "console=ttyS0 quiet ip=10.77.0.5/24 gw=10.77.0.1 dirty=256M rate=64M fill=1G \
-                    tick_ms=1 disk=0 agent=0 tsc_khz=2800000 ecam=0xe0000000 button=0x603";
+                    tick_ms=1 disk=0 agent=0 tsc_khz=2800000 ecam=0xe0000000 button=0x603 hostile=7";
         let options = Options::parse(line).unwrap();
         assert_eq!(options.ip, Some(([10, 77, 0, 5], 24)));
         assert_eq!(options.gateway, Some([10, 77, 0, 1]));
@@ -165,6 +169,7 @@ mod tests {
             (options.tsc_khz, options.ecam),
             (Some(2_800_000), Some(0xe000_0000))
         );
+        assert_eq!(options.hostile, Some(7));
     }
 
     #[test]
@@ -184,6 +189,7 @@ mod tests {
             "dirty=lots",
             "disk=yes",
             "ecam=12",
+            "hostile=very",
         ] {
             assert_eq!(Options::parse(bad), Err(bad));
         }

@@ -68,7 +68,11 @@ mod tests {
         for cause in ["Guest", "TripleFault", "Requested", "Panic"] {
             let text = none.replace("null,\"w", &format!("\"{cause}\",\"w"));
             let read: ResetStatus = serde_json::from_str(&text).unwrap();
-            let expected = if cause == "Panic" { none } else { text.as_str() };
+            let expected = if cause == "Panic" {
+                none
+            } else {
+                text.as_str()
+            };
             assert_eq!(written(read.last), *expected);
         }
     }

@@ -19,9 +19,10 @@ impl Machine {
         Ok(vcpu.set_first_registers(first)?)
     }
 
+    /// The timer first: one that the guest left running raises its line in the meantime.
     fn reset_controllers(&self) -> Result<(), KvmError> {
-        parts::set_irqchips(&self.bare, &self.start.irqchips)?;
-        parts::set_pit(&self.bare, self.start.pit.as_ref())
+        parts::set_pit(&self.bare, self.start.pit.as_ref())?;
+        parts::set_irqchips(&self.bare, &self.start.irqchips)
     }
 
     fn reset_vcpus(&self) -> Result<(), KvmError> {
@@ -38,8 +39,8 @@ impl PausedVm {
     ///
     /// # Ordering
     /// The vCPUs are parked and no disk command is in flight. The images come first: as long as they cannot
-    /// be read, nothing is changed. Devices come before the memory, to which their queues point; the local
-    /// APICs last, so that no interrupt of before is left in one.
+    /// be read, nothing is changed. Devices come before the memory, to which their queues point; then timers, interrupt
+    /// controllers, and the local APICs last, so that no interrupt of before is left in one.
     ///
     /// # Guarantees
     /// Requests that the guest has made and the disks have not submitted yet are dropped; every other has

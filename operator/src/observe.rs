@@ -318,7 +318,7 @@ fn planner_memory(vm: &VirtualMachine, memory: &PlannerMemory, now: Moment) -> P
             .collect(),
         stopping_since: status.stopping_since.as_ref().map(|at| moment(&at.0)),
         completed: status.completed,
-        panics: memory.panics.or(u32::try_from(status.panics).ok()),
+        panics: memory.panics.or_else(|| u32::try_from(status.panics).ok()),
         reported: status.phase.map(|phase| Reported {
             phase,
             node: status.node.clone(),

@@ -85,11 +85,9 @@ pub(crate) fn status(
         completed: report.completed,
         resets: resets(observed).unwrap_or(old.resets),
         panics: i32::try_from(report.panics).unwrap_or(i32::MAX),
-        last_panic: if report.new_panics > 0 {
-            Some(Time(now))
-        } else {
-            old.last_panic
-        },
+        last_panic: (report.new_panics > 0)
+            .then_some(Time(now))
+            .or(old.last_panic),
         stop_reason: report.stop_reason.clone().or(old.stop_reason),
         disks: disks(intent, observed, report, &old.disks),
         interfaces: guest.interfaces(vm, &old.interfaces),

@@ -199,8 +199,10 @@ impl Guest {
                     self.console
                         .line(format_args!("bad: no pvpanic device knows {event:?}"));
                 }
-                while !goes_on {
-                    core::hint::spin_loop();
+                if !goes_on {
+                    loop {
+                        core::hint::spin_loop();
+                    }
                 }
             }
             Command::Changed => {

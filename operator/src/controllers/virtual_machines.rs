@@ -166,8 +166,7 @@ async fn reconcile(
     memory.unknown_since = plan.report.unknown_since;
     memory.target_lost = plan.report.target_lost;
     memory.panics = Some(plan.report.panics);
-    let new_panics = plan.report.new_panics;
-    context.metrics.guest_panics.inc_by(new_panics.into());
+    (context.metrics.guest_panics).inc_by(plan.report.new_panics.into());
     let refusal = |memory: &PlannerMemory| memory.reservation_refusal.as_ref().map(|r| r.reason);
     let logged_before =
         observed.memory.error == memory.error && refusal(&observed.memory) == refusal(&memory);

@@ -5,8 +5,9 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::unix::fs::{PermissionsExt as _, chown};
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
-use std::process::ExitStatus;
+use std::process::{Command, ExitStatus};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -17,7 +18,6 @@ use bascule_ipc::vm::{
 };
 use bascule_ipc::{Connection, Kind, volume};
 use bascule_types::{Bytes, OnPanic, Ownership, VmUid};
-use rustix::process::{Pid, Resource, Rlimit, prlimit};
 
 use crate::{Child, Network, Tap, binary, probe, wait_for};
 
@@ -249,12 +249,24 @@ impl TestVm {
     /// # Errors
     /// When the kernel does not.
     pub fn fail_writes(&self, offset: u64) -> Result<()> {
-        let pid = i32::try_from(self.child.pid()).context("process id")?;
-        let limit = Rlimit {
-            current: Some(offset),
-            maximum: None,
+        let pid = self.child.pid();
+        let path = format!("/proc/{pid}/status");
+        let status = fs::read_to_string(&path).with_context(|| format!("read {path}"))?;
+        let id = |name: &str| -> Result<u32> {
+            let line = status.lines().find_map(|line| line.strip_prefix(name));
+            let id = line.and_then(|ids| ids.split_whitespace().next());
+            let id = id.with_context(|| format!("{path} has no {name}"))?;
+            id.parse().with_context(|| format!("{name} {id} in {path}"))
         };
-        prlimit(Pid::from_raw(pid), Resource::Fsize, limit).context("limit file sizes")?;
+        // The limits of a process of another user need CAP_SYS_RESOURCE, which root may lack (prlimit(2)).
+        let limited = Command::new("prlimit")
+            .arg(format!("--pid={pid}"))
+            .arg(format!("--fsize={offset}:unlimited"))
+            .uid(id("Uid:")?)
+            .gid(id("Gid:")?)
+            .status()
+            .context("run prlimit")?;
+        ensure!(limited.success(), "prlimit ended with {limited}");
         Ok(())
     }
 

@@ -218,16 +218,12 @@ fn sum_up(group: &Path) -> Result<()> {
     let cpus = std::thread::available_parallelism().map_or(1, |cpus| cpus.get() as u64);
     let critical = slice.file_name().is_some_and(|name| name == CRITICAL);
     let limit = (!critical).then_some(cpus * SHARES_OF_CPU);
-    let shares = |member| get(member, "cpu.shares");
-    let sum = members.iter().filter_map(|member| shares(member)).sum();
-    set(slice, "cpu.shares", of_slice(sum, limit))?;
-    let shares = |member| get(member, "cpu.weight").map(shares_of);
-    let sum = members.iter().filter_map(|member| shares(member)).sum();
-    set(slice, "cpu.weight", weight(of_slice(sum, limit)))?;
-    let memory = members
-        .iter()
-        .filter_map(|member| get(member, "memory.min"));
-    set(slice, "memory.min", memory.sum())
+    let each = |file| members.iter().filter_map(move |member| get(member, file));
+    let shares = of_slice(each("cpu.shares").sum(), limit);
+    set(slice, "cpu.shares", shares)?;
+    let shares = of_slice(each("cpu.weight").map(shares_of).sum(), limit);
+    set(slice, "cpu.weight", weight(shares))?;
+    set(slice, "memory.min", each("memory.min").sum())
 }
 
 /// The shares of a slice whose members have `sum` together: the most that there are, without a limit.

@@ -112,6 +112,27 @@ impl TwoNodes {
         Ok((destination, attempt))
     }
 
+    /// Begins a migration whose first round takes two seconds for 16 MiB, and waits until that is under way.
+    ///
+    /// # Errors
+    /// When it is refused, or ends before.
+    pub fn begin_slowly(&self, guest: &mut MovableGuest) -> Result<TestVm> {
+        let limits = MigrationLimits {
+            downtime_ms_max: 2000,
+            bytes_per_second_max: Some(8 << 20),
+            ..MigrationLimits::default()
+        };
+        let (destination, _) = self.begin(guest, &self.vm, limits)?;
+        wait_for("the pre-copy", SOON, || {
+            let migration = guest.vm.status()?.migration;
+            let copies = |status: &MigrationStatus| {
+                status.phase == MigrationPhase::PreCopy && status.bytes.0 > 0
+            };
+            Ok(migration.filter(copies))
+        })?;
+        Ok(destination)
+    }
+
     /// Moves the guest to the other node and follows it there.
     ///
     /// # Errors
@@ -124,12 +145,7 @@ impl TwoNodes {
         };
         let (mut destination, _) = self.begin(guest, &self.vm, limits)?;
         guest.console.follow(destination.console()?)?;
-        let outcome = guest.vm.wait_migration(SOON)?;
-        ensure!(
-            outcome.phase == MigrationPhase::Completed,
-            "{outcome:?}\n{}",
-            guest.vm.log()
-        );
+        let outcome = guest.wait_completed()?;
         destination.wait_state(&VmState::Running, SOON)?;
         guest.vm.wait_state(&VmState::Departed, SOON)?;
         // Not the one that its process was started in, if the guest had come by a migration.
@@ -152,13 +168,7 @@ impl TwoNodes {
     pub fn save(&self, guest: &mut MovableGuest, to: Option<Owner>) -> Result<()> {
         let attempt = AttemptId::random();
         guest.vm.must(&Request::MigrateQuick { attempt, to })?;
-        let outcome = guest.vm.wait_migration(SOON)?;
-        ensure!(
-            outcome.phase == MigrationPhase::Completed,
-            "{outcome:?}\n{}",
-            guest.vm.log()
-        );
-        Ok(())
+        guest.wait_completed().map(drop)
     }
 
     /// Restores the saved guest on the node with index `at`, which owns it in `epoch`, and follows it there.
@@ -174,6 +184,27 @@ impl TwoNodes {
 }
 
 impl MovableGuest {
+    /// Waits for the end of its migration, live or quick.
+    fn wait_completed(&mut self) -> Result<MigrationStatus> {
+        let outcome = self.vm.wait_migration(SOON)?;
+        ensure!(
+            outcome.phase == MigrationPhase::Completed,
+            "{outcome:?}\n{}",
+            self.vm.log()
+        );
+        Ok(outcome)
+    }
+
+    /// Waits until it runs at `destination`, to which it is being moved, and follows its console there.
+    ///
+    /// # Errors
+    /// When it does not arrive.
+    pub fn wait_arrival(&mut self, destination: &mut TestVm) -> Result<()> {
+        self.wait_completed()?;
+        self.console.follow(destination.console()?)?;
+        destination.wait_state(&VmState::Running, SOON)
+    }
+
     /// Has the guest reset its machine by `command` (`reset` or `fault`), for the `count`th time since its
     /// start, and waits until it serves again, with all that its disk had acknowledged.
     ///

@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use bascule_e2e::{MovableGuest, TwoNodes, kvm_or_skip, wait_for};
-use bascule_ipc::vm::{MigrationLimits, MigrationPhase, Panic, PanicStatus, Request, VmState};
+use bascule_ipc::vm::{Panic, PanicStatus, Request, VmState};
 use bascule_types::{Epoch, OnPanic};
 
 const SOON: Duration = Duration::from_secs(60);
@@ -73,9 +73,9 @@ fn a_guest_that_panics_during_the_pre_copy_of_its_migration_reboots_and_arrives(
         Ok((guest.session.clean_report()?.mem_checked > 0).then_some(()))
     })
     .unwrap();
-    let mut destination = begin_slowly(&lab, &mut guest);
+    let mut destination = lab.begin_slowly(&mut guest).unwrap();
     guest.reset(&lab.cluster.network, "panic", 1).unwrap();
-    arrive(&mut guest, &mut destination);
+    guest.wait_arrival(&mut destination).unwrap();
     let arrived = destination.status().unwrap();
     assert_eq!((arrived.panics.count, arrived.panics.present), (1, None));
     assert_eq!(arrived.resets.count, 1);
@@ -93,11 +93,11 @@ fn a_panicked_guest_that_is_to_be_left_runs_on_wherever_it_moves_until_it_is_res
     let mut guest = lab.boot(&lab.vm).unwrap();
     let left = panicked(1, Panic::Panicked);
     // During the pre-copy, and told again.
-    let mut destination = begin_slowly(&lab, &mut guest);
+    let mut destination = lab.begin_slowly(&mut guest).unwrap();
     guest.session.command("panic and go on").unwrap();
     await_panic(&mut guest, left);
     guest.session.command("panic and go on").unwrap();
-    arrive(&mut guest, &mut destination);
+    guest.wait_arrival(&mut destination).unwrap();
     guest.vm.exit(SOON).unwrap();
     (guest.vm, guest.at) = (destination, 1);
     assert_eq!(panics(&mut guest), left);
@@ -147,37 +147,4 @@ fn a_guest_whose_crash_kernel_saves_its_memory_is_reset_by_nobody_else() {
     await_panic(&mut guest, panicked(2, Panic::CrashLoaded));
     guest.reset(network, "panic", 2).unwrap();
     assert_eq!(panics(&mut guest).count, 3);
-}
-
-/// Begins a migration whose first round takes two seconds, and waits until that is under way.
-fn begin_slowly(lab: &TwoNodes, guest: &mut MovableGuest) -> bascule_e2e::TestVm {
-    let limits = MigrationLimits {
-        downtime_ms_max: 2000,
-        bytes_per_second_max: Some(8 << 20),
-        ..MigrationLimits::default()
-    };
-    let (destination, _) = lab.begin(guest, &lab.vm, limits).unwrap();
-    wait_for("the pre-copy", SOON, || {
-        let migration = guest.vm.status()?.migration;
-        Ok(
-            migration
-                .filter(|status| status.phase == MigrationPhase::PreCopy && status.bytes.0 > 0),
-        )
-    })
-    .unwrap();
-    destination
-}
-
-/// Waits for the end of the migration, and follows the guest's console to the destination.
-fn arrive(guest: &mut MovableGuest, destination: &mut bascule_e2e::TestVm) {
-    let outcome = guest.vm.wait_migration(SOON).unwrap();
-    assert_eq!(
-        outcome.phase,
-        MigrationPhase::Completed,
-        "{outcome:?}\n{}",
-        guest.vm.log()
-    );
-    let console = destination.console().unwrap();
-    guest.console.follow(console).unwrap();
-    destination.wait_state(&VmState::Running, SOON).unwrap();
 }

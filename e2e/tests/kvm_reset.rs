@@ -7,7 +7,7 @@ use bascule_e2e::{
     Console, GUEST, HangingDisk, Network, Session, TestVm, TestVmSpec, TwoNodes, kvm_or_skip,
     wait_for,
 };
-use bascule_ipc::vm::{MigrationLimits, MigrationPhase, Request, ResetCause, VmState};
+use bascule_ipc::vm::{MigrationPhase, Request, ResetCause};
 use bascule_types::Epoch;
 
 const SOON: Duration = Duration::from_secs(60);
@@ -57,35 +57,9 @@ fn i3_a_guest_that_reboots_during_the_pre_copy_of_its_migration_arrives() {
         Ok((guest.session.clean_report()?.mem_checked > 0).then_some(()))
     })
     .unwrap();
-    let limits = MigrationLimits {
-        downtime_ms_max: 2000,
-        // The first round takes two seconds.
-        bytes_per_second_max: Some(8 << 20),
-        ..MigrationLimits::default()
-    };
-    let (mut destination, _) = lab.begin(&mut guest, &lab.vm, limits).unwrap();
-    wait_for("the pre-copy", SOON, || {
-        let migration = guest.vm.status()?.migration;
-        Ok(
-            migration
-                .filter(|status| status.phase == MigrationPhase::PreCopy && status.bytes.0 > 0),
-        )
-    })
-    .unwrap();
+    let mut destination = lab.begin_slowly(&mut guest).unwrap();
     guest.reset(&lab.cluster.network, "reset", 1).unwrap();
-    let moving = guest.vm.status().unwrap().migration.unwrap();
-    let outcome = guest.vm.wait_migration(SOON).unwrap();
-    assert_eq!(
-        outcome.phase,
-        MigrationPhase::Completed,
-        "{moving:?} and then {outcome:?}\n{}",
-        guest.vm.log()
-    );
-    guest
-        .console
-        .follow(destination.console().unwrap())
-        .unwrap();
-    destination.wait_state(&VmState::Running, SOON).unwrap();
+    guest.wait_arrival(&mut destination).unwrap();
     assert_eq!(destination.status().unwrap().resets.count, 1);
     guest.check().unwrap();
 }

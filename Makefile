@@ -20,6 +20,9 @@ LAB := $(STATIC)/$(TARGET)/release/lab
 PLUGIN := $(STATIC)/$(TARGET)/release/kubectl-bascule
 # Scenarios share one machine's /dev/kvm, bridges and time: one after the other.
 SERIAL := --test-threads=1
+# A failure ends a run only after all its tests, so that one run names all that fail. Of the whole
+# workspace, because cargo would build every dependency anew for the features of one package alone.
+TEST_FLAGS := --quiet --locked --no-fail-fast
 # `make unit P=CRATE T=FILTER`, `make kvm T=NAME`, `make scenario T=NAME TIER=native|emulated KEEP=1`.
 P ?=
 T ?=
@@ -28,7 +31,7 @@ KEEP ?=
 KVM_TESTS = $(sort $(basename $(notdir $(wildcard e2e/tests/kvm_*.rs))))
 # Their errors say what was waited for; stack traces only push that and the logs out of sight.
 SCENARIOS = RUST_BACKTRACE=0 BASCULE_LAB_KEEP=$(KEEP) BASCULE_LAB_IMAGES=$(IMAGE) BASCULE_LAB_BIN=$(LAB) \
-  BASCULE_PLUGIN_BIN=$(PLUGIN) cargo test --quiet --locked -p bascule-e2e
+  BASCULE_PLUGIN_BIN=$(PLUGIN) cargo test $(TEST_FLAGS) --workspace
 # Says what happens, how long it usually takes (on 2 cores) and how long it took. STEP numbers the line.
 STEP ?=
 WITH_PROGRESS = STEP='$(STEP)' e2e/step.sh
@@ -86,11 +89,13 @@ lint: checkout ## Formatting, clippy, docs, licences, structure
 	cd e2e/probe && cargo fmt --all --check && $(GUEST_CARGO) clippy --quiet --workspace --locked --release -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --quiet --workspace --no-deps --locked
 	cargo deny --log-level error check bans licenses sources
-	cargo test --quiet --locked -p bascule-e2e --test tidy
+	cargo test $(TEST_FLAGS) --workspace --test tidy
 
 .PHONY: unit
 unit: checkout ## Pure tests, models, simulations, crash enumeration: no root, no KVM. One crate or test: P=CRATE T=FILTER
-	cargo test --quiet --locked $(if $(P),-p $(P),--workspace --exclude bascule-e2e) -- $(T)
+	$(if $(P),cargo test $(TEST_FLAGS) -p $(P) -- $(T), \
+	  cargo test $(TEST_FLAGS) --workspace --lib --bins -- $(T))
+	$(if $(P),,cargo test $(TEST_FLAGS) --workspace --exclude bascule-e2e --test '*' -- $(T))
 	$(if $(P)$(T),,cd e2e/probe && $(GUEST_CARGO) test --quiet --locked -p bascule-probe-wire)
 
 SEEDS ?= 1000
@@ -114,13 +119,12 @@ fuzz-corpus: checkout ## Write what `make fuzz` has found into fuzz/corpus, a fe
 
 .PHONY: kvm
 kvm: checkout ## The VM process on this machine's /dev/kvm, with the probe guest. One test: T=NAME
-	$(if $(T),,cargo test --quiet --locked -p bascule-e2e --lib --bins)
-	@$(call selects,cargo test --quiet --locked -p bascule-e2e $(foreach t,$(KVM_TESTS),--test $t))
-	for t in $(KVM_TESTS); do cargo test --quiet --locked -p bascule-e2e --test $$t -- $(SERIAL) $(T); done
+	@$(call selects,cargo test $(TEST_FLAGS) --workspace $(KVM_TESTS:%=--test %))
+	cargo test $(TEST_FLAGS) --workspace $(KVM_TESTS:%=--test %) -- $(SERIAL) $(T)
 
 .PHONY: e2e
 e2e: image ## Real Kubernetes on native nodes: the lab itself, then the scenarios with the probe guest
-	BASCULE_LAB_BIN=$(LAB) cargo test --quiet --locked -p bascule-lab --test native -- $(SERIAL) --ignored
+	BASCULE_LAB_BIN=$(LAB) cargo test $(TEST_FLAGS) --workspace --test native -- $(SERIAL) --ignored
 	$(SCENARIOS) --test cluster_native -- $(SERIAL) --nocapture
 	$(SCENARIOS) --test cluster_dual_stack -- $(SERIAL) --nocapture
 
@@ -138,7 +142,7 @@ soak-hostile: SEEDS := 5
 soak-hostile: FROM := 1
 soak-hostile: checkout ## A guest that attacks its devices, beside another one: SEEDS seeds (5) from FROM on, STEPS steps (100000, some minutes) each
 	BASCULE_HOSTILE_SEEDS=$(SEEDS) BASCULE_HOSTILE_FROM=$(FROM) BASCULE_HOSTILE_STEPS=$(STEPS) \
-	  cargo test --quiet --locked -p bascule-e2e --test kvm_hostile_guest -- $(SERIAL) --nocapture
+	  cargo test $(TEST_FLAGS) --workspace --test kvm_hostile_guest -- $(SERIAL) --nocapture
 
 .PHONY: scenario
 scenario: image ## One scenario: T=NAME, TIER=native, dual_stack or emulated; KEEP=1 leaves the lab up for the next KEEP=1
@@ -183,7 +187,7 @@ crds: checkout ## Write the CustomResourceDefinitions into the chart
 
 .PHONY: state-machines
 state-machines: checkout ## Write docs/state-machines.md from the diagrams in the code
-	BASCULE_WRITE_STATE_MACHINES=1 cargo test --quiet --locked -p bascule-e2e --test tidy state_machines
+	BASCULE_WRITE_STATE_MACHINES=1 cargo test $(TEST_FLAGS) --workspace --test tidy state_machines
 
 define static_build
 env RUSTFLAGS="-C target-feature=+crt-static" cargo build $(CARGO_QUIET) --locked --release --target $(TARGET) \

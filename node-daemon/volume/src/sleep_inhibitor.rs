@@ -12,7 +12,9 @@ use std::process::{Child, Command, Stdio};
 /// Holds the lock by a child process, which ends with this one: it reads a pipe whose other end is here.
 #[derive(Debug)]
 pub struct SleepInhibitor {
-    program: String,
+    program: &'static str,
+    /// What stands before the arguments of systemd-inhibit.
+    first: &'static [&'static str],
     holder: Option<Child>,
     /// The last failure, so that it is logged once.
     failed: bool,
@@ -22,12 +24,13 @@ impl SleepInhibitor {
     /// The lock of systemd-logind; not held yet.
     #[must_use]
     pub fn new() -> Self {
-        Self::with_program(PROGRAM)
+        Self::with_program(PROGRAM, &[])
     }
 
-    fn with_program(program: &str) -> Self {
+    fn with_program(program: &'static str, first: &'static [&'static str]) -> Self {
         Self {
-            program: program.to_owned(),
+            program,
+            first,
             holder: None,
             failed: false,
         }
@@ -52,7 +55,7 @@ impl SleepInhibitor {
             }
             Err(error) if !self.failed => {
                 self.failed = true;
-                let program = &self.program;
+                let program = self.program;
                 tracing::info!(%error, program, "the node may go to sleep with open writers: disable sleep on it");
             }
             Err(_) => {}
@@ -76,7 +79,8 @@ impl SleepInhibitor {
     }
 
     fn start(&self) -> io::Result<Child> {
-        Command::new(&self.program)
+        Command::new(self.program)
+            .args(self.first)
             .args(["--what=sleep", "--mode=block", "--who=bascule-volume"])
             .arg("--why=a virtual machine writes to shared storage")
             .arg("cat")
@@ -112,17 +116,13 @@ const PROGRAM: &str = "systemd-inhibit";
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt;
-
     use super::*;
 
     #[test]
     fn the_lock_is_held_while_wanted_taken_again_when_lost_and_given_back() {
-        let folder = tempfile::tempdir().unwrap();
-        let program = folder.path().join("inhibit");
-        std::fs::write(&program, "#!/bin/sh\nexec cat\n").unwrap();
-        std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
-        let mut inhibitor = SleepInhibitor::with_program(program.to_str().unwrap());
+        // No program of the test's own: what was just written cannot be executed while a child of another
+        // thread, between its fork and its exec, has it open as well.
+        let mut inhibitor = SleepInhibitor::with_program("sh", &["-c", "exec cat"]);
         assert!(!inhibitor.is_held());
         inhibitor.set(true);
         let first = inhibitor.holder.as_ref().unwrap().id();
@@ -139,7 +139,7 @@ mod tests {
 
     #[test]
     fn a_node_without_the_program_writes_all_the_same() {
-        let mut inhibitor = SleepInhibitor::with_program("/nonexistent/inhibit");
+        let mut inhibitor = SleepInhibitor::with_program("/nonexistent/inhibit", &[]);
         inhibitor.set(true);
         assert!(!inhibitor.is_held() && inhibitor.failed);
     }

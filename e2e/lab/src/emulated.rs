@@ -19,6 +19,7 @@ use crate::cache::cache_dir;
 use crate::cgroup::Cgroup;
 use crate::command::Run;
 use crate::control_plane::Component;
+use crate::emulator::Emulator;
 use crate::hub::Hub;
 use crate::image::pause_archive;
 use crate::init::{CONTROL, DiskSpec};
@@ -66,6 +67,7 @@ impl Accelerator {
 #[derive(Debug)]
 pub(crate) struct Assets {
     image: NodeImage,
+    emulator: Emulator,
     tools: Tools,
     archives: Vec<PathBuf>,
     accelerator: Accelerator,
@@ -76,11 +78,13 @@ impl Assets {
     pub(crate) fn ensure(tools: &Tools, archives: &[PathBuf]) -> Result<Self> {
         require_static(&lab_binary()?)?;
         let image = NodeImage::ensure()?;
-        let accelerator = find_accelerator(&image)?;
+        let emulator = Emulator::ensure()?;
+        let accelerator = find_accelerator(&image, &emulator)?;
         let mut all = vec![pause_archive()?];
         all.extend(archives.iter().cloned());
         Ok(Self {
             image,
+            emulator,
             tools: tools.clone(),
             archives: all,
             accelerator,
@@ -222,7 +226,6 @@ pub(crate) fn start(context: &MachineContext<'_>, node: NodeIndex) -> Result<Pro
 }
 
 /// Builder of a QEMU command line.
-#[derive(Default)]
 struct Args(Vec<String>);
 
 impl Args {
@@ -250,8 +253,8 @@ struct Machine<'a> {
 impl Machine<'_> {
     fn argv(&self) -> Vec<String> {
         let (name, image) = (self.node.name(), &self.assets.image);
-        let mut args = Args::default();
-        args.add(&["qemu-system-x86_64", "-name", &name, "-machine", "q35"]);
+        let mut args = Args(self.assets.emulator.argv());
+        args.add(&["-name", &name, "-machine", "q35"]);
         args.add(&self.assets.accelerator.args());
         args.add(&["-m", &self.options.node_memory_mib.to_string()]);
         args.add(&["-nodefaults", "-display", "none"]);
@@ -324,7 +327,7 @@ impl Machine<'_> {
             let netdev = format!("tap,id={port},ifname={port},script=no,downscript=no");
             args.add(&["-netdev", &netdev]);
             let mac = self.node.mac(number);
-            args.device(&format!("virtio-net-pci,netdev={port},mac={mac}"));
+            args.device(&format!("virtio-net-pci,netdev={port},mac={mac},romfile="));
         }
     }
 
@@ -363,13 +366,13 @@ impl Machine<'_> {
 
 /// Tests, once per boot of the host, whether a node boots quickly on the host's KVM and has nested virtualization;
 /// the CPU model does not tell.
-fn find_accelerator(image: &NodeImage) -> Result<Accelerator> {
+fn find_accelerator(image: &NodeImage, emulator: &Emulator) -> Result<Accelerator> {
     let known = cache_dir()?.join(format!("accelerator-{}", boot_id()?));
     let nested = match fs::read_to_string(&known) {
         Ok(word) => word == "kvm",
         Err(_) => {
             let nested = step("trying hardware virtualization for the nodes", || {
-                probe_kvm(image)
+                probe_kvm(image, emulator)
             })?;
             fs::write(&known, if nested { "kvm" } else { "tcg" }).context("remember the result")?;
             nested
@@ -382,11 +385,14 @@ fn find_accelerator(image: &NodeImage) -> Result<Accelerator> {
     })
 }
 
-fn probe_kvm(image: &NodeImage) -> Result<bool> {
+fn probe_kvm(image: &NodeImage, emulator: &Emulator) -> Result<bool> {
     if !Path::new("/dev/kvm").exists() {
         return Ok(false);
     }
-    let run = Run::new("qemu-system-x86_64")
+    let argv = emulator.argv();
+    let (program, first) = argv.split_first().context("no program")?;
+    let run = Run::new(program)
+        .args(first)
         .args(Accelerator::Kvm.args())
         .args([
             "-machine",
@@ -458,6 +464,9 @@ const PROGRAMS: &[&str] = &[
 /// Services with a log port of their own, as the SAN's initiator has where there is one.
 const SERVICES: &[&str] = &["containerd", "kubelet", "kube-proxy"];
 /// A panic resets the node after 1 s. CPU mitigations are off: they slow emulation and serve no purpose in a lab.
-const KERNEL_ARGS: &str = "console=ttyS0 panic=1 mitigations=off net.ifnames=0 no_timer_check";
+/// Timers expire at ticks: programming the local APIC for each takes an emulated node more time than its idle
+/// services do, and Go programs sleep for some 20 µs often.
+const KERNEL_ARGS: &str =
+    "console=ttyS0 panic=1 mitigations=off net.ifnames=0 no_timer_check highres=off nowatchdog";
 /// 3 s with working nested virtualization; a machine without it does not finish.
 const KVM_PROBE_DEADLINE: Duration = Duration::from_secs(15);

@@ -90,6 +90,7 @@ pub mod control_plane;
 mod dirs;
 pub mod down;
 mod emulated;
+mod emulator;
 pub mod faults;
 pub mod guard;
 pub mod guest;

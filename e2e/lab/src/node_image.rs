@@ -48,16 +48,7 @@ impl NodeImage {
 
 fn build(dir: &Path) -> Result<()> {
     let (root, staging) = (dir.join("root"), dir.join("staging"));
-    Run::new("mmdebstrap")
-        .args(["--variant=minbase", "--mode=root", "--format=directory"])
-        .arg(format!("--include={PACKAGES}"))
-        .arg("--aptopt=Acquire::Languages \"none\"")
-        .args(["doc", "man", "locale"].map(|d| format!("--dpkgopt=path-exclude=/usr/share/{d}/*")))
-        .arg(SUITE)
-        .arg(&root)
-        .arg(debian_mirror()?)
-        .deadline(Duration::from_secs(1800))
-        .done()?;
+    bootstrap("minbase", PACKAGES, &root)?;
     fs::create_dir_all(root.join("opt/lab")).context("make the mount point of the programs")?;
     let modules = root.join("usr/lib/modules");
     let version = fs::read_dir(&modules)
@@ -79,6 +70,21 @@ fn build(dir: &Path) -> Result<()> {
     make_ext4(&root, &dir.join("root.img"), ROOT_SIZE)?;
     fs::remove_dir_all(&root).context("remove the unpacked root")?;
     fs::remove_dir_all(&staging).context("remove the unpacked initramfs")
+}
+
+/// Unpacks packages of [`SUITE`] and what they depend on into `root`; variants are those of mmdebstrap(1).
+pub(crate) fn bootstrap(variant: &str, packages: &str, root: &Path) -> Result<()> {
+    Run::new("mmdebstrap")
+        .arg(format!("--variant={variant}"))
+        .args(["--mode=root", "--format=directory"])
+        .arg(format!("--include={packages}"))
+        .arg("--aptopt=Acquire::Languages \"none\"")
+        .args(["doc", "man", "locale"].map(|d| format!("--dpkgopt=path-exclude=/usr/share/{d}/*")))
+        .arg(SUITE)
+        .arg(root)
+        .arg(debian_mirror()?)
+        .deadline(Duration::from_secs(1800))
+        .done()
 }
 
 /// An ext4 file system of `size` (as mke2fs takes it) in the file `image`, holding the files of `dir`.
@@ -118,8 +124,8 @@ fn parse_mirror(targets: &str) -> Option<String> {
     mirror.map(|uri| uri.trim().to_owned())
 }
 
-/// Kernel 6.12.
-const SUITE: &str = "trixie";
+/// Kernel 6.12, QEMU 10.0.
+pub(crate) const SUITE: &str = "trixie";
 
 const PACKAGES: &str = "linux-image-amd64,kmod,iproute2,nftables,iptables,conntrack,ethtool,socat,\
 runc,containernetworking-plugins,e2fsprogs,mount,procps,busybox-static,open-iscsi,dmsetup,ca-certificates";

@@ -14,7 +14,7 @@ use rustix::fs::{CWD, FileType, Mode, mknodat};
 use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_bind, mount_change};
 
 use super::{NativeSpec, NodeSpec};
-use crate::cgroup::delegate_controllers;
+use crate::cgroup::{Cgroup, delegate_controllers};
 use crate::config::NODE_CONF;
 
 /// Mounts of a native node.
@@ -38,6 +38,7 @@ pub(crate) fn mount_native(spec: &NodeSpec, native: &NativeSpec) -> Result<()> {
 /// Mounts of an emulated node, as far as the initramfs has not done it.
 pub(crate) fn mount_machine() -> Result<()> {
     mount_fs("cgroup2", "/sys/fs/cgroup", c"")?;
+    join_init_scope()?;
     mount_fs("tmpfs", "/run", c"mode=755")?;
     mount_fs("tmpfs", "/tmp", c"mode=1777")?;
     for (kind, dir) in [("devpts", "/dev/pts"), ("tmpfs", "/dev/shm")] {
@@ -49,6 +50,14 @@ pub(crate) fn mount_machine() -> Result<()> {
     mount(disk, NODE_CONF, "ext4", MountFlags::RDONLY, None).context("mount the configuration")?;
     let shared = MountPropagationFlags::SHARED | MountPropagationFlags::REC;
     mount_change("/", shared).context("make mounts shared")
+}
+
+/// What is neither pod nor guest shares one weight beside theirs, as under systemd, whose own cgroup has this name: in the
+/// root cgroup each of its threads would weigh as much as all guests together.
+fn join_init_scope() -> Result<()> {
+    let scope = Cgroup::at("init.scope")?;
+    scope.create()?;
+    scope.join()
 }
 
 /// Opens a service's log: a file, or in an emulated node a virtio port by its name.

@@ -20,6 +20,8 @@
 //! - A failed write may still land, so after one, or a failed flush, the engine is unclean for good
 //!   ([`DiskEngine::writer_state`]), even when it is idle. Until the volume's settle time has passed, no
 //!   other write is submitted to its blocks, which it could undo.
+//! - Neither a completion nor an arrival costs work for each request that waits, whatever a guest has queued, and
+//!   one call does a bounded part of the work: a pause waits only for the commands that the device has.
 //!
 //! `tests/sim` runs engines on a device that fails, also with each of the rules about errors broken.
 //!
@@ -33,11 +35,14 @@ mod gate;
 mod geometry;
 mod job;
 mod overlap;
+mod ready;
 mod request;
 mod ring;
 mod rules;
 mod slab;
+mod steps;
 mod unsettled;
+mod waiting;
 
 pub use backend::{Disk, SETTLE_DEFAULT};
 pub use engine::{DiskEngine, Drained, EngineStats};

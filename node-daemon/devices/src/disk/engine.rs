@@ -1,11 +1,10 @@
 //! Performs requests on a disk.
 //!
-//! A request is *enqueued*, becomes a [`Job`] and waits until no earlier overlapping write is
+//! A request is *enqueued*, becomes a [`Job`] and waits ([`Waiting`]) until no earlier overlapping write is
 //! unfinished, and none that failed on its blocks may land. It is then split into [`SubRequest`]s, at most
 //! one per extent run, each of which is one command of the [`Ring`]. Writes wait for the gate. The request
 //! completes with its last sub-request.
 
-use std::collections::VecDeque;
 use std::io;
 use std::os::fd::RawFd;
 use std::sync::Arc;
@@ -16,12 +15,14 @@ use bascule_types::WriterState;
 use super::backend::Disk;
 use super::errors::{Failure, HeldBack};
 use super::job::{Job, Stage, SubRequest, SubRequestKind};
-use super::overlap::UnfinishedWrites;
-use super::request::{Completion, DiskRequest, Operation};
+use super::overlap::Arrival;
+use super::ready::Ready;
+use super::request::{Completion, DiskRequest};
 use super::ring::{HostRun, Ring, UringRing};
 use super::rules::{Rules, broken};
 use super::slab::Slab;
 use super::unsettled::Unsettled;
+use super::waiting::Waiting;
 use crate::guest_ram::GuestRam;
 use failed::{PROBE, Suspects};
 
@@ -60,11 +61,8 @@ pub struct DiskEngine<R: Ring = UringRing> {
     rules: Rules,
     jobs: Slab<Job>,
     sub_requests: Slab<SubRequest>,
-    /// Keys of jobs that have not begun, in order of arrival.
-    waiting: VecDeque<usize>,
-    unfinished_writes: UnfinishedWrites,
-    /// Keys of sub-requests to submit.
-    ready: VecDeque<usize>,
+    waiting: Waiting,
+    ready: Ready,
     completed: Vec<Completion>,
     next_sequence: u64,
     /// Bytes of all bounce buffers in use.
@@ -73,8 +71,8 @@ pub struct DiskEngine<R: Ring = UringRing> {
     held_back: HeldBack,
     suspects: Suspects,
     unsettled: Unsettled,
-    /// A waiting write waits for nothing else but that a failed one has settled.
-    awaits_settling: bool,
+    /// The last [`DiskEngine::progress`] ended although more can go on.
+    has_more: bool,
     /// Writes that the kernel has and has not completed.
     writes_in_flight: usize,
     /// The gate was told that a write begins, and not yet that none is in flight.
@@ -111,16 +109,15 @@ impl<R: Ring> DiskEngine<R> {
             rules: Rules::ENFORCED,
             jobs: Slab::new(),
             sub_requests: Slab::new(),
-            waiting: VecDeque::new(),
-            unfinished_writes: UnfinishedWrites::default(),
-            ready: VecDeque::new(),
+            waiting: Waiting::default(),
+            ready: Ready::default(),
             completed: Vec::new(),
             next_sequence: 0,
             bounce_bytes: 0,
             failure: Failure::None,
             held_back: HeldBack::default(),
             suspects: Suspects::default(),
-            awaits_settling: false,
+            has_more: false,
             writes_in_flight: 0,
             told_begin: false,
             stats: EngineStats::default(),
@@ -152,21 +149,24 @@ impl<R: Ring> DiskEngine<R> {
     #[must_use]
     pub fn stats(&self) -> EngineStats {
         EngineStats {
-            stalled: self.stats.stalled || self.awaits_settling,
+            stalled: self.stats.stalled || self.waiting.awaits_settling(),
             in_flight: u64::try_from(self.ring.in_flight()).unwrap_or(u64::MAX),
             ..self.stats
         }
     }
 
-    /// After which time [`DiskEngine::progress`] must be called even if nothing completes: a stalled
-    /// write polls the gate, a lost path is tried again, and a failed write has settled. `None` when nothing
-    /// is stalled.
+    /// After which time [`DiskEngine::progress`] must be called even if nothing completes: at once if it
+    /// ended early; a stalled write polls the gate, a lost path is tried again, and a failed write has
+    /// settled. `None` when nothing is stalled.
     #[must_use]
     pub fn retry_after(&self) -> Option<Duration> {
+        if self.has_more {
+            return Some(Duration::ZERO);
+        }
         let now = self.ring.now();
         let stalled = self.stats.stalled.then(|| self.held_back.poll_after(now));
-        let settling = self.awaits_settling.then(|| self.unsettled.wait(now));
-        [stalled, settling].into_iter().flatten().flatten().min()
+        let settling = self.waiting.settling_wait(now);
+        [stalled.flatten(), settling].into_iter().flatten().min()
     }
 
     /// Queues a request, which [`DiskEngine::progress`] submits. A range that is not on the disk or
@@ -184,36 +184,44 @@ impl<R: Ring> DiskEngine<R> {
         }
         let sequence = self.next_sequence;
         self.next_sequence += 1;
-        if matches!(request.operation, Operation::Write { .. }) {
-            self.unfinished_writes.arrived(sequence);
+        let job = Job::new(request, sequence, &self.disk, &self.ram);
+        let key = self.jobs.insert(job);
+        if let Some(job) = self.jobs.get(key) {
+            let arrival = Arrival { sequence, job: key };
+            self.waiting
+                .arrived(arrival, &job.request.operation, job.span);
         }
-        let job = self.jobs.insert(Job {
-            request,
-            sequence,
-            stage: Stage::Waiting,
-            sub_requests_left: 0,
-            error: None,
-            bounce: None,
-        });
-        self.waiting.push_back(job);
     }
 
     /// Reaps completions and submits all requests that may be submitted now. Returns the requests
     /// that have completed since the last call.
     ///
+    /// On a device that is as fast as this it ends early ([`DiskEngine::retry_after`]), so that whoever calls it can
+    /// pause the disk before all that is queued is done.
+    ///
     /// # Errors
     /// When io_uring itself fails. No further request can be submitted then.
     pub fn progress(&mut self) -> io::Result<Vec<Completion>> {
         self.ring.acknowledge();
-        loop {
-            let reaped = self.reap();
-            self.admit();
-            let submitted = self.submit()?;
-            if reaped == 0 && submitted == 0 {
-                self.tell_ended();
-                return Ok(std::mem::take(&mut self.completed));
+        self.has_more = false;
+        let mut rounds = 0;
+        while self.round()? {
+            rounds += 1;
+            if rounds == ROUNDS_MAX {
+                self.has_more = true;
+                break;
             }
         }
+        self.tell_ended();
+        Ok(std::mem::take(&mut self.completed))
+    }
+
+    /// Reaps what has completed, begins what may begin then and submits it. Returns whether there was anything.
+    fn round(&mut self) -> io::Result<bool> {
+        let reaped = self.reap();
+        self.admit();
+        let submitted = self.submit()?;
+        Ok(reaped > 0 || submitted > 0)
     }
 
     /// Waits, without submitting anything, until no command is in flight. Returns the requests that
@@ -252,13 +260,12 @@ impl<R: Ring> DiskEngine<R> {
         self.jobs.clear();
         self.sub_requests.clear();
         self.waiting.clear();
-        self.unfinished_writes.clear();
         self.ready.clear();
         self.completed.clear();
         self.suspects.clear();
         self.bounce_bytes = 0;
         self.stats.stalled = false;
-        self.awaits_settling = false;
+        self.has_more = false;
         self.retry_held();
     }
 
@@ -294,7 +301,7 @@ impl<R: Ring> DiskEngine<R> {
         let Some(sub_request) = self.sub_requests.get_mut(key) else {
             return;
         };
-        if matches!(sub_request.kind, SubRequestKind::Write { .. }) {
+        if sub_request.kind.is_write() {
             self.writes_in_flight -= 1;
         }
         match result {
@@ -303,7 +310,8 @@ impl<R: Ring> DiskEngine<R> {
             {
                 if count > 0 {
                     sub_request.advance(count);
-                    self.ready.push_back(key);
+                    let is_write = sub_request.kind.is_write();
+                    self.ready.push(key, is_write);
                     return;
                 }
                 let end = io::Error::new(io::ErrorKind::UnexpectedEof, "end of the device");
@@ -326,8 +334,7 @@ impl<R: Ring> DiskEngine<R> {
         }
         let job = self.jobs.get(job).filter(|job| job.is_write());
         if let Some(job) = job {
-            let span = job.span(self.disk.block_bytes);
-            self.unsettled.failed(span, self.ring.now());
+            self.unsettled.failed(job.span, self.ring.now());
         }
     }
 
@@ -361,10 +368,10 @@ impl<R: Ring> DiskEngine<R> {
             return;
         };
         if job.is_write() {
-            let span = job.span(self.disk.block_bytes);
-            self.unfinished_writes.finished(job.sequence, span);
+            let sequence = job.sequence;
+            self.waiting.finished(Arrival { sequence, job: key });
         }
-        job.deliver(&self.disk, &self.ram);
+        job.deliver(&self.ram);
         self.bounce_bytes -= job.bounce.as_ref().map_or(0, |bounce| bounce.len());
         self.completed.push(Completion {
             tag: job.request.tag,
@@ -372,64 +379,36 @@ impl<R: Ring> DiskEngine<R> {
         });
     }
 
-    /// Begins the waiting jobs that no earlier job blocks.
+    /// Begins the waiting jobs that nothing holds back.
     fn admit(&mut self) {
-        self.awaits_settling = false;
-        // Of the writes that go on waiting in this pass, in order of arrival.
-        let mut waiting_spans = Vec::new();
-        for key in std::mem::take(&mut self.waiting) {
-            let may_begin = self.may_begin(key, &waiting_spans);
-            let block_bytes = self.disk.block_bytes;
-            let Some(job) = self.jobs.get_mut(key) else {
+        self.waiting.free_settled(|| self.ring.now());
+        while let Some(next) = self.waiting.next(|bytes| fits(bytes, self.bounce_bytes)) {
+            let arrival = next.arrival;
+            let Some(job) = self.jobs.get(arrival.job) else {
                 continue;
             };
-            if !may_begin {
-                if job.is_write() {
-                    waiting_spans.push(job.span(block_bytes));
-                }
-                self.waiting.push_back(key);
-                continue;
+            let checks = job.is_write() && !broken!(self.rules, OverlapBeforeSettle);
+            let now = || self.ring.now();
+            let blocked = checks.then(|| self.unsettled.blocked_until(job.span, now));
+            if let Some(until) = blocked.flatten() {
+                self.waiting.settles(arrival, until);
+            } else if job.bounce_bytes > 0 && !next.has_room {
+                let (is_write, bytes) = (job.is_write(), job.bounce_bytes);
+                self.waiting.awaits_room(arrival, is_write, bytes);
+            } else {
+                self.begin(arrival.job);
             }
-            if job.is_write() {
-                self.unfinished_writes.begins(job.span(block_bytes));
-            }
-            let commands = job.begin(&self.disk, &self.ram);
-            self.bounce_bytes += job.bounce.as_ref().map_or(0, |bounce| bounce.len());
-            self.stats.read_modify_writes += u64::from(job.stage == Stage::ReadModifyWrite);
-            self.add_sub_requests(key, commands);
         }
     }
 
-    /// `waiting_spans` are those of the earlier writes that have not begun.
-    fn may_begin(&mut self, key: usize, waiting_spans: &[(u64, u64)]) -> bool {
-        let Some(job) = self.jobs.get(key) else {
-            return false;
+    fn begin(&mut self, key: usize) {
+        let Some(job) = self.jobs.get_mut(key) else {
+            return;
         };
-        let block_bytes = self.disk.block_bytes;
-        let free = match job.request.operation {
-            Operation::Flush => !self.unfinished_writes.any_before(job.sequence),
-            Operation::Read { .. } => true,
-            Operation::Write { .. } => {
-                let (start, end) = job.span(block_bytes);
-                let mut waiting = waiting_spans.iter();
-                !self.unfinished_writes.overlap((start, end))
-                    && waiting
-                        .all(|(other_start, other_end)| end <= *other_start || *other_end <= start)
-            }
-        };
-        if !free {
-            return false;
-        }
-        if job.is_write() && !broken!(self.rules, OverlapBeforeSettle) {
-            let span = job.span(block_bytes);
-            if self.unsettled.blocks(span, || self.ring.now()) {
-                self.awaits_settling = true;
-                return false;
-            }
-        }
-        let bounce = job.bounce_bytes(&self.disk, &self.ram);
-        let budget = bounce == 0 || self.bounce_bytes + bounce <= BOUNCE_BYTES_MAX;
-        budget || self.bounce_bytes == 0
+        let commands = job.begin(&self.disk, &self.ram);
+        self.bounce_bytes += job.bounce.as_ref().map_or(0, |bounce| bounce.len());
+        self.stats.read_modify_writes += u64::from(job.stage == Stage::ReadModifyWrite);
+        self.add_sub_requests(key, commands);
     }
 
     fn add_sub_requests(&mut self, job: usize, commands: Vec<(SubRequestKind, u64, Vec<HostRun>)>) {
@@ -450,7 +429,7 @@ impl<R: Ring> DiskEngine<R> {
                 retries: 0,
                 is_suspect: false,
             });
-            self.ready.push_back(sub_request);
+            self.ready.push(sub_request, kind.is_write());
         }
     }
 }
@@ -469,9 +448,16 @@ impl<R: Ring> Drop for DiskEngine<R> {
     }
 }
 
+/// Whether a bounce buffer of `bytes` may be allocated beside those in use. One always may, whatever its size.
+const fn fits(bytes: usize, in_use: usize) -> bool {
+    in_use == 0 || in_use + bytes <= BOUNCE_BYTES_MAX
+}
+
 const SECTOR_BYTES: u64 = 512;
-/// Limit on the sum of bounce buffers, which a guest with misaligned buffers makes us allocate. One
-/// request may always begin, whatever its size. A guess.
+/// Rounds of one [`DiskEngine::progress`]. Each copies at most [`BOUNCE_BYTES_MAX`] to and as much from bounce buffers:
+/// together some 100 ms at most. A guess.
+const ROUNDS_MAX: usize = 8;
+/// Limit on the sum of bounce buffers, which a guest with misaligned buffers makes us allocate. A guess.
 const BOUNCE_BYTES_MAX: usize = 32 << 20;
 
 #[cfg(test)]

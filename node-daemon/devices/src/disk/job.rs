@@ -14,8 +14,10 @@ use vm_memory::bitmap::Bitmap;
 use vm_memory::{GuestMemory, Permissions, VolatileSlice};
 
 use super::backend::Disk;
+use super::overlap::Span;
 use super::request::{DiskRequest, Operation};
 use super::ring::HostRun;
+use super::steps::step;
 use crate::guest_ram::GuestRam;
 use crate::virtio::Segments;
 
@@ -25,6 +27,11 @@ pub(super) struct Job {
     pub(super) request: DiskRequest,
     /// Rises by one with each request of the engine: the order of arrival.
     pub(super) sequence: u64,
+    /// The range of bytes of the disk that the request touches, extended to whole blocks.
+    pub(super) span: Span,
+    /// The size of the bounce buffer that the request needs, in bytes; 0 when the guest's memory is aligned to blocks
+    /// and needs none.
+    pub(super) bounce_bytes: usize,
     pub(super) stage: Stage,
     /// Sub-requests of the current stage that have not completed.
     pub(super) sub_requests_left: usize,
@@ -65,6 +72,10 @@ pub(super) enum SubRequestKind {
 }
 
 impl SubRequestKind {
+    pub(super) const fn is_write(self) -> bool {
+        matches!(self, Self::Write { .. })
+    }
+
     /// Its name in messages.
     pub(super) const fn operation(self) -> &'static str {
         match self {
@@ -76,42 +87,23 @@ impl SubRequestKind {
 }
 
 impl Job {
-    /// The range of bytes of the disk that the request touches, extended to whole blocks.
-    pub(super) fn span(&self, block_bytes: u32) -> (u64, u64) {
-        let block = u64::from(block_bytes);
-        let (offset, length) = self.request.range();
-        let start = offset - offset % block;
-        (start, (offset + length).next_multiple_of(block))
+    /// A job that waits. Looks at every segment of the request: later, its length and alignment are known.
+    pub(super) fn new(request: DiskRequest, sequence: u64, disk: &Disk, ram: &GuestRam) -> Self {
+        let span = span(&request, disk.block_bytes);
+        Self {
+            bounce_bytes: bounce_bytes(&request, span, disk, ram),
+            request,
+            sequence,
+            span,
+            stage: Stage::Waiting,
+            sub_requests_left: 0,
+            error: None,
+            bounce: None,
+        }
     }
 
     pub(super) fn is_write(&self) -> bool {
         matches!(self.request.operation, Operation::Write { .. })
-    }
-
-    /// The size of the bounce buffer that the request needs, in bytes; 0 when the guest's memory is
-    /// aligned to blocks and needs none.
-    pub(super) fn bounce_bytes(&self, disk: &Disk, ram: &GuestRam) -> usize {
-        let (Operation::Read { data, .. } | Operation::Write { data, .. }) =
-            &self.request.operation
-        else {
-            return 0;
-        };
-        let (start, end) = self.span(disk.block_bytes);
-        let (offset, length) = self.request.range();
-        let block = usize::try_from(disk.block_bytes).unwrap_or(usize::MAX);
-        let whole_blocks = start == offset && end == offset + length;
-        let direct = whole_blocks
-            && host_runs(ram, data).is_some_and(|runs| {
-                runs.len() <= VECTORS_MAX
-                    && runs.iter().all(|run| {
-                        run.address.is_multiple_of(block) && run.length.is_multiple_of(block)
-                    })
-            });
-        if direct {
-            0
-        } else {
-            usize::try_from(end - start).unwrap_or(usize::MAX)
-        }
     }
 
     /// Begins the job. Returns its first sub-requests.
@@ -120,13 +112,12 @@ impl Job {
         disk: &Disk,
         ram: &GuestRam,
     ) -> Vec<(SubRequestKind, u64, Vec<HostRun>)> {
-        let bounce_bytes = self.bounce_bytes(disk, ram);
-        if bounce_bytes > 0 {
+        if self.bounce_bytes > 0 {
             let align = usize::try_from(disk.block_bytes).unwrap_or(usize::MAX);
-            self.bounce = Some(AlignedBuffer::new(bounce_bytes, align));
+            self.bounce = Some(AlignedBuffer::new(self.bounce_bytes, align));
         }
         self.stage = Stage::Transferring;
-        let (start, end) = self.span(disk.block_bytes);
+        let (start, end) = self.span;
         match &self.request.operation {
             Operation::Flush => vec![(SubRequestKind::Sync, 0, Vec::new())],
             Operation::Read { data, .. } => {
@@ -172,7 +163,7 @@ impl Job {
         ram: &GuestRam,
     ) -> Vec<(SubRequestKind, u64, Vec<HostRun>)> {
         self.stage = Stage::Transferring;
-        let (start, _) = self.span(disk.block_bytes);
+        let (start, _) = self.span;
         let (offset, _) = self.request.range();
         let (Operation::Write { data, durable, .. }, Some(bounce)) =
             (&self.request.operation, &mut self.bounce)
@@ -188,7 +179,7 @@ impl Job {
     /// Completes a read: copies the bounce buffer, if any, to guest memory and marks the pages
     /// dirty. A failed read without a bounce buffer may have been filled in part, so its pages are
     /// marked too.
-    pub(super) fn deliver(&self, disk: &Disk, ram: &GuestRam) {
+    pub(super) fn deliver(&self, ram: &GuestRam) {
         let Operation::Read { data, .. } = &self.request.operation else {
             return;
         };
@@ -199,7 +190,7 @@ impl Job {
         if self.error.is_some() {
             return;
         }
-        let (start, _) = self.span(disk.block_bytes);
+        let (start, _) = self.span;
         let (offset, _) = self.request.range();
         let skip = usize::try_from(offset - start).unwrap_or(usize::MAX);
         data.write(ram, &bounce.bytes()[skip..]);
@@ -221,6 +212,34 @@ impl SubRequest {
             run.length -= here;
             run.length > 0
         });
+    }
+}
+
+fn span(request: &DiskRequest, block_bytes: u32) -> Span {
+    let block = u64::from(block_bytes);
+    let (offset, length) = request.range();
+    let start = offset - offset % block;
+    (start, (offset + length).next_multiple_of(block))
+}
+
+fn bounce_bytes(request: &DiskRequest, (start, end): Span, disk: &Disk, ram: &GuestRam) -> usize {
+    let (Operation::Read { data, .. } | Operation::Write { data, .. }) = &request.operation else {
+        return 0;
+    };
+    let (offset, length) = request.range();
+    let block = usize::try_from(disk.block_bytes).unwrap_or(usize::MAX);
+    let whole_blocks = start == offset && end == offset + length;
+    let direct = whole_blocks
+        && host_runs(ram, data).is_some_and(|runs| {
+            runs.len() <= VECTORS_MAX
+                && runs.iter().all(|run| {
+                    run.address.is_multiple_of(block) && run.length.is_multiple_of(block)
+                })
+        });
+    if direct {
+        0
+    } else {
+        usize::try_from(end - start).unwrap_or(usize::MAX)
     }
 }
 
@@ -282,6 +301,7 @@ type RamSlice<'a> = VolatileSlice<'a, vm_memory::bitmap::BS<'a, vm_memory::bitma
 
 /// `false` when part of `data` is not guest memory.
 fn for_each_slice(ram: &GuestRam, data: &Segments, mut with: impl FnMut(&RamSlice<'_>)) -> bool {
+    step(data.as_slice().len());
     for segment in data.as_slice() {
         let access = Permissions::ReadWrite;
         let Ok(slices) = GuestMemory::get_slices(ram, segment.start, segment.length_bytes, access)

@@ -2,56 +2,126 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-/// A range of bytes, as (start, end).
-type Span = (u64, u64);
+use super::steps::step;
 
-/// The unfinished writes of an engine. No two that have begun overlap.
+/// A range of bytes, as (start, end).
+pub(super) type Span = (u64, u64);
+
+/// A request of an engine, ordered by arrival.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Arrival {
+    /// Rises by one with each request of the engine.
+    pub(super) sequence: u64,
+    /// The key of its job.
+    pub(super) job: usize,
+}
+
+/// The unfinished writes of an engine.
+///
+/// # Guarantees
+/// A write is free when no earlier unfinished one overlaps it, and not before. For that it waits only for the newest
+/// earlier write of each byte: this one is finished after all earlier ones of that byte. So an arrival divides at most two of the
+/// ranges in `newest`, and replaces the others that it meets for good: whatever the writes are, the work for each is a constant
+/// number of look-ups on average, and neither the ranges nor the waits are more than a constant times the unfinished writes.
 #[derive(Debug, Default)]
 pub(super) struct UnfinishedWrites {
-    /// The sequence numbers of all of them.
-    sequences: BTreeSet<u64>,
-    /// The end of each that has begun, by its start.
-    begun: BTreeMap<u64, u64>,
+    writes: BTreeMap<Arrival, Unfinished>,
+    /// The newest write of each byte that any of them writes: disjoint ranges, by their starts.
+    newest: BTreeMap<u64, Newest>,
+}
+
+#[derive(Debug, Default)]
+struct Unfinished {
+    /// Writes that must finish before it begins.
+    waits_for: usize,
+    /// Writes that wait for it.
+    waited_by: Vec<Arrival>,
+    /// The starts of the ranges of which it is the newest write.
+    ranges: BTreeSet<u64>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Newest {
+    end: u64,
+    write: Arrival,
 }
 
 impl UnfinishedWrites {
-    /// A write arrived.
-    pub(super) fn arrived(&mut self, sequence: u64) {
-        self.sequences.insert(sequence);
-    }
-
-    /// A write begins. Nothing that has begun may overlap it.
-    pub(super) fn begins(&mut self, (start, end): Span) {
+    /// A write arrived, later than all that have arrived. Returns whether it is free already.
+    pub(super) fn arrived(&mut self, write: Arrival, (start, end): Span) -> bool {
+        let mut unfinished = Unfinished::default();
         if start < end {
-            self.begun.insert(start, end);
+            for earlier in self.replace((start, end)) {
+                if let Some(earlier) = self.writes.get_mut(&earlier) {
+                    earlier.waited_by.push(write);
+                    unfinished.waits_for += 1;
+                }
+            }
+            self.newest.insert(start, Newest { end, write });
+            unfinished.ranges.insert(start);
         }
+        let is_free = unfinished.waits_for == 0;
+        self.writes.insert(write, unfinished);
+        is_free
     }
 
-    /// A write that had begun is finished.
-    pub(super) fn finished(&mut self, sequence: u64, (start, end): Span) {
-        self.sequences.remove(&sequence);
-        if start < end {
-            self.begun.remove(&start);
+    /// A write is finished. Returns those that became free.
+    pub(super) fn finished(&mut self, write: Arrival) -> Vec<Arrival> {
+        let Some(finished) = self.writes.remove(&write) else {
+            return Vec::new();
+        };
+        step(1 + finished.ranges.len() + finished.waited_by.len());
+        for start in finished.ranges {
+            self.newest.remove(&start);
         }
+        let mut free = finished.waited_by;
+        free.retain(|waiting| {
+            self.writes.get_mut(waiting).is_some_and(|waiting| {
+                waiting.waits_for -= 1;
+                waiting.waits_for == 0
+            })
+        });
+        free
     }
 
-    /// Whether a write that arrived before `sequence` is unfinished.
-    pub(super) fn any_before(&self, sequence: u64) -> bool {
-        self.sequences
-            .first()
-            .is_some_and(|first| *first < sequence)
+    /// Whether a write that arrived before `request` is unfinished.
+    pub(super) fn any_before(&self, request: Arrival) -> bool {
+        step(1);
+        let first = self.writes.first_key_value();
+        first.is_some_and(|(first, _)| *first < request)
     }
 
-    /// Whether a write that has begun overlaps `span`.
-    pub(super) fn overlap(&self, (start, end): Span) -> bool {
-        // They are disjoint, so the last one that starts before the end reaches farthest.
-        let last = self.begun.range(..end).next_back();
-        start < end && last.is_some_and(|(_, last_end)| *last_end > start)
+    /// Takes the ranges in `span` out of `newest`. Returns the writes to which they belonged.
+    fn replace(&mut self, (start, end): Span) -> BTreeSet<Arrival> {
+        self.divide(start);
+        self.divide(end);
+        let mut earlier = BTreeSet::new();
+        while let Some((&at, &Newest { write, .. })) = self.newest.range(start..end).next() {
+            step(1);
+            self.newest.remove(&at);
+            if let Some(unfinished) = self.writes.get_mut(&write) {
+                unfinished.ranges.remove(&at);
+            }
+            earlier.insert(write);
+        }
+        earlier
     }
 
-    /// Forgets all of them.
-    pub(super) fn clear(&mut self) {
-        *self = Self::default();
+    /// Divides the range of `newest` around `at`, if there is one, so that a range begins there.
+    fn divide(&mut self, at: u64) {
+        step(1);
+        let Some((_, range)) = self.newest.range_mut(..at).next_back() else {
+            return;
+        };
+        if range.end <= at {
+            return;
+        }
+        let right = *range;
+        range.end = at;
+        if let Some(unfinished) = self.writes.get_mut(&right.write) {
+            unfinished.ranges.insert(at);
+        }
+        self.newest.insert(at, right);
     }
 }
 
@@ -65,28 +135,51 @@ mod tests {
         start.max(other_start) < end.min(other_end)
     }
 
+    /// Which of the unfinished writes no earlier one overlaps: by comparison of each with each.
+    fn free(unfinished: &BTreeMap<Arrival, Span>) -> BTreeSet<Arrival> {
+        let is_free = |(write, span): &(&Arrival, &Span)| {
+            let mut earlier = unfinished.range(..**write);
+            !earlier.any(|(_, other)| overlap(**span, *other))
+        };
+        let writes = unfinished.iter().filter(is_free);
+        writes.map(|(write, _)| *write).collect()
+    }
+
     proptest! {
         #[test]
-        fn overlaps_are_those_that_a_comparison_with_each_finds(
-            spans in proptest::collection::vec((0_u64..64, 0_u64..8, any::<bool>()), 1..64),
+        fn a_write_is_free_exactly_when_a_comparison_with_each_finds_no_earlier_overlap(
+            steps in proptest::collection::vec(
+                (0_u64..64, 0_u64..24, proptest::option::of(0_usize..8)),
+                1..96,
+            ),
         ) {
             let mut writes = UnfinishedWrites::default();
-            let mut begun: Vec<(u64, Span)> = Vec::new();
-            for (sequence, (start, length, finish)) in (0..).zip(spans) {
-                let span = (start, start + length);
-                let expected = begun.iter().any(|(_, other)| overlap(span, *other));
-                prop_assert_eq!(writes.overlap(span), expected);
-                prop_assert_eq!(writes.any_before(sequence), !begun.is_empty());
-                if !expected {
-                    writes.arrived(sequence);
-                    writes.begins(span);
-                    begun.push((sequence, span));
+            let mut unfinished = BTreeMap::new();
+            let mut found = BTreeSet::new();
+            for (sequence, (start, length, finishes)) in (0..).zip(steps) {
+                let (write, span) = (Arrival { sequence, job: 0 }, (start, start + length));
+                prop_assert_eq!(writes.any_before(write), !unfinished.is_empty());
+                if writes.arrived(write, span) {
+                    found.insert(write);
                 }
-                if finish && !begun.is_empty() {
-                    let (sequence, span) = begun.remove(begun.len() / 2);
-                    writes.finished(sequence, span);
+                unfinished.insert(write, span);
+                prop_assert_eq!(&found, &free(&unfinished));
+                // Only a write that was free has begun and can finish.
+                let finishing = finishes.and_then(|nth| found.iter().nth(nth).copied());
+                if let Some(write) = finishing {
+                    found.remove(&write);
+                    unfinished.remove(&write);
+                    found.extend(writes.finished(write));
+                    prop_assert_eq!(&found, &free(&unfinished));
                 }
+                let ranges: usize = writes.writes.values().map(|write| write.ranges.len()).sum();
+                prop_assert_eq!(ranges, writes.newest.len());
+                prop_assert!(ranges <= 2 * unfinished.len());
             }
+            while let Some(write) = found.pop_first() {
+                found.extend(writes.finished(write));
+            }
+            prop_assert!(writes.writes.is_empty() && writes.newest.is_empty());
         }
     }
 }

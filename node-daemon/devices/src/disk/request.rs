@@ -2,6 +2,7 @@
 
 use std::io;
 
+use super::steps::step;
 use crate::virtio::Segments;
 
 /// A request on a disk.
@@ -49,10 +50,11 @@ impl DiskRequest {
     /// Offset and length in bytes.
     pub(super) fn range(&self) -> (u64, u64) {
         match &self.operation {
-            Operation::Read { offset, data } | Operation::Write { offset, data, .. } => (
-                *offset,
-                u64::try_from(data.length_bytes()).unwrap_or(u64::MAX),
-            ),
+            Operation::Read { offset, data } | Operation::Write { offset, data, .. } => {
+                step(data.as_slice().len());
+                let length = u64::try_from(data.length_bytes());
+                (*offset, length.unwrap_or(u64::MAX))
+            }
             Operation::Flush => (0, 0),
         }
     }

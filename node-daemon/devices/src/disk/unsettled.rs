@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use super::overlap::Span;
+
 /// The ranges of a disk on which a write failed less than the settle time ago.
 ///
 /// A write that failed is assumed to land within the settle time or never, as one that fails after its
@@ -30,7 +32,7 @@ impl Unsettled {
     }
 
     /// A write of the bytes `start..end` of the disk failed.
-    pub(super) fn failed(&mut self, (start, end): (u64, u64), now: Instant) {
+    pub(super) fn failed(&mut self, (start, end): Span, now: Instant) {
         let until = now + self.settle;
         // The same write, again and again.
         self.ranges.retain(|range| {
@@ -43,25 +45,20 @@ impl Unsettled {
         }
     }
 
-    /// Whether a write of the bytes `start..end` has to wait.
-    pub(super) fn blocks(
+    /// Until when a write of the bytes `start..end` has to wait, if it has to.
+    pub(super) fn blocked_until(
         &mut self,
-        (start, end): (u64, u64),
+        (start, end): Span,
         now: impl FnOnce() -> Instant,
-    ) -> bool {
+    ) -> Option<Instant> {
         if self.ranges.is_empty() {
-            return false;
+            return None;
         }
         let now = now();
         self.ranges.retain(|range| range.until > now);
-        let mut ranges = self.ranges.iter();
-        ranges.any(|range| range.start < end && start < range.end)
-    }
-
-    /// How long until the next of the ranges that blocked when last asked has settled.
-    pub(super) fn wait(&self, now: Instant) -> Option<Duration> {
-        let left = self.ranges.iter().map(|range| range.until);
-        left.map(|until| until.saturating_duration_since(now)).min()
+        let ranges = self.ranges.iter();
+        let overlapping = ranges.filter(|range| range.start < end && start < range.end);
+        overlapping.map(|range| range.until).max()
     }
 
     /// One range in place of all, which covers them.
@@ -89,20 +86,25 @@ mod tests {
     fn a_range_waits_until_its_last_failed_write_has_settled() {
         let start = Instant::now();
         let mut unsettled = Unsettled::new(SETTLE);
-        assert!(!unsettled.blocks((0, 4096), || start));
-        assert_eq!(unsettled.wait(start), None);
-        unsettled.failed((4096, 8192), start);
+        let mut until = |range, at, failed: Option<Span>| {
+            failed.inspect(|failed| unsettled.failed(*failed, at));
+            unsettled.blocked_until(range, || at)
+        };
+        assert_eq!(until((0, 4096), start, None), None);
+        until((0, 0), start, Some((4096, 8192)));
         let second = start + Duration::from_secs(1);
-        unsettled.failed((4096, 8192), second);
-        let mut blocks = |range, at| unsettled.blocks(range, || at);
-        assert!(blocks((0, 4097), second) && blocks((8191, 9000), second));
-        assert!(!blocks((0, 4096), second) && !blocks((8192, 9000), second));
-        assert!(blocks((4096, 8192), start + SETTLE));
-        assert_eq!(unsettled.wait(second), Some(SETTLE));
-        // Due, until it was looked at.
-        assert_eq!(unsettled.wait(second + SETTLE), Some(Duration::ZERO));
-        assert!(!unsettled.blocks((4096, 8192), || second + SETTLE));
-        assert_eq!(unsettled.wait(second + SETTLE), None);
+        let settled = Some(second + SETTLE);
+        assert_eq!(until((4096, 8192), second, Some((4096, 8192))), settled);
+        assert_eq!(until((0, 4097), second, None), settled);
+        assert_eq!(until((8191, 9000), second, None), settled);
+        assert_eq!(until((0, 4096), second, None), None);
+        assert_eq!(until((8192, 9000), second, None), None);
+        let third = second + Duration::from_secs(1);
+        let last = Some(third + SETTLE);
+        assert_eq!(until((4096, 12_288), third, Some((8192, 12_288))), last);
+        assert_eq!(until((4096, 8192), start + SETTLE, None), settled);
+        assert_eq!(until((4096, 8192), second + SETTLE, None), None);
+        assert_eq!(until((4096, 12_288), second + SETTLE, None), last);
     }
 
     #[test]
@@ -112,8 +114,8 @@ mod tests {
         for n in 0..10 * RANGES_MAX as u64 {
             unsettled.failed((n * 512, n * 512 + 512), now);
             assert!(unsettled.ranges.len() <= RANGES_MAX);
-            assert!(unsettled.blocks((n * 512, n * 512 + 1), || now));
-            assert!(unsettled.blocks((0, 1), || now));
+            let mut blocked = |range| unsettled.blocked_until(range, || now).is_some();
+            assert!(blocked((n * 512, n * 512 + 1)) && blocked((0, 1)));
         }
     }
 }

@@ -40,7 +40,7 @@ impl<R: Ring> DiskEngine<R> {
         match judge(self.rules, &error) {
             Meaning::Again if sub_request.retries < RETRIES_MAX => {
                 sub_request.retries += 1;
-                self.ready.push_back(key);
+                self.ready.push(key, kind.is_write());
             }
             // A flush that is tried again may succeed although what it was for is lost.
             _ if kind == SubRequestKind::Sync => self.sub_request_finished(key, Err(error)),
@@ -58,14 +58,14 @@ impl<R: Ring> DiskEngine<R> {
             tracing::warn!(%error, "the path to the disk is lost: the guest waits");
         }
         self.note_failure(job, kind, error);
-        self.ready.push_back(key);
+        self.ready.push(key, kind.is_write());
     }
 
     fn request_failed(&mut self, key: usize, (job, kind): Part, error: io::Error) {
         if self.disk.errors.pauses() {
             self.held_back.hold(kind.operation(), &error);
             self.note_failure(job, kind, &error);
-            self.ready.push_back(key);
+            self.ready.push(key, kind.is_write());
         } else {
             self.sub_request_finished(key, Err(error));
         }
@@ -115,7 +115,7 @@ impl<R: Ring> DiskEngine<R> {
                 None if is_second || broken!(self.rules, EioJudgedAtOnce) => {
                     self.request_failed(key, part, error);
                 }
-                None => self.ready.push_back(key),
+                None => self.ready.push(key, part.1.is_write()),
             }
         }
     }

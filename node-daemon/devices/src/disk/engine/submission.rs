@@ -22,21 +22,24 @@ impl<R: Ring> DiskEngine<R> {
         }
         let mut gate_is_open = None;
         let mut changes_the_device = false;
-        for key in std::mem::take(&mut self.ready) {
+        while self.ring.has_room() {
+            let writes = gate_is_open != Some(false);
+            let Some(is_write) = self.ready.next_is_write(writes) else {
+                break;
+            };
+            if is_write && !*gate_is_open.get_or_insert_with(|| self.gate_is_open()) {
+                self.stats.stalled = true;
+                continue;
+            }
+            let Some(key) = self.ready.take(is_write) else {
+                break;
+            };
             let Some(kind) = self.sub_requests.get(key).map(|own| own.kind) else {
                 continue;
             };
-            let is_write = matches!(kind, SubRequestKind::Write { .. });
-            if !self.ring.has_room() || (is_write && self.stats.stalled) {
-                self.ready.push_back(key);
-            } else if is_write && !*gate_is_open.get_or_insert_with(|| self.gate_is_open()) {
-                self.stats.stalled = true;
-                self.ready.push_back(key);
-            } else {
-                changes_the_device |= kind != SubRequestKind::Read;
-                self.push(key)?;
-                count += 1;
-            }
+            changes_the_device |= kind != SubRequestKind::Read;
+            self.push(key)?;
+            count += 1;
         }
         self.submit_batch(count, changes_the_device)
     }
@@ -96,7 +99,7 @@ impl<R: Ring> DiskEngine<R> {
         // read nor dropped before its last command has completed. Dropping the engine waits for
         // all completions first.
         unsafe { self.ring.push(command, tag) }?;
-        if matches!(sub_request.kind, SubRequestKind::Write { .. }) {
+        if sub_request.kind.is_write() {
             self.writes_in_flight += 1;
         }
         Ok(())

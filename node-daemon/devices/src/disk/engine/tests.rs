@@ -9,11 +9,14 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::*;
 use crate::disk::errors::GATE_POLL;
-use crate::disk::{AlwaysOpen, ErrorPolicy, ExtentMap, VolumeGate, WriteGate, block_bytes_of};
+use crate::disk::{
+    AlwaysOpen, ErrorPolicy, ExtentMap, Operation, VolumeGate, WriteGate, block_bytes_of,
+};
 use crate::testing::wait_until;
 use crate::virtio::{Segment, Segments};
 
 mod failures;
+mod work;
 
 /// The extents of the disk: three, out of order.
 const RUNS: [(u64, u64); 3] = [(64, 8), (0, 8), (32, 16)];

@@ -25,6 +25,12 @@ macro_rules! counter {
                     None => panic!(concat!(stringify!($name), " wrapped")),
                 }
             }
+
+            /// Whether this is the number after `before`, which may be any that a peer sends.
+            #[must_use]
+            pub const fn follows(self, before: Self) -> bool {
+                matches!(before.0.checked_add(1), Some(value) if value == self.0)
+            }
         }
 
         impl fmt::Display for $name {

@@ -49,7 +49,7 @@ impl Metadata {
     ) -> Result<Decision, Refusal> {
         let row = self.vm(vm).ok_or(Refusal::NoSuchVm)?;
         let granted = row.owner == Some(to) && row.attempt.is_none();
-        if granted && row.epoch == expected.next() {
+        if granted && row.epoch.follows(expected) {
             return Ok(Decision::already(Answer::Row(row.clone())));
         }
         check_not_owned(row)?;
@@ -89,7 +89,7 @@ impl Metadata {
         context: &Context<'_>,
     ) -> Result<Decision, Refusal> {
         let row = self.vm(vm).ok_or(Refusal::NoSuchVm)?;
-        if row.attempt == Some(attempt) && row.epoch == from.epoch.next() {
+        if row.attempt == Some(attempt) && row.epoch.follows(from.epoch) {
             return Ok(Decision::already(Answer::Row(row.clone())));
         }
         check_owned(row, from)?;
@@ -110,7 +110,7 @@ impl Metadata {
     ) -> Result<Decision, Refusal> {
         let row = self.vm(vm).ok_or(Refusal::NoSuchVm)?;
         let granted = row.owner == Some(to) && row.attempt.is_none();
-        if granted && row.epoch == from.epoch.next() && to != from.owner {
+        if granted && row.epoch.follows(from.epoch) && to != from.owner {
             return Ok(Decision::already(Answer::Row(row.clone())));
         }
         check_owned(row, from)?;

@@ -80,6 +80,36 @@ fn acquiring_a_vm_without_owner_raises_its_epoch_and_a_stale_epoch_is_refused() 
     assert_eq!(cluster.row(1).epoch, Epoch(2));
 }
 
+/// The coordinator used to panic, and with it its process: no epoch follows the last one.
+#[test]
+fn a_request_that_names_the_last_possible_epoch_is_refused() {
+    let mut cluster = Cluster::with_two_nodes().with_running_vm();
+    let (source, destination, last) = (owner(0, 1), owner(1, 1), Epoch(u64::MAX));
+    let held_by = |owner, epoch| {
+        Err(Refusal::OwnedBy {
+            owner,
+            epoch: Epoch(epoch),
+        })
+    };
+    assert_eq!(cluster.acquire(1, 1, last.0, source), held_by(source, 1));
+    let take_over = Change::TakeOver {
+        vm: vm(1),
+        from: destination,
+        epoch: last,
+        to: source,
+    };
+    assert_eq!(cluster.ask(1, &take_over), held_by(source, 1));
+    cluster.ask(1, &transfer(7)).unwrap();
+    let again = Change::Transfer {
+        vm: vm(1),
+        from: source,
+        epoch: last,
+        to: destination,
+        attempt: AttemptId::from_bytes([7; 16]),
+    };
+    assert_eq!(cluster.ask(1, &again), held_by(destination, 2));
+}
+
 #[test]
 fn a_node_without_a_valid_lease_cannot_become_an_owner() {
     let mut cluster = Cluster::with_two_nodes();

@@ -95,11 +95,10 @@ fn zero_page(
     params.acpi_rsdp_addr = rsdp.raw_value();
     params.hdr.type_of_loader = LOADER_UNDEFINED;
     params.hdr.cmd_line_ptr = u32::try_from(layout::CMDLINE).unwrap_or(0);
-    if let Some((start, length)) = initrd {
-        // Low memory ends below 4 GiB, so both fit.
-        params.hdr.ramdisk_image = u32::try_from(start).unwrap_or(0);
-        params.hdr.ramdisk_size = u32::try_from(length).unwrap_or(0);
-    }
+    // Without an initrd 0, whatever the file's header says. Low memory ends below 4 GiB, so both fit.
+    let (start, length) = initrd.unwrap_or_default();
+    params.hdr.ramdisk_image = u32::try_from(start).unwrap_or(0);
+    params.hdr.ramdisk_size = u32::try_from(length).unwrap_or(0);
     let ranges = map::ranges(memory);
     params.e820_entries = u8::try_from(ranges.len()).unwrap_or(0);
     let mut table = params.e820_table;

@@ -55,7 +55,7 @@ pub(super) fn write_cmdline(
         .map_err(BootError::Memory)
 }
 
-/// Reads the initrd to the top of low memory, above `kernel_end` and below `limit`.
+/// Reads the initrd to the top of low memory, above `kernel_end` and the boot structures, and below `limit`.
 pub(super) fn load_initrd(
     memory: &GuestMemory,
     initrd: Option<Initrd>,
@@ -74,7 +74,8 @@ pub(super) fn load_initrd(
     let start = low_end
         .checked_sub(length)
         .map(|start| start / PAGE_SIZE * PAGE_SIZE);
-    let Some(start) = start.filter(|start| *start >= kernel_end) else {
+    let floor = kernel_end.max(layout::HIMEM_START);
+    let Some(start) = start.filter(|start| *start >= floor) else {
         return Err(too_large);
     };
     let mut buffer = vec![0; COPY_BYTES];

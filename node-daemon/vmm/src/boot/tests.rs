@@ -93,6 +93,18 @@ fn an_initrd_that_does_not_fit_is_refused_before_it_is_read() {
     assert!(matches!(error, BootError::InitrdTooLarge { .. }), "{error}");
 }
 
+/// It used to be placed over the boot structures: an ELF file may have no segment at all to load.
+#[test]
+fn an_initrd_that_fits_only_over_the_boot_structures_is_refused() {
+    let mut kernel = elf(COUNTER);
+    // The type of the segment with the code.
+    kernel[64] = 0;
+    let room = (16 << 20) - usize::try_from(layout::HIMEM_START).unwrap();
+    boot(kernel.clone(), Some(vec![7; room]), "a=b").unwrap();
+    let error = boot(kernel, Some(vec![7; room + 1]), "a=b").unwrap_err();
+    assert!(matches!(error, BootError::InitrdTooLarge { .. }), "{error}");
+}
+
 #[test]
 fn a_pvh_kernel_finds_its_command_line_initrd_and_memory_map() {
     let memory = ram();
@@ -126,6 +138,17 @@ fn a_pvh_kernel_finds_its_command_line_initrd_and_memory_map() {
         .read_obj(GuestAddress(word(40) + 2 * 24 + 8))
         .unwrap();
     assert_eq!(third, 15 << 20, "RAM from 1 MiB up");
+}
+
+/// The kernel used to find one where its own file said, in memory that nobody had written.
+#[test]
+fn a_bzimage_without_an_initrd_finds_none_whatever_its_header_says() {
+    let mut kernel = bzimage(64);
+    kernel[0x218..0x220].fill(0x11);
+    let memory = ram();
+    load(&memory, source(kernel, None, ""), RSDP).unwrap();
+    let at = GuestAddress(layout::ZERO_PAGE + 0x218);
+    assert_eq!(memory.read_obj::<u64>(at).unwrap(), 0);
 }
 
 #[test]

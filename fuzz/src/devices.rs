@@ -3,7 +3,7 @@
 use arbitrary::{Result, Unstructured};
 use bascule_devices::fuzzing::{
     BusAccess, Corruption, DATA_AT, DriverAction, OVERWRITTEN, QUEUES, TABLE_AT, WINDOW_BYTES,
-    block_state, bus, network_state,
+    block_state, bus, console_state, network_state,
 };
 use serde_json::{Value, json};
 
@@ -19,6 +19,10 @@ pub(crate) fn entropy_queues(data: &[u8]) {
     bascule_devices::fuzzing::entropy_queues(&list(data, action));
 }
 
+pub(crate) fn console_queues(data: &[u8]) {
+    bascule_devices::fuzzing::console_queues(&list(data, action));
+}
+
 pub(crate) fn pci_bus(data: &[u8]) {
     bus(&list(data, access));
 }
@@ -28,10 +32,10 @@ pub(crate) fn state(data: &[u8]) {
         return;
     };
     let corruptions = list(data, corruption);
-    if kind % 2 == 0 {
-        block_state(&corruptions);
-    } else {
-        network_state(&corruptions);
+    match kind % 8 {
+        7 => console_state(&corruptions),
+        kind if kind % 2 == 0 => block_state(&corruptions),
+        _ => network_state(&corruptions),
     }
 }
 
@@ -150,7 +154,7 @@ fn value(input: &mut Unstructured<'_>, length: u8) -> Result<Vec<u8>> {
     Ok(input.bytes(length)?.to_vec())
 }
 
-fn corruption(input: &mut Unstructured<'_>) -> Result<Corruption> {
+pub(crate) fn corruption(input: &mut Unstructured<'_>) -> Result<Corruption> {
     let place = input.arbitrary::<u16>()?.into();
     let value = match input.int_in_range(0..=6)? {
         0 | 1 => input.arbitrary::<u64>()?.into(),

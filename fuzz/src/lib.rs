@@ -19,9 +19,15 @@
 //! | `image_decompression` | an image source | the same output however it is read; memory by libFuzzer's limit |
 //! | `image_qcow2` | an image source | the pieces make up the disk exactly; nothing behind the end is read |
 //! | `documents` | a user, the operator, a node | an accepted document reads back as itself |
-//! | `block_queues`, `network_queues`, `entropy_queues` | a guest's driver | the device pauses, serves a correct driver afterwards, and resets to what it was |
+//! | `block_queues`, `network_queues`, `entropy_queues`, `console_queues` | a guest's driver | the device pauses, serves a correct driver afterwards, and resets to what it was |
 //! | `pci_bus` | a guest's configuration, port and memory accesses | the bus saves, restores and resets to what it was |
 //! | `device_state` | the source of a migration | a state is refused, or saved as loaded |
+//! | `machine_state` | the source of a migration | an accepted state reads back as itself; devices keep it within their bounds and serve any access |
+//! | `kernel_loaders` | who wrote the kernel and the initrd | a kernel that is accepted finds command line and initrd whole, and above the boot structures |
+//! | `agent_answers` | a guest's agent | what the status shows is small, of the VM's own interfaces, and without control characters |
+//! | `cloud_init_disk` | a user | the guest reads what the user wrote; the same texts are the same bytes |
+//! | `volume_requests` | a node | a change has one effect; epochs never fall; no owner changes without a transfer or a proof; no extent is used twice; a successor reads the same rows |
+//! | `volume_peers` | another node's volume process | an accepted message ends with its frame, and reads back as itself |
 
 #![forbid(unsafe_code)]
 #![expect(
@@ -35,7 +41,10 @@ mod documents;
 mod image;
 mod ipc;
 mod migration;
+mod peers;
+mod requests;
 mod target;
+mod vm;
 mod volume;
 
 pub use target::{TARGETS, Target};

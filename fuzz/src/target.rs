@@ -1,6 +1,6 @@
 //! The list of all targets.
 
-use crate::{devices, documents, image, ipc, migration, volume};
+use crate::{devices, documents, image, ipc, migration, peers, requests, vm, volume};
 
 /// A named function that takes any bytes, and panics when an oracle does not hold.
 #[derive(Clone, Copy, Debug)]
@@ -24,8 +24,15 @@ pub const TARGETS: &[Target] = &[
     target("block_queues", devices::block_queues),
     target("network_queues", devices::network_queues),
     target("entropy_queues", devices::entropy_queues),
+    target("console_queues", devices::console_queues),
     target("pci_bus", devices::pci_bus),
     target("device_state", devices::state),
+    target("machine_state", vm::state),
+    target("kernel_loaders", vm::kernels),
+    target("agent_answers", vm::agent),
+    target("cloud_init_disk", vm::cloud_init),
+    target("volume_requests", requests::requests),
+    target("volume_peers", peers::frame),
 ];
 
 impl Target {

@@ -196,7 +196,7 @@ fn lba(at: u16, superblock: &Superblock) -> Lba {
 }
 
 /// A small volume of two slots.
-fn formatted() -> (MemStore, Superblock) {
+pub(crate) fn formatted() -> (MemStore, Superblock) {
     static FORMATTED: OnceLock<(MemStore, Superblock)> = OnceLock::new();
     FORMATTED.get_or_init(format).clone()
 }

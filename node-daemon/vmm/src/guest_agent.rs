@@ -17,5 +17,7 @@ mod client;
 mod link;
 mod replies;
 
+#[cfg(feature = "fuzzing")]
+pub(crate) use client::poll_with;
 pub(crate) use client::{Duties, PORT, start};
 pub(crate) use link::AgentHandle;

@@ -13,6 +13,8 @@ mod clock;
 pub mod console;
 mod cpuid;
 pub mod dirty;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 mod guest_agent;
 mod guest_end;
 mod ioctl;

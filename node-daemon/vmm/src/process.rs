@@ -24,7 +24,7 @@ mod rogue;
 mod run_dir;
 mod seccomp;
 mod signals;
-#[cfg(test)]
+#[cfg(any(test, feature = "fuzzing"))]
 pub(crate) mod testing;
 mod vm_config;
 
@@ -38,6 +38,9 @@ use landlock::RulesetStatus;
 use self::actor::vm_actor::VmActor;
 use self::host_devices::HostDevices;
 use self::run_dir::RunDir;
+
+#[cfg(feature = "fuzzing")]
+pub(crate) use self::no_cloud::{EMPTY_USER_DATA, image as cloud_init_image};
 
 /// Runs the machine of the configuration file `config` until a client of `vm.sock` requests the exit, or the
 /// guest is off after SIGTERM.

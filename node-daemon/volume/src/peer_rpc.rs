@@ -216,6 +216,47 @@ fn recv<T: DeserializeOwned>(stream: &mut impl Read, max: usize) -> Result<T, Pe
     Ok(serde_json::from_slice(&body)?)
 }
 
+/// The frames of this protocol without TLS, for the targets of `fuzz/`.
+#[cfg(feature = "fuzzing")]
+pub mod frames {
+    use super::{
+        FRAME_BYTES_MAX, HELLO_BYTES_MAX, Hello, PeerError, PeerRequest, PeerResponse,
+        REQUEST_BYTES_MAX, Read, Serialize, Write,
+    };
+
+    /// The version that a peer's first frame leads to.
+    ///
+    /// # Errors
+    /// [`PeerError`].
+    pub fn hello(from: &mut impl Read) -> Result<u32, PeerError> {
+        super::agree(super::recv::<Hello>(from, HELLO_BYTES_MAX)?)
+    }
+
+    /// A request as its server reads it.
+    ///
+    /// # Errors
+    /// [`PeerError`].
+    pub fn request(from: &mut impl Read) -> Result<PeerRequest, PeerError> {
+        super::recv(from, REQUEST_BYTES_MAX)
+    }
+
+    /// An answer as its client reads it.
+    ///
+    /// # Errors
+    /// [`PeerError`].
+    pub fn response(from: &mut impl Read) -> Result<PeerResponse, PeerError> {
+        super::recv(from, FRAME_BYTES_MAX)
+    }
+
+    /// Writes a frame.
+    ///
+    /// # Errors
+    /// [`PeerError`].
+    pub fn write(message: &impl Serialize, to: &mut impl Write) -> Result<(), PeerError> {
+        super::send(to, message)
+    }
+}
+
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 const HELLO_BYTES_MAX: usize = 1 << 10;
 /// The largest change has a few ids and one name.

@@ -68,6 +68,31 @@ fn start_with(duties: Duties, pace: Pace) -> io::Result<(Arc<dyn HostPort>, Agen
     Ok((Arc::new(port), AgentHandle(link)))
 }
 
+/// What a status shows after each of some polls of an agent at the other end of `stream`; none for one that comes to nothing.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn poll_with(
+    stream: UnixStream,
+    macs: Vec<[u8; 6]>,
+    polls: usize,
+) -> Vec<Option<GuestInfo>> {
+    let duties = Duties {
+        macs,
+        set_time: true,
+        press_button: Box::new(|| ()),
+        clock: Arc::new(crate::clock::SystemClock),
+    };
+    let mut client = Client {
+        link: Link::new(),
+        channel: Channel::new(stream, 0),
+        duties,
+        pace: PACE,
+        known: None,
+        unanswered: 0,
+    };
+    let poll = |_| client.ask_all().ok().map(GuestInfo::bounded);
+    (0..polls).map(poll).collect()
+}
+
 struct Client {
     link: Arc<Link>,
     channel: Channel,

@@ -34,7 +34,7 @@ pub(super) fn disk(config: &VmConfig, contents: &CloudInit) -> anyhow::Result<Di
     Ok(Disk::new(file, &[run], size, Arc::new(AlwaysOpen))?)
 }
 
-fn image(config: &VmConfig, contents: &CloudInit) -> anyhow::Result<Vec<u8>> {
+pub(crate) fn image(config: &VmConfig, contents: &CloudInit) -> anyhow::Result<Vec<u8>> {
     let meta_data = meta_data(config, contents);
     let user_data = match contents.user_data.as_str() {
         // Without the file, cloud-init takes the disk for another program's.
@@ -92,7 +92,7 @@ fn sealed(bytes: &[u8]) -> io::Result<OwnedFd> {
 }
 
 /// A configuration that asks for nothing.
-const EMPTY_USER_DATA: &str = "#cloud-config\n{}\n";
+pub(crate) const EMPTY_USER_DATA: &str = "#cloud-config\n{}\n";
 /// The disk's size, the same for all guests.
 const IMAGE_BYTES: usize = 2 << 20;
 /// What the files may have together: the API's limits, 131072 + 32768 + 32 x 4096 characters, with up to 4

@@ -1,4 +1,4 @@
-//! The configuration of tests that need any.
+//! The configuration of tests and fuzz targets that need any.
 
 use std::path::PathBuf;
 

@@ -7,6 +7,7 @@
 
 mod aligned_buffer;
 mod error_chain;
+mod http_authorization;
 mod id;
 mod image_digest;
 mod names;
@@ -18,12 +19,14 @@ mod redacted_url;
 mod refusals;
 mod requests;
 mod rows;
+mod secret_key;
 mod units;
 mod user_range;
 mod writer_state;
 
 pub use aligned_buffer::AlignedBuffer;
 pub use error_chain::error_chain;
+pub use http_authorization::{HttpAuthorization, InvalidAuthorization, SourceAuthorization};
 pub use id::{AttemptId, BootId, ClusterId, DiskId, NodeUid, ParseIdError, VmUid, VolumeId};
 pub use image_digest::ImageDigest;
 pub use names::{NODE_TLS_NAME, OPERATOR_TLS_NAME};
@@ -38,6 +41,7 @@ pub use rows::{
     AdminConfirmation, DiskRole, DiskRow, ExtentRun, FenceProof, FenceRow, RowName, SavedStateRow,
     SavedStateSum, VmRow,
 };
+pub use secret_key::SecretKey;
 pub use units::{BootTime, Bytes, Lba, Sectors, UnitError};
 pub use user_range::{ParseUserRangeError, UserRange};
 pub use writer_state::WriterState;

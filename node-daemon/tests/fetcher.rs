@@ -5,7 +5,8 @@
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpListener;
-use std::process::{Command, Output, Stdio};
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -22,6 +23,57 @@ fn job(url: &str) -> String {
         r#"{{"url":"{url}","limit":{{"role":"Data","disk":1048576}},"ca_bundle":null,
         "site":{{"allow":["127.0.0.0/8"],"proxy":null,"no_proxy":null,"ca_bundle":null}},"parent":"#
     )
+}
+
+/// The same with a header and the authority of its server.
+fn authorized_job(url: &str, authority: &bascule_pki::Authority) -> String {
+    let authority = serde_json::to_string(authority.certificate_pem()).unwrap();
+    let header = r#""authorization":{"secret":{"name":"images","key":"authorization"},"value":"Bearer hunter2"}"#;
+    job(url).replacen(
+        r#""ca_bundle":null"#,
+        &format!("\"ca_bundle\":{authority},{header}"),
+        1,
+    )
+}
+
+/// While it fetches: command line and environment of a process can be read by others all the time.
+#[test]
+fn a_fetcher_has_the_header_neither_in_its_command_line_nor_in_its_environment_nor_in_its_errors() {
+    let (authority, _) = bascule_pki::Authority::create("images").unwrap();
+    let (told_tx, told_rx) = std::sync::mpsc::channel::<()>();
+    let (asked_tx, asked_rx) = std::sync::mpsc::channel();
+    let (port, served) = serve_tls(&authority, move |request| {
+        asked_tx.send(request.to_owned()).unwrap();
+        told_rx.recv().unwrap();
+        "HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".to_owned()
+    });
+    let job = authorized_job(&format!("https://localhost:{port}/image"), &authority);
+    let fetcher = start(&job, Path::new("/nonexistent"));
+    let request = asked_rx.recv_timeout(LIMIT).unwrap();
+    // The control: it has the header, and it is the process that is looked at.
+    let request = request.to_ascii_lowercase();
+    assert!(
+        request.contains("\r\nauthorization: bearer hunter2\r\n"),
+        "{request}"
+    );
+    let read = |file: &str| {
+        let bytes = fs::read(format!("/proc/{}/{file}", fetcher.id())).unwrap();
+        String::from_utf8(bytes).unwrap()
+    };
+    let (command, environment) = (read("cmdline"), read("environ"));
+    assert!(command.contains("fetch"), "{command}");
+    assert!(environment.contains("SSL_CERT_FILE"), "{environment}");
+    told_tx.send(()).unwrap();
+    let end = fetcher.wait_with_output().unwrap();
+    served.join().unwrap();
+    let said = String::from_utf8(end.stderr).unwrap();
+    assert!(
+        said.contains("401") && said.contains("Secret \"images\""),
+        "{said}"
+    );
+    for text in [command, environment, said] {
+        assert!(!text.contains("hunter2"), "{text}");
+    }
 }
 
 /// Found by reading: when an importer was killed, its fetcher went on with a source that had stalled, for ever.
@@ -68,7 +120,7 @@ fn a_fetcher_trusts_the_authorities_of_its_node() {
     let store = folder.path().join("store.pem");
     fs::write(&store, nodes.certificate_pem()).unwrap();
     for (signer, trusted) in [(&nodes, true), (&others, false)] {
-        let (port, served) = serve_tls(signer);
+        let (port, served) = serve_tls(signer, |_| OK.to_owned());
         let job = job(&format!("https://localhost:{port}/image"));
         let fetched = fetch_with(&job, &store);
         served.join().unwrap();
@@ -78,7 +130,11 @@ fn a_fetcher_trusts_the_authorities_of_its_node() {
     }
 }
 
-fn fetch_with(job: &str, trust_store: &std::path::Path) -> Output {
+fn fetch_with(job: &str, trust_store: &Path) -> Output {
+    start(job, trust_store).wait_with_output().unwrap()
+}
+
+fn start(job: &str, trust_store: &Path) -> Child {
     let mut fetcher = Command::new(env!("CARGO_BIN_EXE_bascule-import"))
         .arg("fetch")
         .env("SSL_CERT_FILE", trust_store)
@@ -90,11 +146,14 @@ fn fetch_with(job: &str, trust_store: &std::path::Path) -> Output {
     let mut input = fetcher.stdin.take().unwrap();
     write!(input, "{job}{}}}", std::process::id()).unwrap();
     drop(input);
-    fetcher.wait_with_output().unwrap()
+    fetcher
 }
 
-/// Serves one connection with an image over TLS, with a certificate for localhost by `authority`.
-fn serve_tls(authority: &bascule_pki::Authority) -> (u16, JoinHandle<()>) {
+/// Answers one request over TLS, with a certificate for localhost by `authority`.
+fn serve_tls(
+    authority: &bascule_pki::Authority,
+    answer: impl FnOnce(&str) -> String + Send + 'static,
+) -> (u16, JoinHandle<()>) {
     let identity = authority.issue_operator(&["localhost".to_owned()]).unwrap();
     let chain = CertificateDer::pem_slice_iter(identity.certificate_pem.as_bytes());
     let key = PrivateKeyDer::from_pem_slice(identity.key_pem.as_bytes()).unwrap();
@@ -113,9 +172,9 @@ fn serve_tls(authority: &bascule_pki::Authority) -> (u16, JoinHandle<()>) {
         let mut stream = rustls::StreamOwned::new(connection, stream);
         let mut request = [0; 4096];
         // A client that does not trust the certificate ends here.
-        if stream.read(&mut request).is_ok_and(|count| count > 0) {
-            let answer = "HTTP/1.1 200 OK\r\nContent-Length: 5\r\nConnection: close\r\n\r\nimage";
-            stream.write_all(answer.as_bytes()).unwrap();
+        if let Ok(count @ 1..) = stream.read(&mut request) {
+            let request = String::from_utf8_lossy(&request[..count]);
+            stream.write_all(answer(&request).as_bytes()).unwrap();
             stream.conn.send_close_notify();
             stream.flush().unwrap();
         }
@@ -123,3 +182,6 @@ fn serve_tls(authority: &bascule_pki::Authority) -> (u16, JoinHandle<()>) {
     let thread = std::thread::Builder::new().name("server".to_owned());
     (port, thread.spawn(serve).unwrap())
 }
+
+const OK: &str = "HTTP/1.1 200 OK\r\nContent-Length: 5\r\nConnection: close\r\n\r\nimage";
+const LIMIT: Duration = Duration::from_secs(60);

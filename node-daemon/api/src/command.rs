@@ -7,7 +7,7 @@ use bascule_ipc::vm::{CloudInit, MigrationLimits};
 use bascule_ipc::volume::{FencingMode, Rows};
 use bascule_types::{
     Answer, AttemptId, Bytes, Change, ClusterId, DiskId, Epoch, ImageDigest, OnError, OnPanic,
-    Owner, Refusal, VmUid, VolumeId,
+    Owner, Refusal, SourceAuthorization, VmUid, VolumeId,
 };
 use serde::{Deserialize, Serialize};
 
@@ -281,6 +281,9 @@ pub enum ImportSource {
         /// Certificate authorities to trust beside the node's, in PEM.
         #[serde(default)]
         ca_bundle: Option<String>,
+        /// The header Authorization, which only the URL's own origin gets.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        authorization: Option<SourceAuthorization>,
     },
     /// A file of the node, by its name in the administrator's allow-list.
     HostFile {

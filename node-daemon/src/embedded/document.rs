@@ -185,6 +185,7 @@ fn import_source(source: &Source) -> Result<ImportSource> {
             digest: ImageDigest::of(http.sha256.as_deref(), http.sha512.as_deref())
                 .context("set exactly one of sha256 and sha512")?,
             ca_bundle: http.ca_bundle.clone(),
+            authorization: None,
         }),
         (None, Some(file)) => Ok(ImportSource::HostFile {
             name: file.name.clone(),

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Context, Result};
-use bascule_types::RedactedUrl;
+use bascule_types::{RedactedUrl, SourceAuthorization};
 
 use super::fetch::FetchJob;
 use super::fetcher::start_fetcher;
@@ -37,8 +37,12 @@ pub(super) struct Origin {
 }
 
 impl Download {
-    /// Opens the job's source.
-    pub(super) fn open(job: &ImportJob, limit: LengthLimit) -> Result<(Self, Origin)> {
+    /// Opens the job's source, with the header that its server wants.
+    pub(super) fn open(
+        job: &ImportJob,
+        limit: LengthLimit,
+        authorization: Option<SourceAuthorization>,
+    ) -> Result<(Self, Origin)> {
         let mut origin = Origin {
             fetcher: None,
             place: String::new(),
@@ -60,12 +64,14 @@ impl Download {
                 url,
                 digest,
                 ca_bundle,
+                authorization_from: _,
             } => {
                 let (image, fetcher) = start_fetcher(&FetchJob {
                     parent: std::process::id(),
                     url: url.clone(),
                     limit,
                     ca_bundle: ca_bundle.clone(),
+                    authorization,
                     site: job.site.clone(),
                 })?;
                 hash = Some(ImageHash::new(digest));

@@ -1,7 +1,7 @@
 //! The fetcher: http or https to standard output, within the allowed addresses.
 //!
-//! It reads one [`FetchJob`] as JSON from standard input, so that neither a password in the URL nor one of the
-//! proxy is in the process list. It runs as user nobody with an empty environment.
+//! It reads one [`FetchJob`] as JSON from standard input, so that no password, of the URL, the proxy or the header
+//! Authorization, is in the process list. It runs as user nobody with an empty environment.
 
 use std::io::{self, Write};
 use std::net::{IpAddr, SocketAddr};
@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use bascule_image::HEADER_BYTES;
-use bascule_types::RedactedUrl;
+use bascule_types::{RedactedUrl, SourceAuthorization};
 use rustix::process::{Signal, getppid, set_parent_process_death_signal};
 use serde::{Deserialize, Serialize};
 use ureq::config::Config;
@@ -27,8 +27,11 @@ use super::length_limit::LengthLimit;
 use super::read_full::read_full;
 use super::source_policy::{Range, forbidden, permitted};
 
+mod redirect;
+mod requests;
 mod transfer;
 
+use requests::Requests;
 use transfer::{PAUSE, Transfer};
 
 /// What the fetcher is to do.
@@ -40,6 +43,9 @@ pub(crate) struct FetchJob {
     pub(crate) limit: LengthLimit,
     /// Certificate authorities to trust for this source alone, in PEM.
     pub(crate) ca_bundle: Option<String>,
+    /// The header for the URL's own origin, and for no other one.
+    #[serde(default)]
+    pub(crate) authorization: Option<SourceAuthorization>,
     pub(crate) site: SiteConfig,
 }
 
@@ -80,7 +86,12 @@ fn fetch_to(job: &FetchJob, out: &mut impl Write) -> Result<()> {
     }
     let shown = RedactedUrl(&job.url);
     let agent = agent(&job.site, job.ca_bundle.as_deref(), SILENCE_LIMIT)?;
-    let mut image = Transfer::begin(agent, &url, &shown, PAUSE)?;
+    let requests = Requests {
+        agent,
+        url: &url,
+        authorization: job.authorization.as_ref(),
+    };
+    let mut image = Transfer::begin(requests, &shown, PAUSE)?;
     let announced = image.length();
     if let Some(announced) = announced {
         job.limit.check_packed(announced)?;
@@ -277,3 +288,5 @@ const REDIRECTS_MAX: u32 = 5;
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tls_server;

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use bascule_node_api::report::{ImportReport, ImportState};
-use bascule_types::{Bytes, DiskId, Epoch, ImageDigest, Owner, VmUid};
+use bascule_types::{Bytes, DiskId, Epoch, ImageDigest, Owner, SecretKey, VmUid};
 use serde::{Deserialize, Serialize};
 
 use super::fetch::SiteConfig;
@@ -57,6 +57,10 @@ pub(crate) enum JobSource {
         digest: ImageDigest,
         /// Certificate authorities to trust beside the site's, in PEM.
         ca_bundle: Option<String>,
+        /// The Secret with the value of the header Authorization. The value is not in the job's file: the writer
+        /// gets it on standard input.
+        #[serde(default)]
+        authorization_from: Option<SecretKey>,
     },
     /// A file of this node, from the administrator's allow-list.
     File { path: PathBuf },

@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use bascule_ipc::volume::{Request, Response};
 use bascule_node_api::command::{ImportSource, Outcome, RejectReason};
 use bascule_node_api::report::{ImportReport, ImportState};
-use bascule_types::{Bytes, DiskId, Epoch, Owner, VmUid};
+use bascule_types::{Bytes, DiskId, Epoch, HttpAuthorization, Owner, VmUid};
 use rustix::process::{Pid, Signal, kill_process};
 
 use super::calls::volume_call;
@@ -98,7 +98,15 @@ impl Supervisor {
         let log = self.paths.logs().join(format!("import-{}.log", order.disk));
         let cgroup = cgroup_name(order.disk);
         let place = (cgroup.as_str(), Share::of_import());
-        let child = self.launcher.spawn("bascule-import", place, &log, &args)?;
+        let program = "bascule-import";
+        let child = match authorization(order.source) {
+            None => self.launcher.spawn(program, place, &log, &args)?,
+            Some(value) => {
+                let input = value.reveal().as_bytes();
+                let launcher = &self.launcher;
+                launcher.spawn_with_input(program, place, &log, &args, input)?
+            }
+        };
         let pid_path = report_path.with_extension("pid");
         files::replace(&pid_path, child.id().to_string().as_bytes(), 0o644)?;
         self.adopt_child(child);
@@ -218,10 +226,12 @@ impl Supervisor {
                 url,
                 digest,
                 ca_bundle,
+                authorization,
             } => Ok(JobSource::Http {
                 url: url.clone(),
                 digest: digest.clone(),
                 ca_bundle: ca_bundle.clone(),
+                authorization_from: authorization.as_ref().map(|given| given.secret.clone()),
             }),
             ImportSource::HostFile { name } => {
                 let path = self.host_files.get(name).ok_or_else(|| {
@@ -233,6 +243,17 @@ impl Supervisor {
                 Ok(JobSource::File { path: path.clone() })
             }
         }
+    }
+}
+
+/// The header that the source's server wants.
+const fn authorization(source: &ImportSource) -> Option<&HttpAuthorization> {
+    match source {
+        ImportSource::Http {
+            authorization: Some(given),
+            ..
+        } => Some(&given.value),
+        _ => None,
     }
 }
 

@@ -36,6 +36,9 @@ pub(crate) struct LaunchArgs {
     /// What it is entitled to there when others want CPUs and memory too
     #[command(flatten)]
     share: Share,
+    /// Leave the program its standard input
+    #[arg(long)]
+    stdin: bool,
     /// The file that the program's standard error is appended to
     #[arg(long)]
     stderr: PathBuf,
@@ -93,7 +96,32 @@ impl Launcher {
         log: &Path,
         args: &[OsString],
     ) -> Result<Child> {
-        self.spawn_with(program, place, log, None, args)
+        let mut command = self.command(program, place, log, &[]);
+        start(command.args(args), program)
+    }
+
+    /// Like [`Self::spawn`]; the program reads `input` from its standard input, which no other process sees and
+    /// no file keeps.
+    pub(crate) fn spawn_with_input(
+        &self,
+        program: &str,
+        place: (&str, Share),
+        log: &Path,
+        args: &[OsString],
+        input: &[u8],
+    ) -> Result<Child> {
+        let mut command = self.command(program, place, log, &["--stdin".as_ref()]);
+        let mut child = start(command.args(args).stdin(Stdio::piped()), program)?;
+        let mut pipe = child.stdin.take().context("a program's input")?;
+        // A program that has ended already says why in its own way.
+        match pipe.write_all(input) {
+            Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+                // It must not take the part that it has got for all of it.
+                child.kill().and_then(|()| child.wait()).context("end it")?;
+                Err(error).with_context(|| format!("give {program} its input"))
+            }
+            _ => Ok(child),
+        }
     }
 
     /// Like [`Self::spawn`]; the process writes its id to `pid_file` before it becomes `program`, so that
@@ -107,7 +135,9 @@ impl Launcher {
         pid_file: &Path,
         args: &[OsString],
     ) -> Result<Child> {
-        self.spawn_with(program, place, log, Some(pid_file), args)
+        let option = ["--pid-file".as_ref(), pid_file.as_os_str()];
+        let mut command = self.command(program, place, log, &option);
+        start(command.args(args), program)
     }
 
     /// Removes the cgroup of a program that has ended, if it is there. A failure is logged: nothing else
@@ -137,35 +167,33 @@ impl Launcher {
         Ok(())
     }
 
-    fn spawn_with(
+    /// The launch of a program without arguments, with options of the launcher.
+    fn command(
         &self,
         program: &str,
         (cgroup, share): (&str, Share),
         log: &Path,
-        pid_file: Option<&Path>,
-        args: &[OsString],
-    ) -> Result<Child> {
+        options: &[&OsStr],
+    ) -> Command {
         let mut command = Command::new(self.programs.join("bascule-node"));
-        command.arg("launch").arg("--stderr").arg(log);
-        if let Some(pid_file) = pid_file {
-            command.arg("--pid-file").arg(pid_file);
-        }
+        command.arg("launch").arg("--stderr").arg(log).args(options);
         if self.host_namespaces {
             command.arg("--host-namespaces");
         }
         if self.cgroups {
             command.args(["--cgroup", cgroup]).args(share.arguments());
         }
-        command
-            .arg("--")
-            .arg(self.programs.join(program))
-            .args(args);
+        command.arg("--").arg(self.programs.join(program));
         command
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::null());
-        command.spawn().with_context(|| format!("start {program}"))
+        command
     }
+}
+
+fn start(command: &mut Command, program: &str) -> Result<Child> {
+    command.spawn().with_context(|| format!("start {program}"))
 }
 
 fn programs_folder(config: &NodeConfig) -> Result<PathBuf> {
@@ -201,10 +229,15 @@ fn become_program(args: &LaunchArgs, log: &File) -> Result<()> {
         write_pid(path)?;
     }
     let log = log.try_clone().context("duplicate the log")?;
+    let input = if args.stdin {
+        Stdio::inherit()
+    } else {
+        Stdio::null()
+    };
     let error = Command::new(program)
         .args(rest)
         .current_dir("/")
-        .stdin(Stdio::null())
+        .stdin(input)
         .stdout(Stdio::null())
         .stderr(Stdio::from(log))
         .exec();

@@ -182,8 +182,8 @@ mod tests {
             Self::new(&config, parts).unwrap()
         }
 
-        /// The same with cgroups, and with a `bascule-node` that writes down its arguments and does
-        /// nothing; [`Self::launched`] has them.
+        /// The same with cgroups, and with a `bascule-node` that writes down its arguments, its standard input and
+        /// its environment and does nothing; [`Self::launched`] has the arguments, [`Self::recorded`] all three.
         pub(crate) fn recording(folder: &std::path::Path) -> Self {
             let mut node = Self::test(folder);
             node.launcher.programs = folder.join("programs");
@@ -198,8 +198,7 @@ mod tests {
                 .spawn()
                 .unwrap();
             let mut script = shell.stdin.take().unwrap();
-            std::io::Write::write_all(&mut script, b"#!/bin/sh\necho \"$@\" >>\"$0.calls\"\n")
-                .unwrap();
+            std::io::Write::write_all(&mut script, RECORDER.as_bytes()).unwrap();
             drop(script);
             assert!(shell.wait().unwrap().success());
             node
@@ -207,10 +206,22 @@ mod tests {
 
         /// The arguments of every call of `bascule-node` that has ended, one a line.
         pub(crate) fn launched(&self) -> String {
-            let calls = self.launcher.programs.join("bascule-node.calls");
-            fs::read_to_string(calls).unwrap_or_default()
+            self.recorded("calls")
+        }
+
+        /// What every call of `bascule-node` that has ended got: `calls`, `input` or `environment`.
+        pub(crate) fn recorded(&self, what: &str) -> String {
+            let record = format!("bascule-node.{what}");
+            fs::read_to_string(self.launcher.programs.join(record)).unwrap_or_default()
         }
     }
+
+    /// The arguments come last: they tell that the rest is there.
+    const RECORDER: &str = "#!/bin/sh
+cat >>\"$0.input\"
+tr '\\0' '\\n' </proc/$$/environ >>\"$0.environment\"
+echo \"$@\" >>\"$0.calls\"
+";
 
     #[derive(Debug, clap::Parser)]
     struct TestCli {

@@ -273,6 +273,7 @@ fn import_source(source: &ImageSource) -> ImportSource {
             url: url.clone(),
             digest: digest.clone(),
             ca_bundle: ca_bundle.clone(),
+            authorization: None,
         },
         ImageSource::HostFile { name } => ImportSource::HostFile { name: name.clone() },
     }

@@ -1,15 +1,17 @@
 //! The fetcher against servers on loopback, each of which serves one connection.
 
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader};
 use std::net::TcpListener;
 use std::thread::JoinHandle;
 
 use bascule_types::{Bytes, DiskRole};
 
+use super::tls_server::TlsServer;
 use super::*;
 use crate::images::is_final;
 
-const OK: &str = "HTTP/1.1 200 OK\r\nContent-Length: 5\r\nConnection: close\r\n\r\nimage";
+pub(super) const OK: &str =
+    "HTTP/1.1 200 OK\r\nContent-Length: 5\r\nConnection: close\r\n\r\nimage";
 
 pub(super) fn spawn<T: Send + 'static>(
     serve: impl FnOnce() -> T + Send + 'static,
@@ -19,7 +21,7 @@ pub(super) fn spawn<T: Send + 'static>(
 }
 
 /// Answers one connection with `answer`, and says what was requested.
-fn serve(answer: &str) -> (u16, JoinHandle<String>) {
+pub(super) fn serve(answer: &str) -> (u16, JoinHandle<String>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();
     let answer = answer.to_owned();
@@ -55,6 +57,7 @@ pub(super) fn job(url: &str, site: SiteConfig) -> FetchJob {
             disk: Bytes::mib(1),
         },
         ca_bundle: None,
+        authorization: None,
         site,
     }
 }
@@ -234,49 +237,17 @@ fn no_error_shows_user_password_or_query() {
     }
 }
 
-/// Serves one connection with `OK` over TLS, with a certificate for localhost by `authority`.
-fn serve_tls(authority: &bascule_pki::Authority) -> (u16, JoinHandle<()>) {
-    use rustls::pki_types::pem::PemObject;
-    use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-    let identity = authority.issue_operator(&["localhost".to_owned()]).unwrap();
-    let chain = CertificateDer::pem_slice_iter(identity.certificate_pem.as_bytes());
-    let key = PrivateKeyDer::from_pem_slice(identity.key_pem.as_bytes()).unwrap();
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let config = rustls::ServerConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .unwrap()
-        .with_no_client_auth()
-        .with_single_cert(chain.collect::<Result<_, _>>().unwrap(), key)
-        .unwrap();
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let port = listener.local_addr().unwrap().port();
-    let served = spawn(move || {
-        let (stream, _) = listener.accept().unwrap();
-        let connection = rustls::ServerConnection::new(Arc::new(config)).unwrap();
-        let mut stream = rustls::StreamOwned::new(connection, stream);
-        let mut request = [0; 4096];
-        // A client that does not trust the certificate ends here.
-        if stream.read(&mut request).is_ok_and(|count| count > 0) {
-            stream.write_all(OK.as_bytes()).unwrap();
-            stream.conn.send_close_notify();
-            stream.flush().unwrap();
-        }
-    });
-    (port, served)
-}
-
 #[test]
 fn a_source_with_a_private_authority_is_fetched_with_that_in_the_bundle_and_not_without() {
     let (authority, _) = bascule_pki::Authority::create("images").unwrap();
     for trusted in [true, false] {
-        let (port, served) = serve_tls(&authority);
+        let server = TlsServer::start(&authority, &[OK]);
         let pem = authority.certificate_pem().to_owned();
         let site = SiteConfig {
             ca_bundle: trusted.then_some(pem),
             ..site(&["127.0.0.0/8"])
         };
-        let result = fetched(&format!("https://localhost:{port}/image"), site);
-        served.join().unwrap();
+        let result = fetched(&server.url(), site);
         assert_eq!(result.is_ok_and(|image| image == b"image"), trusted);
     }
 }
@@ -286,18 +257,17 @@ fn a_source_brings_its_own_authority_beside_the_sites() {
     let (site_authority, _) = bascule_pki::Authority::create("site").unwrap();
     let (own_authority, _) = bascule_pki::Authority::create("images").unwrap();
     for signer in [&site_authority, &own_authority] {
-        let (port, served) = serve_tls(signer);
+        let server = TlsServer::start(signer, &[OK]);
         let site = SiteConfig {
             ca_bundle: Some(site_authority.certificate_pem().to_owned()),
             ..site(&["127.0.0.0/8"])
         };
         let job = FetchJob {
             ca_bundle: Some(own_authority.certificate_pem().to_owned()),
-            ..job(&format!("https://localhost:{port}/image"), site)
+            ..job(&server.url(), site)
         };
         let mut image = Vec::new();
         fetch_to(&job, &mut image).unwrap();
-        served.join().unwrap();
         assert_eq!(image, b"image");
     }
 }

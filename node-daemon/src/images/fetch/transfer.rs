@@ -10,13 +10,14 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use bascule_types::RedactedUrl;
-use ureq::http::{HeaderMap, StatusCode, Uri, header};
-use ureq::{Agent, BodyReader};
+use ureq::BodyReader;
+use ureq::http::{HeaderMap, StatusCode, header};
+
+use super::requests::{RequestError, Requests};
 
 /// The image, as a reader.
 pub(super) struct Transfer<'a> {
-    agent: Agent,
-    url: &'a Uri,
+    requests: Requests<'a>,
     body: BodyReader<'static>,
     /// The length of the file as its server has announced it.
     length: Option<u64>,
@@ -43,23 +44,19 @@ enum NoRest {
 impl<'a> Transfer<'a> {
     /// Requests the file. `shown` is its URL for messages.
     pub(super) fn begin(
-        agent: Agent,
-        url: &'a Uri,
+        requests: Requests<'a>,
         shown: &RedactedUrl<'_>,
         pause: Duration,
     ) -> Result<Self> {
-        let response = agent
-            .get(url)
-            .header(header::ACCEPT_ENCODING, "identity")
-            .call()
+        let response = requests
+            .get(&[(header::ACCEPT_ENCODING, "identity")])
             .with_context(|| format!("fetch {shown}"))?;
         let whole = response.status() == StatusCode::OK;
         let tag = strong_tag(response.headers()).filter(|_| whole);
         let body = response.into_body();
         let length = body.content_length();
         Ok(Self {
-            agent,
-            url,
+            requests,
             body: body.into_with_config().limit(u64::MAX).reader(),
             length,
             tag,
@@ -102,13 +99,13 @@ impl<'a> Transfer<'a> {
     }
 
     fn rest(&self, tag: &str) -> Result<BodyReader<'static>, NoRest> {
-        let request = self.agent.get(self.url);
-        let response = request
-            .header(header::ACCEPT_ENCODING, "identity")
-            .header(header::RANGE, format!("bytes={}-", self.done))
-            .header(header::IF_RANGE, tag)
-            .call()
-            .map_err(NoRest::of)?;
+        let range = format!("bytes={}-", self.done);
+        let wanted = [
+            (header::ACCEPT_ENCODING, "identity"),
+            (header::RANGE, range.as_str()),
+            (header::IF_RANGE, tag),
+        ];
+        let response = self.requests.get(&wanted).map_err(NoRest::of)?;
         let headers = response.headers();
         if response.status() != StatusCode::PARTIAL_CONTENT {
             let why = if strong_tag(headers).as_deref() == Some(tag) {
@@ -154,13 +151,16 @@ impl Read for Transfer<'_> {
 }
 
 impl NoRest {
-    fn of(error: ureq::Error) -> Self {
+    fn of(error: RequestError) -> Self {
         match error {
             // Too many requests, or a timeout, pass as errors of the server do.
-            ureq::Error::StatusCode(code) if code < 500 && code != 408 && code != 429 => {
+            RequestError::Http(ureq::Error::StatusCode(code))
+                if code < 500 && code != 408 && code != 429 =>
+            {
                 Self::Ever(format!("http status: {code}"))
             }
-            other => Self::Yet(other.into_io()),
+            RequestError::Http(other) => Self::Yet(other.into_io()),
+            other => Self::Ever(other.to_string()),
         }
     }
 }

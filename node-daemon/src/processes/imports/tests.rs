@@ -1,8 +1,11 @@
 //! Imports whose processes end in any way, with other programs in the place of `bascule-import`.
 
+use std::os::unix::fs::PermissionsExt;
 use std::process::{Child, Command};
 
-use bascule_types::{Generation, SlotId};
+use bascule_types::{
+    Generation, HttpAuthorization, ImageDigest, SecretKey, SlotId, SourceAuthorization,
+};
 
 use super::*;
 
@@ -109,3 +112,80 @@ fn an_attempt_that_cannot_begin_is_reported_as_failed_and_not_repeated() {
         assert_eq!(attempt, reported);
     }
 }
+
+fn https(authorization: Option<SourceAuthorization>) -> ImportSource {
+    ImportSource::Http {
+        url: "https://images.example/a".to_owned(),
+        digest: ImageDigest::Sha256("0".repeat(64)),
+        ca_bundle: None,
+        authorization,
+    }
+}
+
+/// Command lines are visible to every user of a node, environments to whoever may trace, and a job stays for as
+/// long as its import fails.
+#[test]
+fn an_importer_gets_the_authorization_header_on_standard_input_and_nowhere_else() {
+    let folder = tempfile::tempdir().unwrap();
+    let node = Supervisor::recording(folder.path());
+    let disk = DiskId::random();
+    let header = SourceAuthorization {
+        secret: SecretKey {
+            name: "images".to_owned(),
+            key: "authorization".to_owned(),
+        },
+        value: HttpAuthorization::parse(b"Bearer hunter2").unwrap(),
+    };
+    let source = https(Some(header));
+    let outcome = node.import(&order(disk, 1, &source)).unwrap();
+    assert_eq!(outcome, Outcome::Done);
+    let launched = wait_for(LIMIT, || {
+        let calls = node.launched();
+        calls.contains("bascule-import").then_some(calls)
+    });
+    let launched = launched.unwrap();
+    assert!(launched.contains(" --stdin "), "{launched}");
+    assert!(!launched.contains("hunter2"), "{launched}");
+    assert_eq!(node.recorded("input"), "Bearer hunter2");
+    let environment = node.recorded("environment");
+    assert!(environment.contains("PATH="), "{environment}");
+    assert!(!environment.contains("hunter2"), "{environment}");
+    let job = node.paths.import(disk).with_extension("job");
+    let text = fs::read_to_string(&job).unwrap();
+    assert!(
+        text.contains("images.example") && text.contains("\"authorization\""),
+        "{text}"
+    );
+    assert_eq!(
+        fs::metadata(&job).unwrap().permissions().mode() & 0o777,
+        0o600
+    );
+    // Nor is it in any other file of the node, such as its reports and logs.
+    let search = ["-r", "-l", "hunter2"];
+    let found = Command::new("grep")
+        .args(search)
+        .arg(folder.path())
+        .output();
+    let found = String::from_utf8(found.unwrap().stdout).unwrap();
+    let record = folder.path().join("programs/bascule-node.input");
+    assert_eq!(
+        found.lines().collect::<Vec<_>>(),
+        [record.to_str().unwrap()]
+    );
+}
+
+#[test]
+fn an_importer_without_a_header_to_send_has_no_standard_input() {
+    let folder = tempfile::tempdir().unwrap();
+    let node = Supervisor::recording(folder.path());
+    node.import(&order(DiskId::random(), 1, &https(None)))
+        .unwrap();
+    let launched = wait_for(LIMIT, || {
+        let calls = node.launched();
+        calls.contains("bascule-import").then_some(calls)
+    });
+    assert!(!launched.unwrap().contains("--stdin"));
+    assert_eq!(node.recorded("input"), "");
+}
+
+const LIMIT: Duration = Duration::from_secs(20);

@@ -4,6 +4,8 @@ use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
 use std::thread::JoinHandle;
 
+use ureq::http::Uri;
+
 use super::*;
 use crate::images::fetch::tests::{job, site, spawn};
 use crate::images::fetch::{FetchJob, agent};
@@ -44,7 +46,12 @@ fn fetched(job: &FetchJob) -> (String, Result<()>) {
     let url: Uri = job.url.parse().unwrap();
     let agent = agent(&job.site, None, STALL).unwrap();
     let shown = RedactedUrl(&job.url);
-    let mut transfer = Transfer::begin(agent, &url, &shown, Duration::ZERO).unwrap();
+    let requests = Requests {
+        agent,
+        url: &url,
+        authorization: None,
+    };
+    let mut transfer = Transfer::begin(requests, &shown, Duration::ZERO).unwrap();
     let mut image = Vec::new();
     let end = transfer.read_to_end(&mut image);
     let end = end.map(drop).context("fetch");

@@ -222,6 +222,29 @@ mod tests {
         assert!(read("\"Pause\"").is_err());
     }
 
+    /// The API server refuses what a node must not be told to do, wherever a source may stand.
+    #[test]
+    fn every_http_source_takes_its_authorization_from_a_secret_over_https_only() {
+        let crds = serde_json::to_value(crds()).unwrap();
+        let schema = &crds[0]["spec"]["versions"][0]["schema"]["openAPIV3Schema"];
+        let spec = &schema["properties"]["spec"]["properties"];
+        let boot = &spec["boot"]["properties"];
+        let disk = &spec["disks"]["items"]["properties"];
+        let cloud_init = &spec["cloudInit"]["properties"]["userDataFrom"]["properties"];
+        for source in [&disk["source"], &boot["kernel"], &boot["initrd"]] {
+            let http = &source["properties"]["http"];
+            let from = &http["properties"]["authorizationFrom"]["properties"];
+            assert_eq!(from, cloud_init);
+            let rules = http["x-kubernetes-validations"].as_array().unwrap();
+            for wanted in [
+                "!has(self.authorizationFrom) || self.url.startsWith('https://')",
+                "!has(self.authorizationFrom) || !self.url.matches('^https?://[^/]*@')",
+            ] {
+                assert!(rules.iter().any(|rule| rule["rule"] == wanted), "{rules:?}");
+            }
+        }
+    }
+
     #[test]
     fn an_uninstall_keeps_the_definitions() {
         for crd in crds() {

@@ -2,8 +2,10 @@
 
 mod api_actions;
 mod execution;
+mod import_source;
 mod node_actions;
 mod secret_texts;
+mod secrets;
 
 use anyhow::{Context, Result};
 use bascule_node_api::command::Command;

@@ -3,14 +3,16 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use bascule_crds::{DeletionPolicy, Disk, Source, SourceKind, VirtualMachine, mac_address};
+use bascule_crds::{
+    DeletionPolicy, Disk, SecretKeyRef, Source, SourceKind, VirtualMachine, mac_address,
+};
 use bascule_image::{INITRD_BYTES_MAX, KERNEL_BYTES_MAX};
 use bascule_node_api::cloud_init::{CloudInitSecrets, inline_texts};
 use bascule_node_api::command::{DiskRef, Interface, VmSpec};
 use bascule_operator_core::{
     Budgets, DiskIntent, ImageSource, Origin, RestartBudget, SpecDigest, VmIntent,
 };
-use bascule_types::{Bytes, DiskRole, ImageDigest, OnError, OnPanic, RowName};
+use bascule_types::{Bytes, DiskRole, ImageDigest, OnError, OnPanic, RowName, SecretKey};
 use sha2::{Digest, Sha256};
 
 use crate::clock::moment;
@@ -210,10 +212,22 @@ fn image_source(source: &Source) -> Result<ImageSource> {
             digest: ImageDigest::of(http.sha256.as_deref(), http.sha512.as_deref())
                 .context("set exactly one of sha256 and sha512")?,
             ca_bundle: http.ca_bundle.clone(),
+            authorization_from: http
+                .authorization_from
+                .as_ref()
+                .map(|from| secret_key(&from.secret_key_ref)),
         }),
         SourceKind::HostFile(file) => Ok(ImageSource::HostFile {
             name: file.name.clone(),
         }),
+    }
+}
+
+/// A reference in a VirtualMachine's spec.
+pub(crate) fn secret_key(asked: &SecretKeyRef) -> SecretKey {
+    SecretKey {
+        name: asked.name.clone(),
+        key: asked.key.clone(),
     }
 }
 

@@ -4,7 +4,9 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use sha2::{Digest, Sha256};
 
 use super::field_error::FieldError;
-use super::spec::{Disk, Interface, Source, VirtualMachineSpec};
+use super::label::is_label;
+use super::source::Source;
+use super::spec::{Disk, Interface, VirtualMachineSpec};
 use crate::{Duration, Quantity};
 
 impl VirtualMachineSpec {
@@ -251,44 +253,9 @@ impl Errors {
     }
 
     fn source(&mut self, source: &Source, field: &str) {
-        self.require(
-            source.kind().is_some(),
-            field,
-            "set exactly one of http and hostFile",
-        );
-        if let Some(http) = &source.http {
-            let path = format!("{field}.http");
-            let rest = http
-                .url
-                .strip_prefix("http://")
-                .or_else(|| http.url.strip_prefix("https://"));
-            let host_and_path = rest.and_then(|rest| rest.split_once('/'));
-            let good = host_and_path.is_some_and(|(host, _)| !host.is_empty())
-                && !http.url.contains(char::is_whitespace);
-            let message = "url must begin with http:// or https://, name a host and have a path";
-            self.require(good, &format!("{path}.url"), message);
-            let one = http.sha256.is_some() != http.sha512.is_some();
-            self.require(one, &path, ONE_DIGEST);
-            if let Some(bundle) = &http.ca_bundle {
-                let good = bundle.len() <= CA_BUNDLE_MAX
-                    && bundle.contains("-----BEGIN CERTIFICATE-----")
-                    && !bundle.contains("PRIVATE KEY");
-                self.require(good, &format!("{path}.caBundle"), CA_BUNDLE);
-            }
-            if let Some(sha256) = &http.sha256 {
-                let good = is_hexadecimal(sha256, 64);
-                self.require(good, &format!("{path}.sha256"), SHA256);
-            }
-            if let Some(sha512) = &http.sha512 {
-                let good = is_hexadecimal(sha512, 128);
-                self.require(good, &format!("{path}.sha512"), SHA512);
-            }
-        }
-        if let Some(file) = &source.host_file {
-            let path = format!("{field}.hostFile");
-            let message = "a name from the administrator's allow-list, not a path";
-            self.require(is_label(&file.name), &format!("{path}.name"), message);
-        }
+        source.check(field, &mut |holds, field, message| {
+            self.require(holds, field, message);
+        });
     }
 
     fn disk(&mut self, disk: &Disk, field: &str) {
@@ -345,24 +312,6 @@ impl Errors {
     }
 }
 
-/// RFC 1123 label.
-fn is_label(text: &str) -> bool {
-    let bytes = text.as_bytes();
-    let inner = |b: &u8| b.is_ascii_lowercase() || b.is_ascii_digit() || *b == b'-';
-    (1..=63).contains(&bytes.len())
-        && bytes.iter().all(inner)
-        && !text.starts_with('-')
-        && !text.ends_with('-')
-}
-
-/// In lower case, with so many digits.
-fn is_hexadecimal(text: &str, digits: usize) -> bool {
-    text.len() == digits
-        && text
-            .bytes()
-            .all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
-}
-
 /// In lower case, as everything that shows an address writes it.
 fn is_unicast_mac(text: &str) -> bool {
     parse_mac(text).is_some_and(|mac| mac[0] & 1 == 0 && mac != [0; 6])
@@ -377,14 +326,6 @@ const KERNEL_ONLY: &str =
     "initrd and cmdline belong to a kernel: with firmware, the disk's boot loader has them";
 const SAME_MAC: &str = "another interface has the same mac: give each its own, or leave mac out";
 const DNS_LABEL: &str = "must be a DNS label: at most 63 lower-case letters, digits and hyphens";
-const ONE_DIGEST: &str = "set exactly one of sha256 and sha512";
-const CA_BUNDLE: &str =
-    "caBundle holds certificates in PEM and nothing else, in at most 16384 characters";
-/// In bytes: eight authorities with RSA keys.
-const CA_BUNDLE_MAX: usize = 16_384;
-const SHA256: &str = "sha256 must be 64 hexadecimal digits in lower case, as sha256sum prints them";
-const SHA512: &str =
-    "sha512 must be 128 hexadecimal digits in lower case, as sha512sum prints them";
 
 #[cfg(test)]
 mod tests {

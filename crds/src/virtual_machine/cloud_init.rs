@@ -7,10 +7,10 @@
 use std::fmt;
 
 use kube::KubeSchema;
-use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::field_error::FieldError;
+use super::secret_ref::{SecretKeyRef, TextSource};
 
 /// What cloud-init finds in the guest. Whoever may read the VirtualMachine may read userData and
 /// networkConfig: texts with passwords or tokens belong in a Secret, which userDataFrom and
@@ -51,29 +51,6 @@ pub struct CloudInit {
     pub ssh_authorized_keys: Vec<String>,
 }
 
-/// Where a text comes from that is not in the VirtualMachine.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase")]
-pub struct TextSource {
-    /// A key of a Secret in the VirtualMachine's namespace. The operator may read it only where that was
-    /// granted: its ServiceAccount needs the verb get on the Secret.
-    pub secret_key_ref: SecretKeyRef,
-}
-
-/// A key of a Secret in the VirtualMachine's namespace.
-#[derive(KubeSchema, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct SecretKeyRef {
-    /// The Secret's name.
-    #[schemars(length(min = 1, max = 253))]
-    #[x_kube(validation = Rule::new("self.matches('^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$')").message("name is that of a Secret: lower-case letters, digits, hyphens and dots"))]
-    pub name: String,
-    /// The key in the Secret's data.
-    #[schemars(length(min = 1, max = 253))]
-    #[x_kube(validation = Rule::new("self.matches('^[-._a-zA-Z0-9]+$')").message("key is one of the Secret's data: letters, digits, hyphens, dots and underscores"))]
-    pub key: String,
-}
-
 /// Lengths only: specs are logged, and people write passwords where they should not.
 impl fmt::Debug for CloudInit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -102,19 +79,7 @@ impl CloudInit {
         let both = self.network_config_from.is_some() && network.is_some();
         require(!both, "networkConfigFrom", EITHER);
         for (field, secret) in self.secrets() {
-            let bytes = |text: &str| (1..=253).contains(&text.len());
-            let name = &secret.name;
-            require(
-                bytes(name) && is_subdomain(name),
-                &format!("{field}.secretKeyRef.name"),
-                SECRET_NAME,
-            );
-            let key = &secret.key;
-            require(
-                bytes(key) && key.bytes().all(is_key_byte),
-                &format!("{field}.secretKeyRef.key"),
-                SECRET_KEY,
-            );
+            secret.check(field, &mut require);
         }
         let keys = &self.ssh_authorized_keys;
         require(
@@ -168,9 +133,7 @@ impl CloudInit {
                 }
             });
             if let Some(message) = broken {
-                let SecretKeyRef { name, key } = secret;
-                let message = format!("key {key:?} of Secret {name:?}: {message}");
-                return Err(field_error(field, message));
+                return Err(field_error(field, format!("{secret}: {message}")));
             }
         }
         Ok(inline)
@@ -182,19 +145,6 @@ fn field_error(field: &str, message: String) -> FieldError {
         field: format!("spec.cloudInit.{field}"),
         message,
     }
-}
-
-/// RFC 1123 subdomain, as the schema's rule has it.
-fn is_subdomain(text: &str) -> bool {
-    let edge = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
-    let bytes = text.as_bytes();
-    bytes.iter().all(|b| edge(*b) || matches!(b, b'-' | b'.'))
-        && bytes.first().copied().is_some_and(edge)
-        && bytes.last().copied().is_some_and(edge)
-}
-
-const fn is_key_byte(byte: u8) -> bool {
-    byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_')
 }
 
 /// Most characters of the user data. All limits together fit on the disk that the guest gets.
@@ -211,10 +161,6 @@ const USER_DATA_LENGTH: &str =
     "at most 131072 characters: have cloud-init fetch larger files, or put them on a disk";
 const NETWORK_CONFIG_LENGTH: &str = "1 to 32768 characters; leave it out for DHCP";
 const EITHER: &str = "set the text or a reference to a Secret, not both";
-const SECRET_NAME: &str =
-    "the name of a Secret: 1 to 253 lower-case letters, digits, hyphens and dots";
-const SECRET_KEY: &str =
-    "a key of the Secret: 1 to 253 letters, digits, hyphens, dots and underscores";
 const SSH_KEY: &str = "one line of 1 to 4096 characters, such as the contents of id_ed25519.pub";
 
 #[cfg(test)]

@@ -12,6 +12,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::cloud_init::CloudInit;
+use super::source::Source;
 use super::status::VirtualMachineStatus;
 use crate::{DrainPolicy, Duration, FailurePolicy, OnError, OnPanic, Quantity, RunPolicy};
 
@@ -168,58 +169,6 @@ impl Default for Boot {
 /// UEFI firmware. There is nothing to set.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Firmware {}
-
-/// Where an image comes from: exactly one of http and hostFile.
-#[derive(KubeSchema, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-#[x_kube(validation = Rule::new("has(self.http) != has(self.hostFile)").message("set exactly one of http and hostFile"))]
-pub struct Source {
-    /// An image that is fetched by HTTP and checked against its hash.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub http: Option<HttpSource>,
-    /// A file on the nodes that an administrator has given a name.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub host_file: Option<HostFileSource>,
-}
-
-/// An image that is fetched by HTTP: exactly one of sha256 and sha512 says what it must be.
-#[derive(KubeSchema, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-#[x_kube(validation = Rule::new("has(self.sha256) != has(self.sha512)").message("set exactly one of sha256 and sha512"))]
-pub struct HttpSource {
-    /// Where it is, http:// or https://. The importer follows no redirect out of the addresses that
-    /// the administrator allows.
-    #[schemars(length(max = 2048))]
-    #[x_kube(validation = Rule::new("self.matches('^https?://[^/ ]+/[^ ]*$')").message("url must begin with http:// or https://, name a host and have a path"))]
-    pub url: String,
-    /// The SHA-256 of the file at the URL, 64 hexadecimal digits in lower case, as sha256sum prints it.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(max = 64))]
-    #[x_kube(validation = Rule::new("self.matches('^[0-9a-f]{64}$')").message("sha256 must be 64 hexadecimal digits in lower case, as sha256sum prints them"))]
-    pub sha256: Option<String>,
-    /// The SHA-512 of the file at the URL, 128 hexadecimal digits in lower case, as sha512sum prints it.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(max = 128))]
-    #[x_kube(validation = Rule::new("self.matches('^[0-9a-f]{128}$')").message("sha512 must be 128 hexadecimal digits in lower case, as sha512sum prints them"))]
-    pub sha512: Option<String>,
-    /// Certificate authorities to trust for this source beside those that the administrator has set
-    /// up, in PEM: for a server with a certificate of a private authority. At most 16384 characters.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(max = 16384))]
-    #[x_kube(validation = Rule::new("self.contains('-----BEGIN CERTIFICATE-----') && !self.contains('PRIVATE KEY')").message("caBundle holds certificates in PEM and nothing else"))]
-    pub ca_bundle: Option<String>,
-}
-
-/// A file on the nodes, by the name that an administrator gave it.
-#[derive(KubeSchema, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct HostFileSource {
-    /// Its name in the administrator's allow-list: the chart's value node.hostFiles, or
-    /// --host-file NAME=PATH without Kubernetes. Never a path.
-    #[schemars(length(min = 1, max = 63))]
-    #[x_kube(validation = Rule::new("self.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?$')").message("hostFile.name is a name from the administrator's allow-list, not a path: lower-case letters, digits and hyphens"))]
-    pub name: String,
-}
 
 /// One disk of the guest: new and empty, new from an image, or a kept one.
 #[derive(KubeSchema, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -407,27 +356,6 @@ pub struct Placement {
     #[serde(default, skip_serializing_if = "String::is_empty")]
     #[schemars(length(max = 253))]
     pub priority_class_name: String,
-}
-
-/// A source with exactly one kind set, as the schema promises.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum SourceKind<'a> {
-    /// By HTTP.
-    Http(&'a HttpSource),
-    /// From the allow-list.
-    HostFile(&'a HostFileSource),
-}
-
-impl Source {
-    /// Which kind this is; none when the document sets both or neither.
-    #[must_use]
-    pub const fn kind(&self) -> Option<SourceKind<'_>> {
-        match (&self.http, &self.host_file) {
-            (Some(http), None) => Some(SourceKind::Http(http)),
-            (None, Some(file)) => Some(SourceKind::HostFile(file)),
-            _ => None,
-        }
-    }
 }
 
 impl Default for Cpu {

@@ -141,7 +141,10 @@ fn wanted_disks(vm: &VirtualMachine, namespace: &str, name: &str) -> Result<Vec<
             field: "spec.boot.kernel".to_owned(),
             row: RowName::new(format!("{namespace}/{name}.{KERNEL}"))?,
             role: DiskRole::Kernel,
-            fill: Some((Bytes(KERNEL_BYTES_MAX), import_source(kernel)?)),
+            fill: Some((
+                Bytes(KERNEL_BYTES_MAX),
+                import_source(kernel, "spec.boot.kernel")?,
+            )),
         });
     }
     if let Some(initrd) = &vm.spec.boot.initrd {
@@ -149,7 +152,10 @@ fn wanted_disks(vm: &VirtualMachine, namespace: &str, name: &str) -> Result<Vec<
             field: "spec.boot.initrd".to_owned(),
             row: RowName::new(format!("{namespace}/{name}.{INITRD}"))?,
             role: DiskRole::Initrd,
-            fill: Some((Bytes(INITRD_BYTES_MAX), import_source(initrd)?)),
+            fill: Some((
+                Bytes(INITRD_BYTES_MAX),
+                import_source(initrd, "spec.boot.initrd")?,
+            )),
         });
     }
     for (index, disk) in vm.spec.disks.iter().enumerate() {
@@ -161,7 +167,7 @@ fn wanted_disks(vm: &VirtualMachine, namespace: &str, name: &str) -> Result<Vec<
         let fill = match (&kept, &disk.size) {
             (None, Some(size)) => {
                 let source = match &disk.source {
-                    Some(source) => import_source(source).with_context(at)?,
+                    Some(source) => import_source(source, &format!("{}.source", at()))?,
                     None => ImportSource::Blank,
                 };
                 Some((Bytes(size.to_bytes().with_context(at)?), source))
@@ -178,19 +184,23 @@ fn wanted_disks(vm: &VirtualMachine, namespace: &str, name: &str) -> Result<Vec<
     Ok(wanted)
 }
 
-fn import_source(source: &Source) -> Result<ImportSource> {
+/// The source that is at `field`.
+fn import_source(source: &Source, field: &str) -> Result<ImportSource> {
     match (&source.http, &source.host_file) {
+        (Some(http), None) if http.authorization_from.is_some() => {
+            bail!("{field}.http.authorizationFrom: {NO_SECRET_HEADERS}")
+        }
         (Some(http), None) => Ok(ImportSource::Http {
             url: http.url.clone(),
             digest: ImageDigest::of(http.sha256.as_deref(), http.sha512.as_deref())
-                .context("set exactly one of sha256 and sha512")?,
+                .with_context(|| format!("{field}.http: set exactly one of sha256 and sha512"))?,
             ca_bundle: http.ca_bundle.clone(),
             authorization: None,
         }),
         (None, Some(file)) => Ok(ImportSource::HostFile {
             name: file.name.clone(),
         }),
-        _ => bail!("set exactly one of http and hostFile"),
+        _ => bail!("{field}: set exactly one of http and hostFile"),
     }
 }
 
@@ -232,6 +242,8 @@ fn parse_mac(text: &str) -> Result<[u8; 6]> {
 
 const NO_SECRETS: &str = "there are no Secrets without Kubernetes: write the text into the document, whose file \
     may be readable by its owner only";
+const NO_SECRET_HEADERS: &str = "there are no Secrets without Kubernetes: write user and password into the URL \
+    of a document whose file is readable by its owner only, or fetch the image first and give it as a hostFile";
 const KERNEL: &str = "boot-kernel";
 const INITRD: &str = "boot-initrd";
 
@@ -293,5 +305,41 @@ spec:
         let error = format!("{:#}", Document::parse(&text).unwrap_err());
         let field = "spec.cloudInit.userDataFrom: there are no Secrets";
         assert!(error.contains(field), "{error}");
+    }
+
+    #[test]
+    fn a_header_from_a_secret_is_refused_with_its_field_wherever_a_source_stands() {
+        let digest = "0".repeat(64);
+        let source = format!(
+            "{{http: {{url: 'https://images.example/a', sha256: '{digest}', \
+             authorizationFrom: {{secretKeyRef: {{name: images, key: authorization}}}}}}}}"
+        );
+        for (from, to, field) in [
+            (
+                "{hostFile: {name: vmlinuz}}",
+                source.clone(),
+                "spec.boot.kernel",
+            ),
+            (
+                "    cmdline:",
+                format!("    initrd: {source}\n    cmdline:"),
+                "spec.boot.initrd",
+            ),
+            (
+                "size: 1Gi",
+                format!("size: 1Gi, source: {source}"),
+                "spec.disks[0].source",
+            ),
+        ] {
+            assert!(DOCUMENT.contains(from), "{from}");
+            let document = DOCUMENT.replacen(from, &to, 1);
+            let error = format!("{:#}", Document::parse(&document).unwrap_err());
+            let refused = format!("{field}.http.authorizationFrom: there are no Secrets");
+            assert!(error.contains(&refused), "{error}");
+            // The control: without the reference, the document is sound.
+            let (before, rest) = document.split_once(", authorizationFrom: ").unwrap();
+            let (_, after) = rest.split_once("authorization}}").unwrap();
+            Document::parse(&format!("{before}{after}")).unwrap();
+        }
     }
 }

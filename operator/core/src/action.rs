@@ -95,6 +95,8 @@ pub enum Action {
         attempt: u32,
         /// Where its contents come from.
         source: ImageSource,
+        /// The path of the field that says so, for messages.
+        field: String,
     },
     /// End the import of a disk, or forget that it failed.
     CancelImport { node: String, disk: DiskId },

@@ -4,7 +4,7 @@ use std::fmt;
 use std::time::Duration;
 
 use bascule_crds::{DrainPolicy, FailurePolicy, OnError, RunPolicy};
-use bascule_types::{Bytes, DiskRole, ImageDigest, RedactedUrl, RowName, VmUid};
+use bascule_types::{Bytes, DiskRole, ImageDigest, RedactedUrl, RowName, SecretKey, VmUid};
 
 use crate::Moment;
 
@@ -64,6 +64,17 @@ impl DiskIntent {
             (DiskRole::Data, _) => format!("spec.disks[{}]", self.name),
         }
     }
+
+    /// The path of the field with the source of a disk that is filled from an image.
+    #[must_use]
+    pub fn source_field(&self) -> String {
+        let field = self.field();
+        match self.role {
+            DiskRole::Data => format!("{field}.source"),
+            // The field of a boot image is its source.
+            DiskRole::Kernel | DiskRole::Initrd => field,
+        }
+    }
 }
 
 /// How a disk comes to be.
@@ -89,9 +100,25 @@ pub enum ImageSource {
         digest: ImageDigest,
         /// Certificate authorities to trust beside the node's, in PEM.
         ca_bundle: Option<String>,
+        /// The Secret with the value of the header Authorization, if the server wants one.
+        authorization_from: Option<SecretKey>,
     },
     /// From the administrator's allow-list.
     HostFile { name: String },
+}
+
+impl ImageSource {
+    /// Whether a Secret has to be read before the image can be fetched.
+    #[must_use]
+    pub const fn needs_secret(&self) -> bool {
+        matches!(
+            self,
+            Self::Http {
+                authorization_from: Some(_),
+                ..
+            }
+        )
+    }
 }
 
 /// Without user, password and query of a URL: actions are logged.

@@ -257,24 +257,12 @@ mod tests {
 
     use bascule_crds::names::reason;
     use bascule_operator_core::{Moment, PlannerMemory};
-    use bascule_pki::Authority;
-    use bascule_types::ClusterId;
-    use clap::Parser;
     use kube::Client;
     use kube::client::Body;
-    use kube::runtime::events::{Recorder, Reporter};
-    use kube::runtime::reflector;
     use serde_json::Value;
-    use tokio::sync::Notify;
 
     use super::*;
-    use crate::cli::Args;
     use crate::context::OperatorContext;
-    use crate::mac_index::MacIndex;
-    use crate::metrics::Metrics;
-    use crate::node_clients::NodeClients;
-    use crate::ownership_cache::OwnershipCache;
-    use crate::stores::Stores;
 
     const QUOTA: &str = "pods \"web-e1-0\" is forbidden: exceeded quota: mem, requested: \
                          limits.memory=576Mi, used: limits.memory=576Mi, limited: limits.memory=1Gi";
@@ -311,34 +299,6 @@ mod tests {
         (Client::new(service, "default"), sent)
     }
 
-    fn context(client: Client) -> OperatorContext {
-        let changed = Arc::new(Notify::new());
-        let (authority, _) = Authority::create("test").unwrap();
-        let nodes = NodeClients::new(Arc::new(authority), Arc::clone(&changed));
-        let reporter = Reporter {
-            controller: "test".to_owned(),
-            instance: None,
-        };
-        OperatorContext {
-            client: client.clone(),
-            args: Arc::new(Args::parse_from(["o", "--pod-name", "o-0", "--image", "i"])),
-            cluster_id: ClusterId::from_bytes([1; 16]),
-            stores: Stores {
-                vms: reflector::store().0,
-                macs: MacIndex::default(),
-                volumes: reflector::store().0,
-                migrations: reflector::store().0,
-                failovers: reflector::store().0,
-                pods: reflector::store().0,
-                nodes: reflector::store().0,
-            },
-            nodes: nodes.clone(),
-            ownership: OwnershipCache::new(nodes, changed),
-            recorder: Recorder::new(client, reporter),
-            metrics: Arc::new(Metrics::new()),
-        }
-    }
-
     fn vm() -> VirtualMachine {
         serde_json::from_value(json!({
             "apiVersion": "bascule.dev/v1alpha1",
@@ -358,7 +318,7 @@ mod tests {
     #[tokio::test]
     async fn a_refused_reservation_is_remembered_with_the_quota_and_told_in_one_event() {
         let (client, sent) = api_server();
-        let context = context(client);
+        let context = OperatorContext::test(client);
         let vm = vm();
         let intent = crate::vm_intent::intent(&vm).unwrap();
         let mut memory = PlannerMemory::default();

@@ -2,8 +2,8 @@
 
 use anyhow::{Result, anyhow, bail};
 use bascule_crds::names::reason;
-use bascule_node_api::command::{Command, ImportSource, Outcome, RejectReason, VmSpec};
-use bascule_operator_core::{Action, ImageSource, VmIntent};
+use bascule_node_api::command::{Command, Outcome, RejectReason, VmSpec};
+use bascule_operator_core::{Action, PlannerMemory, VmIntent};
 use bascule_types::{AttemptId, Change, Epoch, Owner, Refusal};
 
 use crate::execute::execution::{Execution, Refused, action_name};
@@ -97,6 +97,7 @@ impl Execution<'_> {
                 disk,
                 attempt,
                 source,
+                field,
             } => {
                 let command = Command::Import {
                     volume: self.intent.volume.clone(),
@@ -105,7 +106,7 @@ impl Execution<'_> {
                     epoch: *epoch,
                     disk: *disk,
                     attempt: *attempt,
-                    source: import_source(source),
+                    source: self.import_source(field, source).await?,
                 };
                 (node, command)
             }
@@ -183,14 +184,7 @@ impl Execution<'_> {
             other => bail!("not an action for a node: {}", action_name(other)),
         };
         self.send_command(node, &command).await?;
-        match action {
-            Action::StartVm { .. } => self.memory.error = None,
-            Action::MigrateLive { attempt, pid, .. }
-            | Action::MigrateQuick { attempt, pid, .. } => {
-                self.memory.move_begun = Some((*attempt, *pid));
-            }
-            _ => {}
-        }
+        remember_done(self.memory, action);
         Ok(())
     }
 
@@ -235,6 +229,18 @@ impl Execution<'_> {
     }
 }
 
+/// What the planner has to know of a command that a node has carried out.
+fn remember_done(memory: &mut PlannerMemory, action: &Action) {
+    match action {
+        // An import that still waits for its Secret is a later action, and says so again.
+        Action::Import { .. } | Action::StartVm { .. } => memory.error = None,
+        Action::MigrateLive { attempt, pid, .. } | Action::MigrateQuick { attempt, pid, .. } => {
+            memory.move_begun = Some((*attempt, *pid));
+        }
+        _ => {}
+    }
+}
+
 /// The condition's reason and message for a request that the volume refused; the message names the
 /// field of the spec that led to it.
 fn refusal_condition(
@@ -261,22 +267,6 @@ fn refusal_condition(
         row.unwrap_or_default()
     );
     (reason, message)
-}
-
-fn import_source(source: &ImageSource) -> ImportSource {
-    match source {
-        ImageSource::Http {
-            url,
-            digest,
-            ca_bundle,
-        } => ImportSource::Http {
-            url: url.clone(),
-            digest: digest.clone(),
-            ca_bundle: ca_bundle.clone(),
-            authorization: None,
-        },
-        ImageSource::HostFile { name } => ImportSource::HostFile { name: name.clone() },
-    }
 }
 
 #[cfg(test)]
@@ -319,6 +309,37 @@ mod tests {
             message.starts_with("spec.disks[data].existing.name: volume san: shop/old.data: "),
             "{message}"
         );
+    }
+
+    /// The guest is started only when all images are there, which may take an hour.
+    #[test]
+    fn an_import_that_has_begun_is_no_longer_reported_as_waiting_for_its_secret() {
+        let error = Some((reason::SECRET_UNAVAILABLE, "no Secret".to_owned()));
+        let mut memory = PlannerMemory {
+            error: error.clone(),
+            ..PlannerMemory::default()
+        };
+        let node = || "node-1".to_owned();
+        let disk = bascule_types::DiskId::from_bytes([1; 16]);
+        let cancel = Action::CancelImport { node: node(), disk };
+        remember_done(&mut memory, &cancel);
+        assert_eq!(memory.error, error);
+        let import = Action::Import {
+            node: node(),
+            owner: Owner {
+                slot: bascule_types::SlotId(1),
+                generation: bascule_types::Generation(1),
+            },
+            epoch: Epoch(1),
+            disk,
+            attempt: 1,
+            source: bascule_operator_core::ImageSource::HostFile {
+                name: "debian".to_owned(),
+            },
+            field: "spec.boot.kernel".to_owned(),
+        };
+        remember_done(&mut memory, &import);
+        assert_eq!(memory.error, None);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use bascule_crds::names::reason;
-use bascule_types::{Change, DiskRole, DiskRow, Owner, RedactedUrl};
+use bascule_types::{Change, DiskRow, Owner, RedactedUrl};
 
 use super::context::PlanContext;
 use super::step::{Ready, ReportChange, Step};
@@ -82,6 +82,8 @@ impl PlanContext<'_> {
                 Some(_) => {}
             }
         }
+        // The first action that fails is the last of a run: a missing Secret keeps no other disk waiting.
+        step.actions.sort_by_key(needs_secret);
         let (phase, reason, message) = self.import_condition(shown);
         let imported = Condition::new(Some(false), reason, message.clone());
         step.change(ReportChange::Imported(imported));
@@ -216,12 +218,17 @@ impl PlanContext<'_> {
             disk: id,
             attempt,
             source: source.clone(),
+            field: disk.source_field(),
         })
     }
 
     fn disk_row<'r>(&self, row: &'r RowView, disk: &DiskIntent) -> Option<&'r DiskRow> {
         row.disks.iter().find(|r| r.name == disk.row)
     }
+}
+
+const fn needs_secret(action: &Action) -> bool {
+    matches!(action, Action::Import { source, .. } if source.needs_secret())
 }
 
 /// Names the field and where its image should come from.
@@ -237,11 +244,7 @@ fn complaint(disk: &DiskIntent, message: &str) -> String {
         } => name.clone(),
         Origin::Blank { .. } | Origin::Existing => String::new(),
     };
-    let field = match disk.role {
-        DiskRole::Data => format!("{}.source", disk.field()),
-        // The field of a boot image is its source.
-        DiskRole::Kernel | DiskRole::Initrd => disk.field(),
-    };
+    let field = disk.source_field();
     if message.contains(place.as_str()) {
         format!("{field}: {message}")
     } else {
@@ -267,6 +270,8 @@ const BACKOFF_MAX: Duration = Duration::from_secs(1800);
 
 #[cfg(test)]
 mod tests {
+    use bascule_types::DiskRole;
+
     use super::*;
 
     #[test]
@@ -281,6 +286,7 @@ mod tests {
             url: "https://user:secret@images/k?signature=abc".to_owned(),
             digest: bascule_types::ImageDigest::Sha256(String::new()),
             ca_bundle: None,
+            authorization_from: None,
         };
         let disk = DiskIntent {
             name: "kernel".to_owned(),

@@ -113,6 +113,7 @@ fn a_failed_import_names_the_field_and_the_place_that_it_should_come_from() {
         url,
         digest,
         ca_bundle: None,
+        authorization_from: None,
     };
     assert_eq!(
         failing(http.clone(), "http status: 404"),

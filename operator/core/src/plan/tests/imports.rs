@@ -1,9 +1,9 @@
 //! Imports that fail, are killed, or are in the way of a deletion.
 
-use bascule_types::{Bytes, DiskId};
+use bascule_types::{Bytes, DiskId, SecretKey};
 
 use super::*;
-use crate::{FailedImports, ImportPhase, ImportView};
+use crate::{FailedImports, ImageSource, ImportPhase, ImportView, Origin};
 
 /// Its kernel is to be filled by node-1, which owns it.
 fn importing() -> Case {
@@ -158,5 +158,47 @@ fn the_import_of_another_vm_on_the_node_is_left_alone_and_delays_no_release() {
     assert!(
         changes.iter().any(|c| matches!(c, Change::Release { .. })),
         "{changes:?}"
+    );
+}
+
+/// An action that fails ends its run.
+#[test]
+fn an_import_that_needs_a_secret_comes_after_those_that_do_not() {
+    let mut case = importing();
+    let image = |authorization_from| Origin::Image {
+        size: Bytes::gib(1),
+        source: ImageSource::Http {
+            url: "https://images.example/a".to_owned(),
+            digest: bascule_types::ImageDigest::Sha256("0".repeat(64)),
+            ca_bundle: None,
+            authorization_from,
+        },
+    };
+    let secret = SecretKey {
+        name: "images".to_owned(),
+        key: "authorization".to_owned(),
+    };
+    case.intent.disks[0].origin = image(Some(secret));
+    case.intent.disks[0].role = bascule_types::DiskRole::Kernel;
+    case.intent.disks[1].origin = image(None);
+    case.row().disks[1].importing = true;
+    case.row().disks[1].importer = Some(node_owner(1));
+    let fields = |case: &Case| -> Vec<String> {
+        let actions = case.plan().actions;
+        let field = |action: &Action| match action {
+            Action::Import { field, .. } => Some(field.clone()),
+            _ => None,
+        };
+        actions.iter().filter_map(field).collect()
+    };
+    assert_eq!(
+        fields(&case),
+        ["spec.disks[root].source", "spec.boot.kernel"]
+    );
+    // The control: without the Secret, they come in their order.
+    case.intent.disks[0].origin = image(None);
+    assert_eq!(
+        fields(&case),
+        ["spec.boot.kernel", "spec.disks[root].source"]
     );
 }

@@ -64,6 +64,7 @@ fn every_example_is_parsed_and_checked() {
     assert_eq!(
         names,
         [
+            "authorized-image.yaml",
             "bascule-guests.service",
             "embedded.yaml",
             "migration.yaml",
@@ -72,7 +73,11 @@ fn every_example_is_parsed_and_checked() {
         ],
         "an example that this test does not check"
     );
-    for name in ["embedded.yaml", "virtualmachine.yaml"] {
+    for name in [
+        "authorized-image.yaml",
+        "embedded.yaml",
+        "virtualmachine.yaml",
+    ] {
         let vm: VirtualMachine = parse(&example(name));
         let checked = vm.spec.check(&vm.metadata);
         assert_eq!(checked, Ok(()), "{name}");

@@ -70,6 +70,21 @@ const BAD_DOCUMENTS: &[(&str, &str, &str)] = &[
     ),
     ("url: \"http", "url: \"ftp", "spec.boot.kernel.http.url"),
     (
+        "sha256: ",
+        "authorizationFrom: {secretKeyRef: {name: a, key: b}}, sha256: ",
+        "authorizationFrom needs an https:// URL",
+    ),
+    (
+        "url: \"http://",
+        "authorizationFrom: {secretKeyRef: {name: a, key: b}}, url: \"https://user:password@",
+        "set authorizationFrom or user and password in the URL, not both",
+    ),
+    (
+        "url: \"http://",
+        "authorizationFrom: {secretKeyRef: {name: ../a, key: b}}, url: \"https://",
+        "spec.boot.kernel.http.authorizationFrom.secretKeyRef.name",
+    ),
+    (
         "size: 64Mi",
         "size: 64Mi, existing: {name: a.b}",
         "spec.disks[0]",

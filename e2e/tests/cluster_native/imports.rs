@@ -33,7 +33,7 @@ fn a_killed_importer_is_noticed_and_tried_again_and_a_vm_whose_source_stalls_can
         })
         .unwrap();
         let node = lab.node(&vm.node().unwrap()).unwrap();
-        assert_secret(&node, &vm);
+        assert_secret(&node, &vm, PASSWORD);
         let group = format!("import-{}", disk_id(cluster, "stalling"));
         let groups = cgroups(&node, &group);
         assert_ne!(groups, "", "the control of the last line");
@@ -104,9 +104,9 @@ fn a_disk_is_filled_over_http_from_a_qcow2_image_in_zstd() {
     );
 }
 
-/// Neither a command line nor an environment of the node's processes has the password of the source under way, nor has
-/// the VM's status.
-fn assert_secret(node: &bascule_lab::Node<'_>, vm: &ClusterVm<'_>) {
+/// Neither a command line nor an environment of the node's processes has the password or token of the source under way,
+/// nor has the VM's status.
+pub(super) fn assert_secret(node: &bascule_lab::Node<'_>, vm: &ClusterVm<'_>, secret: &str) {
     // With a pattern that does not match the command line that it is in.
     let read = |files: &str, text: &str| {
         let text = format!("[{}]{}", &text[..1], &text[1..]);
@@ -117,10 +117,10 @@ fn assert_secret(node: &bascule_lab::Node<'_>, vm: &ClusterVm<'_>) {
     // The control: the processes of the import are among those that are read.
     assert_ne!(read("/proc/[0-9]*/cmdline", "bascule-import fetch"), 0);
     for files in ["/proc/[0-9]*/cmdline", "/proc/[0-9]*/environ"] {
-        assert_eq!(read(files, PASSWORD), 0, "{files}");
+        assert_eq!(read(files, secret), 0, "{files}");
     }
     let status = vm.object().unwrap()["status"].to_string();
-    assert!(!status.contains(PASSWORD), "{status}");
+    assert!(!status.contains(secret), "{status}");
 }
 
 /// A VM whose disk is filled from the source, and the client of its import.

@@ -20,6 +20,8 @@ pub(super) struct PrivateSource {
     config: Arc<ServerConfig>,
     directory: tempfile::TempDir,
     sha256: String,
+    /// The value of the header Authorization without which it answers 401.
+    wanted: Option<String>,
 }
 
 impl PrivateSource {
@@ -56,7 +58,14 @@ impl PrivateSource {
             config: Arc::new(config),
             directory,
             sha256,
+            wanted: None,
         })
+    }
+
+    /// One that refuses requests without this value of the header Authorization.
+    pub(super) fn wanting(self, authorization: &str) -> Self {
+        let wanted = Some(authorization.to_owned());
+        Self { wanted, ..self }
     }
 
     /// The authority's certificate, PEM.
@@ -66,10 +75,23 @@ impl PrivateSource {
 
     /// A disk that is filled from it.
     pub(super) fn disk(&self) -> String {
+        self.disk_with("")
+    }
+
+    /// The same with its authority and the header Authorization from a key of a Secret.
+    pub(super) fn disk_with_token(&self, secret: &str) -> String {
+        let authority = std::fs::read_to_string(self.authority()).unwrap();
+        let authority = serde_json::Value::from(authority);
+        self.disk_with(&format!(
+            ", caBundle: {authority}, authorizationFrom: {{secretKeyRef: {secret}}}"
+        ))
+    }
+
+    fn disk_with(&self, fields: &str) -> String {
         let address = self.listener.local_addr().unwrap();
         let sha256 = &self.sha256;
         format!(
-            "size: 64Mi, source: {{http: {{url: \"https://{address}/image\", sha256: \"{sha256}\"}}}}"
+            "size: 64Mi, source: {{http: {{url: \"https://{address}/image\", sha256: \"{sha256}\"{fields}}}}}"
         )
     }
 
@@ -89,11 +111,17 @@ impl PrivateSource {
             .context("set up a socket")?;
         let connection = ServerConnection::new(Arc::clone(&self.config)).context("begin TLS")?;
         let mut request = BufReader::new(StreamOwned::new(connection, client));
-        let mut line = String::new();
-        while request.read_line(&mut line).context("read a request")? > 2 {
-            line.clear();
-        }
+        let mut lines = String::new();
+        while request.read_line(&mut lines).context("read a request")? > 2 {}
         let mut client = request.into_inner();
+        if let Some(wanted) = &self.wanted
+            && !lines.contains(&format!(": {wanted}\r\n"))
+        {
+            let refusal =
+                "HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
+            let sent = client.write_all(refusal.as_bytes());
+            return sent.and_then(|()| client.flush()).context("refuse");
+        }
         let head =
             format!("HTTP/1.1 200 OK\r\nContent-Length: {IMAGE}\r\nConnection: close\r\n\r\n");
         let sent = client.write_all(head.as_bytes());

@@ -45,7 +45,8 @@ fn user_data_comes_from_a_secret_and_is_shown_nowhere() {
             assert_eq!(given(lab, &vm).unwrap(), FIRST, "{mode}");
         }
         talk.check().unwrap();
-        is_shown_nowhere(lab, &vm);
+        let names = ["userDataFrom", "seed", "seeded"];
+        assert_shown_nowhere(lab, &vm, names, &[MARK, "hunter2"]);
 
         run(lab, "Stopped");
         lab.wait_for("the guest to stop", READY_LIMIT, || {
@@ -77,8 +78,14 @@ fn given(lab: &Lab, vm: &ClusterVm<'_>) -> Result<String> {
     text.map(str::to_owned).context("no user data")
 }
 
-/// Neither in what the API shows, nor in what the operator, the node daemons and the VM's process log.
-fn is_shown_nowhere(lab: &Lab, vm: &ClusterVm<'_>) {
+/// None of `marks` is in what the API shows, nor in what the operator, the node daemons and the VM's process log. These
+/// have the `names`, one each of API, operator and node daemons.
+pub(super) fn assert_shown_nowhere(
+    lab: &Lab,
+    vm: &ClusterVm<'_>,
+    names: [&str; 3],
+    marks: &[&str],
+) {
     let kinds = "vm,vmmig,pods,events,configmaps,leases,sharedvolumes";
     let all = ["get", kinds, "--all-namespaces", "-o", "json"];
     let mut shown = vec![lab.kubectl(&all).unwrap()];
@@ -88,20 +95,21 @@ fn is_shown_nowhere(lab: &Lab, vm: &ClusterVm<'_>) {
         shown.push(lab.kubectl(&logs).unwrap());
     }
     // The names are there.
-    for (text, words) in shown.iter().zip(["userDataFrom", "seed", "seeded"]) {
-        assert!(text.contains(words), "no {words} in {text}");
+    for (text, name) in shown.iter().zip(names) {
+        assert!(text.contains(name), "no {name} in {text}");
     }
     let uid = vm.object().unwrap()["metadata"]["uid"].clone();
     let log = format!("/run/bascule/vms/{}/vm.log", uid.as_str().unwrap());
     let node = lab.node(&vm.node().unwrap()).unwrap();
     shown.push(node.exec(&["cat", &log]).unwrap());
     for text in shown {
-        assert!(!text.contains(MARK), "the text of the Secret is in {text}");
-        assert!(!text.contains("hunter2"), "a refused text is in {text}");
+        for mark in marks {
+            assert!(!text.contains(mark), "the Secret's {mark} is in {text}");
+        }
     }
 }
 
-fn put(lab: &Lab, key: &str, text: &str) {
+pub(super) fn put(lab: &Lab, key: &str, text: &str) {
     lab.apply(&format!(
         "apiVersion: v1\nkind: Secret\nmetadata: {{name: seed, namespace: {NAMESPACE}}}\n\
          stringData: {{{key}: \"{text}\"}}\n"
@@ -125,7 +133,7 @@ fn run(lab: &Lab, policy: &str) {
 }
 
 /// As docs/cloud-init.md shows it.
-fn grant() -> String {
+pub(super) fn grant() -> String {
     format!(
         "apiVersion: rbac.authorization.k8s.io/v1\nkind: Role\nmetadata: {{name: guest-secrets, namespace: {NAMESPACE}}}\n\
          rules:\n- {{apiGroups: [\"\"], resources: [secrets], resourceNames: [seed], verbs: [get]}}\n---\n\
@@ -136,7 +144,7 @@ fn grant() -> String {
 }
 
 /// Takes the right back, and the Secret, also where the scenario fails.
-struct Granted<'a>(&'a Installation);
+pub(super) struct Granted<'a>(pub(super) &'a Installation);
 
 impl Drop for Granted<'_> {
     fn drop(&mut self) {

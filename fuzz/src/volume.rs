@@ -8,8 +8,8 @@ use bascule_types::{ClusterId, Lba, NodeUid, VolumeId};
 use bascule_volume_format::{
     BLOCK_BYTES, BlockStore, BodyReader, BodyWriter, CheckpointHead, CheckpointRow, Fencing,
     FencingPolicy, FormatError, FormatRequest, HeartbeatRecord, JournalBlock, Kind, LeaderBlock,
-    MemStore, PaxosBlock, Place, Record, SUPERBLOCK_LBAS, Superblock, Timings, UnfinishedFormat,
-    check_volume, make_volume, open, plan_repair, seal,
+    MemStore, PaxosBlock, Place, Record, Superblock, Timings, UnfinishedFormat, check_volume,
+    make_volume, open, plan_repair, seal,
 };
 
 /// A record of a kind with any body.
@@ -190,7 +190,7 @@ fn lba(at: u16, superblock: &Superblock) -> Lba {
     let [kind, index] = at.to_le_bytes();
     let regions = &superblock.regions;
     let Some(region) = regions.get(usize::from(kind) % (regions.len() + 1)) else {
-        return SUPERBLOCK_LBAS[usize::from(index) % 2];
+        return superblock.copy_lbas()[usize::from(index) % 2];
     };
     Lba(region.start.0 + u64::from(index) % region.blocks)
 }

@@ -182,6 +182,10 @@ fn range(run: &ExtentRun) -> (u64, u64) {
 struct ReadOnly(File);
 
 impl BlockStore for ReadOnly {
+    fn blocks(&mut self) -> io::Result<u64> {
+        Ok(self.0.metadata()?.len() / BLOCK_BYTES_U64)
+    }
+
     fn read(&mut self, lba: Lba, blocks: &mut [u8]) -> io::Result<()> {
         self.0.read_exact_at(blocks, lba.0 * BLOCK_BYTES_U64)
     }

@@ -11,7 +11,7 @@ use bascule_e2e::kubernetes::{Installation, NAMESPACE, VOLUME};
 use bascule_types::{ClusterId, Lba, VolumeId};
 use bascule_volume_format::{
     BLOCK_BYTES, BLOCK_BYTES_U64, BlockStore, FeatureFlags, Fencing, FencingPolicy, FormatRequest,
-    MemStore, Place, SUPERBLOCK_LBAS, Timings, make_volume, seal_block,
+    MemStore, Place, Timings, make_volume, seal_block,
 };
 use serde_json::Value;
 
@@ -469,7 +469,7 @@ fn write_volume(path: &Path, flags: FeatureFlags) -> io::Result<()> {
     let made = make_volume(&mut store, &request, None).map_err(io::Error::other)?;
     let mut superblock = made;
     superblock.flags = flags;
-    for lba in SUPERBLOCK_LBAS {
+    for lba in superblock.copy_lbas() {
         let volume = superblock.volume;
         store.write(lba, &seal_block(&superblock, Place { volume, lba }))?;
     }

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use bascule_types::{AlignedBuffer, Bytes, Lba, VmUid};
-use bascule_volume_format::{BLOCK_BYTES, BlockStore};
+use bascule_volume_format::{BLOCK_BYTES, BLOCK_BYTES_U64, BlockStore};
 use bascule_volume_protocol::WriterId;
 use rustix::fs::{FallocateFlags, Mode, OFlags, SeekFrom};
 
@@ -132,7 +132,7 @@ impl Device {
         })
     }
 
-    /// The size of the device.
+    /// The size of the device, as it is now.
     ///
     /// # Errors
     /// Those of the system call.
@@ -256,6 +256,10 @@ impl fmt::Debug for Handle {
 }
 
 impl BlockStore for Handle {
+    fn blocks(&mut self) -> io::Result<u64> {
+        self.0.blocks()
+    }
+
     fn read(&mut self, lba: Lba, blocks: &mut [u8]) -> io::Result<()> {
         self.0.read(lba, blocks)
     }
@@ -286,6 +290,10 @@ impl DirectIo {
 }
 
 impl BlockStore for DirectIo {
+    fn blocks(&mut self) -> io::Result<u64> {
+        Ok(self.device.size()?.0 / BLOCK_BYTES_U64)
+    }
+
     fn read(&mut self, lba: Lba, blocks: &mut [u8]) -> io::Result<()> {
         let offset = lba.lba_to_bytes().map_err(io::Error::other)?;
         let opened = self.device.current();

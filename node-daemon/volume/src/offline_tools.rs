@@ -10,7 +10,7 @@ use bascule_types::{Bytes, ClusterId, NodeUid, VolumeId};
 use bascule_volume_format::{
     BLOCK_BYTES, BLOCK_BYTES_U64, BlockStore, FORMAT_VERSION, Fencing, FencingPolicy,
     FormatRequest, LayoutError, MakeError, OpenError, Report, Severity, Superblock, Timings,
-    check_volume, find_unfinished_format, make_volume,
+    check_volume, find_unfinished_format, last_copy, make_volume,
 };
 use clap::{Args, ValueEnum};
 
@@ -259,6 +259,7 @@ pub fn check(args: &CheckArgs) -> Result<ExitCode> {
                 OpenError::Newer(_) | OpenError::Older(_) => exit::OTHER_VERSION,
                 OpenError::Damaged(_)
                 | OpenError::TwoVolumes { .. }
+                | OpenError::ForeignHeartbeats { .. }
                 | OpenError::CopiesDiffer { .. }
                 | OpenError::Truncated { .. } => exit::ERRORS,
                 OpenError::Io(_) => exit::UNREADABLE,
@@ -329,13 +330,13 @@ fn create_file(path: &Path, size: Bytes) -> std::io::Result<()> {
     file.sync_all()
 }
 
-/// Describes the first block that is not zero in the first two MiB and the last one, where file
-/// systems, partition tables, LVM and RAID keep their signatures.
+/// Describes the first block that is not zero in the first two MiB, and from the last whole one on, where file
+/// systems, partition tables, LVM and RAID keep their signatures, and Bascule the last superblock.
 fn find_contents(device: &Device, size: Bytes) -> std::io::Result<Option<String>> {
     let mut handle = device.handle();
     let blocks = size.0 / BLOCK_BYTES_U64;
     let head = 0..blocks.min(2 * MIB_BLOCKS);
-    let tail = blocks.saturating_sub(MIB_BLOCKS)..blocks;
+    let tail = last_copy(blocks).map_or(blocks, |lba| lba.0)..blocks;
     for lba in head.chain(tail) {
         let mut block = [0; BLOCK_BYTES];
         handle.read(bascule_types::Lba(lba), &mut block)?;

@@ -22,7 +22,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use bascule_types::{ClusterId, NodeUid, VolumeId};
-use bascule_volume_format::{RO_COMPAT_KNOWN, read_superblock};
+use bascule_volume_format::{Copies, RO_COMPAT_KNOWN, read_copies};
 use bascule_volume_gate::{GateError, GateWriter, boot_id, boot_time_now};
 use bascule_volume_protocol::{LeasePhase, Rules};
 use clap::Args;
@@ -168,7 +168,11 @@ fn open(args: &ServeArgs) -> Result<Opened> {
     let path = args.device.display();
     let device =
         Device::open(&args.device, Access::ReadWrite).with_context(|| format!("open {path}"))?;
-    let superblock = read_superblock(&mut device.handle()).with_context(|| path.to_string())?;
+    let copies = read_copies(&mut device.handle()).with_context(|| path.to_string())?;
+    let Copies {
+        current: superblock,
+        stale,
+    } = copies;
     let (id, cluster) = (superblock.volume, superblock.cluster);
     if let Some(wanted) = args.volume {
         ensure!(wanted == id, "{path} holds volume {id}, not {wanted}");
@@ -200,6 +204,9 @@ fn open(args: &ServeArgs) -> Result<Opened> {
         device: Box::new(device.clone()),
     });
     let ledger = ledger.context("read which metadata writes may still land")?;
+    if let Some(stale) = stale {
+        tracing::warn!(%stale, "one copy of the superblock is lost: bascule-volume repair writes it again");
+    }
     Ok(Opened {
         device: Box::new(device),
         superblock,

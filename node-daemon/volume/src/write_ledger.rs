@@ -243,6 +243,10 @@ impl<S: BlockStore> RecordedStore<S> {
 }
 
 impl<S: BlockStore> BlockStore for RecordedStore<S> {
+    fn blocks(&mut self) -> io::Result<u64> {
+        self.store.blocks()
+    }
+
     fn read(&mut self, lba: Lba, blocks: &mut [u8]) -> io::Result<()> {
         self.store.read(lba, blocks)
     }

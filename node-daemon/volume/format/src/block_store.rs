@@ -14,6 +14,12 @@ use crate::envelope::BLOCK_BYTES;
 /// - One aligned logical block (512 or 4096 bytes) is written atomically.
 /// - A write that completed may be lost by a crash until a later [`BlockStore::flush`] completed.
 pub trait BlockStore {
+    /// The size of the device in whole blocks, as it is now.
+    ///
+    /// # Errors
+    /// The device's.
+    fn blocks(&mut self) -> io::Result<u64>;
+
     /// Reads whole blocks from `lba` on.
     ///
     /// # Errors
@@ -34,6 +40,10 @@ pub trait BlockStore {
 }
 
 impl<S: BlockStore + ?Sized> BlockStore for &mut S {
+    fn blocks(&mut self) -> io::Result<u64> {
+        (**self).blocks()
+    }
+
     fn read(&mut self, lba: Lba, blocks: &mut [u8]) -> io::Result<()> {
         (**self).read(lba, blocks)
     }
@@ -75,6 +85,11 @@ impl MemStore {
             fail_once: None,
             budget: None,
         }
+    }
+
+    /// Gives the device another size, as the administrator of its storage may.
+    pub const fn resize(&mut self, blocks: u64) {
+        self.size = blocks;
     }
 
     /// Makes one write or flush fail, after `count` more; the following ones succeed again.
@@ -162,6 +177,10 @@ impl MemStore {
 }
 
 impl BlockStore for MemStore {
+    fn blocks(&mut self) -> io::Result<u64> {
+        Ok(self.size)
+    }
+
     fn read(&mut self, lba: Lba, blocks: &mut [u8]) -> io::Result<()> {
         self.check_range(lba, blocks.len())?;
         for (at, block) in (lba.0..).map(Lba).zip(blocks.chunks_mut(BLOCK_BYTES)) {

@@ -184,12 +184,17 @@ pub(crate) struct Header {
     pub(crate) epoch: u64,
 }
 
-/// Checks magic, checksum, kind and version, in this order: a later release may change any body,
-/// and keeps the header.
-pub(crate) fn open_envelope(
-    bytes: &[u8],
-    kind: Kind,
-) -> Result<(Header, BodyReader<'_>), FormatError> {
+/// A record of any kind and version whose checksum matches: a later release may change any body, and keeps
+/// the header.
+struct Intact<'a> {
+    kind: u16,
+    version: u16,
+    header: Header,
+    body: BodyReader<'a>,
+}
+
+/// Checks magic and checksum, in this order.
+fn open_intact(bytes: &[u8]) -> Result<Intact<'_>, FormatError> {
     let Some(record) = bytes.first_chunk::<RECORD_BYTES>() else {
         return Err(FormatError::Short(bytes.len()));
     };
@@ -200,22 +205,41 @@ pub(crate) fn open_envelope(
     if reader.array::<4>() != MAGIC {
         return Err(FormatError::Magic);
     }
-    let (found, version, crc) = (reader.u16(), reader.u16(), reader.u32());
+    let (kind, version, crc) = (reader.u16(), reader.u16(), reader.u32());
     reader.u32();
     if crc != checksum(record) {
         return Err(FormatError::Checksum);
     }
-    if found != kind.code() {
-        let wanted = kind.code();
-        return Err(FormatError::Kind { wanted, found });
-    }
-    check_version(version, BODY_VERSION)?;
     let header = Header {
         volume: VolumeId::from_bytes(reader.array()),
         lba: Lba(reader.u64()),
         epoch: reader.u64(),
     };
-    Ok((header, reader))
+    Ok(Intact {
+        kind,
+        version,
+        header,
+        body: reader,
+    })
+}
+
+/// Checks magic, checksum, kind and version, in this order.
+pub(crate) fn open_envelope(
+    bytes: &[u8],
+    kind: Kind,
+) -> Result<(Header, BodyReader<'_>), FormatError> {
+    let intact = open_intact(bytes)?;
+    let (wanted, found) = (kind.code(), intact.kind);
+    if found != wanted {
+        return Err(FormatError::Kind { wanted, found });
+    }
+    check_version(intact.version, BODY_VERSION)?;
+    Ok((intact.header, intact.body))
+}
+
+/// The volume to which an intact record of any kind and version says that it belongs.
+pub(crate) fn volume_of(bytes: &[u8]) -> Option<VolumeId> {
+    open_intact(bytes).ok().map(|intact| intact.header.volume)
 }
 
 /// Accepts exactly the known version: no release reads what an earlier or a later one wrote differently.

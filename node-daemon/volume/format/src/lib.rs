@@ -24,14 +24,14 @@
 //!
 //! | region | blocks | contents | writer | readers |
 //! |---|---|---|---|---|
-//! | superblock | LBA 0 and LBA 255 | [`Superblock`]; [`UnfinishedFormat`] until it is written | `format` | every node, before anything else |
+//! | superblock | LBA 0, and the first of the last MiB | [`Superblock`]; [`UnfinishedFormat`] until it is written | `format`; [`rewrite_superblock`] | every node, before anything else |
 //! | heartbeats | 4 per slot, from LBA 256 | [`HeartbeatRecord`] | the slot's node | every node, at each poll interval |
 //! | paxos | 8 per slot | [`PaxosBlock`] | the slot's node | candidates of an election |
 //! | leaders | 1 per slot | [`LeaderBlock`] | the slot's node, when it wins an election | every node; the coordinator before each answer |
 //! | areas | 2 metadata areas per slot, 64 to 24,576 blocks each | [`CheckpointHead`], [`CheckpointRow`], [`JournalBlock`] | the slot's node, while it is the coordinator | every node that needs the rows |
 //! | mailbox | 16 per slot | reserved, zero | none yet | none yet |
 //! | references | 8 bytes per extent | reserved, zero | none yet | none yet |
-//! | extents | the rest, in whole extents | disks, saved states of VMs | the owner or the importer that the row names | the owner |
+//! | extents | the rest up to the last MiB, in whole extents | disks, saved states of VMs | the owner or the importer that the row names | the owner |
 //!
 //! # Records
 //! Every metadata record has the same 48-byte header: magic, kind, checksum, volume id, its own
@@ -67,7 +67,7 @@
 
 pub mod area_blocks;
 mod block_store;
-mod create_and_open;
+mod create;
 mod damage;
 pub mod election_blocks;
 pub mod envelope;
@@ -82,13 +82,14 @@ pub mod recovery;
 mod repair;
 mod rules;
 pub mod superblock;
+pub mod superblock_copies;
 pub mod timing;
 pub mod unfinished_format;
 pub mod volume_layout;
 
 pub use area_blocks::{CheckpointHead, CheckpointId, CheckpointRow, JournalBlock};
 pub use block_store::{BlockStore, MemStore};
-pub use create_and_open::{MakeError, OpenError, make_volume, read_copy, read_superblock};
+pub use create::{MakeError, make_volume};
 pub use damage::{DamagedLeader, Leaders, Obsolete, read_leaders};
 pub use election_blocks::{Accepted, CoordinatorEpoch, LeaderBlock, PAXOS_SUBSECTORS, PaxosBlock};
 pub use envelope::{
@@ -109,8 +110,12 @@ pub use repair::{Repair, RepairStep, Repaired, plan_repair};
 pub use rules::Mutation;
 pub use rules::Rules;
 pub use superblock::{
-    FORMAT_VERSION, FeatureFlags, Fencing, FencingPolicy, INCOMPAT_KNOWN, RO_COMPAT_KNOWN, Region,
-    RegionKind, SLOTS_MAX, SUPERBLOCK_LBAS, Superblock,
+    FIRST_COPY, FORMAT_VERSION, FeatureFlags, Fencing, FencingPolicy, INCOMPAT_KNOWN,
+    RO_COMPAT_KNOWN, Region, RegionKind, SLOTS_MAX, Superblock, last_copy,
+};
+pub use superblock_copies::{
+    Copies, CopyFault, OpenError, RewriteError, StaleCopy, read_copies, read_copy, read_superblock,
+    rewrite_superblock,
 };
 pub use timing::{RHO_INVERSE, TimingError, Timings};
 pub use unfinished_format::{UnfinishedFormat, find_unfinished_format};

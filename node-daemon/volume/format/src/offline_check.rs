@@ -6,13 +6,13 @@ use std::io;
 use bascule_types::{Lba, error_chain};
 
 use crate::block_store::BlockStore;
-use crate::create_and_open::{OpenError, read_copy, read_superblock};
 use crate::damage::{read_leaders, read_record};
 use crate::election_blocks::{CoordinatorEpoch, LeaderBlock, PAXOS_SUBSECTORS, PaxosBlock};
 use crate::envelope::{BLOCK_BYTES, FormatError, Record, open};
 use crate::heartbeat::{HEARTBEAT_RECORDS, HeartbeatRecord};
 use crate::recovery::{Recovered, recover};
-use crate::superblock::{SUPERBLOCK_LBAS, Superblock};
+use crate::superblock::Superblock;
+use crate::superblock_copies::{Copies, OpenError, read_copies};
 
 /// The result of a check.
 #[derive(Clone, Debug, Default)]
@@ -74,9 +74,14 @@ impl fmt::Display for Finding {
 /// # Errors
 /// [`OpenError`] when the device holds no volume that this release can read.
 pub fn check_volume<S: BlockStore>(store: &mut S) -> Result<Report, OpenError> {
-    let superblock = read_superblock(store)?;
+    let Copies {
+        current: superblock,
+        stale,
+    } = read_copies(store)?;
     let mut report = Report::default();
-    check_copies(store, &superblock, &mut report).map_err(OpenError::Io)?;
+    if let Some(stale) = stale {
+        report.find(Severity::Warning, stale.to_string());
+    }
     check_nodes(store, &superblock, &mut report).map_err(OpenError::Io)?;
     match recover(store, &superblock) {
         Ok(recovered) => {
@@ -90,27 +95,6 @@ pub fn check_volume<S: BlockStore>(store: &mut S) -> Result<Report, OpenError> {
     }
     report.superblock = Some(superblock);
     Ok(report)
-}
-
-fn check_copies<S: BlockStore>(
-    store: &mut S,
-    superblock: &Superblock,
-    report: &mut Report,
-) -> io::Result<()> {
-    for lba in SUPERBLOCK_LBAS {
-        match read_copy(store, lba)? {
-            Ok(copy) if copy == *superblock => {}
-            Ok(_) => report.find(
-                Severity::Warning,
-                format!("superblock copy at block {}: out of date", lba.0),
-            ),
-            Err(error) => report.find(
-                Severity::Warning,
-                format!("superblock copy at block {}: {error}", lba.0),
-            ),
-        }
-    }
-    Ok(())
 }
 
 fn check_nodes<S: BlockStore>(

@@ -18,7 +18,6 @@ use bascule_types::{Lba, SlotId, error_chain};
 
 use crate::area_blocks::{CheckpointHead, CheckpointRow};
 use crate::block_store::BlockStore;
-use crate::create_and_open::{OpenError, read_copy, read_superblock};
 use crate::damage::{
     DamagedHead, DamagedLeader, highest_epoch_won, is_older_head, read_record, scan_heads,
     scan_leaders,
@@ -27,7 +26,8 @@ use crate::election_blocks::{CoordinatorEpoch, LeaderBlock, PAXOS_SUBSECTORS, Pa
 use crate::envelope::{BLOCK_BYTES, RECORD_BYTES, open, seal_block};
 use crate::metadata::Metadata;
 use crate::recovery::{LogError, recover_from};
-use crate::superblock::{SUPERBLOCK_LBAS, Superblock};
+use crate::superblock::Superblock;
+use crate::superblock_copies::{Copies, OpenError, StaleCopy, read_copies};
 use crate::volume_layout::AreaId;
 
 /// What can be done about a volume's damage.
@@ -80,26 +80,16 @@ impl Repair {
 /// # Errors
 /// [`OpenError`] when the device holds no volume that this release can read, or cannot be read.
 pub fn plan_repair<S: BlockStore>(store: &mut S) -> Result<Repair, OpenError> {
-    let superblock = read_superblock(store)?;
+    let Copies { current, stale } = read_copies(store)?;
     let mut repair = Repair::default();
-    plan(store, &superblock, &mut repair).map_err(OpenError::Io)?;
-    Ok(repair)
-}
-
-fn plan<S: BlockStore>(
-    store: &mut S,
-    superblock: &Superblock,
-    repair: &mut Repair,
-) -> io::Result<()> {
-    for lba in SUPERBLOCK_LBAS {
-        if read_copy(store, lba)?.as_ref() != Ok(superblock) {
-            let block = seal_block(superblock, superblock.place(lba));
-            let text = format!("superblock at block {}: write the intact copy", lba.0);
-            repair.write(lba, &block, text);
-        }
+    if let Some(StaleCopy { lba, .. }) = stale {
+        let block = seal_block(&current, current.place(lba));
+        let text = format!("superblock at block {}: write the intact copy", lba.0);
+        repair.write(lba, &block, text);
     }
-    plan_leaders(store, superblock, repair)?;
-    plan_heads(store, superblock, repair)
+    plan_leaders(store, &current, &mut repair).map_err(OpenError::Io)?;
+    plan_heads(store, &current, &mut repair).map_err(OpenError::Io)?;
+    Ok(repair)
 }
 
 fn plan_leaders<S: BlockStore>(
@@ -283,6 +273,10 @@ impl<'a, S: BlockStore> Repaired<'a, S> {
 }
 
 impl<S: BlockStore> BlockStore for Repaired<'_, S> {
+    fn blocks(&mut self) -> io::Result<u64> {
+        self.store.blocks()
+    }
+
     fn read(&mut self, lba: Lba, blocks: &mut [u8]) -> io::Result<()> {
         self.store.read(lba, blocks)?;
         for (at, block) in (lba.0..).map(Lba).zip(blocks.chunks_exact_mut(BLOCK_BYTES)) {

@@ -1,6 +1,7 @@
-//! The superblock: a volume's identity, feature flags, lease times and regions. Two copies, at LBA 0
-//! and LBA 255. `format` writes them; every node reads them before it does anything else with the
-//! device, and takes the undamaged copy with the higher revision.
+//! The superblock: a volume's identity, feature flags, lease times and regions. Two copies: block 0, and
+//! the first block of the volume's last MiB. `format` writes them; every node reads them before it does
+//! anything else with the device, and takes the undamaged copy with the higher revision
+//! ([`crate::superblock_copies`]).
 //!
 //! ```text
 //! offset size  field                              (header epoch: rises with every rewrite, from 1)
@@ -13,7 +14,7 @@
 //!     81    1  policy: 1 = a software watchdog counts, 2 = the out-of-service taint counts
 //!     82    2  slot count
 //!     84    4  extent size in MiB
-//!     88    8  size of the volume in blocks
+//!     88    8  size of the volume in blocks: whole MiB
 //!     96   24  timings (see `timing`)
 //!    120    2  number of regions
 //!    122    6  zero
@@ -30,8 +31,8 @@ use crate::timing::Timings;
 
 /// The format that this release writes.
 pub const FORMAT_VERSION: u16 = 2;
-/// The addresses of the two copies: the ends of the first MiB, which holds nothing else.
-pub const SUPERBLOCK_LBAS: [Lba; 2] = [Lba(0), Lba(255)];
+/// The address of the first copy. The first MiB holds nothing else.
+pub const FIRST_COPY: Lba = Lba(0);
 /// The incompat flags that this release knows.
 pub const INCOMPAT_KNOWN: u32 = 0;
 /// The ro-compat flags that this release knows.
@@ -56,7 +57,7 @@ pub struct Superblock {
     pub slot_count: u16,
     /// Extent size in MiB, 1 to 1024.
     pub extent_mib: u32,
-    /// The size of the volume in 4096-byte blocks. A smaller device is refused.
+    /// The size of the volume in 4096-byte blocks, a whole number of MiB. A smaller device is refused.
     pub blocks: u64,
     /// Lease, watch, watchdog and settle times.
     pub timings: Timings,
@@ -139,6 +140,18 @@ impl Superblock {
         found.copied().unwrap_or(empty)
     }
 
+    /// The address of the last copy.
+    #[must_use]
+    pub const fn last_copy(&self) -> Lba {
+        Lba(self.blocks.saturating_sub(BLOCKS_PER_MIB))
+    }
+
+    /// The addresses of both copies, the first and the last one.
+    #[must_use]
+    pub const fn copy_lbas(&self) -> [Lba; 2] {
+        [FIRST_COPY, self.last_copy()]
+    }
+
     /// The size of an extent in bytes.
     #[must_use]
     pub const fn extent_bytes(&self) -> Bytes {
@@ -164,12 +177,13 @@ impl Superblock {
 
     fn check_regions(&self) -> Result<(), FormatError> {
         const WRONG: FormatError = FormatError::Field("regions");
-        let mut end = 0;
+        // The first and the last MiB hold the copies of the superblock, and nothing else.
+        let mut end = BLOCKS_PER_MIB;
         let mut sorted = self.regions.clone();
         sorted.sort_by_key(|region| region.start);
         for region in &sorted {
             let next = region.start.0.checked_add(region.blocks).ok_or(WRONG)?;
-            if region.start.0 < end || next > self.blocks || region.blocks == 0 {
+            if region.start.0 < end || next > self.last_copy().0 || region.blocks == 0 {
                 return Err(WRONG);
             }
             end = next;
@@ -236,6 +250,9 @@ impl Record for Superblock {
         if extent_mib == 0 || extent_mib > EXTENT_MIB_MAX {
             return Err(FormatError::Field("extent size"));
         }
+        if !blocks.is_multiple_of(BLOCKS_PER_MIB) {
+            return Err(FormatError::Field("size of the volume"));
+        }
         let superblock = Self {
             volume: bascule_types::VolumeId::from_bytes([0; 16]),
             revision: epoch,
@@ -254,6 +271,18 @@ impl Record for Superblock {
     }
 }
 
+/// The address of the last copy of a volume that ends where a device with so many blocks does; none if there is no
+/// room for one.
+#[must_use]
+pub const fn last_copy(device_blocks: u64) -> Option<Lba> {
+    match device_blocks / BLOCKS_PER_MIB {
+        0 | 1 => None,
+        mib => Some(Lba((mib - 1) * BLOCKS_PER_MIB)),
+    }
+}
+
+/// 4096-byte blocks in one MiB.
+pub(crate) const BLOCKS_PER_MIB: u64 = 256;
 /// The largest slot count of a volume.
 pub const SLOTS_MAX: u16 = 64;
 const EXTENT_MIB_MAX: u32 = 1024;

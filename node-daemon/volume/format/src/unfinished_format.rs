@@ -15,7 +15,7 @@ use crate::block_store::BlockStore;
 use crate::envelope::{
     BLOCK_BYTES, BodyReader, BodyWriter, FormatError, Kind, Record, open_envelope,
 };
-use crate::superblock::SUPERBLOCK_LBAS;
+use crate::superblock_copies::possible_copies;
 
 /// A `format` that has begun and not finished.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,7 +53,7 @@ pub fn find_unfinished_format<S: BlockStore>(
     store: &mut S,
 ) -> io::Result<Option<UnfinishedFormat>> {
     let mut found: Option<UnfinishedFormat> = None;
-    for lba in SUPERBLOCK_LBAS {
+    for lba in possible_copies(store)? {
         let mut block = [0; BLOCK_BYTES];
         match store.read(lba, &mut block) {
             Ok(()) => {}

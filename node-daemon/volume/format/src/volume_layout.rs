@@ -4,15 +4,17 @@
 //! ```text
 //! first LBA      blocks                region
 //!         0           1                superblock, first copy
-//!       255           1                superblock, second copy
 //!       256   slots × 4                heartbeats: record n of slot s at 256 + 4·s + n mod 4
 //!       then  slots × 8                paxos
 //!       then  slots × 1                leaders
 //!       then  slots × 2 × area         metadata areas: half h of slot s is area number 2·s + h
 //!       then  slots × 16               mailbox (reserved)
 //!       then  1 per 512 extents        references (reserved)
-//!    aligned  whole extents            extents, from the next multiple of the extent size to the end
+//!    aligned  whole extents            extents, from the next multiple of the extent size on
+//!  end - 256           1                superblock, last copy
 //! ```
+//! The volume has whole MiB (256 blocks). The rest of the first and of the last MiB is unused.
+//!
 //! `area` is 1/32 of the volume divided by the number of areas: 64 to 24,576 blocks, a multiple of 16.
 //!
 //! # Metadata areas
@@ -32,7 +34,7 @@ use crate::election_blocks::PAXOS_SUBSECTORS;
 use crate::envelope::{BLOCK_BYTES, Place, RECORD_BYTES};
 use crate::heartbeat::HEARTBEAT_RECORDS;
 use crate::superblock::{
-    FeatureFlags, Fencing, FencingPolicy, Region, RegionKind, SLOTS_MAX, Superblock,
+    BLOCKS_PER_MIB, FeatureFlags, Fencing, FencingPolicy, Region, RegionKind, SLOTS_MAX, Superblock,
 };
 use crate::timing::{TimingError, Timings};
 
@@ -53,14 +55,15 @@ pub struct FormatRequest {
     pub slot_count: u16,
     /// Extent size in MiB, 1 to 1024.
     pub extent_mib: u32,
-    /// The device's size in bytes; what exceeds whole extents stays unused.
+    /// The device's size in bytes; what exceeds whole MiB is not part of the volume, and what exceeds whole
+    /// extents stays unused.
     pub device_bytes: u64,
 }
 
 /// Why a volume cannot have the requested parameters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum LayoutError {
-    /// The device has no room for the metadata and 16 extents.
+    /// The device has no room for the metadata, 16 extents and the last copy of the superblock.
     #[error("the device has {found} bytes; this layout needs at least {needed}")]
     TooSmall {
         /// The device's size in bytes.
@@ -98,7 +101,7 @@ impl FormatRequest {
         if self.fencing == Fencing::PersistentReservation {
             return Err(LayoutError::NotSupported);
         }
-        let blocks = self.device_bytes / BLOCK_BYTES_U64;
+        let blocks = self.device_bytes / BLOCK_BYTES_U64 / BLOCKS_PER_MIB * BLOCKS_PER_MIB;
         let regions = self.regions(blocks)?;
         Ok(Superblock {
             volume: self.volume,
@@ -131,7 +134,7 @@ impl FormatRequest {
             ),
         ];
         let mut regions = Vec::new();
-        let mut next = FIRST_REGION;
+        let mut next = BLOCKS_PER_MIB;
         for (kind, blocks) in sizes {
             let start = Lba(next);
             regions.push(Region {
@@ -142,11 +145,11 @@ impl FormatRequest {
             next += blocks;
         }
         let start = next.div_ceil(extent_blocks) * extent_blocks;
-        let extents = blocks.saturating_sub(start) / extent_blocks;
+        let extents = blocks.saturating_sub(start + BLOCKS_PER_MIB) / extent_blocks;
         if extents < EXTENTS_MIN {
             return Err(LayoutError::TooSmall {
                 found: self.device_bytes,
-                needed: (start + EXTENTS_MIN * extent_blocks) * BLOCK_BYTES_U64,
+                needed: (start + EXTENTS_MIN * extent_blocks + BLOCKS_PER_MIB) * BLOCK_BYTES_U64,
             });
         }
         regions.push(Region {
@@ -306,11 +309,7 @@ impl Superblock {
 pub const RECORDS_PER_BLOCK: u64 = (BLOCK_BYTES / RECORD_BYTES) as u64;
 /// [`BLOCK_BYTES`] as the type of on-disk counts.
 pub const BLOCK_BYTES_U64: u64 = BLOCK_BYTES as u64;
-/// 4096-byte blocks in one MiB.
-pub(crate) const BLOCKS_PER_MIB: u64 = 256;
 
-/// The first MiB holds only the superblocks.
-const FIRST_REGION: u64 = 256;
 /// Metadata areas together take at most 1/32 of the volume, but at least [`AREA_MIN`] each.
 const METADATA_SHARE: u64 = 32;
 /// 256 KiB: 376 rows and 16 journal records, enough for a test volume.

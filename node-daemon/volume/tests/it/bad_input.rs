@@ -6,10 +6,10 @@ use std::net::TcpStream;
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
-use crate::lab::{Lab, Node, binary, vm};
+use crate::lab::{LAST_COPY, Lab, Node, binary, vm};
 use bascule_ipc::volume::{PathState, Request, Response};
 use bascule_types::{Change, Lba, Refusal};
-use bascule_volume_format::{SUPERBLOCK_LBAS, Superblock, UnfinishedFormat, seal_block};
+use bascule_volume_format::{Superblock, UnfinishedFormat, seal_block};
 
 fn reason(node: &Node) -> Option<String> {
     match node.call(&Request::Status)?.0 {
@@ -34,7 +34,7 @@ fn a_device_whose_format_has_not_finished_is_formatted_again_with_force_only() {
     file.read_exact_at(&mut block, 0).unwrap();
     let superblock = Superblock::parse_copy(&block, Lba(0)).unwrap();
     let settle = Duration::from_millis(700);
-    for lba in SUPERBLOCK_LBAS {
+    for lba in superblock.copy_lbas() {
         let unfinished = UnfinishedFormat { settle };
         let block = seal_block(&unfinished, superblock.place(lba));
         file.write_all_at(&block, lba.0 * 4096).unwrap();
@@ -72,7 +72,7 @@ fn format_refuses_a_device_that_is_not_blank_without_force() {
     assert!(lab.check().status.success(), "nothing was altered");
     assert!(lab.format(&["--force"]).status.success());
     write_at(&lab, 0, &[0; 4096]);
-    write_at(&lab, 255 * 4096, &[0; 4096]);
+    write_at(&lab, LAST_COPY.0 * 4096, &[0; 4096]);
     write_at(&lab, 1080, b"ext4");
     let said = String::from_utf8(lab.format(&[]).stderr).unwrap();
     assert!(said.contains("holds data"), "{said}");
@@ -100,7 +100,7 @@ fn format_refuses_a_device_that_is_too_small_and_an_unsupported_fencing_mode() {
 fn check_distinguishes_a_foreign_device_and_a_damaged_volume() {
     let lab = Lab::new();
     assert_eq!(lab.check().status.code(), Some(0));
-    write_at(&lab, 255 * 4096, &[9; 512]);
+    write_at(&lab, LAST_COPY.0 * 4096, &[9; 512]);
     let one_copy = lab.check();
     assert_eq!(one_copy.status.code(), Some(1), "{one_copy:?}");
     write_at(&lab, 0, &[9; 512]);
@@ -136,13 +136,13 @@ fn a_reader_that_has_gone_changes_no_outcome() {
         command.status().unwrap().code()
     };
     assert_eq!(unread(&["check"]), Some(0));
-    write_at(&lab, 255 * 4096, &[9; 512]);
+    write_at(&lab, LAST_COPY.0 * 4096, &[9; 512]);
     assert_eq!(unread(&["check"]), Some(1), "usable, with warnings");
     assert_eq!(unread(&["repair"]), Some(1), "nothing was written");
     assert_eq!(unread(&["repair", "--yes"]), Some(0));
     assert_eq!(unread(&["check"]), Some(0));
     write_at(&lab, 0, &[9; 512]);
-    write_at(&lab, 255 * 4096, &[9; 512]);
+    write_at(&lab, LAST_COPY.0 * 4096, &[9; 512]);
     assert_eq!(unread(&["check"]), Some(3), "not a volume");
     assert_eq!(unread(&["repair"]), Some(3));
 }
@@ -163,7 +163,7 @@ fn serve_names_the_expected_volume_and_serves_once_it_is_present() {
     drop(node);
     // The device is blank at first; the same process serves it once it is formatted.
     write_at(&lab, 0, &[0; 4096]);
-    write_at(&lab, 255 * 4096, &[0; 4096]);
+    write_at(&lab, LAST_COPY.0 * 4096, &[0; 4096]);
     let mut node = lab.launch(1, &[]);
     node.wait("the reason", reason, |reason| {
         reason.contains("holds no Bascule volume") && reason.contains("volume.img")
@@ -188,7 +188,7 @@ fn make_newer(lab: &Lab, lba: u64) {
 fn serve_reports_a_newer_format_and_damaged_metadata() {
     let lab = Lab::new();
     make_newer(&lab, 0);
-    make_newer(&lab, 255);
+    make_newer(&lab, LAST_COPY.0);
     let node = lab.launch(1, &[]);
     node.wait("the reason", reason, |reason| {
         reason.contains("volume.img") && reason.contains("newer than this release knows")

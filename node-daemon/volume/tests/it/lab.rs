@@ -16,6 +16,9 @@ use bascule_types::{
 use bascule_volume_format::{RegionKind, Superblock};
 use rustix::process::{Pid, Resource, Rlimit, Signal, kill_process, prlimit};
 
+/// The address of the last superblock in the lab's file of 64 MiB.
+pub(crate) const LAST_COPY: Lba = Lba(63 * 256);
+
 /// Timeout of every wait; generous, for a busy machine.
 pub(crate) const TIMEOUT: Duration = Duration::from_secs(60);
 

@@ -7,7 +7,7 @@ use std::process::Output;
 use bascule_types::{Change, Lba, SlotId};
 use bascule_volume_format::{AreaId, Superblock};
 
-use crate::lab::{Lab, Node, binary, name, vm};
+use crate::lab::{LAST_COPY, Lab, Node, binary, name, vm};
 
 fn superblock(lab: &Lab) -> Superblock {
     let file = File::open(lab.device()).unwrap();
@@ -119,6 +119,44 @@ fn the_coordinators_own_leader_block_is_repaired_and_only_on_a_detached_volume()
     assert_eq!(one.rows().vms.len(), 2);
 }
 
+/// A volume whose first MiB was overwritten, in a file that has grown since: with the copy that a node reports, and
+/// without it.
+#[test]
+fn a_lost_superblock_is_reported_by_the_node_that_serves_the_volume_and_repaired() {
+    let lab = Lab::new();
+    let superblock = superblock(&lab);
+    damage(&lab, Lba(0));
+    let mut one = lab.start(1);
+    one.wait_log("superblock copy at block 0");
+    create(&one, 1);
+    assert!(one.terminate());
+    let checked = lab.check();
+    let said = String::from_utf8(checked.stdout).unwrap();
+    assert_eq!(checked.status.code(), Some(1), "{said}");
+    assert!(said.contains("superblock copy at block 0"), "{said}");
+    let file = OpenOptions::new().write(true).open(lab.device()).unwrap();
+    file.set_len(80 << 20).unwrap();
+    let (code, said) = repair(&lab, &["--yes"]);
+    assert_eq!(
+        code,
+        Some(3),
+        "the last one is not where the file ends: {said}"
+    );
+    file.set_len(64 << 20).unwrap();
+    assert_eq!(repair(&lab, &["--yes"]).0, Some(0));
+    assert_eq!(self::superblock(&lab), superblock);
+    file.set_len(80 << 20).unwrap();
+    damage(&lab, LAST_COPY);
+    let (code, said) = repair(&lab, &["--yes"]);
+    assert_eq!(code, Some(0), "{said}");
+    assert_eq!(
+        lab.check().status.code(),
+        Some(0),
+        "it is where the volume ends"
+    );
+    assert_eq!(lab.start(1).rows().vms.len(), 1);
+}
+
 #[test]
 fn damage_that_nothing_proves_is_not_repaired() {
     let lab = Lab::new();
@@ -133,13 +171,13 @@ fn damage_that_nothing_proves_is_not_repaired() {
     }
     assert_eq!(lab.check().status.code(), Some(2));
     // A superblock copy is.
-    damage(&lab, Lba(255));
+    damage(&lab, LAST_COPY);
     assert_eq!(repair(&lab, &["--yes"]).0, Some(2));
     let file = File::open(lab.device()).unwrap();
     let mut block = [0; 4096];
-    file.read_exact_at(&mut block, 255 * 4096).unwrap();
+    file.read_exact_at(&mut block, LAST_COPY.0 * 4096).unwrap();
     assert_eq!(
-        Superblock::parse_copy(&block, Lba(255)).unwrap(),
+        Superblock::parse_copy(&block, LAST_COPY).unwrap(),
         superblock
     );
 }

@@ -445,6 +445,11 @@ impl std::fmt::Debug for Attached {
 }
 
 impl BlockStore for Attached {
+    /// Without a request: the kernel knows it.
+    fn blocks(&mut self) -> io::Result<u64> {
+        Ok(self.disk.superblock.blocks)
+    }
+
     fn read(&mut self, lba: Lba, blocks: &mut [u8]) -> io::Result<()> {
         self.disk.read(self.initiator, lba, blocks, true);
         self.disk.misread(lba, blocks)
@@ -517,6 +522,10 @@ impl SharedDevice for Attached {
 pub(crate) struct Offline(Arc<Disk>);
 
 impl BlockStore for Offline {
+    fn blocks(&mut self) -> io::Result<u64> {
+        Ok(self.0.superblock.blocks)
+    }
+
     fn read(&mut self, lba: Lba, blocks: &mut [u8]) -> io::Result<()> {
         self.0.read_now(lba, blocks);
         Ok(())

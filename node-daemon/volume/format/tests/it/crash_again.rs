@@ -6,8 +6,7 @@ use std::collections::BTreeSet;
 use bascule_types::{Lba, SlotId};
 use bascule_volume_format::{
     BLOCK_BYTES, BlockStore, CoordinatorEpoch, Log, MemStore, MetaRecord, Metadata, Repair,
-    SUPERBLOCK_LBAS, Severity, Superblock, check_volume, plan_repair, read_leaders,
-    read_superblock, recover,
+    Severity, Superblock, check_volume, plan_repair, read_leaders, read_superblock, recover,
 };
 
 use crate::crash::{history, run, states, subsets};
@@ -15,14 +14,17 @@ use crate::damage::{Acknowledged, TERMS, coordinate, coordinated, heads, leaders
 use crate::fixture::{commit, formatted};
 
 /// Every device that a power loss may leave of `store`.
-fn crashed(store: &MemStore) -> Vec<(MemStore, Vec<bool>)> {
+pub(crate) fn crashed(store: &MemStore) -> Vec<(MemStore, Vec<bool>)> {
     let kept = subsets(store.unflushed().len()).into_iter();
     kept.map(|kept| (store.crashed(|index| kept[index]), kept))
         .collect()
 }
 
 /// Calls `attempt` with a device that fails after 0, 1, 2 … operations, until it says that none failed.
-fn fail_everywhere(device: &MemStore, mut attempt: impl FnMut(&mut MemStore, u64) -> bool) {
+pub(crate) fn fail_everywhere(
+    device: &MemStore,
+    mut attempt: impl FnMut(&mut MemStore, u64) -> bool,
+) {
     for budget in 0.. {
         let mut store = device.clone();
         store.fail_after(budget);
@@ -208,7 +210,7 @@ fn damaged_volumes(store: &MemStore, superblock: &Superblock) -> Vec<MemStore> {
         some.chain([None]).collect::<Vec<_>>()
     };
     let mut volumes = Vec::new();
-    for first in with_none(SUPERBLOCK_LBAS.to_vec()) {
+    for first in with_none(superblock.copy_lbas().to_vec()) {
         for second in with_none(leaders(superblock)) {
             for third in with_none(heads(superblock)) {
                 let mut damaged = store.clone();

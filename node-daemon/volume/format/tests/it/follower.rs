@@ -20,6 +20,10 @@ struct Counting {
 }
 
 impl BlockStore for Counting {
+    fn blocks(&mut self) -> io::Result<u64> {
+        self.store.blocks()
+    }
+
     fn read(&mut self, lba: Lba, blocks: &mut [u8]) -> io::Result<()> {
         self.blocks_read += blocks.len() / BLOCK_BYTES;
         self.store.read(lba, blocks)

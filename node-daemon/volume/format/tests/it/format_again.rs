@@ -3,8 +3,7 @@
 use bascule_types::{Lba, SlotId, VolumeId};
 use bascule_volume_format::{
     BLOCK_BYTES, BlockStore, CoordinatorEpoch, FormatRequest, LeaderBlock, MakeError, MemStore,
-    OpenError, SUPERBLOCK_LBAS, Superblock, find_unfinished_format, make_volume, read_superblock,
-    seal_block,
+    OpenError, Superblock, find_unfinished_format, make_volume, read_superblock, seal_block,
 };
 
 use crate::fixture::{DEVICE_BYTES, node, owner, request};
@@ -100,7 +99,7 @@ fn a_device_whose_format_has_not_finished_holds_no_volume_and_a_finished_one_sho
         settle: request().timings.settle,
     };
     let superblock = read_superblock(&mut store).unwrap();
-    let lba = SUPERBLOCK_LBAS[1];
+    let lba = superblock.last_copy();
     store
         .write(lba, &seal_block(&unfinished, superblock.place(lba)))
         .unwrap();

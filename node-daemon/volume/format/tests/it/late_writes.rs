@@ -37,6 +37,10 @@ impl Late {
 }
 
 impl BlockStore for Late {
+    fn blocks(&mut self) -> io::Result<u64> {
+        self.store.blocks()
+    }
+
     fn read(&mut self, lba: Lba, blocks: &mut [u8]) -> io::Result<()> {
         self.step()?;
         self.store.read(lba, blocks)

@@ -17,3 +17,4 @@ mod format_again;
 mod full_table;
 mod late_writes;
 mod room;
+mod superblock_copies;

@@ -2,25 +2,25 @@
 
 use arbitrary::{Result, Unstructured};
 use bascule_devices::fuzzing::{
-    BusAccess, Corruption, DATA_AT, DriverAction, OVERWRITTEN, QUEUES, TABLE_AT, WINDOW_BYTES,
-    block_state, bus, console_state, network_state,
+    BusAccess, CONSOLE_QUEUES, Corruption, DATA_AT, DriverAction, OVERWRITTEN, QUEUES, TABLE_AT,
+    WINDOW_BYTES, block_state, bus, console_state, network_state,
 };
 use serde_json::{Value, json};
 
 pub(crate) fn block_queues(data: &[u8]) {
-    bascule_devices::fuzzing::block_queues(&list(data, action));
+    bascule_devices::fuzzing::block_queues(&list(data, |input| action(input, QUEUES)));
 }
 
 pub(crate) fn network_queues(data: &[u8]) {
-    bascule_devices::fuzzing::network_queues(&list(data, action));
+    bascule_devices::fuzzing::network_queues(&list(data, |input| action(input, QUEUES)));
 }
 
 pub(crate) fn entropy_queues(data: &[u8]) {
-    bascule_devices::fuzzing::entropy_queues(&list(data, action));
+    bascule_devices::fuzzing::entropy_queues(&list(data, |input| action(input, QUEUES)));
 }
 
 pub(crate) fn console_queues(data: &[u8]) {
-    bascule_devices::fuzzing::console_queues(&list(data, action));
+    bascule_devices::fuzzing::console_queues(&list(data, |input| action(input, CONSOLE_QUEUES)));
 }
 
 pub(crate) fn pci_bus(data: &[u8]) {
@@ -50,8 +50,8 @@ fn list<T>(data: &[u8], item: impl Fn(&mut Unstructured<'_>) -> Result<T>) -> Ve
 }
 
 /// Addresses and lengths are mostly those with which a request is valid, as in the tests of the devices.
-fn action(input: &mut Unstructured<'_>) -> Result<DriverAction> {
-    let queue = input.int_in_range(0..=QUEUES - 1)?;
+fn action(input: &mut Unstructured<'_>, queues: u16) -> Result<DriverAction> {
+    let queue = input.int_in_range(0..=queues - 1)?;
     Ok(match input.int_in_range(0..=15)? {
         0..=5 => DriverAction::Descriptor {
             queue,

@@ -58,6 +58,8 @@ pub const DATA_AT: u64 = 0x30_0000;
 pub const TABLE_AT: u64 = 0x40_0000;
 /// The queues that a malicious driver uses are 0 to this, exclusive.
 pub const QUEUES: u16 = 3;
+/// The same of a console device with two ports: the control queues are 2 and 3.
+pub const CONSOLE_QUEUES: u16 = 6;
 /// The part of a queue's rings that is overwritten: the available and the used ring.
 pub const OVERWRITTEN: std::ops::Range<u64> = 0x4000..0x9000;
 
@@ -67,7 +69,7 @@ struct Expected {
     /// The pages that the driver wrote, or gave to the device to write.
     pages: BTreeSet<u64>,
     /// Chains made available, by queue.
-    offers: [u32; QUEUES as usize],
+    offers: [u32; CONSOLE_QUEUES as usize],
     /// Whether the device could write to descriptors, or the driver changed the rings past the actions.
     is_vague: bool,
 }
@@ -86,7 +88,7 @@ impl Expected {
                 if flags & WRITABLE != 0 && address < ram {
                     self.pages
                         .extend(address / PAGE..end.min(ram).div_ceil(PAGE));
-                    let tables = [0..rings(QUEUES)[0], TABLE_AT..TABLE_AT + PAGE];
+                    let tables = [0..rings(CONSOLE_QUEUES)[0], TABLE_AT..TABLE_AT + PAGE];
                     self.is_vague |= tables
                         .iter()
                         .any(|table| address < table.end && table.start < end);
@@ -111,7 +113,7 @@ impl Expected {
             let expected = in_rings.contains(&page) || self.pages.contains(&page);
             assert!(expected, "page {page:#x} was written");
         }
-        for queue in 0..queue_count.min(QUEUES) {
+        for queue in 0..queue_count {
             let used: u16 = driver
                 .ram
                 .read_obj(GuestAddress(rings(queue)[2] + 2))
@@ -476,8 +478,6 @@ fn survives_state(
     }
 }
 
-/// Queues of a console device with two ports.
-const CONSOLE_QUEUES: u16 = 6;
 const PAGE: u64 = 4096;
 /// VIRTQ_DESC_F_WRITE
 const WRITABLE: u16 = 2;

@@ -12,8 +12,8 @@ use bascule_types::{
 };
 use bascule_volume::peer_rpc::{PeerOperation, PeerRequest, frames};
 use bascule_volume_format::{
-    Context, CoordinatorEpoch, DECISION_MAX, Log, MemStore, MetaRecord, Metadata, Requester, Rules,
-    Superblock, Witness, recover,
+    Context, CoordinatorEpoch, DECISION_MAX, Features, Log, MemStore, MetaRecord, Metadata,
+    Requester, Rules, Superblock, Witness, recover,
 };
 
 use self::change::{Choice, Wanted};
@@ -220,6 +220,10 @@ impl Witness for Seen {
         let proved = is_set(self.proved, victim) && !is_set(self.alive, victim);
         self.gave_proof.set(proved);
         proved.then_some(proof).ok_or(MissingProof::Alive)
+    }
+
+    fn newest_record(&self, _slot: SlotId) -> Option<(Owner, Features)> {
+        None
     }
 }
 

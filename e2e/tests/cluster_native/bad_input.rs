@@ -10,7 +10,7 @@ use anyhow::{Result, ensure};
 use bascule_e2e::kubernetes::{Installation, NAMESPACE, VOLUME};
 use bascule_types::{ClusterId, Lba, VolumeId};
 use bascule_volume_format::{
-    BLOCK_BYTES, BLOCK_BYTES_U64, BlockStore, FeatureFlags, Fencing, FencingPolicy, FormatRequest,
+    BLOCK_BYTES, BLOCK_BYTES_U64, BlockStore, Features, Fencing, FencingPolicy, FormatRequest,
     MemStore, Place, Timings, make_volume, seal_block,
 };
 use serde_json::Value;
@@ -242,12 +242,8 @@ fn a_volume_that_cannot_be_used_says_why_and_is_left_as_it_is() {
         let at = |file: &str| dir.path().join(file);
         fs::write(at("small"), vec![0; 1 << 20]).unwrap();
         fs::write(at("garbage"), vec![0x5A; 128 << 20]).unwrap();
-        write_volume(&at("foreign"), FeatureFlags::default()).unwrap();
-        let newer = FeatureFlags {
-            incompat: 1 << 9,
-            ..FeatureFlags::default()
-        };
-        write_volume(&at("newer"), newer).unwrap();
+        write_volume(&at("foreign"), Features::NONE).unwrap();
+        write_volume(&at("newer"), Features::from_bits(1 << 41)).unwrap();
         let files = ["small", "garbage", "foreign", "newer"];
         for file in files {
             for node in lab.nodes() {
@@ -452,8 +448,8 @@ fn volume(name: &str, backing: &str, fencing: &str) -> String {
     )
 }
 
-/// A volume of another cluster, with these flags in its superblock.
-fn write_volume(path: &Path, flags: FeatureFlags) -> io::Result<()> {
+/// A volume of another cluster, with these features in its superblock.
+fn write_volume(path: &Path, features: Features) -> io::Result<()> {
     let device_bytes = 128 << 20;
     let request = FormatRequest {
         volume: VolumeId::random(),
@@ -468,7 +464,7 @@ fn write_volume(path: &Path, flags: FeatureFlags) -> io::Result<()> {
     let mut store = MemStore::new(device_bytes / BLOCK_BYTES_U64);
     let made = make_volume(&mut store, &request, None).map_err(io::Error::other)?;
     let mut superblock = made;
-    superblock.flags = flags;
+    superblock.features = features;
     for lba in superblock.copy_lbas() {
         let volume = superblock.volume;
         store.write(lba, &seal_block(&superblock, Place { volume, lba }))?;

@@ -76,6 +76,14 @@ pub enum Refusal {
     /// The heartbeat slot is held by another node.
     #[error("slot {slot} is taken by another node")]
     SlotTaken { slot: SlotId },
+    /// The node's release does not support features of the volume that were raised, or its heartbeat was not read yet.
+    #[error(
+        "the node needs a newer release: the volume has the features {features:#x}, which it does not show"
+    )]
+    FeaturesMissing {
+        /// One bit for each.
+        features: u64,
+    },
     /// The volume's fencing mode or policy excludes this change.
     #[error("the volume's fencing mode does not allow this")]
     NotAllowed,

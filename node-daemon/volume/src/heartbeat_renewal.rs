@@ -153,6 +153,7 @@ impl Renewal<'_> {
             watchdog,
             detached,
             timings: self.context.superblock.timings,
+            features: self.context.config.features,
             address: self.context.config.address.to_string(),
         };
         let superblock = &self.context.superblock;

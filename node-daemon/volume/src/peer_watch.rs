@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use bascule_types::{SlotId, error_chain};
 use bascule_volume_format::{
-    BlockStore, CoordinatorEpoch, Follower, HeartbeatRecord, Leaders, read_leaders,
-    read_superblock, recover,
+    BlockStore, CoordinatorEpoch, Follower, HeartbeatRecord, Leaders, UnknownFeatures, read_copies,
+    read_leaders, recover,
 };
 use bascule_volume_protocol::{HeartbeatSeen, WatchEvent};
 
@@ -102,7 +102,8 @@ fn read_all<S: BlockStore>(
 fn reopen(context: &VolumeContext) {
     let volume = context.superblock.volume;
     let same = context.device.reopen_if(&mut |mut candidate| {
-        read_superblock(&mut candidate).is_ok_and(|found| found.volume == volume)
+        read_copies(&mut candidate, context.config.features)
+            .is_ok_and(|found| found.current.volume == volume)
     });
     match same {
         Ok(true) => tracing::info!("re-opened the device"),
@@ -138,6 +139,11 @@ fn follow(
         }
     };
     let overview = (followed.epoch(), followed.metadata().overview());
+    let unknown = overview.1.features.without(context.config.features);
+    if !unknown.is_empty() {
+        // The superblock may not name them yet, and a process that took a lease over has not joined anew.
+        context.fail(&UnknownFeatures(unknown).to_string());
+    }
     context.update(|state| {
         if state.coordinator.is_none() {
             state.overview = Some(overview);

@@ -22,7 +22,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use bascule_types::{ClusterId, NodeUid, VolumeId};
-use bascule_volume_format::{Copies, RO_COMPAT_KNOWN, read_copies};
+use bascule_volume_format::{Copies, Features, read_copies};
 use bascule_volume_gate::{GateError, GateWriter, boot_id, boot_time_now};
 use bascule_volume_protocol::{LeasePhase, Rules};
 use clap::Args;
@@ -168,7 +168,8 @@ fn open(args: &ServeArgs) -> Result<Opened> {
     let path = args.device.display();
     let device =
         Device::open(&args.device, Access::ReadWrite).with_context(|| format!("open {path}"))?;
-    let copies = read_copies(&mut device.handle()).with_context(|| path.to_string())?;
+    let copies =
+        read_copies(&mut device.handle(), Features::KNOWN).with_context(|| path.to_string())?;
     let Copies {
         current: superblock,
         stale,
@@ -184,11 +185,9 @@ fn open(args: &ServeArgs) -> Result<Opened> {
             "{path}: volume {id} is bound to cluster {cluster}, not {wanted}"
         );
     }
-    let unknown = superblock.flags.ro_compat & !RO_COMPAT_KNOWN;
-    ensure!(
-        unknown == 0,
-        "{path} needs a newer release to write it (flags {unknown:#x})"
-    );
+    superblock
+        .check_writable(Features::KNOWN)
+        .with_context(|| path.to_string())?;
     let (gate, found) = GateWriter::open(args.run_dir.join("gate"), id)?;
     let process = std::process::id();
     let ledger = WriteLedger::open(LedgerParts {
@@ -220,6 +219,7 @@ fn process_config(args: &ServeArgs, address: SocketAddr) -> Result<ProcessConfig
     Ok(ProcessConfig {
         node: args.node_uid,
         boot: boot_id().context("read the boot id")?.to_bytes(),
+        features: Features::KNOWN,
         rules: Rules::ENFORCED,
         run_dir: args.run_dir.clone(),
         address,

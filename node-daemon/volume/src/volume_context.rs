@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use bascule_types::{BootTime, Lba, NodeUid, Owner, SlotId, VmUid};
 use bascule_volume_format::{
-    CoordinatorEpoch, Fencing, HeartbeatRecord, LeaderBlock, Obsolete, Overview, SlotRow,
+    CoordinatorEpoch, Features, Fencing, HeartbeatRecord, LeaderBlock, Obsolete, Overview, SlotRow,
     Superblock,
 };
 use bascule_volume_gate::{Changes, GateError, GateWriter};
@@ -62,6 +62,8 @@ pub struct ProcessConfig {
     pub node: NodeUid,
     /// The boot id of the kernel.
     pub boot: [u8; 16],
+    /// The features of the format that this release knows.
+    pub features: Features,
     /// All of them; tests break one at a time.
     pub rules: Rules,
     /// The run directory of this volume.

@@ -21,6 +21,8 @@ use std::cmp::Ordering;
 
 use bascule_types::{Lba, VolumeId};
 
+use crate::features::Features;
+
 /// The size of a block of the volume: the unit of addresses and of metadata I/O.
 pub const BLOCK_BYTES: usize = 4096;
 /// The size of a sealed record: the unit of atomic writes.
@@ -109,6 +111,9 @@ pub enum FormatError {
         /// The address in the block's header.
         found: Lba,
     },
+    /// The volume has features without which it must not be used.
+    #[error("it has the features {0}, which this release does not know")]
+    Features(Features),
     /// A field has a value that this version does not define.
     #[error("the field {0} has an undefined value")]
     Field(&'static str),

@@ -14,12 +14,14 @@
 //!     91    1  flags: 1 = detached (every gate closed, every submitted write completed)
 //!     92    4  zero
 //!     96   24  timings
-//!    120   65  address of the node's metadata service: length, 64 bytes
+//!    120    8  features that the node supports (see `features`)
+//!    128   65  address of the node's metadata service: length, 64 bytes
 //! ```
 
 use bascule_types::{Generation, NodeUid, Owner, SlotId};
 
 use crate::envelope::{BodyReader, BodyWriter, FormatError, Kind, Record};
+use crate::features::Features;
 use crate::timing::Timings;
 
 /// Blocks per heartbeat slot.
@@ -44,6 +46,8 @@ pub struct HeartbeatRecord {
     pub detached: bool,
     /// The times by which this node's lease and watchdog work.
     pub timings: Timings,
+    /// The features that the node's release knows.
+    pub features: Features,
     /// `host:port` at which the node's `bascule-volume` takes changes; empty if it takes none.
     pub address: String,
 }
@@ -89,6 +93,7 @@ impl Record for HeartbeatRecord {
         body.u8(u8::from(self.detached));
         body.u32(0);
         self.timings.encode(body);
+        body.u64(self.features.bits());
         body.text(&self.address, ADDRESS_BYTES_MAX);
     }
 
@@ -101,6 +106,7 @@ impl Record for HeartbeatRecord {
         let detached = body.flag("detached")?;
         body.u32();
         let timings = Timings::parse(body)?;
+        let features = Features::from_bits(body.u64());
         let address = body.text::<ADDRESS_BYTES_MAX>("address")?;
         if sequence == 0 {
             return Err(FormatError::Field("sequence"));
@@ -116,6 +122,7 @@ impl Record for HeartbeatRecord {
             watchdog,
             detached,
             timings,
+            features,
             address,
         })
     }

@@ -51,10 +51,9 @@
 //! | 8 | [`UnfinishedFormat`] | [`unfinished_format`] | 0 |
 //!
 //! # Versions
-//! The superblock has a format version and three sets of feature flags. A reader that does not know
-//! a compat flag ignores it; with an unknown ro-compat flag it must not write; with an unknown
-//! incompat flag it must not use the volume at all. The header of each record has the version of its
-//! kind. A flag is raised only when every attached node supports it.
+//! The superblock has a format version and a set of [`features`]. A reader that does not know a ro-compat one must
+//! not write; one that does not know an incompat one must not use the volume at all. The header of each
+//! record has the version of its kind. A feature is raised only when every node that has joined supports it.
 //!
 //! # Extents
 //! Disks and saved states take whole extents. A newly allocated extent holds the data of its last
@@ -72,6 +71,7 @@ mod damage;
 pub mod election_blocks;
 pub mod envelope;
 mod extent_allocator;
+pub mod features;
 pub mod follower;
 pub mod heartbeat;
 pub mod metadata;
@@ -96,6 +96,7 @@ pub use envelope::{
     BLOCK_BYTES, BODY_BYTES, BodyReader, BodyWriter, FormatError, Kind, Place, RECORD_BYTES,
     Record, open, seal, seal_block,
 };
+pub use features::{Features, UnknownFeatures};
 pub use follower::Follower;
 pub use heartbeat::{ADDRESS_BYTES_MAX, HEARTBEAT_RECORDS, HeartbeatRecord, WatchdogKind};
 pub use metadata::{
@@ -110,11 +111,11 @@ pub use repair::{Repair, RepairStep, Repaired, plan_repair};
 pub use rules::Mutation;
 pub use rules::Rules;
 pub use superblock::{
-    FIRST_COPY, FORMAT_VERSION, FeatureFlags, Fencing, FencingPolicy, INCOMPAT_KNOWN,
-    RO_COMPAT_KNOWN, Region, RegionKind, SLOTS_MAX, Superblock, last_copy,
+    FIRST_COPY, FORMAT_VERSION, Fencing, FencingPolicy, Region, RegionKind, SLOTS_MAX, Superblock,
+    last_copy,
 };
 pub use superblock_copies::{
-    Copies, CopyFault, OpenError, RewriteError, StaleCopy, read_copies, read_copy, read_superblock,
+    Copies, CopyFault, OpenError, RewriteError, StaleCopy, read_copies, read_superblock,
     rewrite_superblock,
 };
 pub use timing::{RHO_INVERSE, TimingError, Timings};

@@ -6,6 +6,7 @@
 
 mod decide;
 mod disk_changes;
+mod feature_changes;
 mod ownership_changes;
 mod slot_changes;
 
@@ -18,6 +19,7 @@ use bascule_types::{
 
 use crate::broken;
 use crate::extent_allocator::ExtentAllocator;
+use crate::features::Features;
 use crate::metadata_records::{MetaRecord, SlotRow};
 use crate::superblock::{Fencing, FencingPolicy, Superblock};
 
@@ -36,6 +38,7 @@ pub struct Metadata {
     disks_by_name: BTreeMap<RowName, DiskId>,
     saved: BTreeMap<VmUid, SavedStateRow>,
     fences: BTreeMap<Owner, FenceRow>,
+    features: Features,
     space: ExtentAllocator,
     /// How many VMs each owner owns, and disks it imports. Follows from the rows.
     holders: BTreeMap<Owner, u64>,
@@ -54,6 +57,8 @@ pub struct Overview {
     pub capacity: Bytes,
     /// The free part of it.
     pub free: Bytes,
+    /// The features that were raised.
+    pub features: Features,
 }
 
 /// A record cannot be applied to the present rows: the metadata is damaged.
@@ -92,6 +97,7 @@ impl Metadata {
             disks_by_name: BTreeMap::new(),
             saved: BTreeMap::new(),
             fences: BTreeMap::new(),
+            features: Features::NONE,
             space: ExtentAllocator::new(superblock),
             holders: BTreeMap::new(),
         }
@@ -106,6 +112,7 @@ impl Metadata {
             holders: self.holders.keys().copied().collect(),
             capacity: self.capacity(),
             free: self.free(),
+            features: self.features,
         }
     }
 
@@ -142,19 +149,22 @@ impl Metadata {
             MetaRecord::DeleteFence(victim) => {
                 self.fences.remove(victim);
             }
+            MetaRecord::Features(more) => self.features = self.features.with(*more),
         }
         Ok(())
     }
 
     /// The records of a checkpoint: applied to empty metadata they rebuild these rows. The order is
-    /// fixed: slots, VMs, disks, saved states, fences.
+    /// fixed: features if there are any, slots, VMs, disks, saved states, fences.
     pub fn rows(&self) -> impl Iterator<Item = MetaRecord> + '_ {
+        let features = (!self.features.is_empty()).then_some(MetaRecord::Features(self.features));
         let slots = self.slots.values().copied().map(MetaRecord::Slot);
         let vms = self.vms.values().cloned().map(MetaRecord::Vm);
         let disks = self.disks.values().cloned().map(MetaRecord::Disk);
         let saved = self.saved.values().cloned().map(MetaRecord::Saved);
         let fences = self.fences.values().copied().map(MetaRecord::Fence);
-        slots.chain(vms).chain(disks).chain(saved).chain(fences)
+        let features = features.into_iter().chain(slots);
+        features.chain(vms).chain(disks).chain(saved).chain(fences)
     }
 
     /// The number of all rows, which a checkpoint must have room for.
@@ -164,7 +174,8 @@ impl Metadata {
             + self.vms.len()
             + self.disks.len()
             + self.saved.len()
-            + self.fences.len();
+            + self.fences.len()
+            + usize::from(!self.features.is_empty());
         rows as u64
     }
 
@@ -232,6 +243,12 @@ impl Metadata {
     #[must_use]
     pub fn fence(&self, victim: Owner) -> Option<&FenceRow> {
         self.fences.get(&victim)
+    }
+
+    /// The features that were raised.
+    #[must_use]
+    pub const fn features(&self) -> Features {
+        self.features
     }
 
     /// The size of the extent region in bytes.
@@ -354,12 +371,12 @@ impl Metadata {
         if broken!(context.rules, NoReservedRows) {
             return self.has_room(rows);
         }
-        let kept = self.slots.len() + self.fences.len();
-        let reserved = u64::from(self.slot_count) * RESERVED_PER_SLOT;
+        let kept = self.slots.len() + self.fences.len() + usize::from(!self.features.is_empty());
+        let reserved = u64::from(self.slot_count) * RESERVED_PER_SLOT + RESERVED_FOR_FEATURES;
         self.has_room(rows + reserved.saturating_sub(kept as u64))
     }
 
-    /// Refuses a slot or a fence only if not even a checkpoint would have room. A full table must not
+    /// Refuses a slot, a fence or the features only if not even a checkpoint would have room. A full table must not
     /// keep a node from joining, or a VM from being taken over.
     fn room_for_reserved(&self) -> Result<(), Refusal> {
         self.has_room(1)
@@ -377,3 +394,5 @@ impl Metadata {
 /// A slot's own row, the fence of its present generation and the one of the generation before, which
 /// the next rejoin deletes. Only a present generation is fenced, because no row names an older one.
 const RESERVED_PER_SLOT: u64 = 3;
+/// All features together are one row.
+const RESERVED_FOR_FEATURES: u64 = 1;

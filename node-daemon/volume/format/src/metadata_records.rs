@@ -55,6 +55,7 @@
 //!  8 delete disk        0   16  disk id
 //!  9 delete saved       0   16  vm uid
 //! 10 delete fence       0   11  victim (an owner)
+//! 11 features           0    8  features that are raised from now on, besides those of before
 //!
 //! owner    11 bytes: 1 present (0 or 1), 2 slot, 8 generation
 //! id       17 bytes: 1 present (0 or 1), 16 id                    (vm uid of a disk, attempt)
@@ -69,6 +70,7 @@ use bascule_types::{
 };
 
 use crate::envelope::{BodyReader, BodyWriter, FormatError, check_version};
+use crate::features::Features;
 
 /// The version of every type's payload.
 const VERSION: u8 = 1;
@@ -134,6 +136,8 @@ pub enum MetaRecord {
     DeleteSaved(VmUid),
     /// Deletes a fence record whose victim no row names any more.
     DeleteFence(Owner),
+    /// Raises features, which stay raised.
+    Features(Features),
 }
 
 impl MetaRecord {
@@ -164,6 +168,7 @@ impl MetaRecord {
             Self::DeleteDisk(_) => 8,
             Self::DeleteSaved(_) => 9,
             Self::DeleteFence(_) => 10,
+            Self::Features(_) => 11,
         }
     }
 
@@ -188,6 +193,7 @@ impl MetaRecord {
             Self::DeleteVm(vm) | Self::DeleteSaved(vm) => body.bytes(&vm.to_bytes()),
             Self::DeleteDisk(disk) => body.bytes(&disk.to_bytes()),
             Self::DeleteFence(victim) => encode_owner(Some(*victim), body),
+            Self::Features(features) => body.u64(features.bits()),
         }
     }
 
@@ -231,6 +237,7 @@ impl MetaRecord {
             8 => Ok(Self::DeleteDisk(DiskId::from_bytes(body.array()))),
             9 => Ok(Self::DeleteSaved(VmUid::from_bytes(body.array()))),
             10 => parse_some_owner(body).map(Self::DeleteFence),
+            11 => Ok(Self::Features(Features::from_bits(body.u64()))),
             _ => Err(FormatError::Field("record type")),
         }
     }

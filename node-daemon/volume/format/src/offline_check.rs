@@ -9,6 +9,7 @@ use crate::block_store::BlockStore;
 use crate::damage::{read_leaders, read_record};
 use crate::election_blocks::{CoordinatorEpoch, LeaderBlock, PAXOS_SUBSECTORS, PaxosBlock};
 use crate::envelope::{BLOCK_BYTES, FormatError, Record, open};
+use crate::features::Features;
 use crate::heartbeat::{HEARTBEAT_RECORDS, HeartbeatRecord};
 use crate::recovery::{Recovered, recover};
 use crate::superblock::Superblock;
@@ -77,7 +78,7 @@ pub fn check_volume<S: BlockStore>(store: &mut S) -> Result<Report, OpenError> {
     let Copies {
         current: superblock,
         stale,
-    } = read_copies(store)?;
+    } = read_copies(store, Features::KNOWN)?;
     let mut report = Report::default();
     if let Some(stale) = stale {
         report.find(Severity::Warning, stale.to_string());
@@ -88,6 +89,7 @@ pub fn check_volume<S: BlockStore>(store: &mut S) -> Result<Report, OpenError> {
             for obsolete in &recovered.obsolete {
                 report.find(Severity::Warning, obsolete.to_string());
             }
+            check_features(&superblock, &recovered, &mut report);
             check_rows(&recovered, &mut report);
             report.recovered = Some(recovered);
         }
@@ -182,6 +184,25 @@ fn look<S: BlockStore, R: Record>(
             report.find(Severity::Error, text);
             Ok(None)
         }
+    }
+}
+
+/// Compares the features of the metadata with those of the superblock, which follows them.
+fn check_features(superblock: &Superblock, recovered: &Recovered, report: &mut Report) {
+    let raised = recovered.metadata.features();
+    let unknown = raised.incompat().without(Features::KNOWN);
+    if !unknown.is_empty() {
+        let text = format!(
+            "the metadata has the features {unknown}, which this release does not know: use a newer one"
+        );
+        report.find(Severity::Error, text);
+    }
+    let unannounced = raised.without(superblock.features);
+    if !unannounced.is_empty() {
+        let text = format!(
+            "the superblock does not name the features {unannounced} yet; the next coordinator adds them"
+        );
+        report.find(Severity::Warning, text);
     }
 }
 

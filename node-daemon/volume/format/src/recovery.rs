@@ -17,6 +17,7 @@ use crate::area_blocks::{CheckpointHead, CheckpointId, CheckpointRow, JournalBlo
 use crate::block_store::BlockStore;
 use crate::damage::{DamagedHead, Obsolete, is_older_head, scan_heads};
 use crate::envelope::{BLOCK_BYTES, FormatError, Kind, RECORD_BYTES, open, open_envelope};
+use crate::features::UnknownFeatures;
 use crate::metadata::{Contradiction, Metadata};
 use crate::superblock::Superblock;
 use crate::volume_layout::{AreaId, RECORDS_PER_BLOCK};
@@ -83,6 +84,9 @@ pub enum LogError {
     /// An earlier write or flush failed.
     #[error("an earlier metadata write failed")]
     Failed,
+    /// This release must not write the volume, or not even use it.
+    #[error(transparent)]
+    Unknown(UnknownFeatures),
     /// The only area that may be written next has a failed write, which may still land there.
     #[error(
         "a failed write may still land in metadata area {half} of slot {slot}, which comes next: this node \

@@ -24,6 +24,7 @@ use crate::damage::{
 };
 use crate::election_blocks::{CoordinatorEpoch, LeaderBlock, PAXOS_SUBSECTORS, PaxosBlock};
 use crate::envelope::{BLOCK_BYTES, RECORD_BYTES, open, seal_block};
+use crate::features::Features;
 use crate::metadata::Metadata;
 use crate::recovery::{LogError, recover_from};
 use crate::superblock::Superblock;
@@ -80,8 +81,12 @@ impl Repair {
 /// # Errors
 /// [`OpenError`] when the device holds no volume that this release can read, or cannot be read.
 pub fn plan_repair<S: BlockStore>(store: &mut S) -> Result<Repair, OpenError> {
-    let Copies { current, stale } = read_copies(store)?;
+    let Copies { current, stale } = read_copies(store, Features::KNOWN)?;
     let mut repair = Repair::default();
+    if let Err(unknown) = current.check_writable(Features::KNOWN) {
+        repair.refused.push(unknown.to_string());
+        return Ok(repair);
+    }
     if let Some(StaleCopy { lba, .. }) = stale {
         let block = seal_block(&current, current.place(lba));
         let text = format!("superblock at block {}: write the intact copy", lba.0);

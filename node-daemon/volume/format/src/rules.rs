@@ -146,6 +146,12 @@ pub enum Mutation {
     AttemptForgotten,
     /// The source resumes when a commit request gets no answer.
     ResumeOnNoAnswer,
+    /// A feature is raised although not every joined node supports it.
+    RaiseWithoutAsking,
+    /// A feature is raised on the heartbeat of another generation than the one that has joined.
+    OtherGenerationHasFeatures,
+    /// A node joins although it does not support a feature that was raised.
+    JoinWithoutFeatures,
     /// The source resumes on a refusal, although a copy of its request may still be decided.
     ResumeOnRefusal,
 }

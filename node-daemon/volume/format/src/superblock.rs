@@ -6,9 +6,8 @@
 //! ```text
 //! offset size  field                              (header epoch: rises with every rewrite, from 1)
 //!     48    4  format version, 2
-//!     52    4  compat flags: a reader that does not know one may ignore it
-//!     56    4  ro-compat flags: a reader that does not know one may read, and must not write
-//!     60    4  incompat flags: a reader that does not know one must not use the volume
+//!     52    4  zero
+//!     56    8  features (see `features`)
 //!     64   16  cluster id
 //!     80    1  fencing: 1 watchdog, 2 lease only, 3 persistent reservation (refused until it exists)
 //!     81    1  policy: 1 = a software watchdog counts, 2 = the out-of-service taint counts
@@ -27,16 +26,13 @@ use serde::{Deserialize, Serialize};
 use crate::envelope::{
     BLOCK_BYTES, BodyReader, BodyWriter, FormatError, Kind, Record, check_version, open_envelope,
 };
+use crate::features::{Features, UnknownFeatures};
 use crate::timing::Timings;
 
 /// The format that this release writes.
 pub const FORMAT_VERSION: u16 = 2;
 /// The address of the first copy. The first MiB holds nothing else.
 pub const FIRST_COPY: Lba = Lba(0);
-/// The incompat flags that this release knows.
-pub const INCOMPAT_KNOWN: u32 = 0;
-/// The ro-compat flags that this release knows.
-pub const RO_COMPAT_KNOWN: u32 = 0;
 
 /// A volume's identity, parameters and regions.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -45,8 +41,9 @@ pub struct Superblock {
     pub volume: bascule_types::VolumeId,
     /// Rises with every rewrite of the superblock, from 1.
     pub revision: u64,
-    /// Features that a release must know to read or to write the volume.
-    pub flags: FeatureFlags,
+    /// What a release must know to read or to write the volume. Those of the metadata count: the superblock
+    /// follows them.
+    pub features: Features,
     /// The cluster to which the volume is bound; nodes of another cluster do not attach it.
     pub cluster: ClusterId,
     /// What proves that a failed node has stopped writing.
@@ -63,17 +60,6 @@ pub struct Superblock {
     pub timings: Timings,
     /// One region of each known kind; they do not overlap.
     pub regions: Vec<Region>,
-}
-
-/// Features of the volume, one bit each.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct FeatureFlags {
-    /// A release that does not know a flag ignores it.
-    pub compat: u32,
-    /// A release that does not know a flag must not write to the volume.
-    pub ro_compat: u32,
-    /// A release that does not know a flag must not use the volume.
-    pub incompat: u32,
 }
 
 /// What proves that a failed node has stopped writing.
@@ -138,6 +124,19 @@ impl Superblock {
         };
         let found = self.regions.iter().find(|region| region.kind == kind);
         found.copied().unwrap_or(empty)
+    }
+
+    /// Refuses to write a volume with features that `known` lacks.
+    ///
+    /// # Errors
+    /// [`UnknownFeatures`].
+    pub const fn check_writable(&self, known: Features) -> Result<(), UnknownFeatures> {
+        let unknown = self.features.without(known);
+        if unknown.is_empty() {
+            Ok(())
+        } else {
+            Err(UnknownFeatures(unknown))
+        }
     }
 
     /// The address of the last copy.
@@ -206,9 +205,8 @@ impl Record for Superblock {
 
     fn encode(&self, body: &mut BodyWriter<'_>) {
         body.u32(FORMAT_VERSION.into());
-        body.u32(self.flags.compat);
-        body.u32(self.flags.ro_compat);
-        body.u32(self.flags.incompat);
+        body.u32(0);
+        body.u64(self.features.bits());
         body.bytes(&self.cluster.to_bytes());
         body.u8(self.fencing.code());
         body.u8(self.policy.code());
@@ -229,14 +227,8 @@ impl Record for Superblock {
     fn parse(epoch: u64, body: &mut BodyReader<'_>) -> Result<Self, FormatError> {
         let found = u16::try_from(body.u32()).unwrap_or(u16::MAX);
         check_version(found, FORMAT_VERSION)?;
-        let flags = FeatureFlags {
-            compat: body.u32(),
-            ro_compat: body.u32(),
-            incompat: body.u32(),
-        };
-        if flags.incompat & !INCOMPAT_KNOWN != 0 {
-            return Err(FormatError::Field("incompat flags"));
-        }
+        body.u32();
+        let features = Features::from_bits(body.u64());
         let cluster = ClusterId::from_bytes(body.array());
         let fencing = Fencing::from_code(body.u8())?;
         let policy = FencingPolicy::from_code(body.u8())?;
@@ -256,7 +248,7 @@ impl Record for Superblock {
         let superblock = Self {
             volume: bascule_types::VolumeId::from_bytes([0; 16]),
             revision: epoch,
-            flags,
+            features,
             cluster,
             fencing,
             policy,
@@ -300,14 +292,12 @@ fn parse_regions(body: &mut BodyReader<'_>) -> Result<Vec<Region>, FormatError> 
         let kind = body.u16();
         body.array::<6>();
         let (start, blocks) = (Lba(body.u64()), body.u64());
-        // A region that a later release added under a compat flag is left alone.
-        if let Some(kind) = RegionKind::from_code(kind) {
-            regions.push(Region {
-                kind,
-                start,
-                blocks,
-            });
-        }
+        let kind = RegionKind::from_code(kind).ok_or(FormatError::Field("regions"))?;
+        regions.push(Region {
+            kind,
+            start,
+            blocks,
+        });
     }
     Ok(regions)
 }

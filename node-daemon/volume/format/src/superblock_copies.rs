@@ -21,6 +21,7 @@ use bascule_types::{Lba, VolumeId};
 
 use crate::block_store::BlockStore;
 use crate::envelope::{BLOCK_BYTES, FormatError, Kind, seal_block, volume_of};
+use crate::features::{Features, UnknownFeatures};
 use crate::heartbeat::HEARTBEAT_RECORDS;
 use crate::superblock::{FIRST_COPY, Superblock, last_copy};
 
@@ -95,7 +96,10 @@ pub enum RewriteError {
     /// The device failed: the volume has the old superblock or the new one.
     #[error("cannot write the superblock")]
     Io(#[source] io::Error),
-    /// The change was not made to the superblock that counts, or changes the layout.
+    /// This release must not write the volume.
+    #[error(transparent)]
+    Unknown(#[from] UnknownFeatures),
+    /// The new superblock has no higher revision than the one that counts, or another layout.
     #[error("the superblock was rewritten meanwhile, or its layout was to be changed")]
     Conflict,
     /// No reader would accept the new superblock. Nothing was written.
@@ -145,21 +149,21 @@ impl fmt::Display for StaleCopy {
     }
 }
 
-/// Reads the superblock: the undamaged copy with the highest revision.
+/// Reads the superblock of a volume that this release may read: the undamaged copy with the highest revision.
 ///
 /// # Errors
 /// As [`read_copies`].
 pub fn read_superblock<S: BlockStore>(store: &mut S) -> Result<Superblock, OpenError> {
-    read_copies(store).map(|copies| copies.current)
+    read_copies(store, Features::KNOWN).map(|copies| copies.current)
 }
 
-/// Reads both copies of the superblock.
+/// Reads both copies of the superblock, for a release that knows these features.
 ///
 /// # Errors
 /// [`OpenError`] distinguishes a foreign device, a damaged volume and a newer format. Two intact copies
 /// must be of one volume, and equal if they have the same revision: `format` erases both before it
 /// writes either.
-pub fn read_copies<S: BlockStore>(store: &mut S) -> Result<Copies, OpenError> {
+pub fn read_copies<S: BlockStore>(store: &mut S, known: Features) -> Result<Copies, OpenError> {
     let first = read_copy(store, FIRST_COPY).map_err(OpenError::Io)?;
     let is_lone = first.is_err();
     let lba = match &first {
@@ -170,7 +174,7 @@ pub fn read_copies<S: BlockStore>(store: &mut S) -> Result<Copies, OpenError> {
         Some(lba) => read_copy(store, lba).map_err(OpenError::Io)?,
         None => Err(FormatError::Blank),
     };
-    let copies = choose(first, last)?;
+    let copies = choose(understood(first, known), understood(last, known))?;
     check_length(store, &copies.current)?;
     if is_lone {
         check_heartbeats(store, &copies.current)?;
@@ -178,11 +182,22 @@ pub fn read_copies<S: BlockStore>(store: &mut S) -> Result<Copies, OpenError> {
     Ok(copies)
 }
 
+/// Refuses a copy with features without which the volume must not be used.
+fn understood(
+    copy: Result<Superblock, FormatError>,
+    known: Features,
+) -> Result<Superblock, FormatError> {
+    let copy = copy?;
+    let unknown = copy.features.incompat().without(known);
+    if unknown.is_empty() {
+        Ok(copy)
+    } else {
+        Err(FormatError::Features(unknown))
+    }
+}
+
 /// Reads one copy of the superblock: the inner error says what is wrong with it.
-///
-/// # Errors
-/// The device's.
-pub fn read_copy<S: BlockStore>(
+fn read_copy<S: BlockStore>(
     store: &mut S,
     lba: Lba,
 ) -> io::Result<Result<Superblock, FormatError>> {
@@ -221,57 +236,71 @@ pub(crate) fn possible_copies<S: BlockStore>(store: &mut S) -> io::Result<Vec<Lb
     Ok(lbas)
 }
 
-/// Replaces the superblock: `changed` is the one that counts now but for its flags, fencing, policy and timings. Raises
-/// the revision. Writes and flushes one copy, then the other; one that is damaged or out of date is the first to be
-/// written, because the volume cannot be opened without the other one.
+/// Replaces the superblock by `next`: the one that counts now, but for its features, fencing, policy and timings, and with a
+/// higher revision. Writes and flushes one copy, then the other; one that is damaged or out of date is the first to be
+/// written, because the volume cannot be opened without the other one. If `next` counts already, only the other copy
+/// is written, if it needs to be.
 ///
 /// # Assumes
-/// - Nobody else rewrites the superblock at the same time.
-/// - The writes of every earlier rewrite have ended: after one that failed, its host was reset and the settle time has
-///   passed. A late write of it could give the two copies the same revision with different contents.
+/// A revision is never used for two contents: two writers, or a write of an earlier rewrite that lands late, would leave
+/// two copies that contradict each other. With that, a late write can only bring an older revision back.
 ///
 /// # Errors
 /// [`RewriteError`]. After [`RewriteError::Io`] the volume opens with the old or with the new superblock.
 pub fn rewrite_superblock<S: BlockStore>(
     store: &mut S,
-    changed: &Superblock,
-) -> Result<Superblock, RewriteError> {
-    let Copies { current, stale } = read_copies(store)?;
-    let next = next_revision(&current, changed)?;
+    next: &Superblock,
+    known: Features,
+) -> Result<(), RewriteError> {
+    let Copies { current, stale } = read_copies(store, known)?;
+    current.check_writable(known)?;
+    let stale = stale.map(|stale| stale.lba);
+    if current == *next {
+        return write_copies(store, next, stale);
+    }
+    check_successor(&current, next, known)?;
     let mut lbas = next.copy_lbas();
-    if stale.is_some_and(|stale| stale.lba != FIRST_COPY) {
+    if stale == Some(next.last_copy()) {
         lbas.reverse();
     }
+    write_copies(store, next, lbas)
+}
+
+/// Writes and flushes one copy after the other.
+fn write_copies<S: BlockStore>(
+    store: &mut S,
+    superblock: &Superblock,
+    lbas: impl IntoIterator<Item = Lba>,
+) -> Result<(), RewriteError> {
     for lba in lbas {
-        let block = seal_block(&next, next.place(lba));
+        let block = seal_block(superblock, superblock.place(lba));
         store.write(lba, &block).map_err(RewriteError::Io)?;
         store.flush().map_err(RewriteError::Io)?;
     }
-    Ok(next)
+    Ok(())
 }
 
-/// What a rewrite of `current` to `changed` writes.
-fn next_revision(current: &Superblock, changed: &Superblock) -> Result<Superblock, RewriteError> {
+/// Refuses to replace `current` by `next` where that changes the layout, or where no reader would accept it.
+fn check_successor(
+    current: &Superblock,
+    next: &Superblock,
+    known: Features,
+) -> Result<(), RewriteError> {
     let unchanged = Superblock {
-        flags: current.flags,
+        revision: current.revision,
+        features: current.features,
         fencing: current.fencing,
         policy: current.policy,
         timings: current.timings,
-        ..changed.clone()
+        ..next.clone()
     };
-    let revision = current.revision.checked_add(1);
-    let (true, Some(revision)) = (unchanged == *current, revision) else {
+    if unchanged != *current || next.revision <= current.revision {
         return Err(RewriteError::Conflict);
-    };
-    let next = Superblock {
-        revision,
-        ..changed.clone()
-    };
-    let block = seal_block(&next, next.place(FIRST_COPY));
-    match Superblock::parse_copy(&block, FIRST_COPY) {
-        Ok(_) => Ok(next),
-        Err(error) => Err(RewriteError::Invalid(error)),
     }
+    next.check_writable(known)?;
+    let block = seal_block(next, next.place(FIRST_COPY));
+    let parsed = Superblock::parse_copy(&block, FIRST_COPY);
+    parsed.map(drop).map_err(RewriteError::Invalid)
 }
 
 /// Which of the two copies counts.
@@ -351,7 +380,9 @@ fn neither(first: FormatError, last: FormatError) -> OpenError {
 /// The refusal of a volume with a copy that is intact, and that another release wrote.
 fn not_understood(error: FormatError) -> Option<OpenError> {
     match error {
-        FormatError::Newer { .. } | FormatError::Field(_) => Some(OpenError::Newer(error)),
+        FormatError::Newer { .. } | FormatError::Features(_) | FormatError::Field(_) => {
+            Some(OpenError::Newer(error))
+        }
         FormatError::Older { .. } => Some(OpenError::Older(error)),
         _ => None,
     }

@@ -32,9 +32,10 @@ use bascule_types::{ClusterId, Lba, SlotId, VolumeId};
 
 use crate::election_blocks::PAXOS_SUBSECTORS;
 use crate::envelope::{BLOCK_BYTES, Place, RECORD_BYTES};
+use crate::features::Features;
 use crate::heartbeat::HEARTBEAT_RECORDS;
 use crate::superblock::{
-    BLOCKS_PER_MIB, FeatureFlags, Fencing, FencingPolicy, Region, RegionKind, SLOTS_MAX, Superblock,
+    BLOCKS_PER_MIB, Fencing, FencingPolicy, Region, RegionKind, SLOTS_MAX, Superblock,
 };
 use crate::timing::{TimingError, Timings};
 
@@ -106,7 +107,7 @@ impl FormatRequest {
         Ok(Superblock {
             volume: self.volume,
             revision: 1,
-            flags: FeatureFlags::default(),
+            features: Features::NONE,
             cluster: self.cluster,
             fencing: self.fencing,
             policy: self.policy,

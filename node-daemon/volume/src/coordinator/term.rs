@@ -12,15 +12,18 @@
 //! requests there are. While they take their time, the next requests queue. No answer is sent, and no
 //! overview is published, before the whole group is in force.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use bascule_ipc::volume::{Rows, VmRows};
 use bascule_types::{
-    BootTime, Change, DiskId, Epoch, FenceProof, MissingProof, Owner, Refusal, VmUid, error_chain,
+    BootTime, Change, DiskId, Epoch, FenceProof, MissingProof, Owner, Refusal, SlotId, VmUid,
+    error_chain,
 };
 use bascule_volume_format::{
-    Context, Contradiction, CoordinatorEpoch, DECISION_MAX, Decision, GROUP_MAX, LeaderBlock, Log,
-    LogError, MetaRecord, Metadata, Overview, Recovered, Requester, SlotRow, Witness, recover,
+    Context, Contradiction, CoordinatorEpoch, DECISION_MAX, Decision, Features, GROUP_MAX,
+    LeaderBlock, Log, LogError, MetaRecord, Metadata, Overview, Recovered, Requester, RewriteError,
+    SlotRow, Superblock, UnknownFeatures, Witness, recover, rewrite_superblock,
 };
 use bascule_volume_protocol::fence::{self, FencePolicy};
 use bascule_volume_protocol::{
@@ -45,6 +48,8 @@ struct Term<'a> {
     metadata: Metadata,
     rule: Option<Coordinator>,
     tickets: u64,
+    /// The features that the superblock names.
+    announced: Features,
 }
 
 /// Serves requests in `epoch` until the term ends.
@@ -67,6 +72,7 @@ pub fn run(context: &VolumeContext, store: &mut Store, me: Owner, epoch: Coordin
         metadata,
         rule: Some(Coordinator::new(epoch, context.config.rules)),
         tickets: 0,
+        announced: context.superblock.features,
     };
     term.announce_slots(&overview);
     context.update(|state| {
@@ -99,6 +105,13 @@ fn start(
         // The checkpoint is of a later epoch: another coordinator was elected meanwhile.
         return Err(LogError::Failed);
     }
+    let unknown = recovered
+        .metadata
+        .features()
+        .without(context.config.features);
+    if !unknown.is_empty() {
+        return Err(LogError::Unknown(UnknownFeatures(unknown)));
+    }
     let barred = store.ledger().barred(me.slot);
     let term = (me.slot, epoch);
     let log = Log::start(store, &context.superblock, &recovered, term, &barred)?;
@@ -125,6 +138,8 @@ impl Term<'_> {
     fn serve(&mut self, jobs: &JobQueue) {
         let look_again = self.context.superblock.timings.poll / 2;
         while self.may_go_on() {
+            self.raise_features();
+            self.announce_features();
             if jobs.is_empty() {
                 self.context.wait_until(look_again, |_| !jobs.is_empty());
                 continue;
@@ -163,19 +178,84 @@ impl Term<'_> {
                 Err(error) => return self.end(&LogError::from(error)),
             }
         }
-        if let Err(error) = self.log.commit(self.store, &group) {
-            return self.end(&error);
-        }
-        if !self.is_in_force() {
+        if !self.commit(&group) {
             return;
         }
-        self.publish(&group);
         for (job, response) in answered {
             job.answer(response);
         }
         self.context.announce();
+        self.checkpoint();
+    }
+
+    /// Makes a group durable whose records are applied, and publishes it. Whether it is in force then.
+    fn commit(&mut self, group: &[MetaRecord]) -> bool {
+        if let Err(error) = self.log.commit(self.store, group) {
+            self.end(&error);
+            return false;
+        }
+        let is_in_force = self.is_in_force();
+        if is_in_force {
+            self.publish(group);
+        }
+        is_in_force
+    }
+
+    fn checkpoint(&mut self) {
         if let Err(error) = self.log.checkpoint_if_due(self.store, &self.metadata) {
             self.end(&error);
+        }
+    }
+
+    /// Raises the features that every joined node supports by now.
+    fn raise_features(&mut self) {
+        let config = &self.context.config;
+        if config.features.without(self.metadata.features()).is_empty() {
+            return;
+        }
+        let view = FenceView::of(self.context);
+        let raised = (self.metadata).raise_features(config.features, &view, config.rules);
+        let Some(record) = raised else {
+            return;
+        };
+        if let Err(error) = self.metadata.apply(&record) {
+            return self.end(&LogError::from(error));
+        }
+        if self.commit(&[record]) {
+            let features = self.metadata.features();
+            tracing::info!(%features, "every node supports these features of the volume: they are in use now");
+            self.checkpoint();
+        }
+    }
+
+    /// Adds what is raised to the superblock. Also what an earlier coordinator has raised, which may have crashed before
+    /// it came to this.
+    fn announce_features(&mut self) {
+        let features = self.metadata.features();
+        let is_in_force = self.rule.as_ref().is_some_and(Coordinator::is_active);
+        if features == self.announced || !is_in_force {
+            return;
+        }
+        let next = Superblock {
+            features,
+            revision: superblock_revision(self.log.epoch(), features),
+            ..self.context.superblock.clone()
+        };
+        match rewrite_superblock(self.store, &next, self.context.config.features) {
+            Ok(()) => self.announced = features,
+            Err(RewriteError::Io(source)) => {
+                let what = "write the superblock";
+                self.end(&LogError::Io { what, source });
+            }
+            // A later coordinator has rewritten it, or it cannot be read: the next term tries again.
+            Err(error) => {
+                let error = error_chain(&error);
+                tracing::warn!(
+                    error,
+                    "the superblock does not name the volume's features yet"
+                );
+                self.announced = features;
+            }
         }
     }
 
@@ -225,7 +305,7 @@ impl Term<'_> {
     fn decide(&mut self, change: &Change, request: &PeerRequest) -> Result<Decision, Refusal> {
         match self.decide_on_current_evidence(change, request) {
             // The heartbeat may be newer than the last poll.
-            Err(Refusal::LeaseInvalid { .. }) => {
+            Err(Refusal::LeaseInvalid { .. } | Refusal::FeaturesMissing { .. }) => {
                 peer_watch::read_once(self.context, self.store);
                 self.decide_on_current_evidence(change, request)
             }
@@ -319,6 +399,8 @@ impl Term<'_> {
 /// The evidence about other nodes at one moment.
 struct FenceView {
     watcher: Watcher,
+    /// Of the newest record of each slot: who wrote it, and its features.
+    records: BTreeMap<SlotId, (Owner, Features)>,
     now: BootTime,
     policy: FencePolicy,
     /// The volume's watch time W.
@@ -327,8 +409,15 @@ struct FenceView {
 
 impl FenceView {
     fn of(context: &VolumeContext) -> Self {
+        let state = context.state();
+        let records = state.heartbeats.iter();
+        let records = records.map(|(slot, record)| (*slot, (record.owner, record.features)));
+        let records = records.collect();
+        let watcher = state.watcher.clone();
+        drop(state);
         Self {
-            watcher: context.state().watcher.clone(),
+            watcher,
+            records,
             now: context.now(),
             watch: context.superblock.timings.watch,
             policy: FencePolicy {
@@ -352,8 +441,24 @@ impl Witness for FenceView {
     fn proof(&self, victim: Owner) -> Result<FenceProof, MissingProof> {
         fence::verify(self.policy, &self.watcher.evidence(victim))
     }
+
+    fn newest_record(&self, slot: SlotId) -> Option<(Owner, Features)> {
+        self.records.get(&slot).copied()
+    }
 }
 
+/// The revision of the superblock that a coordinator of `epoch` writes. It names the writer and the contents: within an
+/// epoch features are only added, and a later epoch counts more than a late write of an earlier one.
+fn superblock_revision(epoch: CoordinatorEpoch, features: Features) -> u64 {
+    let count = u64::from(features.bits().count_ones());
+    epoch
+        .0
+        .saturating_mul(REVISIONS_PER_EPOCH)
+        .saturating_add(count)
+}
+
+/// More than there are features.
+const REVISIONS_PER_EPOCH: u64 = 128;
 /// Requests of one group, also such as need no record: bounds the time until the first is answered.
 const REQUESTS_MAX: usize = 64;
 /// The `what` of a [`LogError::Io`] whose read failed: no write was lost.

@@ -20,6 +20,7 @@
 mod administrator;
 mod disk;
 mod faults;
+mod features;
 mod group_commit;
 mod guest;
 mod guest_disk;

@@ -19,7 +19,7 @@ use bascule_volume::process::{Opened, assemble};
 use bascule_volume::volume_context::{ProcessConfig, VolumeContext};
 use bascule_volume::watchdog_client;
 use bascule_volume::write_ledger::{LedgerParts, WriteLedger};
-use bascule_volume_format::{SlotPart, read_superblock};
+use bascule_volume_format::{Features, SlotPart, read_copies};
 use bascule_volume_gate::{Changes, Clock, GateReader, GateView, GateWriter};
 
 use crate::Setup;
@@ -51,6 +51,8 @@ pub(crate) struct Node {
     drift: i64,
     next_pid: u32,
     processes: BTreeSet<u32>,
+    /// The features that its release of `bascule-volume` knows.
+    pub(crate) features: Features,
     pub(crate) volume: Option<Arc<VolumeContext>>,
     pub(crate) volume_pid: Option<u32>,
     pub(crate) cut_off_until: u64,
@@ -79,6 +81,7 @@ impl World {
             drift: i64::try_from(scheduler.below(1000)).unwrap_or(0) - 500,
             next_pid: 100,
             processes: BTreeSet::new(),
+            features: Features::KNOWN,
             volume: None,
             volume_pid: None,
             cut_off_until: 0,
@@ -105,6 +108,10 @@ impl World {
     pub(crate) fn oracle(&self) -> MutexGuard<'_, Oracle> {
         let oracle = self.disk.oracle.lock();
         oracle.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn features(&self, node: u8) -> Features {
+        self.nodes()[usize::from(node)].features
     }
 
     pub(crate) fn initiator(&self, node: u8) -> Initiator {
@@ -232,6 +239,7 @@ impl World {
         let config = ProcessConfig {
             node: node_uid(node),
             boot: boot_bytes(self.initiator(node)),
+            features: self.features(node),
             rules: self.setup.rules,
             run_dir: self.run_dir(node),
             address: address(node),
@@ -271,7 +279,8 @@ impl World {
             about_to_write: Arc::new(about_to_write),
             has_written_area: false,
         };
-        let superblock = read_superblock(&mut device.clone())?;
+        let superblock = read_copies(&mut device.clone(), self.features(node))?.current;
+        superblock.check_writable(self.features(node))?;
         let run_dir = self.run_dir(node);
         let (gate, found) = GateWriter::open(run_dir.join("gate"), superblock.volume)?;
         let ledger = WriteLedger::open(LedgerParts {

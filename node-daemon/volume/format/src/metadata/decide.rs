@@ -3,10 +3,11 @@
 
 use bascule_types::{
     Answer, Change, DiskId, FenceProof, MissingProof, NodeUid, Owner, Ownership, Refusal,
-    SavedStateSum,
+    SavedStateSum, SlotId,
 };
 
 use super::Metadata;
+use crate::features::Features;
 use crate::metadata_records::MetaRecord;
 use crate::rules::Rules;
 
@@ -29,6 +30,10 @@ pub trait Witness {
     /// # Errors
     /// What is missing for a proof.
     fn proof(&self, victim: Owner) -> Result<FenceProof, MissingProof>;
+
+    /// Who wrote the newest heartbeat record of the slot that was read, and the features that it has; none if none
+    /// was read.
+    fn newest_record(&self, slot: SlotId) -> Option<(Owner, Features)>;
 }
 
 /// The node whose `bascule-volume` sent the change.

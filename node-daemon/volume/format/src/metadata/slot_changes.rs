@@ -52,6 +52,7 @@ impl Metadata {
         if row.generation != from.generation || to.generation < from.generation {
             return Err(Refusal::StaleOwner { owner: to });
         }
+        self.check_features(to, context)?;
         // The row's boot id overrides `rebooted: false` of the request: no process of a generation of
         // an earlier boot exists any more.
         let rebooted = rebooted || row.boot != context.requester.boot;

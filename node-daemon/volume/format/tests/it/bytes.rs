@@ -11,8 +11,8 @@ use bascule_types::{
 };
 use bascule_volume_format::{
     Accepted, BlockStore, CheckpointHead, CheckpointId, CheckpointRow, CoordinatorEpoch,
-    FIRST_COPY, FormatError, HeartbeatRecord, JournalBlock, LeaderBlock, MetaRecord, OpenError,
-    PaxosBlock, Place, RUNS_MAX, Record, RegionKind, SlotRow, Superblock, Timings,
+    FIRST_COPY, Features, FormatError, HeartbeatRecord, JournalBlock, LeaderBlock, MetaRecord,
+    OpenError, PaxosBlock, Place, RUNS_MAX, Record, RegionKind, SlotRow, Superblock, Timings,
     UnfinishedFormat, WatchdogKind, open, read_superblock, seal, seal_block,
 };
 use proptest::prelude::*;
@@ -31,6 +31,7 @@ fn heartbeat() -> HeartbeatRecord {
         watchdog: WatchdogKind::Hardware,
         detached: false,
         timings: Timings::DEFAULT,
+        features: Features::from_bits(0x0908_0706_0504_0302),
         address: "192.0.2.7:7440".to_owned(),
     }
 }
@@ -226,6 +227,7 @@ fn every_record() -> Vec<MetaRecord> {
         MetaRecord::DeleteDisk(DiskId::from_bytes([0x88; 16])),
         MetaRecord::DeleteSaved(VmUid::from_bytes([0x55; 16])),
         MetaRecord::DeleteFence(owner(3, 7)),
+        MetaRecord::Features(Features::from_bits(0x0908_0706_0504_0302)),
     ]
 }
 
@@ -263,7 +265,7 @@ fn altered(offset: usize, value: u8) -> Result<CheckpointRow, FormatError> {
 #[test]
 fn a_record_of_another_type_version_or_length_is_refused() {
     let newer = FormatError::Newer { found: 2, known: 1 };
-    assert_eq!(altered(0, 11), Err(FormatError::Field("record type")));
+    assert_eq!(altered(0, 12), Err(FormatError::Field("record type")));
     assert_eq!(altered(1, 2), Err(newer));
     let (length, [low, high]) = (276_u16, 276_u16.to_le_bytes());
     assert!(
@@ -431,7 +433,7 @@ proptest! {
     }
 
     #[test]
-    fn a_damaged_record_never_panics(at in 66_usize..512, byte: u8, which in 0_usize..11) {
+    fn a_damaged_record_never_panics(at in 66_usize..512, byte: u8, which in 0_usize..12) {
         let record = every_record().swap_remove(which);
         let journal = JournalBlock { id: CHECKPOINT, sequence: 0, position: 0, more: false, record };
         let mut bytes = seal(&journal, PLACE);

@@ -7,8 +7,9 @@ use bascule_types::{
     Refusal, RowName, SlotId, VmRow, VmUid, VolumeId,
 };
 use bascule_volume_format::{
-    BlockStore, Context, DECISION_MAX, Fencing, FencingPolicy, FormatRequest, Log, LogError,
-    MemStore, MetaRecord, Metadata, Requester, Rules, Superblock, Timings, Witness, make_volume,
+    BlockStore, Context, DECISION_MAX, Features, Fencing, FencingPolicy, FormatRequest, Log,
+    LogError, MemStore, MetaRecord, Metadata, Requester, Rules, Superblock, Timings, Witness,
+    make_volume,
 };
 
 pub(crate) const DEVICE_BYTES: u64 = 64 << 20;
@@ -75,6 +76,8 @@ pub(crate) struct TestWitness {
     /// The coordinator could not read the volume for a while: it saw nothing rise.
     pub(crate) unread: bool,
     pub(crate) proofs: BTreeMap<Owner, FenceProof>,
+    /// The features in the heartbeats of these generations; no other record was read.
+    pub(crate) features: BTreeMap<Owner, Features>,
 }
 
 impl Witness for TestWitness {
@@ -91,6 +94,12 @@ impl Witness for TestWitness {
 
     fn proof(&self, victim: Owner) -> Result<FenceProof, MissingProof> {
         self.proofs.get(&victim).copied().ok_or(MissingProof::Alive)
+    }
+
+    fn newest_record(&self, slot: SlotId) -> Option<(Owner, Features)> {
+        let mut records = self.features.iter().rev();
+        let newest = records.find(|(owner, _)| owner.slot == slot);
+        newest.map(|(owner, features)| (*owner, *features))
     }
 }
 

@@ -11,6 +11,7 @@ mod coordinator_decisions;
 mod crash;
 mod crash_again;
 mod damage;
+mod features;
 mod fixture;
 mod follower;
 mod format_again;

@@ -3,7 +3,7 @@
 
 use bascule_types::{Lba, SlotId, VolumeId};
 use bascule_volume_format::{
-    BLOCK_BYTES, BlockStore, CopyFault, FIRST_COPY, FeatureFlags, FencingPolicy, FormatError,
+    BLOCK_BYTES, BlockStore, Copies, CopyFault, FIRST_COPY, Features, FencingPolicy, FormatError,
     FormatRequest, HeartbeatRecord, MemStore, OpenError, RegionKind, RewriteError, Severity,
     StaleCopy, Superblock, Timings, WatchdogKind, check_volume, make_volume, plan_repair,
     read_copies, read_superblock, rewrite_superblock, seal_block,
@@ -44,8 +44,20 @@ fn with_policy(superblock: &Superblock, out_of_service_taint: bool) -> Superbloc
     };
     Superblock {
         policy,
+        revision: superblock.revision + 1,
         ..superblock.clone()
     }
+}
+
+fn copies_of(store: &mut MemStore) -> Copies {
+    read_copies(store, Features::KNOWN).unwrap()
+}
+
+/// The superblock after a rewrite that changes the policy.
+fn rewritten(store: &mut MemStore, superblock: &Superblock) -> Superblock {
+    let next = with_policy(superblock, true);
+    rewrite_superblock(store, &next, Features::KNOWN).unwrap();
+    next
 }
 
 /// What a power loss leaves that tears every block under way behind its first `cut` bytes; the rest of the
@@ -89,14 +101,10 @@ fn interrupted(
     cuts: &[usize],
     story: &str,
 ) -> Vec<(MemStore, Superblock)> {
-    let changed = with_policy(before, !before.policy.out_of_service_taint);
-    let after = Superblock {
-        revision: before.revision + 1,
-        ..changed.clone()
-    };
+    let after = with_policy(before, !before.policy.out_of_service_taint);
     let mut left = Vec::new();
     fail_everywhere(device, |store, budget| {
-        let done = rewrite_superblock(store, &changed);
+        let done = rewrite_superblock(store, &after, Features::KNOWN);
         for mut device in left_of(store, cuts) {
             let opened = read_superblock(&mut device)
                 .unwrap_or_else(|error| panic!("{story}, failed after {budget}: {error}"));
@@ -112,7 +120,7 @@ fn interrupted(
 /// A volume whose superblock was rewritten once, with both copies intact, or one of them damaged or out of date.
 fn rewritten_volumes() -> (Superblock, Vec<(MemStore, String)>) {
     let (mut store, older) = formatted();
-    let current = rewrite_superblock(&mut store, &with_policy(&older, true)).unwrap();
+    let current = rewritten(&mut store, &older);
     assert_eq!(current.revision, older.revision + 1);
     let mut volumes = vec![(store.clone(), "both intact".to_owned())];
     for lba in current.copy_lbas() {
@@ -156,16 +164,19 @@ fn the_next_rewrite_and_a_repair_mend_a_copy_that_is_damaged_or_out_of_date() {
         let repair = plan_repair(&mut repaired).unwrap();
         assert_eq!(repair.steps.len(), 1, "{story}");
         repair.perform(&mut repaired).unwrap();
-        let copies = read_copies(&mut repaired).unwrap();
+        let copies = copies_of(&mut repaired);
         assert_eq!(
             (copies.current, copies.stale),
             (current.clone(), None),
             "{story}"
         );
-        let mut rewritten = store;
-        let next = rewrite_superblock(&mut rewritten, &current).unwrap();
-        let copies = read_copies(&mut rewritten).unwrap();
-        assert_eq!((copies.current, copies.stale), (next, None), "{story}");
+        for next in [current.clone(), with_policy(&current, false)] {
+            // The one that counts already, and a later one.
+            let mut store = store.clone();
+            rewrite_superblock(&mut store, &next, Features::KNOWN).unwrap();
+            let copies = copies_of(&mut store);
+            assert_eq!((copies.current, copies.stale), (next, None), "{story}");
+        }
     }
 }
 
@@ -175,7 +186,7 @@ fn one_damaged_superblock_is_survived_and_reported_and_two_are_an_error() {
     for lba in superblock.copy_lbas() {
         let mut store = store.clone();
         write(&mut store, lba, &GARBAGE);
-        let copies = read_copies(&mut store).unwrap();
+        let copies = copies_of(&mut store);
         let fault = CopyFault::Damaged(FormatError::Magic);
         assert_eq!(copies.stale, Some(StaleCopy { lba, fault }));
         assert_eq!(copies.current, superblock);
@@ -195,11 +206,11 @@ fn one_damaged_superblock_is_survived_and_reported_and_two_are_an_error() {
 #[test]
 fn an_older_copy_is_reported_with_its_revision() {
     let (mut store, older) = formatted();
-    let current = rewrite_superblock(&mut store, &with_policy(&older, true)).unwrap();
+    let current = rewritten(&mut store, &older);
     for lba in current.copy_lbas() {
         let mut store = store.clone();
         write(&mut store, lba, &seal_block(&older, older.place(lba)));
-        let copies = read_copies(&mut store).unwrap();
+        let copies = copies_of(&mut store);
         assert_eq!(copies.current, current);
         let report = check_volume(&mut store).unwrap();
         let said: Vec<_> = report.findings.iter().map(ToString::to_string).collect();
@@ -220,12 +231,13 @@ fn two_intact_superblocks_that_contradict_each_other_are_refused() {
         read_superblock(&mut store)
     };
     // A copy of another revision is the remainder of an unfinished rewrite.
-    let newer = Superblock {
-        revision: superblock.revision + 1,
-        ..with_policy(&superblock, true)
-    };
+    let newer = with_policy(&superblock, true);
     assert_eq!(open_with(&newer).unwrap(), newer);
-    let error = open_with(&with_policy(&superblock, true)).unwrap_err();
+    let other = Superblock {
+        revision: superblock.revision,
+        ..newer.clone()
+    };
+    let error = open_with(&other).unwrap_err();
     assert!(
         matches!(error, OpenError::CopiesDiffer { revision: 1 }),
         "{error}"
@@ -244,25 +256,21 @@ fn two_intact_superblocks_that_contradict_each_other_are_refused() {
     assert!(named, "{error}");
 }
 
-/// A release that raises an incompat flag and is interrupted: the copy that it did not reach still allows everything.
+/// A release that raises a feature and is interrupted: the copy that it did not reach still allows everything.
 #[test]
 fn an_intact_copy_of_a_later_release_refuses_the_volume_whatever_the_other_one_says() {
     let (store, superblock) = formatted();
-    let flags = FeatureFlags {
-        incompat: 1 << 31,
-        ..FeatureFlags::default()
-    };
+    let features = Features::from_bits(1 << 63);
     let later = Superblock {
-        revision: superblock.revision + 1,
-        flags,
-        ..superblock.clone()
+        features,
+        ..with_policy(&superblock, true)
     };
     for lba in superblock.copy_lbas() {
         let mut store = store.clone();
         write(&mut store, lba, &seal_block(&later, later.place(lba)));
         let error = read_superblock(&mut store).unwrap_err();
-        let incompat = FormatError::Field("incompat flags");
-        assert!(matches!(error, OpenError::Newer(cause) if cause == incompat));
+        let unknown = FormatError::Features(features);
+        assert!(matches!(error, OpenError::Newer(cause) if cause == unknown));
         let planned = plan_repair(&mut store);
         assert!(matches!(planned, Err(OpenError::Newer(_))), "{planned:?}");
     }
@@ -272,9 +280,9 @@ fn an_intact_copy_of_a_later_release_refuses_the_volume_whatever_the_other_one_s
 fn the_last_superblock_is_found_although_the_device_has_grown() {
     let (mut store, superblock) = formatted();
     store.resize(GROWN_BLOCKS);
-    let copies = read_copies(&mut store).unwrap();
+    let copies = copies_of(&mut store);
     assert_eq!((&copies.current, copies.stale), (&superblock, None));
-    let current = rewrite_superblock(&mut store, &with_policy(&superblock, true)).unwrap();
+    let current = rewritten(&mut store, &superblock);
     let mut without_last = store.clone();
     write(&mut without_last, superblock.last_copy(), &GARBAGE);
     plan_repair(&mut without_last)
@@ -353,6 +361,7 @@ fn heartbeat(slot: u16) -> HeartbeatRecord {
         watchdog: WatchdogKind::None,
         detached: false,
         timings: Timings::DEFAULT,
+        features: Features::NONE,
         address: String::new(),
     }
 }
@@ -390,7 +399,7 @@ fn a_last_superblock_that_names_another_length_does_not_count() {
     let longer = another(GROWN_BLOCKS * 4096).lay_out().unwrap();
     let lba = superblock.last_copy();
     write(&mut store, lba, &seal_block(&longer, longer.place(lba)));
-    let copies = read_copies(&mut store).unwrap();
+    let copies = copies_of(&mut store);
     assert_eq!(copies.current, superblock);
     assert!(copies.stale.is_some());
     write(&mut store, FIRST_COPY, &GARBAGE);
@@ -424,32 +433,32 @@ fn a_superblock_with_a_region_in_the_first_or_the_last_mib_or_with_half_a_mib_is
 #[test]
 fn a_rewrite_starts_from_what_counts_changes_no_layout_and_writes_nothing_that_no_reader_accepts() {
     let (mut store, first) = formatted();
-    let current = rewrite_superblock(&mut store, &with_policy(&first, true)).unwrap();
-    let mut last = current.clone();
-    last.revision = u64::MAX;
-    let mut exhausted = store.clone();
-    for lba in last.copy_lbas() {
-        write(&mut exhausted, lba, &seal_block(&last, last.place(lba)));
-    }
-    let mut longer = current.clone();
+    let current = rewritten(&mut store, &first);
+    let mut longer = with_policy(&current, false);
     longer.blocks += 256;
-    let mut moved = current.clone();
+    let mut moved = with_policy(&current, false);
     moved.regions[0].start = Lba(512);
-    let rewritten_since = with_policy(&first, false);
+    let same_revision = with_policy(&first, false);
+    let mut older = with_policy(&first, false);
+    older.revision = 0;
     for (store, changed) in [
-        (&mut store.clone(), &rewritten_since),
+        (&mut store.clone(), &same_revision),
+        (&mut store.clone(), &older),
         (&mut store.clone(), &longer),
         (&mut store.clone(), &moved),
-        (&mut exhausted, &last),
     ] {
         // The first write would be another error.
         store.fail_after(0);
-        let error = rewrite_superblock(store, changed).unwrap_err();
+        let error = rewrite_superblock(store, changed, Features::KNOWN).unwrap_err();
         assert!(matches!(error, RewriteError::Conflict), "{error}");
     }
-    let mut unknown = current;
-    unknown.flags.incompat = 1 << 31;
+    let mut unknown = with_policy(&current, false);
+    unknown.features = Features::from_bits(1);
+    let mut invalid = with_policy(&current, false);
+    invalid.timings.watch = invalid.timings.lease;
     store.fail_after(0);
-    let error = rewrite_superblock(&mut store, &unknown).unwrap_err();
+    let error = rewrite_superblock(&mut store, &unknown, Features::KNOWN).unwrap_err();
+    assert!(matches!(error, RewriteError::Unknown(_)), "{error}");
+    let error = rewrite_superblock(&mut store, &invalid, Features::KNOWN).unwrap_err();
     assert!(matches!(error, RewriteError::Invalid(_)), "{error}");
 }

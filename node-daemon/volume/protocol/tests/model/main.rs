@@ -13,6 +13,7 @@ mod table;
 mod coordinator;
 mod election;
 mod election_on_disk;
+mod features;
 mod fence;
 mod handover;
 mod lease;

@@ -7,8 +7,8 @@ use bascule_types::{
     NodeUid, Owner, Refusal, RowName, SlotId, VmUid, VolumeId,
 };
 use bascule_volume_format::{
-    Context, Fencing, FencingPolicy, FormatRequest, MetaRecord, Metadata, Requester, Timings,
-    Witness,
+    Context, Features, Fencing, FencingPolicy, FormatRequest, MetaRecord, Metadata, Requester,
+    Timings, Witness,
 };
 use bascule_volume_protocol::{Mutation, Rules};
 
@@ -37,6 +37,10 @@ where
 
     fn proof(&self, victim: Owner) -> Result<FenceProof, MissingProof> {
         (self.proof)(victim)
+    }
+
+    fn newest_record(&self, _: SlotId) -> Option<(Owner, Features)> {
+        None
     }
 }
 

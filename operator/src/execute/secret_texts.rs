@@ -2,10 +2,11 @@
 //! (`secrets.rs`).
 
 use anyhow::Result;
-use bascule_ipc::vm::VmState;
+use bascule_ipc::vm::VmStatus;
 use bascule_node_api::cloud_init::inline_texts;
 use bascule_node_api::command::{Command, Outcome, VmSpec};
-use bascule_types::Epoch;
+use bascule_node_api::report::VmReport;
+use bascule_types::{Epoch, VmUid};
 
 use crate::execute::execution::Execution;
 use crate::vm_intent::{secret_key, vm_spec};
@@ -40,11 +41,8 @@ impl Execution<'_> {
     /// has it.
     async fn saved_spec(&self, epoch: Epoch) -> Result<Option<VmSpec>> {
         let vm = self.intent.uid;
-        let source = self.context.nodes.reporting(|process| {
-            let status = &process.status;
-            let departed = status.state == VmState::Departed;
-            status.uid == vm && status.epoch.next() == epoch && departed
-        });
+        let is_it = |process: &VmReport| saved_for(&process.status, vm, epoch);
+        let source = self.context.nodes.reporting(is_it);
         let Some(node) = source else {
             return Ok(None);
         };
@@ -53,6 +51,55 @@ impl Execution<'_> {
             Outcome::Spec(spec) if spec.uid == vm => Ok(Some(*spec)),
             // It has removed the process in the meantime.
             _ => Ok(None),
+        }
+    }
+}
+
+/// Whether this is the process that saved the guest for `epoch`: its owner until then. The volume may tell of the new
+/// epoch before the process's node reports that it has departed.
+fn saved_for(process: &VmStatus, vm: VmUid, epoch: Epoch) -> bool {
+    process.uid == vm && process.epoch.next() == epoch
+}
+
+#[cfg(test)]
+mod tests {
+    use bascule_ipc::vm::{PanicStatus, ResetStatus, VmState};
+
+    use super::*;
+
+    #[test]
+    fn the_process_that_saved_a_guest_is_known_before_it_is_reported_as_departed() {
+        let vm = VmUid::from_bytes([1; 16]);
+        let process = |epoch: u64, state| VmStatus {
+            uid: vm,
+            release: "test".to_owned(),
+            pid: 1,
+            state,
+            owner: None,
+            epoch: Epoch(epoch),
+            listening: None,
+            migration: None,
+            io_stalled: false,
+            addresses: vec![],
+            disk_error: None,
+            resets: ResetStatus::default(),
+            guest_agent: None,
+            panics: PanicStatus::default(),
+        };
+        let states = [
+            VmState::Running,
+            VmState::Paused,
+            VmState::InDoubt,
+            VmState::Departed,
+        ];
+        for state in states {
+            assert!(saved_for(&process(2, state.clone()), vm, Epoch(3)));
+            // The one that ran before it, and the one that is to be started.
+            for other in [1, 3] {
+                assert!(!saved_for(&process(other, state.clone()), vm, Epoch(3)));
+            }
+            let other_vm = VmUid::from_bytes([2; 16]);
+            assert!(!saved_for(&process(2, state), other_vm, Epoch(3)));
         }
     }
 }

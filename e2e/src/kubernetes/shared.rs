@@ -4,10 +4,11 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use anyhow::Result;
+use bascule_lab::kept::keep_from_env;
 use bascule_lab::progress::step;
 use bascule_lab::{Families, Lab, Tier};
 
-use super::{ClusterVm, Installation};
+use super::{ClusterVm, Installation, NAMESPACE};
 use crate::kvm_or_skip;
 
 /// A cluster that the first scenario brings up. The lab is taken down when the process ends, unless
@@ -66,6 +67,7 @@ impl SharedCluster {
         let done = step(&format!("scenario {name}"), || {
             // A panic leaves the record, so that a kept lab is not used again after a failure.
             cluster.lab().set_unfinished(Some(name))?;
+            let _cleared = ClearedAfterFailure(cluster.lab());
             scenario(cluster);
             cluster.lab().set_unfinished(None)
         });
@@ -154,6 +156,23 @@ impl SharedCluster {
         let installation = Installation::on(Lab::for_test_on(self.tier, families, self.nodes)?)?;
         installation.volume()?;
         Ok(installation)
+    }
+}
+
+/// Deletes what a scenario that fails leaves: its virtual machines would count in later scenarios, which would fail as
+/// well. A lab that is kept is left as it is.
+struct ClearedAfterFailure<'a>(&'a Lab);
+
+impl Drop for ClearedAfterFailure<'_> {
+    fn drop(&mut self) {
+        if !std::thread::panicking() || keep_from_env() {
+            return;
+        }
+        let shared = "--field-selector=metadata.name!=resident,metadata.name!=on-san";
+        let delete = ["delete", "vm", "-n", NAMESPACE, shared, "--timeout=60s"];
+        if let Err(error) = self.0.kubectl(&delete) {
+            println!("the scenario's virtual machines stay: {error:#}");
+        }
     }
 }
 

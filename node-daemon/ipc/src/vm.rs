@@ -341,6 +341,29 @@ pub struct VmStatus {
     pub panics: PanicStatus,
 }
 
+impl VmStatus {
+    /// Of a process of which no more than this is known, not even its owner and epoch.
+    #[must_use]
+    pub fn bare(uid: VmUid, pid: u32, state: VmState) -> Self {
+        Self {
+            uid,
+            release: String::new(),
+            pid,
+            state,
+            owner: None,
+            epoch: Epoch::default(),
+            listening: None,
+            migration: None,
+            io_stalled: false,
+            addresses: Vec::new(),
+            disk_error: None,
+            resets: ResetStatus::default(),
+            guest_agent: None,
+            panics: PanicStatus::default(),
+        }
+    }
+}
+
 /// An error of a disk whose policy is [`OnError::Pause`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskError {

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fs;
 
 use anyhow::Result;
-use bascule_ipc::vm::{PanicStatus, ResetStatus, StopReason, VmState, VmStatus};
+use bascule_ipc::vm::{StopReason, VmState, VmStatus};
 use bascule_node_api::command::VmSpec;
 use bascule_node_api::report::VmReport;
 use bascule_types::{Bytes, VmUid};
@@ -71,22 +71,11 @@ impl Supervisor {
     fn last_known(&self, vm: VmUid, pid: u32, state: VmState) -> VmStatus {
         let ownership = last_ownership(&self.paths.vm(vm));
         VmStatus {
-            uid: vm,
-            release: String::new(),
-            pid,
-            state,
             owner: ownership.map(|ownership| ownership.owner),
             epoch: ownership
                 .map(|ownership| ownership.epoch)
                 .unwrap_or_default(),
-            listening: None,
-            migration: None,
-            io_stalled: false,
-            addresses: Vec::new(),
-            disk_error: None,
-            resets: ResetStatus::default(),
-            guest_agent: None,
-            panics: PanicStatus::default(),
+            ..VmStatus::bare(vm, pid, state)
         }
     }
 }

@@ -63,7 +63,7 @@ fn saved_for(process: &VmStatus, vm: VmUid, epoch: Epoch) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use bascule_ipc::vm::{PanicStatus, ResetStatus, VmState};
+    use bascule_ipc::vm::VmState;
 
     use super::*;
 
@@ -71,20 +71,8 @@ mod tests {
     fn the_process_that_saved_a_guest_is_known_before_it_is_reported_as_departed() {
         let vm = VmUid::from_bytes([1; 16]);
         let process = |epoch: u64, state| VmStatus {
-            uid: vm,
-            release: "test".to_owned(),
-            pid: 1,
-            state,
-            owner: None,
             epoch: Epoch(epoch),
-            listening: None,
-            migration: None,
-            io_stalled: false,
-            addresses: vec![],
-            disk_error: None,
-            resets: ResetStatus::default(),
-            guest_agent: None,
-            panics: PanicStatus::default(),
+            ..VmStatus::bare(vm, 1, state)
         };
         let states = [
             VmState::Running,

@@ -12,7 +12,7 @@ use crate::{
     Observed, Phase, PlannerMemory, Pod, PodPhase, Process, Purpose, RowView, RunPolicy, Stream,
     VmReport,
 };
-use bascule_ipc::vm::{self, MigrationStatus, PanicStatus, ResetStatus, VmState, VmStatus};
+use bascule_ipc::vm::{self, MigrationStatus, VmState, VmStatus};
 use bascule_ipc::volume::{PathState, WatchdogKind};
 use bascule_types::{
     AttemptId, Bytes, Epoch, Generation, NodeUid, Owner, Ownership, SlotId, VmUid,
@@ -485,20 +485,10 @@ fn process(node: &str, guest: &Guest) -> Process {
         node: node.to_owned(),
         alive: guest.alive,
         status: VmStatus {
-            uid: VmUid::from_bytes([7; 16]),
-            release: "0".to_owned(),
-            pid: guest.pid,
-            state: guest.state.clone(),
             owner: Some(guest.owner),
             epoch: guest.epoch,
-            listening: None,
             migration,
-            io_stalled: false,
-            addresses: vec![],
-            disk_error: None,
-            resets: ResetStatus::default(),
-            guest_agent: None,
-            panics: PanicStatus::default(),
+            ..VmStatus::bare(VmUid::from_bytes([7; 16]), guest.pid, guest.state.clone())
         },
     }
 }

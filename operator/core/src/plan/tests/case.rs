@@ -2,9 +2,7 @@
 
 use std::time::Duration;
 
-use bascule_ipc::vm::{
-    MigrationPhase as Copy, MigrationStatus, PanicStatus, ResetStatus, VmState, VmStatus,
-};
+use bascule_ipc::vm::{MigrationPhase as Copy, MigrationStatus, VmState, VmStatus};
 use bascule_ipc::volume::{FencingMode, PathState, WatchdogKind};
 use bascule_types::{
     AttemptId, Bytes, Change, DiskId, DiskRole, DiskRow, Epoch, FenceProof, FenceRow, Generation,
@@ -257,24 +255,14 @@ impl Case {
     }
 
     pub(super) fn with_process(mut self, slot: u16, state: VmState, epoch: Epoch) -> Self {
+        let pid = 100 + u32::try_from(self.observed.processes.len()).unwrap();
         self.observed.processes.push(Process {
             node: format!("node-{slot}"),
             alive: true,
             status: VmStatus {
-                uid: VM,
-                release: "0".to_owned(),
-                pid: 100 + u32::try_from(self.observed.processes.len()).unwrap(),
-                state,
                 owner: Some(node_owner(slot)),
                 epoch,
-                listening: None,
-                migration: None,
-                io_stalled: false,
-                addresses: vec![],
-                disk_error: None,
-                resets: ResetStatus::default(),
-                guest_agent: None,
-                panics: PanicStatus::default(),
+                ..VmStatus::bare(VM, pid, state)
             },
         });
         self
